@@ -1,0 +1,1 @@
+"""Every algorithm of hasten, as plain Python on torch and transformers."""

@@ -1,0 +1,1 @@
+"""Smaller checkpoints: the calibration pass, quantizers and the formats they are written in."""

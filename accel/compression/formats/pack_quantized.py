@@ -1,0 +1,96 @@
+"""compressed-tensors `pack-quantized`: integer codes packed into int32 words, as transformers and vLLM read them.
+
+Source: github.com/vllm-project/compressed-tensors; its own functions pack and unpack.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.compression.formats.base import Format
+from accel.compression.quantizers.base import QuantizedWeight, Scheme
+
+
+@dataclass(frozen=True)
+class PackQuantized(Format):
+    """The default format. Its codes are signed: code minus 2**(bits - 1)."""
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """`weight_packed`, `weight_scale`, `weight_shape` and, on asymmetric grids, `weight_zero_point`."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        bits = weight.scheme.bits
+        stored = {
+            "weight_packed": pack_to_int32(_signed(weight.codes, bits), bits),
+            "weight_scale": weight.scale.contiguous(),
+            "weight_shape": torch.tensor(weight.codes.shape),
+        }
+        if not weight.scheme.symmetric:
+            stored["weight_zero_point"] = pack_to_int32(_signed(weight.zero_point, bits), bits, packed_dim=0)
+        return {name: tensor.contiguous() for name, tensor in stored.items()}
+
+    def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        """Weight (R, C) by the library's own decompression, in the dtype of the scale."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+        described = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": _arguments(scheme)})
+        return compressor.decompress(dict(stored), described)["weight"]
+
+    def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, Any]:
+        """One config group for each distinct scheme; `dequantize` where transformers must unpack fused experts."""
+        distinct: dict[tuple[Scheme, bool], list[str]] = {}
+        for name, scheme in schemes.items():
+            distinct.setdefault((scheme, experts and ".experts." in name), []).append(name)
+        groups = {}
+        for number, ((scheme, is_expert), names) in enumerate(distinct.items()):
+            groups[f"group_{number}"] = {
+                # Names matter only where schemes differ: a class name keeps the common case short.
+                "targets": ["Linear"] if len(distinct) == 1 else [_one_of(names, is_expert)],
+                "weights": _arguments(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        described: dict[str, Any] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(untouched),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+        if experts:
+            # transformers keeps a layer's experts in one fused parameter, which it can only fill with plain weights.
+            described["dequantize"] = True
+        return described
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def _one_of(names: list[str], experts: bool) -> str:
+    """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
+    if experts:
+        # Loaders look for the word: the experts of all blocks share one scheme.
+        return "re:.*experts.*"
+    tails = sorted({re.sub(r"^.*?(?=layers\.)", "", name) for name in names})
+    return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"

@@ -1,0 +1,119 @@
+"""What every weight quantizer takes and gives back."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from accel.compression.statistics import SecondMoment
+from accel.errors import UserError
+from kernels.dequantize import dequantize
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Uniform grid of a layer: bits a code, input columns that share a scale (-1: a whole row), zero point or not."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UserError(f"bits={self.bits} is out of range: {MIN_BITS} to {MAX_BITS}")
+        if self.group_size != -1 and self.group_size < 8:
+            raise UserError(f"group_size={self.group_size} is out of range: 8 or more, or -1 for one scale a row")
+
+    def columns(self, total: int) -> int:
+        """Columns that share a scale in a layer of that many columns."""
+        return total if self.group_size == -1 else self.group_size
+
+    def check(self, layer: str, columns: int) -> None:
+        """Raise UserError where group_size does not divide the layer's columns."""
+        if columns % self.columns(columns):
+            raise UserError(
+                f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
+                f"use a divisor, group_size=-1 (one scale a row), or ignore the layer"
+            )
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of a weight (R, C) and what turns them back.
+
+    codes: (R, C) uint8 in [0, 2**bits - 1]. scale: (R, G) in the dtype it is stored in. zero_point: (R, G) uint8;
+    symmetric grids have the middle code everywhere, which is not stored.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    scheme: Scheme
+
+    def dequantize(self) -> Tensor:
+        """Weight (R, C) in the dtype of the scale, rounded as the servers round it."""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+    @property
+    def bits(self) -> int:
+        """Exact size: codes, scales and stored zero points."""
+        stored = self.codes.numel() * self.scheme.bits + self.scale.numel() * self.scale.element_size() * 8
+        return stored + (0 if self.scheme.symmetric else self.zero_point.numel() * self.scheme.bits)
+
+    def rows(self, start: int, stop: int) -> "QuantizedWeight":
+        """The rows of one of several layers that were quantized together."""
+        return QuantizedWeight(
+            self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized weight (R, C) with the squared error it makes, row by row.
+
+    error, power: (R,) float32, mean squared output error and output over the calibration tokens; without statistics
+    they are squared weight error and weight. notes: what a user should know (damping raised, fallback taken).
+    """
+
+    weight: QuantizedWeight
+    error: Tensor
+    power: Tensor
+    notes: tuple[str, ...] = field(default=())
+
+
+class Quantizer(ABC):
+    """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
+
+    needs_second_moment: ClassVar[bool] = False
+
+    def prepare(self, moment: SecondMoment | None) -> Any:
+        """What depends on the inputs alone, made once for every layer and scheme that shares them.
+
+        moment: second moment of the layers' input over the calibration tokens, None where it was not asked for.
+        """
+        return moment
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result:
+        """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
+
+
+def power_and_error(weight: Tensor, dequantized: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared weight and squared error, summed by row, (R,) float32 each."""
+    weight = weight.float()
+    return weight.square().sum(1), (weight - dequantized.float()).square().sum(1)
+
+
+def require_finite(weight: Tensor, layer: str) -> None:
+    """Raise UserError naming a layer whose weight has NaN or Inf."""
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{layer} has NaN or Inf: the checkpoint is damaged or diverged; compress a sound one")

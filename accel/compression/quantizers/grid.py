@@ -1,0 +1,70 @@
+"""Scales and zero points of uniform grids, by range or by search for the least squared error.
+
+Source: Nagel et al. 2021, arXiv:2106.08295, section 3.1 (range setting by mean squared error); Frantar et al. 2022,
+arXiv:2210.17323, whose code searches shrunk ranges.
+"""
+
+import torch
+from torch import Tensor
+
+from accel.compression.quantizers.base import Scheme
+
+# Values searched at once: what fits in the cache of one core.
+_CHUNK = 1 << 16
+
+
+def find_grid(
+    weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6
+) -> tuple[Tensor, Tensor]:
+    """Scale (R, G) in the weight's dtype and zero point (R, G) float32 of weight (R, C).
+
+    search: number of ranges tried between shrink times the full range and the full range; 0 takes the full range.
+    """
+    rows, columns = weight.shape
+    size = scheme.columns(columns)
+    groups = weight.float().reshape(rows, -1, size)
+    step = max(1, _CHUNK // columns)
+    parts = [
+        _search(groups[begin : begin + step], scheme, search, shrink, weight.dtype)
+        for begin in range(0, rows, step)
+    ]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def _search(
+    groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # Zero stays in range, so that a pruned weight comes back as exactly zero.
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best_scale, best_zero = _grid(low, high, scheme, dtype)
+    if not search:
+        return best_scale.to(dtype), best_zero
+    best = _loss(groups, best_scale, best_zero, scheme)
+    for index in range(search):
+        factor = shrink + (1 - shrink) * index / search
+        scale, zero = _grid(low * factor, high * factor, scheme, dtype)
+        loss = _loss(groups, scale, zero, scheme)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale.to(dtype), best_zero
+
+
+def _grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale, rounded to the dtype it is stored in, and zero point that span [low, high]; both float32."""
+    if scheme.symmetric:
+        scale = torch.maximum(-low, high) * 2 / scheme.top
+    else:
+        scale = (high - low) / scheme.top
+    # A group of zeros has no range; float16 has no smaller normal number than 6e-5.
+    scale = scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+    middle = 2 ** (scheme.bits - 1)
+    zero = torch.full_like(scale, middle) if scheme.symmetric else (-low / scale).round().clamp(0, scheme.top)
+    return scale, zero
+
+
+def _loss(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    scale, zero = scale[..., None], zero[..., None]
+    codes = (groups / scale).add_(zero).round_().clamp_(0, scheme.top)
+    error = codes.sub_(zero).mul_(scale).sub_(groups)
+    return error.square_().sum(-1)

@@ -1,0 +1,39 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid.
+
+Source: Nagel et al. 2021, arXiv:2106.08295. The baseline every quantizer here is compared with.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Result, Scheme, power_and_error
+from accel.compression.quantizers.grid import find_grid
+from accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Quantizer):
+    """Quantizer that needs no calibration data.
+
+    search: ranges tried for each scale by mean squared error, between shrink times the full range and the full
+    range; 0 takes the full range.
+    """
+
+    search: int = 0
+    shrink: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.search < 0 or not 0 < self.shrink < 1:
+            raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
+
+    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result:
+        """Codes of weight (R, C); prepared is not read."""
+        scale, zero = find_grid(weight, scheme, self.search, self.shrink)
+        groups = weight.float().unflatten(1, (scale.shape[1], -1))
+        codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, scheme.top)
+        quantized = QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), scheme)
+        power, error = power_and_error(weight, quantized.dequantize())
+        return Result(quantized, error, power)

@@ -1,0 +1,1 @@
+"""Token streams for calibration and evaluation."""

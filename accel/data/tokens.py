@@ -1,0 +1,264 @@
+"""Windows of token ids for calibration and evaluation, from the library, a file or the hub.
+
+Documents are joined to one stream, each after the tokenizer's begin-of-text (else end-of-text) token. Only as
+much text is read and tokenized as the windows need.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel.data.library import SPLITS, library_files, library_root
+from accel.errors import UserError
+
+LIBRARY = "library"
+SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
+# Windows are drawn from this many times the tokens asked for, so that they come from many documents.
+MARGIN = 4
+_DOCUMENTS_AT_ONCE = 32
+_CHARACTERS_PER_TOKEN = 8
+
+
+def load_tokens(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    sequence_length: int,
+    split: str = "train",
+    seed: int = 0,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """Token ids (sequences, sequence_length) int64 from the source.
+
+    source: `library` (the standard library's files of that split, in an order drawn by seed), a file of token ids
+    (.npy: rows, or one stream) or text (.txt, .md, .jsonl), or `hub:NAME[:split[:field]]`.
+    tokenizer: of transformers; None is enough for .npy.
+    split: `train` draws windows by seed and without replacement; `held_out` draws from the library's held-out files,
+    and of every other source takes the first windows in order, as is usual for perplexity. Rows of a two-dimensional
+    .npy are taken in order in both.
+    vocabulary: ids must be below it; None takes the tokenizer's size.
+    Raises UserError for a source that is missing, broken, too short or holds ids outside the vocabulary.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+    for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    if vocabulary is None and tokenizer is not None:
+        vocabulary = len(tokenizer)
+    if _kind(source) == ".npy":
+        found = _read_ids(Path(source))
+        if found.ndim == 2:
+            rows = _first_rows(found, source, sequences, sequence_length)
+            return _checked(rows, source, vocabulary)
+        stream = found
+    else:
+        if tokenizer is None:
+            raise UserError(
+                f"source={source} is text, and the model's folder has no tokenizer; give a .npy of token ids"
+            )
+        drawn = split == "train" or source == LIBRARY
+        wanted = sequences * sequence_length * (MARGIN if drawn else 1)
+        stream = _stream(source, tokenizer, split, seed, wanted)
+    return _checked(_windows(stream, source, sequences, sequence_length, split, seed), source, vocabulary)
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """SHA-256 of a tensor of token ids and its shape, in hexadecimal."""
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    digest.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def holds_rows(source: str) -> bool:
+    """Whether the source is a .npy of rows: windows that are already cut."""
+    return _kind(source) == ".npy" and _read_ids(Path(source)).ndim == 2
+
+
+def _kind(source: str) -> str:
+    """`library`, `hub` or the suffix of an existing file."""
+    if source == LIBRARY:
+        return LIBRARY
+    if source.startswith("hub:"):
+        return "hub"
+    path = Path(source)
+    if path.suffix not in (".npy", ".txt", ".md", ".jsonl"):
+        raise UserError(f"source={source} is none of {SOURCES}")
+    if not path.is_file():
+        raise UserError(f"source={source}: no such file; give {SOURCES}")
+    return path.suffix
+
+
+def _windows(stream: np.ndarray, source: str, sequences: int, length: int, split: str, seed: int) -> np.ndarray:
+    """Disjoint windows (sequences, length) of a stream: drawn by seed, or the first ones in order."""
+    if len(stream) < sequences * length:
+        raise UserError(
+            f"source={source} holds {len(stream)} tokens, fewer than the {sequences * length} asked for "
+            f"({sequences} sequences of {length})"
+        )
+    cut = stream[: len(stream) // length * length].reshape(-1, length)
+    if split == "held_out" and source != LIBRARY:
+        return cut[:sequences]
+    # Python's own generator draws the same numbers in every version of every package.
+    return cut[random.Random(seed).sample(range(len(cut)), sequences)]
+
+
+def _checked(windows: np.ndarray, source: str, vocabulary: int | None) -> Tensor:
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"source={source} holds token id {wrong}, outside the model's vocabulary"
+            + (f" of {vocabulary} (0 to {vocabulary - 1})" if vocabulary is not None else "")
+        )
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"source={path} cannot be read as a .npy file: {_first_line(error)}") from error
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"source={path} holds {ids.dtype}; token ids must be integers")
+    if ids.ndim not in (1, 2):
+        raise UserError(f"source={path} has shape {ids.shape}; token ids must be (sequences, length) or one stream")
+    return ids
+
+
+def _first_rows(ids: np.ndarray, source: str, sequences: int, length: int) -> np.ndarray:
+    rows, columns = ids.shape
+    if rows < sequences or columns < length:
+        raise UserError(
+            f"source={source} holds {rows} sequences of {columns} tokens, "
+            f"fewer than the {sequences} of {length} asked for"
+        )
+    return ids[:sequences, :length]
+
+
+def _stream(source: str, tokenizer: Any, split: str, seed: int, wanted: int) -> np.ndarray:
+    """At least `wanted` token ids of the source's text where it has them, else all of them."""
+    kind = _kind(source)
+    if kind in (".txt", ".md"):
+        return _text_stream(Path(source), tokenizer, wanted)
+    if kind == LIBRARY:
+        documents = _library_documents(split, seed)
+    elif kind == "hub":
+        documents = _hub_documents(source)
+    else:
+        documents = _json_documents(Path(source))
+    parts: list[np.ndarray] = []
+    count = 0
+    while count < wanted and (batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))):
+        parts.append(_encode(tokenizer, batch))
+        count += len(parts[-1])
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _encode(tokenizer: Any, documents: Iterable[str]) -> np.ndarray:
+    """One stream of ids (N,): every document after the token that begins one, if the tokenizer has such a token."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    stream: list[int] = []
+    # verbose=False: a document longer than the model's context is no mistake here, it is cut into windows.
+    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        if begin is not None:
+            stream.append(begin)
+        stream.extend(ids)
+    return np.asarray(stream, dtype=np.int64)
+
+
+def _library_documents(split: str, seed: int) -> Iterator[str]:
+    names = library_files(split)
+    random.Random(seed).shuffle(names)
+    for name in names:
+        try:
+            text = (library_root() / name).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:  # a few test fixtures
+            continue
+        if text:
+            yield text
+
+
+def _text_stream(path: Path, tokenizer: Any, wanted: int) -> np.ndarray:
+    """Ids of the file's beginning: as much as `wanted` tokens need, because a file may be far larger than that."""
+    characters = wanted * _CHARACTERS_PER_TOKEN
+    while True:
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                text = file.read(characters)
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"source={path} cannot be read as UTF-8 text: {_first_line(error)}") from error
+        stream = _encode(tokenizer, [text]) if text else np.zeros(0, dtype=np.int64)
+        # The cut may have split the last word: tokens are only taken from well before it.
+        if len(text) < characters or len(stream) >= wanted + 64:
+            return stream
+        characters *= 2
+
+
+def _json_documents(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # not UTF-8, or not JSON
+                raise UserError(f"source={path} line {number} is not valid JSON: {_first_line(error)}") from error
+            if not isinstance(record, dict):
+                raise UserError(
+                    f"source={path} line {number} must be an object with a field `text` or other text fields"
+                )
+            text = _joined(record)
+            if text is None:
+                raise UserError(f"source={path} line {number} has no text in it; its fields are {', '.join(record)}")
+            if text:
+                yield text
+
+
+def _joined(record: dict[str, Any], field: str | None = None) -> str | None:
+    """The text of one record: the field named, else `text`, else all string fields; None where there is none."""
+    if field is not None or isinstance(record.get("text"), str):
+        value = record.get(field or "text")
+        return value if isinstance(value, str) else None
+    strings = [value for value in record.values() if isinstance(value, str)]
+    return "\n".join(strings) if strings else None
+
+
+def _hub_documents(source: str) -> Iterator[str]:
+    """Texts of a data set hub:NAME[:split[:field]]; a third part of the name, owner/name/part, is its configuration."""
+    parts = source.removeprefix("hub:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"source={source} must be hub:NAME[:split[:field]]")
+    name, split, field = [*parts, "", ""][:3]
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"source={source} needs a package that is not installed: pip install datasets") from error
+    owner_and_name, configuration = name, None
+    if name.count("/") == 2:
+        owner_and_name, configuration = name.rsplit("/", 1)
+    try:
+        # Streamed: of a large data set only the first part is needed.
+        rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
+        for row in rows:
+            text = _joined(row, field or None)
+            if text is None:
+                raise UserError(f"source={source}: no text in field {field or 'text'!r}; fields are {', '.join(row)}")
+            if text:
+                yield text
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, the network's and the file formats' errors
+        raise UserError(f"source={source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,149 @@
+"""Perplexity of a model and its divergence from the original, one block in memory at a time.
+
+KL divergence is KL(original || compressed), in nats per token: how many the compressed model's predictions cost more
+than the original's own, on text that the original would write.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from accel.errors import UserError
+from accel.evaluation.perplexity import Windows, windows
+from accel.models.architecture import Architecture
+
+# Logits of this many bytes are made at once, for each model.
+_LOGITS_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over scored tokens, which add up over windows, actors and machines.
+
+    nll: minus the log probability of each token, nats. compared: tokens that the original predicted too; the last
+    three are sums over those: its nll, KL(original || model) in nats, and on how many both put the same token first.
+    """
+
+    tokens: int = 0
+    nll: float = 0.0
+    compared: int = 0
+    nll_original: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """Means under the report's keys; None for what needs an original where there was none."""
+        compared = self.compared or None
+        return {
+            "perplexity": _perplexity(self.nll, self.tokens),
+            "perplexity_original": compared and _perplexity(self.nll_original, compared),
+            "kl_divergence": compared and self.kl / compared,
+            "top1_agreement": compared and self.agreed / compared,
+            "tokens": self.tokens,
+        }
+
+
+def evaluate(
+    architecture: Architecture,
+    tokens: Tensor | Windows,
+    original: Architecture | None = None,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sums:
+    """Sums over the windows of a model, and of its divergence from the original where one is given.
+
+    tokens: windows, or token ids (N, T), each row of which is one window that scores all but its first token.
+    batch: windows that run through a block at once. progress(done, total) is called after every block and once more
+    after the logits.
+    Peak memory: the hidden states of all windows (of both models), the largest block and a few logits; the output
+    layers stay in the architectures until those are closed.
+    Raises UserError where the two models differ in their vocabularies.
+    """
+    cut = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
+    models = [architecture] if original is None else [architecture, original]
+    sizes = [model.config.get_text_config().vocab_size for model in models]
+    if sizes[0] != sizes[-1]:
+        raise UserError(
+            f"the model's vocabulary has {sizes[0]} tokens and the original's {sizes[-1]}; "
+            "only models of one vocabulary can be compared"
+        )
+    total = sum(model.num_blocks for model in models) + 1
+    done = 0
+    hidden = []
+    for model in models:
+        states = _embed(model, cut.tokens, batch)
+        for index in range(model.num_blocks):
+            _run_block(model, index, states, batch)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        hidden.append(states)
+    sums = _compare(models, hidden, cut, max(1, _LOGITS_BYTES // (4 * sizes[0])))
+    if progress is not None:
+        progress(total, total)
+    return sums
+
+
+def _embed(model: Architecture, tokens: Tensor, batch: int) -> Tensor:
+    """Hidden states (N, T, D) before the first block."""
+    with torch.inference_mode():
+        return torch.cat([model.embed(part) for part in tokens.split(batch)])
+
+
+def _run_block(model: Architecture, index: int, states: Tensor, batch: int) -> None:
+    """Sends the states through one block, in place; the block is freed on return."""
+    block = model.load_block(index)
+    with torch.inference_mode():
+        for part in states.split(batch):
+            part.copy_(model.run_block(block, index, part))
+
+
+def _compare(models: list[Architecture], hidden: list[Tensor], cut: Windows, positions: int) -> Sums:
+    """Sums from the last hidden states (N, T, D) of the model and, where there are two, the original.
+
+    positions: how many tokens' logits are made at once.
+    """
+    position = torch.arange(cut.tokens.shape[1])
+    scored = (position >= cut.first[:, None]) & (position < cut.stop[:, None])
+    window, place = scored.nonzero(as_tuple=True)
+    sums = Sums()
+    with torch.inference_mode():
+        for at, to in zip(window.split(positions), place.split(positions), strict=True):
+            # The state at position t predicts token t + 1.
+            states = [each[at, to - 1][None] for each in hidden]
+            logits = [model.head(state)[0] for model, state in zip(models, states, strict=True)]
+            sums += _sums(logits, cut.tokens[at, to])
+    return sums
+
+
+def _sums(logits: list[Tensor], targets: Tensor) -> Sums:
+    """Sums over targets (M,) from logits (M, V) float32 of the model and, where there are two, the original."""
+    targets = targets.to(logits[0].device)[:, None]
+    model = logits[0].log_softmax(-1)
+    nll = -float(model.gather(-1, targets).sum(dtype=torch.float64))
+    if len(logits) == 1:
+        return Sums(len(targets), nll)
+    original = logits[1].to(model.device).log_softmax(-1)
+    # 0 * log 0 is 0, also where the model gives such a token no probability either.
+    terms = torch.where(original > -torch.inf, original.exp() * (original - model), 0.0)
+    return Sums(
+        tokens=len(targets),
+        nll=nll,
+        compared=len(targets),
+        nll_original=-float(original.gather(-1, targets).sum(dtype=torch.float64)),
+        kl=float(terms.sum(dtype=torch.float64)),
+        agreed=int((model.argmax(-1) == original.argmax(-1)).sum()),
+    )
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    if tokens == 0:
+        raise ValueError("no token was scored")
+    mean = nll / tokens
+    return math.exp(mean) if not mean > 700 else math.inf  # exp of more than 709 overflows; nan stays nan

@@ -1,0 +1,70 @@
+"""Task suites of lm-eval (EleutherAI's lm-evaluation-harness), run on a checkpoint loaded by transformers.
+
+lm-eval holds the whole model in memory; everything else in hasten does not.
+"""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accel.errors import UserError
+
+
+def run_tasks(
+    folder: Path,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch: int = 8,
+    device: str = "cpu",
+    task_folder: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task, {task: {metric: value}}, standard errors under `metric_stderr`.
+
+    limit: documents of each task; None takes all. task_folder: YAML files of tasks besides lm-eval's own.
+    Raises UserError where lm-eval is missing, a task is unknown, or its data cannot be had.
+    """
+    if not tasks:
+        return {}
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"tasks={list(tasks)} needs packages that are not installed ({error}): pip install 'lm-eval[hf]'"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
+    check_names(tasks, manager.all_tasks)
+    try:
+        model = HFLM(pretrained=str(folder), device=device, batch_size=batch)
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000
+        )
+    except (OSError, ConnectionError, ValueError) as error:
+        # Above all: the task's data set is not on this machine and the hub cannot be reached.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"tasks={list(tasks)} could not be run: {reason}") from error
+    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError for the first task that is not among those known, with the nearest that is."""
+    for task in tasks:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=3, cutoff=0.5)
+            raise UserError(
+                f"tasks: lm-eval has no task {task!r}"
+                + (f"; did you mean {', '.join(near)}?" if near else "; `lm-eval ls tasks` lists them")
+            )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's `acc,none` and `acc_stderr,none` as `acc` and `acc_stderr`; other filters stay in the name."""
+    return {
+        name.removesuffix(",none").replace(",", "_"): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and "," in name
+    }

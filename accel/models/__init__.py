@@ -1,0 +1,1 @@
+"""Access to checkpoints: block by block, by family, and the embedded models."""

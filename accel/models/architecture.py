@@ -1,0 +1,271 @@
+"""A checkpoint's model block by block: what its parts are called, and how each of them runs.
+
+Blocks are transformers' own modules, and so are the rotary embeddings and masks that they are called with. No more
+than one block's weights are read at a time.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
+from accel.models.experts import Experts, expert_sizes, is_fused
+from accel.models.families import family_of
+from accel.models.skeleton import build_skeleton
+
+_EXPERTS = "mlp.experts"
+# Rows of the head are converted by so many elements at a time: the whole of it in float32 can outweigh a block.
+_HEAD_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer: its checkpoint name without `.weight`, and its path in the block that `load_block` returns.
+
+    group is equal for layers that read the same input. expert is the expert's number, None outside a mixture.
+    """
+
+    name: str
+    module: str
+    rows: int
+    columns: int
+    group: str
+    expert: int | None = None
+
+
+class Architecture:
+    """Runs and describes the model of a checkpoint; weights and hidden states in dtype, on device.
+
+    UserError where the family is not supported, or where a tensor is missing or has another shape than its place.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self._family = family_of(checkpoint.config.get("model_type"))
+        self._skeleton = build_skeleton(checkpoint, dtype)
+        self.config = self._skeleton.config
+        self.num_blocks = len(self._skeleton.blocks)
+        self.hidden_size = int(self.config.hidden_size)
+        self._prefix = self._find_prefix()
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._head: tuple[nn.Module, nn.Module | None, Tensor] | None = None
+        self._front_is_loaded = False
+        self._names = self._sort_names()
+        self._check_tensors()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows."""
+        self._load_front()
+        decoder = self._skeleton.decoder
+        unique, positions = tokens.cpu().unique(return_inverse=True)
+        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < self.config.vocab_size:
+            wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
+            raise UserError(f"token {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
+        name = self._embedding_name()
+        rows = self.checkpoint.rows(name, unique)
+        self.checkpoint.check_finite(rows, name)
+        table = decoder.embed_tokens
+        # The model's own module, which may scale, over a table of the rows in use; padding is one of these or none.
+        table.padding_idx = None
+        table.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        with torch.no_grad():
+            hidden = table(positions.to(self.device))
+            table.weight = nn.Parameter(hidden.new_empty(0, device="meta"), requires_grad=False)
+            if getattr(decoder, "project_in", None) is not None:
+                hidden = decoder.project_in(hidden)
+            if hasattr(decoder, "embed_positions"):
+                hidden = hidden + decoder.embed_positions(torch.ones_like(tokens[:1], device=self.device))
+        return hidden
+
+    def block_arguments(self, length: int) -> list[dict[str, Any]]:
+        """Keyword arguments of each block's forward for sequences of this length, at batch size 1."""
+        if length not in self._arguments:
+            self._load_front()
+            decoder = self._skeleton.decoder
+            width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)
+            inputs = torch.zeros(1, length, width, dtype=self.dtype, device=self.device)
+            with torch.no_grad():
+                decoder(inputs_embeds=inputs, use_cache=False)
+            # Masks are quadratic in the length, and few lengths occur: only the last one is kept.
+            self._arguments = {length: [dict(recorder.arguments) for recorder in decoder.layers]}
+        return self._arguments[length]
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block with its weights, experts as linear layers of their own; UserError names one that is not finite."""
+        original = self._skeleton.blocks[index]
+        block = copy.deepcopy(original, {id(self.config): self.config})
+        if self._is_mixture(original):
+            block.mlp.experts = Experts(block.mlp.experts)
+        self._fill(block, f"{self._prefix}layers.{index}.")
+        return block.eval()
+
+    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Output [B, T, D] of block `index` for hidden [B, T, D]."""
+        arguments = self.block_arguments(hidden.shape[1])[index]
+        with torch.no_grad():
+            output = block(hidden, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V], float32, of the last block's output [B, T, D]."""
+        if self._head is None:
+            self._head = self._load_head()
+        norm, project_out, weight = self._head
+        with torch.no_grad():
+            hidden = norm(hidden)
+            if project_out is not None:
+                hidden = project_out(hidden)
+            logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
+            step = max(1, _HEAD_CHUNK // weight.shape[1])
+            for first in range(0, len(weight), step):
+                logits[..., first : first + step] = F.linear(hidden, weight[first : first + step].to(self.dtype))
+            cap = getattr(self.config, "final_logit_softcapping", None)
+            if cap is not None and self._family.caps_logits:
+                logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    def close(self) -> None:
+        """Frees the head and the masks; a later call reads them again."""
+        self._head, self._arguments = None, {}
+
+    def linears(self, index: int) -> list[Layer]:
+        """Linear layers of a block in execution order; reads nothing."""
+        block, layers = self._skeleton.blocks[index], []
+        for group in self._family.inputs:
+            for path in group:
+                module = _find(block, path)
+                if isinstance(module, nn.Linear):
+                    layers.append(self._layer(index, path, module.out_features, module.in_features, group[0]))
+        if self._is_mixture(block):
+            number, inner, width = expert_sizes(block.mlp.experts)
+            for expert in range(number):
+                path = f"{_EXPERTS}.{expert}"
+                for projection, rows, columns in (
+                    ("gate_proj", inner, width),
+                    ("up_proj", inner, width),
+                    ("down_proj", width, inner),
+                ):
+                    shared = f"{path}.down_proj" if projection == "down_proj" else f"{path}.gate_proj"
+                    layers.append(self._layer(index, f"{path}.{projection}", rows, columns, shared, expert))
+        return layers
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Logical names of the checkpoint's tensors in a block."""
+        return list(self._names.get(index, []))
+
+    def outer_tensors(self) -> list[str]:
+        """Logical names of the checkpoint's tensors outside the blocks."""
+        return list(self._names.get(None, []))
+
+    def _layer(self, index: int, path: str, rows: int, columns: int, shared: str, expert: int | None = None) -> Layer:
+        start = f"{self._prefix}layers.{index}."
+        return Layer(start + self._family.logical(path), path, rows, columns, start + shared, expert)
+
+    def _is_mixture(self, block: nn.Module) -> bool:
+        return is_fused(_find(block, _EXPERTS))
+
+    def _find_prefix(self) -> str:
+        for prefix in self._family.prefixes:
+            if any(name.startswith(f"{prefix}layers.0.") for name in self.checkpoint.names):
+                return prefix
+        wanted = f"{self._family.prefixes[0]}layers.0."
+        raise UserError(f"tensors {wanted}* are missing from {self.checkpoint.path}: its model_type has such blocks")
+
+    def _sort_names(self) -> dict[int | None, list[str]]:
+        pattern = re.compile(re.escape(self._prefix) + r"layers\.(\d+)\.")
+        names: dict[int | None, list[str]] = {}
+        for name in self.checkpoint.names:
+            found = pattern.match(name)
+            names.setdefault(int(found[1]) if found else None, []).append(name)
+        return names
+
+    def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Logical name and shape of every tensor that the model needs."""
+        for index, block in enumerate(self._skeleton.blocks):
+            start = f"{self._prefix}layers.{index}."
+            for layer in self.linears(index):
+                yield f"{layer.name}.weight", (layer.rows, layer.columns)
+            linear = {f"{layer.module}.weight" for layer in self.linears(index)}
+            for local, parameter in block.named_parameters():
+                if local not in linear and not local.startswith(f"{_EXPERTS}."):
+                    yield start + self._family.logical(local), tuple(parameter.shape)
+        decoder = self._skeleton.decoder
+        yield self._embedding_name(), tuple(decoder.embed_tokens.weight.shape)
+        yield self._head_name(), tuple(self._skeleton.head.weight.shape)
+        outer = [("", decoder), (f"{self._family.norm}.", self._skeleton.norm)]
+        if self._skeleton.project_out is not None:
+            outer.append(("project_out.", self._skeleton.project_out))
+        for start, module in outer:
+            for local, parameter in module.named_parameters():
+                if not local.startswith("embed_tokens."):
+                    yield f"{self._prefix}{start}{local}", tuple(parameter.shape)
+
+    def _check_tensors(self) -> None:
+        for name, shape in self._expected():
+            found = self.checkpoint.shape(name)
+            if found != shape:
+                where = f"in {self.checkpoint.path} has shape {list(found)}"
+                raise UserError(f"tensor {name} {where}: the config needs {list(shape)}")
+
+    def _embedding_name(self) -> str:
+        name = f"{self._prefix}embed_tokens.weight"
+        # Tied tensors may be stored under either name.
+        return self._head_name() if self._skeleton.tied and name not in self.checkpoint else name
+
+    def _head_name(self) -> str:
+        for name in self._family.heads:
+            if name in self.checkpoint:
+                return name
+        return f"{self._prefix}embed_tokens.weight" if self._skeleton.tied else self._family.heads[0]
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.checkpoint.tensor(name)
+        self.checkpoint.check_finite(tensor, name)
+        return tensor.to(self.device, self.dtype)
+
+    def _fill(self, module: nn.Module, start: str, skip: str = "\0") -> None:
+        """Reads every parameter of a module on the meta device; start is its name in the checkpoint."""
+        for local, _ in list(module.named_parameters()):
+            if not local.startswith(skip):
+                parent, _, leaf = local.rpartition(".")
+                tensor = self._read(start + self._family.logical(local))
+                setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def _load_front(self) -> None:
+        """What lies before the blocks beside the embedding: OPT's positions and projection, and the buffers."""
+        if not self._front_is_loaded:
+            decoder = self._skeleton.decoder
+            self._fill(decoder, self._prefix, skip="embed_tokens.")
+            for module in decoder.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(self.device)
+            self._front_is_loaded = True
+
+    def _load_head(self) -> tuple[nn.Module, nn.Module | None, Tensor]:
+        norm, project_out = copy.deepcopy(self._skeleton.norm), copy.deepcopy(self._skeleton.project_out)
+        self._fill(norm, f"{self._prefix}{self._family.norm}.")
+        if project_out is not None:
+            self._fill(project_out, f"{self._prefix}project_out.")
+        # As stored: `head` converts a few rows at a time.
+        weight = self.checkpoint.tensor(self._head_name())
+        self.checkpoint.check_finite(weight, self._head_name())
+        return norm, project_out, weight.to(self.device)
+
+
+def _find(module: Any, path: str) -> Any:
+    """The submodule of that path, or None."""
+    for part in path.split("."):
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            return None
+        module = child
+    return module

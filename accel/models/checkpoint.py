@@ -1,0 +1,239 @@
+"""A checkpoint folder: its tensors by name, read one at a time and never mapped."""
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import UserError
+from accel.models.families import FAMILIES
+from accel.models.packed import COUNTED, PACKED, PARTS, Packing
+from accel.models.shards import Stored, read_header
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_EMBEDDED = "embedded:"
+_STRIP_BYTES = 4096
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
+
+
+def resolve(model: str) -> Path:
+    """Local folder of a model: `embedded:target`, a folder, or a hub name, which is downloaded.
+
+    UserError where there is no such thing.
+    """
+    if model.startswith(_EMBEDDED):
+        from accel.models import embedded
+
+        name = model.removeprefix(_EMBEDDED)
+        if name not in embedded.NAMES:
+            choices = ", ".join(_EMBEDDED + choice for choice in embedded.NAMES)
+            raise UserError(f"model={model!r} is not embedded: embedded are {choices}")
+        return embedded.path(name)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    if model and path.exists():
+        raise UserError(f"model={model!r} is a file: give the folder of a checkpoint")
+    right = "give a checkpoint folder, a hub name such as org/name, or embedded:target"
+    # A name below a folder that is here was meant as a path.
+    if model.count("/") != 1 or model[0] in "./~" or model.endswith("/") or path.parent.is_dir():
+        raise UserError(f"model={model!r} does not exist: {right}")
+    return _download(model, right)
+
+
+def _download(name: str, right: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+    # The hub's client raises its own, httpx's and the operating system's errors, without a common base.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model={name!r} is no folder here and not on the hub ({reason}): {right}") from None
+
+
+class Checkpoint:
+    """Tensors of a transformers checkpoint in safetensors, by their logical names.
+
+    Only config.json, the index and the headers are read at first; UserError names the file or the tensor where they do
+    not fit together. Experts stored fused appear one by one, and a weight packed by compressed-tensors appears as the
+    weight that it stands for.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"checkpoint {self.path} does not exist: give the folder of a transformers checkpoint")
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self._headers: list[tuple[str, bytes]] = []
+        self._stored: dict[str, Stored] = {}
+        for file, names in _shards(self.path).items():
+            raw, places = read_header(self.path / file)
+            self._headers.append((file, raw))
+            absent = [name for name in names if name not in places]
+            if absent:
+                raise UserError(f"tensor {absent[0]} is not in {self.path / file}, where the index puts it")
+            self._stored |= places
+        quantization = self.config.get("quantization_config") or self.config.get("compression_config")
+        self._packing = Packing(quantization, str(self.path / "config.json")) if quantization else None
+        self._plain, self._packed = self._entries()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def _entries(self) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
+        """Logical names: of plain tensors, and of packed weights with their stored parts."""
+        family = FAMILIES.get(str(self.config.get("model_type")))
+        plain: dict[str, Stored] = {}
+        packed: dict[str, dict[str, Stored]] = {}
+        for stored_name, stored in self._stored.items():
+            name = family.canonical(stored_name) if family else stored_name
+            module, _, leaf = name.rpartition(".")
+            if self._packing and leaf in PARTS and self._parent(stored_name) + PACKED in self._stored:
+                packed.setdefault(f"{module}.weight", {})[leaf] = stored
+                continue
+            split = family.fused(name) if family and len(stored.shape) == 3 else None
+            if split is None:
+                plain[name] = stored
+                continue
+            experts, rows, _ = stored.shape
+            for expert in range(experts):
+                for part, first, last in split:
+                    plain[part.format(expert)] = stored.part(expert, first * rows // 2, last * rows // 2)
+        for name, parts in packed.items():
+            lacking = [part for part in (PACKED, "weight_scale", "weight_shape") if part not in parts]
+            if lacking:
+                raise UserError(f"tensor {name.removesuffix('weight')}{lacking[0]} is missing from {self.path}")
+        return plain, packed
+
+    @staticmethod
+    def _parent(name: str) -> str:
+        return name[: name.rfind(".") + 1]
+
+    @property
+    def names(self) -> list[str]:
+        """Logical names, sorted."""
+        return sorted([*self._plain, *self._packed])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._plain or name in self._packed
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether some weights are packed."""
+        return bool(self._packed)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; of a packed weight, the shape of what it stands for."""
+        if name not in self._packed:
+            return self._place(name).shape
+        if name not in self._shapes:
+            self._shapes[name] = tuple(self._packed[name]["weight_shape"].read().tolist())
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype; of a packed weight, that of its scales, which it is unpacked to."""
+        return self._packed[name]["weight_scale"].dtype if name in self._packed else self._place(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor that `tensor` returns without a dtype."""
+        return prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk; of a packed weight, codes, scales and zero points together."""
+        if name in self._packed:
+            return sum(part.nbytes for leaf, part in self._packed[name].items() if leaf in COUNTED)
+        return self._place(name).nbytes
+
+    def quantization(self, name: str) -> Any:
+        """compressed-tensors' QuantizationArgs of a packed weight; None for a plain tensor."""
+        if name not in self._packed:
+            return None
+        assert self._packing is not None
+        scheme = self._packing.scheme(name.removesuffix(".weight"))
+        return None if scheme is None else scheme.weights
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A private copy; dtype None leaves it as stored."""
+        if name in self._packed:
+            assert self._packing is not None
+            parts = {leaf: part.read() for leaf, part in self._packed[name].items()}
+            tensor = self._packing.unpack(name.removesuffix(".weight"), parts)
+        else:
+            tensor = self._place(name).read()
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows index (N,) of a matrix, [N, columns] in the stored dtype; the others are not read."""
+        if name in self._packed:
+            return self.tensor(name)[index]
+        if not len(index):
+            return torch.empty(0, self.shape(name)[1], dtype=self.dtype(name))
+        unique, inverse = index.unique(return_inverse=True)
+        if int(unique[0]) < 0 or int(unique[-1]) >= self.shape(name)[0]:
+            wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
+            raise UserError(f"row {wrong} of {name} in {self.path} does not exist: it has {self.shape(name)[0]} rows")
+        # Neighbours are read in one call.
+        starts = torch.cat([torch.tensor([0]), (unique.diff() != 1).nonzero()[:, 0] + 1])
+        ends = torch.cat([starts[1:], torch.tensor([len(unique)])])
+        runs = list(zip(unique[starts].tolist(), (ends - starts).tolist(), strict=True))
+        return self._place(name).read_rows(runs)[inverse]
+
+    def check_finite(self, tensor: Tensor, name: str) -> None:
+        """UserError that names the tensor if it holds NaN or infinite values."""
+        if tensor.numel() and tensor.is_floating_point():
+            # The extremes carry NaN along and need no copy of the tensor.
+            low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                kind = "NaN" if low.isnan() else "infinite"
+                raise UserError(f"tensor {name} in {self.path} holds {kind} values: every weight must be finite")
+
+    def fingerprint(self) -> str:
+        """sha256 of config.json, the headers, and strips from start, middle and end of every tensor."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file, raw in sorted(self._headers):
+            digest.update(file.encode() + b"\0" + raw)
+        for name in sorted(self._stored):
+            stored = self._stored[name]
+            last = max(0, stored.nbytes - _STRIP_BYTES)
+            for offset in (0, last // 2, last):
+                digest.update(stored.strip(offset, _STRIP_BYTES))
+        return digest.hexdigest()
+
+    def _place(self, name: str) -> Stored:
+        if name not in self._plain:
+            raise UserError(f"tensor {name} is missing from {self.path}")
+        return self._plain[name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}: give the folder of a transformers checkpoint")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: it must hold a JSON object")
+    return content
+
+
+def _shards(path: Path) -> dict[str, list[str]]:
+    """Files of a checkpoint, each with the names that the index puts there (none where there is no index)."""
+    if (path / _SINGLE).is_file():
+        return {_SINGLE: []}
+    if (path / _INDEX).is_file():
+        weight_map = _read_json(path / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path / _INDEX} has no weight_map from names to files")
+        files: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(file, []).append(name)
+        return dict(sorted(files.items()))
+    if any(path.glob("*.bin")):
+        raise UserError(f"{path} has .bin weights only: convert them to safetensors with save_pretrained")
+    raise UserError(f"{path} has neither {_SINGLE} nor {_INDEX}: give the folder of a transformers checkpoint")

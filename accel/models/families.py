@@ -1,0 +1,118 @@
+"""What is known of each model family: the names and the order of its parts.
+
+Two sets of names meet here. *Local* names are transformers' own, below one decoder block as this package builds it
+(experts one by one: `mlp.experts.3.gate_proj`). *Logical* names are the checkpoint's, in the form that other programs
+read: Mixtral's experts stay under `block_sparse_moe.experts.3.w1`, whichever form a checkpoint stores.
+"""
+
+import re
+from dataclasses import dataclass
+
+from accel.errors import UserError
+
+_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)(\..+)?")
+_MODULE_FORM = re.compile(r"(.*\blayers\.\d+\.)mlp\.(.+)")
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Logical names of a mixture: its module below the block, and an expert's three projections."""
+
+    parent: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one family.
+
+    inputs: local names of a block's linear layers, those that read the same input together, in execution order; a
+    block may lack some. prefixes: where the decoder's tensors may lie in a checkpoint. heads: names of the output
+    projection. decoder: path of the decoder in the transformers model. norm: its last norm. caps_logits: whether the
+    config's final_logit_softcapping is heeded. experts: None for dense families.
+    """
+
+    inputs: tuple[tuple[str, ...], ...] = _ATTENTION + _GATED
+    prefixes: tuple[str, ...] = ("model.", "")
+    heads: tuple[str, ...] = ("lm_head.weight",)
+    decoder: str = "model"
+    norm: str = "norm"
+    caps_logits: bool = True
+    experts: ExpertNames | None = None
+
+    def logical(self, local: str) -> str:
+        """Logical name, below the block, of a local one."""
+        if self.experts is None:
+            return local
+        expert = _LOCAL_EXPERT.fullmatch(local)
+        if expert:
+            number, projection, rest = expert.groups()
+            return f"{self.experts.parent}.experts.{number}.{self._projection(projection)}{rest or ''}"
+        return f"{self.experts.parent}.{local[4:]}" if local.startswith("mlp.") else local
+
+    def canonical(self, stored: str) -> str:
+        """Logical name of a stored one: checkpoints saved in transformers' module form are renamed."""
+        if self.experts is None or self.experts.parent == "mlp":
+            return stored
+        found = _MODULE_FORM.fullmatch(stored)
+        return f"{found[1]}{self.experts.parent}.{found[2]}" if found else stored
+
+    def fused(self, logical: str) -> list[tuple[str, int, int]] | None:
+        """How a fused tensor [experts, rows, columns] of this name splits; None where it is none.
+
+        Each part is (name with `{}` for the expert's number, first row, last row), rows in halves of the whole.
+        """
+        if self.experts is None:
+            return None
+        for kind in ("gate_up_proj", "down_proj"):
+            head = logical.removesuffix(f".{self.experts.parent}.experts.{kind}")
+            if head != logical:
+                parent = f"{head}.{self.experts.parent}.experts.{{}}"
+                if kind == "down_proj":
+                    return [(f"{parent}.{self.experts.down}.weight", 0, 2)]
+                # transformers stacks the gate's rows above the up projection's.
+                return [(f"{parent}.{self.experts.gate}.weight", 0, 1), (f"{parent}.{self.experts.up}.weight", 1, 2)]
+        return None
+
+    def _projection(self, local: str) -> str:
+        assert self.experts is not None
+        return {"gate_proj": self.experts.gate, "up_proj": self.experts.up, "down_proj": self.experts.down}[local]
+
+
+_LLAMA = Family()
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    # The language model of the multimodal checkpoints; the vision tower lies outside the blocks.
+    "gemma3": Family(
+        prefixes=("model.language_model.", "language_model.model."),
+        heads=("lm_head.weight", "language_model.lm_head.weight"),
+        caps_logits=False,
+    ),
+    "phi3": Family(
+        inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    ),
+    "opt": Family(
+        inputs=(_ATTENTION[0], ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+        prefixes=("model.decoder.", "decoder."),
+        decoder="model.decoder",
+        norm="final_layer_norm",
+    ),
+    "mixtral": Family(experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
+    "qwen3_moe": Family(experts=ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")),
+}
+
+
+def family_of(model_type: object) -> Family:
+    """Facts of a config's model_type; UserError lists the supported ones."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"model_type={model_type!r} is not supported: supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

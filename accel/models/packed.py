@@ -1,0 +1,68 @@
+"""Reading weights that compressed-tensors packed: which scheme a module has, and its weight as numbers again.
+
+The library itself matches names and unpacks, so that what is read is what transformers would run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import UserError
+
+PACKED = "weight_packed"
+# What counts towards a layer's size; weight_shape only says the shape, as a header does.
+COUNTED = (PACKED, "weight_scale", "weight_zero_point")
+PARTS = (*COUNTED, "weight_shape")
+_FORMAT = "pack-quantized"
+
+
+class Packing:
+    """The quantization_config of one checkpoint; UserError where it is not pack-quantized."""
+
+    def __init__(self, config: dict[str, Any], where: str):
+        from compressed_tensors.quantization import QuantizationConfig
+
+        self._where = where
+        method = config.get("quant_method", "compressed-tensors")
+        if method != "compressed-tensors":
+            raise UserError(f"quant_method={method!r} in {where} is not supported: only compressed-tensors is")
+        # transformers adds keys of its own to what the library wrote.
+        known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
+        try:
+            self._config = QuantizationConfig.model_validate(known)
+        except ValueError as error:
+            raise UserError(f"quantization_config in {where} is not valid: {_first_line(error)}") from None
+        self._schemes: dict[str, Any] = {}
+        for group in self._config.config_groups.values():
+            form = getattr(group, "format", None) or self._config.format
+            if form != _FORMAT:
+                raise UserError(f"quantization format={str(form)!r} in {where} is not supported: only {_FORMAT} is")
+            for target in group.targets:
+                self._schemes[target] = group
+
+    def scheme(self, module: str) -> Any:
+        """The library's QuantizationScheme of the module of this checkpoint name; None where it has none."""
+        from compressed_tensors.utils.match import is_match, match_targets
+
+        linear = torch.nn.Linear(1, 1, device="meta")
+        if not is_match(module, linear, list(self._schemes), self._config.ignore or []):
+            return None
+        # Sorted by the library from the most specific on; it takes the first one too.
+        return self._schemes[match_targets(module, linear, list(self._schemes))[0]]
+
+    def unpack(self, module: str, parts: dict[str, Tensor]) -> Tensor:
+        """Weight [rows, columns], in the dtype of its scales, from its stored parts."""
+        from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+
+        scheme = self.scheme(module)
+        if scheme is None or scheme.weights is None:
+            raise UserError(f"{module}.{PACKED} in {self._where} is packed, but no config group targets it")
+        try:
+            return PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        except (AssertionError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{module}.{PACKED} in {self._where} cannot be unpacked: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

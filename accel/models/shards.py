@@ -1,0 +1,128 @@
+"""safetensors files, read without mapping them: headers, and byte ranges straight into a tensor's own memory.
+
+A mapped file's pages count as the process's memory; what is read with plain calls does not.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accel.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LENGTH_BYTES = 8  # a little-endian count of the header's bytes opens the file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: begin counts bytes from the start of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def part(self, matrix: int, first: int, last: int) -> "Stored":
+        """Rows first to last (exclusive) of one matrix of a three-dimensional tensor."""
+        _, rows, columns = self.shape
+        skipped = (matrix * rows + first) * columns * self.dtype.itemsize
+        return Stored(self.file, self.dtype, (last - first, columns), self.begin + skipped)
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if tensor.numel():
+            with self.file.open("rb", buffering=0) as file:
+                _fill(file, self.begin, tensor)
+        return tensor
+
+    def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
+        """Rows of a matrix, the given runs of them (first, count) one after the other."""
+        columns = self.shape[1]
+        tensor = torch.empty(sum(count for _, count in runs), columns, dtype=self.dtype)
+        done = 0
+        with self.file.open("rb", buffering=0) as file:
+            for first, count in runs:
+                if count and columns:
+                    begin = self.begin + first * columns * self.dtype.itemsize
+                    _fill(file, begin, tensor[done : done + count])
+                done += count
+        return tensor
+
+    def strip(self, offset: int, size: int) -> bytes:
+        """Some of the tensor's bytes, from offset on."""
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.begin + offset)
+            return file.read(min(size, self.nbytes - offset))
+
+
+def _fill(file: FileIO, begin: int, tensor: Tensor) -> None:
+    view = tensor.view(-1).view(torch.uint8).numpy().data
+    file.seek(begin)
+    while view:
+        # One call reads 2 GiB at most.
+        count = file.readinto(view)
+        if not count:
+            raise UserError(f"shard {file.name} is truncated: it ends before byte {begin + len(view)}")
+        view = view[count:]
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
+    """Header of one file, as it stands and as the places of its tensors.
+
+    UserError where the file is missing, cut short, or no safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing: the checkpoint needs every file that its index names")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        opening = file.read(_LENGTH_BYTES)
+        length = struct.unpack("<Q", opening)[0] if len(opening) == _LENGTH_BYTES else 0
+        if len(opening) < _LENGTH_BYTES or (opening[:1] and _LENGTH_BYTES + length > size):
+            raise UserError(f"shard {path} is truncated or no safetensors file: its {size} bytes end inside the header")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        places = {name: _place(path, name, entry, _LENGTH_BYTES + length, size) for name, entry in entries.items()}
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"shard {path} is no safetensors file: its header cannot be read") from None
+    return raw, places
+
+
+def _place(path: Path, name: str, entry: dict, origin: int, size: int) -> Stored:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"tensor {name} in {path} has dtype {entry['dtype']}: readable are {', '.join(DTYPES)}")
+    stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + begin)
+    if end - begin != stored.nbytes:
+        raise UserError(f"tensor {name} in {path} has {end - begin} bytes: its shape and dtype need {stored.nbytes}")
+    if origin + end > size:
+        raise UserError(f"shard {path} is truncated: tensor {name} ends at byte {origin + end}, the file at {size}")
+    return stored

@@ -1,0 +1,1 @@
+"""Ray actors, scheduling, progress and tracking round what accel computes."""

@@ -1,0 +1,110 @@
+"""The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from accel.compression.quantizers.base import require_finite
+from accel.compression.settings import Settings
+
+# What collect() sends for a group: nodes of the summation tree (start, size, tokens, panels).
+Nodes = list[tuple[int, int, int, list[np.ndarray]]]
+
+
+class Calibrator:
+    """Hidden states of some chunks, block by block; made anew after a loss, it catches up from the finished shards.
+
+    chunks: calibration tokens [sequences, T] by the number of their chunk; empty where the quantizer needs no statistics.
+    """
+
+    def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        torch.set_grad_enabled(False)
+        from accel.compression.calibration import Shard
+        from accel.compression.settings import Task
+        from cluster.resources import cpu_seconds
+
+        self._settings = settings
+        self._task = Task(settings)
+        self._cpu_before = cpu_seconds()
+        self._groups = {group.key: group for groups in self._task.plan for group in groups}
+        self._chunks = chunks
+        self._shard: Shard | None = None
+
+    def check(self, names: list[str]) -> None:
+        """Raise UserError naming a tensor that has NaN or Inf."""
+        for name in names:
+            tensor = self._task.checkpoint.tensor(name)
+            if tensor.is_floating_point():
+                require_finite(tensor, name)
+
+    def collect(self, block: int) -> dict[str, Nodes]:
+        """Sums of layer inputs in a block over this shard, by group key.
+
+        Hidden states that are not there yet are made from the blocks before, which must be finished where their quantized
+        outputs are propagated.
+        """
+        shard = self._catch_up(block)
+        module = self._task.architecture.load_block(block)
+        original = self._settings.propagate == "original"
+        trees = shard.collect(module, self._task.plan[block], advance=original)
+        return {
+            key: [(start, size, node.tokens, node.arrays()) for (start, size), node in tree.nodes.items()]
+            for key, tree in trees.items()
+        }
+
+    def solve(
+        self, block: int, keys: list[str], *collected: Mapping[str, Nodes]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
+        """Quantize groups of a block from what all calibrators collected.
+
+        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took.
+        """
+        from time import perf_counter
+
+        from accel.compression.solve import solve_group
+        from accel.compression.statistics import SecondMoment, Tree
+
+        started = perf_counter()
+        packed: dict[str, dict[str, Tensor]] = {}
+        facts: list[dict[str, Any]] = []
+        for key in keys:
+            group = self._groups[key]
+            tree = Tree()
+            for nodes in collected:
+                for start, size, tokens, arrays in nodes.get(key, []):
+                    tree.add(start, size, SecondMoment.from_arrays(group.columns, arrays, tokens))
+            solved = solve_group(
+                group,
+                self._task.checkpoint,
+                self._settings.quantizer,
+                tree.total() if tree.nodes else None,
+                self._settings.expert_tokens,
+                self._settings.device,
+            )
+            packed |= {name: self._task.output.pack(weight) for name, weight in solved.weights.items()}
+            facts += solved.facts
+        return packed, facts, perf_counter() - started
+
+    def usage(self) -> tuple[float, int]:
+        """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
+        from cluster.resources import cpu_seconds, peak_rss_bytes
+
+        return cpu_seconds() - self._cpu_before, peak_rss_bytes()
+
+    def _catch_up(self, block: int) -> Any:
+        from accel.compression.calibration import Shard, replace_weights
+
+        if self._shard is None or self._shard.position > block:
+            self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
+        while self._shard.position < block:
+            position = self._shard.position
+            module = self._task.architecture.load_block(position)
+            if self._settings.propagate == "quantized":
+                replace_weights(module, self._task.output.read_block(position))
+            self._shard.advance(module)
+        return self._shard

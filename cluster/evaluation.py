@@ -1,0 +1,67 @@
+"""Evaluation over the processes of a cluster: each takes some of the windows, and the sums add up."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel.evaluation.divergence import Sums
+from accel.evaluation.perplexity import Windows
+
+
+def measure(
+    model: Path,
+    original: Path | None,
+    cut: Windows,
+    workers: int = 2,
+    threads: int = 1,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 8,
+    device: str = "cpu",
+    gpus: float = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Sums, int]:
+    """Sums over all windows, and the largest peak of memory of a process in bytes; progress(done, total) in parts.
+
+    Runs inside a Ray session. A task whose process dies runs again.
+    """
+    import ray
+
+    parts = min(workers, len(cut))
+    task = ray.remote(_evaluate).options(
+        num_cpus=threads,
+        num_gpus=gpus,
+        max_retries=3,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+    )
+    running = [
+        task.remote(str(model), str(original) if original else None, cut.part(part, parts), threads, dtype, batch, device)
+        for part in range(parts)
+    ]
+    results: dict[Any, tuple[Sums, int]] = {}
+    left = list(running)
+    while left:
+        (done, *_), left = ray.wait(left)
+        results[done] = ray.get(done)
+        if progress:
+            progress(len(results), parts)
+    total = Sums()
+    # In the order of the windows: a sum's last bits depend on its order.
+    for ref in running:
+        total += results[ref][0]
+    return total, max(peak for _, peak in results.values())
+
+
+def _evaluate(
+    model: str, original: str | None, cut: Windows, threads: int, dtype: torch.dtype, batch: int, device: str
+) -> tuple[Sums, int]:
+    from accel.evaluation.divergence import evaluate
+    from accel.models.architecture import Architecture
+    from accel.models.checkpoint import Checkpoint
+    from cluster.resources import peak_rss_bytes
+
+    torch.set_num_threads(threads)
+    compared = Architecture(Checkpoint(original), dtype, device) if original else None
+    sums = evaluate(Architecture(Checkpoint(model), dtype, device), cut, compared, batch)
+    return sums, peak_rss_bytes()

@@ -1,0 +1,1 @@
+"""The hasten command and its jobs."""

@@ -1,0 +1,1 @@
+"""Benchmarks, one per file, run by `hasten bench NAME`: each writes its own section of docs/benchmarks.md."""

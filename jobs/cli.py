@@ -1,0 +1,90 @@
+"""The hasten command: `hasten JOB [key=value …]`."""
+
+import os
+import sys
+from importlib import import_module, metadata
+from typing import Any
+
+from accel.errors import UserError
+from jobs.help import benchmark_names, benchmark_schema, job_help, overview
+from jobs.options import nearest
+from jobs.schema import JOBS
+
+_HELP = ("-h", "--help", "help")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    from jobs.run import log_traceback
+
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        log_traceback(error)
+        print(f"hasten: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (`hasten --help | head`) has seen enough. Python flushes once more at exit: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("hasten: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # A mistake of ours: the traceback is what we want to be sent.
+        log_traceback(error)
+        raise
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in _HELP:
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"hasten {metadata.version('hasten')}")
+        return 0
+    job, words = _known(words[0], "job", list(JOBS)), words[1:]
+    asks_help = any(word in _HELP for word in words)
+    name = None
+    if job == "bench":
+        if words and words[0] not in _HELP and "=" not in words[0]:
+            name, words = _known(words[0], "benchmark", benchmark_names()), words[1:]
+        elif not asks_help:
+            raise UserError(f"hasten bench needs the name of a benchmark: {', '.join(benchmark_names())}")
+    if asks_help:
+        print(job_help(job, name))
+        return 0
+    _run(job, name, words)
+    return 0
+
+
+def _run(job: str, name: str | None, words: list[str]) -> None:
+    from jobs.compose import compose
+    from jobs.run import default_folder, log_to_terminal
+
+    config: Any = compose(job, benchmark_schema(name) if name else JOBS[job], words)
+    config.run_dir = config.run_dir or default_folder(f"{job}/{name}" if name else job)
+    log_to_terminal()
+    module = import_module(f"jobs.benchmarks.{name}" if name else f"jobs.{job}")
+    report = module.run(config)
+    if report is not None:
+        sys.stderr.flush()
+        print(f"report: {report}", flush=True)
+
+
+def _known(word: str, what: str, names: list[str]) -> str:
+    if word not in names:
+        near = nearest(word, names)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"unknown {what} {word!r}: {hint}")
+    return word
+
+
+def _one_line(error: UserError) -> str:
+    # Ray raises a copy of an actor's exception whose text is the remote traceback; the exception itself is its cause.
+    cause = getattr(error, "cause", None)
+    return " ".join(str(cause if isinstance(cause, UserError) else error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

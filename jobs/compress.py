@@ -1,0 +1,215 @@
+"""`hasten compress`: a checkpoint in, a smaller one out, with what it cost in quality."""
+
+import logging
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from jobs.schema import CompressConfig
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(config: CompressConfig) -> Path:
+    """Compress config.model into config.output; returns the path of report.json."""
+    from accel.evaluation.perplexity import load_windows
+    from accel.models.checkpoint import resolve
+    from cluster.calibration_pass import CalibrationPass
+    from cluster.session import session
+    from jobs.compose import plain
+    from jobs.run import start
+
+    started = perf_counter()
+    source = resolve(config.model)
+    settings = _settings(config, source)
+    tokens, tokenizer = _tokens(config, settings, source)
+    evaluation = config.evaluation
+    cut = None
+    if evaluation.sequences:
+        cut = load_windows(
+            evaluation.source,
+            tokenizer,
+            evaluation.sequences,
+            evaluation.sequence_length,
+            evaluation.stride,
+            vocabulary=_vocabulary(source),
+        )
+    gpus = 1 if settings.device == "cuda" else 0
+    compression = CalibrationPass(settings, tokens, config.workers, gpus)
+    compression.task.output.open(settings.fingerprint(compression.task.checkpoint, tokens), config.overwrite)
+    run_dir = start(config)
+    with _tracker(config, run_dir) as tracker, session(config.address, config.workers * config.threads):
+        tracker.params(plain(config))
+        done = _compress(compression, tracker)
+        metrics: dict[str, Any] = {}
+        peak = done.peak_rss_bytes
+        if cut is not None:
+            metrics, peak = _evaluate(config, settings, source, cut, gpus)
+        report = _report(config, compression, metrics, max(peak, done.peak_rss_bytes), perf_counter() - started)
+        _figures(report, run_dir, tracker)
+        tracker.metrics(report["metrics"])
+        path = tracker.report(report)
+    _print_summary(report)
+    return path
+
+
+def _settings(config: CompressConfig, source: Path) -> Any:
+    from hydra.utils import instantiate
+
+    from accel.compression.formats.pack_quantized import PackQuantized
+    from accel.compression.quantizers.base import Scheme
+    from accel.compression.settings import Settings
+    from jobs.arithmetic import resolve_device, resolve_dtype
+
+    device = resolve_device(config.device)
+    quantizer = instantiate(config.quantizer)
+    name = f"{source.name}-{type(quantizer).__name__.lower()}-w{config.bits}g{config.group_size}".replace("g-1", "")
+    return Settings(
+        checkpoint=source,
+        output=Path(config.output or Path("runs", "models", name)).expanduser().absolute(),
+        quantizer=quantizer,
+        scheme=Scheme(config.bits, config.group_size, config.symmetric),
+        format=PackQuantized(),
+        ignore=tuple(config.ignore),
+        skip_first=config.skip_first,
+        skip_last=config.skip_last,
+        propagate=config.propagate,
+        dtype=resolve_dtype(config.dtype, device),
+        device=device,
+        threads=config.threads,
+        batch=config.calibration.batch,
+        shards=config.calibration.shards,
+        expert_tokens=config.calibration.expert_tokens,
+    )
+
+
+def _tokens(config: CompressConfig, settings: Any, source: Path) -> tuple[Any, Any]:
+    """Calibration tokens, None where the quantizer needs none, and the tokenizer, None where there is none."""
+    from accel.data.tokens import load_tokens
+    from jobs.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    if not settings.quantizer.needs_second_moment:
+        return None, tokenizer
+    calibration = config.calibration
+    tokens = load_tokens(
+        calibration.source,
+        tokenizer,
+        calibration.sequences,
+        calibration.sequence_length,
+        "train",
+        calibration.seed,
+        _vocabulary(source),
+    )
+    return tokens, tokenizer
+
+
+def _vocabulary(source: Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(source).get_text_config().vocab_size)
+
+
+def _tracker(config: CompressConfig, run_dir: Path) -> Any:
+    from cluster.tracking import Tracker
+
+    return Tracker(
+        config.tracking.uri,
+        config.tracking.experiment,
+        config.tracking.name or f"compress-{run_dir.name}",
+        run_dir,
+    )
+
+
+def _compress(compression: Any, tracker: Any) -> Any:
+    from jobs.progress import Progress
+
+    architecture, output = compression.task.architecture, compression.task.output
+    finished = sum(output.is_finished(block) for block in range(architecture.num_blocks))
+    if finished:
+        _LOG.info("%d of %d blocks are finished already in %s", finished, architecture.num_blocks, output.path)
+    with Progress("compress", architecture.num_blocks, "block") as progress:
+        progress.begin(finished)
+
+        def note(count: int, row: dict[str, Any]) -> None:
+            progress.update(finished + count, f"error {row['error']:.2e}")
+            tracker.metrics({"block_error": row["error"], "block_seconds": row["seconds"]}, step=row["block"])
+
+        return compression.run(note)
+
+
+def _evaluate(
+    config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float
+) -> tuple[dict[str, Any], int]:
+    from cluster.evaluation import measure
+    from jobs.progress import Progress
+
+    with Progress("evaluate", config.workers, "part") as progress:
+        sums, peak = measure(
+            settings.output,
+            source,
+            cut,
+            config.workers,
+            config.threads,
+            device=settings.device,
+            gpus=gpus,
+            progress=lambda done, total: progress.update(done),
+        )
+    return sums.metrics(), peak
+
+
+def _report(
+    config: CompressConfig, compression: Any, metrics: dict[str, Any], peak: int, seconds: float
+) -> dict[str, Any]:
+    from accel.evaluation.sizes import disk_bytes, sizes
+    from accel.models.checkpoint import Checkpoint
+    from jobs.compose import plain
+
+    output, done = compression.task.output, compression.report
+    layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
+    nothing = dict.fromkeys(("perplexity", "perplexity_original", "kl_divergence", "top1_agreement"))
+    return {
+        "job": "compress",
+        "config": plain(config),
+        "metrics": {
+            **nothing,
+            **metrics,
+            **sizes(Checkpoint(output.path)).metrics(),
+            "bytes_original": disk_bytes(compression.task.checkpoint.path),
+            "seconds": seconds,
+            "calibration_seconds": done.seconds,
+            "cpu_seconds": done.cpu_seconds,
+            "peak_rss_bytes": peak,
+            "blocks_resumed": done.resumed,
+            "calibrator_restarts": done.restarts,
+        },
+        "layers": layers,
+        "blocks": done.blocks,
+        "fallbacks": [row["layer"] for row in layers if row["notes"]],
+        "output": str(output.path),
+    }
+
+
+def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
+    from cluster.figures import error_per_layer, seconds_per_block
+
+    tracker.figure(error_per_layer(report["layers"], run_dir / "error_per_layer.png"))
+    if report["blocks"]:
+        rows = [{"layer": str(row["block"]), "seconds": row["seconds"]} for row in report["blocks"]]
+        tracker.figure(seconds_per_block(rows, run_dir / "seconds_per_block.png"))
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    metrics = report["metrics"]
+    print(f"checkpoint: {report['output']}")
+    print(
+        f"size: {metrics['bytes'] / 2**20:.1f} MiB, was {metrics['bytes_original'] / 2**20:.1f} MiB; "
+        f"{metrics['bits_per_weight']:.3f} bits per quantized weight"
+    )
+    if metrics["kl_divergence"] is not None:
+        print(
+            f"quality: perplexity {metrics['perplexity']:.3f}, was {metrics['perplexity_original']:.3f}; "
+            f"KL divergence {metrics['kl_divergence']:.5f} nats a token; same first token {metrics['top1_agreement']:.1%}"
+        )
+    if report["fallbacks"]:
+        print(f"see notes in the report of {len(report['fallbacks'])} layers, the first is {report['fallbacks'][0]}")

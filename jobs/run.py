@@ -1,0 +1,71 @@
+"""A run's folder and its logs: made when work starts, so that a mistake in the options leaves nothing behind."""
+
+import logging
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accel.errors import UserError
+
+LOG_FILE = "hasten.log"
+# Written to the log file alone: a user's mistake is one line on the terminal.
+_TRACEBACKS = logging.getLogger("hasten.traceback")
+_OURS = ("accel", "cluster", "jobs", "kernels")
+
+
+class _Terminal(logging.Handler):
+    """Log lines on standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        line = self.format(record)
+        if tqdm is None:
+            print(line, file=sys.stderr)
+        else:
+            tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def log_to_terminal() -> None:
+    """Show what hasten logs from level INFO, and what libraries log from WARNING."""
+    handler = _Terminal()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger().handlers = [handler]
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    _TRACEBACKS.handlers = []
+    _TRACEBACKS.propagate = False
+
+
+def default_folder(job: str) -> str:
+    """Folder, relative to the current one, of a run that starts now."""
+    # Milliseconds, because a script may start several runs in one second.
+    return str(Path("runs", job, datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]))
+
+
+def start(config: Any) -> Path:
+    """Make config.run_dir with config.yaml and the log file in it, and return it.
+
+    A job calls this once, after everything that the user may have got wrong was checked.
+    """
+    from omegaconf import OmegaConf
+
+    from jobs.compose import plain
+
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))), encoding="utf-8")
+        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for logger in (logging.getLogger(), _TRACEBACKS):
+        logger.addHandler(handler)
+    return folder
+
+
+def log_traceback(error: BaseException) -> None:
+    """Put the traceback of an error into the run's log file, if the run has one by now."""
+    if _TRACEBACKS.handlers:
+        _TRACEBACKS.error("the run failed", exc_info=error)

@@ -1,0 +1,180 @@
+"""The options of every job: one dataclass a job, from which help, checks and Hydra's schemas are made.
+
+Defaults live here; conf/JOB.yaml holds choices. Fields keep to the types that OmegaConf checks. This module is read
+for `hasten --help` and imports nothing heavy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Field of a job's dataclass with its help text and what is accepted; a default list is copied for every object."""
+    rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+def group(text: str) -> Any:
+    """Field whose value is chosen by name from the folder conf/FIELD."""
+    return field(default_factory=dict, metadata={"help": text, "group": True})
+
+
+def section(made_by: Callable[[], Any]) -> Any:
+    """Field that is a dataclass of options itself."""
+    return field(default_factory=made_by)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
+MODEL = "embedded:target, embedded:draft, a folder with a transformers checkpoint, or a name on the Hugging Face hub"
+SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
+
+
+@dataclass
+class Calibration:
+    """Tokens that the quantizer sees."""
+
+    source: str = option("library", f"text that the calibration tokens come from: {SOURCE}")
+    sequences: int = option(128, "calibration sequences", at_least=1)
+    sequence_length: int = option(512, "tokens in a calibration sequence", at_least=2)
+    seed: int = option(0, "which sequences of the source are drawn", at_least=0)
+    batch: int = option(4, "sequences that run through a block at once", at_least=1)
+    shards: int = option(8, "chunks that the sequences are cut into; as many calibrators can share them", at_least=1)
+    expert_tokens: int = option(128, "experts that saw fewer tokens are rounded to nearest", at_least=0)
+
+
+@dataclass
+class Evaluation:
+    """Tokens that quality is measured on."""
+
+    source: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
+    sequences: int = option(32, "evaluation sequences; 0 measures nothing", at_least=0)
+    sequence_length: int = option(512, "tokens in a window", at_least=2)
+    stride: int = option(512, "tokens between two windows; those seen before are context only", at_least=1)
+
+
+@dataclass
+class Tracking:
+    """Where MLflow keeps the run."""
+
+    uri: str | None = option(None, "MLflow tracking URI; null is a sqlite file in runs/")
+    experiment: str = option("hasten", "MLflow experiment")
+    name: str | None = option(None, "name of the MLflow run; null names it by job and time")
+
+
+@dataclass
+class Run:
+    """What every job has."""
+
+    run_dir: str | None = option(None, "folder for config, log, report and figures; null is runs/JOB/DATE_TIME")
+    seed: int = option(0, "seed of everything random that has no seed of its own", at_least=0)
+    tracking: Tracking = section(Tracking)
+
+
+@dataclass
+class CompressConfig(Run):
+    """Quantize a checkpoint on a local or remote Ray cluster; started again, it goes on where it was stopped."""
+
+    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
+    bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
+    group_size: int = option(128, "input columns that share a scale; -1 is one scale a row", at_least=-1)
+    symmetric: bool = option(False, "no zero points")
+    ignore: list[str] = option(
+        [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
+    )
+    skip_first: int = option(0, "blocks left as they are at the start", at_least=0)
+    skip_last: int = option(0, "blocks left as they are at the end", at_least=0)
+    propagate: str = option(
+        "quantized",
+        "whose output the next block is calibrated on; with original all blocks are independent",
+        choices=("quantized", "original"),
+    )
+    dtype: str = option(
+        "auto", "dtype of the arithmetic; auto is bfloat16 where the machine multiplies it fast", choices=DTYPES
+    )
+    device: str = option("auto", "where the calibrators compute; auto is cuda where there is one", choices=DEVICES)
+    output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+    workers: int = option(2, "calibrators, a process each; they change the time and not a byte", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    address: str | None = option(None, ADDRESS)
+    calibration: Calibration = section(Calibration)
+    evaluation: Evaluation = section(Evaluation)
+
+
+@dataclass
+class EvaluateConfig(Run):
+    """Measure a checkpoint: perplexity, divergence from the original, exact bits per weight, bytes."""
+
+    model: str = option("embedded:target", f"what to measure, compressed or not: {MODEL}")
+    original: str | None = option(
+        None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names"
+    )
+    tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
+    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
+    batch: int = option(8, "sequences that are run at once", at_least=1)
+    workers: int = option(2, "processes that share the sequences", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    address: str | None = option(None, ADDRESS)
+    evaluation: Evaluation = section(Evaluation)
+
+
+@dataclass
+class Training:
+    """Shape and schedule of one model that is trained from nothing."""
+
+    hidden_size: int = option(256, "width", at_least=1)
+    intermediate_size: int = option(896, "width inside the feed-forward layers", at_least=1)
+    heads: int = option(4, "attention heads", at_least=1)
+    kv_heads: int = option(2, "key-value heads", at_least=1)
+    head_dim: int = option(64, "size of a head", at_least=2)
+    depths: list[list[int]] = option([], "stages [layers, tokens]; the last one has all layers")
+    batch: int = option(16, "sequences a step, over all workers", at_least=1)
+    sequence_length: int = option(512, "tokens in a sequence", at_least=2)
+    lr: float = option(6e-3, "learning rate of the matrices (Muon)", at_least=0)
+    embedding_lr: float = option(5e-3, "learning rate of embedding and norms (AdamW)", at_least=0)
+    weight_decay: float = option(0.05, "weight decay of the matrices", at_least=0)
+    warmup_steps: int = option(40, "steps of rising learning rate", at_least=1)
+    decay: float = option(0.4, "share of all steps, at the end, of falling learning rate", at_least=0, at_most=1)
+
+
+@dataclass
+class PretrainConfig(Run):
+    """Train the embedded models, tokenizer, target and draft, from the standard library's source files; resumable."""
+
+    models: list[str] = option(["target", "draft"], "which of target and draft to train")
+    vocab_size: int = option(4096, "entries of the byte-level BPE tokenizer", at_least=258, at_most=65536)
+    library: str | None = option(None, "folder of .py files to train on; null is this Python's standard library")
+    output: str = option("runs/models/embedded", "folder of the trained checkpoints and the state to resume from")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier training's, and start again")
+    workers: int = option(2, "processes that share every step", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    target: Training = section(Training)
+    draft: Training = section(Training)
+
+
+@dataclass
+class BenchConfig(Run):
+    """Run a benchmark by name and print its table."""
+
+    model: str = option("embedded:target", f"what the benchmark runs on: {MODEL}")
+    threads: int = option(1, "threads of every process", at_least=1)
+
+
+JOBS: dict[str, type[Run]] = {
+    "compress": CompressConfig,
+    "evaluate": EvaluateConfig,
+    "pretrain": PretrainConfig,
+    "bench": BenchConfig,
+}

@@ -1,0 +1,1 @@
+"""One op per file: torch reference, Triton kernel, one dispatch function."""
