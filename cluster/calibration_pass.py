@@ -8,6 +8,7 @@ and the block is done again; nothing else is.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -62,6 +63,7 @@ class CalibrationPass:
             else [{} for _ in range(workers)]
         )
         self._workers: list[Any] = []
+        self._ahead: dict[int, list[Any]] = {}
         self.report = PassReport()
 
     @property
@@ -82,7 +84,7 @@ class CalibrationPass:
             self._retry(lambda: self._get([worker.usage.remote() for worker in self._workers]))
             started = perf_counter()
             for index, block in enumerate(todo):
-                row = self._retry(lambda block=block: self._do(block), f"block {block}")
+                row = self._retry(partial(self._do, block), f"block {block}")
                 self.report.blocks.append(row)
                 if progress:
                     progress(index + 1, row)
@@ -130,9 +132,7 @@ class CalibrationPass:
         started = perf_counter()
         needed = self._settings.quantizer.needs_second_moment
         groups = self._task.plan[block]
-        collected: list[Any] = []
-        if needed and groups:
-            collected = [worker.collect.remote(block) for worker in self._workers]
+        collected = self._collect(block) if needed and groups else []
         packed, facts = self._solve(block, groups, collected)
         order = [layer.name for group in groups for layer in group.layers]
         facts.sort(key=lambda row: order.index(row["layer"]))
@@ -147,6 +147,18 @@ class CalibrationPass:
             "error": sum(errors) / len(errors) if errors else 0.0,
             "layers": len(facts),
         }
+
+    def _collect(self, block: int) -> list[Any]:
+        """Promises of a block's sums, one a calibrator.
+
+        Where the original's outputs are propagated nothing that is solved here matters to the next block, which is
+        asked for at once: no calibrator waits for another's solve.
+        """
+        collected = self._ahead.pop(block, None) or [worker.collect.remote(block) for worker in self._workers]
+        following = block + 1
+        if self._settings.propagate == "original" and following < len(self._task.plan):
+            self._ahead[following] = [worker.collect.remote(following) for worker in self._workers]
+        return collected
 
     def _solve(
         self, block: int, groups: list[Group], collected: list[Any]
@@ -221,6 +233,7 @@ class CalibrationPass:
     def _replace_lost(self) -> None:
         import ray
 
+        self._ahead.clear()
         for index, worker in enumerate(self._workers):
             try:
                 ray.get(worker.usage.remote())

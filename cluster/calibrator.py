@@ -16,7 +16,7 @@ Nodes = list[tuple[int, int, int, list[np.ndarray]]]
 class Calibrator:
     """Hidden states of some chunks, block by block; made anew after a loss, it catches up from the finished shards.
 
-    chunks: calibration tokens [sequences, T] by the number of their chunk; empty where the quantizer needs no statistics.
+    chunks: calibration tokens [sequences, T] by the number of their chunk; empty where no statistics are needed.
     """
 
     def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
@@ -45,8 +45,8 @@ class Calibrator:
     def collect(self, block: int) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, by group key.
 
-        Hidden states that are not there yet are made from the blocks before, which must be finished where their quantized
-        outputs are propagated.
+        Hidden states that are not there yet are made from the blocks before, which must be finished where their
+        quantized outputs are propagated.
         """
         shard = self._catch_up(block)
         module = self._task.architecture.load_block(block)

@@ -1,6 +1,7 @@
 """Evaluation over the processes of a cluster: each takes some of the windows, and the sums add up."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,15 @@ import torch
 
 from accel.evaluation.divergence import Sums
 from accel.evaluation.perplexity import Windows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over all windows, CPU seconds of all processes, and the largest peak of memory of one of them, in bytes."""
+
+    sums: Sums
+    cpu_seconds: float
+    peak_rss_bytes: int
 
 
 def measure(
@@ -21,8 +31,8 @@ def measure(
     device: str = "cpu",
     gpus: float = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Sums, int]:
-    """Sums over all windows, and the largest peak of memory of a process in bytes; progress(done, total) in parts.
+) -> Measured:
+    """Evaluate a model on all windows, against the original where one is given; progress(done, total) in parts.
 
     Runs inside a Ray session. A task whose process dies runs again.
     """
@@ -36,32 +46,37 @@ def measure(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
     running = [
-        task.remote(str(model), str(original) if original else None, cut.part(part, parts), threads, dtype, batch, device)
+        task.remote(
+            str(model), str(original) if original else None, cut.part(part, parts), threads, dtype, batch, device
+        )
         for part in range(parts)
     ]
-    results: dict[Any, tuple[Sums, int]] = {}
+    results: dict[Any, Measured] = {}
     left = list(running)
     while left:
         (done, *_), left = ray.wait(left)
         results[done] = ray.get(done)
         if progress:
             progress(len(results), parts)
-    total = Sums()
     # In the order of the windows: a sum's last bits depend on its order.
-    for ref in running:
-        total += results[ref][0]
-    return total, max(peak for _, peak in results.values())
+    parted = [results[ref] for ref in running]
+    return Measured(
+        sum((part.sums for part in parted), Sums()),
+        sum(part.cpu_seconds for part in parted),
+        max(part.peak_rss_bytes for part in parted),
+    )
 
 
 def _evaluate(
     model: str, original: str | None, cut: Windows, threads: int, dtype: torch.dtype, batch: int, device: str
-) -> tuple[Sums, int]:
+) -> Measured:
     from accel.evaluation.divergence import evaluate
     from accel.models.architecture import Architecture
     from accel.models.checkpoint import Checkpoint
-    from cluster.resources import peak_rss_bytes
+    from cluster.resources import cpu_seconds, peak_rss_bytes
 
+    before = cpu_seconds()
     torch.set_num_threads(threads)
     compared = Architecture(Checkpoint(original), dtype, device) if original else None
     sums = evaluate(Architecture(Checkpoint(model), dtype, device), cut, compared, batch)
-    return sums, peak_rss_bytes()
+    return Measured(sums, cpu_seconds() - before, peak_rss_bytes())

@@ -14,8 +14,8 @@ _LOG = logging.getLogger(__name__)
 def session(address: str | None, cpus: int) -> Iterator[None]:
     """Ray for the time of the block; one that is already running in this process is used and left running.
 
-    address: of a cluster, `auto` for the one that RAY_ADDRESS or this machine names, None to start Ray here. cpus: what the
-    job's actors need together; a local Ray offers that many even where the machine has fewer.
+    address: of a cluster, `auto` for the one that RAY_ADDRESS or this machine names, None to start Ray here. cpus: what
+    the job's actors need together; a local Ray offers that many even where the machine has fewer.
     """
     import ray
 

@@ -18,6 +18,7 @@ def run(config: CompressConfig) -> Path:
     from cluster.session import session
     from jobs.compose import plain
     from jobs.run import start
+    from jobs.tokenizer import vocabulary_size
 
     started = perf_counter()
     source = resolve(config.model)
@@ -32,7 +33,7 @@ def run(config: CompressConfig) -> Path:
             evaluation.sequences,
             evaluation.sequence_length,
             evaluation.stride,
-            vocabulary=_vocabulary(source),
+            vocabulary=vocabulary_size(source),
         )
     gpus = 1 if settings.device == "cuda" else 0
     compression = CalibrationPass(settings, tokens, config.workers, gpus)
@@ -42,10 +43,9 @@ def run(config: CompressConfig) -> Path:
         tracker.params(plain(config))
         done = _compress(compression, tracker)
         metrics: dict[str, Any] = {}
-        peak = done.peak_rss_bytes
         if cut is not None:
-            metrics, peak = _evaluate(config, settings, source, cut, gpus)
-        report = _report(config, compression, metrics, max(peak, done.peak_rss_bytes), perf_counter() - started)
+            metrics = _evaluate(config, settings, source, cut, gpus)
+        report = _report(config, compression, metrics, perf_counter() - started)
         _figures(report, run_dir, tracker)
         tracker.metrics(report["metrics"])
         path = tracker.report(report)
@@ -54,15 +54,14 @@ def run(config: CompressConfig) -> Path:
 
 
 def _settings(config: CompressConfig, source: Path) -> Any:
-    from hydra.utils import instantiate
-
     from accel.compression.formats.pack_quantized import PackQuantized
     from accel.compression.quantizers.base import Scheme
     from accel.compression.settings import Settings
     from jobs.arithmetic import resolve_device, resolve_dtype
+    from jobs.methods import build
 
     device = resolve_device(config.device)
-    quantizer = instantiate(config.quantizer)
+    quantizer = build(config.quantizer)
     name = f"{source.name}-{type(quantizer).__name__.lower()}-w{config.bits}g{config.group_size}".replace("g-1", "")
     return Settings(
         checkpoint=source,
@@ -86,7 +85,7 @@ def _settings(config: CompressConfig, source: Path) -> Any:
 def _tokens(config: CompressConfig, settings: Any, source: Path) -> tuple[Any, Any]:
     """Calibration tokens, None where the quantizer needs none, and the tokenizer, None where there is none."""
     from accel.data.tokens import load_tokens
-    from jobs.tokenizer import load_tokenizer
+    from jobs.tokenizer import load_tokenizer, vocabulary_size
 
     tokenizer = load_tokenizer(source)
     if not settings.quantizer.needs_second_moment:
@@ -99,15 +98,9 @@ def _tokens(config: CompressConfig, settings: Any, source: Path) -> tuple[Any, A
         calibration.sequence_length,
         "train",
         calibration.seed,
-        _vocabulary(source),
+        vocabulary_size(source),
     )
     return tokens, tokenizer
-
-
-def _vocabulary(source: Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(source).get_text_config().vocab_size)
 
 
 def _tracker(config: CompressConfig, run_dir: Path) -> Any:
@@ -138,14 +131,12 @@ def _compress(compression: Any, tracker: Any) -> Any:
         return compression.run(note)
 
 
-def _evaluate(
-    config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float
-) -> tuple[dict[str, Any], int]:
+def _evaluate(config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float) -> dict[str, Any]:
     from cluster.evaluation import measure
     from jobs.progress import Progress
 
-    with Progress("evaluate", config.workers, "part") as progress:
-        sums, peak = measure(
+    with Progress("evaluate", min(config.workers, len(cut)), "part") as progress:
+        measured = measure(
             settings.output,
             source,
             cut,
@@ -155,12 +146,10 @@ def _evaluate(
             gpus=gpus,
             progress=lambda done, total: progress.update(done),
         )
-    return sums.metrics(), peak
+    return measured.sums.metrics() | {"evaluation_peak_rss_bytes": measured.peak_rss_bytes}
 
 
-def _report(
-    config: CompressConfig, compression: Any, metrics: dict[str, Any], peak: int, seconds: float
-) -> dict[str, Any]:
+def _report(config: CompressConfig, compression: Any, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
     from accel.evaluation.sizes import disk_bytes, sizes
     from accel.models.checkpoint import Checkpoint
     from jobs.compose import plain
@@ -179,7 +168,7 @@ def _report(
             "seconds": seconds,
             "calibration_seconds": done.seconds,
             "cpu_seconds": done.cpu_seconds,
-            "peak_rss_bytes": peak,
+            "peak_rss_bytes": max(done.peak_rss_bytes, metrics.get("evaluation_peak_rss_bytes", 0)),
             "blocks_resumed": done.resumed,
             "calibrator_restarts": done.restarts,
         },
@@ -209,7 +198,8 @@ def _print_summary(report: dict[str, Any]) -> None:
     if metrics["kl_divergence"] is not None:
         print(
             f"quality: perplexity {metrics['perplexity']:.3f}, was {metrics['perplexity_original']:.3f}; "
-            f"KL divergence {metrics['kl_divergence']:.5f} nats a token; same first token {metrics['top1_agreement']:.1%}"
+            f"KL divergence {metrics['kl_divergence']:.5f} nats a token; "
+            f"same first token {metrics['top1_agreement']:.1%}"
         )
     if report["fallbacks"]:
         print(f"see notes in the report of {len(report['fallbacks'])} layers, the first is {report['fallbacks'][0]}")

@@ -11,6 +11,7 @@ from accel.errors import UserError
 LOG_FILE = "hasten.log"
 # Written to the log file alone: a user's mistake is one line on the terminal.
 _TRACEBACKS = logging.getLogger("hasten.traceback")
+_HANDLERS: list[logging.Handler] = []
 _OURS = ("accel", "cluster", "jobs", "kernels")
 
 
@@ -27,14 +28,23 @@ class _Terminal(logging.Handler):
 
 
 def log_to_terminal() -> None:
-    """Show what hasten logs from level INFO, and what libraries log from WARNING."""
-    handler = _Terminal()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger().handlers = [handler]
+    """Show what hasten logs from level INFO, and what libraries log from WARNING; ends an earlier run's logs."""
+    while _HANDLERS:
+        earlier = _HANDLERS.pop()
+        for logger in (logging.getLogger(), _TRACEBACKS):
+            logger.removeHandler(earlier)
+        earlier.close()
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
-    _TRACEBACKS.handlers = []
     _TRACEBACKS.propagate = False
+    _add(_Terminal(), "%(message)s", logging.getLogger())
+
+
+def _add(handler: logging.Handler, form: str, *loggers: logging.Logger) -> None:
+    handler.setFormatter(logging.Formatter(form))
+    _HANDLERS.append(handler)
+    for logger in loggers:
+        logger.addHandler(handler)
 
 
 def default_folder(job: str) -> str:
@@ -59,9 +69,7 @@ def start(config: Any) -> Path:
         handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for logger in (logging.getLogger(), _TRACEBACKS):
-        logger.addHandler(handler)
+    _add(handler, "%(asctime)s %(levelname)s %(name)s: %(message)s", logging.getLogger(), _TRACEBACKS)
     return folder
 
 

@@ -60,7 +60,9 @@ class Evaluation:
     source: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
     sequences: int = option(32, "evaluation sequences; 0 measures nothing", at_least=0)
     sequence_length: int = option(512, "tokens in a window", at_least=2)
-    stride: int = option(512, "tokens between two windows; those seen before are context only", at_least=1)
+    stride: int | None = option(
+        None, "tokens between two windows, those seen before are context only; null is sequence_length", at_least=1
+    )
 
 
 @dataclass
@@ -123,6 +125,7 @@ class EvaluateConfig(Run):
     )
     tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
     dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
+    device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)
     batch: int = option(8, "sequences that are run at once", at_least=1)
     workers: int = option(2, "processes that share the sequences", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(codes, scale, zero_point, out, columns, groups, size, BLOCK: tl.constexpr):
+def kernel(codes, scale, zero_point, out, columns, groups, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One program: BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -55,9 +55,7 @@ class Shard:
         self.position += 1
 
     @staticmethod
-    def _watch(
-        block: nn.Module, group: Group, moments: dict[str, SecondMoment]
-    ) -> torch.utils.hooks.RemovableHandle:
+    def _watch(block: nn.Module, group: Group, moments: dict[str, SecondMoment]) -> torch.utils.hooks.RemovableHandle:
         # Layers of a group share their input: the first one's is all of theirs.
         layer = group.layers[0]
 

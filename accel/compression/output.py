@@ -1,7 +1,8 @@
 """The folder of a compressed checkpoint while it is being made: one shard a block, each written whole or not at all.
 
-A shard is written under a temporary name, synced and renamed; next to it, in `.hasten`, stand the facts of its block. Index
-and config.json come last: a folder without them is visibly unfinished, and the shards in it are what a later run keeps.
+A shard is written under a temporary name, synced and renamed; next to it, in `.hasten`, stand the facts of its block.
+Index and config.json come last: a folder without them is visibly unfinished, and the shards in it are what a later run
+keeps.
 """
 
 import errno
@@ -89,9 +90,7 @@ class OutputFolder:
         """What write_block stores of a quantized weight."""
         return self._format.pack(weight)
 
-    def write_block(
-        self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]
-    ) -> None:
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
         """Write a block's shard: packed weights by layer name, everything else as the checkpoint has it."""
         tensors: dict[str, Tensor] = {}
         for name in self._architecture.block_tensors(block):

@@ -25,9 +25,9 @@ PROPAGATE = ("quantized", "original")
 class Settings:
     """A compression as plain values, which travel to every worker.
 
-    ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on. dtype: of
-    the arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the calibration
-    sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to nearest.
+    ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on.
+    dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the
+    calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to nearest.
     """
 
     checkpoint: Path
@@ -58,8 +58,8 @@ class Settings:
         return {
             "checkpoint": checkpoint.fingerprint(),
             "calibration tokens": None if tokens is None else tokens_fingerprint(tokens),
-            "quantizer": f"{type(self.quantizer).__name__} {asdict(self.quantizer)}",
-            **{name: value for name, value in asdict(self.scheme).items()},
+            "quantizer": repr(self.quantizer),
+            **asdict(self.scheme),
             "format": type(self.format).__name__,
             "ignore": list(self.ignore),
             "skip_first": self.skip_first,

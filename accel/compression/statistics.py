@@ -1,12 +1,13 @@
 """Second moments of layer inputs, summed so that the result does not depend on who summed what.
 
-Floating-point addition is not associative. The calibration sequences are therefore cut into chunks once, each chunk's sum
-is made by one process in one order, and sums are added along one binary tree over the chunks: any split of the chunks
-over any number of workers gives the same bits.
+Floating-point addition is not associative. The calibration sequences are therefore cut into chunks once, each chunk's
+sum is made by one process in one order, and sums are added along one binary tree over the chunks: any split of the
+chunks over any number of workers gives the same bits.
 """
 
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ _PANEL = 256
 class SecondMoment:
     """Sum of x xᵀ over tokens, (C, C) float32, of which only the panels on and below the diagonal are kept.
 
-    panels: panel p holds rows [p * 256, (p + 1) * 256) and the columns up to its last row; there are none before the first
-    tokens. tokens: how many were added.
+    panels: panel p holds rows [p * 256, (p + 1) * 256) and the columns up to its last row; there are none before the
+    first tokens. tokens: how many were added.
     """
 
     columns: int
@@ -87,8 +88,8 @@ def _panels(columns: int) -> list[tuple[int, int]]:
 class Tree:
     """Sums of chunks, merged pairwise along the one binary tree over all chunks.
 
-    A node (start, size) is the sum of chunks start … start + size - 1, size a power of two that divides start. Merging two
-    siblings overwrites the left one.
+    A node (start, size) is the sum of chunks start … start + size - 1, size a power of two that divides start. Merging
+    two siblings changes the left one.
     """
 
     def __init__(self) -> None:
@@ -121,4 +122,4 @@ class Tree:
 def split(items: int, parts: int) -> list[range]:
     """Cut items into parts contiguous ranges whose lengths differ by at most one; empty ones are left out."""
     bounds = [round(part * items / parts) for part in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [range(a, b) for a, b in pairwise(bounds) if b > a]

@@ -64,6 +64,7 @@ class Architecture:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows."""
+        self._check_length(tokens.shape[1])
         self._load_front()
         decoder = self._skeleton.decoder
         unique, positions = tokens.cpu().unique(return_inverse=True)
@@ -89,6 +90,7 @@ class Architecture:
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """Keyword arguments of each block's forward for sequences of this length, at batch size 1."""
         if length not in self._arguments:
+            self._check_length(length)
             self._load_front()
             decoder = self._skeleton.decoder
             width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)
@@ -96,7 +98,7 @@ class Architecture:
             with torch.no_grad():
                 decoder(inputs_embeds=inputs, use_cache=False)
             # Masks are quadratic in the length, and few lengths occur: only the last one is kept.
-            self._arguments = {length: [dict(recorder.arguments) for recorder in decoder.layers]}
+            self._arguments = {length: [recorder.take() for recorder in decoder.layers]}
         return self._arguments[length]
 
     def load_block(self, index: int) -> nn.Module:
@@ -208,6 +210,12 @@ class Architecture:
             for local, parameter in module.named_parameters():
                 if not local.startswith("embed_tokens."):
                     yield f"{self._prefix}{start}{local}", tuple(parameter.shape)
+
+    def _check_length(self, length: int) -> None:
+        # Rotary positions have no end; learned ones do.
+        most = self.config.max_position_embeddings
+        if hasattr(self._skeleton.decoder, "embed_positions") and length > most:
+            raise UserError(f"sequence length {length} is too long for the model: it has learned {most} positions")
 
     def _check_tensors(self) -> None:
         for name, shape in self._expected():

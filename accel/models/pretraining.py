@@ -140,9 +140,8 @@ def build(shape: Shape, layers: int, vocab_size: int) -> Any:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
-        attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     for layer in model.model.layers:
         _make_identity(layer)
     return model
@@ -166,7 +165,8 @@ def grow(model: Any, shape: Shape, layers: int) -> Any:
 
 
 def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    hidden, others = [], []
+    hidden: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         (hidden if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
@@ -208,57 +208,53 @@ def train(
     killed training goes on. report(step, tokens, loss) is called after every step of rank 0.
     """
     torch.manual_seed(schedule.seed)
-    share = schedule.batch // world
     source = iter(windows(stream, schedule.sequence, schedule.seed))
     # State is read before any rank can write it again.
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if world > 1:
         torch.distributed.barrier()
-    done = int(state["step"]) if state else 0
+    done, model = 0, None
+    if state:
+        done, model = int(state["step"]), build(shape, int(state["layers"]), vocab_size)
+        model.load_state_dict(state["model"])
     for _ in range(done * schedule.batch):
         next(source)
-    model: Any = None
     first = 0
     for (layers, _), steps in zip(schedule.depths, schedule.stage_steps, strict=True):
-        last = first + steps
-        if done >= last and not (done == last == schedule.steps):
-            first = last
+        stage = range(max(first, done), first + steps)
+        first += steps
+        if not stage:
             continue
-        model = build(shape, layers, vocab_size) if model is None else grow(model, shape, layers)
-        if state and first <= done:
-            if done > first or state["layers"] == layers:
-                model.load_state_dict(state["model"])
-            else:
-                smaller = build(shape, int(state["layers"]), vocab_size)
-                smaller.load_state_dict(state["model"])
-                model = grow(smaller, shape, layers)
+        if model is None:
+            model = build(shape, layers, vocab_size)
+        elif len(model.model.layers) != layers:
+            model, state = grow(model, shape, layers), None
         optimizers = _optimizers(model, schedule)
-        if state and state["layers"] == layers:
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+        for optimizer, saved in zip(optimizers, state["optimizers"] if state else (), strict=False):
+            optimizer.load_state_dict(saved)
         state = None
-        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        base = [[schedule.lr], [schedule.embedding_lr]]
-        del rates
         loss_of = torch.compile(lambda tokens, model=model: _loss(model, tokens))
-        for step in range(max(first, done), last):
+        for step in stage:
             batch = np.stack([next(source) for _ in range(schedule.batch)]).astype(np.int64)
-            loss = loss_of(torch.from_numpy(batch[rank * share : (rank + 1) * share]))
+            loss = loss_of(torch.from_numpy(np.array_split(batch, world)[rank]))
             loss.backward()
             if world > 1:
                 _average_gradients(model, world)
-            for optimizer, lrs in zip(optimizers, base, strict=True):
-                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                    group["lr"] = lr * schedule.rate(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            _step(optimizers, schedule, step)
             if rank == 0:
                 if report:
                     report(step + 1, (step + 1) * schedule.batch * schedule.sequence, loss.item())
-                if (step + 1) % save_every == 0 or step + 1 in (last, schedule.steps):
+                if (step + 1) % save_every == 0 or step + 1 == first:
                     _save(state_path, step + 1, layers, model, optimizers)
-        first = last
     return model
+
+
+def _step(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:
+    for optimizer, lr in zip(optimizers, (schedule.lr, schedule.embedding_lr), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule.rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _save(path: Path, step: int, layers: int, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:

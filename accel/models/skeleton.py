@@ -27,6 +27,11 @@ class Recorder(nn.Module):
         self.arguments = arguments
         return hidden_states
 
+    def take(self) -> dict[str, Any]:
+        """The arguments, which are kept no longer."""
+        arguments, self.arguments = self.arguments, {}
+        return arguments
+
 
 @dataclass
 class Skeleton:

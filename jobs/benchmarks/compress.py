@@ -151,9 +151,8 @@ def _shared_options(config: Config, model: Path, tokens: Any, folder: Path) -> d
         "model": model.resolve(),
         "group_size": config.group_size,
         "symmetric": str(config.symmetric).lower(),
+        **{f"calibration.{key}": value for key, value in asdict(config.calibration).items()},
         "calibration.source": path.resolve(),
-        "calibration.sequences": tokens.shape[0],
-        "calibration.sequence_length": tokens.shape[1],
         "threads": 1,
         "workers": 1,
     }

@@ -267,6 +267,14 @@ def test_tokens_outside_the_vocabulary_are_named(checkpoints, token):
         architecture.embed(torch.tensor([[5, token]]))
 
 
+def test_sequences_beyond_learned_positions_are_refused(checkpoints):
+    architecture = Architecture(Checkpoint(checkpoints("opt")))
+    assert len(architecture.block_arguments(64)) == 2
+    for call in (architecture.block_arguments, lambda length: architecture.embed(torch.full((1, length), 3))):
+        with pytest.raises(UserError, match=r"length 65 .* 64 positions"):
+            call(65)
+
+
 def test_unsupported_architectures_list_the_supported(copy):
     config = json.loads((copy / "config.json").read_text())
     for wrong in ("mamba", None):

@@ -43,7 +43,11 @@ class PackQuantized(Format):
         return compressor.decompress(dict(stored), described)["weight"]
 
     def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, Any]:
-        """One config group for each distinct scheme; `dequantize` where transformers must unpack fused experts."""
+        """One config group for each distinct scheme, and `dequantize` where transformers can only load plain weights.
+
+        That is so for experts, which it keeps fused in one parameter, and for zero points: compressed-tensors 0.20
+        expects them unpacked in the modules that it prepares. vLLM does not read the key.
+        """
         distinct: dict[tuple[Scheme, bool], list[str]] = {}
         for name, scheme in schemes.items():
             distinct.setdefault((scheme, experts and ".experts." in name), []).append(name)
@@ -62,12 +66,11 @@ class PackQuantized(Format):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(untouched),
+            "ignore": untouched,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        if experts:
-            # transformers keeps a layer's experts in one fused parameter, which it can only fill with plain weights.
+        if experts or not all(scheme.symmetric for scheme in schemes.values()):
             described["dequantize"] = True
         return described
 

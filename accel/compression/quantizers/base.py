@@ -71,9 +71,7 @@ class QuantizedWeight:
 
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
         """The rows of one of several layers that were quantized together."""
-        return QuantizedWeight(
-            self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme
-        )
+        return QuantizedWeight(self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from accel.compression.quantizers.base import Scheme
 _CHUNK = 1 << 16
 
 
-def find_grid(
-    weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6
-) -> tuple[Tensor, Tensor]:
+def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> tuple[Tensor, Tensor]:
     """Scale (R, G) in the weight's dtype and zero point (R, G) float32 of weight (R, C).
 
     search: number of ranges tried between shrink times the full range and the full range; 0 takes the full range.
@@ -25,15 +23,12 @@ def find_grid(
     groups = weight.float().reshape(rows, -1, size)
     step = max(1, _CHUNK // columns)
     parts = [
-        _search(groups[begin : begin + step], scheme, search, shrink, weight.dtype)
-        for begin in range(0, rows, step)
+        _search(groups[begin : begin + step], scheme, search, shrink, weight.dtype) for begin in range(0, rows, step)
     ]
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
 
-def _search(
-    groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Zero stays in range, so that a pruned weight comes back as exactly zero.
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best_scale, best_zero = _grid(low, high, scheme, dtype)
@@ -52,12 +47,9 @@ def _search(
 
 def _grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale, rounded to the dtype it is stored in, and zero point that span [low, high]; both float32."""
-    if scheme.symmetric:
-        scale = torch.maximum(-low, high) * 2 / scheme.top
-    else:
-        scale = (high - low) / scheme.top
+    span = torch.maximum(-low, high) * 2 if scheme.symmetric else high - low
     # A group of zeros has no range; float16 has no smaller normal number than 6e-5.
-    scale = scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+    scale = (span / scheme.top).to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
     middle = 2 ** (scheme.bits - 1)
     zero = torch.full_like(scale, middle) if scheme.symmetric else (-low / scale).round().clamp(0, scheme.top)
     return scale, zero

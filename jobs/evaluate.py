@@ -1,0 +1,152 @@
+"""`hasten evaluate`: what a checkpoint is worth, what it takes, and how far it is from its original."""
+
+import logging
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from jobs.schema import EvaluateConfig
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(config: EvaluateConfig) -> Path:
+    """Measure config.model; returns the path of report.json."""
+    from accel.evaluation.perplexity import load_windows
+    from accel.evaluation.sizes import sizes
+    from accel.models.checkpoint import Checkpoint, resolve
+    from cluster.resources import cpu_seconds, peak_rss_bytes
+    from cluster.session import session
+    from cluster.tracking import Tracker
+    from jobs.arithmetic import resolve_device, resolve_dtype
+    from jobs.compose import plain
+    from jobs.run import start
+    from jobs.tokenizer import load_tokenizer, vocabulary_size
+
+    started = perf_counter()
+    folder = resolve(config.model)
+    checkpoint = Checkpoint(folder)
+    original = _original(config, checkpoint)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    evaluation = config.evaluation
+    cut = None
+    if evaluation.sequences:
+        cut = load_windows(
+            evaluation.source,
+            load_tokenizer(folder),
+            evaluation.sequences,
+            evaluation.sequence_length,
+            evaluation.stride,
+            vocabulary=vocabulary_size(folder),
+        )
+    run_dir = start(config)
+    name = config.tracking.name or f"evaluate-{run_dir.name}"
+    with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+        tracker.params(plain(config))
+        metrics: dict[str, Any] = dict.fromkeys(
+            ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
+        )
+        peak = 0
+        if cut is not None:
+            with session(config.address, config.workers * config.threads):
+                measured, peak = _measure(config, folder, original, cut, dtype, device)
+            metrics |= measured
+        metrics |= sizes(checkpoint).metrics()
+        if original is not None:
+            metrics["bytes_original"] = sizes(Checkpoint(original)).disk_bytes
+        metrics |= _tasks(config, folder, device)
+        metrics |= {
+            "seconds": perf_counter() - started,
+            "cpu_seconds": metrics.pop("workers_cpu_seconds", 0.0) + cpu_seconds(),
+            "peak_rss_bytes": max(peak, peak_rss_bytes()),
+        }
+        report = {
+            "job": "evaluate",
+            "config": plain(config) | {"original": str(original) if original else None},
+            "metrics": metrics,
+            "layers": _layers(checkpoint),
+            "output": str(folder),
+        }
+        tracker.metrics(metrics)
+        path = tracker.report(report)
+    _print_summary(metrics)
+    return path
+
+
+def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
+    from accel.compression.output import original_of
+    from accel.models.checkpoint import resolve
+
+    if config.original is not None:
+        return resolve(config.original)
+    noted = original_of(checkpoint.path)
+    if checkpoint.is_compressed and noted is None:
+        _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)
+    return noted
+
+
+def _measure(
+    config: EvaluateConfig, folder: Path, original: Path | None, cut: Any, dtype: Any, device: str
+) -> tuple[dict[str, Any], int]:
+    from cluster.evaluation import measure
+    from jobs.progress import Progress
+
+    with Progress("evaluate", min(config.workers, len(cut)), "part") as progress:
+        measured = measure(
+            folder,
+            original,
+            cut,
+            config.workers,
+            config.threads,
+            dtype,
+            config.batch,
+            device,
+            gpus=1 if device == "cuda" else 0,
+            progress=lambda done, total: progress.update(done),
+        )
+    return measured.sums.metrics() | {"workers_cpu_seconds": measured.cpu_seconds}, measured.peak_rss_bytes
+
+
+def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float]:
+    """Metrics of lm-eval's tasks as task.metric."""
+    if not config.tasks:
+        return {}
+    from accel.evaluation.tasks import run_tasks
+
+    results = run_tasks(folder, config.tasks, batch=config.batch, device=device)
+    return {f"{task}.{metric}": value for task, found in results.items() for metric, value in found.items()}
+
+
+def _layers(checkpoint: Any) -> list[dict[str, Any]]:
+    """Exact size of every quantized layer."""
+    rows = []
+    for name in checkpoint.names:
+        arguments = checkpoint.quantization(name)
+        if arguments is not None:
+            rows_, columns = checkpoint.shape(name)
+            stored = checkpoint.stored_bytes(name) * 8
+            rows.append(
+                {
+                    "layer": name.removesuffix(".weight"),
+                    "bits": arguments.num_bits,
+                    "weights": rows_ * columns,
+                    "stored_bits": stored,
+                    "bits_per_weight": stored / (rows_ * columns),
+                }
+            )
+    return rows
+
+
+def _print_summary(metrics: dict[str, Any]) -> None:
+    print(f"size: {metrics['bytes'] / 2**20:.1f} MiB, {metrics['bits_per_weight']:.3f} bits per weight")
+    if metrics["perplexity"] is not None:
+        print(f"perplexity: {metrics['perplexity']:.4f} over {metrics['tokens']} tokens")
+    if metrics["kl_divergence"] is not None:
+        print(
+            f"against the original: perplexity {metrics['perplexity_original']:.4f}, "
+            f"KL divergence {metrics['kl_divergence']:.5f} nats a token, same first token {metrics['top1_agreement']:.1%}"
+        )
+    for name, value in metrics.items():
+        if "." in name:
+            print(f"{name}: {value:.4f}")

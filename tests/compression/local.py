@@ -1,0 +1,42 @@
+"""A whole compression in this process, by the same calibrator that Ray runs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel.compression.formats.pack_quantized import PackQuantized
+from accel.compression.quantizers.base import Quantizer, Scheme
+from accel.compression.quantizers.gptq import GPTQ
+from accel.compression.settings import Settings, Task
+from cluster.calibrator import Calibrator
+
+
+def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
+    """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens."""
+    values: dict[str, Any] = {"scheme": Scheme(4, 32), "format": PackQuantized(), "batch": 2, "expert_tokens": 8}
+    return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))
+
+
+def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
+    """Compress and return the facts of all layers."""
+    task = Task(chosen)
+    task.output.open(chosen.fingerprint(task.checkpoint, tokens), overwrite=False)
+    needed = chosen.quantizer.needs_second_moment
+    calibrator = Calibrator(
+        chosen, dict(enumerate(tokens.tensor_split(min(chosen.shards, len(tokens))))) if needed else {}
+    )
+    rows = []
+    with torch.no_grad():
+        for block, groups in enumerate(task.plan):
+            collected = [calibrator.collect(block)] if needed else []
+            packed, facts, _ = calibrator.solve(block, [group.key for group in groups], *collected)
+            task.output.write_block(block, packed, facts)
+            rows += facts
+    task.output.finish()
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -1,0 +1,26 @@
+"""A layer whose inputs are correlated and of very different size, as those of trained models are."""
+
+import pytest
+import torch
+
+from accel.compression.statistics import SecondMoment
+
+
+@pytest.fixture(scope="session")
+def inputs() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(128, 128, generator=generator)
+    sizes = torch.logspace(-1, 1, 128)
+    return torch.randn(1024, 128, generator=generator) @ mix * sizes
+
+
+@pytest.fixture(scope="session")
+def weight() -> torch.Tensor:
+    return (torch.randn(48, 128, generator=torch.Generator().manual_seed(1)) * 0.05).bfloat16()
+
+
+@pytest.fixture
+def moment(inputs) -> SecondMoment:
+    moment = SecondMoment(128)
+    moment.add(inputs)
+    return moment

@@ -1,0 +1,118 @@
+"""Compressed checkpoints of every family, as transformers alone loads them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accel.compression.quantizers.base import Scheme
+from accel.compression.quantizers.round_to_nearest import RoundToNearest
+from accel.models.architecture import Architecture
+from accel.models.checkpoint import Checkpoint
+from tests.compression import local
+from tests.models import tiny
+
+# Nothing of ours may be needed to load what we write.
+LOAD = """
+import sys, torch
+for name in ("accel", "kernels.dequantize", "cluster", "jobs", "conf", "ray", "hydra", "mlflow"):
+    sys.modules[name] = None
+from transformers import AutoModelForCausalLM
+tokens = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        model(tokens, use_cache=False)  # some weights are unpacked at the first use
+        torch.save(torch.nn.Module.float(model)(tokens, use_cache=False).logits, folder + ".logits")
+"""
+
+
+def logits(folder, tokens):
+    architecture = Architecture(Checkpoint(folder))
+    hidden = architecture.embed(tokens)
+    for block in range(architecture.num_blocks):
+        hidden = architecture.run_block(architecture.load_block(block), block, hidden)
+    return architecture.head(hidden)
+
+
+@pytest.mark.slow
+def test_transformers_alone_loads_every_family_and_gives_the_logits_of_our_dequantized_model(tmp_path):
+    tokens = tiny.tokens(batch=16)
+    folders = []
+    for family in tiny.FAMILIES:
+        source = tiny.save(tmp_path / family / "original", family, dtype=torch.bfloat16, tie_word_embeddings=False)
+        for symmetric in (True, False):
+            output = tmp_path / family / f"symmetric_{symmetric}"
+            scheme = Scheme(4, 32, symmetric)
+            facts = local.compress(local.settings(source, output, scheme=scheme), tokens)
+            experts = [row for row in facts if ".experts." in row["layer"]]
+            assert facts
+            assert all(row["symmetric"] for row in experts)
+            assert {row["symmetric"] for row in facts if row not in experts} == {symmetric}
+            folders.append(output)
+    torch.save(tokens[:2], tmp_path / "tokens")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "tokens"), *map(str, folders)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder in folders:
+        found = torch.load(f"{folder}.logits")
+        expected = logits(folder, tokens[:2])
+        # The weights are the same numbers; float32 sums of another order are left.
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4, msg=str(folder))
+
+
+def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_say_so(tmp_path):
+    source = tiny.save(tmp_path / "original", "mixtral", dtype=torch.bfloat16)
+    tokens = tiny.tokens(batch=8)
+    facts = local.compress(local.settings(source, tmp_path / "all", expert_tokens=0), tokens)
+    seen = sorted({row["tokens"] for row in facts if ".experts." in row["layer"]})
+    assert seen[0] < seen[-1] <= tokens.numel()
+    limit = seen[-1]
+    facts = local.compress(local.settings(source, tmp_path / "few", expert_tokens=limit), tokens)
+    for row in facts:
+        few = ".experts." in row["layer"] and row["tokens"] < limit
+        assert row["method"] == ("RoundToNearest" if few else "GPTQ")
+        assert any("calibration tokens" in note for note in row["notes"]) == few
+    assert any(row["method"] == "RoundToNearest" for row in facts)
+
+
+def test_regexes_and_block_numbers_leave_layers_as_they_are(tmp_path):
+    source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16, num_hidden_layers=3)
+    chosen = local.settings(
+        source, tmp_path / "out", RoundToNearest(), ignore=("down_proj$",), skip_first=1, skip_last=1
+    )
+    facts = local.compress(chosen, tiny.tokens(4))
+    assert {row["layer"].split(".")[2] for row in facts} == {"1"}
+    assert not any("down_proj" in row["layer"] for row in facts)
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
+    packed = {f"{row['layer']}.weight" for row in facts}
+    for name in before.names:
+        assert torch.equal(before.tensor(name), after.tensor(name)) == (name not in packed), name
+
+
+def test_calibration_makes_the_embedded_model_better_than_rounding(tmp_path):
+    from transformers import AutoTokenizer
+
+    from accel.data.tokens import load_tokens
+    from accel.evaluation.divergence import evaluate
+    from accel.models import embedded
+
+    source = embedded.path("target")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    calibration = load_tokens("library", tokenizer, 16, 256)
+    held_out = load_tokens("library", tokenizer, 4, 256, "held_out")
+    divergence = {}
+    for name, changes in {
+        "rounded": {"quantizer": RoundToNearest()},
+        "gptq": {},
+        "gptq, originals propagated": {"propagate": "original"},
+        "gptq, 4 bits": {"scheme": Scheme(4, 128)},
+    }.items():
+        chosen = local.settings(source, tmp_path / name, **({"scheme": Scheme(3, 128)} | changes))
+        local.compress(chosen, calibration)
+        sums = evaluate(Architecture(Checkpoint(tmp_path / name)), held_out, Architecture(Checkpoint(source)))
+        divergence[name] = sums.metrics()["kl_divergence"]
+    assert divergence["gptq"] < 0.75 * divergence["rounded"]
+    assert divergence["gptq, originals propagated"] < 0.85 * divergence["rounded"]
+    assert divergence["gptq, 4 bits"] < 0.5 * divergence["gptq"]

@@ -1,0 +1,98 @@
+import errno
+import os
+
+import pytest
+import torch
+
+from accel.compression import output as output_module
+from accel.compression.settings import Task
+from accel.errors import UserError
+from tests.compression import local
+from tests.models import tiny
+
+
+@pytest.fixture
+def source(tmp_path):
+    return tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def task(source, tmp_path):
+    return Task(local.settings(source, tmp_path / "out"))
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(task):
+    task.output.path.mkdir()
+    (task.output.path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds something else"):
+            task.output.open({}, overwrite)
+    assert (task.output.path / "thesis.tex").read_text() == "years of work"
+
+
+def test_other_settings_are_refused_by_name_unless_overwritten(source, tmp_path):
+    tokens = tiny.tokens(4)
+    chosen = local.settings(source, tmp_path / "out")
+    local.compress(chosen, tokens)
+    for changes, word in (({"batch": 3}, "batch: 2, now 3"), ({"ignore": ("up",)}, "ignore")):
+        other = Task(local.settings(source, tmp_path / "out", **changes))
+        fingerprint = other.settings.fingerprint(other.checkpoint, tokens)
+        with pytest.raises(UserError, match=word):
+            other.output.open(fingerprint, overwrite=False)
+    with pytest.raises(UserError, match="calibration tokens"):
+        other.output.open(chosen.fingerprint(other.checkpoint, tokens + 1), overwrite=False)
+    other.output.open(fingerprint, overwrite=True)
+    assert not other.output.is_finished(0)
+
+
+def test_another_checkpoint_of_the_same_shapes_is_refused(source, tmp_path):
+    tokens = tiny.tokens(4)
+    local.compress(local.settings(source, tmp_path / "out"), tokens)
+    changed = bytearray((source / "model.safetensors").read_bytes())
+    changed[-1] ^= 1
+    (source / "model.safetensors").write_bytes(changed)
+    again = Task(local.settings(source, tmp_path / "out"))
+    with pytest.raises(UserError, match="checkpoint: "):
+        again.output.open(again.settings.fingerprint(again.checkpoint, tokens), overwrite=False)
+
+
+def test_a_run_goes_on_after_space_is_made_on_a_full_disk(source, tmp_path, monkeypatch):
+    tokens = tiny.tokens(4)
+    whole = local.settings(source, tmp_path / "whole")
+    local.compress(whole, tokens)
+    chosen = local.settings(source, tmp_path / "out")
+
+    def full(temporary, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    replace = output_module._replace
+    written = []
+
+    def fill_at_the_second_shard(temporary, path):
+        written.append(path.name)
+        (full if sum(name.endswith(".safetensors") for name in written) == 2 else replace)(temporary, path)
+
+    monkeypatch.setattr(output_module, "_replace", fill_at_the_second_shard)
+    with pytest.raises(UserError, match="disk is full while writing model-00003-of-00003.safetensors"):
+        local.compress(chosen, tokens)
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(output_module, "_replace", replace)
+    assert Task(chosen).output.is_finished(0)
+    local.compress(chosen, tokens)
+    assert local.contents(tmp_path / "out") == local.contents(tmp_path / "whole")
+
+
+def test_nothing_left_to_quantize_and_patterns_that_match_nothing_are_refused(source, tmp_path):
+    with pytest.raises(UserError, match="matches no layer"):
+        Task(local.settings(source, tmp_path / "out", ignore=("no_such_layer",)))
+    with pytest.raises(UserError, match="nothing is left"):
+        Task(local.settings(source, tmp_path / "out", skip_first=2))
+    with pytest.raises(UserError, match="no regular expression"):
+        Task(local.settings(source, tmp_path / "out", ignore=("(",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
+    local.compress(local.settings(source, tmp_path / "out"), tiny.tokens(4))
+    with pytest.raises(UserError, match="compressed already"):
+        Task(local.settings(tmp_path / "out", tmp_path / "again"))
