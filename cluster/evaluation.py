@@ -1,12 +1,13 @@
 """Evaluation over the processes of a cluster: each takes some of the windows, and the sums add up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from accel.errors import UserError
 from accel.evaluation.divergence import Sums
 from accel.evaluation.perplexity import Windows
 
@@ -65,6 +66,33 @@ def measure(
         sum(part.cpu_seconds for part in parted),
         max(part.peak_rss_bytes for part in parted),
     )
+
+
+def check_weights(folders: Iterable[Path], workers: int, threads: int) -> None:
+    """UserError naming a tensor that holds NaN or Inf; `workers` processes share the reading.
+
+    Runs inside a Ray session and writes nothing. The codes of packed weights are not looked at: they cannot hold NaN.
+    """
+    import ray
+
+    task = ray.remote(_check).options(
+        num_cpus=threads, max_retries=3, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    )
+    try:
+        ray.get([task.remote(str(folder), part, workers) for folder in folders for part in range(workers)])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+def _check(folder: str, part: int, parts: int) -> None:
+    from accel.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.names[part::parts]:
+        if checkpoint.quantization(name) is None:
+            checkpoint.check_finite(checkpoint.tensor(name), name)
 
 
 def _evaluate(

@@ -1,6 +1,7 @@
 """`hasten evaluate`: what a checkpoint is worth, what it takes, and how far it is from its original."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,10 @@ def run(config: EvaluateConfig) -> Path:
     """Measure config.model; returns the path of report.json."""
     from accel.evaluation.perplexity import load_windows
     from accel.evaluation.sizes import sizes
+    from accel.evaluation.tasks import check_tasks
+    from accel.models.architecture import Architecture
     from accel.models.checkpoint import Checkpoint, resolve
+    from cluster.evaluation import check_weights
     from cluster.resources import cpu_seconds, peak_rss_bytes
     from cluster.session import session
     from cluster.tracking import Tracker
@@ -24,14 +28,20 @@ def run(config: EvaluateConfig) -> Path:
     from jobs.tokenizer import load_tokenizer, vocabulary_size
 
     started = perf_counter()
-    folder = resolve(config.model)
+    # Absolute, as the workers of a cluster have other current folders.
+    folder = resolve(config.model).absolute()
     checkpoint = Checkpoint(folder)
     original = _original(config, checkpoint)
+    if config.tasks:
+        check_tasks(config.tasks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     evaluation = config.evaluation
     cut = None
+    folders = [path for path in (folder, original) if path is not None]
     if evaluation.sequences:
+        for path in folders:
+            Architecture(Checkpoint(path))  # reads nothing, but refuses what cannot be run
         cut = load_windows(
             evaluation.source,
             load_tokenizer(folder),
@@ -40,17 +50,21 @@ def run(config: EvaluateConfig) -> Path:
             evaluation.stride,
             vocabulary=vocabulary_size(folder),
         )
-    run_dir = start(config)
-    name = config.tracking.name or f"evaluate-{run_dir.name}"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+    with ExitStack() as stack:
+        if cut is not None:
+            stack.enter_context(session(config.address, config.workers * config.threads))
+            check_weights(folders, config.workers, config.threads)
+        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        run_dir = start(config)
+        name = config.tracking.name or f"evaluate-{run_dir.name}"
+        tracker = stack.enter_context(Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir))
         tracker.params(plain(config))
         metrics: dict[str, Any] = dict.fromkeys(
             ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
         )
         peak = 0
         if cut is not None:
-            with session(config.address, config.workers * config.threads):
-                measured, peak = _measure(config, folder, original, cut, dtype, device)
+            measured, peak = _measure(config, folder, original, cut, dtype, device)
             metrics |= measured
         metrics |= sizes(checkpoint).metrics()
         if original is not None:
@@ -79,7 +93,7 @@ def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
     from accel.models.checkpoint import resolve
 
     if config.original is not None:
-        return resolve(config.original)
+        return resolve(config.original).absolute()
     noted = original_of(checkpoint.path)
     if checkpoint.is_compressed and noted is None:
         _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)
@@ -145,7 +159,8 @@ def _print_summary(metrics: dict[str, Any]) -> None:
     if metrics["kl_divergence"] is not None:
         print(
             f"against the original: perplexity {metrics['perplexity_original']:.4f}, "
-            f"KL divergence {metrics['kl_divergence']:.5f} nats a token, same first token {metrics['top1_agreement']:.1%}"
+            f"KL divergence {metrics['kl_divergence']:.5f} nats a token, "
+            f"same first token {metrics['top1_agreement']:.1%}"
         )
     for name, value in metrics.items():
         if "." in name:

@@ -4,7 +4,8 @@ A shard holds whole chunks. Every chunk is run in the same batches whoever holds
 have the same bits for any number of shards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from accel.compression.plan import Group
 from accel.compression.statistics import SecondMoment, Tree
 from accel.models.architecture import Architecture
+
+
+class _SeenAll(Exception):  # noqa: N818 (no error: the rest of the block need not run)
+    """The last statistics of a block are taken."""
 
 
 class Shard:
@@ -24,20 +29,23 @@ class Shard:
             number: [architecture.embed(part) for part in tokens.split(batch)] for number, tokens in chunks.items()
         }
 
-    def collect(self, block: nn.Module, groups: Iterable[Group], advance: bool = False) -> dict[str, Tree]:
+    def collect(self, block: nn.Module, groups: Sequence[Group], advance: bool = False) -> dict[str, Tree]:
         """Run the block at `position` and return, by group key, the sums of the group's inputs.
 
         advance: keep the outputs as hidden states of the next block. Experts that no token reached are left out.
         """
         trees: dict[str, Tree] = {}
+        # Which expert comes last depends on the tokens; of all other layers the last one reads the last statistics.
+        last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         for number, parts in self._hidden.items():
             moments: dict[str, SecondMoment] = {}
-            hooks = [self._watch(block, group, moments) for group in groups]
+            hooks = [self._watch(block, group, moments, stop=group.key == last) for group in groups]
             try:
                 for index, part in enumerate(parts):
-                    output = self.architecture.run_block(block, self.position, part)
-                    if advance:
-                        parts[index] = output
+                    with suppress(_SeenAll):
+                        output = self.architecture.run_block(block, self.position, part)
+                        if advance:
+                            parts[index] = output
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -55,7 +63,9 @@ class Shard:
         self.position += 1
 
     @staticmethod
-    def _watch(block: nn.Module, group: Group, moments: dict[str, SecondMoment]) -> torch.utils.hooks.RemovableHandle:
+    def _watch(
+        block: nn.Module, group: Group, moments: dict[str, SecondMoment], stop: bool
+    ) -> torch.utils.hooks.RemovableHandle:
         # Layers of a group share their input: the first one's is all of theirs.
         layer = group.layers[0]
 
@@ -63,6 +73,8 @@ class Shard:
             rows = inputs[0].reshape(-1, layer.columns)
             if len(rows):
                 moments.setdefault(group.key, SecondMoment(layer.columns)).add(rows)
+            if stop:
+                raise _SeenAll
 
         return block.get_submodule(layer.module).register_forward_pre_hook(add)
 

@@ -27,7 +27,8 @@ class Settings:
 
     ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on.
     dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the
-    calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to nearest.
+    calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to
+    nearest.
     """
 
     checkpoint: Path

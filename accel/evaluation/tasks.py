@@ -27,17 +27,8 @@ def run_tasks(
     """
     if not tasks:
         return {}
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"tasks={list(tasks)} needs packages that are not installed ({error}): pip install 'lm-eval[hf]'"
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
-    check_names(tasks, manager.all_tasks)
+    manager = check_tasks(tasks, task_folder)
+    lm_eval, HFLM, _ = _imported(tasks)
     try:
         model = HFLM(pretrained=str(folder), device=device, batch_size=batch)
         found = lm_eval.simple_evaluate(
@@ -48,6 +39,28 @@ def run_tasks(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tasks={list(tasks)} could not be run: {reason}") from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+def check_tasks(tasks: Sequence[str], task_folder: Path | None = None) -> Any:
+    """lm-eval's TaskManager; UserError where lm-eval is missing or a task is unknown. Loads no model and no data."""
+    _, _, TaskManager = _imported(tasks)
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
+    check_names(tasks, manager.all_tasks)
+    return manager
+
+
+def _imported(tasks: Sequence[str]) -> tuple[Any, Any, Any]:
+    """The module lm_eval and its classes HFLM and TaskManager."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"tasks={list(tasks)} needs packages that are not installed ({error}): pip install 'lm-eval[hf]'"
+        ) from error
+    return lm_eval, HFLM, TaskManager
 
 
 def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:

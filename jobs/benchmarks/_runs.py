@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,23 +95,31 @@ def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outc
     )
 
 
-def check_peer(python: str, log: Path) -> None:
+def check_peer(python: str) -> None:
     """UserError where the peer's Python cannot be run or has no llm-compressor."""
     if not Path(python).is_file():
         raise UserError(f"peer_python={python}: no such file; give the bin/python of an environment with llmcompressor")
-    found = watched(
-        [python, "-c", "import importlib.metadata as m; m.version('llmcompressor')"], log, {"PYTHONPATH": ""}
-    )
-    if found.status:
-        raise UserError(f"peer_python={python} has no llm-compressor: pip install llmcompressor there")
+    script = "import importlib.metadata as metadata; metadata.version('llmcompressor')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        # -P: without the current folder, which may hold anything.
+        subprocess.run([python, "-P", "-c", script], env=environment, capture_output=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        raise UserError(f"peer_python={python} has no llm-compressor: pip install llmcompressor there") from None
 
 
 def digest(folder: Path) -> str:
-    """SHA-256, in hexadecimal, over names and bytes of all files of a folder."""
+    """SHA-256, in hexadecimal, over names and bytes of all files of a folder.
+
+    Hidden ones are left out: hasten's own notes on a run are not part of the checkpoint.
+    """
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
         with path.open("rb") as file:
-            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 

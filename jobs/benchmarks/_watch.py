@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What a worker of Ray's calls itself between two tasks or before its first one.
-_IDLE = "ray::IDLE"
+# A worker of Ray's before its first task; one that becomes an actor is counted as that.
+_IDLE = "idle worker"
 _DRIVER = "driver"
 
 
@@ -78,12 +78,13 @@ def watched(
 def kind_of(words: Sequence[str]) -> str:
     """Kind of a process by its command line: an actor's or task's name, or the script or program that it runs."""
     if not words:
-        return "unknown"
+        return _IDLE
     title = re.match(r"ray::(\w+)", words[0])
     if title:
-        return title.group(1)
+        return _IDLE if title.group(1) == "IDLE" else title.group(1)
     scripts = [word for word in words[1:3] if word.endswith(".py")]
-    return Path(scripts[0] if scripts else words[0].split()[0]).name
+    name = Path(scripts[0] if scripts else words[0].split()[0]).name
+    return _IDLE if name == "default_worker.py" else name
 
 
 def _runs(process: subprocess.Popen[bytes], interval: float) -> bool:
@@ -124,8 +125,8 @@ def _look(root: int, seen: dict[tuple[int, float], _Process]) -> None:
             memory, cpu = each.memory_info(), each.cpu_times()
             # Process ids are used again: a process is its id and its start.
             known = seen.setdefault((each.pid, each.create_time()), _Process(_IDLE))
-            if words and words[0] != _IDLE:
-                known.kind = _DRIVER if each.pid == root else kind_of(words)
+            kind = _DRIVER if each.pid == root else kind_of(words)
+            known.kind = known.kind if kind == _IDLE else kind
             known.rss_bytes = max(known.rss_bytes, memory.rss, _high_water(each.pid))
             known.unshared_bytes = max(known.unshared_bytes, memory.rss - getattr(memory, "shared", 0))
             known.cpu_seconds = cpu.user + cpu.system

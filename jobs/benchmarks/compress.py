@@ -13,7 +13,7 @@ from typing import Any
 
 from accel.errors import UserError
 from jobs.benchmarks._runs import Outcome, check_peer, hasten_compress, peer_compress
-from jobs.schema import MODEL, SOURCE, Calibration, Run, option, section
+from jobs.schema import DTYPES, MODEL, SOURCE, Calibration, Run, option, section
 
 LOG = logging.getLogger(__name__)
 HEADING = "compress: GPTQ against its peers"
@@ -101,9 +101,9 @@ def run(config: Config) -> Path:
 
     model = resolve(config.model)
     tokens, quality = _tokens(config, model)
-    folder = start(config)
     if config.peer_python is not None:
-        check_peer(config.peer_python, folder / "peer.out")
+        check_peer(config.peer_python)
+    folder = start(config)
     name = config.tracking.name or "bench compress"
     with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
         tracker.params(plain(config))
@@ -131,6 +131,11 @@ def _tokens(config: Config, model: Path) -> tuple[Any, Quality]:
     for bits in config.bits:
         if not 2 <= bits <= 8:
             raise UserError(f"bits={config.bits} must be a list of numbers from 2 to 8")
+    for dtype in config.peer_dtypes:
+        if dtype not in DTYPES:
+            raise UserError(f"peer_dtypes={config.peer_dtypes} must be a list of some of {', '.join(DTYPES)}")
+    if any(workers < 1 for workers in config.scaling):
+        raise UserError(f"scaling={config.scaling} must be a list of numbers of calibrators, 1 or more")
     if config.divergence_windows > config.windows:
         raise UserError(f"divergence_windows={config.divergence_windows} must be at most windows={config.windows}")
     tokenizer = load_tokenizer(model)

@@ -32,7 +32,7 @@ class Config(Run):
     vocab_size: int = option(32000, "entries of the vocabulary", at_least=1)
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
     group_size: int = option(128, "input columns that share a scale", at_least=1)
-    quantizer: str = option("gptq", "name of the quantizer")
+    quantizer: str = option("gptq", "name of the quantizer, with its own defaults")
     sequences: int = option(16, "calibration sequences of random tokens", at_least=1)
     sequence_length: int = option(128, "tokens in a calibration sequence", at_least=2)
     workers: int = option(2, "calibrators, a process each", at_least=1)
@@ -45,8 +45,11 @@ def run(config: Config) -> Path:
     from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
+    from jobs.methods import method_names
     from jobs.run import start
 
+    if config.quantizer not in method_names("quantizer"):
+        raise UserError(f"quantizer={config.quantizer} is none of {', '.join(method_names('quantizer'))}")
     for name in ("hidden_size", "intermediate_size"):
         if getattr(config, name) % config.group_size:
             raise UserError(f"group_size={config.group_size} must divide {name}={getattr(config, name)}")
@@ -145,8 +148,8 @@ def _section(config: Config, outcomes: Mapping[int, Outcome]) -> str:
     text = [
         f"Random bf16 Llama of width {config.hidden_size}, {config.intermediate_size} inside, vocabulary "
         f"{config.vocab_size}; {config.quantizer} W{config.bits}, groups of {config.group_size}, "
-        f"{config.sequences}×{config.sequence_length} calibration tokens, {config.workers} calibrators of "
-        f"{config.threads} thread{'s' if config.threads > 1 else ''}.",
+        f"{config.sequences}×{config.sequence_length} calibration tokens; workers={config.workers} "
+        f"threads={config.threads}.",
         "Largest resident set of any process of its kind, looked at twice a second; unshared is without the pages that "
         "several map, Ray's object store above all. All processes from the command's start to its end.",
         provenance(),

@@ -73,7 +73,7 @@ def test_a_run_goes_on_after_space_is_made_on_a_full_disk(source, tmp_path, monk
         (full if sum(name.endswith(".safetensors") for name in written) == 2 else replace)(temporary, path)
 
     monkeypatch.setattr(output_module, "_replace", fill_at_the_second_shard)
-    with pytest.raises(UserError, match="disk is full while writing model-00003-of-00003.safetensors"):
+    with pytest.raises(UserError, match=r"disk is full while writing model-00003-of-00003\.safetensors"):
         local.compress(chosen, tokens)
     assert not (tmp_path / "out" / "config.json").exists()
     monkeypatch.setattr(output_module, "_replace", replace)

@@ -1,0 +1,125 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from accel.compression.quantizers.round_to_nearest import RoundToNearest
+from accel.errors import UserError
+from cluster.calibration_pass import CalibrationPass
+from tests.compression import local
+from tests.models import tiny
+
+TOKENS = tiny.tokens(batch=9)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("llama") / "m", "llama", dtype=torch.bfloat16, num_hidden_layers=4)
+
+
+def run(settings, workers, tokens=TOKENS, progress=None):
+    compression = CalibrationPass(settings, tokens, workers)
+    fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
+    compression.task.output.open(fingerprint, overwrite=False)
+    return compression.run(progress)
+
+
+def calibrators():
+    """Processes of this test's calibrators."""
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if any("Calibrator" in word for word in process.cmdline()[:1])]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("propagate", ["quantized", "original"])
+def test_any_number_of_calibrators_gives_the_bytes_of_one_process(propagate, source, tmp_path, ray_session):
+    local.compress(local.settings(source, tmp_path / "alone", propagate=propagate), TOKENS)
+    for workers in (1, 3):
+        report = run(local.settings(source, tmp_path / f"{workers}", propagate=propagate), workers)
+        assert [row["block"] for row in report.blocks] == [0, 1, 2, 3]
+        assert local.contents(tmp_path / f"{workers}") == local.contents(tmp_path / "alone")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("propagate", ["quantized", "original"])
+def test_killed_calibrators_are_replaced_and_the_bytes_are_the_same(propagate, source, tmp_path, ray_session):
+    local.compress(local.settings(source, tmp_path / "alone", propagate=propagate), TOKENS)
+    killed = []
+
+    def kill(count, row):
+        if count in (1, 3):
+            victims = calibrators()
+            assert victims
+            for process in victims[: count // 2 + 1]:
+                killed.append(process.pid)
+                process.send_signal(signal.SIGKILL)
+
+    report = run(local.settings(source, tmp_path / "out", propagate=propagate), 2, progress=kill)
+    assert report.restarts == len(killed) == 3
+    assert local.contents(tmp_path / "out") == local.contents(tmp_path / "alone")
+
+
+@pytest.mark.ray
+def test_finished_blocks_are_kept_and_only_the_others_done(source, tmp_path, ray_session):
+    chosen = local.settings(source, tmp_path / "out")
+    run(chosen, 1)
+    whole = local.contents(tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    for shard in sorted((tmp_path / "out").glob("model-*.safetensors"))[-2:]:
+        shard.unlink()
+    report = run(chosen, 2)
+    assert report.resumed == 2
+    assert [row["block"] for row in report.blocks] == [2, 3]
+    assert local.contents(tmp_path / "out") == whole
+
+
+@pytest.mark.ray
+def test_a_quantizer_without_statistics_needs_no_tokens(source, tmp_path, ray_session):
+    report = run(local.settings(source, tmp_path / "out", RoundToNearest()), 2, tokens=None)
+    assert len(report.blocks) == 4
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_more_calibrators_than_chunks_are_refused(source, tmp_path):
+    with pytest.raises(UserError, match="workers=9 is more than the 8 chunks"):
+        CalibrationPass(local.settings(source, tmp_path / "out"), TOKENS, 9)
+
+
+@pytest.mark.slow
+def test_a_driver_killed_in_the_middle_is_resumed_by_the_same_command(source, tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS.numpy().astype(np.uint16))
+
+    def command(output):
+        options = {
+            "model": source,
+            "output": output,
+            "group_size": 32,
+            "calibration.source": tmp_path / "tokens.npy",
+            "calibration.sequences": 9,
+            "calibration.sequence_length": 24,
+            "evaluation.sequences": 0,
+            "workers": 1,
+        }
+        words = [sys.executable, "-m", "jobs.cli", "compress", *(f"{key}={value}" for key, value in options.items())]
+        return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    killed = command(tmp_path / "out")
+    # 300 s: a start on a busy machine; what is waited for comes after some 15 s on a calm one.
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "out").glob("model-*.safetensors"))) < 1 and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out" / "config.json").exists()
+    again, whole = command(tmp_path / "out"), command(tmp_path / "whole")
+    printed = [process.communicate()[0] for process in (again, whole)]
+    assert [again.returncode, whole.returncode] == [0, 0]
+    assert all(text.splitlines()[-1].startswith("report: ") for text in printed)
+    assert local.contents(tmp_path / "out") == local.contents(tmp_path / "whole")
