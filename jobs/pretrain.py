@@ -12,12 +12,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.data.library import library_files, library_root
+from accel.data.library import library_files, library_root, read_texts
 from accel.errors import UserError
 from jobs.compose import plain
 from jobs.model_card import model_card
@@ -112,17 +112,6 @@ def _files(root: Path) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def _texts(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Contents of the files; those that are not UTF-8 (a few test fixtures) and empty ones are left out."""
-    for name in names:
-        try:
-            text = (root / name).read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text:
-            yield text
-
-
 def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> dict[str, Any]:
     """Everything that decides what comes out, flat; how many processes share the work is left out."""
     digest = hashlib.sha256()
@@ -180,11 +169,11 @@ def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[s
     if stream_file.exists():
         return PreTrainedTokenizerFast.from_pretrained(folder), np.load(stream_file)
     _LOG.info("training the tokenizer")
-    tokenizer = train_tokenizer(_texts(root, train_files), config.vocab_size)
+    tokenizer = train_tokenizer(read_texts(root, train_files), config.vocab_size)
     if len(tokenizer) != config.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too large for the text: it gives {len(tokenizer)} entries")
     tokenizer.save_pretrained(folder)
-    stream = encode_documents(tokenizer, _texts(root, train_files))
+    stream = encode_documents(tokenizer, read_texts(root, train_files))
     temporary = state / "tokens.tmp.npy"
     np.save(temporary, stream)
     os.replace(temporary, stream_file)
@@ -331,7 +320,7 @@ def _measure(
     length = training.sequence_length
     bits, size = 0.0, 0
     for part, names in _parts(held_out).items():
-        texts = list(_texts(root, names))
+        texts = list(read_texts(root, names))
         part_bytes = sum(len(text.encode()) for text in texts)
         if part_bytes:
             _LOG.info("measuring the %s on %d held-out files (%s)", model, len(texts), part)

@@ -41,7 +41,9 @@ def solve_group(
         method = RoundToNearest()
         notes = (f"saw {tokens} calibration tokens, fewer than {max(1, expert_tokens)}: rounded to nearest",)
     weight = torch.cat([checkpoint.tensor(f"{layer.name}.weight") for layer in group.layers]).to(device)
-    result = method.quantize(weight, method.prepare(moment if method is quantizer else None), group.scheme)
+    result = method.quantize(
+        weight, method.prepare(moment.to(device) if moment is not None and method is quantizer else None), group.scheme
+    )
     del weight
     weights: dict[str, QuantizedWeight] = {}
     facts = []

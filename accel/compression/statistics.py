@@ -64,6 +64,10 @@ class SecondMoment:
             full[columns[:, None], rows[None, :]] = panel.T
         return full.div_(max(1, self.tokens))
 
+    def to(self, device: torch.device | str) -> "SecondMoment":
+        """The sum on a device; itself where it is there already."""
+        return SecondMoment(self.columns, [panel.to(device) for panel in self.panels], self.tokens)
+
     def arrays(self) -> list[np.ndarray]:
         """The panels as numpy arrays, which travel through an object store without a copy."""
         return [panel.cpu().numpy() for panel in self.panels]

@@ -6,7 +6,7 @@ is the same on every machine and in every Python version.
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HELD_OUT_ONE_IN = 20
@@ -39,10 +39,9 @@ def library_files(split: str, root: Path | None = None) -> list[str]:
     return sorted(name for name in found if is_held_out(name) == (split == "held_out"))
 
 
-def library_texts(split: str, root: Path | None = None) -> Iterator[str]:
-    """Contents of one split's files; files that are not UTF-8 (a few test fixtures) and empty ones are left out."""
-    root = root or library_root()
-    for name in library_files(split, root):
+def read_texts(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """Contents of files below root; those that are not UTF-8 (a few test fixtures) and empty ones are left out."""
+    for name in names:
         try:
             text = (root / name).read_bytes().decode("utf-8")
         except UnicodeDecodeError:

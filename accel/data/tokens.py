@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.data.library import SPLITS, library_files, library_root
+from accel.data.library import SPLITS, library_files, library_root, read_texts
 from accel.errors import UserError
 
 LIBRARY = "library"
@@ -178,13 +178,7 @@ def _encode(tokenizer: Any, documents: Iterable[str]) -> np.ndarray:
 def _library_documents(split: str, seed: int) -> Iterator[str]:
     names = library_files(split)
     random.Random(seed).shuffle(names)
-    for name in names:
-        try:
-            text = (library_root() / name).read_bytes().decode("utf-8")
-        except UnicodeDecodeError:  # a few test fixtures
-            continue
-        if text:
-            yield text
+    yield from read_texts(library_root(), names)
 
 
 def _text_stream(path: Path, tokenizer: Any, wanted: int) -> np.ndarray:

@@ -31,7 +31,7 @@ class PackQuantized(Format):
         }
         if not weight.scheme.symmetric:
             stored["weight_zero_point"] = pack_to_int32(_signed(weight.zero_point, bits), bits, packed_dim=0)
-        return {name: tensor.contiguous() for name, tensor in stored.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """Weight (R, C) by the library's own decompression, in the dtype of the scale."""
