@@ -71,30 +71,52 @@ class CalibrationPass:
         """The driver's own view of checkpoint, plan and output."""
         return self._task
 
+    def check_weights(self) -> None:
+        """Raise UserError naming a tensor that has NaN or Inf; starts the calibrators, which read all of them.
+
+        Writes nothing, so that a damaged checkpoint leaves nothing behind.
+        """
+        before = cpu_seconds()
+        self._start_all()
+        try:
+            self._retry(self._check)
+        except BaseException:
+            self._kill_all()
+            raise
+        self.report.cpu_seconds += cpu_seconds() - before
+
     def run(self, progress: Callable[[int, dict[str, Any]], None] | None = None) -> PassReport:
         """Do every block that is not finished, then write index and config; progress(block, facts) after each block."""
-        output, architecture = self._task.output, self._task.architecture
-        todo = [block for block in range(architecture.num_blocks) if not output.is_finished(block)]
-        self.report.resumed = architecture.num_blocks - len(todo)
-        before = cpu_seconds()
-        if todo:
-            self._workers = [self._start(chunks) for chunks in self._chunks]
-            self._retry(self._check_weights)
-            # Start-up and the look for damaged weights are no part of the pass.
-            self._retry(lambda: self._get([worker.usage.remote() for worker in self._workers]))
-            started = perf_counter()
-            for index, block in enumerate(todo):
-                row = self._retry(partial(self._do, block), f"block {block}")
-                self.report.blocks.append(row)
-                if progress:
-                    progress(index + 1, row)
-            self.report.seconds = perf_counter() - started
-        if not output.is_complete:
-            output.finish()
-        self.report.cpu_seconds += cpu_seconds() - before
-        self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak_rss_bytes())
-        self._stop()
+        output, before = self._task.output, cpu_seconds()
+        finished = output.finished
+        self.report.resumed = len(finished)
+        todo = [block for block in range(self._task.architecture.num_blocks) if block not in finished]
+        try:
+            if todo:
+                self._do_all(todo, progress)
+            if not output.is_complete:
+                output.finish()
+            self.report.cpu_seconds += cpu_seconds() - before
+            self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak_rss_bytes())
+            self._add_usage()
+        finally:
+            self._kill_all()
         return self.report
+
+    def _do_all(self, todo: list[int], progress: Callable[[int, dict[str, Any]], None] | None) -> None:
+        self._start_all()
+        # Start-up is no part of the pass.
+        self._retry(lambda: self._get([worker.usage.remote() for worker in self._workers]))
+        started = perf_counter()
+        for index, block in enumerate(todo):
+            row = self._retry(partial(self._do, block), f"block {block}")
+            self.report.blocks.append(row)
+            if progress:
+                progress(index + 1, row)
+        self.report.seconds = perf_counter() - started
+
+    def _start_all(self) -> None:
+        self._workers = self._workers or [self._start(chunks) for chunks in self._chunks]
 
     def _start(self, chunks: dict[int, Tensor]) -> Any:
         import ray
@@ -107,7 +129,8 @@ class CalibrationPass:
         )
         return actor.remote(self._settings, chunks)
 
-    def _stop(self) -> None:
+    def _add_usage(self) -> None:
+        """Enter what the calibrators used into the report."""
         import ray
 
         try:
@@ -117,11 +140,15 @@ class CalibrationPass:
         for seconds, peak in usages:
             self.report.cpu_seconds += seconds
             self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
+
+    def _kill_all(self) -> None:
+        import ray
+
         for worker in self._workers:
             ray.kill(worker)
         self._workers = []
 
-    def _check_weights(self) -> None:
+    def _check(self) -> None:
         architecture = self._task.architecture
         names = [name for block in range(architecture.num_blocks) for name in architecture.block_tensors(block)]
         names += architecture.outer_tensors()
@@ -223,6 +250,7 @@ class CalibrationPass:
             try:
                 return work()
             except lost as error:
+                _raise_if_refused(error)
                 if attempt == _ATTEMPTS:
                     raise
                 reason = str(error).strip().splitlines()[0]
@@ -241,3 +269,13 @@ class CalibrationPass:
                 ray.kill(worker)
                 self._workers[index] = self._start(self._chunks[index])
                 self.report.restarts += 1
+
+
+def _raise_if_refused(error: Exception) -> None:
+    """Raise what a calibrator raised while it was made, which another one would raise as well."""
+    if getattr(error, "actor_init_failed", False):
+        # Ray keeps no more of the exception than its text.
+        name, _, message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+        if name:
+            raise UserError(message) from None
+        raise error

@@ -13,7 +13,8 @@ _LOG = logging.getLogger(__name__)
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
     from accel.evaluation.perplexity import load_windows
-    from accel.models.checkpoint import resolve
+    from accel.models.checkpoint import Checkpoint, resolve
+    from accel.models.families import family_of
     from cluster.calibration_pass import CalibrationPass
     from cluster.session import session
     from jobs.compose import plain
@@ -21,7 +22,10 @@ def run(config: CompressConfig) -> Path:
     from jobs.tokenizer import vocabulary_size
 
     started = perf_counter()
-    source = resolve(config.model)
+    # Absolute, as the workers of a cluster have other current folders.
+    source = resolve(config.model).absolute()
+    # Before transformers reads the folder, whose errors are no single lines.
+    family_of(Checkpoint(source).config.get("model_type"))
     settings = _settings(config, source)
     tokens, tokenizer = _tokens(config, settings, source)
     evaluation = config.evaluation
@@ -37,18 +41,25 @@ def run(config: CompressConfig) -> Path:
         )
     gpus = 1 if settings.device == "cuda" else 0
     compression = CalibrationPass(settings, tokens, config.workers, gpus)
-    compression.task.output.open(settings.fingerprint(compression.task.checkpoint, tokens), config.overwrite)
-    run_dir = start(config)
-    with _tracker(config, run_dir) as tracker, session(config.address, config.workers * config.threads):
-        tracker.params(plain(config))
-        done = _compress(compression, tracker)
-        metrics: dict[str, Any] = {}
-        if cut is not None:
-            metrics = _evaluate(config, settings, source, cut, gpus)
-        report = _report(config, compression, metrics, perf_counter() - started)
-        _figures(report, run_dir, tracker)
-        tracker.metrics(report["metrics"])
-        path = tracker.report(report)
+    output = compression.task.output
+    fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
+    output.check(fingerprint, config.overwrite)
+    with session(config.address, config.workers * config.threads):
+        if config.overwrite or not output.finished:
+            compression.check_weights()
+        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        output.open(fingerprint, config.overwrite)
+        run_dir = start(config)
+        with _tracker(config, run_dir) as tracker:
+            tracker.params(plain(config))
+            _compress(compression, tracker)
+            metrics: dict[str, Any] = {}
+            if cut is not None:
+                metrics = _evaluate(config, settings, source, cut, gpus)
+            report = _report(config, compression, metrics, perf_counter() - started)
+            _figures(report, run_dir, tracker)
+            tracker.metrics(report["metrics"])
+            path = tracker.report(report)
     _print_summary(report)
     return path
 
@@ -114,11 +125,11 @@ def _tracker(config: CompressConfig, run_dir: Path) -> Any:
     )
 
 
-def _compress(compression: Any, tracker: Any) -> Any:
+def _compress(compression: Any, tracker: Any) -> None:
     from jobs.progress import Progress
 
     architecture, output = compression.task.architecture, compression.task.output
-    finished = sum(output.is_finished(block) for block in range(architecture.num_blocks))
+    finished = len(output.finished)
     if finished:
         _LOG.info("%d of %d blocks are finished already in %s", finished, architecture.num_blocks, output.path)
     with Progress("compress", architecture.num_blocks, "block") as progress:
@@ -128,7 +139,7 @@ def _compress(compression: Any, tracker: Any) -> Any:
             progress.update(finished + count, f"error {row['error']:.2e}")
             tracker.metrics({"block_error": row["error"], "block_seconds": row["seconds"]}, step=row["block"])
 
-        return compression.run(note)
+        compression.run(note)
 
 
 def _evaluate(config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,69 @@ class OutputFolder:
         """Whether the whole checkpoint stands."""
         return (self.path / "config.json").exists()
 
-    def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
-        """Make the folder, or go on in one that the same run left behind.
+    @property
+    def finished(self) -> list[int]:
+        """Blocks whose shards stand."""
+        return [block for block in range(self._architecture.num_blocks) if self.is_finished(block)]
 
-        UserError where it holds something else, or was begun with other settings: the message says which differ.
+    def check(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        """UserError where `open` would refuse the folder; writes nothing.
+
+        It is refused where it holds something else, or was begun with other settings: the message says which differ.
         """
-        kept = self.path / PROGRESS / _FINGERPRINT
-        if self.path.exists() and not self.path.is_dir():
+        here = self.path
+        while not os.path.lexists(here) and here != here.parent:
+            here = here.parent
+        if here == self.path and not here.is_dir():
             raise UserError(f"output={self.path} is a file: give a folder that is new or empty")
-        if self.path.exists() and any(self.path.iterdir()):
-            if not kept.exists():
-                raise UserError(f"output={self.path} holds something else: give a folder that is new or empty")
-            differing = _differences(json.loads(kept.read_text()), fingerprint)
-            if differing and not overwrite:
-                raise UserError(
-                    f"output={self.path} was begun with other settings ({'; '.join(differing)}): "
-                    f"run with those, give another output, or overwrite=true to start again"
-                )
-            if overwrite:
-                shutil.rmtree(self.path)
-        (self.path / PROGRESS).mkdir(parents=True, exist_ok=True)
-        for leftover in [*self.path.glob("*.tmp"), *(self.path / PROGRESS).glob("*.tmp")]:
-            leftover.unlink()
+        if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+            raise UserError(f"output={self.path} cannot be made: {here} is no folder that can be written to")
+        if self._is_new():
+            return
+        kept = self.path / PROGRESS / _FINGERPRINT
         if not kept.exists():
+            raise UserError(f"output={self.path} holds something else: give a folder that is new or empty")
+        differing = _differences(json.loads(kept.read_text()), fingerprint)
+        if differing and not overwrite:
+            raise UserError(
+                f"output={self.path} was begun with other settings ({'; '.join(differing)}): "
+                f"run with those, give another output, or overwrite=true to start again"
+            )
+
+    def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        """Make the folder, or go on in one that the same run left behind; UserError as in `check`."""
+        self.check(fingerprint, overwrite)
+        progress = self.path / PROGRESS
+        if overwrite and not self._is_new():
+            self._clear()
+        _guard(PROGRESS, lambda: progress.mkdir(parents=True, exist_ok=True))
+        for leftover in [*self.path.glob("*.tmp"), *progress.glob("*.tmp")]:
+            leftover.unlink()
+        if not (progress / _FINGERPRINT).exists():
             source = self._architecture.checkpoint.path.resolve()
-            self._write_json(self.path / PROGRESS / _SOURCE, {"original": str(source)})
-            self._write_json(kept, dict(fingerprint))
+            self._write_json(progress / _SOURCE, {"original": str(source)})
+            self._write_json(progress / _FINGERPRINT, dict(fingerprint))
+
+    def _is_new(self) -> bool:
+        """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""
+        progress = self.path / PROGRESS
+        begun = {progress, *(progress / name for name in (_SOURCE, "source.tmp", "fingerprint.tmp"))}
+        return not self.path.exists() or all(path in begun for path in self.path.rglob("*"))
+
+    def _clear(self) -> None:
+        """Empty the folder of an earlier run.
+
+        Killed half way, it is still known as a run's, by the fingerprint, and not taken for complete.
+        """
+        (self.path / _OWN[0]).unlink(missing_ok=True)
+        kept = self.path / PROGRESS / _FINGERPRINT
+        for path in [*self.path.iterdir(), *kept.parent.iterdir()]:
+            if path.is_dir() and not path.is_symlink():
+                if path != kept.parent:
+                    shutil.rmtree(path)
+            elif path != kept:
+                path.unlink()
+        kept.unlink()
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """What write_block stores of a quantized weight."""
@@ -134,7 +172,7 @@ class OutputFolder:
         for pattern in _COPIED:
             for file in sorted(source.glob(pattern)):
                 if file.name not in _OWN and not file.name.endswith(".index.json"):
-                    _guard(file.name, lambda file=file: shutil.copyfile(file, self.path / file.name))
+                    _guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._write_json(self.path / _OWN[1], index)
         quantized = schemes(self._plan)
@@ -161,21 +199,11 @@ class OutputFolder:
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        def write() -> None:
-            temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            _replace(temporary, path)
-
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        _guard(path.name, write, needed)
+        _put(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}), needed)
 
     def _write_json(self, path: Path, content: Any) -> None:
-        def write() -> None:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            _replace(temporary, path)
-
-        _guard(path.name, write)
+        _put(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def original_of(checkpoint: Path) -> Path | None:
@@ -185,6 +213,21 @@ def original_of(checkpoint: Path) -> Path | None:
         return None
     original = Path(json.loads(noted.read_text())["original"])
     return original if original.is_dir() else None
+
+
+def _put(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:
+    """Write a file under another name and rename it; what a full disk could not hold does not stay on it."""
+    temporary = path.with_suffix(".tmp")
+
+    def write() -> None:
+        save(temporary)
+        _replace(temporary, path)
+
+    try:
+        _guard(path.name, write, needed)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -199,7 +242,7 @@ def _replace(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _guard(name: str, write: Any, needed: int = 0) -> None:
+def _guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
     """Run write(); a full disk becomes a UserError that says what to do."""
     try:
         write()

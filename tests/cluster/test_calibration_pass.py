@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,3 +124,13 @@ def test_a_driver_killed_in_the_middle_is_resumed_by_the_same_command(source, tm
     assert [again.returncode, whole.returncode] == [0, 0]
     assert all(text.splitlines()[-1].startswith("report: ") for text in printed)
     assert local.contents(tmp_path / "out") == local.contents(tmp_path / "whole")
+
+
+@pytest.mark.ray
+def test_what_a_calibrator_refuses_as_it_starts_is_told_once_and_not_tried_again(source, tmp_path, ray_session):
+    copy = shutil.copytree(source, tmp_path / "m")
+    compression = CalibrationPass(local.settings(copy, tmp_path / "out"), TOKENS, 2)
+    shutil.rmtree(copy)
+    with pytest.raises(UserError, match=r"m does not exist: give the folder of a transformers checkpoint$"):
+        compression.check_weights()
+    assert compression.report.restarts == 0

@@ -96,3 +96,47 @@ def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
     local.compress(local.settings(source, tmp_path / "out"), tiny.tokens(4))
     with pytest.raises(UserError, match="compressed already"):
         Task(local.settings(tmp_path / "out", tmp_path / "again"))
+
+
+def test_a_run_killed_while_it_makes_the_folder_begins_anew(task):
+    task.output.open({"bits": 4}, overwrite=False)
+    # The last file that is made.
+    (task.output.path / ".hasten/fingerprint.json").rename(task.output.path / ".hasten/fingerprint.tmp")
+    task.output.open({"bits": 3}, overwrite=False)
+    with pytest.raises(UserError, match="bits: 3, now 4"):
+        task.output.check({"bits": 4}, overwrite=False)
+    assert not list(task.output.path.rglob("*.tmp"))
+
+
+def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwritten(source, tmp_path, monkeypatch):
+    tokens = tiny.tokens(4)
+    chosen = local.settings(source, tmp_path / "out")
+    local.compress(chosen, tokens)
+    whole = local.contents(tmp_path / "out")
+    output = Task(chosen).output
+    unlink = output_module.Path.unlink
+    for allowed in range(1, 2 * len(whole)):
+        left = iter(range(allowed))
+
+        def stop_after_some(path, missing_ok=False, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(output_module.Path, "unlink", stop_after_some)
+        try:
+            output.open({"bits": 3}, overwrite=True)
+        except KeyboardInterrupt:
+            assert not output.is_complete
+        else:
+            break
+        finally:
+            monkeypatch.setattr(output_module.Path, "unlink", unlink)
+    assert 0 < allowed < 2 * len(whole) - 1
+    assert output.finished == []
+    assert sorted(local.contents(tmp_path / "out")) == [".hasten/fingerprint.json", ".hasten/source.json"]
+
+
+def test_checking_a_folder_makes_nothing(task):
+    task.output.check({}, overwrite=True)
+    assert not task.output.path.exists()

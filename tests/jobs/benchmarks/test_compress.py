@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -73,6 +75,9 @@ def test_names_and_bytes_of_files_make_the_digest(tmp_path):
     a, b, c, d = (digest(tmp_path / folder) for folder in "abcd")
     assert a == b
     assert len({a, c, d}) == 3
+    (tmp_path / "a" / ".hasten").mkdir()
+    (tmp_path / "a" / ".hasten" / "notes.json").write_text("{}")
+    assert digest(tmp_path / "a") == b
 
 
 def test_a_mistake_in_the_options_comes_back_as_one_line(tmp_path):
@@ -82,4 +87,9 @@ def test_a_mistake_in_the_options_comes_back_as_one_line(tmp_path):
 
 def test_a_peer_without_a_python_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        check_peer(str(tmp_path / "python"), tmp_path / "log")
+        check_peer(str(tmp_path / "python"))
+
+
+def test_a_peer_without_llm_compressor_is_a_mistake():
+    with pytest.raises(UserError, match="pip install llmcompressor"):
+        check_peer(sys.executable)

@@ -43,6 +43,11 @@ def test_an_empty_string_removes_a_variable(tmp_path, monkeypatch):
 def test_processes_are_named_by_what_they_are():
     assert kind_of(["ray::Calibrator.run_block"]) == "Calibrator"
     assert kind_of(["ray::solve()"]) == "solve"
+    assert (
+        kind_of(["ray::IDLE"])
+        == kind_of(["python", "/ray/_private/workers/default_worker.py", "--node"])
+        == "idle worker"
+    )
     assert kind_of(["/site-packages/ray/core/src/ray/raylet/raylet", "--raylet_socket_name=x"]) == "raylet"
     assert kind_of(["/usr/bin/python3", "-u", "/site-packages/ray/_private/log_monitor.py"]) == "log_monitor.py"
     assert kind_of(["/usr/bin/python3", "-m", "jobs.cli"]) == "python3"
