@@ -161,6 +161,8 @@ class CalibrationPass:
         groups = self._task.plan[block]
         collected = self._collect(block) if needed and groups else []
         packed, facts = self._solve(block, groups, collected)
+        # The store may give the room of these sums to the next block's.
+        del collected
         order = [layer.name for group in groups for layer in group.layers]
         facts.sort(key=lambda row: order.index(row["layer"]))
         for row in facts:

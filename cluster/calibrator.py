@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from accel.compression.quantizers.base import require_finite
 from accel.compression.settings import Settings
 
 # What collect() sends for a group: nodes of the summation tree (start, size, tokens, panels).
@@ -38,9 +37,7 @@ class Calibrator:
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
         for name in names:
-            tensor = self._task.checkpoint.tensor(name)
-            if tensor.is_floating_point():
-                require_finite(tensor, name)
+            self._task.checkpoint.check_finite(self._task.checkpoint.tensor(name), name)
 
     def collect(self, block: int) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, by group key.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accel.compression.formats.base import Format
 from accel.compression.plan import Group, schemes
-from accel.compression.quantizers.base import QuantizedWeight, require_finite
+from accel.compression.quantizers.base import QuantizedWeight
 from accel.errors import UserError
 from accel.models.architecture import Architecture
 
@@ -26,7 +26,7 @@ PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"
 _SOURCE = "source.json"
 # Tensors outside the blocks are gathered into shards of about this size.
-_OUTER_BYTES = 1 << 29
+_OUTER_BYTES = 1 << 27
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _OWN = ("config.json", "model.safetensors.index.json")
 
@@ -192,8 +192,7 @@ class OutputFolder:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._architecture.checkpoint.tensor(name)
-        if tensor.is_floating_point():
-            require_finite(tensor, name)
+        self._architecture.checkpoint.check_finite(tensor, name)
         return tensor
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:

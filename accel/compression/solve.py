@@ -1,6 +1,6 @@
 """One group of layers from statistics to codes, with the facts that a report gives of each layer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,10 @@ from accel.compression.plan import Group
 from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Result
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
 from accel.compression.statistics import SecondMoment
+from accel.models.architecture import Layer
 from accel.models.checkpoint import Checkpoint
+
+_SLAB = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,49 @@ def solve_group(
     if quantizer.needs_second_moment and (not tokens or (group.is_expert and tokens < expert_tokens)):
         method = RoundToNearest()
         notes = (f"saw {tokens} calibration tokens, fewer than {max(1, expert_tokens)}: rounded to nearest",)
-    weight = torch.cat([checkpoint.tensor(f"{layer.name}.weight") for layer in group.layers]).to(device)
-    result = method.quantize(
-        weight, method.prepare(moment.to(device) if moment is not None and method is quantizer else None), group.scheme
-    )
-    del weight
+    prepared = method.prepare(moment.to(device) if moment is not None and method is quantizer else None)
+    parts: dict[str, list[Result]] = {layer.name: [] for layer in group.layers}
+    for slab in _slabs(group):
+        read = [checkpoint.tensor(f"{layer.name}.weight")[rows] for layer, rows in slab]
+        result = method.quantize(torch.cat(read).to(device), prepared, group.scheme)
+        start = 0
+        for (layer, _), weight in zip(slab, read, strict=True):
+            parts[layer.name].append(result.rows(start, start + len(weight)))
+            start += len(weight)
     weights: dict[str, QuantizedWeight] = {}
     facts = []
-    start = 0
-    for layer in group.layers:
-        stop = start + layer.rows
-        weights[layer.name] = result.weight.rows(start, stop)
-        facts.append(_facts(group, layer.name, weights[layer.name], result, slice(start, stop)))
-        facts[-1] |= {"method": type(method).__name__, "tokens": tokens, "notes": [*notes, *result.notes]}
-        start = stop
+    for name, results in parts.items():
+        whole = Result.join(results)
+        weights[name] = whole.weight
+        facts.append(_facts(group, name, whole))
+        facts[-1] |= {"method": type(method).__name__, "tokens": tokens, "notes": [*notes, *whole.notes]}
     return Solved(weights, facts)
 
 
-def _facts(group: Group, name: str, weight: QuantizedWeight, result: Result, rows: slice) -> dict[str, Any]:
-    power = float(result.power[rows].double().sum())
+def _slabs(group: Group) -> Iterator[list[tuple[Layer, slice]]]:
+    """The group's rows in slabs of about _SLAB weights: small layers together, large ones in pieces.
+
+    A solve needs several times the memory of its weights in float32.
+    """
+    most = max(1, _SLAB // group.columns)
+    slab: list[tuple[Layer, slice]] = []
+    room = most
+    for layer in group.layers:
+        start = 0
+        while start < layer.rows:
+            stop = min(layer.rows, start + room)
+            slab.append((layer, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield slab
+                slab, room = [], most
+    if slab:
+        yield slab
+
+
+def _facts(group: Group, name: str, result: Result) -> dict[str, Any]:
+    weight, power = result.weight, float(result.power.double().sum())
     return {
         "layer": name,
         "block": group.block,
@@ -69,5 +96,5 @@ def _facts(group: Group, name: str, weight: QuantizedWeight, result: Result, row
         "stored_bits": weight.bits,
         "bits_per_weight": weight.bits / weight.codes.numel(),
         # Relative to the layer's own output: layers of any width can be compared.
-        "error": float(result.error[rows].double().sum()) / power if power else 0.0,
+        "error": float(result.error.double().sum()) / power if power else 0.0,
     }

@@ -14,6 +14,8 @@ from torch import Tensor
 from accel.compression.formats.base import Format
 from accel.compression.quantizers.base import QuantizedWeight, Scheme
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class PackQuantized(Format):
@@ -25,7 +27,10 @@ class PackQuantized(Format):
 
         bits = weight.scheme.bits
         stored = {
-            "weight_packed": pack_to_int32(_signed(weight.codes, bits), bits),
+            # In pieces: the packing needs several times the memory of its codes.
+            "weight_packed": torch.cat(
+                [pack_to_int32(_signed(part, bits), bits) for part in weight.codes.split(_ROWS_AT_ONCE)]
+            ),
             "weight_scale": weight.scale.contiguous(),
             "weight_shape": torch.tensor(weight.codes.shape),
         }

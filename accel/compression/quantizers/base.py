@@ -87,6 +87,23 @@ class Result:
     power: Tensor
     notes: tuple[str, ...] = field(default=())
 
+    def rows(self, start: int, stop: int) -> "Result":
+        """What concerns some of the rows."""
+        return Result(self.weight.rows(start, stop), self.error[start:stop], self.power[start:stop], self.notes)
+
+    @classmethod
+    def join(cls, parts: list["Result"]) -> "Result":
+        """Results of a layer's consecutive rows as one."""
+        weights = [part.weight for part in parts]
+        weight = QuantizedWeight(
+            torch.cat([weight.codes for weight in weights]),
+            torch.cat([weight.scale for weight in weights]),
+            torch.cat([weight.zero_point for weight in weights]),
+            weights[0].scheme,
+        )
+        error, power = torch.cat([part.error for part in parts]), torch.cat([part.power for part in parts])
+        return cls(weight, error, power, parts[0].notes)
+
 
 class Quantizer(ABC):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
@@ -109,9 +126,3 @@ def power_and_error(weight: Tensor, dequantized: Tensor) -> tuple[Tensor, Tensor
     """Squared weight and squared error, summed by row, (R,) float32 each."""
     weight = weight.float()
     return weight.square().sum(1), (weight - dequantized.float()).square().sum(1)
-
-
-def require_finite(weight: Tensor, layer: str) -> None:
-    """Raise UserError naming a layer whose weight has NaN or Inf."""
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{layer} has NaN or Inf: the checkpoint is damaged or diverged; compress a sound one")
