@@ -11,19 +11,8 @@ import torch
 
 from jobs.cli import main
 from tests.compression import local
+from tests.jobs.report import METRICS
 from tests.models import tiny
-
-METRICS = {
-    "perplexity",
-    "perplexity_original",
-    "kl_divergence",
-    "top1_agreement",
-    "bits_per_weight",
-    "bytes",
-    "seconds",
-    "cpu_seconds",
-    "peak_rss_bytes",
-}
 
 
 @pytest.fixture(scope="module")
