@@ -7,9 +7,10 @@ import numpy as np
 from torch import Tensor
 
 from accel.compression.settings import Settings
+from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
-# What collect() sends for a group: nodes of the summation tree (start, size, tokens, panels).
-Nodes = list[tuple[int, int, int, list[np.ndarray]]]
+# What collect() sends for a group: nodes of the summation tree (start, size, tokens, sums).
+Nodes = list[tuple[int, int, int, np.ndarray]]
 
 
 class Calibrator:
@@ -25,7 +26,6 @@ class Calibrator:
         torch.set_grad_enabled(False)
         from accel.compression.calibration import Shard
         from accel.compression.settings import Task
-        from cluster.resources import cpu_seconds
 
         self._settings = settings
         self._task = Task(settings)
@@ -38,6 +38,7 @@ class Calibrator:
         """Raise UserError naming a tensor that has NaN or Inf."""
         for name in names:
             self._task.checkpoint.check_finite(self._task.checkpoint.tensor(name), name)
+        release_memory()
 
     def collect(self, block: int) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, by group key.
@@ -45,12 +46,13 @@ class Calibrator:
         Hidden states that are not there yet are made from the blocks before, which must be finished where their
         quantized outputs are propagated.
         """
+        release_memory()
         shard = self._catch_up(block)
         module = self._task.architecture.load_block(block)
         original = self._settings.propagate == "original"
         trees = shard.collect(module, self._task.plan[block], advance=original)
         return {
-            key: [(start, size, node.tokens, node.arrays()) for (start, size), node in tree.nodes.items()]
+            key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
         }
 
@@ -67,14 +69,15 @@ class Calibrator:
         from accel.compression.statistics import SecondMoment, Tree
 
         started = perf_counter()
+        release_memory()
         packed: dict[str, dict[str, Tensor]] = {}
         facts: list[dict[str, Any]] = []
         for key in keys:
             group = self._groups[key]
             tree = Tree()
             for nodes in collected:
-                for start, size, tokens, arrays in nodes.get(key, []):
-                    tree.add(start, size, SecondMoment.from_arrays(group.columns, arrays, tokens))
+                for start, size, tokens, sums in nodes.get(key, []):
+                    tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
             solved = solve_group(
                 group,
                 self._task.checkpoint,
@@ -89,8 +92,6 @@ class Calibrator:
 
     def usage(self) -> tuple[float, int]:
         """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
-        from cluster.resources import cpu_seconds, peak_rss_bytes
-
         return cpu_seconds() - self._cpu_before, peak_rss_bytes()
 
     def _catch_up(self, block: int) -> Any:

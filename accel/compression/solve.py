@@ -13,7 +13,7 @@ from accel.compression.statistics import SecondMoment
 from accel.models.architecture import Layer
 from accel.models.checkpoint import Checkpoint
 
-_SLAB = 1 << 23
+_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)

@@ -6,87 +6,128 @@ chunks over any number of workers gives the same bits.
 """
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Columns of one panel: large enough for the matrix product to run at full speed.
-_PANEL = 256
 
-
-@dataclass
 class SecondMoment:
-    """Sum of x xᵀ over tokens, (C, C) float32, of which only the panels on and below the diagonal are kept.
+    """Sum of x xᵀ over tokens, of which only panels of rows, up to the diagonal, are kept.
 
-    panels: panel p holds rows [p * 256, (p + 1) * 256) and the columns up to its last row; there are none before the
-    first tokens. tokens: how many were added.
+    columns: C. tokens: how many were added.
     """
 
-    columns: int
-    panels: list[Tensor] = field(default_factory=list)
-    tokens: int = 0
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.tokens = 0
+        self._bounds = _panels(columns)
+        # All panels one after the other: a block of memory so large that it goes back to the system when it is freed.
+        self._sums: Tensor | None = None
+        self._is_borrowed = False
+        # Sums out of an object store cannot be written to: they are added panel by panel, whenever one is read.
+        self._terms: tuple[SecondMoment, SecondMoment] | None = None
 
     def add(self, inputs: Tensor) -> None:
         """Add the rows of inputs (N, C)."""
-        inputs = inputs.float()
-        bounds = _panels(self.columns)
-        if not self.panels:
-            self.panels = [inputs.new_zeros(stop - start, stop) for start, stop in bounds]
-        for (start, stop), panel in zip(bounds, self.panels, strict=True):
-            panel.addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+        if self._sums is None:
+            size = sum((stop - start) * stop for start, stop in self._bounds)
+            self._sums = torch.zeros(size, device=inputs.device)
+        is_bfloat16, inputs = inputs.dtype == torch.bfloat16, inputs.float()
+        with _bfloat16_products(is_bfloat16):
+            for (start, stop), panel in zip(self._bounds, self.panels(), strict=True):
+                panel.addmm_(inputs[:, start:stop].T, inputs[:, :stop])
         self.tokens += len(inputs)
 
     def merge(self, other: "SecondMoment") -> None:
         """Add another sum to this one."""
-        for index, theirs in enumerate(other.panels):
-            # Out of place: a panel may be borrowed from the object store, where nothing can be written.
-            self.panels[index] = self.panels[index] + theirs.to(self.panels[index].device)
+        if self._sums is not None and other._sums is not None and not self._is_borrowed:
+            self._sums += other._sums
+        else:
+            left = SecondMoment(self.columns)
+            left._sums, left._is_borrowed, left._terms = self._sums, self._is_borrowed, self._terms
+            self._sums, self._terms = None, (left, other)
         self.tokens += other.tokens
 
+    def panels(self) -> Iterator[Tensor]:
+        """Rows start … stop - 1 of each panel with the columns before stop, (stop - start, stop) float32."""
+        if self._terms is not None:
+            for left, right in zip(self._terms[0].panels(), self._terms[1].panels(), strict=True):
+                yield left + right
+        elif self._sums is not None:
+            sizes = [(stop - start) * stop for start, stop in self._bounds]
+            for (start, stop), panel in zip(self._bounds, self._sums.split(sizes), strict=True):
+                yield panel.view(stop - start, stop)
+
     def diagonal(self) -> Tensor:
-        """E[x²] of every column, (C,) float32; zero without tokens."""
-        parts = [
-            panel[:, start:].diagonal() for (start, _), panel in zip(_panels(self.columns), self.panels, strict=True)
-        ]
-        return torch.cat(parts) / max(1, self.tokens)
+        """E[x²] of every column, (C,) float32."""
+        parts = [panel[:, start:].diagonal() for (start, _), panel in zip(self._bounds, self.panels(), strict=True)]
+        return torch.cat(parts) / self.tokens
 
     def mean(self, order: Tensor) -> Tensor:
         """E[x xᵀ] with rows and columns in this order (C,), (C, C) float32."""
         place = torch.empty_like(order)
         place[order] = torch.arange(self.columns, device=order.device)
-        full = torch.empty(self.columns, self.columns, device=self.panels[0].device)
-        for (start, stop), panel in zip(_panels(self.columns), self.panels, strict=True):
+        full = torch.empty(self.columns, self.columns, device=order.device)
+        for (start, stop), panel in zip(self._bounds, self.panels(), strict=True):
             rows, columns = place[start:stop], place[:stop]
             full[rows[:, None], columns[None, :]] = panel
             full[columns[:, None], rows[None, :]] = panel.T
-        return full.div_(max(1, self.tokens))
+        return full.div_(self.tokens)
 
     def to(self, device: torch.device | str) -> "SecondMoment":
         """The sum on a device; itself where it is there already."""
-        return SecondMoment(self.columns, [panel.to(device) for panel in self.panels], self.tokens)
+        if all(panel.device == torch.device(device) for panel in self.panels()):
+            return self
+        moved = SecondMoment(self.columns)
+        moved._sums = torch.cat([panel.to(device).flatten() for panel in self.panels()])
+        moved.tokens = self.tokens
+        return moved
 
-    def arrays(self) -> list[np.ndarray]:
-        """The panels as numpy arrays, which travel through an object store without a copy."""
-        return [panel.cpu().numpy() for panel in self.panels]
+    def array(self) -> np.ndarray:
+        """The panels in one numpy array, which travels through an object store without a copy."""
+        if self._sums is None:
+            return torch.cat([panel.flatten() for panel in self.panels()]).cpu().numpy()
+        return self._sums.cpu().numpy()
 
     @classmethod
-    def from_arrays(cls, columns: int, arrays: list[np.ndarray], tokens: int) -> "SecondMoment":
-        """The sum that arrays() described, sharing its memory, which is never written to."""
-        return cls(columns, [_borrow(array) for array in arrays], tokens)
-
-
-def _borrow(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():
-        # Arrays in an object store are read-only, of which torch warns; nothing here writes to a borrowed panel.
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(array)
+    def from_array(cls, columns: int, array: np.ndarray, tokens: int) -> "SecondMoment":
+        """The sum that array() described, sharing its memory, which is never written to."""
+        moment = cls(columns)
+        with warnings.catch_warnings():
+            # torch warns of arrays that are read-only; nothing here writes to a borrowed sum.
+            warnings.simplefilter("ignore")
+            moment._sums = torch.from_numpy(array)
+        moment._is_borrowed, moment.tokens = True, tokens
+        return moment
 
 
 def _panels(columns: int) -> list[tuple[int, int]]:
-    return [(start, min(columns, start + _PANEL)) for start in range(0, columns, _PANEL)]
+    """First and last row of every panel: narrow ones waste less beyond the diagonal, wide ones run at full speed."""
+    width = 128 if columns <= 512 else 256
+    return [(start, min(columns, start + width)) for start in range(0, columns, width)]
+
+
+@contextmanager
+def _bfloat16_products(allowed: bool) -> Iterator[None]:
+    """Let products of float32 matrices run on bfloat16 units, which loses nothing where both hold bfloat16 values.
+
+    Sums stay float32. On CPUs without such units, and where not allowed, nothing changes.
+    """
+    if not allowed:
+        yield
+        return
+    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision, gpu.fp32_precision
+    # A GPU's tf32 keeps more of the mantissa than bfloat16 has.
+    cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, gpu.fp32_precision = before
 
 
 class Tree:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -33,16 +35,25 @@ def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
         for part in reversed(split(chunks, workers)):
             own = Tree()
             for number in part:
-                own.add(number, 1, SecondMoment(300, list(sums[number].panels), sums[number].tokens))
+                own.add(number, 1, copy.deepcopy(sums[number]))
             for (start, size), node in own.nodes.items():
-                arrays = [array.copy() for array in node.arrays()]
-                for array in arrays:
-                    array.flags.writeable = False  # as they come out of an object store
-                whole.add(start, size, SecondMoment.from_arrays(300, arrays, node.tokens))
+                array = node.array().copy()
+                array.flags.writeable = False  # as it comes out of an object store
+                whole.add(start, size, SecondMoment.from_array(300, array, node.tokens))
         totals.append(whole.total())
     assert totals[0].tokens == 7 * chunks
     for total in totals[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(total.panels, totals[0].panels, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(total.panels(), totals[0].panels(), strict=True))
+
+
+def test_bfloat16_inputs_lose_nothing_in_the_products():
+    x = inputs(64, 300).bfloat16()
+    moment = SecondMoment(300)
+    moment.add(x)
+    expected = x.double().T @ x.double() / 64
+    # Products of bfloat16 numbers are exact in float32: what is left is the rounding of 64 additions.
+    torch.testing.assert_close(moment.mean(torch.arange(300)).double(), expected, rtol=0, atol=2e-6)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def test_splitting_keeps_the_order_and_leaves_nobody_idle():

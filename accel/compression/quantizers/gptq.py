@@ -1,6 +1,7 @@
 """GPTQ: quantize column by column, and let the columns to come make up for the error made so far.
 
-Source: Frantar et al. 2022, arXiv:2210.17323.
+Source: Frantar et al. 2022, arXiv:2210.17323; scales fitted to the codes by coordinate descent, Kim et al. 2026,
+arXiv:2602.02126.
 Departs from it: solved as Babai's nearest plane on H itself (Chen et al. 2025, arXiv:2507.18553, show the two are the
 same algorithm). With H = L Lᵀ and columns visited from the last row of L to the first, the value to round in column k
 is w_k + sum_{i>k} (w_i - q_i) L_ik / L_kk: one Cholesky factorisation, no inverse, and the sum over finished blocks
@@ -30,14 +31,41 @@ ORDERS = ("static", "none")
 class Factor:
     """Cholesky factor of a damped second moment, for any number of layers and schemes that share an input.
 
-    lower: (C, C) float32, its columns divided by their diagonal entry. pivots: (C,), that diagonal. order: (C,)
-    input column of every row, in reverse order of visit.
+    lower: (C, C) float32, columns contiguous and divided by their diagonal entry; what is above the diagonal means
+    nothing. pivots: (C,), that diagonal. order: (C,) input column of every row, in reverse order of visit. is_known:
+    False for the identity that stands in for a matrix that could not be factored.
     """
 
     lower: Tensor
     pivots: Tensor
     order: Tensor
     notes: tuple[str, ...]
+    is_known: bool = True
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Codes (C, R) in the order of the factor's rows, and the grid (G, R) they are on.
+
+    error: (C, R), whose squared length is the output error of a row. power: (R,), that of the output itself.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    error: Tensor
+    power: Tensor
+
+    def where_better(self, other: "_Solved") -> "_Solved":
+        """Of every row the one with less error."""
+        better = other.error.square().sum(0) < self.error.square().sum(0)
+        return _Solved(
+            torch.where(better, other.codes, self.codes),
+            torch.where(better, other.scales, self.scales),
+            torch.where(better, other.zeros, self.zeros),
+            torch.where(better, other.error, self.error),
+            self.power,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,8 @@ class GPTQ(Quantizer):
     factored. act_order: `static` visits columns by falling second moment, each with the scale of its own group;
     `none` visits them as they come and takes a group's scale from its weights as corrected so far. search: ranges tried
     for each scale by mean squared error, between shrink times the full range and the full range; 0 takes the full
-    range.
+    range. refits: how often the scales are fitted anew to the codes, by the output error; the columns are solved again
+    between two fits. 0 is plain GPTQ.
     """
 
     damping: float = 0.01
@@ -56,6 +85,7 @@ class GPTQ(Quantizer):
     act_order: str = "static"
     search: int = 24
     shrink: float = 0.4
+    refits: int = 2
 
     needs_second_moment: ClassVar[bool] = True
 
@@ -64,6 +94,8 @@ class GPTQ(Quantizer):
             raise UserError(f"act_order={self.act_order!r} is none of {', '.join(ORDERS)}")
         if not 0 < self.damping <= self.max_damping:
             raise UserError(f"need 0 < damping <= max_damping, got {self.damping} and {self.max_damping}")
+        if self.refits < 0:
+            raise UserError(f"need refits >= 0, got {self.refits}")
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
@@ -81,8 +113,9 @@ class GPTQ(Quantizer):
         dead = importance[order] <= 0
         mean, damping = float(importance.mean()), self.damping
         while damping <= self.max_damping and math.isfinite(mean):
-            # Factored in place and built anew for another try: two of these matrices may not fit.
-            lower = moment.mean(order)
+            # Factored in place and built anew for another try: two of these matrices may not fit. LAPACK wants columns
+            # contiguous and would copy; of a symmetric matrix the transpose is the same.
+            lower = moment.mean(order).mT
             lower.diagonal()[dead] = 1.0
             lower.diagonal()[~dead] += damping * mean
             info = torch.empty((), dtype=torch.int32, device=lower.device)
@@ -94,63 +127,104 @@ class GPTQ(Quantizer):
             damping *= 10
         failed = f"second moment could not be factored with damping {self.max_damping:g}: rounded to nearest"
         ones = torch.ones_like(importance)
-        return Factor(torch.eye(columns, device=ones.device), ones, order, (failed,))
+        return Factor(torch.eye(columns, device=ones.device), ones, order, (failed,), is_known=False)
 
     def quantize(self, weight: Tensor, prepared: Factor, scheme: Scheme) -> Result:
         """Codes of weight (R, C), whose dtype is also that of the scales."""
-        rows, columns = weight.shape
-        size = scheme.columns(columns)
+        columns = weight.shape[1]
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
-        fixed = self.act_order == "static" or size == columns
-        if fixed:
+        grid = None
+        if self.act_order == "static" or scheme.columns(columns) == columns:
             scale, zero = find_grid(weight, scheme, self.search, self.shrink)
-        else:
-            scale = torch.empty(rows, columns // size, dtype=weight.dtype, device=weight.device)
-            zero = torch.empty(rows, columns // size, device=weight.device)
-        scales, zeros = scale.float().T.contiguous(), zero.T.contiguous()  # (G, R)
+            grid = scale.float().T.contiguous(), zero.T.contiguous()  # (G, R)
+        best = self._solve(target, prepared, scheme, grid, weight.dtype)
+        for again in range(self.refits if prepared.is_known else 0):
+            solved = best
+            if again:
+                solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
+            self._refit(solved, prepared, scheme.columns(columns), weight.dtype)
+            best = solved if solved is best else best.where_better(solved)
+        back = torch.empty_like(prepared.order)
+        back[prepared.order] = torch.arange(columns, device=back.device)
+        quantized = QuantizedWeight(
+            best.codes[back].T.contiguous(),
+            best.scales.T.contiguous().to(weight.dtype),
+            best.zeros.T.contiguous().to(torch.uint8),
+            scheme,
+        )
+        return Result(quantized, best.error.square_().sum(0), best.power, prepared.notes)
+
+    def _solve(
+        self,
+        target: Tensor,
+        prepared: Factor,
+        scheme: Scheme,
+        grid: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
+    ) -> "_Solved":
+        """Nearest plane for target (C, R) on grid, scales and zero points (G, R); None finds them on the way."""
+        columns, rows = target.shape
+        size = scheme.columns(columns)
+        scales, zeros = grid or (target.new_empty(columns // size, rows), target.new_empty(columns // size, rows))
         groups = (prepared.order // size).tolist()
-        codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+        codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
         residual = torch.zeros_like(target)  # w - q, column by column
-        error = torch.zeros(rows, device=weight.device)
-        power = torch.zeros(rows, device=weight.device)
-        block = max(_BLOCK, size) if not fixed else _BLOCK
+        error = torch.empty_like(target)
+        power = target.new_zeros(rows)
+        block = max(_BLOCK, size) if grid is None else _BLOCK
         inner = min(_INNER, size)
         for stop in range(columns, 0, -block):
             start = max(0, stop - block)
             panel = prepared.lower[stop:, start:stop]
             carried = panel.T @ residual[stop:]  # (block, R): error of the finished columns
-            signal = panel.T @ target[stop:] + prepared.lower[start:stop, start:stop].tril().T @ target[start:stop]
+            corner = prepared.lower[start:stop, start:stop].tril()
+            signal = panel.T @ target[stop:] + corner.T @ target[start:stop]
             power += (signal * prepared.pivots[start:stop, None]).square_().sum(0)
             for last in range(stop, start, -inner):
                 first = max(start, last - inner)
-                if not fixed and last % size == 0:
+                if grid is None and last % size == 0:
                     corrected = target[last - size : last] + carried[last - size - start : last - start]
                     group = groups[last - 1]
-                    scales[group], zeros[group] = self._group_grid(corrected.T.to(weight.dtype), scheme)
+                    scales[group], zeros[group] = self._group_grid(corrected.T.to(dtype), scheme)
                 for k in range(last - 1, first - 1, -1):
                     wanted = target[k] + carried[k - start]
                     step, offset = scales[groups[k]], zeros[groups[k]]
                     code = (wanted / step).add_(offset).round_().clamp_(0, scheme.top)
                     codes[k] = code
                     value = code.sub_(offset).mul_(step)
-                    if weight.dtype != torch.float32:
+                    if dtype != torch.float32:
                         # Servers round the product to the checkpoint's dtype; at 8 bits that is as large as the grid.
-                        value = value.to(weight.dtype).float()
+                        value = value.to(dtype).float()
                     torch.sub(target[k], value, out=residual[k])
-                    error += wanted.sub_(value).mul_(prepared.pivots[k]).square_()
+                    torch.sub(wanted, value, out=error[k])
                     if k > first:
-                        carried[first - start : k - start].addr_(prepared.lower[k, first:k], residual[k])
+                        row = corner[k - start, first - start : k - start]
+                        carried[first - start : k - start].addr_(row, residual[k])
                 if first > start:
-                    carried[: first - start].addmm_(prepared.lower[first:last, start:first].T, residual[first:last])
-        back = torch.empty_like(prepared.order)
-        back[prepared.order] = torch.arange(columns, device=back.device)
-        quantized = QuantizedWeight(
-            codes[back].T.contiguous(),
-            scales.T.contiguous().to(weight.dtype),
-            zeros.T.contiguous().to(torch.uint8),
-            scheme,
-        )
-        return Result(quantized, error, power, prepared.notes)
+                    rows_before = corner[first - start : last - start, : first - start]
+                    carried[: first - start].addmm_(rows_before.T, residual[first:last])
+        return _Solved(codes, scales, zeros, error.mul_(prepared.pivots[:, None]), power)
+
+    @staticmethod
+    def _refit(solved: "_Solved", prepared: Factor, size: int, dtype: torch.dtype) -> None:
+        """Scales that make the least output error with the codes as they are, one group of size columns at a time."""
+        columns = len(prepared.order)
+        place = torch.empty_like(prepared.order)
+        place[prepared.order] = torch.arange(columns, device=place.device)
+        for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
+            rows = place[group * size : (group + 1) * size]
+            lower = prepared.lower[rows]
+            lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
+            steps = (lower.T @ (solved.codes[rows] - zero)).mul_(
+                prepared.pivots[:, None]
+            )  # (C, R): output of a scale of 1
+            length, along = steps.square().sum(0), (steps * solved.error).sum(0)
+            fitted = (scale + along / length).to(dtype).float()
+            change = fitted - scale
+            # Rounding may undo the gain, a group without codes has no length, and no scale may be zero or less.
+            change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted > 0)), 0.0)
+            scale += change
+            solved.error.sub_(steps.mul_(change))
 
     def _group_grid(self, corrected: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Scale (R,) and zero point (R,), float32, of one group (R, group_size)."""
