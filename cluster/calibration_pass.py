@@ -180,13 +180,16 @@ class CalibrationPass:
     def _collect(self, block: int) -> list[Any]:
         """Promises of a block's sums, one a calibrator.
 
-        Where the original's outputs are propagated nothing that is solved here matters to the next block, which is
-        asked for at once: no calibrator waits for another's solve.
+        Where the original's outputs are propagated nothing that is solved here matters to the next block to be solved,
+        which is asked for at once: no calibrator waits for another's solve.
         """
         collected = self._ahead.pop(block, None) or [worker.collect.remote(block) for worker in self._workers]
-        following = block + 1
-        if self._settings.propagate == "original" and following < len(self._task.plan):
-            self._ahead[following] = [worker.collect.remote(following) for worker in self._workers]
+        if self._settings.propagate == "original":
+            finished, plan = self._task.output.finished, self._task.plan
+            later = (other for other in range(block + 1, len(plan)) if plan[other] and other not in finished)
+            following = next(later, None)
+            if following is not None:
+                self._ahead[following] = [worker.collect.remote(following) for worker in self._workers]
         return collected
 
     def _solve(

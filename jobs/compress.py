@@ -48,9 +48,9 @@ def run(config: CompressConfig) -> Path:
         if config.overwrite or not output.finished:
             compression.check_weights()
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
-        output.open(fingerprint, config.overwrite)
         run_dir = start(config)
         with _tracker(config, run_dir) as tracker:
+            output.open(fingerprint, config.overwrite)
             tracker.params(plain(config))
             _compress(compression, tracker)
             metrics: dict[str, Any] = {}

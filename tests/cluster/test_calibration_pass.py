@@ -64,16 +64,18 @@ def test_killed_calibrators_are_replaced_and_the_bytes_are_the_same(propagate, s
 
 
 @pytest.mark.ray
-def test_finished_blocks_are_kept_and_only_the_others_done(source, tmp_path, ray_session):
-    chosen = local.settings(source, tmp_path / "out")
+@pytest.mark.parametrize(("propagate", "missing"), [("quantized", [2, 3]), ("original", [0, 3])])
+def test_finished_blocks_are_kept_and_only_the_others_done(propagate, missing, source, tmp_path, ray_session):
+    chosen = local.settings(source, tmp_path / "out", propagate=propagate)
     local.compress(chosen, TOKENS)
     whole = local.contents(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
-    for shard in sorted((tmp_path / "out").glob("model-*.safetensors"))[-2:]:
-        shard.unlink()
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))[-4:]
+    for block in missing:
+        shards[block].unlink()
     report = run(chosen, 1)
     assert report.resumed == 2
-    assert [row["block"] for row in report.blocks] == [2, 3]
+    assert [row["block"] for row in report.blocks] == missing
     assert local.contents(tmp_path / "out") == whole
 
 

@@ -1,8 +1,11 @@
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from cluster import resources
 
@@ -16,6 +19,24 @@ def test_peak_memory_covers_what_was_held_and_given_back() -> None:
     assert after >= before
     assert 64 * 2**20 < after < 2**40
     assert resources.peak_rss_bytes() >= after
+
+
+def shared_bytes() -> int:
+    """Shared memory in this process's resident set."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:"))
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
+def test_pages_of_the_object_store_go_back_and_are_read_again_where_needed(ray_session: None) -> None:
+    resources.release_memory()
+    before = shared_bytes()
+    found = ray.get(ray.put(np.arange(4_000_000)))
+    assert shared_bytes() > before + 30e6
+    resources.release_memory()
+    assert shared_bytes() < before + 1e6
+    assert np.array_equal(found, np.arange(4_000_000))
 
 
 def test_cpu_seconds_grow_with_work() -> None:

@@ -126,6 +126,18 @@ def test_other_settings_are_refused_until_overwritten(source, folder, capsys, ra
     assert not (folder / "out/model-00009-of-00009.safetensors").exists()
 
 
+@pytest.mark.ray
+def test_a_tracking_store_or_run_folder_that_cannot_be_used_ends_the_run_before_there_is_output(
+    source, folder, capsys, ray_session
+):
+    (folder / "file").write_text("no folder, and no database")
+    for option in (f"tracking.uri=sqlite:///{folder}/file", "run_dir=file/run"):
+        name, _, value = option.partition("=")
+        assert compress(source, **{name: value}) == 2
+        assert f"hasten: error: {name}={value} cannot be" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
 def mount(*words):
     return subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
 
