@@ -221,8 +221,8 @@ class GPTQ(Quantizer):
             length, along = steps.square().sum(0), (steps * solved.error).sum(0)
             fitted = (scale + along / length).to(dtype).float()
             change = fitted - scale
-            # Rounding may undo the gain, a group without codes has no length, and no scale may be zero or less.
-            change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted > 0)), 0.0)
+            # Rounding may undo the gain, a group without codes has no length, and no scale may be zero.
+            change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted * scale > 0)), 0.0)
             scale += change
             solved.error.sub_(steps.mul_(change))
 

@@ -35,9 +35,12 @@ def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: t
     if not search:
         return best_scale.to(dtype), best_zero
     best = _loss(groups, best_scale, best_zero, scheme)
-    for index in range(search):
-        factor = shrink + (1 - shrink) * index / search
-        scale, zero = _grid(low * factor, high * factor, scheme, dtype)
+    tried = [shrink + (1 - shrink) * index / search for index in range(search)]
+    if scheme.symmetric:
+        # The grid has one step more on one side: the other sign gives it to the other side.
+        tried += [-factor for factor in [*tried, 1.0]]
+    for factor in tried:
+        scale, zero = _grid(low, high, scheme, dtype, factor)
         loss = _loss(groups, scale, zero, scheme)
         better = loss < best
         best = torch.where(better, loss, best)
@@ -45,13 +48,22 @@ def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: t
     return best_scale.to(dtype), best_zero
 
 
-def _grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale, rounded to the dtype it is stored in, and zero point that span [low, high]; both float32."""
-    span = torch.maximum(-low, high) * 2 if scheme.symmetric else high - low
+def _grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale, rounded to the dtype it is stored in, and zero point that span factor times [low, high]; both float32.
+
+    On symmetric grids, and there alone, factor and scale may be negative: code 0 is the value of largest magnitude.
+    """
+    if scheme.symmetric:
+        middle = 2 ** (scheme.bits - 1)
+        wanted = torch.where(-low >= high, -low, -high) * (factor / middle)
+        zero = torch.full_like(wanted, middle)
+    else:
+        wanted = (high - low) * (factor / scheme.top)
+    scale = wanted.to(dtype).float()
     # A group of zeros has no range; float16 has no smaller normal number than 6e-5.
-    scale = (span / scheme.top).to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
-    middle = 2 ** (scheme.bits - 1)
-    zero = torch.full_like(scale, middle) if scheme.symmetric else (-low / scale).round().clamp(0, scheme.top)
+    scale = torch.copysign(scale.abs().clamp(min=torch.finfo(dtype).tiny), scale)
+    if not scheme.symmetric:
+        zero = (-low * factor / scale).round().clamp(0, scheme.top)
     return scale, zero
 
 
