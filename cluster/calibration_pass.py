@@ -158,7 +158,7 @@ class CalibrationPass:
     def _do(self, block: int) -> dict[str, Any]:
         started = perf_counter()
         needed = self._settings.quantizer.needs_second_moment
-        groups = self._task.plan[block]
+        groups = self._task.output.unfinished(block)
         collected = self._collect(block) if needed and groups else []
         packed, facts = self._solve(block, groups, collected)
         # The store may give the room of these sums to the next block's.
@@ -185,9 +185,8 @@ class CalibrationPass:
         """
         collected = self._ahead.pop(block, None) or [worker.collect.remote(block) for worker in self._workers]
         if self._settings.propagate == "original":
-            finished, plan = self._task.output.finished, self._task.plan
-            later = (other for other in range(block + 1, len(plan)) if plan[other] and other not in finished)
-            following = next(later, None)
+            later = range(block + 1, len(self._task.plan))
+            following = next((other for other in later if self._task.output.unfinished(other)), None)
             if following is not None:
                 self._ahead[following] = [worker.collect.remote(following) for worker in self._workers]
         return collected

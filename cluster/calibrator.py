@@ -50,7 +50,7 @@ class Calibrator:
         shard = self._catch_up(block)
         module = self._task.architecture.load_block(block)
         original = self._settings.propagate == "original"
-        trees = shard.collect(module, self._task.plan[block], advance=original)
+        trees = shard.collect(module, self._task.output.unfinished(block), advance=original)
         return {
             key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
@@ -61,15 +61,18 @@ class Calibrator:
     ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
         """Quantize groups of a block from what all calibrators collected.
 
-        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took.
+        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Of a level
+        database the layers are written here, and there is no packed tensor and a row for every level.
         """
         from time import perf_counter
 
-        from accel.compression.solve import solve_group
+        from accel.compression.levels.database import LevelDatabase
+        from accel.compression.solve import prepare_group, solve_group, solve_levels
         from accel.compression.statistics import SecondMoment, Tree
 
         started = perf_counter()
         release_memory()
+        settings, task = self._settings, self._task
         packed: dict[str, dict[str, Tensor]] = {}
         facts: list[dict[str, Any]] = []
         for key in keys:
@@ -78,16 +81,14 @@ class Calibrator:
             for nodes in collected:
                 for start, size, tokens, sums in nodes.get(key, []):
                     tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
-            solved = solve_group(
-                group,
-                self._task.checkpoint,
-                self._settings.quantizer,
-                tree.total() if tree.nodes else None,
-                self._settings.expert_tokens,
-                self._settings.device,
-            )
-            packed |= {name: self._task.output.pack(weight) for name, weight in solved.weights.items()}
-            facts += solved.facts
+            moment = tree.total() if tree.nodes else None
+            ready = prepare_group(group, settings.quantizer, moment, settings.expert_tokens, settings.device)
+            if isinstance(task.output, LevelDatabase):
+                facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
+            else:
+                solved = solve_group(group, task.checkpoint, ready, group.scheme, settings.device)
+                packed |= {name: task.output.pack(weight) for name, weight in solved.weights.items()}
+                facts += solved.facts
         return packed, facts, perf_counter() - started
 
     def usage(self) -> tuple[float, int]:

@@ -1,13 +1,10 @@
 """`hasten compress`: a checkpoint in, a smaller one out, with what it cost in quality."""
 
-import logging
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from jobs.schema import CompressConfig
-
-_LOG = logging.getLogger(__name__)
 
 
 def run(config: CompressConfig) -> Path:
@@ -17,9 +14,10 @@ def run(config: CompressConfig) -> Path:
     from accel.models.families import family_of
     from cluster.calibration_pass import CalibrationPass
     from cluster.session import session
+    from jobs.calibration import calibration_tokens, run_pass
     from jobs.compose import plain
     from jobs.run import start
-    from jobs.tokenizer import vocabulary_size
+    from jobs.tokenizer import load_tokenizer, vocabulary_size
 
     started = perf_counter()
     # Absolute, as the workers of a cluster have other current folders.
@@ -27,7 +25,8 @@ def run(config: CompressConfig) -> Path:
     # Before transformers reads the folder, whose errors are no single lines.
     family_of(Checkpoint(source).config.get("model_type"))
     settings = _settings(config, source)
-    tokens, tokenizer = _tokens(config, settings, source)
+    tokenizer = load_tokenizer(source)
+    tokens = calibration_tokens(config.calibration, settings.quantizer, tokenizer, source)
     evaluation = config.evaluation
     cut = None
     if evaluation.sequences:
@@ -52,7 +51,7 @@ def run(config: CompressConfig) -> Path:
         with _tracker(config, run_dir) as tracker:
             output.open(fingerprint, config.overwrite)
             tracker.params(plain(config))
-            _compress(compression, tracker)
+            run_pass(compression, "compress", tracker)
             metrics: dict[str, Any] = {}
             if cut is not None:
                 metrics = _evaluate(config, settings, source, cut, gpus)
@@ -93,27 +92,6 @@ def _settings(config: CompressConfig, source: Path) -> Any:
     )
 
 
-def _tokens(config: CompressConfig, settings: Any, source: Path) -> tuple[Any, Any]:
-    """Calibration tokens, None where the quantizer needs none, and the tokenizer, None where there is none."""
-    from accel.data.tokens import load_tokens
-    from jobs.tokenizer import load_tokenizer, vocabulary_size
-
-    tokenizer = load_tokenizer(source)
-    if not settings.quantizer.needs_second_moment:
-        return None, tokenizer
-    calibration = config.calibration
-    tokens = load_tokens(
-        calibration.source,
-        tokenizer,
-        calibration.sequences,
-        calibration.sequence_length,
-        "train",
-        calibration.seed,
-        vocabulary_size(source),
-    )
-    return tokens, tokenizer
-
-
 def _tracker(config: CompressConfig, run_dir: Path) -> Any:
     from cluster.tracking import Tracker
 
@@ -123,23 +101,6 @@ def _tracker(config: CompressConfig, run_dir: Path) -> Any:
         config.tracking.name or f"compress-{run_dir.name}",
         run_dir,
     )
-
-
-def _compress(compression: Any, tracker: Any) -> None:
-    from jobs.progress import Progress
-
-    architecture, output = compression.task.architecture, compression.task.output
-    finished = len(output.finished)
-    if finished:
-        _LOG.info("%d of %d blocks are finished already in %s", finished, architecture.num_blocks, output.path)
-    with Progress("compress", architecture.num_blocks, "block") as progress:
-        progress.begin(finished)
-
-        def note(count: int, row: dict[str, Any]) -> None:
-            progress.update(finished + count, f"error {row['error']:.2e}")
-            tracker.metrics({"block_error": row["error"], "block_seconds": row["seconds"]}, step=row["block"])
-
-        compression.run(note)
 
 
 def _evaluate(config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float) -> dict[str, Any]:

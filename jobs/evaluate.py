@@ -89,7 +89,7 @@ def run(config: EvaluateConfig) -> Path:
 
 
 def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
-    from accel.compression.output import original_of
+    from accel.compression.folder import original_of
     from accel.models.checkpoint import resolve
 
     if config.original is not None:

@@ -116,6 +116,46 @@ class CompressConfig(Run):
 
 
 @dataclass
+class LevelOptions(Run):
+    """What decides a level database."""
+
+    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
+    bits: list[int] = option([2, 3, 4, 5, 6, 8], "bits of a weight, each with each of group_sizes a level")
+    group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale a row")
+    symmetric: bool = option(
+        True, "no zero points; transformers loads mixed levels with zero points only if all are the same"
+    )
+    reference: int = option(3, "bits of the level whose output the next block is calibrated on", at_least=2, at_most=8)
+    ignore: list[str] = option(
+        [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
+    )
+    skip_first: int = option(0, "blocks left as they are at the start", at_least=0)
+    skip_last: int = option(0, "blocks left as they are at the end", at_least=0)
+    propagate: str = option(
+        "quantized",
+        "whose output the next block is calibrated on; with original all blocks are independent",
+        choices=("quantized", "original"),
+    )
+    dtype: str = option(
+        "auto", "dtype of the arithmetic; auto is bfloat16 where the machine multiplies it fast", choices=DTYPES
+    )
+    device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
+    workers: int = option(2, "actors, a process each; they change the time and not a byte", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    address: str | None = option(None, ADDRESS)
+    calibration: Calibration = section(Calibration)
+
+
+@dataclass
+class LevelsConfig(LevelOptions):
+    """Quantize every layer at every level, for searches to choose from; started again, it goes on where it stopped."""
+
+    output: str | None = option(None, "folder of the level database; null is runs/levels/NAME")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+
+
+@dataclass
 class EvaluateConfig(Run):
     """Measure a checkpoint: perplexity, divergence from the original, exact bits per weight, bytes."""
 
@@ -177,6 +217,7 @@ class BenchConfig(Run):
 
 JOBS: dict[str, type[Run]] = {
     "compress": CompressConfig,
+    "levels": LevelsConfig,
     "evaluate": EvaluateConfig,
     "pretrain": PretrainConfig,
     "bench": BenchConfig,

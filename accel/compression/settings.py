@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from accel.compression.formats.base import Format
+from accel.compression.levels.database import LevelDatabase
+from accel.compression.levels.level import level_name, names
 from accel.compression.output import OutputFolder
 from accel.compression.plan import Group, make_plan
 from accel.compression.quantizers.base import Quantizer, Scheme
@@ -25,10 +27,11 @@ PROPAGATE = ("quantized", "original")
 class Settings:
     """A compression as plain values, which travel to every worker.
 
-    ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on.
-    dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the
-    calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to
-    nearest.
+    levels: where there are some, output becomes a database of all layers at all of them, and scheme is the one whose
+    outputs are propagated. ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block
+    is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards:
+    chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer
+    are rounded to nearest.
     """
 
     checkpoint: Path
@@ -36,6 +39,7 @@ class Settings:
     quantizer: Quantizer
     scheme: Scheme
     format: Format
+    levels: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     skip_first: int = 0
     skip_last: int = 0
@@ -50,6 +54,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
             raise UserError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
+        if self.levels and self.propagate == "quantized" and self.scheme not in self.levels:
+            raise UserError(
+                f"reference={level_name(self.scheme)} is none of the levels {', '.join(names(self.levels))}"
+            )
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
@@ -61,6 +69,7 @@ class Settings:
             "calibration tokens": None if tokens is None else tokens_fingerprint(tokens),
             "quantizer": repr(self.quantizer),
             **asdict(self.scheme),
+            "levels": names(self.levels),
             "format": type(self.format).__name__,
             "ignore": list(self.ignore),
             "skip_first": self.skip_first,
@@ -89,7 +98,17 @@ class Task:
         self.plan: list[list[Group]] = make_plan(
             self.architecture, settings.scheme, settings.ignore, settings.skip_first, settings.skip_last
         )
-        self.output = OutputFolder(settings.output, self.architecture, self.plan, settings.format)
+        self.output: OutputFolder | LevelDatabase
+        if settings.levels:
+            for groups in self.plan:
+                for group in groups:
+                    for scheme in settings.levels:
+                        scheme.check(group.key, group.columns)
+            self.output = LevelDatabase(
+                settings.output, self.checkpoint, self.plan, settings.levels, settings.scheme, settings.format
+            )
+        else:
+            self.output = OutputFolder(settings.output, self.architecture, self.plan, settings.format)
 
 
 @cache

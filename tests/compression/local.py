@@ -28,7 +28,8 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     )
     rows = []
     with torch.no_grad():
-        for block, groups in enumerate(task.plan):
+        for block in sorted(set(range(len(task.plan))) - set(task.output.finished)):
+            groups = task.output.unfinished(block)
             collected = [calibrator.collect(block)] if needed else []
             packed, facts, _ = calibrator.solve(block, [group.key for group in groups], *collected)
             task.output.write_block(block, packed, facts)

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from accel.compression import output as output_module
+from accel.compression import folder as folder_module
 from accel.compression.settings import Task
 from accel.errors import UserError
 from tests.compression import local
@@ -65,18 +65,18 @@ def test_a_run_goes_on_after_space_is_made_on_a_full_disk(source, tmp_path, monk
     def full(temporary, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    replace = output_module._replace
+    replace = folder_module._replace
     written = []
 
     def fill_at_the_second_shard(temporary, path):
         written.append(path.name)
         (full if sum(name.endswith(".safetensors") for name in written) == 2 else replace)(temporary, path)
 
-    monkeypatch.setattr(output_module, "_replace", fill_at_the_second_shard)
+    monkeypatch.setattr(folder_module, "_replace", fill_at_the_second_shard)
     with pytest.raises(UserError, match=r"disk is full while writing model-00003-of-00003\.safetensors"):
         local.compress(chosen, tokens)
     assert not (tmp_path / "out" / "config.json").exists()
-    monkeypatch.setattr(output_module, "_replace", replace)
+    monkeypatch.setattr(folder_module, "_replace", replace)
     assert Task(chosen).output.is_finished(0)
     local.compress(chosen, tokens)
     assert local.contents(tmp_path / "out") == local.contents(tmp_path / "whole")
@@ -114,7 +114,7 @@ def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwri
     local.compress(chosen, tokens)
     whole = local.contents(tmp_path / "out")
     output = Task(chosen).output
-    unlink = output_module.Path.unlink
+    unlink = folder_module.Path.unlink
     for allowed in range(1, 2 * len(whole)):
         left = iter(range(allowed))
 
@@ -123,7 +123,7 @@ def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwri
                 raise KeyboardInterrupt
             unlink(path, missing_ok)
 
-        monkeypatch.setattr(output_module.Path, "unlink", stop_after_some)
+        monkeypatch.setattr(folder_module.Path, "unlink", stop_after_some)
         try:
             output.open({"bits": 3}, overwrite=True)
         except KeyboardInterrupt:
@@ -131,7 +131,7 @@ def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwri
         else:
             break
         finally:
-            monkeypatch.setattr(output_module.Path, "unlink", unlink)
+            monkeypatch.setattr(folder_module.Path, "unlink", unlink)
     assert 0 < allowed < 2 * len(whole) - 1
     assert output.finished == []
     assert sorted(local.contents(tmp_path / "out")) == [".hasten/fingerprint.json", ".hasten/source.json"]

@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_finishes_after_space_is_m
     assert compress(source, **options, output=output) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("hasten: error: the disk is full while writing model-0")
-    assert message.endswith("make space and run the same command again; finished blocks are kept")
+    assert message.endswith("make space and run the same command again; what is finished is kept")
     finished = {path.name: path.read_bytes() for path in output.glob("model-*.safetensors")}
     assert 0 < len(finished) < BLOCKS
     # What did not fit takes no room.

@@ -1,0 +1,181 @@
+"""A folder that a run fills and a killed run goes on with: whose it is, and files written whole or not at all.
+
+A file is written under a temporary name, synced and renamed. In `.hasten` stands the fingerprint of everything that
+decides the folder's bytes; a run with another one is refused.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from accel.errors import UserError
+
+PROGRESS = ".hasten"
+_FINGERPRINT = "fingerprint.json"
+_SOURCE = "source.json"
+
+
+class ResumableFolder:
+    """A folder in the making. source: the checkpoint that it is made from.
+
+    option: what users call the folder. last_file: what a complete one has.
+    """
+
+    option: ClassVar[str] = "output"
+    last_file: ClassVar[str] = "config.json"
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path = path
+        self.source = source
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is there."""
+        return (self.path / self.last_file).exists()
+
+    def check(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        """UserError where `open` would refuse the folder; writes nothing.
+
+        It is refused where it holds something else, or was begun with other settings: the message says which differ.
+        """
+        here = self.path
+        while not os.path.lexists(here) and here != here.parent:
+            here = here.parent
+        if here == self.path and not here.is_dir():
+            raise UserError(f"{self.option}={self.path} is a file: give a folder that is new or empty")
+        if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+            raise UserError(f"{self.option}={self.path} cannot be made: {here} is no folder that can be written to")
+        if self._is_new():
+            return
+        kept = self.path / PROGRESS / _FINGERPRINT
+        if not kept.exists():
+            raise UserError(f"{self.option}={self.path} holds something else: give a folder that is new or empty")
+        differing = _differences(json.loads(kept.read_text()), fingerprint)
+        if differing and not overwrite:
+            raise UserError(
+                f"{self.option}={self.path} was begun with other settings ({'; '.join(differing)}): "
+                f"run with those, give another {self.option}, or overwrite=true to start again"
+            )
+
+    def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        """Make the folder, or go on in one that the same run left behind; UserError as in `check`."""
+        self.check(fingerprint, overwrite)
+        progress = self.path / PROGRESS
+        if overwrite and not self._is_new():
+            self._clear()
+        guard(PROGRESS, lambda: progress.mkdir(parents=True, exist_ok=True))
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink()
+        if not (progress / _FINGERPRINT).exists():
+            self.write_json(progress / _SOURCE, {"original": str(self.source.resolve())})
+            self.write_json(progress / _FINGERPRINT, dict(fingerprint))
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor], note: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file whole or not at all; its metadata are note, or say that torch wrote it.
+
+        Only one entry: safetensors writes several in another order every time.
+        """
+        from safetensors.torch import save_file
+
+        metadata = dict(note or {"format": "pt"})
+        assert len(metadata) == 1
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        _put(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed)
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        _put(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _is_new(self) -> bool:
+        """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""
+        progress = self.path / PROGRESS
+        begun = {progress, *(progress / name for name in (_SOURCE, "source.tmp", "fingerprint.tmp"))}
+        return not self.path.exists() or all(path in begun for path in self.path.rglob("*"))
+
+    def _clear(self) -> None:
+        """Empty the folder of an earlier run.
+
+        Killed half way, it is still known as a run's, by the fingerprint, and not taken for complete.
+        """
+        (self.path / self.last_file).unlink(missing_ok=True)
+        kept = self.path / PROGRESS / _FINGERPRINT
+        for path in [*self.path.iterdir(), *kept.parent.iterdir()]:
+            if path.is_dir() and not path.is_symlink():
+                if path != kept.parent:
+                    shutil.rmtree(path)
+            elif path != kept:
+                path.unlink()
+        kept.unlink()
+
+
+def original_of(folder: Path) -> Path | None:
+    """Checkpoint that a folder was made from, if that is noted in it and still there."""
+    noted = folder / PROGRESS / _SOURCE
+    if not noted.is_file():
+        return None
+    original = Path(json.loads(noted.read_text())["original"])
+    return original if original.is_dir() else None
+
+
+def _put(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:
+    """Write a file under another name and rename it; what a full disk could not hold does not stay on it."""
+    temporary = path.with_suffix(".tmp")
+
+    def write() -> None:
+        save(temporary)
+        _replace(temporary, path)
+
+    try:
+        guard(path.name, write, needed)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file into place so that a power cut leaves the old state or the new one."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
+    """Run write(); a full disk becomes a UserError that says what to do."""
+    try:
+        write()
+    except Exception as error:
+        # safetensors reports the operating system's error inside its own.
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
+        if not full:
+            raise
+        wanted = f" ({needed / 2**20:.0f} MiB)" if needed else ""
+        raise UserError(
+            f"the disk is full while writing {name}{wanted}: make space and run the same command again; "
+            f"what is finished is kept"
+        ) from None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old value, now new value` for every entry that differs."""
+    return [
+        f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"

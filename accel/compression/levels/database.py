@@ -1,0 +1,147 @@
+"""The level database: every layer at every level, packed, with the error that it makes.
+
+One file a layer, written by the process that solved it as soon as it is solved: a killed run goes on with the layers
+that have none. Files are read by memory map, so that a search touches only the levels that it looks at.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accel.compression.folder import PROGRESS, ResumableFolder
+from accel.compression.formats.base import Format
+from accel.compression.formats.pack_quantized import PackQuantized
+from accel.compression.levels.level import level_name, level_scheme
+from accel.compression.plan import Group
+from accel.compression.quantizers.base import Scheme
+from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
+
+_LAYERS = "layers"
+_FACTS = "facts"
+
+
+class LevelDatabase(ResumableFolder):
+    """A level database in the making or finished.
+
+    propagated: level whose outputs the blocks after it were calibrated on, None for the original's.
+    """
+
+    option = "levels"
+    last_file = "database.json"
+
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        plan: Sequence[Sequence[Group]],
+        schemes: Sequence[Scheme],
+        propagated: Scheme | None,
+        form: Format,
+    ) -> None:
+        super().__init__(path, checkpoint.path)
+        self.plan = plan
+        self.schemes = tuple(schemes)
+        self._checkpoint = checkpoint
+        self._propagated = propagated
+        self._format = form
+
+    @classmethod
+    def read(cls, path: Path, checkpoint: Checkpoint, plan: Sequence[Sequence[Group]]) -> "LevelDatabase":
+        """A finished database; UserError where it is not finished or was made from another checkpoint."""
+        noted = path / cls.last_file
+        if not noted.is_file():
+            what = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
+            raise UserError(f"levels={path} {what}")
+        content = json.loads(noted.read_text())
+        if content["checkpoint"] != checkpoint.fingerprint():
+            raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
+        schemes = [level_scheme(name) for name in content["levels"]]
+        return cls(path, checkpoint, plan, schemes, None, PackQuantized())
+
+    @property
+    def levels(self) -> list[str]:
+        """Names of the levels, by rising bits."""
+        return [level_name(scheme) for scheme in self.schemes]
+
+    def schemes_of(self, group: Group) -> list[tuple[str, Scheme]]:
+        """Levels of a group with the schemes of its layers, which are symmetric for experts."""
+        return [
+            (level_name(scheme), Scheme(scheme.bits, scheme.group_size, scheme.symmetric or group.is_expert))
+            for scheme in self.schemes
+        ]
+
+    def unfinished(self, block: int) -> list[Group]:
+        """Groups of a block of which a layer is missing."""
+        return [
+            group for group in self.plan[block] if not all(self._file(layer.name).exists() for layer in group.layers)
+        ]
+
+    @property
+    def finished(self) -> list[int]:
+        """Blocks of which nothing is missing."""
+        return [block for block in range(len(self.plan)) if not self.unfinished(block)]
+
+    def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        """Write a layer's tensors and facts, both by level."""
+        tensors = {f"{level}.{part}": tensor for level, parts in packed.items() for part, tensor in parts.items()}
+        self._file(layer).parent.mkdir(exist_ok=True)
+        self.write_tensors(self._file(layer), tensors, {_FACTS: json.dumps(facts)})
+
+    def pack(self, weight: Any) -> dict[str, Tensor]:
+        """What write_layer stores of a quantized weight."""
+        return self._format.pack(weight)
+
+    def facts(self, layer: str) -> dict[str, dict[str, Any]]:
+        """Rows of facts of a layer, by level."""
+        from safetensors import safe_open
+
+        with safe_open(self._file(layer), framework="pt") as file:
+            found: dict[str, dict[str, Any]] = json.loads(file.metadata()[_FACTS])
+        return found
+
+    def parts(self, layer: str, level: str) -> dict[str, Tensor]:
+        """Stored tensors of a layer at a level; only these are read."""
+        from safetensors import safe_open
+
+        with safe_open(self._file(layer), framework="pt") as file:
+            start = f"{level}."
+            return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118 (no mapping)
+
+    def weight(self, layer: str, level: str) -> Tensor:
+        """Weight (R, C) of a layer at a level as a loader would make it."""
+        parts = self.parts(layer, level)
+        scheme = level_scheme(level)
+        # Experts are symmetric whatever the level's name says.
+        return self._format.unpack(parts, Scheme(scheme.bits, scheme.group_size, "weight_zero_point" not in parts))
+
+    def read_block(self, block: int) -> dict[str, Tensor]:
+        """Weights of a finished block's layers at the propagated level, by their path in the block."""
+        assert self._propagated is not None
+        level = level_name(self._propagated)
+        return {layer.module: self.weight(layer.name, level) for group in self.plan[block] for layer in group.layers}
+
+    def write_block(self, block: int, packed: Mapping[str, Any], facts: list[dict[str, Any]]) -> None:
+        """Nothing is left to write when a block is done: its layers stand."""
+        assert not packed
+        missing = self.unfinished(block)
+        assert not missing, f"{missing[0].key} was not written"
+
+    def finish(self) -> None:
+        """Write what makes the database complete."""
+        content = {
+            "checkpoint": self._checkpoint.fingerprint(),
+            "levels": self.levels,
+            "layers": [layer.name for groups in self.plan for group in groups for layer in group.layers],
+        }
+        self.write_json(self.path / self.last_file, content)
+
+    def nbytes(self) -> int:
+        """Bytes of all layer files on disk."""
+        return sum(file.stat().st_size for file in (self.path / _LAYERS).glob("*.safetensors"))
+
+    def _file(self, layer: str) -> Path:
+        return self.path / _LAYERS / f"{layer}.safetensors"

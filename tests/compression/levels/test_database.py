@@ -1,0 +1,118 @@
+import itertools
+import json
+
+import pytest
+import torch
+
+from accel.compression.levels.database import LevelDatabase
+from accel.compression.quantizers.base import Scheme
+from accel.compression.settings import Task
+from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
+from tests.compression import local
+from tests.models import tiny
+
+LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4, 5, 6))
+TOKENS = tiny.tokens(8, 16)
+
+
+def settings(source, output, **changes):
+    return local.settings(source, output, levels=LEVELS, scheme=LEVELS[1], **changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("llama") / "model", "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def database(source, tmp_path_factory):
+    chosen = settings(source, tmp_path_factory.mktemp("levels") / "levels")
+    local.compress(chosen, TOKENS)
+    task = Task(chosen)
+    return LevelDatabase.read(chosen.output, task.checkpoint, task.plan)
+
+
+def layers(database):
+    return [layer.name for groups in database.plan for group in groups for layer in group.layers]
+
+
+def test_the_propagated_level_is_what_compress_makes_at_that_level(database, source, tmp_path):
+    local.compress(local.settings(source, tmp_path / "out", scheme=LEVELS[1]), TOKENS)
+    compressed = Checkpoint(tmp_path / "out")
+    for layer in layers(database):
+        assert torch.equal(database.weight(layer, "w3g32"), compressed.tensor(f"{layer}.weight"))
+
+
+def test_the_first_block_is_what_compress_makes_at_every_level(database, source, tmp_path):
+    for scheme in LEVELS:
+        output = tmp_path / str(scheme.bits)
+        local.compress(local.settings(source, output, scheme=scheme), TOKENS)
+        compressed = Checkpoint(output)
+        for group in database.plan[0]:
+            for layer in group.layers:
+                weight = database.weight(layer.name, f"w{scheme.bits}g32")
+                assert torch.equal(weight, compressed.tensor(f"{layer.name}.weight"))
+
+
+def test_more_bits_make_less_error_and_facts_count_what_is_stored(database):
+    for layer in layers(database):
+        rows = list(database.facts(layer).values())
+        assert [row["level"] for row in rows] == database.levels
+        for fewer, more in itertools.pairwise(rows):
+            assert more["squared_error"] < fewer["squared_error"]
+            assert more["stored_bits"] > fewer["stored_bits"]
+        for row in rows:
+            parts = database.parts(layer, row["level"])
+            # Packed words hold whole codes of rows whose length they divide here, so nothing is lost between them.
+            packed = 8 * sum(parts[part].nbytes for part in ("weight_packed", "weight_scale"))
+            assert row["stored_bits"] <= packed <= 1.1 * row["stored_bits"]
+
+
+def test_layers_that_are_missing_are_made_again_and_no_others(source, tmp_path):
+    chosen = settings(source, tmp_path / "levels")
+    local.compress(chosen, TOKENS)
+    whole = local.contents(tmp_path / "levels")
+    (tmp_path / "levels" / "database.json").unlink()
+    files = sorted((tmp_path / "levels" / "layers").iterdir())
+    files[3].unlink()
+    kept = {file: file.stat().st_mtime_ns for file in files if file.exists()}
+    task = Task(chosen)
+    assert [group.block for block in range(2) for group in task.output.unfinished(block)] == [0]
+    local.compress(chosen, TOKENS)
+    assert local.contents(tmp_path / "levels") == whole
+    # The layers that share an input with it are solved with it.
+    group = next(group for group in task.plan[0] if any(layer.name == files[3].stem for layer in group.layers))
+    again = {layer.name for layer in group.layers}
+    assert {file.stem for file, time in kept.items() if file.stat().st_mtime_ns != time} == again - {files[3].stem}
+
+
+def test_a_database_of_another_checkpoint_is_refused(database, tmp_path):
+    other = Task(
+        local.settings(
+            tiny.save(tmp_path / "other", "llama", rms_norm_eps=1e-3, dtype=torch.bfloat16), tmp_path / "out"
+        )
+    )
+    with pytest.raises(UserError, match=r"was made from another checkpoint than model=.*other"):
+        LevelDatabase.read(database.path, other.checkpoint, other.plan)
+
+
+def test_a_folder_without_a_finished_database_is_refused(source, tmp_path):
+    chosen = settings(source, tmp_path / "levels")
+    task = Task(chosen)
+    with pytest.raises(UserError, match=r"levels=.* is no level database"):
+        LevelDatabase.read(tmp_path / "nothing", task.checkpoint, task.plan)
+    task.output.open({}, overwrite=False)
+    with pytest.raises(UserError, match=r"levels=.* is not finished: run hasten levels again"):
+        LevelDatabase.read(chosen.output, task.checkpoint, task.plan)
+
+
+def test_a_reference_that_is_no_level_is_refused(source, tmp_path):
+    with pytest.raises(UserError, match=r"reference=w8g32 is none of the levels w2g32, w3g32"):
+        local.settings(source, tmp_path / "levels", levels=LEVELS, scheme=Scheme(8, 32, symmetric=True))
+
+
+def test_a_database_names_its_levels_and_layers(database):
+    content = json.loads((database.path / "database.json").read_text())
+    assert content["levels"] == ["w2g32", "w3g32", "w4g32", "w5g32", "w6g32"]
+    assert content["layers"] == layers(database)
