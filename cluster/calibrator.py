@@ -106,4 +106,6 @@ class Calibrator:
             if self._settings.propagate == "quantized":
                 replace_weights(module, self._task.output.read_block(position))
             self._shard.advance(module)
+            del module
+            release_memory()
         return self._shard

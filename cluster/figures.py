@@ -46,6 +46,53 @@ def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
     return _save(figure, path)
 
 
+def level_map(layers: Sequence[Row], path: Path) -> Path:
+    """Bits of every layer as a heat map, kinds of layers by blocks; returns path.
+
+    layers: `layer` (its name in the checkpoint) and `bits`. Of experts, which share a cell, the mean is shown.
+    """
+    cells: dict[tuple[str, int], list[float]] = {}
+    for index, row in enumerate(layers):
+        name = str(row["layer"])
+        cells.setdefault((_kind(name), _block(name, index)), []).append(float(row["bits"]))
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = range(max((block for _, block in cells), default=-1) + 1)
+    nothing = [float("nan")]
+    means = [
+        [sum(some) / len(some) for some in (cells.get((kind, block), nothing) for block in blocks)] for kind in kinds
+    ]
+    figure, axes = _axes("Bits of each layer", "block", "")
+    axes.grid(visible=False)
+    if means:
+        image = axes.imshow(means, aspect="auto", cmap="viridis")
+        figure.colorbar(image, label="bits")
+        for line, values in enumerate(means):
+            for block, value in enumerate(values):
+                if len(blocks) <= 40 and value == value:
+                    axes.text(block, line, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white")
+    axes.set_yticks(range(len(kinds)), kinds)
+    return _save(figure, path)
+
+
+def pareto(rows: Sequence[Row], path: Path) -> Path:
+    """Divergence from the original over the size, a line for each allocator; returns path.
+
+    rows: `allocator`, `bytes` and `kl_divergence`; rows without the latter are left out.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["kl_divergence"] is not None:
+            point = (float(row["bytes"]) / 2**20, float(row["kl_divergence"]))
+            lines.setdefault(str(row["allocator"]), []).append(point)
+    figure, axes = _axes("Quality against size", "MiB of quantized weights", "KL divergence, nats a token")
+    for position, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="osD^v<>P"[position % 8], linewidth=1, label=name)
+    if lines:
+        axes.set_yscale("log")
+        axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _block(name: str, otherwise: int) -> int:
     """The first number that stands alone between dots, as in model.layers.3.mlp.up_proj."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)

@@ -83,6 +83,14 @@ class Building:
         if self._overwrite or not self.database.finished:
             self._pass.check_weights()
 
+    def check_budget(self, budget: float) -> None:
+        """UserError where no mixture of the levels has so many bits per weight; known before there are any."""
+        from accel.compression.allocation.base import check_budget
+        from accel.compression.levels.units import planned_units
+
+        units = planned_units(self.database)
+        check_budget(units, int(budget * sum(unit.weights for unit in units)))
+
     def run(self, tracker: Any) -> None:
         """Make the database, or what is missing of it; inside a Ray session."""
         from jobs.calibration import run_pass

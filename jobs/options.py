@@ -83,8 +83,8 @@ def _read(kind: Any, text: str) -> Any:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
-        if inner is str and not text.lstrip().startswith("["):
-            return [text]
+        if typing.get_origin(inner) is not list and not text.lstrip().startswith("["):
+            return [_read(inner, text)]
         value = yaml.safe_load(text)
         return _listed(kind, value)
     return yaml.safe_load(text)
@@ -94,6 +94,8 @@ def _listed(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is not list:
         if kind is str and isinstance(value, (int, float)):
             return str(value)
+        if kind is float and type(value) is int:
+            return float(value)
         return value if type(value) is kind else _fail(value)
     if not isinstance(value, list):
         _fail(value)

@@ -156,6 +156,45 @@ class LevelsConfig(LevelOptions):
 
 
 @dataclass
+class SearchTokens:
+    """Tokens that candidates are compared on."""
+
+    source: str = option("library", f"text that candidates are compared on: {SOURCE}")
+    sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
+    sequence_length: int = option(512, "tokens in a sequence", at_least=2)
+    seed: int = option(1, "which sequences of the source are drawn", at_least=0)
+    batch: int = option(1, "sequences that run through a block at once; more pay on a GPU", at_least=1)
+
+
+@dataclass
+class SearchConfig(LevelOptions):
+    """Spend a budget of bits over the layers: make the levels, choose among them, write the checkpoint; resumable."""
+
+    budget: list[float] = option(
+        [3.2], "average bits of a quantized weight, scales counted; a list gives a table of all allocators"
+    )
+    allocator: dict[str, Any] = group("how the budget is spread")
+    grouping: str = option(
+        "serving",
+        "which layers get the same level: with serving those that servers fuse (q/k/v, gate/up, experts)",
+        choices=("none", "serving"),
+    )
+    errors: str = option(
+        "output",
+        "what allocators that add up errors go by: each layer's output error, or the KL divergence of it alone",
+        choices=("output", "kl"),
+    )
+    fitness: dict[str, Any] = group("what a search compares candidates by")
+    levels: str | None = option(
+        None, "folder of a finished level database, whose levels count; null makes the one in runs/levels/NAME"
+    )
+    output: str | None = option(None, "folder of the checkpoint; null is runs/models/NAME")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+    search: SearchTokens = section(SearchTokens)
+    evaluation: Evaluation = section(Evaluation)
+
+
+@dataclass
 class EvaluateConfig(Run):
     """Measure a checkpoint: perplexity, divergence from the original, exact bits per weight, bytes."""
 
@@ -218,6 +257,7 @@ class BenchConfig(Run):
 JOBS: dict[str, type[Run]] = {
     "compress": CompressConfig,
     "levels": LevelsConfig,
+    "search": SearchConfig,
     "evaluate": EvaluateConfig,
     "pretrain": PretrainConfig,
     "bench": BenchConfig,

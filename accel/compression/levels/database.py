@@ -18,6 +18,7 @@ from accel.compression.levels.level import level_name, level_scheme
 from accel.compression.plan import Group
 from accel.compression.quantizers.base import Scheme
 from accel.errors import UserError
+from accel.models.architecture import Architecture, Layer
 from accel.models.checkpoint import Checkpoint
 
 _LAYERS = "layers"
@@ -50,9 +51,9 @@ class LevelDatabase(ResumableFolder):
         self._format = form
 
     @classmethod
-    def read(cls, path: Path, checkpoint: Checkpoint, plan: Sequence[Sequence[Group]]) -> "LevelDatabase":
+    def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
         """A finished database; UserError where it is not finished or was made from another checkpoint."""
-        noted = path / cls.last_file
+        noted, checkpoint = path / cls.last_file, architecture.checkpoint
         if not noted.is_file():
             what = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
             raise UserError(f"levels={path} {what}")
@@ -60,6 +61,14 @@ class LevelDatabase(ResumableFolder):
         if content["checkpoint"] != checkpoint.fingerprint():
             raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
         schemes = [level_scheme(name) for name in content["levels"]]
+        names = set(content["layers"])
+        plan = []
+        for block in range(architecture.num_blocks):
+            shared: dict[str, list[Layer]] = {}
+            for layer in architecture.linears(block):
+                if layer.name in names:
+                    shared.setdefault(layer.group, []).append(layer)
+            plan.append([Group(block, tuple(layers), schemes[0]) for layers in shared.values()])
         return cls(path, checkpoint, plan, schemes, None, PackQuantized())
 
     @property

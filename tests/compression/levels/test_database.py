@@ -30,7 +30,7 @@ def database(source, tmp_path_factory):
     chosen = settings(source, tmp_path_factory.mktemp("levels") / "levels")
     local.compress(chosen, TOKENS)
     task = Task(chosen)
-    return LevelDatabase.read(chosen.output, task.checkpoint, task.plan)
+    return LevelDatabase.read(chosen.output, task.architecture)
 
 
 def layers(database):
@@ -94,17 +94,17 @@ def test_a_database_of_another_checkpoint_is_refused(database, tmp_path):
         )
     )
     with pytest.raises(UserError, match=r"was made from another checkpoint than model=.*other"):
-        LevelDatabase.read(database.path, other.checkpoint, other.plan)
+        LevelDatabase.read(database.path, other.architecture)
 
 
 def test_a_folder_without_a_finished_database_is_refused(source, tmp_path):
     chosen = settings(source, tmp_path / "levels")
     task = Task(chosen)
     with pytest.raises(UserError, match=r"levels=.* is no level database"):
-        LevelDatabase.read(tmp_path / "nothing", task.checkpoint, task.plan)
+        LevelDatabase.read(tmp_path / "nothing", task.architecture)
     task.output.open({}, overwrite=False)
     with pytest.raises(UserError, match=r"levels=.* is not finished: run hasten levels again"):
-        LevelDatabase.read(chosen.output, task.checkpoint, task.plan)
+        LevelDatabase.read(chosen.output, task.architecture)
 
 
 def test_a_reference_that_is_no_level_is_refused(source, tmp_path):

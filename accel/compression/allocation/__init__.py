@@ -1,0 +1,1 @@
+"""One budget of bits, many layers: which level each of them gets. One file a method."""

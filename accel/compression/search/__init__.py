@@ -1,0 +1,1 @@
+"""Searches over levels: genomes in, measured candidates out. One file a search."""

@@ -1,0 +1,420 @@
+"""Candidates of a search on one model in memory: layers change in place, and what candidates share is run once.
+
+Two candidates that make the same choices in blocks 0 to b have the same hidden states after block b. So genomes are
+walked as a trie, depth first and block by block: every distinct prefix of choices runs once, and of the hidden states
+only those are held that another branch still starts from.
+"""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from accel.compression.allocation.base import DROP, Unit
+from accel.compression.levels.level import KEEP
+from accel.compression.search.evopress import Genome, Sample
+from accel.compression.search.fitness import Fitness
+from accel.models.architecture import Architecture
+
+# In place of a choice's index: the unit as the checkpoint has it.
+ORIGINAL = -1
+
+ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
+
+# Logits of the first many bytes are made at once: the head's weights are converted and read anew for every call.
+# Fitness is taken of the second many at once: more do not stay in the processor's cache.
+_LOGITS_BYTES = 16 * 2**20
+_FITNESS_BYTES = 4 * 2**20
+# Matrix products may round differently where their operands are aligned differently.
+_ALIGNMENT = 64
+
+
+class Candidates:
+    """Evaluates genomes on calibration tokens (N, T) int64, and counts what that costs.
+
+    A genome holds the index of a choice, or ORIGINAL, for each of the units. weights(layer, level) gives a layer's
+    weight (R, C), in any dtype; the level `keep` is read from the checkpoint. A unit without layers whose kind is
+    `attention`, `mlp` or `block` is that part of its block: at the level `drop` the part adds nothing to the residual
+    stream (norms of the sum, as in OPT-350m, stay, but not those of a dropped block), and at any other it stays. A
+    state at position t predicts the token at t + 1, so a part of a sample scores as many tokens as it uses, but the
+    last of a sequence scores none.
+
+    Losses are the same to the bit whatever the genomes' order and company. They also depend on nothing but the batch
+    that a sequence runs in, see batches(); what the original predicts is always taken of one sequence alone.
+
+    Memory: the model in the architecture's dtype; cache_bytes for weights that are swapped out; states_bytes or one
+    batch's states for every open branch, of which there are no more than genomes or blocks; and per token of every
+    sequence that was evaluated what the fitness keeps of the original, on the architecture's device. The original's
+    hidden states are not kept.
+
+    swapped: weights changed. block_runs: batches sent through a block. swap_seconds is a part of seconds, wall time.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        units: Sequence[Unit],
+        weights: Callable[[str, str], Tensor],
+        tokens: Tensor,
+        fitness: Fitness,
+        batch: int = 4,
+        cache_bytes: int = 2**30,
+        states_bytes: int = 2**30,
+    ) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] < 2 or batch < 1:
+            raise ValueError(f"need tokens (N, T), T of 2 or more, and batch >= 1, got {tokens.shape} and {batch}")
+        self.architecture, self.units, self.tokens = architecture, tuple(units), tokens
+        self.fitness, self.batch = fitness, batch
+        self.swapped = self.block_runs = 0
+        self.swap_seconds = self.seconds = 0.0
+        self._states_bytes = states_bytes
+        self._read = weights
+        self._cache = _Cache(cache_bytes)
+        self._blocks = _load(architecture, self.units)
+        self._references: dict[int, dict[str, Tensor]] = {}
+
+    def evaluate(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
+        """Mean fitness per scored token of every genome, in nats; lower is better."""
+        scored = self.scored(sample)
+        if not scored:
+            raise ValueError(f"nothing to score in {sample}")
+        # Exactly rounded, and so the same if the parts were evaluated by several processes.
+        return [math.fsum(row) / scored for row in self.losses(genomes, sample).tolist()]
+
+    def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
+        """Sum over the scored tokens of every part of the sample, (genomes, parts) float64."""
+        states = [self._states(genome) for genome in genomes]
+        pieces = self._pieces(sample)
+        if self.fitness.needs_original:
+            self.remember(number for number, _ in sample.parts)
+        found = torch.zeros(len(states), len(sample.parts), dtype=torch.float64)
+
+        def score(members: list[int], piece: "_Piece", hidden: Tensor) -> None:
+            for row, (number, used) in enumerate(piece.parts):
+                found[members, piece.first + row] = self._loss(hidden[row], number, used)
+
+        self._walk(states, pieces, score)
+        return found
+
+    def losses_one_at_a_time(self, sequences: Iterable[int]) -> dict[tuple[int, int], float]:
+        """Mean fitness per scored token with one unit at one choice and all others original, on whole sequences.
+
+        Keys are (unit's index, choice's index). With a KL fitness this is what each choice costs by itself.
+        """
+        sample = Sample(tuple((number, self.tokens.shape[1]) for number in sequences))
+        keys = [(unit, choice) for unit, each in enumerate(self.units) for choice in range(len(each.choices))]
+        original = (ORIGINAL,) * len(self.units)
+        genomes = [(*original[:unit], choice, *original[unit + 1 :]) for unit, choice in keys]
+        return dict(zip(keys, self.evaluate(genomes, sample), strict=True))
+
+    def remember(self, sequences: Iterable[int]) -> None:
+        """Runs the original on those sequences of which it is not known yet what it predicts.
+
+        Called by the evaluations themselves; worth calling for all sequences at first where cache_bytes does not hold
+        the original weights, because each change back to them then reads the checkpoint.
+        """
+        length = self.tokens.shape[1]
+        missing = sorted({number for number in sequences if number not in self._references})
+        # Alone, so that it does not matter to the bit what else is asked for.
+        pieces = [_Piece(0, ((number, length),)) for number in missing]
+
+        def keep(_: list[int], piece: "_Piece", hidden: Tensor) -> None:
+            number, targets = piece.parts[0][0], self._targets(piece.parts[0][0])
+            made = [
+                self.fitness.reference(logits, targets[first : first + len(logits)])
+                for first, logits in self._logits(hidden[0], length - 1)
+            ]
+            self._references[number] = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+
+        self._walk([self._states((ORIGINAL,) * len(self.units))], pieces, keep)
+
+    def scored(self, sample: Sample) -> int:
+        """Tokens that a sample scores."""
+        return sum(self._positions(used) for _, used in sample.parts)
+
+    def _pieces(self, sample: Sample) -> list["_Piece"]:
+        for number, used in sample.parts:
+            if not (0 <= number < len(self.tokens) and 1 <= used <= self.tokens.shape[1]):
+                raise ValueError(f"{used} tokens of sequence {number} are not in tokens {tuple(self.tokens.shape)}")
+        return _pieces(sample, self.batch)
+
+    def _states(self, genome: Genome) -> list["_State"]:
+        """What a genome makes of every block."""
+        levels = {}
+        for unit, choice in zip(self.units, genome, strict=True):
+            if not ORIGINAL <= choice < len(unit.choices):
+                raise ValueError(f"choice {choice} of {unit.name} is none of its {len(unit.choices)}, nor ORIGINAL")
+            levels[unit.name] = KEEP if choice == ORIGINAL else unit.choices[choice].level
+        return [block.state_of(levels) for block in self._blocks]
+
+    def _walk(
+        self,
+        states: list[list["_State"]],
+        pieces: list["_Piece"],
+        leaf: Callable[[list[int], "_Piece", Tensor], None],
+    ) -> None:
+        """Calls leaf(genomes, piece, last hidden states) for every piece and all genomes that are the same model."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            for some in self._groups(pieces, branches=min(len(states) - 1, len(self._blocks)) + 2):
+                hidden = [self.architecture.embed(self.tokens[piece.numbers, : piece.length]) for piece in some]
+                for members, outputs in self._descend(0, list(range(len(states))), states, hidden):
+                    for piece, output in zip(some, outputs, strict=True):
+                        leaf(members, piece, output)
+        self.seconds += time.perf_counter() - begin
+
+    def _groups(self, pieces: list["_Piece"], branches: int) -> Iterator[list["_Piece"]]:
+        """Pieces that walk together: of one length, for which masks are made once, and within states_bytes."""
+        width = self.architecture.hidden_size * self.architecture.dtype.itemsize * branches
+        group: list[_Piece] = []
+        taken = 0
+        for piece in pieces:
+            size = len(piece.parts) * piece.length * width
+            if group and (group[0].length != piece.length or taken + size > self._states_bytes):
+                yield group
+                group, taken = [], 0
+            group.append(piece)
+            taken += size
+        if group:
+            yield group
+
+    def _descend(
+        self, index: int, members: list[int], states: list[list["_State"]], hidden: list[Tensor]
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Genomes that share all blocks, and their last hidden states; those before block `index` are used up."""
+        if index == len(self._blocks):
+            yield members, hidden
+            return
+        block, branches = self._blocks[index], dict[_State, list[int]]()
+        for member in members:
+            branches.setdefault(states[member][index], []).append(member)
+        # What is loaded comes first: it need not be loaded again.
+        order = sorted(branches, key=lambda state: (state != block.state, state))
+        for state in order:
+            self._change(block, state)
+            if state is order[-1]:
+                # No other branch starts from these: each is freed as soon as its successor is there.
+                outputs = hidden
+                for at in range(len(hidden)):
+                    outputs[at] = self._run(index, hidden[at])
+            else:
+                outputs = [self._run(index, each) for each in hidden]
+            yield from self._descend(index + 1, branches[state], states, outputs)
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        block = self._blocks[index]
+        if BLOCK in block.state.dropped:
+            return hidden
+        self.block_runs += 1
+        return self.architecture.run_block(block.module, index, hidden)
+
+    def _change(self, block: "_Block", state: "_State") -> None:
+        """Brings a block into a state, layer by layer where it differs."""
+        begin = time.perf_counter()
+        for slot, level in zip(block.slots, state.levels, strict=False):
+            if level not in ("", slot.level):
+                wanted = self._cache.take((slot.name, level))
+                if wanted is None:
+                    wanted = self._weight(slot, level)
+                self._cache.put((slot.name, slot.level), slot.linear.weight.data)
+                slot.linear.weight = nn.Parameter(wanted, requires_grad=False)
+                slot.level = level
+                self.swapped += 1
+        block.drop(state.dropped)
+        block.state = state
+        self.swap_seconds += time.perf_counter() - begin
+
+    def _weight(self, slot: "_Slot", level: str) -> Tensor:
+        keep = level == KEEP
+        weight = self.architecture.checkpoint.tensor(f"{slot.name}.weight") if keep else self._read(slot.name, level)
+        if weight.shape != slot.linear.weight.shape:
+            needed = tuple(slot.linear.weight.shape)
+            raise ValueError(f"weight of {slot.name} at {level} is {tuple(weight.shape)}, the layer is {needed}")
+        weight = weight.to(self.architecture.device, self.architecture.dtype).contiguous()
+        return weight.clone() if weight.is_cpu and weight.data_ptr() % _ALIGNMENT else weight
+
+    def _positions(self, used: int) -> int:
+        """Of the first `used` states, those that have a next token."""
+        return min(used, self.tokens.shape[1] - 1)
+
+    def _targets(self, number: int) -> Tensor:
+        return self.tokens[number, 1:].to(self.architecture.device)
+
+    def _loss(self, hidden: Tensor, number: int, used: int) -> float:
+        """Sum over the scored tokens of one sequence with last hidden states (T, D)."""
+        targets, stored = self._targets(number), self._references.get(number, {})
+        sums = []
+        for first, logits in self._logits(hidden, self._positions(used)):
+            rows = slice(first, first + len(logits))
+            part = {name: value[rows] for name, value in stored.items()}
+            sums.append(self.fitness.loss(logits, targets[rows], part))
+        return math.fsum(sums)
+
+    def _logits(self, hidden: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:
+        """First position and logits (M, V) of a few positions at a time."""
+        row = 4 * self.architecture.config.vocab_size
+        step, few = max(1, _LOGITS_BYTES // row), max(1, _FITNESS_BYTES // row)
+        for first in range(0, positions, step):
+            logits = self.architecture.head(hidden[None, first : min(first + step, positions)])[0]
+            for start in range(0, len(logits), few):
+                yield first + start, logits[start : start + few]
+
+
+class _State(NamedTuple):
+    """What is to be loaded in a block; equal ones are the same function.
+
+    dropped: kinds of its dropped parts. levels: one for each slot, empty where it lies in a dropped part.
+    """
+
+    dropped: tuple[str, ...]
+    levels: tuple[str, ...]
+
+
+class _Piece(NamedTuple):
+    """Parts of a sample that run at once, (sequence, tokens used), of one length; first is the place of the first."""
+
+    first: int
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return self.parts[0][1]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _ in self.parts]
+
+
+def _pieces(sample: Sample, batch: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    for index, (number, used) in enumerate(sample.parts):
+        if pieces and pieces[-1].length == used and len(pieces[-1].parts) < batch:
+            pieces[-1] = _Piece(pieces[-1].first, (*pieces[-1].parts, (number, used)))
+        else:
+            pieces.append(_Piece(index, ((number, used),)))
+    return pieces
+
+
+def batches(sample: Sample, batch: int) -> list[Sample]:
+    """The sample in the pieces that run through a block at once: neighbours of equal length, `batch` at most.
+
+    One of them, or consecutive ones joined, gives its parts the same losses to the bit as the whole sample does:
+    processes can share a sample without losing what its genomes share.
+    """
+    return [Sample(piece.parts) for piece in _pieces(sample, batch)]
+
+
+@dataclass
+class _Slot:
+    """A layer that changes, the name of its unit, the parts it lies in, and the level that is loaded."""
+
+    name: str
+    linear: Any
+    unit: str
+    around: tuple[str, ...]
+    level: str = KEEP
+
+
+class _Block:
+    """A block in memory; parts are (unit's name, kind) of those that can be dropped, state is what is loaded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.slots: list[_Slot] = []
+        self.parts: list[tuple[str, str]] = []
+        self.state = _State((), ())
+
+    def state_of(self, levels: dict[str, str]) -> _State:
+        """The state for the levels of all units."""
+        dropped = {kind for name, kind in self.parts if levels[name] == DROP}
+        if BLOCK in dropped:
+            return _State((BLOCK,), ())
+        return _State(
+            tuple(sorted(dropped)),
+            tuple(
+                "" if any(levels[part] == DROP for part in slot.around) else levels[slot.unit] for slot in self.slots
+            ),
+        )
+
+    def drop(self, kinds: tuple[str, ...]) -> None:
+        """Stands in for the forward of the dropped parts, and gives the others theirs back; a block is not run at all.
+
+        What is not computed costs no time, and zeros stay zeros in the norms that Gemma puts behind both parts.
+        """
+        for kind in (ATTENTION, MLP):
+            for name, forward in _NOTHING[kind].items():
+                module = getattr(self.module, name, None)
+                if module is not None and kind in kinds:
+                    vars(module)["forward"] = forward
+                elif module is not None:
+                    vars(module).pop("forward", None)
+
+
+def _zeros(hidden_states: Tensor) -> Tensor:
+    return torch.zeros_like(hidden_states)
+
+
+def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    return torch.zeros_like(hidden_states), None
+
+
+# What the modules of a part do when it is dropped. OPT's feed-forward network is two layers of the block itself.
+_NOTHING: dict[str, dict[str, Callable[..., Any]]] = {
+    ATTENTION: {"self_attn": _no_attention},
+    MLP: {"mlp": _zeros, "fc1": lambda hidden_states: hidden_states, "fc2": _zeros},
+}
+
+
+class _Cache:
+    """Weights that are not in use, by layer and level; the oldest go first where they take more than so many bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._tensors: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    def take(self, key: tuple[str, str]) -> Tensor | None:
+        """The tensor, which is no longer held; None where it was not."""
+        tensor = self._tensors.pop(key, None)
+        self.bytes -= 0 if tensor is None else tensor.nbytes
+        return tensor
+
+    def put(self, key: tuple[str, str], tensor: Tensor) -> None:
+        """Holds one more tensor."""
+        self._tensors[key] = tensor
+        self.bytes += tensor.nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self._tensors.popitem(last=False)[1].nbytes
+
+
+def _load(architecture: Architecture, units: tuple[Unit, ...]) -> list[_Block]:
+    """All blocks with the original weights; ValueError names a unit that does not fit the model."""
+    blocks, places = [], dict[str, tuple[int, str]]()
+    for index in range(architecture.num_blocks):
+        blocks.append(_Block(architecture.load_block(index)))
+        places |= {layer.name: (index, layer.module) for layer in architecture.linears(index)}
+    parents = {unit.name: unit.part_of for unit in units}
+    for unit in units:
+        around, name = [], unit.part_of
+        while name is not None:
+            around.append(name)
+            name = parents[name]
+        for layer in unit.layers:
+            if layer not in places:
+                where = architecture.checkpoint.path
+                raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
+            index, path = places.pop(layer)
+            linear = blocks[index].module.get_submodule(path)
+            blocks[index].slots.append(_Slot(layer, linear, unit.name, tuple(around)))
+        if not unit.layers:
+            if unit.kind not in (ATTENTION, MLP, BLOCK) or not 0 <= unit.block < len(blocks):
+                raise ValueError(f"{unit.name} has no layers, and is no part of a block: {unit.kind} of {unit.block}")
+            blocks[unit.block].parts.append((unit.name, unit.kind))
+    for block in blocks:
+        block.state = block.state_of(dict.fromkeys(parents, KEEP))
+    return blocks

@@ -1,0 +1,191 @@
+"""Evaluators on a cluster: each holds the model once, and together they measure the candidates of a search.
+
+What comes back does not depend on how many there are: every candidate's loss on every sequence is the same to the bit
+wherever it is made, and they are added up exactly.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.compression.allocation.base import Unit
+from accel.compression.search.candidates import batches
+from accel.compression.search.evopress import Genome, Sample
+from accel.compression.search.fitness import Fitness
+from accel.compression.statistics import split
+from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
+
+_LOG = logging.getLogger(__name__)
+# Work that failed so often fails for a reason of its own.
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an evaluator is made of, as plain values. tokens: (N, T); dtype: of the arithmetic."""
+
+    checkpoint: Path
+    levels: Path
+    units: tuple[Unit, ...]
+    tokens: Tensor
+    fitness: Fitness
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    threads: int = 1
+    batch: int = 4
+    cache_bytes: int = 2**30
+
+
+class Evaluator:
+    """A model in one process, whose layers change from candidate to candidate."""
+
+    def __init__(self, model: Model) -> None:
+        torch.set_num_threads(model.threads)
+        torch.set_grad_enabled(False)
+        from accel.compression.levels.database import LevelDatabase
+        from accel.compression.search.candidates import Candidates
+        from accel.models.architecture import Architecture
+        from accel.models.checkpoint import Checkpoint
+
+        architecture = Architecture(Checkpoint(model.checkpoint), model.dtype, model.device)
+        database = LevelDatabase.read(model.levels, architecture)
+        self._candidates = Candidates(
+            architecture,
+            model.units,
+            database.weight,
+            model.tokens,
+            model.fitness,
+            batch=model.batch,
+            cache_bytes=model.cache_bytes,
+        )
+        self._cpu_before = cpu_seconds()
+
+    def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
+        """Sum of losses of every genome on every part of the sample, (genomes, parts) float64."""
+        return self._candidates.losses(genomes, sample)
+
+    def usage(self) -> dict[str, float]:
+        """CPU seconds since the model was there, peak memory, and what swapping took of the evaluations."""
+        release_memory()
+        return {
+            "cpu_seconds": cpu_seconds() - self._cpu_before,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seconds": self._candidates.seconds,
+            "swap_seconds": self._candidates.swap_seconds,
+            "block_runs": self._candidates.block_runs,
+            "swapped": self._candidates.swapped,
+        }
+
+
+class Evaluators:
+    """Several evaluators of one model; started at the first use, inside a Ray session.
+
+    What was measured once is never measured again. evaluated: candidates measured; remembered: those that were known.
+    """
+
+    def __init__(self, model: Model, workers: int, gpus: float = 0) -> None:
+        self._model = model
+        self._gpus = gpus
+        self._count = workers
+        self._workers: list[Any] = []
+        self._known: dict[tuple[Genome, Sample], float] = {}
+        self.evaluated = self.remembered = self.restarts = 0
+
+    def __call__(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
+        """Mean loss per scored token of every genome."""
+        new = sorted({genome for genome in genomes if (genome, sample) not in self._known})
+        self.evaluated += len(new)
+        self.remembered += len(genomes) - len(new)
+        if new:
+            losses = self._measure(new, sample)
+            length = self._model.tokens.shape[1]
+            scored = sum(min(used, length - 1) for _, used in sample.parts)
+            for genome, row in zip(new, losses.tolist(), strict=True):
+                self._known[genome, sample] = math.fsum(row) / scored
+        return [self._known[genome, sample] for genome in genomes]
+
+    def close(self) -> dict[str, float]:
+        """End the evaluators; returns what they used, added up, and the largest peak of memory."""
+        import ray
+
+        try:
+            usages = ray.get([worker.usage.remote() for worker in self._workers])
+        except ray.exceptions.RayError:
+            usages = []
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
+        total = {name: sum(usage[name] for usage in usages) for name in (usages[0] if usages else {})}
+        if usages:
+            total["peak_rss_bytes"] = max(usage["peak_rss_bytes"] for usage in usages)
+        return total
+
+    def _measure(self, genomes: list[Genome], sample: Sample) -> Tensor:
+        """Losses (genomes, parts) from all evaluators."""
+        pieces = batches(sample, self._model.batch)
+        if len(pieces) >= self._count:
+            # All genomes together share the most prefixes: the sample is cut, not the genomes.
+            shares = [
+                [part for piece in pieces[each.start : each.stop] for part in piece.parts] for each in self._cut(pieces)
+            ]
+            return torch.cat(self._run([(genomes, Sample(tuple(share))) for share in shares]), dim=1)
+        # Sorted, so that neighbours, which go to the same evaluator, share prefixes.
+        return torch.cat(self._run([(genomes[each.start : each.stop], sample) for each in self._cut(genomes)]))
+
+    def _cut(self, items: Sequence[Any]) -> list[range]:
+        return split(len(items), self._count)
+
+    def _run(self, jobs: list[tuple[list[Genome], Sample]]) -> list[Tensor]:
+        """Results of jobs in their order; those of a lost evaluator are done again by another."""
+        import ray
+
+        self._workers = self._workers or [self._start() for _ in range(self._count)]
+        results: dict[int, Tensor] = {}
+        for attempt in range(1, _ATTEMPTS + 1):
+            running = {
+                self._workers[number % self._count].losses.remote(*job): number
+                for number, job in enumerate(jobs)
+                if number not in results
+            }
+            lost = None
+            for reference, number in running.items():
+                try:
+                    results[number] = ray.get(reference)
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    if getattr(error, "actor_init_failed", False) or attempt == _ATTEMPTS:
+                        raise
+                    lost = error
+            if lost is None:
+                break
+            _LOG.warning("lost an evaluator (%s); starting another", str(lost).strip().splitlines()[0])
+            self._replace_lost()
+        return [results[number] for number in range(len(jobs))]
+
+    def _start(self) -> Any:
+        import ray
+
+        threads = self._model.threads
+        actor = ray.remote(Evaluator).options(
+            num_cpus=threads,
+            num_gpus=self._gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+        return actor.remote(self._model)
+
+    def _replace_lost(self) -> None:
+        import ray
+
+        for index, worker in enumerate(self._workers):
+            try:
+                ray.get(worker.usage.remote())
+            except ray.exceptions.RayError:
+                ray.kill(worker)
+                self._workers[index] = self._start()
+                self.restarts += 1

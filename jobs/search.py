@@ -1,0 +1,87 @@
+"""`hasten search`: a checkpoint and a budget of bits in, the best mixture of levels of that size out."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from jobs.allocation import Answer, Search
+from jobs.schema import SearchConfig
+
+
+def run(config: SearchConfig) -> Path:
+    """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
+    from cluster.session import session
+    from cluster.tracking import Tracker
+    from jobs.compose import plain
+    from jobs.run import start
+
+    started = perf_counter()
+    search = Search(config)
+    with session(config.address, config.workers * config.threads):
+        search.check()
+        run_dir = start(config)
+        name = config.tracking.name or f"search-{run_dir.name}"
+        with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+            tracker.params(plain(config))
+            search.prepare(tracker)
+            found = [search.answer(budget, tracker) for budget in config.budget]
+            table = search.compare(tracker) if len(config.budget) > 1 else []
+            usage = search.close()
+            report = _report(config, found, table, usage, perf_counter() - started)
+            _figures(report, run_dir, tracker)
+            path = tracker.report(report)
+    _print_summary(report)
+    return path
+
+
+def _report(
+    config: SearchConfig, found: list[Answer], table: list[dict[str, Any]], usage: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    from jobs.compose import plain
+
+    first = found[0]
+    nothing = dict.fromkeys(("perplexity", "perplexity_original", "kl_divergence", "top1_agreement"))
+    return {
+        "job": "search",
+        "config": plain(config),
+        "metrics": {**nothing, **first.metrics, **usage, "seconds": seconds},
+        "layers": [row | {"budget": answer.budget} for answer in found for row in answer.layers],
+        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in found],
+        "pareto": table,
+        "output": str(first.output),
+    }
+
+
+def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
+    from cluster.figures import level_map, pareto
+
+    for answer in report["budgets"]:
+        rows = [row for row in report["layers"] if row["budget"] == answer["budget"]]
+        tracker.figure(level_map(rows, run_dir / f"levels_{answer['budget']:g}.png"))
+    if report["pareto"]:
+        tracker.figure(pareto(report["pareto"], run_dir / "pareto.png"))
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    for answer in report["budgets"]:
+        print(f"checkpoint: {answer['output']}")
+        quality = (
+            "" if answer.get("kl_divergence") is None else f"; KL divergence {answer['kl_divergence']:.5f} nats a token"
+        )
+        print(
+            f"size: {answer['bytes'] / 2**20:.1f} MiB, "
+            f"{answer['bits_per_weight']:.4f} bits per quantized weight{quality}"
+        )
+    if report["pareto"]:
+        from jobs.benchmarks._markdown import table
+
+        rows = [
+            [
+                row["allocator"],
+                f"{row['budget']:g}",
+                f"{row['bits_per_weight']:.4f}",
+                "" if row["kl_divergence"] is None else f"{row['kl_divergence']:.5f}",
+            ]
+            for row in report["pareto"]
+        ]
+        print(table(["allocator", "budget", "bits per weight", "KL divergence"], rows))
