@@ -63,8 +63,10 @@ class Search:
                 evaluation.stride,
                 vocabulary=vocabulary,
             )
-        if self._allocator.needs_evaluation:
-            self._allocator.check_tokens(self._tokens.numel())
+        self._compared = self._allocators() if len(config.budget) > 1 else {}
+        for allocator in (self._allocator, *self._compared.values()):
+            if allocator.needs_evaluation:
+                allocator.check_tokens(self._tokens.numel())
         if self._building:
             for budget in config.budget:
                 self._building.check_budget(budget)
@@ -133,17 +135,26 @@ class Search:
 
     def compare(self, tracker: Any) -> list[dict[str, Any]]:
         """A row for every allocator and budget: bits, and divergence from the original on the held-out text."""
-        from jobs.methods import build, method_names
-
         found = []
-        for name in method_names("allocator"):
-            allocator = self._allocator if name == self._name() else build({"_target_": _target(name)})
+        for name, allocator in self._compared.items():
             found += [(name, budget, self._assign(name, allocator, budget, tracker)) for budget in self._config.budget]
         rows = []
         for name, budget, assignment in found:
             rows.append(self._row(name, budget, assignment))
             tracker.metrics({f"{name}/{budget:g}": rows[-1]["kl_divergence"]})
         return rows
+
+    def _allocators(self) -> dict[str, Any]:
+        """The allocators to compare by name, the configured one among them."""
+        from jobs.methods import build, method_names
+
+        known = method_names("allocator")
+        unknown = [name for name in self._config.compare if name not in known]
+        if unknown:
+            raise UserError(f"compare={unknown[0]} is no allocator: there are {', '.join(known)}")
+        names = self._config.compare or known
+        others = {name: build({"_target_": _target(name)}) for name in names if name != self._name()}
+        return {self._name(): self._allocator} | others
 
     def _row(self, name: str, budget: float, assignment: Mapping[str, str]) -> dict[str, Any]:
         from accel.compression.allocation.base import size

@@ -185,6 +185,9 @@ class SearchConfig(LevelOptions):
         choices=("output", "kl"),
     )
     fitness: dict[str, Any] = group("what a search compares candidates by")
+    compare: list[str] = option(
+        [], "allocators in the table that a list of budgets gives, with their own defaults; [] is all that there are"
+    )
     levels: str | None = option(
         None, "folder of a finished level database, whose levels count; null makes the one in runs/levels/NAME"
     )

@@ -90,7 +90,7 @@ def test_a_search_ends_in_a_checkpoint_within_the_budget_that_transformers_loads
 
 @pytest.mark.ray
 def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsys, ray_session):
-    assert search(source, budget="[2.8,4]", allocator="exact", grouping="none", errors="kl") == 0
+    assert search(source, budget="[2.8,4]", grouping="none", errors="kl") == 0
     report, run_dir = last_report(capsys)
     rows = {(row["allocator"], row["budget"]): row for row in report["pareto"]}
     assert {name for name, _ in rows} == {"uniform", "baq", "exact", "evopress"}
@@ -111,6 +111,7 @@ def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsy
         ({"budget": "[3,3]"}, ["budget=[3.0, 3.0] is wrong"]),
         ({"allocator.survivors": "[1]"}, ["survivors=[1] has fewer numbers than tokens=[16, 64]"]),
         ({"allocator.tokens": "[16,4096]"}, ["tokens=[16, 4096]", "the calibration has 128"]),
+        ({"budget": "[3,4]", "compare": "[uniform,bak]"}, ["compare=bak is no allocator: there are baq, evopress"]),
         ({"levels": "nothing"}, ["levels=", "is no level database"]),
     ],
 )

@@ -84,7 +84,7 @@ def check_budget(units: Sequence[Unit], budget: int) -> None:
         lowest = f"{_names(units, 0)} ({math.ceil(low / weights * 1e4) / 1e4:g} bits per weight)"
         highest = f"{_names(units, -1)} ({math.floor(high / weights * 1e4) / 1e4:g})"
         side = "below the lowest" if budget < low else "above the highest"
-        raise UserError(f"budget={budget / weights:g} is {side} level: they reach from {lowest} to {highest}")
+        raise UserError(f"budget={budget / weights:.5g} is {side} level: they reach from {lowest} to {highest}")
 
 
 def check_errors(units: Sequence[Unit]) -> None:
