@@ -24,6 +24,9 @@ from cluster.resources import cpu_seconds, peak_rss_bytes
 _LOG = logging.getLogger(__name__)
 # A block that failed so often fails for a reason of its own.
 _ATTEMPTS = 10
+# Large temporaries go back to the system as soon as they are freed. By itself glibc raises the first bound to 32 MiB,
+# and keeps hundreds of MB after a few blocks. The second keeps it from giving back small ones.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24), "MALLOC_TRIM_THRESHOLD_": str(1 << 26)}
 
 
 @dataclass
@@ -125,7 +128,7 @@ class CalibrationPass:
             num_cpus=self._settings.threads,
             num_gpus=self._gpus,
             max_restarts=0,  # a calibrator's state cannot be restarted by Ray; the pass makes a new one
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads), **_ALLOCATOR}},
         )
         return actor.remote(self._settings, chunks)
 

@@ -180,7 +180,7 @@ class SearchConfig(LevelOptions):
         choices=("none", "serving"),
     )
     errors: str = option(
-        "output",
+        "kl",
         "what allocators that add up errors go by: each layer's output error, or the KL divergence of it alone",
         choices=("output", "kl"),
     )

@@ -90,7 +90,7 @@ def test_a_search_ends_in_a_checkpoint_within_the_budget_that_transformers_loads
 
 @pytest.mark.ray
 def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsys, ray_session):
-    assert search(source, budget="[2.8,4]", grouping="none", errors="kl") == 0
+    assert search(source, budget="[2.8,4]", grouping="none", errors="output") == 0
     report, run_dir = last_report(capsys)
     rows = {(row["allocator"], row["budget"]): row for row in report["pareto"]}
     assert {name for name, _ in rows} == {"uniform", "baq", "exact", "evopress"}
