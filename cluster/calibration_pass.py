@@ -160,7 +160,7 @@ class CalibrationPass:
 
     def _do(self, block: int) -> dict[str, Any]:
         started = perf_counter()
-        needed = self._settings.quantizer.needs_second_moment
+        needed = self._settings.needs_second_moment
         groups = self._task.output.unfinished(block)
         collected = self._collect(block) if needed and groups else []
         packed, facts = self._solve(block, groups, collected)

@@ -82,11 +82,14 @@ class Calibrator:
                 for start, size, tokens, sums in nodes.get(key, []):
                     tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
             moment = tree.total() if tree.nodes else None
-            ready = prepare_group(group, settings.quantizer, moment, settings.expert_tokens, settings.device)
+            ready = [
+                prepare_group(group, method, moment, settings.expert_tokens, settings.device)
+                for method in settings.methods
+            ]
             if isinstance(task.output, LevelDatabase):
                 facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
             else:
-                solved = solve_group(group, task.checkpoint, ready, group.scheme, settings.device)
+                solved = solve_group(group, task.checkpoint, ready[0], group.scheme, settings.device)
                 packed |= {name: task.output.pack(weight) for name, weight in solved.weights.items()}
                 facts += solved.facts
         return packed, facts, perf_counter() - started

@@ -4,6 +4,7 @@ What comes back does not depend on how many there are: every candidate's loss on
 wherever it is made, and they are added up exactly.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ class Evaluator:
 class Evaluators:
     """Several evaluators of one model; started at the first use, inside a Ray session.
 
-    What was measured once is never measured again. evaluated: candidates measured; remembered: those that were known.
+    What was measured once is never measured again, be it on another sample that has the same sequences in it.
+    evaluated: candidates of which something was measured; remembered: those of which all was known.
     """
 
     def __init__(self, model: Model, workers: int, gpus: float = 0) -> None:
@@ -94,21 +96,34 @@ class Evaluators:
         self._gpus = gpus
         self._count = workers
         self._workers: list[Any] = []
-        self._known: dict[tuple[Genome, Sample], float] = {}
+        # Losses of the parts of each piece that runs at once: those depend on nothing else.
+        self._known: dict[tuple[Genome, Sample], tuple[float, ...]] = {}
         self.evaluated = self.remembered = self.restarts = 0
 
     def __call__(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
         """Mean loss per scored token of every genome."""
-        new = sorted({genome for genome in genomes if (genome, sample) not in self._known})
-        self.evaluated += len(new)
-        self.remembered += len(genomes) - len(new)
-        if new:
-            losses = self._measure(new, sample)
-            length = self._model.tokens.shape[1]
-            scored = sum(min(used, length - 1) for _, used in sample.parts)
-            for genome, row in zip(new, losses.tolist(), strict=True):
-                self._known[genome, sample] = math.fsum(row) / scored
-        return [self._known[genome, sample] for genome in genomes]
+        pieces = batches(sample, self._model.batch)
+        distinct, asked = sorted(set(genomes)), set[Genome]()
+        missing: dict[tuple[Genome, ...], list[Sample]] = {}
+        for piece in pieces:
+            new = tuple(genome for genome in distinct if (genome, piece) not in self._known)
+            if new:
+                missing.setdefault(new, []).append(piece)
+        for new, some in missing.items():
+            asked.update(new)
+            self._enter(new, some, self._measure(list(new), some))
+        self.evaluated += len(asked)
+        self.remembered += len(genomes) - len(asked)
+        length = self._model.tokens.shape[1]
+        scored = sum(min(used, length - 1) for _, used in sample.parts)
+        return [math.fsum(loss for piece in pieces for loss in self._known[each, piece]) / scored for each in genomes]
+
+    def _enter(self, genomes: Sequence[Genome], pieces: Sequence[Sample], losses: Tensor) -> None:
+        """Remember losses (genomes, parts of all pieces)."""
+        for genome, row in zip(genomes, losses.tolist(), strict=True):
+            values = iter(row)
+            for piece in pieces:
+                self._known[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns what they used, added up, and the largest peak of memory."""
@@ -126,9 +141,8 @@ class Evaluators:
             total["peak_rss_bytes"] = max(usage["peak_rss_bytes"] for usage in usages)
         return total
 
-    def _measure(self, genomes: list[Genome], sample: Sample) -> Tensor:
-        """Losses (genomes, parts) from all evaluators."""
-        pieces = batches(sample, self._model.batch)
+    def _measure(self, genomes: list[Genome], pieces: list[Sample]) -> Tensor:
+        """Losses (genomes, parts of all pieces) from all evaluators."""
         if len(pieces) >= self._count:
             # All genomes together share the most prefixes: the sample is cut, not the genomes.
             shares = [
@@ -136,7 +150,8 @@ class Evaluators:
             ]
             return torch.cat(self._run([(genomes, Sample(tuple(share))) for share in shares]), dim=1)
         # Sorted, so that neighbours, which go to the same evaluator, share prefixes.
-        return torch.cat(self._run([(genomes[each.start : each.stop], sample) for each in self._cut(genomes)]))
+        whole = Sample(tuple(part for piece in pieces for part in piece.parts))
+        return torch.cat(self._run([(genomes[each.start : each.stop], whole) for each in self._cut(genomes)]))
 
     def _cut(self, items: Sequence[Any]) -> list[range]:
         return split(len(items), self._count)

@@ -47,25 +47,25 @@ def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
 
 
 def level_map(layers: Sequence[Row], path: Path) -> Path:
-    """Bits of every layer as a heat map, kinds of layers by blocks; returns path.
+    """Bits per weight of every layer as a heat map, kinds of layers by blocks; returns path.
 
-    layers: `layer` (its name in the checkpoint) and `bits`. Of experts, which share a cell, the mean is shown.
+    layers: `layer` (its name in the checkpoint) and `bits_per_weight`. Experts share a cell, which shows their mean.
     """
     cells: dict[tuple[str, int], list[float]] = {}
     for index, row in enumerate(layers):
         name = str(row["layer"])
-        cells.setdefault((_kind(name), _block(name, index)), []).append(float(row["bits"]))
+        cells.setdefault((_kind(name), _block(name, index)), []).append(float(row["bits_per_weight"]))
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = range(max((block for _, block in cells), default=-1) + 1)
     nothing = [float("nan")]
     means = [
         [sum(some) / len(some) for some in (cells.get((kind, block), nothing) for block in blocks)] for kind in kinds
     ]
-    figure, axes = _axes("Bits of each layer", "block", "")
+    figure, axes = _axes("Bits per weight of each layer", "block", "")
     axes.grid(visible=False)
     if means:
         image = axes.imshow(means, aspect="auto", cmap="viridis")
-        figure.colorbar(image, label="bits")
+        figure.colorbar(image, label="bits per weight")
         for line, values in enumerate(means):
             for block, value in enumerate(values):
                 if len(blocks) <= 40 and value == value:

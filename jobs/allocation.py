@@ -1,17 +1,16 @@
-"""A budget of bits spread over a model: levels, allocators, evaluators, and the checkpoints that come of them."""
+"""A budget of bits spread over a model: levels, allocators, and the checkpoints that come of them."""
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from accel.errors import UserError
 from jobs.levels import Building
+from jobs.measuring import Measuring
 from jobs.schema import SearchConfig
 
 _LOG = logging.getLogger(__name__)
@@ -19,11 +18,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished checkpoint: its levels by layer, facts of its layers, and what it was measured to be worth."""
+    """A finished checkpoint: facts of its layers, and what it was measured to be worth."""
 
     budget: float
     output: Path
-    levels: Mapping[str, str]
     layers: list[dict[str, Any]]
     metrics: dict[str, Any]
 
@@ -33,105 +31,81 @@ class Search:
 
     def __init__(self, config: SearchConfig) -> None:
         from accel.data.tokens import load_tokens
-        from accel.evaluation.perplexity import load_windows
+        from jobs.calibration import original
         from jobs.methods import build
-        from jobs.tokenizer import vocabulary_size
+        from jobs.quality import held_out_windows
+        from jobs.tokenizer import load_tokenizer, vocabulary_size
 
         if not config.budget or len(set(config.budget)) < len(config.budget):
             raise UserError(f"budget={config.budget} is wrong: expected one or more different values")
         self._config = config
+        self._name = _method(config.allocator["_target_"])
         self._allocator = build(config.allocator)
-        self._fitness = build(config.fitness)
-        levels = Path(config.levels).expanduser().absolute() if config.levels else None
-        # A database that is given counts as it is; the options of `levels` are for one that is made here.
-        self._given = levels
-        self._building = Building(config, None, overwrite=False) if levels is None else None
-        self._source = self._building.source if self._building else _source(config)
-        tokenizer = self._tokenizer()
-        tokens, evaluation = config.search, config.evaluation
-        vocabulary = vocabulary_size(self._source)
-        self._tokens = load_tokens(
-            tokens.source, tokenizer, tokens.sequences, tokens.sequence_length, "train", tokens.seed, vocabulary
-        )
-        self._windows = None
-        if evaluation.sequences:
-            self._windows = load_windows(
-                evaluation.source,
-                tokenizer,
-                evaluation.sequences,
-                evaluation.sequence_length,
-                evaluation.stride,
-                vocabulary=vocabulary,
-            )
         self._compared = self._allocators() if len(config.budget) > 1 else {}
+        self._fitness = build(config.fitness)
+        # A database that is given counts as it is; the options of `levels` are for one that is made here.
+        self._building = None if config.levels else Building(config, None, overwrite=False)
+        self._source = self._building.source if self._building else original(config.model)
+        tokenizer = load_tokenizer(self._source)
+        tokens = config.search
+        self._tokens = load_tokens(
+            tokens.source,
+            tokenizer,
+            tokens.sequences,
+            tokens.sequence_length,
+            "train",
+            tokens.seed,
+            vocabulary_size(self._source),
+        )
+        self._windows = held_out_windows(config.evaluation, tokenizer, self._source)
         for allocator in (self._allocator, *self._compared.values()):
             if allocator.needs_evaluation:
                 allocator.check_tokens(self._tokens.numel())
-        if self._building:
-            for budget in config.budget:
-                self._building.check_budget(budget)
-        self._evaluators: dict[str, Any] = {}
-        self._usage: dict[str, float] = {}
-
-    def _tokenizer(self) -> Any:
-        from jobs.tokenizer import load_tokenizer
-
-        return load_tokenizer(self._source)
+        self._architecture, self.database = self._levels()
+        self._check_budgets()
+        # Candidates and seconds of every generation.
+        self._rates: list[tuple[int, float]] = []
 
     def check(self) -> None:
-        """UserError for what can be known before levels are made; inside a Ray session."""
+        """UserError for what must be read to be known, before levels are made; inside a Ray session."""
         if self._building:
             self._building.check()
-        else:
-            self._open()
 
     def prepare(self, tracker: Any) -> None:
         """The levels, made where they are not there yet."""
+        from accel.compression.levels.units import make_units
+
         if self._building:
             self._building.run(tracker)
-            self._open()
-
-    def _open(self) -> None:
-        from accel.compression.allocation.base import check_budget
-        from accel.compression.levels.database import LevelDatabase
-        from accel.compression.levels.units import make_units
-        from accel.models.architecture import Architecture
-        from accel.models.checkpoint import Checkpoint
-        from jobs.arithmetic import resolve_device, resolve_dtype
-
-        self._device = resolve_device(self._config.device)
-        self._dtype = resolve_dtype(self._config.dtype, self._device)
-        path = self._building.database.path if self._building else self._given
-        assert path is not None
-        self._architecture = Architecture(Checkpoint(self._source), self._dtype)
-        self.database = LevelDatabase.read(path, self._architecture)
-        self.units = make_units(self.database, self._config.grouping)
-        for budget in self._config.budget:
-            check_budget(self.units, self._bits(budget))
-
-    def _bits(self, budget: float) -> int:
-        """Bits of all units together."""
-        return int(budget * sum(unit.weights for unit in self.units))
+        config = self._config
+        units = make_units(self.database, config.grouping, config.keep, config.drop)
+        self._measuring = Measuring(config, self.database, units, self._tokens, self._windows, self._fitness)
 
     def answer(self, budget: float, tracker: Any) -> Answer:
         """The checkpoint of one budget, written and measured."""
+        from accel.compression.allocation.base import size
+        from accel.compression.folder import digest
         from accel.compression.levels.assemble import mixed_output, write_mixed
-        from accel.compression.levels.units import layer_levels
+        from accel.compression.levels.units import dropped_parts, layer_levels
         from accel.evaluation.sizes import sizes
         from accel.models.checkpoint import Checkpoint
         from jobs.progress import Progress
 
         output = self._output(budget)
-        assignment = self._assign(self._name(), self._allocator, budget, tracker)
-        levels = layer_levels(self.units, assignment)
-        folder = mixed_output(self._architecture, self.database, levels, output)
-        folder.open(self._fingerprint(budget) | {"assignment": _digest(levels)}, self._config.overwrite)
+        units = self._measuring.units()
+        genome = self._assign(self._name, self._allocator, budget, tracker)
+        assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
+        levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
+        folder = mixed_output(self._architecture, self.database, levels, output, dropped)
+        fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
+        folder.open(fingerprint, self._config.overwrite)
         with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
             layers = write_mixed(folder, self.database, levels, lambda done: progress.update(done, ""))
-        metrics = {"budget": budget, **sizes(Checkpoint(output)).metrics()}
-        metrics |= self._measured(output)
+        weights = sum(unit.weights for unit in units)
+        metrics = {"budget": budget, "budget_bits_per_weight": size(units, genome) / weights}
+        metrics |= sizes(Checkpoint(output)).metrics() | self._quality(output)
         tracker.metrics({f"{name}/{budget:g}": value for name, value in metrics.items()})
-        return Answer(budget, output, levels, layers, metrics)
+        return Answer(budget, output, layers, metrics)
 
     def compare(self, tracker: Any) -> list[dict[str, Any]]:
         """A row for every allocator and budget: bits, and divergence from the original on the held-out text."""
@@ -139,10 +113,53 @@ class Search:
         for name, allocator in self._compared.items():
             found += [(name, budget, self._assign(name, allocator, budget, tracker)) for budget in self._config.budget]
         rows = []
-        for name, budget, assignment in found:
-            rows.append(self._row(name, budget, assignment))
+        for name, budget, genome in found:
+            rows.append(self._row(name, budget, genome))
             tracker.metrics({f"{name}/{budget:g}": rows[-1]["kl_divergence"]})
         return rows
+
+    def close(self) -> dict[str, Any]:
+        """End what is running; returns what levels and evaluators used together."""
+        usage = self._measuring.close()
+        made = self._building.metrics() if self._building else {}
+        seconds = sum(each for _, each in self._rates)
+        return {
+            "cpu_seconds": usage.get("cpu_seconds", 0.0) + made.get("cpu_seconds", 0.0),
+            "peak_rss_bytes": max(usage.get("peak_rss_bytes", 0), made.get("peak_rss_bytes", 0)),
+            "levels_cpu_seconds": made.get("cpu_seconds"),
+            "candidates_per_second": sum(count for count, _ in self._rates) / seconds if seconds else None,
+            **{f"search_{name}": value for name, value in usage.items()},
+        }
+
+    def _levels(self) -> tuple[Any, Any]:
+        """The model, and its database, which may still have to be made."""
+        from accel.compression.levels.database import LevelDatabase
+        from accel.models.architecture import Architecture
+        from accel.models.checkpoint import Checkpoint
+
+        architecture = Architecture(Checkpoint(self._source))
+        if self._building:
+            return architecture, self._building.database
+        assert self._config.levels is not None
+        return architecture, LevelDatabase.read(Path(self._config.levels).expanduser().absolute(), architecture)
+
+    def _check_budgets(self) -> None:
+        """UserError where no mixture of the levels has so many bits per weight; known before there are any."""
+        from accel.compression.allocation.base import check_budget
+        from accel.compression.levels.units import make_units
+
+        config = self._config
+        if not self.database.levels and not config.keep:
+            raise UserError("bits=[] and sparsities=[] leave no level: give one or more of them, or keep=true")
+        zero_points = [name for name in self.database.levels if name.endswith("a")]
+        if zero_points and {"attention", "mlp"} & set(config.drop):
+            raise UserError(
+                f"drop=[{','.join(config.drop)}] cannot stand next to levels with zero points ({zero_points[0]}): "
+                f"transformers reads these only where all layers have equal bits: use symmetric=true, or drop=[block]"
+            )
+        units = make_units(self.database, config.grouping, config.keep, config.drop, solved=False)
+        for budget in config.budget:
+            check_budget(units, _bits(units, budget))
 
     def _allocators(self) -> dict[str, Any]:
         """The allocators to compare by name, the configured one among them."""
@@ -153,48 +170,46 @@ class Search:
         if unknown:
             raise UserError(f"compare={unknown[0]} is no allocator: there are {', '.join(known)}")
         names = self._config.compare or known
-        others = {name: build({"_target_": _target(name)}) for name in names if name != self._name()}
-        return {self._name(): self._allocator} | others
+        others = {name: build({"_target_": _target(name)}) for name in names if name != self._name}
+        return {self._name: self._allocator} | others
 
-    def _row(self, name: str, budget: float, assignment: Mapping[str, str]) -> dict[str, Any]:
+    def _row(self, name: str, budget: float, genome: Sequence[int]) -> dict[str, Any]:
         from accel.compression.allocation.base import size
-        from accel.compression.search.evopress import Sample
 
-        genome = tuple(unit.index(assignment[unit.name]) for unit in self.units)
-        bits = size(self.units, genome)
-        row = {
+        units = self._measuring.units()
+        bits = size(units, genome)
+        return {
             "allocator": name,
             "budget": budget,
-            "bits_per_weight": bits / sum(unit.weights for unit in self.units),
+            "bits_per_weight": bits / sum(unit.weights for unit in units),
             "bytes": bits / 8,
-            "kl_divergence": None,
+            "kl_divergence": self._measuring.held_out(tuple(genome)),
         }
-        if self._windows is not None:
-            count, length = self._windows.tokens.shape
-            sample = Sample(tuple((number, length) for number in range(count)))
-            row["kl_divergence"] = self._evaluator("held out")([genome], sample)[0]
-        return row
 
-    def _assign(self, name: str, allocator: Any, budget: float, tracker: Any) -> dict[str, str]:
-        units = self._with_errors() if self._config.errors == "kl" else self.units
+    def _assign(self, name: str, allocator: Any, budget: float, tracker: Any) -> tuple[int, ...]:
+        """Index of the choice of every unit."""
+        units = self._measuring.units()
         if not allocator.needs_evaluation:
-            found: dict[str, str] = allocator.allocate(units, self._bits(budget))
-            return found
+            levels: Mapping[str, str] = allocator.allocate(units, _bits(units, budget))
+            return tuple(unit.index(levels[unit.name]) for unit in units)
         from accel.compression.allocation.exact import Exact
 
         # The optimum of the additive model joins the first candidates: a search need not find again what is known.
-        start = Exact().choose(units, self._bits(budget))
-        state = self._searched(name, allocator, budget, start, tracker)
-        return {unit.name: unit.choices[index].level for unit, index in zip(self.units, state.parent, strict=True)}
+        start = Exact().choose(units, _bits(units, budget))
+        found: tuple[int, ...] = self._searched(name, allocator, budget, start, tracker).parent
+        return found
 
     def _searched(self, name: str, allocator: Any, budget: float, start: Sequence[int], tracker: Any) -> Any:
         """Last state of a search, which goes on where an earlier run was stopped."""
+        from accel.compression.folder import digest
         from accel.compression.search.evopress import State
         from jobs.progress import Progress
 
         # Beside the levels, so that runs with other outputs find it.
-        path = self.database.path / "searches" / f"{_digest(self._fingerprint(budget) | {'start': list(start)})}.json"
+        path = self.database.path / "searches" / f"{digest(self._key(allocator, budget, start))}.json"
+        path.parent.mkdir(exist_ok=True)
         state = State.from_json(json.loads(path.read_text())) if path.exists() else None
+        units = self._measuring.units()
         with Progress(f"{name} at {budget:g} bits", allocator.generations, "generation") as progress:
             progress.begin(state.generation if state else 0)
             if state and state.generation:
@@ -202,8 +217,8 @@ class Search:
             before = [perf_counter()]
 
             def after(state: Any, info: Any) -> None:
-                _replace(path, json.dumps(state.to_json()))
-                seconds, before[0] = perf_counter() - before[0], perf_counter()
+                self.database.write_json(path, state.to_json())
+                seconds = perf_counter() - before[0]
                 progress.update(state.generation, f"fitness {state.fitness:.5f}")
                 values = {
                     "fitness": state.fitness,
@@ -214,140 +229,77 @@ class Search:
                     "changed": info.changed,
                 }
                 tracker.metrics({f"{key}/{budget:g}": value for key, value in values.items()}, state.generation)
+                if info.changed or not state.generation:
+                    self._draw(f"{name}_{budget:g}_generation_{state.generation:04d}.png", state.parent, tracker)
+                if state.generation:
+                    # The first candidates wait until the evaluators have the model.
+                    self._rates.append((info.evaluated, seconds))
+                before[0] = perf_counter()
 
-            return allocator.search(
-                self.units,
-                self._bits(budget),
-                self._evaluator("search"),
-                [self._tokens.shape[1]] * len(self._tokens),
-                self._config.seed,
-                state,
-                after,
-                start,
-            )
+            measuring, seed = self._measuring, self._config.seed
+            bits = _bits(units, budget)
+            return allocator.search(units, bits, measuring.search, measuring.lengths, seed, state, after, start)
 
-    def _with_errors(self) -> list[Any]:
-        """Units whose errors are the KL divergence with each of them alone at a level, on the search's tokens."""
-        from accel.compression.search.candidates import ORIGINAL
-        from accel.compression.search.evopress import Sample
+    def _draw(self, name: str, genome: Sequence[int], tracker: Any) -> None:
+        """Heat map of the levels; a generation that changed none has that of the one before."""
+        from accel.compression.allocation.base import left_out
+        from cluster.figures import level_map
 
-        if not hasattr(self, "_by_kl"):
-            sample = Sample(tuple((number, self._tokens.shape[1]) for number in range(len(self._tokens))))
-            original = (ORIGINAL,) * len(self.units)
-            keys = [(unit, choice) for unit, each in enumerate(self.units) for choice in range(len(each.choices))]
-            genomes = [(*original[:unit], choice, *original[unit + 1 :]) for unit, choice in keys]
-            losses = dict(zip(keys, self._evaluator("search")(genomes, sample), strict=True))
-            self._by_kl = [
-                replace(
-                    unit,
-                    choices=tuple(
-                        replace(choice, error=max(0.0, losses[number, index]))
-                        for index, choice in enumerate(unit.choices)
-                    ),
-                )
-                for number, unit in enumerate(self.units)
-            ]
-        return self._by_kl
+        units, rows = self._measuring.units(), []
+        for unit, index, out in zip(units, genome, left_out(units, genome), strict=True):
+            bits = unit.choices[index].bits / unit.weights if unit.weights and not out else 0.0
+            rows += [{"layer": layer, "block": unit.block, "bits_per_weight": bits} for layer in unit.layers]
+        tracker.figure(level_map(rows, tracker.run_dir / "generations" / name))
 
-    def _evaluator(self, what: str) -> Any:
-        """Evaluators on the search's tokens with its fitness, or on the held-out ones with the KL divergence."""
-        from accel.compression.search.fitness import KL
-        from cluster.evaluators import Evaluators, Model
-
-        if what not in self._evaluators:
-            self._end_evaluators()
-            config = self._config
-            held_out = what == "held out"
-            assert not held_out or self._windows is not None
-            model = Model(
-                checkpoint=self._source,
-                levels=self.database.path,
-                units=tuple(self.units),
-                tokens=self._windows.tokens if held_out and self._windows is not None else self._tokens,
-                fitness=KL() if held_out else self._fitness,
-                dtype=self._dtype,
-                device=self._device,
-                threads=config.threads,
-                batch=config.search.batch,
-            )
-            self._evaluators[what] = Evaluators(model, config.workers, 1 if self._device == "cuda" else 0)
-        return self._evaluators[what]
-
-    def _end_evaluators(self) -> None:
-        for name in list(self._evaluators):
-            for key, value in self._evaluators.pop(name).close().items():
-                if key == "peak_rss_bytes":
-                    self._usage[key] = max(self._usage.get(key, 0.0), value)
-                else:
-                    self._usage[key] = self._usage.get(key, 0.0) + value
-
-    def close(self) -> dict[str, Any]:
-        """End what is running; returns what levels and evaluators used together."""
-        self._end_evaluators()
-        made = self._building.metrics() if self._building else {}
-        return {
-            "cpu_seconds": self._usage.get("cpu_seconds", 0.0) + made.get("cpu_seconds", 0.0),
-            "peak_rss_bytes": max(self._usage.get("peak_rss_bytes", 0), made.get("peak_rss_bytes", 0)),
-            "levels_cpu_seconds": made.get("cpu_seconds"),
-            **{f"search_{name}": value for name, value in self._usage.items()},
-        }
-
-    def _measured(self, output: Path) -> dict[str, Any]:
-        from cluster.evaluation import measure
-        from jobs.progress import Progress
+    def _quality(self, output: Path) -> dict[str, Any]:
+        from jobs.quality import measured
 
         if self._windows is None:
             return {}
-        self._end_evaluators()
-        config = self._config
-        with Progress("evaluate", min(config.workers, len(self._windows)), "part") as progress:
-            measured = measure(
-                output,
-                self._source,
-                self._windows,
-                config.workers,
-                config.threads,
-                device=self._device,
-                gpus=1 if self._device == "cuda" else 0,
-                progress=lambda done, total: progress.update(done),
-            )
-        return measured.sums.metrics()
-
-    def _name(self) -> str:
-        return str(self._config.allocator["_target_"]).rpartition(".")[2].lower()
+        # Their memory is needed for the models to be compared.
+        self._measuring.close()
+        config, device = self._config, self._measuring.device
+        found = measured(output, self._source, self._windows, config.workers, config.threads, device)
+        metrics: dict[str, Any] = found.sums.metrics()
+        return metrics
 
     def _output(self, budget: float) -> Path:
         config = self._config
-        name = f"{self._source.name}-{self._name()}"
+        name = f"{self._source.name}-{self._name}"
         output = Path(config.output or Path("runs", "models", name)).expanduser().absolute()
         if len(config.budget) == 1:
             return output if config.output else output.with_name(f"{output.name}-{budget:g}")
         return output / f"{budget:g}"
 
-    def _fingerprint(self, budget: float) -> dict[str, Any]:
+    def _key(self, allocator: Any, budget: float, start: Sequence[int]) -> dict[str, Any]:
+        """Everything that a search depends on besides the levels that its state is kept beside."""
+        from accel.compression.settings import code_version
         from accel.data.tokens import fingerprint
 
-        content = json.loads((self.database.path / ".hasten" / "fingerprint.json").read_text())
+        config = self._config
         return {
-            "levels": _digest(content),
+            "code": code_version(),
             "budget": budget,
-            "allocator": repr(self._allocator),
-            "grouping": self._config.grouping,
-            "errors": self._config.errors,
+            "allocator": repr(allocator),
+            "grouping": config.grouping,
+            "keep": config.keep,
+            "drop": list(config.drop),
+            "start": list(start),
             "fitness": repr(self._fitness),
-            "search tokens": fingerprint(self._tokens),
-            "seed": self._config.seed,
-            "dtype": str(self._dtype),
+            "tokens": fingerprint(self._tokens),
+            "batch": config.search.batch,
+            "seed": config.seed,
+            "dtype": str(self._measuring.dtype),
         }
 
 
-def _source(config: SearchConfig) -> Path:
-    from accel.models.checkpoint import Checkpoint, resolve
-    from accel.models.families import family_of
+def _bits(units: Sequence[Any], budget: float) -> int:
+    """Bits of all units together."""
+    return int(budget * sum(unit.weights for unit in units))
 
-    source = resolve(config.model).absolute()
-    family_of(Checkpoint(source).config.get("model_type"))
-    return source
+
+def _method(target: str) -> str:
+    return target.rpartition(".")[2].lower()
 
 
 def _target(allocator: str) -> str:
@@ -357,14 +309,3 @@ def _target(allocator: str) -> str:
 
     settings = yaml.safe_load((CONF / "allocator" / f"{allocator}.yaml").read_text(encoding="utf-8"))
     return str(settings["_target_"])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -1,20 +1,57 @@
-"""What the jobs that calibrate share: their tokens, and the pass with its progress."""
+"""What the jobs that calibrate share: their checkpoint, tokens and settings, and the pass with its progress."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
-from jobs.schema import Calibration
+from jobs.schema import Calibrated, Calibration
 
 _LOG = logging.getLogger(__name__)
 
 
-def calibration_tokens(calibration: Calibration, quantizer: Any, tokenizer: Any, source: Path) -> Any:
-    """Tokens [sequences, T]; None for a quantizer that needs none. tokenizer may be None for a file of tokens."""
+def original(model: str) -> Path:
+    """Folder of the checkpoint to compress; UserError where it is none of a known family."""
+    from accel.models.checkpoint import Checkpoint, resolve
+    from accel.models.families import family_of
+
+    # Absolute, as the workers of a cluster have other current folders.
+    source = resolve(model).absolute()
+    # Before transformers reads the folder, whose errors are no single lines.
+    family_of(Checkpoint(source).config.get("model_type"))
+    return source
+
+
+def calibration_settings(config: Calibrated, source: Path, output: Path, **chosen: Any) -> Any:
+    """Settings of a calibration pass: `chosen` ones, and those that are the same for every job."""
+    from accel.compression.formats.pack_quantized import PackQuantized
+    from accel.compression.settings import Settings
+    from jobs.arithmetic import resolve_device, resolve_dtype
+
+    device = resolve_device(config.device)
+    return Settings(
+        checkpoint=source,
+        output=output.expanduser().absolute(),
+        format=PackQuantized(),
+        ignore=tuple(config.ignore),
+        skip_first=config.skip_first,
+        skip_last=config.skip_last,
+        propagate=config.propagate,
+        dtype=resolve_dtype(config.dtype, device),
+        device=device,
+        threads=config.threads,
+        batch=config.calibration.batch,
+        shards=config.calibration.shards,
+        expert_tokens=config.calibration.expert_tokens,
+        **chosen,
+    )
+
+
+def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) -> Any:
+    """Tokens [sequences, T]; None for methods that need none. tokenizer may be None for a file of tokens."""
     from accel.data.tokens import load_tokens
     from jobs.tokenizer import vocabulary_size
 
-    if not quantizer.needs_second_moment:
+    if not settings.needs_second_moment:
         return None
     return load_tokens(
         calibration.source,
@@ -23,7 +60,7 @@ def calibration_tokens(calibration: Calibration, quantizer: Any, tokenizer: Any,
         calibration.sequence_length,
         "train",
         calibration.seed,
-        vocabulary_size(source),
+        vocabulary_size(settings.checkpoint),
     )
 
 

@@ -9,35 +9,21 @@ from jobs.schema import CompressConfig
 
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
-    from accel.evaluation.perplexity import load_windows
-    from accel.models.checkpoint import Checkpoint, resolve
-    from accel.models.families import family_of
     from cluster.calibration_pass import CalibrationPass
     from cluster.session import session
-    from jobs.calibration import calibration_tokens, run_pass
+    from cluster.tracking import Tracker
+    from jobs.calibration import calibration_tokens, original, run_pass
     from jobs.compose import plain
+    from jobs.quality import held_out_windows
     from jobs.run import start
-    from jobs.tokenizer import load_tokenizer, vocabulary_size
+    from jobs.tokenizer import load_tokenizer
 
     started = perf_counter()
-    # Absolute, as the workers of a cluster have other current folders.
-    source = resolve(config.model).absolute()
-    # Before transformers reads the folder, whose errors are no single lines.
-    family_of(Checkpoint(source).config.get("model_type"))
+    source = original(config.model)
     settings = _settings(config, source)
     tokenizer = load_tokenizer(source)
-    tokens = calibration_tokens(config.calibration, settings.quantizer, tokenizer, source)
-    evaluation = config.evaluation
-    cut = None
-    if evaluation.sequences:
-        cut = load_windows(
-            evaluation.source,
-            tokenizer,
-            evaluation.sequences,
-            evaluation.sequence_length,
-            evaluation.stride,
-            vocabulary=vocabulary_size(source),
-        )
+    tokens = calibration_tokens(config.calibration, settings, tokenizer)
+    windows = held_out_windows(config.evaluation, tokenizer, source)
     gpus = 1 if settings.device == "cuda" else 0
     compression = CalibrationPass(settings, tokens, config.workers, gpus)
     output = compression.task.output
@@ -48,13 +34,12 @@ def run(config: CompressConfig) -> Path:
             compression.check_weights()
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
         run_dir = start(config)
-        with _tracker(config, run_dir) as tracker:
+        name = config.tracking.name or f"compress-{run_dir.name}"
+        with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
             output.open(fingerprint, config.overwrite)
             tracker.params(plain(config))
             run_pass(compression, "compress", tracker)
-            metrics: dict[str, Any] = {}
-            if cut is not None:
-                metrics = _evaluate(config, settings, source, cut, gpus)
+            metrics = {} if windows is None else _evaluate(config, settings, windows)
             report = _report(config, compression, metrics, perf_counter() - started)
             _figures(report, run_dir, tracker)
             tracker.metrics(report["metrics"])
@@ -64,76 +49,41 @@ def run(config: CompressConfig) -> Path:
 
 
 def _settings(config: CompressConfig, source: Path) -> Any:
-    from accel.compression.formats.pack_quantized import PackQuantized
     from accel.compression.quantizers.base import Scheme
-    from accel.compression.settings import Settings
-    from jobs.arithmetic import resolve_device, resolve_dtype
+    from jobs.calibration import calibration_settings
     from jobs.methods import build
 
-    device = resolve_device(config.device)
     quantizer = build(config.quantizer)
     name = f"{source.name}-{type(quantizer).__name__.lower()}-w{config.bits}g{config.group_size}".replace("g-1", "")
-    return Settings(
-        checkpoint=source,
-        output=Path(config.output or Path("runs", "models", name)).expanduser().absolute(),
+    return calibration_settings(
+        config,
+        source,
+        Path(config.output or Path("runs", "models", name)),
         quantizer=quantizer,
         scheme=Scheme(config.bits, config.group_size, config.symmetric),
-        format=PackQuantized(),
-        ignore=tuple(config.ignore),
-        skip_first=config.skip_first,
-        skip_last=config.skip_last,
-        propagate=config.propagate,
-        dtype=resolve_dtype(config.dtype, device),
-        device=device,
-        threads=config.threads,
-        batch=config.calibration.batch,
-        shards=config.calibration.shards,
-        expert_tokens=config.calibration.expert_tokens,
     )
 
 
-def _tracker(config: CompressConfig, run_dir: Path) -> Any:
-    from cluster.tracking import Tracker
+def _evaluate(config: CompressConfig, settings: Any, windows: Any) -> dict[str, Any]:
+    from jobs.quality import measured
 
-    return Tracker(
-        config.tracking.uri,
-        config.tracking.experiment,
-        config.tracking.name or f"compress-{run_dir.name}",
-        run_dir,
-    )
-
-
-def _evaluate(config: CompressConfig, settings: Any, source: Path, cut: Any, gpus: float) -> dict[str, Any]:
-    from cluster.evaluation import measure
-    from jobs.progress import Progress
-
-    with Progress("evaluate", min(config.workers, len(cut)), "part") as progress:
-        measured = measure(
-            settings.output,
-            source,
-            cut,
-            config.workers,
-            config.threads,
-            device=settings.device,
-            gpus=gpus,
-            progress=lambda done, total: progress.update(done),
-        )
-    return measured.sums.metrics() | {"evaluation_peak_rss_bytes": measured.peak_rss_bytes}
+    found = measured(settings.output, settings.checkpoint, windows, config.workers, config.threads, settings.device)
+    return found.sums.metrics() | {"evaluation_peak_rss_bytes": found.peak_rss_bytes}
 
 
 def _report(config: CompressConfig, compression: Any, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
     from accel.evaluation.sizes import disk_bytes, sizes
     from accel.models.checkpoint import Checkpoint
     from jobs.compose import plain
+    from jobs.quality import FIGURES
 
     output, done = compression.task.output, compression.report
     layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
-    nothing = dict.fromkeys(("perplexity", "perplexity_original", "kl_divergence", "top1_agreement"))
     return {
         "job": "compress",
         "config": plain(config),
         "metrics": {
-            **nothing,
+            **dict.fromkeys(FIGURES),
             **metrics,
             **sizes(Checkpoint(output.path)).metrics(),
             "bytes_original": disk_bytes(compression.task.checkpoint.path),

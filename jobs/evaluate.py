@@ -13,7 +13,6 @@ _LOG = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> Path:
     """Measure config.model; returns the path of report.json."""
-    from accel.evaluation.perplexity import load_windows
     from accel.evaluation.sizes import sizes
     from accel.evaluation.tasks import check_tasks
     from accel.models.architecture import Architecture
@@ -24,8 +23,9 @@ def run(config: EvaluateConfig) -> Path:
     from cluster.tracking import Tracker
     from jobs.arithmetic import resolve_device, resolve_dtype
     from jobs.compose import plain
+    from jobs.quality import FIGURES, held_out_windows
     from jobs.run import start
-    from jobs.tokenizer import load_tokenizer, vocabulary_size
+    from jobs.tokenizer import load_tokenizer
 
     started = perf_counter()
     # Absolute, as the workers of a cluster have other current folders.
@@ -36,22 +36,14 @@ def run(config: EvaluateConfig) -> Path:
         check_tasks(config.tasks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    evaluation = config.evaluation
-    cut = None
     folders = [path for path in (folder, original) if path is not None]
-    if evaluation.sequences:
+    windows = None
+    if config.evaluation.sequences:
         for path in folders:
             Architecture(Checkpoint(path))  # reads nothing, but refuses what cannot be run
-        cut = load_windows(
-            evaluation.source,
-            load_tokenizer(folder),
-            evaluation.sequences,
-            evaluation.sequence_length,
-            evaluation.stride,
-            vocabulary=vocabulary_size(folder),
-        )
+        windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
     with ExitStack() as stack:
-        if cut is not None:
+        if windows is not None:
             stack.enter_context(session(config.address, config.workers * config.threads))
             check_weights(folders, config.workers, config.threads)
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
@@ -59,12 +51,10 @@ def run(config: EvaluateConfig) -> Path:
         name = config.tracking.name or f"evaluate-{run_dir.name}"
         tracker = stack.enter_context(Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir))
         tracker.params(plain(config))
-        metrics: dict[str, Any] = dict.fromkeys(
-            ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
-        )
+        metrics: dict[str, Any] = dict.fromkeys(FIGURES)
         peak = 0
-        if cut is not None:
-            measured, peak = _measure(config, folder, original, cut, dtype, device)
+        if windows is not None:
+            measured, peak = _measure(config, folder, original, windows, dtype, device)
             metrics |= measured
         metrics |= sizes(checkpoint).metrics()
         if original is not None:
@@ -101,25 +91,13 @@ def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
 
 
 def _measure(
-    config: EvaluateConfig, folder: Path, original: Path | None, cut: Any, dtype: Any, device: str
+    config: EvaluateConfig, folder: Path, original: Path | None, windows: Any, dtype: Any, device: str
 ) -> tuple[dict[str, Any], int]:
-    from cluster.evaluation import measure
-    from jobs.progress import Progress
+    from jobs.quality import measured
 
-    with Progress("evaluate", min(config.workers, len(cut)), "part") as progress:
-        measured = measure(
-            folder,
-            original,
-            cut,
-            config.workers,
-            config.threads,
-            dtype,
-            config.batch,
-            device,
-            gpus=1 if device == "cuda" else 0,
-            progress=lambda done, total: progress.update(done),
-        )
-    return measured.sums.metrics() | {"workers_cpu_seconds": measured.cpu_seconds}, measured.peak_rss_bytes
+    workers, threads = config.workers, config.threads
+    found = measured(folder, original, windows, workers, threads, device, dtype=dtype, batch=config.batch)
+    return found.sums.metrics() | {"workers_cpu_seconds": found.cpu_seconds}, found.peak_rss_bytes
 
 
 def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float]:

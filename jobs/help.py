@@ -19,6 +19,17 @@ EXAMPLES = {
         "hasten compress quantizer=round_to_nearest bits=8 group_size=-1 symmetric=true",
         "hasten compress quantizer.act_order=none ignore='[.*down_proj]' calibration.source=text.jsonl",
     ),
+    "levels": (
+        "hasten levels",
+        "hasten levels model=/models/llama bits=[2,3,4,5,6,8] output=/models/llama-levels workers=8",
+        "hasten levels bits=[] sparsities=[0.25,0.5,0.75] pruner=wanda",
+    ),
+    "search": (
+        "hasten search budget=3.2",
+        "hasten search model=/models/llama levels=/models/llama-levels budget=3.2 output=/models/llama-3.2 workers=8",
+        "hasten search budget=[2.5,3,4] allocator=exact compare=[uniform,baq]",
+        "hasten search budget=4 sparsities=[0.5,0.75] drop=[block]",
+    ),
     "evaluate": (
         "hasten evaluate",
         "hasten evaluate model=/models/llama-w3 original=/models/llama evaluation.stride=256",
@@ -53,7 +64,9 @@ def overview() -> str:
     ]
     for job, schema in JOBS.items():
         lines += _row("bench NAME" if job == "bench" else job, _summary(schema))
-    lines += ["", "quantizers:", *_methods("quantizer"), "", "benchmarks:", *_benchmarks()]
+    for family in ("quantizer", "pruner", "allocator"):
+        lines += ["", f"{family}s:", *_methods(family)]
+    lines += ["", "benchmarks:", *_benchmarks()]
     lines += [
         "",
         "hasten JOB --help lists the options of a job, hasten --version prints the version.",

@@ -1,10 +1,12 @@
 """`hasten levels`: a checkpoint in, a database of all its layers at all levels out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from accel.errors import UserError
 from jobs.schema import LevelOptions, LevelsConfig
 
 
@@ -16,6 +18,8 @@ def run(config: LevelsConfig) -> Path:
     from jobs.run import start
 
     started = perf_counter()
+    if not config.bits and not config.sparsities:
+        raise UserError("bits=[] and sparsities=[] leave no level: give one or more of them")
     building = Building(config, Path(config.output) if config.output else None, config.overwrite)
     with session(config.address, config.workers * config.threads):
         building.check()
@@ -50,27 +54,28 @@ class Building:
     """
 
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
+        from accel.compression.folder import digest
         from accel.compression.levels.database import LevelDatabase
-        from accel.models.checkpoint import Checkpoint, resolve
-        from accel.models.families import family_of
+        from accel.models.checkpoint import Checkpoint
         from cluster.calibration_pass import CalibrationPass
-        from jobs.calibration import calibration_tokens
+        from jobs.calibration import calibration_tokens, original
         from jobs.tokenizer import load_tokenizer
 
-        # Absolute, as the workers of a cluster have other current folders.
-        self.source = resolve(config.model).absolute()
-        # Before transformers reads the folder, whose errors are no single lines.
-        family_of(Checkpoint(self.source).config.get("model_type"))
+        self.source = original(config.model)
         self.settings = _settings(config, self.source, output)
         self.tokenizer = load_tokenizer(self.source)
-        tokens = calibration_tokens(config.calibration, self.settings.quantizer, self.tokenizer, self.source)
+        tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
+        self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
+        if output is None:
+            # Databases of other levels lie beside it.
+            named = self.settings.output.with_name(f"{self.settings.output.name}-{digest(self._fingerprint)[:8]}")
+            self.settings = replace(self.settings, output=named)
         gpus = 1 if self.settings.device == "cuda" else 0
         self._pass = CalibrationPass(self.settings, tokens, config.workers, gpus)
         self._overwrite = overwrite
         database = self._pass.task.output
         assert isinstance(database, LevelDatabase)
         self.database = database
-        self._fingerprint = self.settings.fingerprint(self._pass.task.checkpoint, tokens)
         database.check(self._fingerprint, overwrite)
 
     @property
@@ -80,31 +85,26 @@ class Building:
 
     def check(self) -> None:
         """UserError that names a damaged tensor, unless some blocks were finished before; inside a Ray session."""
-        if self._overwrite or not self.database.finished:
+        if self.database.levels and (self._overwrite or not self.database.finished):
             self._pass.check_weights()
-
-    def check_budget(self, budget: float) -> None:
-        """UserError where no mixture of the levels has so many bits per weight; known before there are any."""
-        from accel.compression.allocation.base import check_budget
-        from accel.compression.levels.units import planned_units
-
-        units = planned_units(self.database)
-        check_budget(units, int(budget * sum(unit.weights for unit in units)))
 
     def run(self, tracker: Any) -> None:
         """Make the database, or what is missing of it; inside a Ray session."""
         from jobs.calibration import run_pass
 
         self.database.open(self._fingerprint, self._overwrite)
-        run_pass(self._pass, "levels", tracker)
+        if self.database.levels:
+            run_pass(self._pass, "levels", tracker)
+        else:
+            self.database.finish()
 
     def facts(self) -> list[dict[str, Any]]:
         """One row for every layer and level."""
-        return [row for layer in self._layers() for row in self.database.facts(layer).values()]
+        return [row for layer in self._layers() for row in self.database.facts(layer.name).values()]
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the database and of what it cost."""
-        weights = sum(next(iter(self.database.facts(layer).values()))["weights"] for layer in self._layers())
+        weights = sum(layer.rows * layer.columns for layer in self._layers())
         return {
             "bytes": self.database.nbytes(),
             "bytes_per_weight": self.database.nbytes() / weights,
@@ -115,41 +115,33 @@ class Building:
             "calibrator_restarts": self.report.restarts,
         }
 
-    def _layers(self) -> Sequence[str]:
-        return [layer.name for groups in self.database.plan for group in groups for layer in group.layers]
+    def _layers(self) -> Sequence[Any]:
+        return [layer for groups in self.database.plan for group in groups for layer in group.layers]
 
 
 def _settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
-    from accel.compression.formats.pack_quantized import PackQuantized
-    from accel.compression.levels.level import make_schemes
+    from accel.compression.levels.level import make_levels
     from accel.compression.quantizers.base import Scheme
-    from accel.compression.settings import Settings
-    from accel.errors import UserError
-    from jobs.arithmetic import resolve_device, resolve_dtype
+    from jobs.calibration import calibration_settings
     from jobs.methods import build
 
-    device = resolve_device(config.device)
     quantizer = build(config.quantizer)
-    levels = make_schemes(config.bits, config.group_sizes, config.symmetric)
-    if config.reference not in config.bits:
+    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities)
+    if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
+    grids = [level for level in levels if isinstance(level, Scheme)]
+    # Of several group sizes the largest; of sparsities, which fall, the last.
+    grid = next((grid for grid in grids if grid.bits == config.reference), None)
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
-    return Settings(
-        checkpoint=source,
-        output=(output or Path("runs", "levels", name)).expanduser().absolute(),
+    return calibration_settings(
+        config,
+        source,
+        output or Path("runs", "levels", name),
         quantizer=quantizer,
-        scheme=Scheme(config.reference, max(config.group_sizes), config.symmetric),
-        format=PackQuantized(),
+        pruner=build(config.pruner),
+        # Where nothing is quantized, a grid that fits any layer.
+        scheme=grid or Scheme(8, -1, symmetric=True),
         levels=levels,
-        ignore=tuple(config.ignore),
-        skip_first=config.skip_first,
-        skip_last=config.skip_last,
-        propagate=config.propagate,
-        dtype=resolve_dtype(config.dtype, device),
-        device=device,
-        threads=config.threads,
-        batch=config.calibration.batch,
-        shards=config.calibration.shards,
-        expert_tokens=config.calibration.expert_tokens,
+        reference=grid or (levels[-1] if levels else None),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterable
@@ -118,11 +119,14 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def options(schema: type, prefix: str = "") -> list[Option]:
-    """Every option of a job's dataclass, inherited ones last; those of nested dataclasses as `section.key`."""
+    """Every option of a job's dataclass, its own ones first, then those of its base, and so on.
+
+    Those of nested dataclasses are `section.key`.
+    """
     hints = typing.get_type_hints(schema)
     found: list[Option] = []
-    inherited = {name for base in schema.__mro__[1:] for name in vars(base).get("__dataclass_fields__", ())}
-    for item in sorted(dataclasses.fields(schema), key=lambda item: item.name in inherited):
+    distance = {name: steps for steps, base in enumerate(schema.__mro__) for name in inspect.get_annotations(base)}
+    for item in sorted(dataclasses.fields(schema), key=lambda item: distance[item.name]):
         kind, optional = _without_none(hints[item.name])
         if dataclasses.is_dataclass(kind):
             found += options(typing.cast(type, kind), f"{prefix}{item.name}.")

@@ -147,14 +147,10 @@ def _claim(output: Path, settings: dict[str, Any], overwrite: bool, write: bool)
             f"output={output} holds a training with other settings ({changes}): overwrite=true starts again"
         )
     if write:
+        from accel.compression.folder import write_whole
+
         mark.parent.mkdir(parents=True, exist_ok=True)
-        _replace(mark, json.dumps(earlier | settings, indent=1).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+        write_whole(mark, lambda temporary: temporary.write_text(json.dumps(earlier | settings, indent=1)))
 
 
 def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[str]) -> tuple[Any, Any]:

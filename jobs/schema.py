@@ -84,49 +84,9 @@ class Run:
 
 
 @dataclass
-class CompressConfig(Run):
-    """Quantize a checkpoint on a local or remote Ray cluster; started again, it goes on where it was stopped."""
+class Calibrated(Run):
+    """What every job has that calibrates a checkpoint block by block."""
 
-    model: str = option("embedded:target", f"what to compress: {MODEL}")
-    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
-    bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
-    group_size: int = option(128, "input columns that share a scale; -1 is one scale a row", at_least=-1)
-    symmetric: bool = option(False, "no zero points")
-    ignore: list[str] = option(
-        [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
-    )
-    skip_first: int = option(0, "blocks left as they are at the start", at_least=0)
-    skip_last: int = option(0, "blocks left as they are at the end", at_least=0)
-    propagate: str = option(
-        "quantized",
-        "whose output the next block is calibrated on; with original all blocks are independent",
-        choices=("quantized", "original"),
-    )
-    dtype: str = option(
-        "auto", "dtype of the arithmetic; auto is bfloat16 where the machine multiplies it fast", choices=DTYPES
-    )
-    device: str = option("auto", "where the calibrators compute; auto is cuda where there is one", choices=DEVICES)
-    output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME")
-    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
-    workers: int = option(2, "calibrators, a process each; they change the time and not a byte", at_least=1)
-    threads: int = option(1, "threads of every process", at_least=1)
-    address: str | None = option(None, ADDRESS)
-    calibration: Calibration = section(Calibration)
-    evaluation: Evaluation = section(Evaluation)
-
-
-@dataclass
-class LevelOptions(Run):
-    """What decides a level database."""
-
-    model: str = option("embedded:target", f"what to compress: {MODEL}")
-    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
-    bits: list[int] = option([2, 3, 4, 5, 6, 8], "bits of a weight, each with each of group_sizes a level")
-    group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale a row")
-    symmetric: bool = option(
-        True, "no zero points; transformers loads mixed levels with zero points only if all are the same"
-    )
-    reference: int = option(3, "bits of the level whose output the next block is calibrated on", at_least=2, at_most=8)
     ignore: list[str] = option(
         [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
     )
@@ -148,6 +108,41 @@ class LevelOptions(Run):
 
 
 @dataclass
+class CompressConfig(Calibrated):
+    """Quantize a checkpoint on a local or remote Ray cluster; started again, it goes on where it was stopped."""
+
+    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
+    bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
+    group_size: int = option(128, "input columns that share a scale; -1 is one scale a row", at_least=-1)
+    symmetric: bool = option(False, "no zero points")
+    output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+    evaluation: Evaluation = section(Evaluation)
+
+
+@dataclass
+class LevelOptions(Calibrated):
+    """What decides a level database."""
+
+    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
+    bits: list[int] = option([2, 3, 4, 5, 6, 8], "bits of a weight, each with each of group_sizes a level; [] is none")
+    group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale a row")
+    symmetric: bool = option(
+        True, "no zero points; transformers loads mixed levels with zero points only if all are the same"
+    )
+    pruner: dict[str, Any] = group("which weights of a layer are zeroed, where there are sparsities")
+    sparsities: list[float] = option([], "shares of a layer's weights that are zeroed, each a level")
+    reference: int = option(
+        3,
+        "bits of the level whose output the next block is calibrated on; without bits it is the lowest sparsity",
+        at_least=2,
+        at_most=8,
+    )
+
+
+@dataclass
 class LevelsConfig(LevelOptions):
     """Quantize every layer at every level, for searches to choose from; started again, it goes on where it stopped."""
 
@@ -162,6 +157,9 @@ class SearchTokens:
     source: str = option("library", f"text that candidates are compared on: {SOURCE}")
     sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence", at_least=2)
+    error_sequences: int = option(
+        8, "of the sequences, those on which errors=kl and kl_scaled measure layers alone", at_least=1
+    )
     seed: int = option(1, "which sequences of the source are drawn", at_least=0)
     batch: int = option(1, "sequences that run through a block at once; more pay on a GPU", at_least=1)
 
@@ -179,10 +177,13 @@ class SearchConfig(LevelOptions):
         "which layers get the same level: with serving those that servers fuse (q/k/v, gate/up, experts)",
         choices=("none", "serving"),
     )
+    keep: bool = option(False, "layers may also stay as they are, at the bits of the checkpoint")
+    drop: list[str] = option([], "parts of a block that may be left out: attention, mlp, block")
     errors: str = option(
-        "kl",
-        "what allocators that add up errors go by: each layer's output error, or the KL divergence of it alone",
-        choices=("output", "kl"),
+        "kl_scaled",
+        "what allocators that add up errors go by: each layer's output error; the KL divergence of every level alone, "
+        "or that of one level of each layer, carried to the others by the output errors",
+        choices=("output", "kl", "kl_scaled"),
     )
     fitness: dict[str, Any] = group("what a search compares candidates by")
     compare: list[str] = option(

@@ -38,13 +38,13 @@ def _report(
     config: SearchConfig, found: list[Answer], table: list[dict[str, Any]], usage: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     from jobs.compose import plain
+    from jobs.quality import FIGURES
 
     first = found[0]
-    nothing = dict.fromkeys(("perplexity", "perplexity_original", "kl_divergence", "top1_agreement"))
     return {
         "job": "search",
         "config": plain(config),
-        "metrics": {**nothing, **first.metrics, **usage, "seconds": seconds},
+        "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
         "layers": [row | {"budget": answer.budget} for answer in found for row in answer.layers],
         "budgets": [answer.metrics | {"output": str(answer.output)} for answer in found],
         "pareto": table,
@@ -69,8 +69,7 @@ def _print_summary(report: dict[str, Any]) -> None:
             "" if answer.get("kl_divergence") is None else f"; KL divergence {answer['kl_divergence']:.5f} nats a token"
         )
         print(
-            f"size: {answer['bytes'] / 2**20:.1f} MiB, "
-            f"{answer['bits_per_weight']:.4f} bits per quantized weight{quality}"
+            f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
     if report["pareto"]:
         from jobs.benchmarks._markdown import table

@@ -5,6 +5,7 @@ decides the folder's bytes; a run with another one is refused.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,12 @@ class ResumableFolder:
     def is_complete(self) -> bool:
         """Whether everything is there."""
         return (self.path / self.last_file).exists()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint that the folder was made with."""
+        found: dict[str, Any] = json.loads((self.path / PROGRESS / _FINGERPRINT).read_text())
+        return found
 
     def check(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
         """UserError where `open` would refuse the folder; writes nothing.
@@ -86,11 +93,11 @@ class ResumableFolder:
         metadata = dict(note or {"format": "pt"})
         assert len(metadata) == 1
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        _put(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed)
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed)
 
     def write_json(self, path: Path, content: Any) -> None:
         """Write a JSON file whole or not at all."""
-        _put(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
     def _is_new(self) -> bool:
         """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""
@@ -114,6 +121,11 @@ class ResumableFolder:
         kept.unlink()
 
 
+def digest(fingerprint: Any) -> str:
+    """Short name of plain values: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def original_of(folder: Path) -> Path | None:
     """Checkpoint that a folder was made from, if that is noted in it and still there."""
     noted = folder / PROGRESS / _SOURCE
@@ -123,8 +135,11 @@ def original_of(folder: Path) -> Path | None:
     return original if original.is_dir() else None
 
 
-def _put(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:
-    """Write a file under another name and rename it; what a full disk could not hold does not stay on it."""
+def write_whole(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:
+    """Write a file under another name and rename it; what a full disk could not hold does not stay on it.
+
+    save(temporary) writes about `needed` bytes; UserError where the disk is full.
+    """
     temporary = path.with_suffix(".tmp")
 
     def write() -> None:

@@ -6,8 +6,9 @@ keeps.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,53 @@ from torch import Tensor
 
 from accel.compression.folder import PROGRESS, ResumableFolder, guard
 from accel.compression.formats.base import Format
+from accel.compression.levels.depth import shorten
 from accel.compression.plan import Group, schemes
+from accel.compression.pruners.base import PrunedWeight
 from accel.compression.quantizers.base import QuantizedWeight
 from accel.models.architecture import Architecture
+from accel.models.families import family_of
 
 # Tensors outside the blocks are gathered into shards of about this size.
 _OUTER_BYTES = 1 << 27
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _OWN = ("config.json", "model.safetensors.index.json")
+# Modules of all of a model's parts.
+_HOLDERS = ("model", "decoder", "language_model")
+_NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 
 
 class OutputFolder(ResumableFolder):
-    """A compressed checkpoint in the making; `plan` says which layers of which block are quantized."""
+    """A compressed checkpoint in the making.
 
-    def __init__(self, path: Path, architecture: Architecture, plan: list[list[Group]], form: Format) -> None:
+    plan: layers that are quantized, by block. kept: numbers of the blocks that are written, rising; None for all. Every
+    block goes by its number in the original, and by its place among the kept ones in the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        architecture: Architecture,
+        plan: list[list[Group]],
+        form: Format,
+        kept: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(path, architecture.checkpoint.path)
         self._architecture = architecture
         self._plan = plan
         self._format = form
+        self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
+        self._places = {block: place for place, block in enumerate(self._kept)}
         self._outer = list(_gather(architecture))
-        self._shards = architecture.num_blocks + len(self._outer)
+        self._shards = len(self._kept) + len(self._outer)
 
     def shard(self, block: int) -> Path:
         """File of a block."""
-        return self.path / f"model-{len(self._outer) + block + 1:05d}-of-{self._shards:05d}.safetensors"
+        number = len(self._outer) + self._places[block] + 1
+        return self.path / f"model-{number:05d}-of-{self._shards:05d}.safetensors"
 
     def facts(self, block: int) -> list[dict[str, Any]]:
-        """What was noted about each quantized layer of a finished block."""
+        """What was noted about each compressed layer of a finished block."""
         layers: list[dict[str, Any]] = json.loads(self._facts_file(block).read_text())
         return layers
 
@@ -57,23 +78,25 @@ class OutputFolder(ResumableFolder):
     @property
     def finished(self) -> list[int]:
         """Blocks whose shards stand."""
-        return [block for block in range(self._architecture.num_blocks) if self.is_finished(block)]
+        return [block for block in self._kept if self.is_finished(block)]
 
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """What write_block stores of a quantized weight."""
+    def pack(self, weight: QuantizedWeight | PrunedWeight) -> dict[str, Tensor]:
+        """What write_block stores of a compressed weight."""
+        if isinstance(weight, PrunedWeight):
+            return {"weight": weight.weight.cpu().contiguous()}
         return self._format.pack(weight)
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
-        """Write a block's shard: packed weights by layer name, everything else as the checkpoint has it."""
-        tensors: dict[str, Tensor] = {}
+        """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
+
+        packed: tensors of a layer by what follows its name; a `bias` among them stands for the layer's own.
+        """
+        tensors = {f"{layer}.{part}": tensor for layer, parts in packed.items() for part, tensor in parts.items()}
         for name in self._architecture.block_tensors(block):
-            layer = name.removesuffix(".weight")
-            if layer in packed:
-                tensors |= {f"{layer}.{part}": tensor for part, tensor in packed[layer].items()}
-            else:
+            if name.removesuffix(".weight") not in packed and name not in tensors:
                 tensors[name] = self._read(name)
         self.write_json(self._facts_file(block), facts)
-        self.write_tensors(self.shard(block), tensors)
+        self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
     def read_block(self, block: int) -> dict[str, Tensor]:
         """Weights that a loader makes of a finished block's quantized layers, by their path in the block."""
@@ -84,10 +107,11 @@ class OutputFolder(ResumableFolder):
             stored = set(file.keys())
             for group in self._plan[block]:
                 for layer in group.layers:
+                    name = self._renamed(layer.name)
                     parts = {
-                        part: file.get_tensor(f"{layer.name}.{part}")
+                        part: file.get_tensor(f"{name}.{part}")
                         for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-                        if f"{layer.name}.{part}" in stored
+                        if f"{name}.{part}" in stored
                     }
                     weights[layer.module] = self._format.unpack(parts, group.scheme)
         return weights
@@ -101,7 +125,7 @@ class OutputFolder(ResumableFolder):
             if not path.exists():
                 self.write_tensors(path, {name: self._read(name) for name in names})
             total += _index(path, weight_map)
-        for block in range(self._architecture.num_blocks):
+        for block in self._kept:
             total += _index(self.shard(block), weight_map)
         source = self._architecture.checkpoint.path
         for pattern in _COPIED:
@@ -110,17 +134,44 @@ class OutputFolder(ResumableFolder):
                     guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_json(self.path / _OWN[1], index)
+        self.write_json(self.path / _OWN[0], self._config())
+
+    def _config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        config = shorten(self._architecture, self._kept)
         quantized = schemes(self._plan)
+        if not quantized:
+            return config
         untouched = [
-            layer.name
-            for block in range(self._architecture.num_blocks)
+            self._as_module(self._renamed(layer.name))
+            for block in self._kept
             for layer in self._architecture.linears(block)
             if layer.name not in quantized
         ]
         experts = any(group.is_expert for groups in self._plan for group in groups)
-        config = dict(self._architecture.checkpoint.config)
-        config["quantization_config"] = self._format.announce(quantized, ["lm_head", *untouched], experts)
-        self.write_json(self.path / _OWN[0], config)
+        renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
+        described = self._format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
+        return config | {"quantization_config": described}
+
+    def _as_module(self, name: str) -> str:
+        """Name of a block's layer as loaders look for it, a pattern where their modules are called otherwise."""
+        usual = family_of(self._architecture.checkpoint.config.get("model_type")).prefixes[0]
+        return name if name.startswith(usual) else rf"re:.*\b{re.escape(name[name.index('layers.') :])}$"
+
+    def _outer_linears(self) -> list[str]:
+        """Patterns of modules outside the blocks that may hold linear layers: OPT-350m's projections, vision towers."""
+        shape = self._architecture.checkpoint.shape
+        names = [
+            name for name in self._architecture.outer_tensors() if name.endswith(".weight") and "embed" not in name
+        ]
+        parts = [
+            next(part for part in name.split(".") if part not in _HOLDERS) for name in names if len(shape(name)) == 2
+        ]
+        return [rf"re:(.*\.)?{part}(\..*)?$" for part in dict.fromkeys(parts) if part != "lm_head"]
+
+    def _renamed(self, name: str) -> str:
+        """Name, in the files, of a tensor or layer of a block that is written."""
+        return _NUMBER.sub(lambda number: str(self._places[int(number[0])]), name, count=1)
 
     def _facts_file(self, block: int) -> Path:
         return self.path / PROGRESS / f"block-{block:05d}.json"

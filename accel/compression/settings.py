@@ -11,9 +11,10 @@ from torch import Tensor
 
 from accel.compression.formats.base import Format
 from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.level import level_name, names
+from accel.compression.levels.level import Level, level_name, names
 from accel.compression.output import OutputFolder
-from accel.compression.plan import Group, make_plan
+from accel.compression.plan import Group, make_plan, schemes
+from accel.compression.pruners.base import Pruner, Sparsity
 from accel.compression.quantizers.base import Quantizer, Scheme
 from accel.data.tokens import fingerprint as tokens_fingerprint
 from accel.errors import UserError
@@ -27,11 +28,12 @@ PROPAGATE = ("quantized", "original")
 class Settings:
     """A compression as plain values, which travel to every worker.
 
-    levels: where there are some, output becomes a database of all layers at all of them, and scheme is the one whose
-    outputs are propagated. ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block
-    is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards:
-    chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer
-    are rounded to nearest.
+    levels: where they are not None, output becomes a database of all layers at all of them, the sparse ones by pruner,
+    and reference is the one whose outputs are propagated, scheme where it is None. ignore,
+    skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on. dtype: of the
+    arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the calibration
+    sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to nearest, or
+    pruned by magnitude.
     """
 
     checkpoint: Path
@@ -39,7 +41,9 @@ class Settings:
     quantizer: Quantizer
     scheme: Scheme
     format: Format
-    levels: tuple[Scheme, ...] = ()
+    levels: tuple[Level, ...] | None = None
+    pruner: Pruner | None = None
+    reference: Level | None = None
     ignore: tuple[str, ...] = ()
     skip_first: int = 0
     skip_last: int = 0
@@ -54,13 +58,31 @@ class Settings:
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
             raise UserError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
-        if self.levels and self.propagate == "quantized" and self.scheme not in self.levels:
-            raise UserError(
-                f"reference={level_name(self.scheme)} is none of the levels {', '.join(names(self.levels))}"
-            )
+        if self.levels and self.propagate == "quantized" and self.propagated not in self.levels:
+            known = ", ".join(names(self.levels))
+            raise UserError(f"reference={level_name(self.propagated)} is none of the levels {known}")
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
+
+    @property
+    def propagated(self) -> Level:
+        """The level whose outputs the next block is calibrated on."""
+        return self.reference or self.scheme
+
+    @property
+    def needs_second_moment(self) -> bool:
+        """Whether a method asks for statistics of the layers' inputs."""
+        return any(method.needs_second_moment for method in self.methods)
+
+    @property
+    def methods(self) -> list[Quantizer | Pruner]:
+        """What layers are compressed by."""
+        if self.levels is None:
+            return [self.quantizer]
+        pruned = any(isinstance(level, Sparsity) for level in self.levels)
+        quantized = any(isinstance(level, Scheme) for level in self.levels)
+        return [*([self.quantizer] if quantized else []), *([self.pruner] if pruned and self.pruner else [])]
 
     def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
         """What must be equal for a run to go on where another stopped, as plain values."""
@@ -68,8 +90,10 @@ class Settings:
             "checkpoint": checkpoint.fingerprint(),
             "calibration tokens": None if tokens is None else tokens_fingerprint(tokens),
             "quantizer": repr(self.quantizer),
+            "pruner": repr(self.pruner) if self.pruner in self.methods else None,
             **asdict(self.scheme),
-            "levels": names(self.levels),
+            "levels": None if self.levels is None else names(self.levels),
+            "reference": level_name(self.propagated),
             "format": type(self.format).__name__,
             "ignore": list(self.ignore),
             "skip_first": self.skip_first,
@@ -82,7 +106,7 @@ class Settings:
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
             "torch": torch.__version__,
-            "code": _code_version(),
+            "code": code_version(),
         }
 
 
@@ -99,20 +123,37 @@ class Task:
             self.architecture, settings.scheme, settings.ignore, settings.skip_first, settings.skip_last
         )
         self.output: OutputFolder | LevelDatabase
-        if settings.levels:
+        if settings.levels is not None:
             for groups in self.plan:
                 for group in groups:
-                    for scheme in settings.levels:
-                        scheme.check(group.key, group.columns)
+                    for level in settings.levels:
+                        if isinstance(level, Scheme):
+                            level.check(group.key, group.columns)
             self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.plan, settings.levels, settings.scheme, settings.format
+                settings.output, self.checkpoint, self.plan, settings.levels, settings.propagated, settings.format
             )
         else:
+            self._check_experts()
             self.output = OutputFolder(settings.output, self.architecture, self.plan, settings.format)
+
+    def _check_experts(self) -> None:
+        """UserError where transformers could not load the experts: it reads one grid for those of all blocks."""
+        experts = {
+            layer.name
+            for block in range(self.architecture.num_blocks)
+            for layer in self.architecture.linears(block)
+            if layer.expert is not None
+        }
+        plain = experts - schemes(self.plan).keys()
+        if plain:
+            raise UserError(
+                f"ignore, skip_first or skip_last leave {len(plain)} of {len(experts)} expert layers plain, first "
+                f"{min(plain)}: transformers loads experts only if those of all blocks are quantized"
+            )
 
 
 @cache
-def _code_version() -> str:
+def code_version() -> str:
     """Hash of the sources that the bytes depend on: any change of an algorithm is a change of version."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()

@@ -126,10 +126,14 @@ class Architecture:
             hidden = norm(hidden)
             if project_out is not None:
                 hidden = project_out(hidden)
-            logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
             step = max(1, _HEAD_CHUNK // weight.shape[1])
-            for first in range(0, len(weight), step):
-                logits[..., first : first + step] = F.linear(hidden, weight[first : first + step].to(self.dtype))
+            if step >= len(weight):
+                # Without the copy below, which takes as long as the product.
+                logits = F.linear(hidden, weight.to(self.dtype)).float()
+            else:
+                logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
+                for first in range(0, len(weight), step):
+                    logits[..., first : first + step] = F.linear(hidden, weight[first : first + step].to(self.dtype))
             cap = getattr(self.config, "final_logit_softcapping", None)
             if cap is not None and self._family.caps_logits:
                 logits.div_(cap).tanh_().mul_(cap)

@@ -1,4 +1,4 @@
-"""One compression, by hasten or by a peer, in processes of its own, with what it cost and the bytes that it wrote."""
+"""One job of hasten, or a peer's compression, in processes of its own, with what it cost and the bytes it wrote."""
 
 import hashlib
 import json
@@ -45,19 +45,10 @@ def hasten_compress(folder: Path, options: Mapping[str, Any], interval: float = 
 
     A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    fixed = {
-        "output": folder / "model",
-        "run_dir": folder / "run",
-        "tracking.uri": f"sqlite:///{folder.resolve() / 'mlflow.db'}",
-        "evaluation.sequences": 0,
-        "overwrite": "true",
-    }
-    words = [f"{key}={value}" for key, value in {**fixed, **options}.items()]
-    log = folder / "hasten.out"
-    usage = watched([sys.executable, "-m", "jobs.cli", "compress", *words], log, _ENVIRONMENT, interval)
-    _check(usage, "hasten compress", log)
-    metrics = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))["metrics"]
+    report, usage = hasten_job(
+        "compress", folder, {"evaluation.sequences": 0, "overwrite": "true", **options}, interval
+    )
+    metrics = report["metrics"]
     return Outcome(
         folder=folder / "model",
         seconds=metrics.get("calibration_seconds") or metrics["seconds"],
@@ -69,6 +60,27 @@ def hasten_compress(folder: Path, options: Mapping[str, Any], interval: float = 
         digest=digest(folder / "model"),
         peaks=usage.peaks,
     )
+
+
+def hasten_job(
+    job: str, folder: Path, options: Mapping[str, Any], interval: float = 2.0
+) -> tuple[dict[str, Any], Usage]:
+    """Report and use of `hasten JOB` with these options, which writes folder/model and keeps its run in folder/run.
+
+    A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = {
+        "output": folder / "model",
+        "run_dir": folder / "run",
+        "tracking.uri": f"sqlite:///{folder.resolve() / 'mlflow.db'}",
+    }
+    words = [f"{key}={value}" for key, value in {**fixed, **options}.items()]
+    log = folder / "hasten.out"
+    usage = watched([sys.executable, "-m", "jobs.cli", job, *words], log, _ENVIRONMENT, interval)
+    _check(usage, f"hasten {job}", log)
+    report: dict[str, Any] = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    return report, usage
 
 
 def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outcome:

@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 
 import psutil
@@ -62,7 +63,23 @@ def test_what_was_measured_is_not_measured_again(made, ray_session):
     assert pool(genomes[:4], SAMPLES[1]) == expected[1][:4]
     assert pool([*genomes, genomes[0]], SAMPLES[1]) == [*expected[1], expected[1][0]]
     assert (pool.evaluated, pool.remembered) == (len(genomes), 5)
+    # The first sequence is known from the sample that it was a part of.
+    assert pool(genomes, SAMPLES[0]) == expected[0]
+    assert (pool.evaluated, pool.remembered) == (len(genomes), 5 + len(genomes))
     pool.close()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sequences_that_are_known_of_some_candidates_change_no_bit(batch, made, ray_session):
+    model, genomes, _ = made
+    model = dataclasses.replace(model, batch=batch)
+    calm, other = Evaluators(model, 1), Evaluators(model, 2)
+    expected = calm(genomes, SAMPLES[1])
+    other(genomes[1:3], Sample(((0, 16), (1, 16))))
+    assert other(genomes, SAMPLES[1]) == expected
+    calm.close()
+    other.close()
 
 
 @pytest.mark.ray

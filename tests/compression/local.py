@@ -22,7 +22,7 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Compress and return the facts of all layers."""
     task = Task(chosen)
     task.output.open(chosen.fingerprint(task.checkpoint, tokens), overwrite=False)
-    needed = chosen.quantizer.needs_second_moment
+    needed = chosen.needs_second_moment
     calibrator = Calibrator(
         chosen, dict(enumerate(tokens.tensor_split(min(chosen.shards, len(tokens))))) if needed else {}
     )

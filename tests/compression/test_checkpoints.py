@@ -8,6 +8,8 @@ import torch
 
 from accel.compression.quantizers.base import Scheme
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
+from accel.compression.settings import Task
+from accel.errors import UserError
 from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
 from tests.compression import local
@@ -75,6 +77,13 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_say_so(tmp_p
         assert row["method"] == ("RoundToNearest" if few else "GPTQ")
         assert any("calibration tokens" in note for note in row["notes"]) == few
     assert any(row["method"] == "RoundToNearest" for row in facts)
+
+
+@pytest.mark.parametrize("change", [{"ignore": ("experts.1.",)}, {"ignore": ("experts",)}, {"skip_first": 1}], ids=str)
+def test_experts_of_which_some_would_stay_plain_are_refused(tmp_path, change):
+    source = tiny.save(tmp_path / "original", "mixtral", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"leave \d+ of 24 expert layers plain, first model\.layers\.0\.\S+: trans"):
+        Task(local.settings(source, tmp_path / "out", RoundToNearest(), **change))
 
 
 def test_regexes_and_block_numbers_leave_layers_as_they_are(tmp_path):

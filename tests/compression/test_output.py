@@ -5,8 +5,14 @@ import pytest
 import torch
 
 from accel.compression import folder as folder_module
+from accel.compression.formats.pack_quantized import PackQuantized
+from accel.compression.output import OutputFolder
+from accel.compression.quantizers.base import Scheme
+from accel.compression.quantizers.round_to_nearest import RoundToNearest
 from accel.compression.settings import Task
 from accel.errors import UserError
+from accel.models.architecture import Architecture
+from accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
@@ -140,3 +146,77 @@ def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwri
 def test_checking_a_folder_makes_nothing(task):
     task.output.check({}, overwrite=True)
     assert not task.output.path.exists()
+
+
+def same_logits(folder):
+    """Compares what transformers loads, without a tensor missing or left, with the blocks one by one."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = tiny.tokens()
+    model, found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not any(found.values()), found
+    architecture = Architecture(Checkpoint(folder))
+    hidden = architecture.embed(tokens)
+    for block in range(architecture.num_blocks):
+        hidden = architecture.run_block(architecture.load_block(block), block, hidden)
+    with torch.no_grad():
+        model(tokens, use_cache=False)  # some weights are unpacked at the first use
+        logits = torch.nn.Module.float(model)(tokens, use_cache=False).logits
+    # The weights are the same numbers; float32 sums of another order are left.
+    torch.testing.assert_close(logits, architecture.head(hidden), rtol=1e-3, atol=2e-4)
+
+
+SYMMETRIC = Scheme(3, 32, symmetric=True)
+
+
+def test_linear_layers_outside_the_blocks_stay_as_they_are(tmp_path):
+    # OPT-350m projects its embeddings.
+    source = tiny.save(
+        tmp_path / "original", "opt", dtype=torch.bfloat16, word_embed_proj_dim=32, do_layer_norm_before=False
+    )
+    local.compress(local.settings(source, tmp_path / "out", RoundToNearest(), scheme=SYMMETRIC), tiny.tokens(4))
+    same_logits(tmp_path / "out")
+
+
+def test_a_multimodal_gemma_keeps_its_vision_tower_and_ignored_layers(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
+    text = tiny.build("gemma3_text").config.to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=tiny.VOCABULARY - 1)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "original")
+    chosen = local.settings(
+        tmp_path / "original", tmp_path / "out", RoundToNearest(), scheme=SYMMETRIC, ignore=("down_proj$",)
+    )
+    local.compress(chosen, tiny.tokens(4))
+    same_logits(tmp_path / "out")
+
+
+def test_layers_are_ignored_where_the_checkpoint_lacks_the_model_prefix(tmp_path):
+    tiny.build("llama", tie_word_embeddings=True).model.bfloat16().save_pretrained(tmp_path / "original")
+    chosen = local.settings(
+        tmp_path / "original", tmp_path / "out", RoundToNearest(), scheme=SYMMETRIC, ignore=("down_proj$",)
+    )
+    local.compress(chosen, tiny.tokens(4))
+    same_logits(tmp_path / "out")
+
+
+def test_blocks_go_by_their_number_in_the_original_and_are_stored_by_their_place(tmp_path):
+    source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16, num_hidden_layers=4)
+    architecture = Architecture(Checkpoint(source))
+    output = OutputFolder(tmp_path / "out", architecture, [[]] * 4, PackQuantized(), kept=[1, 3])
+    output.open({}, overwrite=False)
+    output.write_block(3, {}, [{"layer": "one"}])
+    assert output.finished == [3]
+    assert output.facts(3) == [{"layer": "one"}]
+    assert output.shard(3).name == "model-00003-of-00003.safetensors"
+    output.write_block(1, {}, [])
+    output.finish()
+    left = Checkpoint(tmp_path / "out")
+    assert left.config["num_hidden_layers"] == 2
+    for place, block in enumerate((1, 3)):
+        for name in architecture.block_tensors(block):
+            moved = name.replace(f"layers.{block}.", f"layers.{place}.")
+            assert torch.equal(left.tensor(moved), architecture.checkpoint.tensor(name))

@@ -19,12 +19,6 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 WITHOUT_WORK = ["--help", "--version", *(f"{job} --help" for job in JOBS)]
 WITHOUT_WORK += [f"bench {name} --help" for name in benchmark_names()]
 
@@ -96,11 +90,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_word_is_one_line_that_names_it_and_leaves_nothing_behind(capsys, in_an_empty_folder, words):
+def test_a_wrong_word_is_one_line_that_names_it_and_leaves_nothing_behind(capsys, folder, words):
     code, out, err = run(capsys, *words.split())
     assert code == 2
     assert out == ""
     assert err.startswith("hasten: error: ")
     assert err.count("\n") == 1
     assert WRONG[words] in err
-    assert list(in_an_empty_folder.iterdir()) == []
+    assert list(folder.iterdir()) == []

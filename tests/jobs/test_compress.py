@@ -1,33 +1,16 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from jobs.cli import main
 from tests.compression.local import contents
-from tests.jobs.report import METRICS
-from tests.models import tiny
+from tests.jobs.report import METRICS, last_report
 
 BLOCKS = 3
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    np.save(folder / "tokens.npy", tiny.tokens(8, 16).numpy())
-    return tiny.save(folder / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=BLOCKS)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def compress(source, **changes):
@@ -45,12 +28,6 @@ def compress(source, **changes):
         "evaluation.sequence_length": 16,
     }
     return main(["compress", *(f"{key}={value}" for key, value in (options | changes).items())])
-
-
-def last_report(capsys):
-    """What the run printed last names: the report, and the folder that it is in."""
-    path = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("report: "))
-    return json.loads(path.read_text()), path.parent
 
 
 @pytest.mark.ray

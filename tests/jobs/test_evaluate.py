@@ -1,34 +1,21 @@
 """The job on a tiny checkpoint, uncompressed and compressed, in this process, on the session's Ray."""
 
-import json
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
 from jobs.cli import main
 from tests.compression import local
-from tests.jobs.report import METRICS
+from tests.jobs.report import METRICS, last_report
 from tests.models import tiny
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(source):
     """A checkpoint, beside it the same one compressed, and token ids."""
-    folder = tmp_path_factory.mktemp("llama")
-    np.save(folder / "tokens.npy", tiny.tokens(8, 16).numpy())
-    checkpoint = tiny.save(folder / "model", "llama", dtype=torch.bfloat16)
-    local.compress(local.settings(checkpoint, folder / "compressed"), tiny.tokens(8, 16))
-    return checkpoint
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    local.compress(local.settings(source, source.parent / "compressed"), tiny.tokens(8, 16))
+    return source
 
 
 def evaluate(model, **changes):
@@ -43,20 +30,13 @@ def evaluate(model, **changes):
     return main(["evaluate", *(f"{key}={value}" for key, value in (options | changes).items())])
 
 
-def last_report(capsys):
-    """The report that the last line printed names."""
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("report: runs/evaluate/")
-    return json.loads(Path(line.removeprefix("report: ")).read_text())
-
-
 @pytest.mark.ray
 def test_a_checkpoint_is_measured_alone_and_a_compressed_one_against_its_original(source, capsys, ray_session):
     compressed = source.parent / "compressed"
     assert evaluate(source) == 0
-    alone = last_report(capsys)
+    alone, _ = last_report(capsys)
     assert evaluate(compressed, workers=2) == 0
-    against = last_report(capsys)
+    against, _ = last_report(capsys)
     for report, model in ((alone, source), (against, compressed)):
         assert {"job", "config", "metrics", "layers", "output"} <= set(report)
         assert report["job"] == "evaluate"
@@ -122,7 +102,7 @@ def test_an_unknown_task_is_refused_before_any_work(source, folder, capsys, lm_e
 
 def test_a_tasks_metrics_are_in_the_report(source, capsys, lm_eval):
     assert evaluate(source, **{"tasks": "[near]", "evaluation.sequences": 0}) == 0
-    report = last_report(capsys)
+    report, _ = last_report(capsys)
     assert report["metrics"]["near.acc"] == 0.5
     assert report["metrics"]["perplexity"] is None
     assert lm_eval == [str(source)]

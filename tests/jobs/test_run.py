@@ -13,12 +13,6 @@ from jobs.progress import Progress
 from jobs.run import LOG_FILE, start
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture
 def job(monkeypatch):
     """Puts a function in the place of the job `evaluate`."""
@@ -61,13 +55,13 @@ def test_a_users_mistake_found_late_is_one_line_and_its_traceback_is_in_the_log(
     assert "Traceback" in Path("here", LOG_FILE).read_text()
 
 
-def test_a_mistake_found_early_leaves_nothing(job, in_an_empty_folder):
+def test_a_mistake_found_early_leaves_nothing(job, folder):
     def work(config):
         raise UserError("model=/x is no folder")
 
     job(work)
     assert main(["evaluate"]) == 2
-    assert list(in_an_empty_folder.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_an_actors_mistake_is_told_without_the_remote_traceback(job, capsys):

@@ -1,30 +1,15 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
 from tests.compression.local import contents
-from tests.jobs.report import METRICS
+from tests.jobs.report import METRICS, last_report
 from tests.models import tiny
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    np.save(folder / "tokens.npy", tiny.tokens(8, 16).numpy())
-    return tiny.save(folder / "model", "llama", dtype=torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def search(source, **changes):
@@ -59,18 +44,12 @@ def search(source, **changes):
     return main(["search", *(f"{key}={value}" for key, value in (options | changes).items())])
 
 
-def last_report(capsys):
-    """What the run printed last names: the report, and the folder that it is in."""
-    path = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("report: "))
-    return json.loads(path.read_text()), path.parent
-
-
 @pytest.mark.ray
 def test_a_search_ends_in_a_checkpoint_within_the_budget_that_transformers_loads(source, folder, capsys, ray_session):
     assert search(source) == 0
     report, run_dir = last_report(capsys)
     assert report["job"] == "search"
-    assert METRICS - set(report["metrics"]) <= {"cpu_seconds", "peak_rss_bytes"}
+    assert set(report["metrics"]) >= METRICS
     assert report["metrics"]["bits_per_weight"] <= 3.2
     assert report["metrics"]["kl_divergence"] > 0
     assert (run_dir / "levels_3.2.png").stat().st_size > 0
@@ -103,6 +82,32 @@ def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsy
 
 
 @pytest.mark.ray
+def test_grids_zeros_and_dropped_blocks_share_one_budget(source, folder, capsys, ray_session):
+    changes = {"budget": 3, "bits": "[3,4]", "sparsities": "[0.75]", "drop": "[attention,mlp,block]", "keep": "true"}
+    # Too little for all layers at the lowest level: something must go.
+    assert search(source, **changes, grouping="none") == 0
+    report, _ = last_report(capsys)
+    metrics = report["metrics"]
+    assert metrics["budget_bits_per_weight"] <= 3
+    rows = report["layers"]
+    assert sum(row["stored_bits"] for row in rows) <= 3 * sum(row["weights"] for row in rows)
+    assert "drop" in {row["level"] for row in rows}
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert torch.isfinite(model(tiny.tokens(2, 16)).logits).all()
+
+
+@pytest.mark.ray
+def test_whole_parts_can_be_dropped_without_any_level(source, folder, capsys, ray_session):
+    changes = {"budget": 9, "bits": "[]", "keep": "true", "drop": "[block]", "allocator": "exact"}
+    assert search(source, **changes) == 0
+    report, _ = last_report(capsys)
+    assert {row["level"] for row in report["layers"]} == {"drop"}
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert "quantization_config" not in config
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -113,6 +118,10 @@ def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsy
         ({"allocator.tokens": "[16,4096]"}, ["tokens=[16, 4096]", "the calibration has 128"]),
         ({"budget": "[3,4]", "compare": "[uniform,bak]"}, ["compare=bak is no allocator: there are baq, evopress"]),
         ({"levels": "nothing"}, ["levels=", "is no level database"]),
+        ({"drop": "[atention]"}, ["drop=atention is none of attention, mlp, block"]),
+        ({"drop": "[mlp]", "symmetric": "false"}, ["drop=[mlp] cannot stand next to levels with zero points (w2g32a)"]),
+        ({"bits": "[]"}, ["bits=[] and sparsities=[] leave no level"]),
+        ({"sparsities": "[1.5]"}, ["sparsity=1.5 is out of range"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(changes, words, source, folder, capsys, ray_session):

@@ -10,6 +10,8 @@ from accel.errors import UserError
 
 # Level of a part of the model that is left out.
 DROP = "drop"
+# Kinds of such parts.
+ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Unit:
     """Layers that get the same level, or a part of a block that can be dropped.
 
     name: unique; that of the first layer. layers: their names. kind: equal for units that do the same in different
-    blocks. weights: 0 for a part whose layers are units themselves. choices: by rising bits, no two of the same level.
+    blocks. weights: 0 for a part whose layers are units themselves. choices: by rising bits, no two of the same level;
+    those of a part are `drop`, with the bits of what a file must still hold, and then `keep`, with none of its own.
     part_of: name of the unit whose level `drop` leaves this one out, and with it its bits.
     """
 

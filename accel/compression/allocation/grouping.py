@@ -46,21 +46,26 @@ def group_units(units: Sequence[Unit], rule: str, fused: Callable[[str], str] = 
     for unit in units:
         # A part of a block has no layers, and stays by itself.
         members.setdefault(fused(unit.layers[0]) if unit.layers else unit.name, []).append(unit)
-    return [_join(name, group) if len(group) > 1 else group[0] for name, group in members.items()]
+    return [_fuse(name, group) if len(group) > 1 else group[0] for name, group in members.items()]
 
 
-def _join(name: str, units: Sequence[Unit]) -> Unit:
-    """One unit in the place of several that a server fuses into the module of this name."""
+def _fuse(name: str, units: Sequence[Unit]) -> Unit:
     first = units[0]
     for unit in units:
         if (unit.block, unit.part_of) != (first.block, first.part_of):
             raise ValueError(f"{first.name} and {unit.name} become one module, but lie in different parts of the model")
+    return join(first.name, units, _BLOCK.sub("", name, count=1))
+
+
+def join(name: str, units: Sequence[Unit], kind: str) -> Unit:
+    """One unit in the place of several, with the levels that all of them have; UserError where there is none."""
+    first = units[0]
     choices = sorted((_sum(level, units) for level in _common_levels(units)), key=lambda choice: choice.bits)
     return Unit(
-        name=first.name,
+        name=name,
         layers=tuple(layer for unit in units for layer in unit.layers),
         block=first.block,
-        kind=_BLOCK.sub("", name, count=1),
+        kind=kind,
         weights=sum(unit.weights for unit in units),
         choices=tuple(choices),
         part_of=first.part_of,

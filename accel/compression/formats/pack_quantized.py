@@ -50,8 +50,9 @@ class PackQuantized(Format):
     def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, Any]:
         """One config group for each distinct scheme, and `dequantize` where transformers can only load plain weights.
 
-        That is so for experts, which it keeps fused in one parameter, and for zero points: compressed-tensors 0.20
-        expects them unpacked in the modules that it prepares. vLLM does not read the key.
+        That is so for zero points: compressed-tensors 0.20 expects them unpacked in the modules that it prepares. With
+        the key, though, transformers 5.23 reads all layers but the experts on the first grid, so experts alone, which
+        it unpacks in any case, do not set it. vLLM does not read the key.
         """
         distinct: dict[tuple[Scheme, bool], list[str]] = {}
         for name, scheme in schemes.items():
@@ -75,7 +76,7 @@ class PackQuantized(Format):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        if experts or not all(scheme.symmetric for scheme in schemes.values()):
+        if not all(scheme.symmetric for scheme in schemes.values()):
             described["dequantize"] = True
         return described
 

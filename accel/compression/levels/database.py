@@ -1,4 +1,4 @@
-"""The level database: every layer at every level, packed, with the error that it makes.
+"""The level database: every layer at every level, as codes or as mask and values, with the error that it makes.
 
 One file a layer, written by the process that solved it as soon as it is solved: a killed run goes on with the layers
 that have none. Files are read by memory map, so that a search touches only the levels that it looks at.
@@ -12,17 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from accel.compression.folder import PROGRESS, ResumableFolder
+from accel.compression.formats import bitmask
 from accel.compression.formats.base import Format
 from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.levels.level import level_name, level_scheme
+from accel.compression.levels.level import Level, level_name, names, parse_level
 from accel.compression.plan import Group
-from accel.compression.quantizers.base import Scheme
+from accel.compression.pruners.base import PrunedWeight, Sparsity
+from accel.compression.quantizers.base import QuantizedWeight, Scheme
 from accel.errors import UserError
 from accel.models.architecture import Architecture, Layer
 from accel.models.checkpoint import Checkpoint
 
 _LAYERS = "layers"
 _FACTS = "facts"
+# Of a group in a database that was read, where no level has one: nothing is solved any more.
+_NO_GRID = Scheme(8, -1, symmetric=True)
 
 
 class LevelDatabase(ResumableFolder):
@@ -39,14 +43,14 @@ class LevelDatabase(ResumableFolder):
         path: Path,
         checkpoint: Checkpoint,
         plan: Sequence[Sequence[Group]],
-        schemes: Sequence[Scheme],
-        propagated: Scheme | None,
+        levels: Sequence[Level],
+        propagated: Level | None,
         form: Format,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.plan = plan
-        self.schemes = tuple(schemes)
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
+        self._levels = tuple(levels)
         self._propagated = propagated
         self._format = form
 
@@ -60,28 +64,41 @@ class LevelDatabase(ResumableFolder):
         content = json.loads(noted.read_text())
         if content["checkpoint"] != checkpoint.fingerprint():
             raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
-        schemes = [level_scheme(name) for name in content["levels"]]
-        names = set(content["layers"])
+        levels = [parse_level(name) for name in content["levels"]]
+        grid = next((level for level in levels if isinstance(level, Scheme)), _NO_GRID)
+        layers = set(content["layers"])
         plan = []
         for block in range(architecture.num_blocks):
             shared: dict[str, list[Layer]] = {}
             for layer in architecture.linears(block):
-                if layer.name in names:
+                if layer.name in layers:
                     shared.setdefault(layer.group, []).append(layer)
-            plan.append([Group(block, tuple(layers), schemes[0]) for layers in shared.values()])
-        return cls(path, checkpoint, plan, schemes, None, PackQuantized())
+            plan.append([Group(block, tuple(group), grid) for group in shared.values()])
+        return cls(path, checkpoint, plan, levels, None, PackQuantized())
 
     @property
     def levels(self) -> list[str]:
-        """Names of the levels, by rising bits."""
-        return [level_name(scheme) for scheme in self.schemes]
+        """Names of the levels."""
+        return names(self._levels)
 
-    def schemes_of(self, group: Group) -> list[tuple[str, Scheme]]:
-        """Levels of a group with the schemes of its layers, which are symmetric for experts."""
+    def levels_of(self, group: Group) -> list[tuple[str, Level]]:
+        """Levels of a group by name; the grids of experts are symmetric whatever the name says."""
         return [
-            (level_name(scheme), Scheme(scheme.bits, scheme.group_size, scheme.symmetric or group.is_expert))
-            for scheme in self.schemes
+            (
+                level_name(level),
+                Scheme(level.bits, level.group_size, level.symmetric or group.is_expert)
+                if isinstance(level, Scheme)
+                else level,
+            )
+            for level in self._levels
         ]
+
+    def stored_bits(self, group: Group, layer: Layer, level: Level) -> int:
+        """Exact size of a layer of a group at one of levels_of(group), known before it is solved."""
+        itemsize = self.checkpoint.dtype(f"{layer.name}.weight").itemsize
+        if isinstance(level, Sparsity):
+            return level.bits(layer.rows, layer.columns, itemsize)
+        return level.stored_bits(layer.rows, layer.columns, itemsize)
 
     def unfinished(self, block: int) -> list[Group]:
         """Groups of a block of which a layer is missing."""
@@ -100,14 +117,16 @@ class LevelDatabase(ResumableFolder):
         self._file(layer).parent.mkdir(exist_ok=True)
         self.write_tensors(self._file(layer), tensors, {_FACTS: json.dumps(facts)})
 
-    def pack(self, weight: Any) -> dict[str, Tensor]:
-        """What write_layer stores of a quantized weight."""
-        return self._format.pack(weight)
+    def pack(self, weight: QuantizedWeight | PrunedWeight) -> dict[str, Tensor]:
+        """What write_layer stores of a weight."""
+        return bitmask.pack(weight) if isinstance(weight, PrunedWeight) else self._format.pack(weight)
 
     def facts(self, layer: str) -> dict[str, dict[str, Any]]:
         """Rows of facts of a layer, by level."""
         from safetensors import safe_open
 
+        if not self._levels:
+            return {}
         with safe_open(self._file(layer), framework="pt") as file:
             found: dict[str, dict[str, Any]] = json.loads(file.metadata()[_FACTS])
         return found
@@ -122,10 +141,18 @@ class LevelDatabase(ResumableFolder):
 
     def weight(self, layer: str, level: str) -> Tensor:
         """Weight (R, C) of a layer at a level as a loader would make it."""
-        parts = self.parts(layer, level)
-        scheme = level_scheme(level)
+        parts, chosen = self.parts(layer, level), parse_level(level)
+        if isinstance(chosen, Sparsity):
+            return bitmask.unpack(parts)
         # Experts are symmetric whatever the level's name says.
-        return self._format.unpack(parts, Scheme(scheme.bits, scheme.group_size, "weight_zero_point" not in parts))
+        scheme = Scheme(chosen.bits, chosen.group_size, "weight_zero_point" not in parts)
+        return self._format.unpack(parts, scheme)
+
+    def written(self, layer: str, level: str) -> dict[str, Tensor]:
+        """Tensors of a layer at a level in a checkpoint, by what follows the layer's name; pruned ones are dense."""
+        if isinstance(parse_level(level), Sparsity):
+            return {"weight": self.weight(layer, level)}
+        return self.parts(layer, level)
 
     def read_block(self, block: int) -> dict[str, Tensor]:
         """Weights of a finished block's layers at the propagated level, by their path in the block."""
@@ -142,7 +169,7 @@ class LevelDatabase(ResumableFolder):
     def finish(self) -> None:
         """Write what makes the database complete."""
         content = {
-            "checkpoint": self._checkpoint.fingerprint(),
+            "checkpoint": self.checkpoint.fingerprint(),
             "levels": self.levels,
             "layers": [layer.name for groups in self.plan for group in groups for layer in group.layers],
         }

@@ -1,44 +1,62 @@
-"""Levels: the ways in which one layer may be stored, by names such as `w3g128`."""
+"""Levels: the ways in which one layer may be stored, by names such as `w3g128` and `s50`."""
 
 import re
 from collections.abc import Iterable, Sequence
 
+from accel.compression.pruners.base import Sparsity
 from accel.compression.quantizers.base import Scheme
 from accel.errors import UserError
 
-_NAME = re.compile(r"w(\d+)(?:g(\d+))?(a?)")
+# What a layer is stored as: codes on a grid, or the weights that are left of it.
+Level = Scheme | Sparsity
+
+_QUANTIZED = re.compile(r"w(\d+)(?:g(\d+))?(a?)")
+_PRUNED = re.compile(r"s(\d+(?:\.\d+)?)")
 # The layer as the checkpoint has it.
 KEEP = "keep"
 
 
-def level_name(scheme: Scheme) -> str:
-    """`w3g128`: 3 bits, groups of 128; without g one scale a row; with a at the end zero points."""
-    group = "" if scheme.group_size == -1 else f"g{scheme.group_size}"
-    return f"w{scheme.bits}{group}{'' if scheme.symmetric else 'a'}"
+def level_name(level: Level) -> str:
+    """`w3g128`: 3 bits, groups of 128; without g one scale a row; with a at the end zero points. `s50`: 50 % zeros."""
+    if isinstance(level, Sparsity):
+        return f"s{100 * level.fraction:.6g}"
+    group = "" if level.group_size == -1 else f"g{level.group_size}"
+    return f"w{level.bits}{group}{'' if level.symmetric else 'a'}"
 
 
-def level_scheme(name: str) -> Scheme:
-    """Scheme of a level's name; UserError where it is none."""
-    found = _NAME.fullmatch(name)
-    if not found:
-        raise UserError(f"level {name!r} is none: levels are named like w4g128, w3 (one scale a row) or w4g128a")
-    return Scheme(int(found[1]), int(found[2] or -1), symmetric=not found[3])
+def parse_level(name: str) -> Level:
+    """Level of a name; UserError where it is none."""
+    pruned, quantized = _PRUNED.fullmatch(name), _QUANTIZED.fullmatch(name)
+    if pruned:
+        # As many digits as a name has: what was parsed has the name that it was parsed from.
+        return Sparsity(round(float(pruned[1]) / 100, 8))
+    if not quantized:
+        raise UserError(f"level {name!r} is none: levels are named like w4g128, w3 (one scale a row), w4g128a or s50")
+    return Scheme(int(quantized[1]), int(quantized[2] or -1), symmetric=not quantized[3])
 
 
-def make_schemes(bits: Sequence[int], group_sizes: Sequence[int], symmetric: bool) -> tuple[Scheme, ...]:
-    """Every combination, by rising bits and falling group size; UserError where one is out of range or named twice."""
-    for name, values in (("bits", bits), ("group_sizes", group_sizes)):
-        if not values or len(set(values)) < len(values):
-            raise UserError(f"{name}={list(values)} is wrong: expected one or more different values")
-    return tuple(
+def make_levels(
+    bits: Sequence[int], group_sizes: Sequence[int], symmetric: bool, sparsities: Sequence[float] = ()
+) -> tuple[Level, ...]:
+    """All combinations of bits and group sizes, by rising bits and falling group size, then the sparsities, falling.
+
+    UserError where a value is out of range or named twice.
+    """
+    for name, values in (("bits", bits), ("group_sizes", group_sizes), ("sparsities", sparsities)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}={list(values)} is wrong: expected different values")
+    if bits and not group_sizes:
+        raise UserError("group_sizes=[] is wrong: expected one or more values, -1 is one scale a row")
+    grids = [
         Scheme(one, size, symmetric) for one in sorted(bits) for size in sorted(group_sizes, key=_columns, reverse=True)
-    )
+    ]
+    return (*grids, *(Sparsity(one) for one in sorted(sparsities, reverse=True)))
 
 
 def _columns(group_size: int) -> float:
     return float("inf") if group_size == -1 else group_size
 
 
-def names(schemes: Iterable[Scheme]) -> list[str]:
-    """Names of the levels of schemes."""
-    return [level_name(scheme) for scheme in schemes]
+def names(levels: Iterable[Level]) -> list[str]:
+    """Names of levels."""
+    return [level_name(level) for level in levels]

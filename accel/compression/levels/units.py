@@ -1,70 +1,110 @@
-"""What allocators choose for: the layers of a level database with the sizes and errors of their levels."""
+"""What allocators choose for: the layers of a level database with the sizes and errors of their levels, and parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from accel.compression.allocation.base import Choice, Unit
-from accel.compression.allocation.grouping import group_units
+from accel.compression.allocation.base import ATTENTION, BLOCK, DROP, MLP, Choice, Unit
+from accel.compression.allocation.grouping import group_units, join
 from accel.compression.levels.database import LevelDatabase
-from accel.compression.quantizers.base import Scheme
+from accel.compression.levels.depth import dropped_bits, part_of
+from accel.compression.levels.level import KEEP
+from accel.compression.plan import Group
+from accel.errors import UserError
+from accel.models.architecture import Layer
+
+PARTS = (ATTENTION, MLP, BLOCK)
 
 
-def make_units(database: LevelDatabase, grouping: str) -> list[Unit]:
-    """A unit for every layer, or for the layers that get the same level by the rule `grouping`.
+def make_units(
+    database: LevelDatabase, grouping: str, keep: bool = False, drop: Sequence[str] = (), solved: bool = True
+) -> list[Unit]:
+    """A unit for every layer, or for the layers that get the same level by the rule `grouping`, and one for every part.
 
-    Errors are those of the layer's output, relative to it. Experts are one unit in any case: transformers reads one
-    scheme for those of all blocks.
+    keep: layers have the level `keep`, too, of no error. drop: parts of every block that may be left out, out of
+    `attention`, `mlp` and `block`. solved: False gives sizes alone, which are known before there is any level.
+    Errors are those of the layer's output, relative to it; what is dropped errs by all of the output of its layers.
+    Experts are one unit in any case: transformers reads one scheme for those of all blocks.
     """
+    parts = _parts(database, drop)
     units: list[Unit] = []
     experts: list[Unit] = []
-    for groups in database.plan:
-        for group in groups:
-            for layer in group.layers:
-                facts = database.facts(layer.name)
-                choices = tuple(
-                    Choice(level, facts[level]["stored_bits"], facts[level]["error"]) for level in database.levels
-                )
-                weights = facts[database.levels[0]]["weights"]
-                unit = Unit(layer.name, (layer.name,), group.block, layer.module, weights, choices)
-                (experts if group.is_expert else units).append(unit)
+    for group, layer in _layers(database):
+        facts = database.facts(layer.name) if solved else {}
+        choices = [
+            Choice(name, database.stored_bits(group, layer, level), facts[name]["error"] if solved else 0.0)
+            for name, level in database.levels_of(group)
+        ]
+        weights = layer.rows * layer.columns
+        if keep:
+            choices.append(Choice(KEEP, 8 * database.checkpoint.nbytes(f"{layer.name}.weight")))
+        unit = Unit(
+            name=layer.name,
+            layers=(layer.name,),
+            block=group.block,
+            kind=layer.module,
+            weights=weights,
+            choices=tuple(sorted(choices, key=lambda choice: choice.bits)),
+            part_of=_holder(group.block, part_of(layer), parts),
+        )
+        (experts if group.is_expert else units).append(unit)
+    if experts and experts[0].part_of:
+        raise UserError(
+            f"drop=[{','.join(drop)}] cannot leave out experts, of which transformers reads one level for all blocks: "
+            f"use drop=[attention]"
+        )
     units = group_units(units, grouping)
-    return [*units, _joined(experts)] if experts else units
+    if experts:
+        units.append(join(experts[0].name, experts, "experts"))
+    return [*units, *parts.values()]
 
 
-def planned_units(database: LevelDatabase) -> list[Unit]:
-    """A unit for every layer with the sizes that its levels will have, and no errors: nothing need be solved yet."""
-    units = []
-    for groups in database.plan:
-        for group in groups:
-            for layer in group.layers:
-                weights = layer.rows * layer.columns
-                choices = tuple(
-                    Choice(level, _stored_bits(layer.rows, layer.columns, scheme))
-                    for level, scheme in database.schemes_of(group)
-                )
-                units.append(Unit(layer.name, (layer.name,), group.block, layer.module, weights, choices))
-    return units
-
-
-def _stored_bits(rows: int, columns: int, scheme: Scheme) -> int:
-    groups = rows * (columns // scheme.columns(columns))
-    # Scales have the dtype of the weights, of 16 bits in the checkpoints that are worth compressing.
-    return rows * columns * scheme.bits + groups * (16 + (0 if scheme.symmetric else scheme.bits))
-
-
-def layer_levels(units: list[Unit], assignment: Mapping[str, str]) -> dict[str, str]:
+def layer_levels(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[str, str]:
     """Level of every layer, from the levels of the units."""
     return {layer: assignment[unit.name] for unit in units for layer in unit.layers}
 
 
-def _joined(units: list[Unit]) -> Unit:
-    first = units[0]
-    choices = tuple(
-        Choice(
-            choice.level,
-            sum(unit.choices[index].bits for unit in units),
-            sum(unit.choices[index].error for unit in units),
+def dropped_parts(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[int, set[str]]:
+    """Kinds of the parts that are left out, by block."""
+    found: dict[int, set[str]] = {}
+    for unit in units:
+        if assignment[unit.name] == DROP:
+            found.setdefault(unit.block, set()).add(unit.kind)
+    return found
+
+
+def _layers(database: LevelDatabase) -> Iterator[tuple[Group, Layer]]:
+    for groups in database.plan:
+        for group in groups:
+            for layer in group.layers:
+                yield group, layer
+
+
+def _parts(database: LevelDatabase, drop: Sequence[str]) -> dict[tuple[int, str], Unit]:
+    """Units of the parts that may be dropped, by block and kind."""
+    for kind in drop:
+        if kind not in PARTS:
+            raise UserError(f"drop={kind} is none of {', '.join(PARTS)}")
+    inside: dict[tuple[int, str], list[Layer]] = {}
+    for group, layer in _layers(database):
+        for kind in (part_of(layer), BLOCK):
+            if kind in drop:
+                inside.setdefault((group.block, kind), []).append(layer)
+    parts = {}
+    for (block, kind), layers in inside.items():
+        # A block that goes is not written; of a smaller part transformers wants the tensors.
+        left = 0 if kind == BLOCK else dropped_bits(layers, database.checkpoint)
+        parts[block, kind] = Unit(
+            name=f"{kind} of block {block}",
+            layers=(),
+            block=block,
+            kind=kind,
+            weights=0,
+            choices=(Choice(DROP, left, float(len(layers))), Choice(KEEP, 0)),
+            part_of=f"{BLOCK} of block {block}" if kind != BLOCK and BLOCK in drop else None,
         )
-        for index, choice in enumerate(first.choices)
-    )
-    layers = tuple(layer for unit in units for layer in unit.layers)
-    return Unit(first.name, layers, first.block, "experts", sum(unit.weights for unit in units), choices)
+    return parts
+
+
+def _holder(block: int, kind: str, parts: Mapping[tuple[int, str], Unit]) -> str | None:
+    """Name of the smallest part that a layer lies in, of those that may be dropped."""
+    unit = parts.get((block, kind)) or parts.get((block, BLOCK))
+    return unit.name if unit else None

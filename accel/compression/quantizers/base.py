@@ -1,12 +1,13 @@
 """What every weight quantizer takes and gives back."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from accel.compression.result import Result
 from accel.compression.statistics import SecondMoment
 from accel.errors import UserError
 from kernels.dequantize import dequantize
@@ -40,6 +41,11 @@ class Scheme:
                 f"use a divisor, group_size=-1 (one scale a row), or ignore the layer"
             )
 
+    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
+        """Exact size of a layer: codes, scales of itemsize bytes, and zero points."""
+        groups = rows * (columns // self.columns(columns))
+        return rows * columns * self.bits + groups * (8 * itemsize + (0 if self.symmetric else self.bits))
+
     @property
     def top(self) -> int:
         """Largest code."""
@@ -66,43 +72,22 @@ class QuantizedWeight:
     @property
     def bits(self) -> int:
         """Exact size: codes, scales and stored zero points."""
-        stored = self.codes.numel() * self.scheme.bits + self.scale.numel() * self.scale.element_size() * 8
-        return stored + (0 if self.scheme.symmetric else self.zero_point.numel() * self.scheme.bits)
+        rows, columns = self.codes.shape
+        return self.scheme.stored_bits(rows, columns, self.scale.element_size())
 
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
         """The rows of one of several layers that were quantized together."""
         return QuantizedWeight(self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme)
 
-
-@dataclass(frozen=True)
-class Result:
-    """A quantized weight (R, C) with the squared error it makes, row by row.
-
-    error, power: (R,) float32, mean squared output error and output over the calibration tokens; without statistics
-    they are squared weight error and weight. notes: what a user should know (damping raised, fallback taken).
-    """
-
-    weight: QuantizedWeight
-    error: Tensor
-    power: Tensor
-    notes: tuple[str, ...] = field(default=())
-
-    def rows(self, start: int, stop: int) -> "Result":
-        """What concerns some of the rows."""
-        return Result(self.weight.rows(start, stop), self.error[start:stop], self.power[start:stop], self.notes)
-
     @classmethod
-    def join(cls, parts: list["Result"]) -> "Result":
-        """Results of a layer's consecutive rows as one."""
-        weights = [part.weight for part in parts]
-        weight = QuantizedWeight(
-            torch.cat([weight.codes for weight in weights]),
-            torch.cat([weight.scale for weight in weights]),
-            torch.cat([weight.zero_point for weight in weights]),
-            weights[0].scheme,
+    def join(cls, parts: list["QuantizedWeight"]) -> "QuantizedWeight":
+        """Consecutive rows as one weight."""
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.zero_point for part in parts]),
+            parts[0].scheme,
         )
-        error, power = torch.cat([part.error for part in parts]), torch.cat([part.power for part in parts])
-        return cls(weight, error, power, parts[0].notes)
 
 
 class Quantizer(ABC):
@@ -118,7 +103,7 @@ class Quantizer(ABC):
         return moment
 
     @abstractmethod
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result:
+    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
 
 

@@ -9,38 +9,22 @@ is one matrix product. Columns are laid out in the reverse of the order in which
 factored the damping grows tenfold, and past `max_damping` the columns are rounded independently.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Result, Scheme
+from accel.compression.factor import Factor, check_factor, factorise
+from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
 from accel.compression.quantizers.grid import find_grid
+from accel.compression.result import Result
 from accel.compression.statistics import SecondMoment
 from accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
 _INNER = 32
 _BLOCK = 128
-ORDERS = ("static", "none")
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Cholesky factor of a damped second moment, for any number of layers and schemes that share an input.
-
-    lower: (C, C) float32, columns contiguous and divided by their diagonal entry; what is above the diagonal means
-    nothing. pivots: (C,), that diagonal. order: (C,) input column of every row, in reverse order of visit. is_known:
-    False for the identity that stands in for a matrix that could not be factored.
-    """
-
-    lower: Tensor
-    pivots: Tensor
-    order: Tensor
-    notes: tuple[str, ...]
-    is_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,10 +74,7 @@ class GPTQ(Quantizer):
     needs_second_moment: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.act_order not in ORDERS:
-            raise UserError(f"act_order={self.act_order!r} is none of {', '.join(ORDERS)}")
-        if not 0 < self.damping <= self.max_damping:
-            raise UserError(f"need 0 < damping <= max_damping, got {self.damping} and {self.max_damping}")
+        check_factor(self.damping, self.max_damping, self.act_order)
         if self.refits < 0:
             raise UserError(f"need refits >= 0, got {self.refits}")
         if self.search < 0 or not 0 < self.shrink < 1:
@@ -102,34 +83,9 @@ class GPTQ(Quantizer):
     def prepare(self, moment: SecondMoment | None) -> Factor:
         """Factor of the second moment of the layers' input."""
         assert moment is not None
-        importance = moment.diagonal()
-        columns = len(importance)
-        if self.act_order == "static":
-            # Ties are broken by position, so that the order is the same everywhere.
-            order = torch.argsort(importance, descending=True, stable=True).flip(0)
-        else:
-            order = torch.arange(columns - 1, -1, -1, device=importance.device)
-        # A column whose input is always zero touches nothing: any positive entry keeps it apart.
-        dead = importance[order] <= 0
-        mean, damping = float(importance.mean()), self.damping
-        while damping <= self.max_damping and math.isfinite(mean):
-            # Factored in place and built anew for another try: two of these matrices may not fit. LAPACK wants columns
-            # contiguous and would copy; of a symmetric matrix the transpose is the same.
-            lower = moment.mean(order).mT
-            lower.diagonal()[dead] = 1.0
-            lower.diagonal()[~dead] += damping * mean
-            info = torch.empty((), dtype=torch.int32, device=lower.device)
-            torch.linalg.cholesky_ex(lower, out=(lower, info))
-            pivots = lower.diagonal().clone()
-            if int(info) == 0 and bool(torch.isfinite(pivots).all()):
-                raised = f"second moment could not be factored: damping raised to {damping:g}"
-                return Factor(lower.div_(pivots), pivots, order, (raised,) * (damping > self.damping))
-            damping *= 10
-        failed = f"second moment could not be factored with damping {self.max_damping:g}: rounded to nearest"
-        ones = torch.ones_like(importance)
-        return Factor(torch.eye(columns, device=ones.device), ones, order, (failed,), is_known=False)
+        return factorise(moment, self.damping, self.max_damping, self.act_order, "rounded to nearest")
 
-    def quantize(self, weight: Tensor, prepared: Factor, scheme: Scheme) -> Result:
+    def quantize(self, weight: Tensor, prepared: Factor, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C), whose dtype is also that of the scales."""
         columns = weight.shape[1]
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
@@ -144,8 +100,7 @@ class GPTQ(Quantizer):
                 solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
             self._refit(solved, prepared, scheme.columns(columns), weight.dtype)
             best = solved if solved is best else best.where_better(solved)
-        back = torch.empty_like(prepared.order)
-        back[prepared.order] = torch.arange(columns, device=back.device)
+        back = prepared.back()
         quantized = QuantizedWeight(
             best.codes[back].T.contiguous(),
             best.scales.T.contiguous().to(weight.dtype),
@@ -208,9 +163,7 @@ class GPTQ(Quantizer):
     @staticmethod
     def _refit(solved: "_Solved", prepared: Factor, size: int, dtype: torch.dtype) -> None:
         """Scales that make the least output error with the codes as they are, one group of size columns at a time."""
-        columns = len(prepared.order)
-        place = torch.empty_like(prepared.order)
-        place[prepared.order] = torch.arange(columns, device=place.device)
+        columns, place = len(prepared.order), prepared.back()
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]

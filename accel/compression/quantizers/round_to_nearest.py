@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Result, Scheme, power_and_error
+from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
 from accel.compression.quantizers.grid import find_grid
+from accel.compression.result import Result
 from accel.errors import UserError
 
 
@@ -29,7 +30,7 @@ class RoundToNearest(Quantizer):
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result:
+    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C); prepared is not read."""
         scale, zero = find_grid(weight, scheme, self.search, self.shrink)
         groups = weight.float().unflatten(1, (scale.shape[1], -1))

@@ -7,24 +7,22 @@ only those are held that another branch still starts from.
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from accel.compression.allocation.base import DROP, Unit
+from accel.compression.allocation.base import BLOCK, Unit
 from accel.compression.levels.level import KEEP
-from accel.compression.search.evopress import Genome, Sample
+from accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
+from accel.compression.search.evopress import Sample
 from accel.compression.search.fitness import Fitness
+from accel.compression.search.moves import Genome
 from accel.models.architecture import Architecture
 
 # In place of a choice's index: the unit as the checkpoint has it.
 ORIGINAL = -1
-
-ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
 
 # Logits of the first many bytes are made at once: the head's weights are converted and read anew for every call.
 # Fitness is taken of the second many at once: more do not stay in the processor's cache.
@@ -74,8 +72,8 @@ class Candidates:
         self.swap_seconds = self.seconds = 0.0
         self._states_bytes = states_bytes
         self._read = weights
-        self._cache = _Cache(cache_bytes)
-        self._blocks = _load(architecture, self.units)
+        self._cache = WeightCache(cache_bytes)
+        self._blocks = load_blocks(architecture, self.units)
         self._references: dict[int, dict[str, Tensor]] = {}
 
     def evaluate(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
@@ -100,17 +98,6 @@ class Candidates:
 
         self._walk(states, pieces, score)
         return found
-
-    def losses_one_at_a_time(self, sequences: Iterable[int]) -> dict[tuple[int, int], float]:
-        """Mean fitness per scored token with one unit at one choice and all others original, on whole sequences.
-
-        Keys are (unit's index, choice's index). With a KL fitness this is what each choice costs by itself.
-        """
-        sample = Sample(tuple((number, self.tokens.shape[1]) for number in sequences))
-        keys = [(unit, choice) for unit, each in enumerate(self.units) for choice in range(len(each.choices))]
-        original = (ORIGINAL,) * len(self.units)
-        genomes = [(*original[:unit], choice, *original[unit + 1 :]) for unit, choice in keys]
-        return dict(zip(keys, self.evaluate(genomes, sample), strict=True))
 
     def remember(self, sequences: Iterable[int]) -> None:
         """Runs the original on those sequences of which it is not known yet what it predicts.
@@ -143,7 +130,7 @@ class Candidates:
                 raise ValueError(f"{used} tokens of sequence {number} are not in tokens {tuple(self.tokens.shape)}")
         return _pieces(sample, self.batch)
 
-    def _states(self, genome: Genome) -> list["_State"]:
+    def _states(self, genome: Genome) -> list[BlockState]:
         """What a genome makes of every block."""
         levels = {}
         for unit, choice in zip(self.units, genome, strict=True):
@@ -154,7 +141,7 @@ class Candidates:
 
     def _walk(
         self,
-        states: list[list["_State"]],
+        states: list[list[BlockState]],
         pieces: list["_Piece"],
         leaf: Callable[[list[int], "_Piece", Tensor], None],
     ) -> None:
@@ -184,13 +171,13 @@ class Candidates:
             yield group
 
     def _descend(
-        self, index: int, members: list[int], states: list[list["_State"]], hidden: list[Tensor]
+        self, index: int, members: list[int], states: list[list[BlockState]], hidden: list[Tensor]
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Genomes that share all blocks, and their last hidden states; those before block `index` are used up."""
         if index == len(self._blocks):
             yield members, hidden
             return
-        block, branches = self._blocks[index], dict[_State, list[int]]()
+        block, branches = self._blocks[index], dict[BlockState, list[int]]()
         for member in members:
             branches.setdefault(states[member][index], []).append(member)
         # What is loaded comes first: it need not be loaded again.
@@ -213,7 +200,7 @@ class Candidates:
         self.block_runs += 1
         return self.architecture.run_block(block.module, index, hidden)
 
-    def _change(self, block: "_Block", state: "_State") -> None:
+    def _change(self, block: Block, state: BlockState) -> None:
         """Brings a block into a state, layer by layer where it differs."""
         begin = time.perf_counter()
         for slot, level in zip(block.slots, state.levels, strict=False):
@@ -229,7 +216,7 @@ class Candidates:
         block.state = state
         self.swap_seconds += time.perf_counter() - begin
 
-    def _weight(self, slot: "_Slot", level: str) -> Tensor:
+    def _weight(self, slot: Slot, level: str) -> Tensor:
         keep = level == KEEP
         weight = self.architecture.checkpoint.tensor(f"{slot.name}.weight") if keep else self._read(slot.name, level)
         if weight.shape != slot.linear.weight.shape:
@@ -265,16 +252,6 @@ class Candidates:
                 yield first + start, logits[start : start + few]
 
 
-class _State(NamedTuple):
-    """What is to be loaded in a block; equal ones are the same function.
-
-    dropped: kinds of its dropped parts. levels: one for each slot, empty where it lies in a dropped part.
-    """
-
-    dropped: tuple[str, ...]
-    levels: tuple[str, ...]
-
-
 class _Piece(NamedTuple):
     """Parts of a sample that run at once, (sequence, tokens used), of one length; first is the place of the first."""
 
@@ -307,114 +284,3 @@ def batches(sample: Sample, batch: int) -> list[Sample]:
     processes can share a sample without losing what its genomes share.
     """
     return [Sample(piece.parts) for piece in _pieces(sample, batch)]
-
-
-@dataclass
-class _Slot:
-    """A layer that changes, the name of its unit, the parts it lies in, and the level that is loaded."""
-
-    name: str
-    linear: Any
-    unit: str
-    around: tuple[str, ...]
-    level: str = KEEP
-
-
-class _Block:
-    """A block in memory; parts are (unit's name, kind) of those that can be dropped, state is what is loaded."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.slots: list[_Slot] = []
-        self.parts: list[tuple[str, str]] = []
-        self.state = _State((), ())
-
-    def state_of(self, levels: dict[str, str]) -> _State:
-        """The state for the levels of all units."""
-        dropped = {kind for name, kind in self.parts if levels[name] == DROP}
-        if BLOCK in dropped:
-            return _State((BLOCK,), ())
-        return _State(
-            tuple(sorted(dropped)),
-            tuple(
-                "" if any(levels[part] == DROP for part in slot.around) else levels[slot.unit] for slot in self.slots
-            ),
-        )
-
-    def drop(self, kinds: tuple[str, ...]) -> None:
-        """Stands in for the forward of the dropped parts, and gives the others theirs back; a block is not run at all.
-
-        What is not computed costs no time, and zeros stay zeros in the norms that Gemma puts behind both parts.
-        """
-        for kind in (ATTENTION, MLP):
-            for name, forward in _NOTHING[kind].items():
-                module = getattr(self.module, name, None)
-                if module is not None and kind in kinds:
-                    vars(module)["forward"] = forward
-                elif module is not None:
-                    vars(module).pop("forward", None)
-
-
-def _zeros(hidden_states: Tensor) -> Tensor:
-    return torch.zeros_like(hidden_states)
-
-
-def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-    return torch.zeros_like(hidden_states), None
-
-
-# What the modules of a part do when it is dropped. OPT's feed-forward network is two layers of the block itself.
-_NOTHING: dict[str, dict[str, Callable[..., Any]]] = {
-    ATTENTION: {"self_attn": _no_attention},
-    MLP: {"mlp": _zeros, "fc1": lambda hidden_states: hidden_states, "fc2": _zeros},
-}
-
-
-class _Cache:
-    """Weights that are not in use, by layer and level; the oldest go first where they take more than so many bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._tensors: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-
-    def take(self, key: tuple[str, str]) -> Tensor | None:
-        """The tensor, which is no longer held; None where it was not."""
-        tensor = self._tensors.pop(key, None)
-        self.bytes -= 0 if tensor is None else tensor.nbytes
-        return tensor
-
-    def put(self, key: tuple[str, str], tensor: Tensor) -> None:
-        """Holds one more tensor."""
-        self._tensors[key] = tensor
-        self.bytes += tensor.nbytes
-        while self.bytes > self.limit:
-            self.bytes -= self._tensors.popitem(last=False)[1].nbytes
-
-
-def _load(architecture: Architecture, units: tuple[Unit, ...]) -> list[_Block]:
-    """All blocks with the original weights; ValueError names a unit that does not fit the model."""
-    blocks, places = [], dict[str, tuple[int, str]]()
-    for index in range(architecture.num_blocks):
-        blocks.append(_Block(architecture.load_block(index)))
-        places |= {layer.name: (index, layer.module) for layer in architecture.linears(index)}
-    parents = {unit.name: unit.part_of for unit in units}
-    for unit in units:
-        around, name = [], unit.part_of
-        while name is not None:
-            around.append(name)
-            name = parents[name]
-        for layer in unit.layers:
-            if layer not in places:
-                where = architecture.checkpoint.path
-                raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
-            index, path = places.pop(layer)
-            linear = blocks[index].module.get_submodule(path)
-            blocks[index].slots.append(_Slot(layer, linear, unit.name, tuple(around)))
-        if not unit.layers:
-            if unit.kind not in (ATTENTION, MLP, BLOCK) or not 0 <= unit.block < len(blocks):
-                raise ValueError(f"{unit.name} has no layers, and is no part of a block: {unit.kind} of {unit.block}")
-            blocks[unit.block].parts.append((unit.name, unit.kind))
-    for block in blocks:
-        block.state = block.state_of(dict.fromkeys(parents, KEEP))
-    return blocks

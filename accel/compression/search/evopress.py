@@ -5,8 +5,10 @@ Departs from it: the budget is exact bits of any units, so a switch may leave bi
 them. Groups of equal size trade bits with one another in a share of the offspring (`across`), and always where no unit
 has an equal. Another allocator's answer may stand among the first candidates. Parts of the model can be dropped in the
 same search that switches levels: a part that comes back takes over the levels of the part that goes, and drops are
-bought and sold for levels. The random numbers of a generation follow from the seed and its number alone, so a search
-that was stopped goes on as if it never had been.
+bought and sold for levels. Each step of a generation compares on the sample of the step before and more, where the
+paper draws a new one: a candidate that survives is measured on what is new alone. The price is that the survivors, and
+not the parent, were chosen on a part of the tokens that they are compared with it on. The random numbers of a
+generation follow from the seed and its number alone, so a search that was stopped goes on as if it never had been.
 """
 
 import math
@@ -16,14 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from accel.compression.allocation.base import DROP, Allocator, Unit, check_budget, left_out, size
+from accel.compression.allocation.base import Allocator, Unit, check_budget, size
+from accel.compression.search.moves import TRIES, Draft, Genome, Space
 from accel.errors import UserError
 
-# Index of the choice of every unit.
-Genome = tuple[int, ...]
-
-# Attempts at an offspring before a generation does with fewer: small problems run out of genomes.
-_TRIES = 20
 # Units that a move across groups may change; one that changes more is a jump, which is hardly ever better.
 _MAX_CHANGES = 10
 # Share of the offspring that spend what is left of the budget. Not all: more bits are not always better.
@@ -47,7 +45,11 @@ class Sample:
         return sum(used for _, used in self.parts)
 
 
-# Fitness of every candidate on one and the same sample; lower is better.
+# A sample in parts that share no sequence, in an order that tells which were there in an earlier step.
+Portions = tuple[Sample, ...]
+
+# Fitness of every candidate on one and the same sample, lower is better: the mean over its scored tokens. Those are all
+# that follow a used one in its sequence, one for each used token, but for none for a sequence's last.
 Evaluate = Callable[[Sequence[Genome], Sample], Sequence[float]]
 
 
@@ -55,8 +57,9 @@ Evaluate = Callable[[Sequence[Genome], Sample], Sequence[float]]
 class State:
     """All that a search needs to go on after a generation.
 
-    generation: 0 for the first candidates. fitness: of the parent, on the tokens that it was chosen on. evaluated,
-    tokens: candidates handed to `evaluate` so far, one seen before counted again, and tokens of their samples.
+    generation: 0 for the first candidates. fitness: of the parent, on the tokens that it was chosen on. evaluated:
+    candidates compared so far, in every step anew. tokens: of what `evaluate` was asked for them; what a candidate was
+    measured on in an earlier step of its generation is not asked for again.
     """
 
     generation: int
@@ -104,12 +107,13 @@ class EvoPress(Allocator):
     """Search that measures candidates on the model.
 
     offspring: candidates of a generation. survivors, tokens: how many candidates each step of the selection keeps, and
-    on how many calibration tokens it compares them; the last keeps one, and there the parent joins. initial_candidates,
+    on how many calibration tokens it compares them, those of the step before among them; the last keeps one, and there
+    the parent joins. Where a step ends within a sequence, the next runs that sequence again. initial_candidates,
     initial_tokens: the first parent is the best of so many on so many tokens, where no level alone has the size of the
     budget. mutations: the most switches in one offspring. grouped: False lets all switches be between units of any
     size. across: share of the offspring for which that holds in any case; 0 in the paper.
-    The defaults fit a small model: 25 thousand tokens a generation. The paper's: 150 generations of 128 offspring,
-    survivors (16, 4, 1), tokens (2048, 16384, 131072), 1.2 million tokens each.
+    The defaults fit a small model: 20 thousand tokens a generation. The paper's: 150 generations of 128 offspring,
+    survivors (16, 4, 1), tokens (2048, 16384, 131072), here 1.1 million tokens each.
     """
 
     generations: int = 30
@@ -175,17 +179,20 @@ class EvoPress(Allocator):
     ) -> State:
         """The state after the last generation; its parent takes `budget` bits or less.
 
-        lengths: tokens of each calibration sequence. state: where to go on; the result is that of a search that was
-        never stopped. after: called with every new state, that of generation 0 included. start: choices of another
-        allocator, to join the first candidates. Units inside a dropped part stand at their first choice.
+        lengths: tokens of each calibration sequence; one of a single token is never used. state: where to go on; the
+        result is that of a search that was never stopped. after: called with every new state, that of generation 0
+        included. start: choices of another allocator, to join the first candidates. Units inside a dropped part stand
+        at their first choice.
         Raises UserError where the budget is out of the levels' reach, where the calibration has too few tokens, and
         where start or state is no assignment within the budget.
         """
         check_budget(units, budget)
+        # No token follows, so it would score nothing.
+        lengths = [int(length) if length > 1 else 0 for length in lengths]
         self.check_tokens(sum(lengths))
         if seed < 0:
             raise UserError(f"seed={seed} is out of range: 0 or more")
-        space = _Space(units, budget)
+        space = Space(units, budget)
         if state is None:
             judge = _Judge(evaluate, lengths, np.random.default_rng((seed, 0)))
             state, info = self._begin(space, judge, None if start is None else space.check("start", start))
@@ -206,29 +213,31 @@ class EvoPress(Allocator):
                 shown = list(self.tokens) if name == "tokens" else asked
                 raise UserError(f"{name}={shown} asks for {asked} tokens at once: the calibration has {available}")
 
-    def _begin(self, space: "_Space", judge: "_Judge", start: Genome | None) -> tuple[State, Info]:
+    def _begin(self, space: Space, judge: "_Judge", start: Genome | None) -> tuple[State, Info]:
         """Generation 0: the best of the first candidates."""
         candidates = space.first(self.initial_candidates, judge.rng)
         if start is not None and start not in candidates:
             candidates.append(start)
-        order, fitness = judge.rank(candidates, self.initial_tokens)
+        (sample,) = judge.draw((self.initial_tokens,))
+        order, fitness = judge.rank(candidates, sample)
         best = order[0]
         state = State(0, candidates[best], fitness[best], judge.evaluated, judge.tokens)
         return state, Info(len(candidates), judge.evaluated, judge.tokens, fitness[0], 0)
 
-    def _next(self, space: "_Space", judge: "_Judge", state: State) -> tuple[State, Info]:
+    def _next(self, space: Space, judge: "_Judge", state: State) -> tuple[State, Info]:
         """One generation: offspring, selection in steps, and the parent again where none is better."""
         offspring = self._offspring(space, state.parent, judge.rng)
         generation, left = state.generation + 1, offspring
         if not offspring:
             known = State(generation, state.parent, state.fitness, state.evaluated, state.tokens)
             return known, Info(0, 0, 0, state.fitness, 0)
-        for keep, tokens in zip(self.survivors[:-1], self.tokens[:-1], strict=True):
-            order, _ = judge.rank(left, tokens)
+        *samples, last = judge.draw(self.tokens)
+        for keep, sample in zip(self.survivors[:-1], samples, strict=True):
+            order, _ = judge.rank(left, sample)
             left = [left[index] for index in order[:keep]]
         # First in the list, the parent also wins where an offspring is just as good.
         left = [state.parent, *left]
-        order, fitness = judge.rank(left, self.tokens[-1])
+        order, fitness = judge.rank(left, last)
         parent = left[order[0]]
         evaluated, tokens = state.evaluated + judge.evaluated, state.tokens + judge.tokens
         changed = sum(new != old for new, old in zip(parent, state.parent, strict=True))
@@ -237,19 +246,19 @@ class EvoPress(Allocator):
             Info(len(offspring), judge.evaluated, judge.tokens, fitness[0], changed),
         )
 
-    def _offspring(self, space: "_Space", parent: Genome, rng: np.random.Generator) -> list[Genome]:
+    def _offspring(self, space: Space, parent: Genome, rng: np.random.Generator) -> list[Genome]:
         """Different genomes within the budget, none of them the parent's."""
         found: dict[Genome, None] = {}
-        for _ in range(_TRIES * self.offspring):
+        for _ in range(TRIES * self.offspring):
             if len(found) == self.offspring:
                 break
-            draft = _Draft(space, parent)
+            draft = Draft(space, parent)
             if self._mutate(draft, rng) and draft.genome != list(parent):
                 found[tuple(draft.genome)] = None
         assert all(size(space.units, genome) <= space.budget for genome in found), "an offspring is over the budget"
         return list(found)
 
-    def _mutate(self, draft: "_Draft", rng: np.random.Generator) -> bool:
+    def _mutate(self, draft: Draft, rng: np.random.Generator) -> bool:
         """Whether a few random changes led to a genome within the budget."""
         space, parent = draft.space, list(draft.genome)
         switches = int(rng.integers(1, self.mutations + 1, 2).min())  # the smaller of two: few changes are more likely
@@ -276,7 +285,7 @@ class EvoPress(Allocator):
 
 
 class _Judge:
-    """The evaluations of one generation: its random numbers, and what it has cost so far."""
+    """The evaluations of one generation: its random numbers, what is known of its candidates, and what it has cost."""
 
     def __init__(self, evaluate: Evaluate, lengths: Sequence[int], rng: np.random.Generator) -> None:
         self.rng = rng
@@ -284,262 +293,68 @@ class _Judge:
         self.tokens = 0
         self._evaluate = evaluate
         self._lengths = lengths
+        self._known: dict[tuple[Genome, Sample], float] = {}
 
-    def rank(self, candidates: list[Genome], tokens: int) -> tuple[list[int], list[float]]:
-        """Places of the candidates from the best to the worst on one new sample, and the fitness of each.
+    def draw(self, steps: Sequence[int]) -> list[Portions]:
+        """A new sample for each step, of so many tokens; each holds the one before."""
+        return draw(self._lengths, steps, self.rng)
+
+    def rank(self, candidates: list[Genome], portions: Portions) -> tuple[list[int], list[float]]:
+        """Places of the candidates from the best to the worst on one sample, and the fitness of each.
 
         Of equals the earlier comes first; what is not a number comes last.
         """
-        sample = draw(self._lengths, tokens, self.rng)
-        fitness = [float(value) for value in self._evaluate(candidates, sample)]
-        if len(fitness) != len(candidates):
-            raise ValueError(f"evaluate gave {len(fitness)} values for {len(candidates)} candidates")
+        for portion in portions:
+            self._measure([each for each in candidates if (each, portion) not in self._known], portion)
         self.evaluated += len(candidates)
-        self.tokens += len(candidates) * sample.tokens
+        scored = [self._scored(portion) for portion in portions]
+        shares = [each / sum(scored) for each in scored]
+        # The mean over the whole sample, but for rounding, which is the same for all and with any number of evaluators:
+        # portions are added in their order. The mean of a single one stays as it is.
+        fitness = [
+            sum(share * self._known[each, portion] for share, portion in zip(shares, portions, strict=True))
+            for each in candidates
+        ]
         return np.argsort(fitness, kind="stable").tolist(), fitness
 
+    def _measure(self, candidates: list[Genome], portion: Sample) -> None:
+        if not candidates:
+            return
+        means = [float(value) for value in self._evaluate(candidates, portion)]
+        if len(means) != len(candidates):
+            raise ValueError(f"evaluate gave {len(means)} values for {len(candidates)} candidates")
+        self.tokens += len(candidates) * portion.tokens
+        self._known |= {(each, portion): mean for each, mean in zip(candidates, means, strict=True)}
 
-def draw(lengths: Sequence[int], tokens: int, rng: np.random.Generator) -> Sample:
-    """Random calibration sequences, each at most once, of `tokens` tokens together; the lengths add up to as many."""
-    parts: list[tuple[int, int]] = []
-    missing = tokens
-    for number in rng.permutation(len(lengths)).tolist():
-        used = min(int(lengths[number]), missing)
-        if used:
-            parts.append((number, used))
-        missing -= used
-        if not missing:
-            break
-    assert not missing, "more tokens asked for than there are"
-    return Sample((*sorted(parts[:-1]), parts[-1]))
+    def _scored(self, portion: Sample) -> int:
+        return sum(min(used, self._lengths[number] - 1) for number, used in portion.parts)
 
 
-class _Space:
-    """Units and budget as the moves see them; all units are named by their place.
+def draw(lengths: Sequence[int], steps: Sequence[int], rng: np.random.Generator) -> list[Portions]:
+    """A random sample for each step, of so many tokens; each holds the one before, and what it shares with it is first.
 
-    groups: units of the same bits at every choice, of those that have more than one; parts that can be dropped are in
-    none. group: that of each such unit. alone: share of the grouped units that have no equal. parts: places of `drop`
-    and of the other choice. inside: of every part, all that is left out with it.
+    Sequences are used in one random order, each at most once; the lengths add up to the tokens of every step, which
+    never fall. A sequence that a step cuts is a portion of its own, which the next step has instead of it whole or
+    longer, unless that is the last step: there nothing grows, and all that is new is one portion.
     """
-
-    def __init__(self, units: Sequence[Unit], budget: int) -> None:
-        self.units = tuple(units)
-        self.budget = budget
-        self.bits = [[choice.bits for choice in unit.choices] for unit in units]
-        place = {unit.name: index for index, unit in enumerate(units)}
-        holders = {unit.part_of for unit in units} - {None}
-        self.parts: dict[int, tuple[int, int]] = {}
-        for index, unit in enumerate(units):
-            levels = [choice.level for choice in unit.choices]
-            if unit.name in holders or (DROP in levels and len(levels) == 2):
-                if DROP not in levels or len(levels) != 2:
-                    raise ValueError(
-                        f"{unit.name} holds other units: its levels must be {DROP} and one more, not {levels}"
-                    )
-                self.parts[index] = (levels.index(DROP), 1 - levels.index(DROP))
-        self.inside: dict[int, list[int]] = {part: [] for part in self.parts}
-        for index, unit in enumerate(units):
-            name = unit.part_of
-            while name is not None:
-                self.inside[place[name]].append(index)
-                name = units[place[name]].part_of
-        equals: dict[tuple[int, ...], list[int]] = {}
-        for index, bits in enumerate(self.bits):
-            if index not in self.parts and len(bits) > 1:
-                equals.setdefault(tuple(bits), []).append(index)
-        self.groups = list(equals.values())
-        self.group = {index: group for group in self.groups for index in group}
-        self.alone = sum(len(group) == 1 for group in self.groups) / max(len(self.group), 1)
-
-    def check(self, name: str, genome: Sequence[int]) -> Genome:
-        """The genome with all that lies in dropped parts at its first choice; UserError where it breaks the budget."""
-        fits = len(genome) == len(self.units) and all(
-            0 <= choice < len(bits) for choice, bits in zip(genome, self.bits, strict=True)
-        )
-        if not fits:
-            raise UserError(f"{name} holds {len(genome)} choices that are not those of these {len(self.units)} units")
-        if size(self.units, genome) > self.budget:
-            raise UserError(f"{name} takes {size(self.units, genome)} bits: the budget is {self.budget}")
-        return tuple(_Draft(self, [int(choice) for choice in genome]).genome)
-
-    def first(self, count: int, rng: np.random.Generator) -> list[Genome]:
-        """The one level that has the size of the budget, or up to `count` genomes lowered from the next level above."""
-        tops = self._levels()
-        exact = [genome for genome in tops if size(self.units, genome) == self.budget]
-        if exact:
-            return exact[:1]
-        above = min((size(self.units, genome), genome) for genome in tops if size(self.units, genome) > self.budget)[1]
-        found: dict[Genome, None] = {}
-        for _ in range(_TRIES * count):
-            draft = _Draft(self, above)
-            draft.descend(rng)
-            found[tuple(draft.genome)] = None
-            if len(found) == count:
-                break
-        return list(found)
-
-    def _levels(self) -> list[Genome]:
-        """Nothing dropped and every unit at one level, for the levels that all have; last the highest of each."""
-        kept = {part: keep for part, (_, keep) in self.parts.items()}
-        inner = [unit for index, unit in enumerate(self.units) if index not in self.parts]
-        known = [{choice.level for choice in unit.choices} for unit in inner]
-        common = [choice.level for choice in inner[0].choices] if inner else []
-        genomes = [
-            tuple(kept[index] if index in kept else unit.index(level) for index, unit in enumerate(self.units))
-            for level in common
-            if all(level in levels for levels in known)
-        ]
-        highest = (kept.get(index, len(bits) - 1) for index, bits in enumerate(self.bits))
-        return [*genomes, tuple(highest)]
-
-
-class _Draft:
-    """A genome in the making. size: its bits. live: whether each unit lies in no dropped part."""
-
-    def __init__(self, space: _Space, genome: Sequence[int]) -> None:
-        self.space = space
-        self.genome = list(genome)
-        self.settle()
-
-    def settle(self) -> None:
-        """Bring size and live up to date after parts changed.
-
-        What lies in a dropped part goes to its first choice, so that equal models are equal genomes.
-        """
-        space = self.space
-        self.live = [not out for out in left_out(space.units, self.genome)]
-        for unit, live in enumerate(self.live):
-            if not live:
-                self.genome[unit] = space.parts[unit][0] if unit in space.parts else 0
-        self.size = sum(
-            bits[choice] for bits, choice, live in zip(space.bits, self.genome, self.live, strict=True) if live
-        )
-
-    def cost(self, unit: int, step: int) -> int:
-        """Bits that a step adds."""
-        bits, choice = self.space.bits[unit], self.genome[unit]
-        return bits[choice + step] - bits[choice]
-
-    def move(self, unit: int, step: int) -> None:
-        """One level up or down."""
-        self.size += self.cost(unit, step)
-        self.genome[unit] += step
-
-    def movable(self, step: int, units: Sequence[int] | None = None) -> list[int]:
-        """Those of the units, or of all that have levels, that can go a level up or down."""
-        live, genome, bits = self.live, self.genome, self.space.bits
-        among = self.space.group if units is None else units
-        return [unit for unit in among if live[unit] and 0 <= genome[unit] + step < len(bits[unit])]
-
-    def switch(self, count: int, rng: np.random.Generator) -> None:
-        """Level switches within groups: one unit goes down, an equal one up, and the budget holds."""
-        for _ in range(count):
-            units = [unit for unit in self.space.group if self.live[unit]]
-            if not units:
-                return
-            group = self.space.group[_pick(units, rng)]  # that of a random unit: large groups are drawn more often
-            for down in rng.permutation(self.movable(-1, group)).tolist():
-                room = self.space.budget - self.size - self.cost(down, -1)
-                ups = [up for up in self.movable(1, group) if up != down and self.cost(up, 1) <= room]
-                if ups:
-                    self.move(down, -1)
-                    self.move(_pick(ups, rng), 1)
-                    break
-
-    def shift(self, count: int, rng: np.random.Generator) -> bool:
-        """Raise units of any size and lower others until the budget holds; False where it cannot."""
-        raised = set()
-        for _ in range(count):
-            ups = self.movable(1)
-            if ups:
-                unit = _pick(ups, rng)
-                self.move(unit, 1)
-                raised.add(unit)
-        return self.lower(rng, raised)
-
-    def lower(self, rng: np.random.Generator, spared: set[int]) -> bool:
-        """Lower random units until the budget holds, but not the spared; False where it cannot hold."""
-        while self.size > self.space.budget:
-            downs = [unit for unit in self.movable(-1) if unit not in spared]
-            if not downs:
-                return False
-            self.move(_pick(downs, rng), -1)
-        return True
-
-    def spend(self, rng: np.random.Generator) -> None:
-        """Raise random units for as long as the budget holds."""
-        while True:
-            ups = [unit for unit in self.movable(1) if self.size + self.cost(unit, 1) <= self.space.budget]
-            if not ups:
-                return
-            self.move(_pick(ups, rng), 1)
-
-    def descend(self, rng: np.random.Generator) -> None:
-        """Lower random units, and where that is not enough drop random parts, until the budget holds."""
-        if not self.lower(rng, set()):
-            while self.size > self.space.budget:
-                self.drop(_pick(self.kept(), rng))
-        # The last one dropped may have been larger than it had to be.
-        for part in rng.permutation(self.dropped()).tolist():
-            genome = list(self.genome)
-            self.restore(part)
-            if self.size > self.space.budget:
-                self.genome = genome
-                self.settle()
-        self.spend(rng)
-
-    def kept(self) -> list[int]:
-        """Parts that can be dropped."""
-        return [part for part, (drop, _) in self.space.parts.items() if self.live[part] and self.genome[part] != drop]
-
-    def dropped(self) -> list[int]:
-        """Parts that can come back."""
-        return [part for part, (drop, _) in self.space.parts.items() if self.live[part] and self.genome[part] == drop]
-
-    def drop(self, part: int) -> None:
-        """Leave a part out."""
-        self.genome[part] = self.space.parts[part][0]
-        self.settle()
-
-    def restore(self, part: int, like: Sequence[int] = ()) -> None:
-        """Bring a part back, all of it: at these choices, one for each unit inside, or at the first ones."""
-        self.genome[part] = self.space.parts[part][1]
-        for place, unit in enumerate(self.space.inside[part]):
-            if unit in self.space.parts:
-                self.genome[unit] = self.space.parts[unit][1]
-            if place < len(like):
-                self.genome[unit] = min(like[place], len(self.space.bits[unit]) - 1)
-        self.settle()
-
-    def swappable(self) -> list[int]:
-        """Dropped parts of a kind of which others are kept."""
-        kinds = {self.space.units[part].kind for part in self.kept()}
-        return [part for part in self.dropped() if self.space.units[part].kind in kinds]
-
-    def swap(self, count: int, rng: np.random.Generator) -> None:
-        """Drop a part and bring back another of its kind, which takes over the levels inside."""
-        for _ in range(count):
-            options = self.swappable()
-            if not options:
-                return
-            back = _pick(options, rng)
-            kind = self.space.units[back].kind
-            gone = _pick([part for part in self.kept() if self.space.units[part].kind == kind], rng)
-            levels = [self.genome[unit] for unit in self.space.inside[gone]]
-            self.drop(gone)
-            self.restore(back, levels)
-
-    def trade(self, rng: np.random.Generator) -> None:
-        """Drop a part, for bits that levels can take, or bring one back, for bits that levels must give."""
-        kept, dropped = self.kept(), self.dropped()
-        if dropped and (not kept or rng.random() < 0.5):
-            self.restore(_pick(dropped, rng))
-        elif kept:
-            self.drop(_pick(kept, rng))
-
-
-def _pick(options: Sequence[int], rng: np.random.Generator) -> int:
-    return options[int(rng.integers(len(options)))]
+    order = [(number, length) for number, length in enumerate(lengths) if length]
+    order = [order[place] for place in rng.permutation(len(order)).tolist()]
+    samples: list[Portions] = []
+    kept: Portions = ()
+    whole = taken = 0
+    for step, tokens in enumerate(steps, 1):
+        begin = taken
+        while taken < len(order) and whole + order[taken][1] <= tokens:
+            whole += order[taken][1]
+            taken += 1
+        new, cut = sorted(order[begin:taken]), []
+        if whole < tokens:
+            assert taken < len(order), "more tokens asked for than there are"
+            cut = [(order[taken][0], tokens - whole)]
+        added = [new + cut] if step == len(steps) else [new, cut]
+        samples.append((*kept, *(Sample(tuple(parts)) for parts in added if parts)))
+        kept = (*kept, Sample(tuple(new))) if new else kept
+    return samples
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

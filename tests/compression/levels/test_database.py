@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from accel.compression.levels.database import LevelDatabase
+from accel.compression.pruners.base import Sparsity
+from accel.compression.pruners.sparsegpt import SparseGPT
+from accel.compression.pruners.wanda import Wanda
 from accel.compression.quantizers.base import Scheme
 from accel.compression.settings import Task
 from accel.errors import UserError
@@ -116,3 +119,48 @@ def test_a_database_names_its_levels_and_layers(database):
     content = json.loads((database.path / "database.json").read_text())
     assert content["levels"] == ["w2g32", "w3g32", "w4g32", "w5g32", "w6g32"]
     assert content["layers"] == layers(database)
+
+
+def test_sparse_levels_stand_beside_quantized_ones(source, tmp_path):
+    grid, sparse = Scheme(3, 32, symmetric=True), Sparsity(0.5)
+    chosen = local.settings(
+        source, tmp_path / "levels", levels=(grid, sparse), scheme=grid, pruner=SparseGPT(), dtype=torch.float32
+    )
+    local.compress(chosen, TOKENS)
+    found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    assert found.levels == ["w3g32", "s50"]
+    for group in found.plan[0]:
+        for layer in group.layers:
+            weight = found.weight(layer.name, "s50")
+            assert weight.dtype == torch.bfloat16
+            assert int((weight == 0).sum()) >= weight.numel() // 2
+            assert torch.equal(found.written(layer.name, "s50")["weight"], weight)
+            facts = found.facts(layer.name)
+            for name, level in found.levels_of(group):
+                assert facts[name]["stored_bits"] == found.stored_bits(group, layer, level)
+                assert 0 < facts[name]["error"] < 1
+            assert facts["s50"]["sparsity"] == 0.5
+            assert (facts["w3g32"]["method"], facts["s50"]["method"]) == ("GPTQ", "SparseGPT")
+            stored = found.parts(layer.name, "s50")
+            assert 8 * (stored["mask"].nbytes + stored["values"].nbytes) == facts["s50"]["stored_bits"]
+
+
+def test_blocks_are_calibrated_on_the_sparse_level_where_there_is_no_other(source, tmp_path):
+    errors = []
+    for name, levels in (("low", (Sparsity(0.75), Sparsity(0.5))), ("high", (Sparsity(0.75), Sparsity(0.25)))):
+        chosen = local.settings(
+            source, tmp_path / name, levels=levels, scheme=Scheme(8, 32), reference=levels[-1], pruner=Wanda()
+        )
+        rows = local.compress(chosen, TOKENS)
+        errors.append({row["layer"]: row["squared_error"] for row in rows if row["level"] == "s75"})
+    first = "model.layers.0.self_attn.q_proj"
+    assert errors[0][first] == errors[1][first]
+    assert errors[0]["model.layers.1.self_attn.q_proj"] != errors[1]["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_database_may_have_no_level_at_all(source, tmp_path):
+    chosen = local.settings(source, tmp_path / "levels", levels=(), pruner=Wanda())
+    local.compress(chosen, TOKENS)
+    found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    assert found.levels == []
+    assert len(layers(found)) == 14

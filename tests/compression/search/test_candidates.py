@@ -1,6 +1,6 @@
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,112 +12,25 @@ from torch import Tensor
 from accel.compression.allocation.base import DROP, Choice, Unit
 from accel.compression.levels.level import KEEP
 from accel.compression.search.candidates import ORIGINAL, Candidates, batches
-from accel.compression.search.evopress import Genome, Sample
+from accel.compression.search.errors import with_errors
+from accel.compression.search.evopress import Sample
 from accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
 from accel.models import embedded
 from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from tests.compression.search.noisy import (
+    BLOCKS,
+    LENGTH,
+    LEVELS,
+    SAMPLE,
+    SEQUENCES,
+    architecture,
+    assembled,
+    candidates,
+    expected,
+    genomes,
+    layer_units,
+)
 from tests.models import tiny
-
-BLOCKS, SEQUENCES, LENGTH = 4, 6, 16
-LEVELS = ("coarse", "fine", KEEP)
-NOISE = {"coarse": 0.1, "fine": 0.02}
-# Whole sequences in batches of 2, 2 and 1, and a cut one.
-SAMPLE = Sample(((0, LENGTH), (1, LENGTH), (3, LENGTH), (4, LENGTH), (5, LENGTH), (2, 7)))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("llama") / "model", "llama", num_hidden_layers=BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-TOKENS = torch.randint(3, tiny.VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(5))
-
-
-def architecture(folder: Path) -> Architecture:
-    return Architecture(Checkpoint(folder))
-
-
-def layer_units(model: Architecture, inside: bool = False) -> list[Unit]:
-    """One unit for the layers of a block that share an input; within attention and mlp units if asked for."""
-    units = []
-    for index in range(model.num_blocks):
-        inputs: dict[str, list[Any]] = {}
-        for layer in model.linears(index):
-            inputs.setdefault(layer.group, []).append(layer)
-        for layers in inputs.values():
-            attention = layers[0].module.startswith("self_attn.")
-            weights = sum(layer.rows * layer.columns for layer in layers)
-            choices = tuple(Choice(level, bits * weights) for bits, level in zip((2, 4, 16), LEVELS, strict=True))
-            names, name = tuple(layer.name for layer in layers), layers[0].name
-            around = f"{index}.{'attention' if attention else 'mlp'}" if inside else None
-            units.append(Unit(name, names, index, layers[0].module, weights, choices, around))
-    return units
-
-
-def part_units(blocks: int, kinds: Sequence[str] = ("attention", "mlp")) -> list[Unit]:
-    choices = (Choice(DROP, 0), Choice(KEEP, 0))
-    return [Unit(f"{block}.{kind}", (), block, kind, 0, choices) for block in range(blocks) for kind in kinds]
-
-
-def noisy(model: Architecture) -> Callable[[str, str], Tensor]:
-    """Weights of a layer at a level: the original's with noise that is always the same."""
-
-    def weight(layer: str, level: str) -> Tensor:
-        generator = torch.Generator().manual_seed(sum(map(ord, layer + level)))
-        tensor = model.checkpoint.tensor(f"{layer}.weight")
-        return tensor + torch.randn(tensor.shape, generator=generator) * NOISE[level]
-
-    return weight
-
-
-def candidates(folder: Path, fitness: Fitness | None = None, units: Sequence[Unit] = (), **options: Any) -> Candidates:
-    model = architecture(folder)
-    options = {"batch": 2, "weights": noisy(model), "tokens": TOKENS, **options}
-    return Candidates(model, units=list(units) or layer_units(model), fitness=fitness or KL(), **options)
-
-
-def genomes(units: Sequence[Unit], count: int, seed: int = 0) -> list[Genome]:
-    """Random genomes of which many begin alike."""
-    draw = random.Random(seed)
-    parent = [draw.randrange(len(unit.choices)) for unit in units]
-    found = []
-    for _ in range(count):
-        child = list(parent)
-        for place in draw.sample(range(len(units)), 3):
-            child[place] = draw.choice([ORIGINAL, *range(len(units[place].choices))])
-        found.append(tuple(child))
-    return found
-
-
-def expected(original: Any, changed: Any, fitness: Fitness, sample: Sample = SAMPLE) -> float:
-    """Mean fitness of a whole model of transformers, each sequence run alone and whole, in float64."""
-    sums, scored = 0.0, 0
-    with torch.no_grad():
-        for number, used in sample.parts:
-            stop = min(used, LENGTH - 1)
-            tokens, targets = TOKENS[number : number + 1], TOKENS[number, 1 : stop + 1, None]
-            p, q = (model(input_ids=tokens).logits[0, :stop].double().log_softmax(-1) for model in (original, changed))
-            kl = (p.exp() * (p - q)).sum()
-            sums += float(-q.gather(-1, targets).sum() if isinstance(fitness, Perplexity) else kl)
-            scored += stop
-    return sums / scored
-
-
-def assembled(folder: Path, units: Sequence[Unit], genome: Genome) -> Any:
-    """The whole model of transformers with the weights of a genome."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    weight = noisy(architecture(folder))
-    for unit, choice in zip(units, genome, strict=True):
-        for layer in unit.layers:
-            if choice != ORIGINAL and unit.choices[choice].level != KEEP:
-                model.get_submodule(layer).weight.data = weight(layer, unit.choices[choice].level)
-    return model
 
 
 @pytest.mark.parametrize("fitness", [KL(), SparseKL(tiny.VOCABULARY), Perplexity()], ids=str)
@@ -200,18 +113,6 @@ def test_every_prefix_of_choices_runs_once(folder: Path) -> None:
     assert made.block_runs == len(distinct) < len(tried) * BLOCKS
 
 
-def test_only_the_layers_that_differ_are_swapped(folder: Path) -> None:
-    made = candidates(folder, Perplexity())
-    coarse = tuple(0 for _ in made.units)
-    made.evaluate([coarse], SAMPLE)
-    assert made.swapped == 7 * BLOCKS
-    made.evaluate([coarse], SAMPLE)
-    assert made.swapped == 7 * BLOCKS
-    made.evaluate([(1, *coarse[1:])], SAMPLE)  # q, k and v
-    assert made.swapped == 7 * BLOCKS + 3
-    assert 0 < made.swap_seconds < made.seconds
-
-
 def test_the_original_runs_once_for_a_sequence_and_only_where_the_fitness_needs_it(folder: Path) -> None:
     genome = (0,) * len(layer_units(architecture(folder)))
     runs = []
@@ -225,117 +126,47 @@ def test_the_original_runs_once_for_a_sequence_and_only_where_the_fitness_needs_
     assert runs == [4 * BLOCKS, 2 * BLOCKS, 2 * BLOCKS, 2 * BLOCKS]
 
 
-@pytest.mark.parametrize(("cached", "reads"), [(2**30, 1), (0, 3)])
-def test_cached_weights_are_not_read_again(folder: Path, cached: int, reads: int) -> None:
-    read: list[tuple[str, str]] = []
-    weight = noisy(architecture(folder))
-
-    def counted(layer: str, level: str) -> Tensor:
-        read.append((layer, level))
-        return weight(layer, level)
-
-    made = candidates(folder, Perplexity(), weights=counted, cache_bytes=cached)
-    coarse, fine = ((level,) * len(made.units) for level in (0, 1))
-    for _ in range(3):
-        made.evaluate([coarse], SAMPLE)
-        made.evaluate([fine], SAMPLE)
-    assert len(read) == reads * 2 * 7 * BLOCKS
-    assert KEEP not in {level for _, level in read}
-
-
-def test_the_cache_stays_within_its_limit_and_gives_up_the_oldest(folder: Path) -> None:
-    made = candidates(folder, Perplexity())
-    largest = 64 * 128 * 4
-    limited = candidates(folder, Perplexity(), cache_bytes=2 * largest)
-    tried = genomes(made.units, 6)
-    assert limited.evaluate(tried, SAMPLE) == made.evaluate(tried, SAMPLE)
-    assert 0 < limited._cache.bytes <= 2 * largest
-    assert limited._cache.bytes == sum(tensor.nbytes for tensor in limited._cache._tensors.values())
-    kept = list(limited._cache._tensors)
-    limited.evaluate([(0,) * len(limited.units), (1,) * len(limited.units)], SAMPLE)
-    assert kept[0] not in limited._cache._tensors
-
-
-def test_losses_one_at_a_time_are_those_of_genomes_with_one_unit_changed(folder: Path, original: Any) -> None:
+def test_errors_of_units_are_the_losses_with_one_of_them_changed(folder: Path, original: Any) -> None:
     made = candidates(folder)
-    found = made.losses_one_at_a_time([0, 3])
-    assert set(found) == {(unit, choice) for unit in range(len(made.units)) for choice in range(3)}
     sample = Sample(((0, LENGTH), (3, LENGTH)))
+    found = with_errors(made.units, made.evaluate, sample)
     for unit, choice in ((0, 0), (6, 1), (15, 0)):
         genome = [ORIGINAL] * len(made.units)
         genome[unit] = choice
-        assert found[unit, choice] == made.evaluate([tuple(genome)], sample)[0]
         model = assembled(folder, made.units, tuple(genome))
-        assert found[unit, choice] == pytest.approx(expected(original, model, KL(), sample), rel=1e-3, abs=1e-6)
-    assert all(abs(found[unit, 2]) < 1e-6 < found[unit, 1] < found[unit, 0] for unit in range(len(made.units)))
+        error = found[unit].choices[choice].error
+        assert error == pytest.approx(expected(original, model, KL(), sample), rel=1e-3, abs=1e-6)
+    for before, unit in zip(made.units, found, strict=True):
+        assert [choice.bits for choice in unit.choices] == [choice.bits for choice in before.choices]
+        low, middle, high = (choice.error for choice in unit.choices)
+        assert high < 1e-6 < middle < low
 
 
-def without(model: Any, kind: str, block: int) -> Any:
-    """A model of transformers without a part: what it would add is zeroed, or the block taken out."""
-    decoder = model.get_decoder()
-    layer = decoder.layers[block]
-    if kind == "block":
-        decoder.layers = torch.nn.ModuleList(each for at, each in enumerate(decoder.layers) if at != block)
-        return model
-    names = ("o_proj", "out_proj") if kind == "attention" else ("down_proj", "fc2")
-    found = [value for name, value in layer.named_parameters() if any(part in names for part in name.split("."))]
-    assert found
-    for parameter in found:
-        parameter.data.zero_()
-    return model
+def test_one_measured_choice_gives_the_others_in_the_ratio_of_output_errors() -> None:
+    levels = [Choice("w2", 2, 0.9), Choice("w3", 3, 0.3), Choice("w4", 4, 0.1), Choice(KEEP, 16)]
+    part = Unit("attention of block 0", (), 0, "attention", 0, (Choice(DROP, 0, 2.0), Choice(KEEP, 0)))
+    units = [Unit("a", ("a",), 0, "a", 1, tuple(levels)), part]
+    asked = []
+
+    def evaluate(genomes: Any, sample: Sample) -> list[float]:
+        asked.extend(genomes)
+        return [1.0, 1.6, 1.25]
+
+    found = with_errors(units, evaluate, SAMPLE, scaled=True)
+    assert asked == [(ORIGINAL, ORIGINAL), (1, ORIGINAL), (ORIGINAL, 0)]
+    assert [choice.error for choice in found[0].choices] == pytest.approx([1.8, 0.6, 0.2, 0.0])
+    assert [choice.error for choice in found[1].choices] == [0.25, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
-def test_a_dropped_part_adds_nothing_to_the_residual_stream(tmp_path: Path, family: str, kind: str) -> None:
-    layers: Any = {"layer_types": ["full_attention"] * 3} if "gemma" in family else {}
-    folder = tiny.save(tmp_path / "model", family, num_hidden_layers=3, **layers)
-    whole, changed = (transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval() for _ in range(2))
-    changed = without(changed, kind, 1)
-    made = candidates(folder, units=part_units(3, [kind]))
-    everything = (1, 1, 1)
-    before, dropped, after = (made.evaluate([genome], SAMPLE)[0] for genome in (everything, (1, 0, 1), everything))
-    assert dropped == pytest.approx(expected(whole, changed, KL()), rel=1e-3, abs=1e-6)
-    assert dropped > 1e-3
-    assert before == after == pytest.approx(0, abs=1e-6)
+def test_errors_are_what_a_loss_rises_by_and_never_negative(folder: Path) -> None:
+    units = layer_units(architecture(folder))[:2]
 
+    def evaluate(genomes: Any, sample: Sample) -> list[float]:
+        # The original's own loss is not zero where it is a log probability.
+        return [3.0 + sum(0.0 if choice == ORIGINAL else 1.0 - 2 * choice for choice in genome) for genome in genomes]
 
-def test_dropping_both_parts_is_dropping_the_block(folder: Path) -> None:
-    parts = candidates(folder, units=part_units(BLOCKS))
-    blocks = candidates(folder, units=part_units(BLOCKS, ["block"]))
-    genome = [1] * (2 * BLOCKS)
-    genome[2:4] = (0, 0)
-    assert parts.evaluate([tuple(genome)], SAMPLE) == blocks.evaluate([(1, 0, 1, 1)], SAMPLE)
-    # The original of 6 sequences, and 4 batches that leave out a block.
-    assert blocks.block_runs == 6 * BLOCKS + 4 * (BLOCKS - 1)
-
-
-def test_levels_inside_a_dropped_part_make_no_difference(folder: Path) -> None:
-    model = architecture(folder)
-    units = [*part_units(BLOCKS), *layer_units(model, inside=True)]
-    made = candidates(folder, Perplexity(), units)
-    genome = [1] * (2 * BLOCKS) + [0] * (len(units) - 2 * BLOCKS)
-    genome[0] = 0  # attention of block 0
-    other = list(genome)
-    other[2 * BLOCKS] = 1  # q, k and v in it
-    first, second = made.evaluate([tuple(genome), tuple(other)], Sample(((0, LENGTH),)))
-    assert first == second
-    assert made.block_runs == BLOCKS
-    genome[0] = other[0] = 1
-    first, second = made.evaluate([tuple(genome), tuple(other)], Sample(((0, LENGTH),)))
-    assert first != second
-
-
-def test_experts_of_a_mixture_are_swapped(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "model", "mixtral")
-    made = candidates(folder, Perplexity())
-    expert = next(place for place, unit in enumerate(made.units) if "experts.2.w2" in unit.name)
-    original = [ORIGINAL] * len(made.units)
-    changed = list(original)
-    changed[expert] = 0
-    first, second = made.evaluate([tuple(changed), tuple(original)], Sample(((0, LENGTH), (1, LENGTH))))
-    assert first != second
-    assert made.swapped == 1  # the original, which is loaded, goes first
+    found = with_errors(units, evaluate, SAMPLE)
+    assert [choice.error for choice in found[0].choices] == [1.0, 0.0, 0.0]
 
 
 def test_units_genomes_and_samples_that_do_not_fit_are_named(folder: Path) -> None:

@@ -1,0 +1,126 @@
+"""What every pruner takes and gives back."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from accel.compression.result import Result
+from accel.compression.statistics import SecondMoment
+from accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Share of a layer's weights that are set to zero, the same in every row."""
+
+    fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise UserError(f"sparsity={self.fraction} is out of range: above 0 and below 1")
+
+    def pruned(self, columns: int) -> int:
+        """Weights set to zero in every row of so many columns, rounded down."""
+        # 0.3 of 10 columns are 3, whatever the last bit of the product says.
+        return int(self.fraction * columns + 1e-9)
+
+    def bits(self, rows: int, columns: int, itemsize: int) -> int:
+        """Exact size of a layer: a bit of mask for every weight, and itemsize bytes for every one that is kept."""
+        return rows * columns + rows * (columns - self.pruned(columns)) * 8 * itemsize
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A weight (R, C) in the checkpoint's dtype of which some are zero.
+
+    mask: (R, C) bool, True where a weight is kept; a kept weight may happen to be zero.
+    """
+
+    weight: Tensor
+    mask: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Exact size: mask and kept weights."""
+        return self.mask.numel() + int(self.mask.sum()) * 8 * self.weight.element_size()
+
+    def rows(self, start: int, stop: int) -> "PrunedWeight":
+        """The rows of one of several layers that were pruned together."""
+        return PrunedWeight(self.weight[start:stop], self.mask[start:stop])
+
+    @classmethod
+    def join(cls, parts: list["PrunedWeight"]) -> "PrunedWeight":
+        """Consecutive rows as one weight."""
+        return cls(torch.cat([part.weight for part in parts]), torch.cat([part.mask for part in parts]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the input of layers. moment: None where that is nothing, or nothing that can be used."""
+
+    moment: SecondMoment | None
+    notes: tuple[str, ...] = ()
+
+    def power(self, weight: Tensor) -> Tensor:
+        """Mean squared output of every row of weight (R, C), or its squared weights, (R,) float32."""
+        weight = weight.float()
+        if self.moment is None:
+            return weight.square().sum(1)
+        # Only the panels up to the diagonal are kept: what they have left of their square counts twice.
+        total = weight.new_zeros(len(weight))
+        for panel in self.moment.panels():
+            size, stop = panel.shape
+            outputs = weight[:, stop - size : stop] @ panel
+            outputs[:, : stop - size] *= 2
+            total += outputs.mul_(weight[:, :stop]).sum(1)
+        return total.div_(self.moment.tokens).clamp_(min=0)
+
+
+class Pruner(ABC):
+    """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
+
+    Every method sets exactly Sparsity.pruned(columns) weights of every row to zero: layers of equal shape have equal
+    size, and no row depends on those that are stacked with it.
+    """
+
+    needs_second_moment: ClassVar[bool] = False
+
+    def prepare(self, moment: SecondMoment | None) -> Any:
+        """What depends on the inputs alone, made once for every layer and sparsity that shares them.
+
+        moment: second moment of the layers' input over the calibration tokens, None where there is none. Methods that
+        do not need it tell errors of the output by it.
+        """
+        # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
+        if moment is not None and not bool(torch.isfinite(moment.diagonal()).all()):
+            return Inputs(None, ("second moment is not finite: weights alone were looked at",))
+        return Inputs(moment)
+
+    @abstractmethod
+    def prune(self, weight: Tensor, prepared: Any, sparsity: Sparsity) -> Result[PrunedWeight]:
+        """Prune weight (R, C), whose dtype stays; prepared comes from prepare()."""
+
+
+def lowest(score: Tensor, number: int | Tensor) -> Tensor:
+    """Where the lowest scores (R, C) of every row are, bool, exactly number in each; of equal ones the first.
+
+    number: of every row the same, or (R,) int64.
+    """
+    if isinstance(number, Tensor):
+        number = number[:, None]
+        limit = score.sort(1).values.gather(1, (number - 1).clamp_(min=0))
+    else:
+        limit = score.kthvalue(max(1, number), dim=1, keepdim=True).values
+    below, equal = score < limit, score == limit
+    # Which of equal values a sort puts first is not the same on every device.
+    return below | (equal & (equal.cumsum(1, dtype=torch.int32) <= number - below.sum(1, keepdim=True)))
+
+
+def prune_lowest(weight: Tensor, score: Tensor, inputs: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
+    """Weight (R, C) without those of the lowest score (R, C) in every row, the others as they are."""
+    pruned = lowest(score, sparsity.pruned(weight.shape[1]))
+    left = PrunedWeight(weight.masked_fill(pruned, 0.0), ~pruned)
+    return Result(left, inputs.power(weight - left.weight), inputs.power(weight), inputs.notes)

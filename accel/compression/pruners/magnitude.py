@@ -1,0 +1,22 @@
+"""Magnitude pruning: the weights closest to zero go.
+
+Source: Han et al. 2015, arXiv:1506.02626. The baseline every pruner here is compared with.
+Departs from it: nothing is trained afterwards, and weights are compared within each row, not within the layer, because
+a layer may be solved in pieces of rows.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from accel.compression.result import Result
+
+
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """Pruner that needs no calibration data."""
+
+    def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
+        """Weight (R, C) without its smallest entries in each row."""
+        return prune_lowest(weight, weight.float().abs(), prepared, sparsity)

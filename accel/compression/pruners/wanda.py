@@ -1,0 +1,26 @@
+"""Wanda: the weights go that add least to the output, each for itself.
+
+Source: Sun et al. 2023, arXiv:2306.11695: |w_ij| times the root mean square of input j, compared within each row.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from accel.compression.result import Result
+
+
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """Pruner by weight and input norm; the weights that are kept stay as they are."""
+
+    needs_second_moment: ClassVar[bool] = True
+
+    def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
+        """Weight (R, C) without the entries of the lowest product in each row."""
+        score = weight.float().abs()
+        if prepared.moment is not None:
+            score.mul_(prepared.moment.diagonal().sqrt())
+        return prune_lowest(weight, score, prepared, sparsity)

@@ -1,0 +1,46 @@
+"""What a quantizer or a pruner gives back for the rows of one or several layers."""
+
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """A compressed weight (R, C) that can be cut and joined by rows."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The rows of one of several layers that were solved together."""
+
+    @classmethod
+    def join(cls, parts: list[Self]) -> Self:
+        """Consecutive rows as one weight."""
+
+
+W = TypeVar("W", bound=Rows)
+
+
+@dataclass(frozen=True)
+class Result(Generic[W]):
+    """A compressed weight (R, C) with the squared error it makes, row by row.
+
+    error, power: (R,) float32, mean squared output error and output over the calibration tokens; without statistics
+    they are squared weight error and weight. notes: what a user should know (damping raised, fallback taken).
+    """
+
+    weight: W
+    error: Tensor
+    power: Tensor
+    notes: tuple[str, ...] = field(default=())
+
+    def rows(self, start: int, stop: int) -> "Result[W]":
+        """What concerns some of the rows."""
+        return Result(self.weight.rows(start, stop), self.error[start:stop], self.power[start:stop], self.notes)
+
+    @classmethod
+    def join(cls, parts: "list[Result[W]]") -> "Result[W]":
+        """Results of a layer's consecutive rows as one."""
+        weights = [part.weight for part in parts]
+        error, power = torch.cat([part.error for part in parts]), torch.cat([part.power for part in parts])
+        return cls(type(weights[0]).join(weights), error, power, parts[0].notes)

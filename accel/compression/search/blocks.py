@@ -1,0 +1,137 @@
+"""A model's blocks in memory: the weights of their layers change in place, and parts of them can be left out."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from accel.compression.allocation.base import ATTENTION, BLOCK, DROP, MLP, Unit
+from accel.compression.levels.level import KEEP
+from accel.models.architecture import Architecture
+
+
+class BlockState(NamedTuple):
+    """What is to be loaded in a block; equal ones are the same function.
+
+    dropped: kinds of its dropped parts. levels: one for each slot, empty where it lies in a dropped part.
+    """
+
+    dropped: tuple[str, ...]
+    levels: tuple[str, ...]
+
+
+@dataclass
+class Slot:
+    """A layer that changes, the name of its unit, the parts it lies in, and the level that is loaded."""
+
+    name: str
+    linear: Any
+    unit: str
+    around: tuple[str, ...]
+    level: str = KEEP
+
+
+class Block:
+    """A block in memory, a decoder layer of transformers.
+
+    slots: its layers that change. parts: (unit's name, kind) of those that can be dropped. state: what is loaded.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.slots: list[Slot] = []
+        self.parts: list[tuple[str, str]] = []
+        self.state = BlockState((), ())
+
+    def state_of(self, levels: dict[str, str]) -> BlockState:
+        """The state that the levels, by the names of all units of the model, ask of this block."""
+        dropped = {kind for name, kind in self.parts if levels[name] == DROP}
+        if BLOCK in dropped:
+            return BlockState((BLOCK,), ())
+        return BlockState(
+            tuple(sorted(dropped)),
+            tuple(
+                "" if any(levels[part] == DROP for part in slot.around) else levels[slot.unit] for slot in self.slots
+            ),
+        )
+
+    def drop(self, kinds: tuple[str, ...]) -> None:
+        """Stands in for the forward of the dropped parts, and gives the others theirs back; a block is not run at all.
+
+        What is not computed costs no time, and zeros stay zeros in the norms that Gemma puts behind both parts.
+        """
+        for kind in (ATTENTION, MLP):
+            for name, forward in _NOTHING[kind].items():
+                module = getattr(self.module, name, None)
+                if module is not None and kind in kinds:
+                    vars(module)["forward"] = forward
+                elif module is not None:
+                    vars(module).pop("forward", None)
+
+
+def _zeros(hidden_states: Tensor) -> Tensor:
+    return torch.zeros_like(hidden_states)
+
+
+def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    return torch.zeros_like(hidden_states), None
+
+
+# What the modules of a part do when it is dropped. OPT's feed-forward network is two layers of the block itself.
+_NOTHING: dict[str, dict[str, Callable[..., Any]]] = {
+    ATTENTION: {"self_attn": _no_attention},
+    MLP: {"mlp": _zeros, "fc1": lambda hidden_states: hidden_states, "fc2": _zeros},
+}
+
+
+class WeightCache:
+    """Weights that are not in use, by layer and level; the oldest go first where they take more than so many bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._tensors: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    def take(self, key: tuple[str, str]) -> Tensor | None:
+        """The tensor, which is no longer held here; None where it was not."""
+        tensor = self._tensors.pop(key, None)
+        self.bytes -= 0 if tensor is None else tensor.nbytes
+        return tensor
+
+    def put(self, key: tuple[str, str], tensor: Tensor) -> None:
+        """Holds one more tensor, which was not held yet."""
+        self._tensors[key] = tensor
+        self.bytes += tensor.nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self._tensors.popitem(last=False)[1].nbytes
+
+
+def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block]:
+    """All blocks with the original weights; ValueError names a unit that does not fit the model."""
+    blocks, places = [], dict[str, tuple[int, str]]()
+    for index in range(architecture.num_blocks):
+        blocks.append(Block(architecture.load_block(index)))
+        places |= {layer.name: (index, layer.module) for layer in architecture.linears(index)}
+    parents = {unit.name: unit.part_of for unit in units}
+    for unit in units:
+        around, name = [], unit.part_of
+        while name is not None:
+            around.append(name)
+            name = parents[name]
+        for layer in unit.layers:
+            if layer not in places:
+                where = architecture.checkpoint.path
+                raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
+            index, path = places.pop(layer)
+            linear = blocks[index].module.get_submodule(path)
+            blocks[index].slots.append(Slot(layer, linear, unit.name, tuple(around)))
+        if not unit.layers:
+            if unit.kind not in (ATTENTION, MLP, BLOCK) or not 0 <= unit.block < len(blocks):
+                raise ValueError(f"{unit.name} has no layers, and is no part of a block: {unit.kind} of {unit.block}")
+            blocks[unit.block].parts.append((unit.name, unit.kind))
+    for block in blocks:
+        block.state = block.state_of(dict.fromkeys(parents, KEEP))
+    return blocks

@@ -1,0 +1,179 @@
+"""Allocators and EvoPress on one checkpoint: quality at every budget, with and without grouping, and what it costs."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.benchmarks._runs import hasten_job
+from jobs.schema import MODEL, SOURCE, Run, option
+
+LOG = logging.getLogger(__name__)
+HEADING = "search: a budget of bits spread over the layers"
+_GROUPINGS = ("none", "serving")
+# The search of which the peer's cost was published, and its schedule; five levels.
+_PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": 32}
+_SCHEDULE = {
+    "allocator.generations": 10,
+    "allocator.offspring": 12,
+    "allocator.survivors": "[4,2,1]",
+    "allocator.tokens": "[512,1024,4096]",
+}
+
+
+@dataclass
+class Config(Run):
+    """Search at several budgets; the grids are symmetric, in groups of 128."""
+
+    model: str = option("embedded:target", f"what is compressed: {MODEL}")
+    source: str = option("library", f"text of calibration and search: {SOURCE}")
+    held_out: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
+    windows: int = option(32, "held-out windows of 512 tokens", at_least=1)
+    budgets: list[float] = option([2.25, 2.5, 3.0, 4.0], "average bits of a weight, scales counted")
+    calibration_sequences: int = option(128, "calibration sequences of 512 tokens", at_least=1)
+    generations: int = option(30, "generations of the searches in the table", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
+
+
+def run(config: Config) -> Path:
+    """Path of the report; the tables are printed and put into the document."""
+    from cluster.tracking import Tracker
+    from jobs.benchmarks._markdown import default_document, replace_section
+    from jobs.compose import plain
+    from jobs.run import start
+
+    folder = start(config)
+    name = config.tracking.name or "bench search"
+    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+        tracker.params(plain(config))
+        found = _measure(config, folder)
+        text = _section(config, found)
+        replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
+        print(text, flush=True)
+        report = {
+            "job": "bench search",
+            "config": plain(config),
+            "metrics": found["metrics"],
+            "pareto": found["tables"],
+            "output": str(folder),
+        }
+        return tracker.report(report)
+
+
+def _measure(config: Config, folder: Path) -> dict[str, Any]:
+    calibrated = {
+        "model": config.model,
+        "calibration.source": config.source,
+        "calibration.sequences": config.calibration_sequences,
+        "workers": 1,
+        "threads": config.threads,
+    }
+    once, _ = hasten_job(
+        "compress",
+        folder / "gptq",
+        {**calibrated, "bits": 3, "symmetric": "true", "evaluation.sequences": 0, "overwrite": "true"},
+    )
+    levels = {}
+    for name, bits in (("levels", "[2,3,4,5,6,8]"), ("five", "[2,3,4,5,6]")):
+        LOG.info("levels %s", bits)
+        levels[name], _ = hasten_job("levels", folder / name, {**calibrated, "bits": bits, "overwrite": "true"})
+    searched = {
+        "model": config.model,
+        "threads": config.threads,
+        "search.source": config.source,
+        "evaluation.source": config.held_out,
+        "evaluation.sequences": config.windows,
+        "overwrite": "true",
+    }
+    tables = {
+        grouping: _table(config, folder / grouping, {**searched, "levels": folder / "levels" / "model"}, grouping)
+        for grouping in _GROUPINGS
+    }
+    published = {**searched, **_PUBLISHED, "levels": folder / "five" / "model"}
+    runs = {}
+    for workers in (1, 2):
+        LOG.info("the published search, %d evaluators", workers)
+        # A search that was finished would be found there, and not be made again.
+        shutil.rmtree(folder / "five" / "model" / "searches", ignore_errors=True)
+        options = {**published, **_SCHEDULE, "workers": workers}
+        runs[workers], _ = hasten_job("search", folder / f"published-{workers}", options)
+    uniform, _ = hasten_job("search", folder / "uniform", {**published, "allocator": "uniform", "workers": 1})
+    return {"tables": tables, "metrics": _metrics(once, levels, runs, uniform)}
+
+
+def _table(config: Config, folder: Path, options: Mapping[str, Any], grouping: str) -> list[dict[str, Any]]:
+    LOG.info("all allocators, grouping=%s", grouping)
+    budgets = f"[{','.join(f'{budget:g}' for budget in config.budgets)}]"
+    chosen = {"budget": budgets, "grouping": grouping, "allocator.generations": config.generations, "workers": 2}
+    report, _ = hasten_job("search", folder, {**options, **chosen})
+    rows: list[dict[str, Any]] = report["pareto"]
+    return rows
+
+
+def _metrics(
+    once: dict[str, Any], levels: dict[str, Any], runs: Mapping[int, dict[str, Any]], uniform: dict[str, Any]
+) -> dict[str, Any]:
+    one, two, made = runs[1]["metrics"], runs[2]["metrics"], levels["levels"]["metrics"]
+    return {
+        "gptq_cpu_seconds": once["metrics"]["cpu_seconds"],
+        "levels_cpu_seconds": made["cpu_seconds"],
+        "levels_ratio": made["cpu_seconds"] / once["metrics"]["cpu_seconds"],
+        "bytes_per_weight": levels["five"]["metrics"]["bytes_per_weight"],
+        "search_cpu_seconds": one["cpu_seconds"],
+        "kl_uniform": uniform["metrics"]["kl_divergence"],
+        "kl_search": one["kl_divergence"],
+        "kl_cut": 1 - one["kl_divergence"] / uniform["metrics"]["kl_divergence"],
+        "candidates_per_second": one["candidates_per_second"],
+        "two_evaluators": two["candidates_per_second"] / one["candidates_per_second"],
+        "swap_share": one["search_swap_seconds"] / one["search_seconds"],
+        "same_result": one["kl_divergence"] == two["kl_divergence"],
+        "cpu_seconds": one["cpu_seconds"] + two["cpu_seconds"] + made["cpu_seconds"],
+        "peak_rss_bytes": max(one["peak_rss_bytes"], two["peak_rss_bytes"], made["peak_rss_bytes"]),
+    }
+
+
+def _section(config: Config, found: dict[str, Any]) -> str:
+    """The document's section, without its heading."""
+    from jobs.benchmarks._markdown import provenance, table
+
+    metrics, head, rows = found["metrics"], ["budget"], []
+    for grouping in _GROUPINGS:
+        head += [f"{row['allocator']}, {grouping}" for row in found["tables"][grouping] if _first(row, config)]
+    for budget in config.budgets:
+        cells = [
+            f"{row['kl_divergence']:.5f} ({row['bits_per_weight']:.3f})"
+            for grouping in _GROUPINGS
+            for row in found["tables"][grouping]
+            if row["budget"] == budget
+        ]
+        rows.append([f"{budget:g}", *cells])
+    figures = [
+        ["CPU s of `hasten levels` at 2, 3, 4, 5, 6 and 8 bits over one GPTQ run", f"{metrics['levels_ratio']:.2f}"],
+        ["bytes per weight of the database for 2 to 6 bits", f"{metrics['bytes_per_weight']:.3f}"],
+        ["CPU s of the published search (the peer: 117)", f"{metrics['search_cpu_seconds']:.1f}"],
+        ["KL of uniform GPTQ, of the search", f"{metrics['kl_uniform']:.5f}, {metrics['kl_search']:.5f}"],
+        ["KL cut by it (the peer: 30 %)", f"{metrics['kl_cut']:.1%}"],
+        ["candidates a second, two evaluators over one", f"{metrics['two_evaluators']:.2f}"],
+        ["share of an evaluation that swapping takes", f"{metrics['swap_share']:.1%}"],
+    ]
+    text = [
+        f"{config.model}, groups of 128, symmetric; {config.calibration_sequences}×512 calibration tokens, "
+        f"{config.windows} held-out windows of 512; EvoPress by default settings, {config.generations} generations.",
+        "KL(original || compressed) in nats per token, in brackets the bits per weight that were spent, with scales. "
+        "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by the KL divergence "
+        "with one layer compressed at a time, measured on 8 sequences.",
+        provenance(),
+        table(head, rows),
+        "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "
+        "2 to 6, start by output errors, 3.125 bits (3 and the scales), one evaluator, one thread. The peer's figures "
+        "are of an early checkpoint of `../shared/models/target`.",
+        table(["measured", "value"], figures),
+    ]
+    return "\n\n".join(text)
+
+
+def _first(row: Mapping[str, Any], config: Config) -> bool:
+    return bool(row["budget"] == config.budgets[0])

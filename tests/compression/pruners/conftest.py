@@ -1,0 +1,32 @@
+"""A layer whose inputs are correlated and of very different size, as those of trained models are."""
+
+import pytest
+import torch
+
+from accel.compression.statistics import SecondMoment
+
+ROWS, COLUMNS = 48, 198  # of columns neither whole bytes of mask nor whole blocks
+
+
+@pytest.fixture(scope="session")
+def inputs() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator)
+    sizes = torch.logspace(-1, 1, COLUMNS)[torch.randperm(COLUMNS, generator=generator)]
+    return torch.randn(1024, COLUMNS, generator=generator) @ mix * sizes
+
+
+@pytest.fixture(scope="session")
+def weight() -> torch.Tensor:
+    return (torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) * 0.05).bfloat16()
+
+
+@pytest.fixture
+def moment(inputs) -> SecondMoment:
+    return moment_of(inputs)
+
+
+def moment_of(inputs: torch.Tensor) -> SecondMoment:
+    moment = SecondMoment(inputs.shape[1])
+    moment.add(inputs)
+    return moment
