@@ -12,9 +12,8 @@ from jobs.schema import MODEL, SOURCE, Run, option
 
 LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"
-_GROUPINGS = ("none", "serving")
 # The search of which the peer's cost was published, and its schedule; five levels.
-_PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": 32}
+_PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": 8}
 _SCHEDULE = {
     "allocator.generations": 10,
     "allocator.offspring": 12,
@@ -28,12 +27,16 @@ class Config(Run):
     """Search at several budgets; the grids are symmetric, in groups of 128."""
 
     model: str = option("embedded:target", f"what is compressed: {MODEL}")
-    source: str = option("library", f"text of calibration and search: {SOURCE}")
+    source: str = option("library", f"text that layers are calibrated on: {SOURCE}")
+    search_source: str = option("library", f"text that candidates are compared on: {SOURCE}")
     held_out: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
     windows: int = option(32, "held-out windows of 512 tokens", at_least=1)
     budgets: list[float] = option([2.25, 2.5, 3.0, 4.0], "average bits of a weight, scales counted")
     calibration_sequences: int = option(128, "calibration sequences of 512 tokens", at_least=1)
-    generations: int = option(30, "generations of the searches in the table", at_least=1)
+    groupings: list[str] = option(["none", "serving"], "rules of which layers share a level, a table each")
+    generations: int = option(12, "generations of the searches in the table", at_least=1)
+    tokens: list[int] = option([1024, 4096, 16384], "tokens of the steps of their selection")
+    search_sequences: int = option(64, "sequences of 512 tokens that those are drawn from", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
@@ -83,14 +86,15 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
     searched = {
         "model": config.model,
         "threads": config.threads,
-        "search.source": config.source,
+        "search.source": config.search_source,
+        "search.sequences": config.search_sequences,
         "evaluation.source": config.held_out,
         "evaluation.sequences": config.windows,
         "overwrite": "true",
     }
     tables = {
         grouping: _table(config, folder / grouping, {**searched, "levels": folder / "levels" / "model"}, grouping)
-        for grouping in _GROUPINGS
+        for grouping in config.groupings
     }
     published = {**searched, **_PUBLISHED, "levels": folder / "five" / "model"}
     runs = {}
@@ -100,32 +104,44 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
         shutil.rmtree(folder / "five" / "model" / "searches", ignore_errors=True)
         options = {**published, **_SCHEDULE, "workers": workers}
         runs[workers], _ = hasten_job("search", folder / f"published-{workers}", options)
-    uniform, _ = hasten_job("search", folder / "uniform", {**published, "allocator": "uniform", "workers": 1})
-    return {"tables": tables, "metrics": _metrics(once, levels, runs, uniform)}
+    others = {}
+    for name in ("uniform", "exact"):
+        measured = {"allocator": name, "errors": "kl_scaled", "search.error_sequences": 1, "workers": 1}
+        others[name], _ = hasten_job("search", folder / name, {**published, **measured})
+    return {"tables": tables, "metrics": _metrics(once, levels, runs, others)}
 
 
 def _table(config: Config, folder: Path, options: Mapping[str, Any], grouping: str) -> list[dict[str, Any]]:
     LOG.info("all allocators, grouping=%s", grouping)
-    budgets = f"[{','.join(f'{budget:g}' for budget in config.budgets)}]"
-    chosen = {"budget": budgets, "grouping": grouping, "allocator.generations": config.generations, "workers": 2}
+    chosen = {
+        "budget": f"[{','.join(f'{budget:g}' for budget in config.budgets)}]",
+        "grouping": grouping,
+        "allocator.generations": config.generations,
+        "allocator.tokens": f"[{','.join(map(str, config.tokens))}]",
+        "workers": 2,
+    }
     report, _ = hasten_job("search", folder, {**options, **chosen})
     rows: list[dict[str, Any]] = report["pareto"]
     return rows
 
 
 def _metrics(
-    once: dict[str, Any], levels: dict[str, Any], runs: Mapping[int, dict[str, Any]], uniform: dict[str, Any]
+    once: dict[str, Any], levels: dict[str, Any], runs: Mapping[int, dict[str, Any]], others: dict[str, Any]
 ) -> dict[str, Any]:
     one, two, made = runs[1]["metrics"], runs[2]["metrics"], levels["levels"]["metrics"]
+    uniform, exact = others["uniform"]["metrics"]["kl_divergence"], others["exact"]["metrics"]
     return {
         "gptq_cpu_seconds": once["metrics"]["cpu_seconds"],
         "levels_cpu_seconds": made["cpu_seconds"],
         "levels_ratio": made["cpu_seconds"] / once["metrics"]["cpu_seconds"],
         "bytes_per_weight": levels["five"]["metrics"]["bytes_per_weight"],
         "search_cpu_seconds": one["cpu_seconds"],
-        "kl_uniform": uniform["metrics"]["kl_divergence"],
+        "kl_uniform": uniform,
         "kl_search": one["kl_divergence"],
-        "kl_cut": 1 - one["kl_divergence"] / uniform["metrics"]["kl_divergence"],
+        "kl_cut": 1 - one["kl_divergence"] / uniform,
+        "exact_cpu_seconds": exact["cpu_seconds"],
+        "kl_exact": exact["kl_divergence"],
+        "exact_kl_cut": 1 - exact["kl_divergence"] / uniform,
         "candidates_per_second": one["candidates_per_second"],
         "two_evaluators": two["candidates_per_second"] / one["candidates_per_second"],
         "swap_share": one["search_swap_seconds"] / one["search_seconds"],
@@ -140,12 +156,12 @@ def _section(config: Config, found: dict[str, Any]) -> str:
     from jobs.benchmarks._markdown import provenance, table
 
     metrics, head, rows = found["metrics"], ["budget"], []
-    for grouping in _GROUPINGS:
+    for grouping in config.groupings:
         head += [f"{row['allocator']}, {grouping}" for row in found["tables"][grouping] if _first(row, config)]
     for budget in config.budgets:
         cells = [
             f"{row['kl_divergence']:.5f} ({row['bits_per_weight']:.3f})"
-            for grouping in _GROUPINGS
+            for grouping in config.groupings
             for row in found["tables"][grouping]
             if row["budget"] == budget
         ]
@@ -156,15 +172,18 @@ def _section(config: Config, found: dict[str, Any]) -> str:
         ["CPU s of the published search (the peer: 117)", f"{metrics['search_cpu_seconds']:.1f}"],
         ["KL of uniform GPTQ, of the search", f"{metrics['kl_uniform']:.5f}, {metrics['kl_search']:.5f}"],
         ["KL cut by it (the peer: 30 %)", f"{metrics['kl_cut']:.1%}"],
+        ["CPU s of the exact optimum by errors=kl_scaled on 512 tokens", f"{metrics['exact_cpu_seconds']:.1f}"],
+        ["KL cut by that", f"{metrics['exact_kl_cut']:.1%}"],
         ["candidates a second, two evaluators over one", f"{metrics['two_evaluators']:.2f}"],
         ["share of an evaluation that swapping takes", f"{metrics['swap_share']:.1%}"],
     ]
     text = [
         f"{config.model}, groups of 128, symmetric; {config.calibration_sequences}×512 calibration tokens, "
-        f"{config.windows} held-out windows of 512; EvoPress by default settings, {config.generations} generations.",
+        f"{config.windows} held-out windows of 512; EvoPress of {config.generations} generations of 16, steps "
+        f"on {', '.join(map(str, config.tokens))} of {512 * config.search_sequences} tokens.",
         "KL(original || compressed) in nats per token, in brackets the bits per weight that were spent, with scales. "
         "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by the KL divergence "
-        "with one layer compressed at a time, measured on 8 sequences.",
+        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter.",
         provenance(),
         table(head, rows),
         "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "

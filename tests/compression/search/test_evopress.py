@@ -52,8 +52,25 @@ def test_it_drops_the_parts_that_brute_force_drops(seed):
 def test_levels_and_drops_under_one_budget_reach_the_optimum(seed):
     units = droppable()
     fitness = Additive(units, seed)
-    state = replace(SMALL, generations=30, offspring=16).search(units, 225, fitness, LENGTHS, seed)
+    state = replace(SMALL, generations=30, offspring=16, foresight=1).search(units, 225, fitness, LENGTHS, seed)
     assert fitness.exact(state.parent) == fitness.optimum(225)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_several_drafts_those_of_the_least_errors_are_measured(seed):
+    units = equal(12)
+    fitness = Additive(units, seed)
+    known = [
+        replace(u, choices=tuple(replace(choice, error=cost) for choice, cost in zip(u.choices, costs, strict=True)))
+        for u, costs in zip(units, fitness.costs, strict=True)
+    ]
+    means = {}
+    for foresight in (1, 8):
+        fitness.calls.clear()
+        replace(SMALL, generations=1, foresight=foresight).search(known, 300, fitness, LENGTHS, seed)
+        offspring, _, _ = fitness.calls[1]
+        means[foresight] = sum(map(fitness.exact, offspring)) / len(offspring)
+    assert means[8] < means[1]
 
 
 @pytest.mark.parametrize("seed", range(80))
