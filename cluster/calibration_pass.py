@@ -19,7 +19,7 @@ from accel.compression.settings import Settings, Task
 from accel.compression.statistics import split
 from accel.errors import UserError
 from cluster.calibrator import Calibrator
-from cluster.resources import cpu_seconds, peak_rss_bytes
+from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
 # A block that failed so often fails for a reason of its own.
@@ -172,6 +172,8 @@ class CalibrationPass:
             for note in row["notes"]:
                 _LOG.warning("%s: %s", row["layer"], note)
         self._task.output.write_block(block, packed, facts)
+        del packed
+        release_memory()
         errors = [row["error"] for row in facts]
         return {
             "block": block,

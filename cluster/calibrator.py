@@ -37,7 +37,7 @@ class Calibrator:
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
         for name in names:
-            self._task.checkpoint.check_finite(self._task.checkpoint.tensor(name), name)
+            self._task.checkpoint.check(name)
         release_memory()
 
     def collect(self, block: int) -> dict[str, Nodes]:

@@ -71,7 +71,7 @@ def measure(
 def check_weights(folders: Iterable[Path], workers: int, threads: int) -> None:
     """UserError naming a tensor that holds NaN or Inf; `workers` processes share the reading.
 
-    Runs inside a Ray session and writes nothing. The codes of packed weights are not looked at: they cannot hold NaN.
+    Runs inside a Ray session and writes nothing. Of packed weights the scales are looked at: codes cannot hold NaN.
     """
     import ray
 
@@ -91,8 +91,7 @@ def _check(folder: str, part: int, parts: int) -> None:
 
     checkpoint = Checkpoint(folder)
     for name in checkpoint.names[part::parts]:
-        if checkpoint.quantization(name) is None:
-            checkpoint.check_finite(checkpoint.tensor(name), name)
+        checkpoint.check(name)
 
 
 def _evaluate(

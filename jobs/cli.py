@@ -5,7 +5,7 @@ import sys
 from importlib import import_module, metadata
 from typing import Any
 
-from accel.errors import UserError
+from accel.errors import UserError, is_disk_full
 from jobs.help import benchmark_names, benchmark_schema, job_help, overview
 from jobs.options import nearest
 from jobs.schema import JOBS
@@ -31,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("hasten: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if is_disk_full(error):
+            where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            again = "make space and run the same command again; what is finished is kept"
+            print(f"hasten: error: the disk is full{where}: {again}", file=sys.stderr)
+            return 2
         # A mistake of ours: the traceback is what we want to be sent.
         log_traceback(error)
         raise

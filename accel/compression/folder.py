@@ -4,7 +4,6 @@ A file is written under a temporary name, synced and renamed. In `.hasten` stand
 decides the folder's bytes; a run with another one is refused.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from accel.errors import UserError
+from accel.errors import UserError, is_disk_full
 
 PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"
@@ -170,10 +169,7 @@ def guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
     try:
         write()
     except Exception as error:
-        # safetensors reports the operating system's error inside its own.
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
-        if not full:
+        if not is_disk_full(error):
             raise
         wanted = f" ({needed / 2**20:.0f} MiB)" if needed else ""
         raise UserError(

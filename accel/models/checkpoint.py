@@ -183,6 +183,13 @@ class Checkpoint:
         runs = list(zip(unique[starts].tolist(), (ends - starts).tolist(), strict=True))
         return self._place(name).read_rows(runs)[inverse]
 
+    def check(self, name: str) -> None:
+        """UserError that names a tensor which holds NaN or infinite values; of a packed weight the scales are read."""
+        if name in self._packed:
+            self.check_finite(self._packed[name]["weight_scale"].read(), f"{name}_scale")
+        else:
+            self.check_finite(self.tensor(name), name)
+
     def check_finite(self, tensor: Tensor, name: str) -> None:
         """UserError that names the tensor if it holds NaN or infinite values."""
         if tensor.numel() and tensor.is_floating_point():

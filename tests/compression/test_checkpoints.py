@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from accel.compression.quantizers.base import Scheme
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
@@ -77,6 +78,20 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_say_so(tmp_p
         assert row["method"] == ("RoundToNearest" if few else "GPTQ")
         assert any("calibration tokens" in note for note in row["notes"]) == few
     assert any(row["method"] == "RoundToNearest" for row in facts)
+
+
+def test_scales_of_packed_weights_that_are_not_finite_are_named(tmp_path):
+    source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
+    local.compress(local.settings(source, tmp_path / "out", RoundToNearest()), tiny.tokens(4))
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = Task(local.settings(source, tmp_path / "out", RoundToNearest())).output.shard(1)
+    tensors = load_file(shard)
+    tensors[f"{name}_scale"][0, 0] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    damaged = Checkpoint(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"tensor {name}_scale in .*/out holds NaN values"):
+        damaged.check(name)
+    damaged.check(name.replace("layers.1", "layers.0"))
 
 
 @pytest.mark.parametrize("change", [{"ignore": ("experts.1.",)}, {"ignore": ("experts",)}, {"skip_first": 1}], ids=str)

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -98,3 +99,33 @@ def test_a_wrong_word_is_one_line_that_names_it_and_leaves_nothing_behind(capsys
     assert err.count("\n") == 1
     assert WRONG[words] in err
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/report.json"),
+            "the disk is full while writing runs/report",
+        ),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "the disk is full: make space"),
+    ],
+    ids=["report", "database"],
+)
+def test_a_disk_that_is_full_anywhere_is_one_line(capsys, monkeypatch, error, words):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("jobs.pretrain.run", fail)
+    code, _, err = run(capsys, "pretrain")
+    assert code == 2
+    assert words in err.splitlines()[-1]
+
+
+def test_an_error_of_ours_is_raised_as_it_is(monkeypatch):
+    def fail(config):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("jobs.pretrain.run", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        main(["pretrain"])
