@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -205,10 +205,13 @@ class Search:
         from accel.compression.search.evopress import State
         from jobs.progress import Progress
 
-        # Beside the levels, so that runs with other outputs find it.
-        path = self.database.path / "searches" / f"{digest(self._key(allocator, budget, start))}.json"
-        path.parent.mkdir(exist_ok=True)
-        state = State.from_json(json.loads(path.read_text())) if path.exists() else None
+        # Beside the levels, so that runs with other outputs find it; every generation, so that a search of more
+        # generations goes on from one of fewer.
+        folder = self.database.path / "searches" / digest(self._key(allocator, budget, start))
+        folder.mkdir(parents=True, exist_ok=True)
+        finished = [folder / f"{number}.json" for number in range(allocator.generations, -1, -1)]
+        known = next((path for path in finished if path.exists()), None)
+        state = State.from_json(json.loads(known.read_text())) if known else None
         units = self._measuring.units()
         with Progress(f"{name} at {budget:g} bits", allocator.generations, "generation") as progress:
             progress.begin(state.generation if state else 0)
@@ -217,7 +220,7 @@ class Search:
             before = [perf_counter()]
 
             def after(state: Any, info: Any) -> None:
-                self.database.write_json(path, state.to_json())
+                self.database.write_json(folder / f"{state.generation}.json", state.to_json())
                 seconds = perf_counter() - before[0]
                 progress.update(state.generation, f"fitness {state.fitness:.5f}")
                 values = {
@@ -280,7 +283,7 @@ class Search:
         return {
             "code": code_version(),
             "budget": budget,
-            "allocator": repr(allocator),
+            "allocator": repr(replace(allocator, generations=1)),
             "grouping": config.grouping,
             "keep": config.keep,
             "drop": list(config.drop),

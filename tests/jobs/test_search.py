@@ -1,6 +1,7 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,21 @@ def test_a_search_ends_in_a_checkpoint_within_the_budget_that_transformers_loads
     (folder / "out" / "config.json").unlink()
     assert search(source) == 0
     assert contents(folder / "out") == before
+
+
+@pytest.mark.ray
+def test_a_search_goes_on_from_the_last_generation_that_was_finished(source, folder, caplog, ray_session):
+    tried = {}
+    for name, generations in (("stopped", 2), ("stopped", 4), ("whole", 4)):
+        if name == "whole":
+            shutil.rmtree(folder / "runs" / "levels")
+        caplog.clear()
+        assert search(source, **{"output": f"{name}-{generations}", "allocator.generations": generations}) == 0
+        tried[name] = contents(folder / f"{name}-{generations}")
+        states = (folder / "runs" / "levels").rglob("searches/*/*.json")
+        assert sorted(path.stem for path in states) == [str(number) for number in range(generations + 1)]
+        assert ("2 generations are finished already" in caplog.text) == (name == "stopped" and generations == 4)
+    assert tried["stopped"] == tried["whole"]
 
 
 @pytest.mark.ray
