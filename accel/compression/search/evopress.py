@@ -209,7 +209,21 @@ class EvoPress(Allocator):
             state, info = self._next(space, judge, state)
             if after is not None:
                 after(state, info)
-        return state
+        if start is None:
+            return state
+        judge = _Judge(evaluate, lengths, np.random.default_rng((seed, self.generations + 1)))
+        return self._settle(judge, state, space.check("start", start), sum(lengths))
+
+    @staticmethod
+    def _settle(judge: "_Judge", state: State, start: Genome, tokens: int) -> State:
+        """The state with the start for its parent where that is better on all tokens: each generation saw a few."""
+        if start == state.parent:
+            return state
+        (whole,) = judge.draw([tokens])
+        both = [start, state.parent]
+        order, fitness = judge.rank(both, whole)
+        evaluated, tokens = state.evaluated + judge.evaluated, state.tokens + judge.tokens
+        return State(state.generation, both[order[0]], fitness[order[0]], evaluated, tokens)
 
     def check_tokens(self, available: int) -> None:
         """UserError where a step asks for more tokens than are available."""
