@@ -135,7 +135,7 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return f"[{','.join(_shown(item) for item in value)}]"
     return str(value)
 

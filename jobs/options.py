@@ -119,14 +119,14 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def options(schema: type, prefix: str = "") -> list[Option]:
-    """Every option of a job's dataclass, its own ones first, then those of its base, and so on.
+    """Every option of a job's dataclass: the model, its own ones, those of its base, and so on.
 
     Those of nested dataclasses are `section.key`.
     """
     hints = typing.get_type_hints(schema)
     found: list[Option] = []
     distance = {name: steps for steps, base in enumerate(schema.__mro__) for name in inspect.get_annotations(base)}
-    for item in sorted(dataclasses.fields(schema), key=lambda item: distance[item.name]):
+    for item in sorted(dataclasses.fields(schema), key=lambda item: (item.name != "model", distance[item.name])):
         kind, optional = _without_none(hints[item.name])
         if dataclasses.is_dataclass(kind):
             found += options(typing.cast(type, kind), f"{prefix}{item.name}.")

@@ -32,7 +32,7 @@ class Exact(Allocator):
     Layers leave hundreds; the limit is for made-up instances, of which some cannot be solved at all.
     """
 
-    max_states: int = 1 << 20
+    max_states: int = 1_048_576
 
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
         """Index of the choice of every unit; UserError where max_states do not suffice."""

@@ -1,4 +1,4 @@
-"""Uniform: the same level for every unit. The baseline every allocator here is compared with."""
+"""Uniform: the same level for every unit, the baseline that every allocator here is compared with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
