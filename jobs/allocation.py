@@ -63,7 +63,8 @@ class Search:
                 allocator.check_tokens(self._tokens.numel())
         self._architecture, self.database = self._levels()
         self._check_budgets()
-        # Candidates and seconds of every generation.
+        # Choices of the units by allocator and budget, and candidates and seconds of every generation.
+        self._genomes: dict[tuple[str, float], tuple[int, ...]] = {}
         self._rates: list[tuple[int, float]] = []
 
     def check(self) -> None:
@@ -81,6 +82,12 @@ class Search:
         units = make_units(self.database, config.grouping, config.keep, config.drop)
         self._measuring = Measuring(config, self.database, units, self._tokens, self._windows, self._fitness)
 
+    def allocate(self, tracker: Any) -> None:
+        """What every allocator makes of every budget, all of it before the evaluators are needed for other text."""
+        for name, allocator in ({self._name: self._allocator} | self._compared).items():
+            for budget in self._config.budget:
+                self._genomes[name, budget] = self._assign(name, allocator, budget, tracker)
+
     def answer(self, budget: float, tracker: Any) -> Answer:
         """The checkpoint of one budget, written and measured."""
         from accel.compression.allocation.base import size
@@ -93,7 +100,7 @@ class Search:
 
         output = self._output(budget)
         units = self._measuring.units()
-        genome = self._assign(self._name, self._allocator, budget, tracker)
+        genome = self._genomes[self._name, budget]
         assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
         folder = mixed_output(self._architecture, self.database, levels, output, dropped)
@@ -109,13 +116,11 @@ class Search:
 
     def compare(self, tracker: Any) -> list[dict[str, Any]]:
         """A row for every allocator and budget: bits, and divergence from the original on the held-out text."""
-        found = []
-        for name, allocator in self._compared.items():
-            found += [(name, budget, self._assign(name, allocator, budget, tracker)) for budget in self._config.budget]
         rows = []
-        for name, budget, genome in found:
-            rows.append(self._row(name, budget, genome))
-            tracker.metrics({f"{name}/{budget:g}": rows[-1]["kl_divergence"]})
+        for name in self._compared:
+            for budget in self._config.budget:
+                rows.append(self._row(name, budget, self._genomes[name, budget]))
+                tracker.metrics({f"{name}/{budget:g}": rows[-1]["kl_divergence"]})
         return rows
 
     def close(self) -> dict[str, Any]:

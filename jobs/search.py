@@ -24,8 +24,9 @@ def run(config: SearchConfig) -> Path:
         with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
             tracker.params(plain(config))
             search.prepare(tracker)
+            search.allocate(tracker)
             found = [search.answer(budget, tracker) for budget in config.budget]
-            table = search.compare(tracker) if len(config.budget) > 1 else []
+            table = search.compare(tracker)
             usage = search.close()
             report = _report(config, found, table, usage, perf_counter() - started)
             _figures(report, run_dir, tracker)
