@@ -99,7 +99,7 @@ class Search:
         from jobs.progress import Progress
 
         output = self._output(budget)
-        units = self._measuring.units()
+        units = self._measuring.units
         genome = self._genomes[self._name, budget]
         assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
@@ -155,7 +155,9 @@ class Search:
 
         config = self._config
         if not self.database.levels and not config.keep:
-            raise UserError("bits=[] and sparsities=[] leave no level: give one or more of them, or keep=true")
+            raise UserError(
+                "bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them, or keep=true"
+            )
         zero_points = [name for name in self.database.levels if name.endswith("a")]
         if zero_points and {"attention", "mlp"} & set(config.drop):
             raise UserError(
@@ -181,7 +183,7 @@ class Search:
     def _row(self, name: str, budget: float, genome: Sequence[int]) -> dict[str, Any]:
         from accel.compression.allocation.base import size
 
-        units = self._measuring.units()
+        units = self._measuring.units
         bits = size(units, genome)
         return {
             "allocator": name,
@@ -193,7 +195,7 @@ class Search:
 
     def _assign(self, name: str, allocator: Any, budget: float, tracker: Any) -> tuple[int, ...]:
         """Index of the choice of every unit."""
-        units = self._measuring.units()
+        units = self._measuring.units_with_errors() if allocator.needs_errors else self._measuring.units
         if not allocator.needs_evaluation:
             levels: Mapping[str, str] = allocator.allocate(units, _bits(units, budget))
             return tuple(unit.index(levels[unit.name]) for unit in units)
@@ -217,7 +219,7 @@ class Search:
         finished = [folder / f"{number}.json" for number in range(allocator.generations, -1, -1)]
         known = next((path for path in finished if path.exists()), None)
         state = State.from_json(json.loads(known.read_text())) if known else None
-        units = self._measuring.units()
+        units = self._measuring.units_with_errors()
         with Progress(f"{name} at {budget:g} bits", allocator.generations, "generation") as progress:
             progress.begin(state.generation if state else 0)
             if state and state.generation:
@@ -253,7 +255,7 @@ class Search:
         from accel.compression.allocation.base import left_out
         from cluster.figures import level_map
 
-        units, rows = self._measuring.units(), []
+        units, rows = self._measuring.units, []
         for unit, index, out in zip(units, genome, left_out(units, genome), strict=True):
             bits = unit.choices[index].bits / unit.weights if unit.weights and not out else 0.0
             rows += [{"layer": layer, "block": unit.block, "bits_per_weight": bits} for layer in unit.layers]

@@ -23,6 +23,7 @@ EXAMPLES = {
         "hasten levels",
         "hasten levels model=/models/llama bits=[2,3,4,5,6,8] output=/models/llama-levels workers=8",
         "hasten levels bits=[] sparsities=[0.25,0.5,0.75] pruner=wanda",
+        "hasten levels bits=[3,4] column_bits=[2.5,3]",
     ),
     "search": (
         "hasten search budget=3.2",
@@ -64,8 +65,8 @@ def overview() -> str:
     ]
     for job, schema in JOBS.items():
         lines += _row("bench NAME" if job == "bench" else job, _summary(schema))
-    for family in ("quantizer", "pruner", "allocator"):
-        lines += ["", f"{family}s:", *_methods(family)]
+    for family in ("quantizer", "column_quantizer", "pruner", "allocator"):
+        lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
     lines += ["", "benchmarks:", *_benchmarks()]
     lines += [
         "",

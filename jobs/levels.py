@@ -18,8 +18,8 @@ def run(config: LevelsConfig) -> Path:
     from jobs.run import start
 
     started = perf_counter()
-    if not config.bits and not config.sparsities:
-        raise UserError("bits=[] and sparsities=[] leave no level: give one or more of them")
+    if not config.bits and not config.column_bits and not config.sparsities:
+        raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     building = Building(config, Path(config.output) if config.output else None, config.overwrite)
     with session(config.address, config.workers * config.threads):
         building.check()
@@ -126,12 +126,12 @@ def _settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
     from jobs.methods import build
 
     quantizer = build(config.quantizer)
-    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities)
+    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits)
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
     grids = [level for level in levels if isinstance(level, Scheme)]
-    # Of several group sizes the largest; of sparsities, which fall, the last.
+    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise.
     grid = next((grid for grid in grids if grid.bits == config.reference), None)
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(
@@ -139,6 +139,7 @@ def _settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
         source,
         output or Path("runs", "levels", name),
         quantizer=quantizer,
+        column_quantizer=build(config.column_quantizer),
         pruner=build(config.pruner),
         # Where nothing is quantized, a grid that fits any layer.
         scheme=grid or Scheme(8, -1, symmetric=True),

@@ -14,7 +14,8 @@ _LOG = logging.getLogger(__name__)
 class Measuring:
     """One set of evaluators at a time: two would hold the model twice. Used inside a Ray session.
 
-    database: finished levels. tokens: (N, T) of the search. windows: held-out ones, None where nothing is measured.
+    database: finished levels. units: what candidates choose for, with the errors of their outputs. tokens: (N, T) of the
+    search. windows: held-out ones, None where nothing is measured.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Measuring:
 
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._config, self._database, self._units = config, database, list(units)
+        self._config, self._database, self.units = config, database, list(units)
         self._tokens, self._windows, self._fitness = tokens, windows, fitness
         self._known: list[Any] | None = None
         self._running: tuple[str, Any] | None = None
@@ -51,25 +52,25 @@ class Measuring:
         whole = Sample(tuple((number, length) for number in range(count)))
         return float(self._evaluators("held out", self._windows.tokens, KL())([genome], whole)[0])
 
-    def units(self) -> list[Any]:
+    def units_with_errors(self) -> list[Any]:
         """The units with the errors that the option `errors` asks for; measured ones are kept beside the levels."""
         from accel.compression.folder import digest
         from accel.compression.search.errors import with_errors
         from accel.compression.search.evopress import Sample
 
         if self._config.errors == "output":
-            return self._units
+            return self.units
         if self._known is None:
             used = self._tokens[: self._config.search.error_sequences]
             path = self._database.path / "searches" / f"errors-{digest(self._key(used))}.json"
             if path.exists():
                 errors = json.loads(path.read_text())
-                self._known = [_with(unit, row) for unit, row in zip(self._units, errors, strict=True)]
+                self._known = [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
             else:
                 sample = Sample(tuple((number, used.shape[1]) for number in range(len(used))))
                 _LOG.info("measuring what each layer costs alone, on %d tokens", sample.tokens)
                 scaled = self._config.errors == "kl_scaled"
-                self._known = with_errors(self._units, self.search, sample, scaled)
+                self._known = with_errors(self.units, self.search, sample, scaled)
                 errors = [[choice.error for choice in unit.choices] for unit in self._known]
                 path.parent.mkdir(exist_ok=True)
                 self._database.write_json(path, errors)
@@ -96,7 +97,7 @@ class Measuring:
             model = Model(
                 checkpoint=self._database.source,
                 levels=self._database.path,
-                units=tuple(self._units),
+                units=tuple(self.units),
                 tokens=tokens,
                 fitness=fitness,
                 dtype=self.dtype,
@@ -113,7 +114,7 @@ class Measuring:
 
         return {
             "errors": self._config.errors,
-            "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self._units],
+            "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self.units],
             "tokens": fingerprint(tokens),
             "fitness": repr(self._fitness),
             "dtype": str(self.dtype),

@@ -132,11 +132,20 @@ class LevelOptions(Calibrated):
     symmetric: bool = option(
         True, "no zero points; transformers loads mixed levels with zero points only if all are the same"
     )
+    column_quantizer: dict[str, Any] = group(
+        "how a layer's bits are spread over its columns, where there are column_bits"
+    )
+    column_bits: list[float] = option(
+        [],
+        "average bits of a layer's columns, which get whole bits of their own, each a level; stored so in the level "
+        "database, dense in the checkpoint",
+    )
     pruner: dict[str, Any] = group("which weights of a layer are zeroed, where there are sparsities")
     sparsities: list[float] = option([], "shares of a layer's weights that are zeroed, each a level")
     reference: int = option(
         3,
-        "bits of the level whose output the next block is calibrated on; without bits it is the lowest sparsity",
+        "bits of the level whose output the next block is calibrated on; without bits it is the lowest sparsity, "
+        "without those the most column_bits",
         at_least=2,
         at_most=8,
     )

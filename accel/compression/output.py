@@ -21,6 +21,7 @@ from accel.compression.levels.depth import shorten
 from accel.compression.plan import Group, schemes
 from accel.compression.pruners.base import PrunedWeight
 from accel.compression.quantizers.base import QuantizedWeight
+from accel.compression.quantizers.columns import ColumnWeight
 from accel.models.architecture import Architecture
 from accel.models.families import family_of
 
@@ -80,10 +81,12 @@ class OutputFolder(ResumableFolder):
         """Blocks whose shards stand."""
         return [block for block in self._kept if self.is_finished(block)]
 
-    def pack(self, weight: QuantizedWeight | PrunedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
         """What write_block stores of a compressed weight."""
         if isinstance(weight, PrunedWeight):
             return {"weight": weight.weight.cpu().contiguous()}
+        if isinstance(weight, ColumnWeight):
+            return {"weight": weight.dequantize().cpu()}
         return self._format.pack(weight)
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from accel.compression.output import OutputFolder
 from accel.compression.plan import Group, make_plan, schemes
 from accel.compression.pruners.base import Pruner, Sparsity
 from accel.compression.quantizers.base import Quantizer, Scheme
+from accel.compression.quantizers.columns import ColumnBits, ColumnQuantizer
 from accel.data.tokens import fingerprint as tokens_fingerprint
 from accel.errors import UserError
 from accel.models.architecture import Architecture
@@ -29,11 +30,11 @@ class Settings:
     """A compression as plain values, which travel to every worker.
 
     levels: where they are not None, output becomes a database of all layers at all of them, the sparse ones by pruner,
-    and reference is the one whose outputs are propagated, scheme where it is None. ignore,
-    skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is calibrated on. dtype: of the
-    arithmetic. batch: calibration sequences that run through a block at once. shards: chunks that the calibration
-    sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer are rounded to nearest, or
-    pruned by magnitude.
+    those whose bits differ by column by column_quantizer, and reference is the one whose outputs are propagated, scheme
+    where it is None. ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is
+    calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards:
+    chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer
+    are rounded to nearest, or pruned by magnitude.
     """
 
     checkpoint: Path
@@ -43,6 +44,7 @@ class Settings:
     format: Format
     levels: tuple[Level, ...] | None = None
     pruner: Pruner | None = None
+    column_quantizer: ColumnQuantizer | None = None
     reference: Level | None = None
     ignore: tuple[str, ...] = ()
     skip_first: int = 0
@@ -61,6 +63,9 @@ class Settings:
         if self.levels and self.propagate == "quantized" and self.propagated not in self.levels:
             known = ", ".join(names(self.levels))
             raise UserError(f"reference={level_name(self.propagated)} is none of the levels {known}")
+        for level in self.levels or ():
+            if isinstance(level, ColumnBits) and self.column_quantizer:
+                self.column_quantizer.check(level)
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
@@ -76,13 +81,13 @@ class Settings:
         return any(method.needs_second_moment for method in self.methods)
 
     @property
-    def methods(self) -> list[Quantizer | Pruner]:
+    def methods(self) -> list[Quantizer | ColumnQuantizer | Pruner]:
         """What layers are compressed by."""
         if self.levels is None:
             return [self.quantizer]
-        pruned = any(isinstance(level, Sparsity) for level in self.levels)
-        quantized = any(isinstance(level, Scheme) for level in self.levels)
-        return [*([self.quantizer] if quantized else []), *([self.pruner] if pruned and self.pruner else [])]
+        by_level = {Scheme: self.quantizer, ColumnBits: self.column_quantizer, Sparsity: self.pruner}
+        needed = {type(level) for level in self.levels}
+        return [method for kind, method in by_level.items() if kind in needed and method]
 
     def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
         """What must be equal for a run to go on where another stopped, as plain values."""
@@ -90,6 +95,7 @@ class Settings:
             "checkpoint": checkpoint.fingerprint(),
             "calibration tokens": None if tokens is None else tokens_fingerprint(tokens),
             "quantizer": repr(self.quantizer),
+            "column_quantizer": repr(self.column_quantizer) if self.column_quantizer in self.methods else None,
             "pruner": repr(self.pruner) if self.pruner in self.methods else None,
             **asdict(self.scheme),
             "levels": None if self.levels is None else names(self.levels),

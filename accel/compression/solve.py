@@ -12,7 +12,8 @@ from accel.compression.levels.level import Level
 from accel.compression.plan import Group
 from accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity
 from accel.compression.pruners.magnitude import Magnitude
-from accel.compression.quantizers.base import QuantizedWeight, Quantizer
+from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
+from accel.compression.quantizers.columns import ColumnBits, ColumnQuantizer, ColumnWeight
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
 from accel.compression.result import Result
 from accel.compression.statistics import SecondMoment
@@ -21,12 +22,15 @@ from accel.models.checkpoint import Checkpoint
 
 _SLAB = 1 << 22
 
+Compressed = QuantizedWeight | ColumnWeight | PrunedWeight
+Method = Quantizer | ColumnQuantizer | Pruner
+
 
 @dataclass(frozen=True)
 class Solved:
     """Compressed layers of a group by name, and one row of facts for each."""
 
-    weights: Mapping[str, QuantizedWeight | PrunedWeight]
+    weights: Mapping[str, Compressed]
     facts: list[dict[str, Any]]
 
 
@@ -34,14 +38,14 @@ class Solved:
 class Ready:
     """What the solves of a group by one method share, whatever the level. method: the one asked for, or a stand-in."""
 
-    method: Quantizer | Pruner
+    method: Method
     prepared: Any
     tokens: int
     notes: tuple[str, ...]
 
 
 def prepare_group(
-    group: Group, method: Quantizer | Pruner, moment: SecondMoment | None, expert_tokens: int, device: str = "cpu"
+    group: Group, method: Method, moment: SecondMoment | None, expert_tokens: int, device: str = "cpu"
 ) -> Ready:
     """The one factorisation for all layers and levels of a group.
 
@@ -50,25 +54,21 @@ def prepare_group(
     """
     tokens = moment.tokens if moment is not None else 0
     if method.needs_second_moment and (not tokens or (group.is_expert and tokens < expert_tokens)):
-        is_pruner = isinstance(method, Pruner)
-        method, moment = Magnitude() if is_pruner else RoundToNearest(), None
-        instead = "pruned by magnitude" if is_pruner else "rounded to nearest"
+        moment, instead = None, "rounded to nearest"
+        if isinstance(method, Pruner):
+            method, instead = Magnitude(), "pruned by magnitude"
+        elif isinstance(method, Quantizer):
+            method = RoundToNearest()
         note = f"saw {tokens} calibration tokens, fewer than {max(1, expert_tokens)}: {instead}"
         return Ready(method, method.prepare(None), tokens, (note,))
     return Ready(method, method.prepare(None if moment is None else moment.to(device)), tokens, ())
 
 
 def solve_group(group: Group, checkpoint: Checkpoint, ready: Ready, level: Level, device: str = "cpu") -> Solved:
-    """Compress the layers of a group, stacked by rows so that they share one factorisation."""
-    parts: dict[str, list[Result]] = {layer.name: [] for layer in group.layers}
-    for slab in _slabs(group):
-        read = [checkpoint.tensor(f"{layer.name}.weight")[rows] for layer, rows in slab]
-        result = _compress(ready, torch.cat(read).to(device), level)
-        start = 0
-        for (layer, _), weight in zip(slab, read, strict=True):
-            parts[layer.name].append(result.rows(start, start + len(weight)))
-            start += len(weight)
-    weights: dict[str, QuantizedWeight | PrunedWeight] = {}
+    """Compress the layers of a group, which share one factorisation."""
+    solve = _one_by_one if isinstance(level, ColumnBits) else _stacked
+    parts = solve(group, checkpoint, ready, level, device)
+    weights: dict[str, Compressed] = {}
     facts = []
     for name, results in parts.items():
         whole = Result.join(results)
@@ -82,11 +82,47 @@ def solve_group(group: Group, checkpoint: Checkpoint, ready: Ready, level: Level
     return Solved(weights, facts)
 
 
+def _stacked(group: Group, checkpoint: Checkpoint, ready: Ready, level: Level, device: str) -> dict[str, list[Result]]:
+    """Results of every layer's rows, for methods by which no row depends on another: layers are stacked."""
+    parts: dict[str, list[Result]] = {layer.name: [] for layer in group.layers}
+    for slab in _slabs(group.layers):
+        read = [checkpoint.tensor(f"{layer.name}.weight")[rows] for layer, rows in slab]
+        result = _compress(ready, torch.cat(read).to(device), level)
+        start = 0
+        for (layer, _), weight in zip(slab, read, strict=True):
+            parts[layer.name].append(result.rows(start, start + len(weight)))
+            start += len(weight)
+    return parts
+
+
+def _one_by_one(
+    group: Group, checkpoint: Checkpoint, ready: Ready, level: Level, device: str
+) -> dict[str, list[Result]]:
+    """Results of every layer's rows where a layer's columns have widths of their own, chosen for all of its rows.
+
+    A layer is read twice, in slabs that depend on nothing but its shape.
+    """
+    method = ready.method
+    assert isinstance(method, ColumnQuantizer)
+    assert isinstance(level, ColumnBits)
+    parts: dict[str, list[Result]] = {}
+    for layer in group.layers:
+        weight = checkpoint.tensor(f"{layer.name}.weight")
+        pieces = [rows for slab in _slabs([layer]) for _, rows in slab]
+        losses = torch.zeros(layer.columns, dtype=torch.float64, device=device)
+        for rows in pieces:
+            losses += method.losses(weight[rows].to(device), ready.prepared, level)
+        widths = method.widths(losses, level)
+        parts[layer.name] = [method.encode(weight[rows].to(device), ready.prepared, widths) for rows in pieces]
+    return parts
+
+
 def _compress(ready: Ready, weight: Tensor, level: Level) -> Result:
     if isinstance(level, Sparsity):
         assert isinstance(ready.method, Pruner)
         return ready.method.prune(weight, ready.prepared, level)
     assert isinstance(ready.method, Quantizer)
+    assert isinstance(level, Scheme)
     return ready.method.quantize(weight, ready.prepared, level)
 
 
@@ -95,12 +131,12 @@ def solve_levels(
 ) -> list[dict[str, Any]]:
     """Write the layers of a group at every level into a database; returns their facts, one row a layer and level.
 
-    methods: a quantizer for levels that are grids, a pruner for those that are sparsities.
+    methods: a quantizer for levels that are grids, a pruner for sparsities, a column quantizer for the rest.
     """
     packed: dict[str, dict[str, Any]] = {layer.name: {} for layer in group.layers}
     facts: dict[str, dict[str, Any]] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
-        kind = Pruner if isinstance(level, Sparsity) else Quantizer
+        kind = {Scheme: Quantizer, ColumnBits: ColumnQuantizer, Sparsity: Pruner}[type(level)]
         ready = next(one for one in methods if isinstance(one.method, kind))
         solved = solve_group(group, checkpoint, ready, level, device)
         for row in solved.facts:
@@ -112,15 +148,15 @@ def solve_levels(
     return [row for by_level in facts.values() for row in by_level.values()]
 
 
-def _slabs(group: Group) -> Iterator[list[tuple[Layer, slice]]]:
-    """The group's rows in slabs of about _SLAB weights: small layers together, large ones in pieces.
+def _slabs(layers: Sequence[Layer]) -> Iterator[list[tuple[Layer, slice]]]:
+    """The layers' rows in slabs of about _SLAB weights: small layers together, large ones in pieces.
 
     A solve needs several times the memory of its weights in float32.
     """
-    most = max(1, _SLAB // group.columns)
+    most = max(1, _SLAB // layers[0].columns)
     slab: list[tuple[Layer, slice]] = []
     room = most
-    for layer in group.layers:
+    for layer in layers:
         start = 0
         while start < layer.rows:
             stop = min(layer.rows, start + room)
@@ -138,7 +174,14 @@ def _facts(group: Group, name: str, result: Result) -> dict[str, Any]:
     weight, power, error = result.weight, float(result.power.double().sum()), float(result.error.double().sum())
     if isinstance(weight, QuantizedWeight):
         scheme, number = weight.scheme, weight.codes.numel()
-        level = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+        level: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+    elif isinstance(weight, ColumnWeight):
+        number = weight.codes.numel()
+        of_width = torch.bincount(weight.widths.long()).tolist()
+        level = {
+            "bits": float(weight.widths.double().mean()),
+            "columns_of_bits": {str(width): count for width, count in enumerate(of_width) if count},
+        }
     else:
         number = weight.mask.numel()
         level = {"bits": 8 * weight.weight.element_size(), "sparsity": 1 - float(weight.mask.sum()) / number}

@@ -113,9 +113,13 @@ def _names(units: Sequence[Unit], place: int) -> str:
 
 
 class Allocator(ABC):
-    """A way to spread a budget of bits over units; never spends more."""
+    """A way to spread a budget of bits over units; never spends more.
+
+    needs_evaluation: it measures candidates itself. needs_errors: it reads the errors of the units.
+    """
 
     needs_evaluation: ClassVar[bool] = False
+    needs_errors: ClassVar[bool] = True
 
     def allocate(self, units: Sequence[Unit], budget: int) -> dict[str, str]:
         """Level of every unit, by name, of `budget` bits or less; UserError where the budget is out of reach."""

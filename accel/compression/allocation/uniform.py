@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from accel.compression.allocation.base import DROP, Allocator, Unit, size
 from accel.errors import UserError
@@ -13,6 +14,8 @@ class Uniform(Allocator):
 
     Parts that can be dropped are kept.
     """
+
+    needs_errors: ClassVar[bool] = False
 
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
         """Index of the choice of every unit; UserError where no common level fits."""

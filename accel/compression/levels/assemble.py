@@ -143,7 +143,7 @@ def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Sche
                 if name not in known:
                     raise ValueError(f"level {name} of {layer.name} is none of {', '.join(known)}")
                 level = known[name]
-                # What is pruned is stored dense.
+                # What is pruned, or has bits that differ by column, is stored dense.
                 if isinstance(level, Scheme):
                     found[layer.name] = level
     return found

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from accel.compression.folder import PROGRESS, ResumableFolder
-from accel.compression.formats import bitmask
+from accel.compression.formats import bitmask, columns
 from accel.compression.formats.base import Format
 from accel.compression.formats.pack_quantized import PackQuantized
 from accel.compression.levels.level import Level, level_name, names, parse_level
 from accel.compression.plan import Group
 from accel.compression.pruners.base import PrunedWeight, Sparsity
 from accel.compression.quantizers.base import QuantizedWeight, Scheme
+from accel.compression.quantizers.columns import ColumnBits, ColumnWeight
 from accel.errors import UserError
 from accel.models.architecture import Architecture, Layer
 from accel.models.checkpoint import Checkpoint
@@ -117,8 +118,10 @@ class LevelDatabase(ResumableFolder):
         self._file(layer).parent.mkdir(exist_ok=True)
         self.write_tensors(self._file(layer), tensors, {_FACTS: json.dumps(facts)})
 
-    def pack(self, weight: QuantizedWeight | PrunedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
         """What write_layer stores of a weight."""
+        if isinstance(weight, ColumnWeight):
+            return columns.pack(weight)
         return bitmask.pack(weight) if isinstance(weight, PrunedWeight) else self._format.pack(weight)
 
     def facts(self, layer: str) -> dict[str, dict[str, Any]]:
@@ -144,15 +147,20 @@ class LevelDatabase(ResumableFolder):
         parts, chosen = self.parts(layer, level), parse_level(level)
         if isinstance(chosen, Sparsity):
             return bitmask.unpack(parts)
+        if isinstance(chosen, ColumnBits):
+            return columns.unpack(parts).dequantize()
         # Experts are symmetric whatever the level's name says.
         scheme = Scheme(chosen.bits, chosen.group_size, "weight_zero_point" not in parts)
         return self._format.unpack(parts, scheme)
 
     def written(self, layer: str, level: str) -> dict[str, Tensor]:
-        """Tensors of a layer at a level in a checkpoint, by what follows the layer's name; pruned ones are dense."""
-        if isinstance(parse_level(level), Sparsity):
-            return {"weight": self.weight(layer, level)}
-        return self.parts(layer, level)
+        """Tensors of a layer at a level in a checkpoint, by what follows the layer's name.
+
+        Only grids stay packed: no loader reads anything else.
+        """
+        if isinstance(parse_level(level), Scheme):
+            return self.parts(layer, level)
+        return {"weight": self.weight(layer, level)}
 
     def read_block(self, block: int) -> dict[str, Tensor]:
         """Weights of a finished block's layers at the propagated level, by their path in the block."""

@@ -1,23 +1,31 @@
-"""Levels: the ways in which one layer may be stored, by names such as `w3g128` and `s50`."""
+"""Levels: the ways in which one layer may be stored, by names such as `w3g128`, `c3` and `s50`."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 from accel.compression.pruners.base import Sparsity
 from accel.compression.quantizers.base import Scheme
+from accel.compression.quantizers.columns import ColumnBits
 from accel.errors import UserError
 
-# What a layer is stored as: codes on a grid, or the weights that are left of it.
-Level = Scheme | Sparsity
+# What a layer is stored as: codes on a grid, codes whose bits differ by column, or the weights that are left of it.
+Level = Scheme | ColumnBits | Sparsity
 
 _QUANTIZED = re.compile(r"w(\d+)(?:g(\d+))?(a?)")
+_COLUMNS = re.compile(r"c(\d+(?:\.\d+)?)")
 _PRUNED = re.compile(r"s(\d+(?:\.\d+)?)")
 # The layer as the checkpoint has it.
 KEEP = "keep"
 
 
 def level_name(level: Level) -> str:
-    """`w3g128`: 3 bits, groups of 128; without g one scale a row; with a at the end zero points. `s50`: 50 % zeros."""
+    """`w3g128`: 3 bits, groups of 128; without g one scale a row; with a at the end zero points. `s50`: 50 % zeros.
+
+    `c2.5`: bits of the columns average 2.5.
+    """
+    if isinstance(level, ColumnBits):
+        # All digits: the size depends on them.
+        return f"c{str(level.mean).removesuffix('.0')}"
     if isinstance(level, Sparsity):
         return f"s{100 * level.fraction:.6g}"
     group = "" if level.group_size == -1 else f"g{level.group_size}"
@@ -26,23 +34,32 @@ def level_name(level: Level) -> str:
 
 def parse_level(name: str) -> Level:
     """Level of a name; UserError where it is none."""
-    pruned, quantized = _PRUNED.fullmatch(name), _QUANTIZED.fullmatch(name)
+    pruned, quantized, columns = _PRUNED.fullmatch(name), _QUANTIZED.fullmatch(name), _COLUMNS.fullmatch(name)
+    if columns:
+        return ColumnBits(float(columns[1]))
     if pruned:
         # As many digits as a name has: what was parsed has the name that it was parsed from.
         return Sparsity(round(float(pruned[1]) / 100, 8))
     if not quantized:
-        raise UserError(f"level {name!r} is none: levels are named like w4g128, w3 (one scale a row), w4g128a or s50")
+        raise UserError(
+            f"level {name!r} is none: levels are named like w4g128, w3 (one scale a row), w4g128a, c3 or s50"
+        )
     return Scheme(int(quantized[1]), int(quantized[2] or -1), symmetric=not quantized[3])
 
 
 def make_levels(
-    bits: Sequence[int], group_sizes: Sequence[int], symmetric: bool, sparsities: Sequence[float] = ()
+    bits: Sequence[int],
+    group_sizes: Sequence[int],
+    symmetric: bool,
+    sparsities: Sequence[float] = (),
+    column_bits: Sequence[float] = (),
 ) -> tuple[Level, ...]:
-    """All combinations of bits and group sizes, by rising bits and falling group size, then the sparsities, falling.
+    """All combinations of bits and group sizes, by rising bits and falling group size, then the others.
 
-    UserError where a value is out of range or named twice.
+    Those are column_bits, rising, and sparsities, falling. UserError where a value is out of range or named twice.
     """
-    for name, values in (("bits", bits), ("group_sizes", group_sizes), ("sparsities", sparsities)):
+    given = {"bits": bits, "group_sizes": group_sizes, "column_bits": column_bits, "sparsities": sparsities}
+    for name, values in given.items():
         if len(set(values)) < len(values):
             raise UserError(f"{name}={list(values)} is wrong: expected different values")
     if bits and not group_sizes:
@@ -50,7 +67,8 @@ def make_levels(
     grids = [
         Scheme(one, size, symmetric) for one in sorted(bits) for size in sorted(group_sizes, key=_columns, reverse=True)
     ]
-    return (*grids, *(Sparsity(one) for one in sorted(sparsities, reverse=True)))
+    columns = [ColumnBits(float(one)) for one in sorted(column_bits)]
+    return (*grids, *columns, *(Sparsity(one) for one in sorted(sparsities, reverse=True)))
 
 
 def _columns(group_size: int) -> float:

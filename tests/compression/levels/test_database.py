@@ -1,16 +1,25 @@
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from accel.compression import solve
+from accel.compression.formats import columns
+from accel.compression.levels.assemble import mixed_output, write_mixed
 from accel.compression.levels.database import LevelDatabase
+from accel.compression.levels.level import level_name, make_levels, parse_level
 from accel.compression.pruners.base import Sparsity
 from accel.compression.pruners.sparsegpt import SparseGPT
 from accel.compression.pruners.wanda import Wanda
+from accel.compression.quantizers.baq import ColumnwiseBAQ
 from accel.compression.quantizers.base import Scheme
+from accel.compression.quantizers.columns import ColumnBits
 from accel.compression.settings import Task
 from accel.errors import UserError
+from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
@@ -164,3 +173,131 @@ def test_a_database_may_have_no_level_at_all(source, tmp_path):
     found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
     assert found.levels == []
     assert len(layers(found)) == 14
+
+
+THREE = (Scheme(3, 32, symmetric=True), ColumnBits(3), Sparsity(0.5))
+
+
+def by_columns(source, output, **changes):
+    methods = {"pruner": SparseGPT(), "column_quantizer": ColumnwiseBAQ()}
+    return local.settings(source, output, **({"levels": THREE, "scheme": THREE[0]} | methods | changes))
+
+
+@pytest.fixture(scope="module")
+def three(source, tmp_path_factory):
+    """A database of a grid, of bits by column and of a sparsity."""
+    chosen = by_columns(source, tmp_path_factory.mktemp("columns") / "levels")
+    local.compress(chosen, TOKENS)
+    return LevelDatabase.read(chosen.output, Task(chosen).architecture)
+
+
+def test_bits_by_column_stand_beside_grids_and_sparsities(three):
+    assert three.levels == ["w3g32", "c3", "s50"]
+    for group in three.plan[0] + three.plan[1]:
+        for layer in group.layers:
+            facts = three.facts(layer.name)
+            for name, level in three.levels_of(group):
+                assert facts[name]["stored_bits"] == three.stored_bits(group, layer, level)
+                assert 0 < facts[name]["error"] < 1
+            assert [facts[name]["method"] for name in three.levels] == ["GPTQ", "ColumnwiseBAQ", "SparseGPT"]
+            assert facts["c3"]["bits"] == 3
+            assert sum(facts["c3"]["columns_of_bits"].values()) == layer.columns
+            stored = three.parts(layer.name, "c3")
+            taken = 8 * sum(tensor.nbytes for name, tensor in stored.items() if name != "weight_shape")
+            assert facts["c3"]["stored_bits"] <= taken < facts["c3"]["stored_bits"] + 8 * len(stored)
+            weight = three.weight(layer.name, "c3")
+            assert weight.shape == (layer.rows, layer.columns)
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(three.written(layer.name, "c3")["weight"], weight)
+
+
+def test_a_mixture_with_bits_by_column_is_loaded_by_transformers(three, source, tmp_path):
+    architecture = Architecture(Checkpoint(source))
+    levels = {name: three.levels[index % 3] for index, name in enumerate(layers(three))}
+    output = mixed_output(architecture, three, levels, tmp_path / "out")
+    output.open({}, overwrite=False)
+    facts = write_mixed(output, three, levels)
+    assert {row["layer"]: row["level"] for row in facts} == levels
+    dense = {name for name, level in levels.items() if level != "w3g32"}
+    assert dense <= set(Checkpoint(tmp_path / "out").config["quantization_config"]["ignore"])
+    # The original with the weights that the levels stand for computes the same.
+    loaded, original = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", source))
+    for name, level in levels.items():
+        original.get_submodule(name).weight.data = three.weight(name, level)
+        if name in dense:
+            assert torch.equal(loaded.get_submodule(name).weight, three.weight(name, level))
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, original(TOKENS).logits)
+
+
+def test_layers_that_share_an_input_have_maps_of_their_own_columns(three):
+    maps = [columns.unpack(three.parts(layer.name, "c3")).widths for layer in three.plan[0][0].layers]
+    assert len(maps) == 3
+    assert not torch.equal(maps[0], maps[1])
+    assert all(int(one.sum()) == 3 * 64 for one in maps)
+
+
+def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_path):
+    chosen = by_columns(
+        source, tmp_path / "levels", levels=(ColumnBits(3),), reference=ColumnBits(3), ignore=("q_proj",)
+    )
+    local.compress(chosen, TOKENS)
+    alone = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    for group in alone.plan[0]:
+        for layer in group.layers:
+            together = three.parts(layer.name, "c3")
+            for name, tensor in alone.parts(layer.name, "c3").items():
+                assert torch.equal(tensor, together[name])
+
+
+def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(solve, "_SLAB", 20 * 64)
+    chosen = by_columns(source, tmp_path / "levels")
+    local.compress(chosen, TOKENS)
+    pieces = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    for layer in three.plan[0][0].layers:
+        cut, whole = (columns.unpack(one.parts(layer.name, "c3")) for one in (pieces, three))
+        assert torch.equal(cut.widths, whole.widths)
+        # Matrix products of other shapes may round the last bit another way.
+        assert float((cut.codes != whole.codes).float().mean()) < 0.01
+
+
+def test_blocks_are_calibrated_on_bits_by_column_where_there_is_nothing_else(source, tmp_path):
+    errors = []
+    for mean in (2.0, 8.0):
+        levels = (ColumnBits(1.5), ColumnBits(mean))
+        chosen = by_columns(source, tmp_path / str(mean), levels=levels, reference=levels[-1])
+        rows = local.compress(chosen, TOKENS)
+        errors.append({row["layer"]: row["squared_error"] for row in rows if row["level"] == "c1.5"})
+    first = "model.layers.0.self_attn.q_proj"
+    assert errors[0][first] == errors[1][first]
+    assert errors[0]["model.layers.1.self_attn.q_proj"] != errors[1]["model.layers.1.self_attn.q_proj"]
+
+
+def test_experts_that_saw_too_few_tokens_get_bits_by_column_from_their_weights(tmp_path):
+    mixture = tiny.save(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
+    chosen = by_columns(mixture, tmp_path / "levels", levels=THREE[1:2], reference=THREE[1], expert_tokens=10**6)
+    rows = [row for row in local.compress(chosen, TOKENS) if ".experts." in row["layer"]]
+    assert len(rows) == 2 * 4 * 3
+    for row in rows:
+        assert "fewer than 1000000: rounded to nearest" in row["notes"][0]
+        assert row["bits"] == 3
+        assert 0 < row["error"] < 0.1
+
+
+def test_a_method_that_cannot_end_at_a_level_is_refused_before_anything_is_solved(source, tmp_path):
+    chosen = by_columns(source, tmp_path / "levels")
+    with pytest.raises(UserError, match=r"column_bits=3 is out of range: 4 to 8"):
+        replace(chosen, column_quantizer=ColumnwiseBAQ(lowest=4))
+
+
+def test_names_of_bits_by_column_are_read_back_to_the_last_digit():
+    for mean, name in ((3.0, "c3"), (2.5, "c2.5"), (2.1234567891, "c2.1234567891")):
+        assert level_name(ColumnBits(mean)) == name
+        assert parse_level(name) == ColumnBits(mean)
+    levels = make_levels([4], [32], True, [0.5], [3, 2.5])
+    assert [level_name(level) for level in levels] == ["w4g32", "c2.5", "c3", "s50"]
+    with pytest.raises(UserError, match=r"column_bits=\[3, 3\] is wrong: expected different values"):
+        make_levels([4], [32], True, [], [3, 3])
+    with pytest.raises(UserError, match=r"column_bits=9\.0 is out of range: 1 to 8"):
+        parse_level("c9")
