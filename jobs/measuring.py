@@ -14,7 +14,7 @@ _LOG = logging.getLogger(__name__)
 class Measuring:
     """One set of evaluators at a time: two would hold the model twice. Used inside a Ray session.
 
-    database: finished levels. units: what candidates choose for, with the errors of their outputs. tokens: (N, T) of the
+    database: finished levels. units: what candidates choose for, with errors of their outputs. tokens: (N, T) of the
     search. windows: held-out ones, None where nothing is measured.
     """
 
