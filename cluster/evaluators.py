@@ -84,11 +84,24 @@ class Evaluator:
         }
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Candidates that an evaluator measures on some pieces."""
+
+    worker: int
+    genomes: tuple[Genome, ...]
+    pieces: list[Sample]
+
+
+def _whole(pieces: Sequence[Sample]) -> Sample:
+    return Sample(tuple(part for piece in pieces for part in piece.parts))
+
+
 class Evaluators:
     """Several evaluators of one model; started at the first use, inside a Ray session.
 
     What was measured once is never measured again, be it on another sample that has the same sequences in it.
-    evaluated: candidates of which something was measured; remembered: those of which all was known.
+    evaluated: how often a candidate was measured on a batch of sequences.
     """
 
     def __init__(self, model: Model, workers: int, gpus: float = 0) -> None:
@@ -98,32 +111,35 @@ class Evaluators:
         self._workers: list[Any] = []
         # Losses of the parts of each piece that runs at once: those depend on nothing else.
         self._known: dict[tuple[Genome, Sample], tuple[float, ...]] = {}
-        self.evaluated = self.remembered = self.restarts = 0
+        self.evaluated = self.restarts = 0
 
     def __call__(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
         """Mean loss per scored token of every genome."""
+        self.prefetch([(genomes, sample)])
         pieces = batches(sample, self._model.batch)
-        distinct, asked = sorted(set(genomes)), set[Genome]()
-        missing: dict[tuple[Genome, ...], list[Sample]] = {}
-        for piece in pieces:
-            new = tuple(genome for genome in distinct if (genome, piece) not in self._known)
-            if new:
-                missing.setdefault(new, []).append(piece)
-        for new, some in missing.items():
-            asked.update(new)
-            self._enter(new, some, self._measure(list(new), some))
-        self.evaluated += len(asked)
-        self.remembered += len(genomes) - len(asked)
         length = self._model.tokens.shape[1]
         scored = sum(min(used, length - 1) for _, used in sample.parts)
         return [math.fsum(loss for piece in pieces for loss in self._known[each, piece]) / scored for each in genomes]
 
-    def _enter(self, genomes: Sequence[Genome], pieces: Sequence[Sample], losses: Tensor) -> None:
-        """Remember losses (genomes, parts of all pieces)."""
-        for genome, row in zip(genomes, losses.tolist(), strict=True):
-            values = iter(row)
-            for piece in pieces:
-                self._known[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
+    def prefetch(self, lots: Sequence[tuple[Sequence[Genome], Sample]]) -> None:
+        """Measure what is not known of some candidates on some samples, all at once: no evaluator waits for a lot."""
+        wanted: dict[Sample, set[Genome]] = {}
+        for genomes, sample in lots:
+            for piece in batches(sample, self._model.batch):
+                new = {genome for genome in genomes if (genome, piece) not in self._known}
+                if new:
+                    wanted.setdefault(piece, set()).update(new)
+        calls = [
+            _Call(worker, genomes, pieces)
+            for worker, items in enumerate(self._shares(wanted))
+            for genomes, pieces in self._joined(items)
+        ]
+        for call, losses in zip(calls, self._run(calls), strict=True):
+            for genome, row in zip(call.genomes, losses.tolist(), strict=True):
+                values = iter(row)
+                for piece in call.pieces:
+                    self._known[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
+            self.evaluated += len(call.genomes) * len(call.pieces)
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns what they used, added up, and the largest peak of memory."""
@@ -141,31 +157,47 @@ class Evaluators:
             total["peak_rss_bytes"] = max(usage["peak_rss_bytes"] for usage in usages)
         return total
 
-    def _measure(self, genomes: list[Genome], pieces: list[Sample]) -> Tensor:
-        """Losses (genomes, parts of all pieces) from all evaluators."""
-        if len(pieces) >= self._count:
-            # All genomes together share the most prefixes: the sample is cut, not the genomes.
-            shares = [
-                [part for piece in pieces[each.start : each.stop] for part in piece.parts] for each in self._cut(pieces)
-            ]
-            return torch.cat(self._run([(genomes, Sample(tuple(share))) for share in shares]), dim=1)
-        # Sorted, so that neighbours, which go to the same evaluator, share prefixes.
-        whole = Sample(tuple(part for piece in pieces for part in piece.parts))
-        return torch.cat(self._run([(genomes[each.start : each.stop], whole) for each in self._cut(genomes)]))
+    def _shares(self, wanted: dict[Sample, set[Genome]]) -> list[list[tuple[tuple[Genome, ...], Sample]]]:
+        """Candidates and pieces for every evaluator.
 
-    def _cut(self, items: Sequence[Any]) -> list[range]:
-        return split(len(items), self._count)
+        Whole pieces as far as they come out even: all candidates together share the most prefixes. The candidates for
+        the rest are cut, sorted, so that neighbours, which share prefixes, stay together.
+        """
+        items = [(tuple(sorted(genomes)), piece) for piece, genomes in wanted.items()]
+        items.sort(key=lambda item: -len(item[0]))
+        even = len(items) - len(items) % self._count
+        shares = [items[worker : even : self._count] for worker in range(self._count)]
+        for genomes, piece in items[even:]:
+            for worker, each in enumerate(split(len(genomes), self._count)):
+                shares[worker].append((genomes[each.start : each.stop], piece))
+        return shares
 
-    def _run(self, jobs: list[tuple[list[Genome], Sample]]) -> list[Tensor]:
-        """Results of jobs in their order; those of a lost evaluator are done again by another."""
+    def _joined(
+        self, items: Sequence[tuple[tuple[Genome, ...], Sample]]
+    ) -> list[tuple[tuple[Genome, ...], list[Sample]]]:
+        """Pieces of the same candidates together, which saves swaps, where they would still run in the same batches."""
+        found: list[tuple[tuple[Genome, ...], list[Sample]]] = []
+        for genomes, piece in items:
+            if found and found[-1][0] == genomes:
+                pieces = [*found[-1][1], piece]
+                if batches(_whole(pieces), self._model.batch) == pieces:
+                    found[-1] = genomes, pieces
+                    continue
+            found.append((genomes, [piece]))
+        return found
+
+    def _run(self, calls: Sequence["_Call"]) -> list[Tensor]:
+        """Results of calls in their order; those of a lost evaluator are done again by its successor."""
         import ray
 
+        if not calls:
+            return []
         self._workers = self._workers or [self._start() for _ in range(self._count)]
         results: dict[int, Tensor] = {}
         for attempt in range(1, _ATTEMPTS + 1):
             running = {
-                self._workers[number % self._count].losses.remote(*job): number
-                for number, job in enumerate(jobs)
+                self._workers[call.worker].losses.remote(call.genomes, _whole(call.pieces)): number
+                for number, call in enumerate(calls)
                 if number not in results
             }
             lost = None
@@ -180,7 +212,7 @@ class Evaluators:
                 break
             _LOG.warning("lost an evaluator (%s); starting another", str(lost).strip().splitlines()[0])
             self._replace_lost()
-        return [results[number] for number in range(len(jobs))]
+        return [results[number] for number in range(len(calls))]
 
     def _start(self) -> Any:
         import ray

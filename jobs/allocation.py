@@ -247,8 +247,17 @@ class Search:
                 before[0] = perf_counter()
 
             measuring, seed = self._measuring, self._config.seed
-            bits = _bits(units, budget)
-            return allocator.search(units, bits, measuring.search, measuring.lengths, seed, state, after, start)
+            return allocator.search(
+                units,
+                _bits(units, budget),
+                measuring.search,
+                measuring.lengths,
+                seed,
+                state,
+                after,
+                start,
+                measuring.prefetch,
+            )
 
     def _draw(self, name: str, genome: Sequence[int], tracker: Any) -> None:
         """Heat map of the levels; a generation that changed none has that of the one before."""

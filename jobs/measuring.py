@@ -41,6 +41,10 @@ class Measuring:
         found: list[float] = self._evaluators("search", self._tokens, self._fitness)(genomes, sample)
         return found
 
+    def prefetch(self, lots: Sequence[tuple[Sequence[Any], Any]]) -> None:
+        """Measure several lots of candidates, each with its sample, at once; `search` then knows them."""
+        self._evaluators("search", self._tokens, self._fitness).prefetch(lots)
+
     def held_out(self, genome: Any) -> float | None:
         """KL divergence from the original on the held-out text; None where there is none."""
         from accel.compression.search.evopress import Sample

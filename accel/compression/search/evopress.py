@@ -54,6 +54,8 @@ Portions = tuple[Sample, ...]
 # Fitness of every candidate on one and the same sample, lower is better: the mean over its scored tokens. Those are all
 # that follow a used one in its sequence, one for each used token, but for none for a sequence's last.
 Evaluate = Callable[[Sequence[Genome], Sample], Sequence[float]]
+# Told of several evaluations before they are asked for, so that they can be made at once.
+Prefetch = Callable[[Sequence[tuple[Sequence[Genome], Sample]]], None]
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class EvoPress(Allocator):
         state: State | None = None,
         after: Callable[[State, Info], None] | None = None,
         start: Sequence[int] | None = None,
+        prefetch: Prefetch | None = None,
     ) -> State:
         """The state after the last generation; its parent takes `budget` bits or less.
 
@@ -199,19 +202,19 @@ class EvoPress(Allocator):
             raise UserError(f"seed={seed} is out of range: 0 or more")
         space = Space(units, budget)
         if state is None:
-            judge = _Judge(evaluate, lengths, np.random.default_rng((seed, 0)))
+            judge = _Judge(evaluate, prefetch, lengths, np.random.default_rng((seed, 0)))
             state, info = self._begin(space, judge, None if start is None else space.check("start", start))
             if after is not None:
                 after(state, info)
         space.check("state", state.parent)
         for generation in range(state.generation + 1, self.generations + 1):
-            judge = _Judge(evaluate, lengths, np.random.default_rng((seed, generation)))
+            judge = _Judge(evaluate, prefetch, lengths, np.random.default_rng((seed, generation)))
             state, info = self._next(space, judge, state)
             if after is not None:
                 after(state, info)
         if start is None:
             return state
-        judge = _Judge(evaluate, lengths, np.random.default_rng((seed, self.generations + 1)))
+        judge = _Judge(evaluate, prefetch, lengths, np.random.default_rng((seed, self.generations + 1)))
         return self._settle(judge, state, space.check("start", start), sum(lengths))
 
     @staticmethod
@@ -308,8 +311,11 @@ class EvoPress(Allocator):
 class _Judge:
     """The evaluations of one generation: its random numbers, what is known of its candidates, and what it has cost."""
 
-    def __init__(self, evaluate: Evaluate, lengths: Sequence[int], rng: np.random.Generator) -> None:
+    def __init__(
+        self, evaluate: Evaluate, prefetch: Prefetch | None, lengths: Sequence[int], rng: np.random.Generator
+    ) -> None:
         self.rng = rng
+        self._prefetch = prefetch
         self.evaluated = 0
         self.tokens = 0
         self._evaluate = evaluate
@@ -325,8 +331,11 @@ class _Judge:
 
         Of equals the earlier comes first; what is not a number comes last.
         """
-        for portion in portions:
-            self._measure([each for each in candidates if (each, portion) not in self._known], portion)
+        lots = [([each for each in candidates if (each, portion) not in self._known], portion) for portion in portions]
+        if self._prefetch is not None:
+            self._prefetch(lots)
+        for lot in lots:
+            self._measure(*lot)
         self.evaluated += len(candidates)
         scored = [self._scored(portion) for portion in portions]
         shares = [each / sum(scored) for each in scored]
