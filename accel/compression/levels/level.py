@@ -68,7 +68,9 @@ def make_levels(
         Scheme(one, size, symmetric) for one in sorted(bits) for size in sorted(group_sizes, key=_columns, reverse=True)
     ]
     columns = [ColumnBits(float(one)) for one in sorted(column_bits)]
-    return (*grids, *columns, *(Sparsity(one) for one in sorted(sparsities, reverse=True)))
+    # By way of their names, whose digits end: a database that is read must have the levels that were solved.
+    pruned = [parse_level(level_name(Sparsity(one))) for one in sorted(sparsities, reverse=True)]
+    return (*grids, *columns, *dict.fromkeys(pruned))
 
 
 def _columns(group_size: int) -> float:

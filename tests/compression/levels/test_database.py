@@ -10,7 +10,7 @@ from accel.compression import solve
 from accel.compression.formats import columns
 from accel.compression.levels.assemble import mixed_output, write_mixed
 from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.level import level_name, make_levels, parse_level
+from accel.compression.levels.level import level_name, make_levels, names, parse_level
 from accel.compression.pruners.base import Sparsity
 from accel.compression.pruners.sparsegpt import SparseGPT
 from accel.compression.pruners.wanda import Wanda
@@ -301,3 +301,9 @@ def test_names_of_bits_by_column_are_read_back_to_the_last_digit():
         make_levels([4], [32], True, [], [3, 3])
     with pytest.raises(UserError, match=r"column_bits=9\.0 is out of range: 1 to 8"):
         parse_level("c9")
+
+
+def test_levels_are_those_that_their_names_stand_for():
+    levels = make_levels([3], [128], True, [1 / 3, 0.5], [2.5])
+    assert [parse_level(name) for name in names(levels)] == list(levels)
+    assert names(levels) == ["w3g128", "c2.5", "s50", "s33.3333"]

@@ -1,24 +1,16 @@
-from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-import transformers
 
-from accel.compression.calibration import Shard
-from accel.compression.plan import make_plan
 from accel.compression.pruners.base import Inputs, Sparsity, lowest
 from accel.compression.pruners.magnitude import Magnitude
 from accel.compression.pruners.sparsegpt import SparseGPT
 from accel.compression.pruners.wanda import Wanda
-from accel.compression.quantizers.base import Scheme
 from accel.compression.statistics import SecondMoment
-from accel.data.tokens import load_tokens
 from accel.errors import UserError
-from accel.models import embedded
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
 from tests.compression.pruners.conftest import COLUMNS, moment_of
+from tests.compression.trained import target_model, target_moments
 
 
 def textbook(weight, hessian, mask, damping):
@@ -133,22 +125,6 @@ def test_a_second_moment_that_cannot_be_factored_is_damped_more_and_says_so(weig
 def test_wrong_hyper_parameters_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SparseGPT(**wrong)
-
-
-@cache
-def target_model():
-    return Architecture(Checkpoint(embedded.path("target")))
-
-
-@cache
-def target_moments(split, sequences):
-    """Second moments of the inputs of the first block on real text, by group key."""
-    model = target_model()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path("target"))
-    tokens = load_tokens("library", tokenizer, sequences, 256, split=split)
-    groups = make_plan(model, Scheme(8, -1), (), 0, 0)[0]
-    trees = Shard(model, {0: tokens}, batch=8).collect(model.load_block(0), groups)
-    return {key: tree.total() for key, tree in trees.items()}
 
 
 @pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])

@@ -1,26 +1,18 @@
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.compression.calibration import Shard
-from accel.compression.plan import make_plan
 from accel.compression.pruners.base import Inputs
 from accel.compression.quantizers.baq import ColumnwiseBAQ
-from accel.compression.quantizers.base import Scheme
 from accel.compression.quantizers.columns import ColumnBits, ColumnWeight, steps
 from accel.compression.result import Result
 from accel.compression.statistics import SecondMoment
-from accel.data.tokens import load_tokens
 from accel.errors import UserError
-from accel.models import embedded
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from tests.compression.trained import target_model, target_moments
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "column_quantizer").glob("*.yaml"))
 MEANS = [1, 1.7, 2, 2.5, 3, 4, 6.3, 8]
@@ -229,22 +221,6 @@ def test_a_mean_out_of_range_is_refused_by_name(wrong):
 def test_wrong_hyper_parameters_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ColumnwiseBAQ(**wrong)
-
-
-@cache
-def target_model():
-    return Architecture(Checkpoint(embedded.path("target")))
-
-
-@cache
-def target_moments(split, sequences):
-    """Second moments of the inputs of the first block on real text, by group key."""
-    model = target_model()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path("target"))
-    tokens = load_tokens("library", tokenizer, sequences, 256, split=split)
-    groups = make_plan(model, Scheme(8, -1), (), 0, 0)[0]
-    trees = Shard(model, {0: tokens}, batch=8).collect(model.load_block(0), groups)
-    return {key: tree.total() for key, tree in trees.items()}
 
 
 @pytest.mark.parametrize("mean", [2, 3, 4])
