@@ -1,0 +1,1 @@
+"""Speculative decoding: targets, drafters, verifiers, and the engine that loops over them."""

@@ -1,0 +1,100 @@
+"""What a drafter is: it proposes a tree of tokens, and may learn from what becomes of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from accel.decoding.context import Context
+from accel.decoding.sampling import Sampling
+from accel.decoding.targets.base import Target
+from accel.decoding.tree import Draws, DraftTree
+
+
+@dataclass(frozen=True)
+class Models:
+    """What drafters may ask for: the size of the vocabulary, and a small model of the same tokenizer.
+
+    draft: makes that model, with room for so many sequences; None where no draft model was given. draft_path: where
+    its checkpoint is; files trained for it lie beside it.
+    """
+
+    vocabulary: int
+    draft: Callable[[], Target] | None = None
+    draft_path: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the target said about a draft. Node 0 is the last committed token; the draft's node i is node i + 1.
+
+    context: with the tokens as they were before. tree: what was verified. path: the accepted nodes of the tree, from
+    the top. token: the one after them. top_tokens: (N + 1, k) int64, the most probable ids after each node, and
+    top_probs: (N + 1, k) float32, their probabilities at temperature one; None unless the drafter's `observes` asks.
+    """
+
+    context: Context
+    tree: DraftTree
+    path: Sequence[int]
+    token: int
+    top_tokens: Tensor | None = None
+    top_probs: Tensor | None = None
+
+    @property
+    def committed(self) -> list[int]:
+        """Ids that the sequence grows by."""
+        return [*(self.tree.tokens[node] for node in self.path), self.token]
+
+
+class Drafter(ABC):
+    """A way to guess what the target will say; a frozen dataclass of hyper-parameters.
+
+    What it learns while it runs is its memory, which sequences share; what it keeps of one sequence is in the
+    context's state, under the drafter itself. observes: how many of the most probable ids after every verified node it
+    learns from. needs_draft_model: whether it cannot do without one.
+    """
+
+    observes: ClassVar[int] = 0
+    needs_draft_model: ClassVar[bool] = False
+
+    def draws(self, sampling: Sampling) -> Draws:
+        """How the children of a node are chosen."""
+        return Draws.DETERMINISTIC
+
+    def chains(self) -> bool:
+        """Whether no node ever has two children."""
+        return False
+
+    def new_memory(self, models: Models) -> Any:
+        """Memory of a drafter that has seen nothing yet; None where there is nothing to remember."""
+        return None
+
+    def begin(self, context: Context, memory: Any) -> None:
+        """A sequence starts; its prompt is context.tokens."""
+        return
+
+    @abstractmethod
+    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+        """At most `budget` tokens (one at least) to follow context.tokens; an empty tree where nothing is worth it."""
+
+    def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
+        """A tree for each of several sequences."""
+        return [self.propose(context, memory, budget) for context in contexts]
+
+    def observe(self, memory: Any, outcome: Outcome) -> None:
+        """Learn from what the target said; called after every pass, before context.tokens grows."""
+        return
+
+    def end(self, context: Context, memory: Any) -> None:
+        """A sequence ended; what was held for it can go."""
+        return
+
+    def saved(self, memory: Any) -> Mapping[str, Tensor]:
+        """What was learned, as tensors to be saved; nothing for a drafter that does not learn."""
+        return {}
+
+    def load(self, memory: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Put what was saved into a new memory."""
+        return

@@ -1,0 +1,80 @@
+"""The distribution that a user asks for: temperature, top-k, top-p and repetition penalty on a model's logits.
+
+It is applied to the target before verification, so that losslessness is about this distribution. Order and meaning are
+those of transformers' logits processors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature=0 takes the most probable token; top_k=0, top_p=1 and repetition_penalty=1 change nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, right, expected in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not right:
+                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether there is nothing to draw."""
+        return self.temperature == 0
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the distribution depends on the tokens seen so far."""
+        return self.repetition_penalty != 1
+
+    def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits (V,) float32 with those of the ids in seen (T,) int64 lowered; logits itself where nothing changes."""
+        if not self.has_penalty:
+            return logits
+        found = logits.float().clone()
+        chosen = found[seen]
+        penalty = self.repetition_penalty
+        found[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+        return found
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Distribution (…, V) float32 of penalised logits (…, V); one-hot where it is greedy."""
+        if self.is_greedy:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        scaled = logits.float() / self.temperature
+        if self.top_k and self.top_k < scaled.shape[-1]:
+            smallest = scaled.topk(self.top_k, -1).values[..., -1:]
+            scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
+        if self.top_p < 1:
+            # Ascending, and the tail whose mass is at most 1 - top_p goes: as transformers does.
+            ordered, order = scaled.sort(-1)
+            tail = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            tail[..., -1] = False
+            scaled = scaled.masked_fill(torch.zeros_like(tail).scatter(-1, order, tail), -torch.inf)
+        return scaled.softmax(-1)
+
+
+def draw(probs: Tensor, generator: torch.Generator) -> int:
+    """One id drawn from a distribution (V,), which need not add up to one exactly.
+
+    One number is taken from the generator, whatever the size: the inverse of the cumulative distribution.
+    """
+    # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share.
+    cumulative = probs.double().cumsum(-1)
+    point = torch.rand((), dtype=torch.float64, generator=generator, device=generator.device).to(probs.device)
+    index = int(torch.searchsorted(cumulative, point * cumulative[-1], right=True))
+    return min(index, len(probs) - 1)

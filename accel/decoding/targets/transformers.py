@@ -1,0 +1,165 @@
+"""Any transformers causal LM as a target, through its public interfaces: 4-D attention mask, position ids, cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from accel.decoding.targets.base import Pass, Target
+from accel.errors import UserError
+
+
+@dataclass
+class _Place:
+    """Where the running pass writes: rows of the caches (a slice where they are neighbours), and from where in each."""
+
+    slots: int
+    capacity: int
+    rows: Any = None
+    starts: list[int] = field(default_factory=list)
+    total: int = 0
+
+    def write(self, cache: Tensor, new: Tensor) -> Tensor:
+        """Keys or values (B, H, L, D) of the running slots, with the new ones (B, H, N, D) put in."""
+        width = new.shape[2]
+        for row, start in enumerate(self.starts):
+            cache[self.rows[row], :, start : start + width] = new[row]
+        first, count = self.rows[0], len(self.rows)
+        if self.rows == list(range(first, first + count)):
+            return cache[first : first + count, :, : self.total]
+        return cache[self.rows, :, : self.total]
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, H, capacity, D) each, made when the first ones come."""
+
+    is_sliding = False
+
+    def __init__(self, place: _Place) -> None:
+        super().__init__()
+        self._place = place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Zeros, because what a mask hides must still be a number."""
+        slots, capacity = self._place.slots, self._place.capacity
+        for name, new in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, new.new_zeros(slots, new.shape[1], capacity, new.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of the running slots, with the new ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        return self._place.write(self.keys, key_states), self._place.write(self.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset; the mask is given, and nobody goes by them."""
+        return self._place.total, 0
+
+    def get_seq_length(self) -> int:
+        """Where the running pass starts."""
+        return max(self._place.starts, default=0)
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for."""
+        return self._place.capacity
+
+
+class TransformersTarget(Target):
+    """A transformers model, unchanged; it may be compressed, sharded over devices, or of any family with a KV cache."""
+
+    def __init__(self, model: Any, keeps_hidden: bool = False) -> None:
+        config = model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or 2**31
+        super().__init__(config.vocab_size, limit, model.device)
+        self._model = model.eval()
+        self._config = config
+        self._keeps_hidden = keeps_hidden
+        types = getattr(config, "layer_types", None) or []
+        odd = set(types) - {"full_attention", "sliding_attention"}
+        if odd or getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{type(model).__name__} has layers without a cache of keys and values ({', '.join(sorted(odd))}), "
+                "which cannot take a draft back"
+            )
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self._window = int(window) if window else None
+        self._mixed = len(set(types)) > 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of all layers."""
+        made = [layer for layer in self._layers if layer.is_initialized]
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in made if layer.keys is not None)
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        self._place_of_pass = _Place(slots, capacity)
+        self._layers = [_SlotLayer(self._place_of_pass) for _ in range(self._config.num_hidden_layers)]
+        self._cache = Cache(layers=list(self._layers))
+
+    def _run(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
+    ) -> Pass:
+        place = self._place_of_pass
+        place.rows, place.starts, place.total = list(slots), list(starts), allowed.shape[-1]
+        with torch.no_grad():
+            out = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._masks(slots, positions, allowed),
+                past_key_values=self._cache,
+                use_cache=True,
+                output_hidden_states=self._keeps_hidden,
+                logits_to_keep=0 if logits else 1,
+            )
+        hidden = out.hidden_states[-1] if self._keeps_hidden else out.logits[..., :0]
+        return Pass(out.logits, hidden)
+
+    def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Any:
+        """What the model takes as attention_mask: one mask, or one for each kind of layer."""
+        full = self._mask(allowed)
+        if self._window is None:
+            return full
+        near = positions[:, :, None] - self._key_positions(slots, allowed.shape[-1]) < self._window
+        sliding = self._mask(allowed & near)
+        types = getattr(self._config, "layer_types", None)
+        if types is None:
+            return sliding
+        return {"full_attention": full, "sliding_attention": sliding} if self._mixed else (
+            sliding if types[0] == "sliding_attention" else full
+        )
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        """Mask (B, 1, N, L) as the attention function of the model wants it."""
+        if self._model.config._attn_implementation == "sdpa":
+            return allowed[:, None]
+        dtype = self._model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )[:, None]
+
+    def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
+        """Position of what lies at each place of the slots, (B, 1, L)."""
+        found = torch.arange(total).repeat(len(slots), 1)
+        for row, slot in enumerate(slots):
+            depths = self.depths(slot)
+            start = len(self.committed(slot))
+            found[row, start : start + len(depths)] = torch.tensor(depths) + start
+        return found[:, None].to(self.device)
+
+    def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
+        for layer in self._layers:
+            for held in (layer.keys, layer.values):
+                if held is not None:
+                    held[slot][:, places] = held[slot][:, sources]
+
+    def _copy_slot(self, source: int, slot: int, length: int) -> None:
+        for layer in self._layers:
+            for held in (layer.keys, layer.values):
+                if held is not None:
+                    held[slot, :, :length] = held[source, :, :length]

@@ -1,0 +1,116 @@
+"""A draft: tokens that may follow a sequence, as a tree below its last token. A chain is a tree."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+from torch import Tensor
+
+ROOT = -1  # the last committed token, as a parent
+
+
+class Draws(Enum):
+    """How the children of a node were chosen, which decides who can verify them without bias."""
+
+    DETERMINISTIC = "deterministic"
+    INDEPENDENT = "independent"
+    WITHOUT_REPLACEMENT = "without_replacement"
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """N drafted tokens, each below its parent.
+
+    tokens: N ids. parents: index of each node's parent, lower than its own, or ROOT. Siblings stand in the order in
+    which they were drawn, and differ. The most promising nodes come first: the first n nodes are the tree to take where
+    only n may be verified.
+    draft_probs: for every parent (ROOT among them) the distribution (V,) that its first child was drawn from, float32;
+    None for deterministic drafts. counts: how often each node was drawn, for independent draws; None is once.
+    labels: a class of each node whose acceptance is alike (match length, rank, …); None is its depth and rank.
+    """
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] = ()
+    draws: Draws = Draws.DETERMINISTIC
+    draft_probs: Mapping[int, Tensor] | None = None
+    counts: Sequence[int] | None = None
+    labels: Sequence[Hashable] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.parents), "a parent for every token"
+        assert all(ROOT <= parent < node for node, parent in enumerate(self.parents)), "parents come before children"
+        assert (self.draft_probs is None) == (self.draws is Draws.DETERMINISTIC) or not self.tokens, self.draws
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(
+        cls,
+        tokens: Sequence[int],
+        draft_probs: Sequence[Tensor] | None = None,
+        labels: Sequence[Hashable] | None = None,
+    ) -> "DraftTree":
+        """Tokens one after the other; with draft_probs each was drawn from its (V,) distribution."""
+        probs = None if draft_probs is None else dict(zip(range(ROOT, len(tokens) - 1), draft_probs, strict=True))
+        draws = Draws.DETERMINISTIC if probs is None else Draws.INDEPENDENT
+        return cls(tokens, range(ROOT, len(tokens) - 1), draws, probs, labels=labels)
+
+    @cached_property
+    def children(self) -> dict[int, list[int]]:
+        """Nodes below every parent that has any, in the order in which they were drawn."""
+        found: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            found.setdefault(parent, []).append(node)
+        return found
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Edges from each node to the last committed token: 1 for its children."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(1 if parent == ROOT else found[parent] + 1)
+        return found
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has one child at most."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def label(self, node: int) -> Hashable:
+        """Class of a node."""
+        if self.labels is not None:
+            return self.labels[node]
+        return self.depths[node], self.children[self.parents[node]].index(node)
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the top to this one, itself included; none for ROOT."""
+        found = []
+        while node != ROOT:
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    def first(self, count: int) -> "DraftTree":
+        """The tree of the first nodes."""
+        return self if count >= len(self) else self.keep(range(count))
+
+    def keep(self, nodes: Sequence[int]) -> "DraftTree":
+        """The tree of some nodes, in rising order, each with its parent.
+
+        Leaving nodes out by what was drawn makes every verifier that looks at draft_probs biased.
+        """
+        new = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
+        parents = [new[self.parents[node]] for node in nodes]
+        probs = self.draft_probs
+        if probs is not None:
+            probs = {new[parent]: probs[parent] for parent in {self.parents[node] for node in nodes}}
+        return DraftTree(
+            [self.tokens[node] for node in nodes],
+            parents,
+            self.draws,
+            probs,
+            None if self.counts is None else [self.counts[node] for node in nodes],
+            None if self.labels is None else [self.labels[node] for node in nodes],
+        )

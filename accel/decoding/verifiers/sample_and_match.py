@@ -1,0 +1,32 @@
+"""Sample and match: draw from the target once per node and descend if the draw is a drafted child.
+
+Source: the rule of EAGLE-2 and of greedy tree verification (Miao et al. 2024, arXiv:2305.09781), in its general form.
+Every token that comes out is the target's own draw, so that it is lossless whatever the tree and however it was made,
+as long as drafts do not see the verifier's random numbers. At temperature 0 it is greedy verification.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from accel.decoding.sampling import draw
+from accel.decoding.tree import Draws, DraftTree
+from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
+
+
+@dataclass(frozen=True)
+class SampleAndMatch(Verifier):
+    """Verifier that takes one number from the generator for every token that comes out, whatever the draft."""
+
+    reads_draft_probs: ClassVar[bool] = False
+
+    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
+        """The target's own tokens, as far down as the tree has them, and the first that it has not."""
+        if rows.is_greedy:
+            return descend(tree, rows.best)
+        return descend(tree, lambda node: draw(rows.probs(node), generator))
