@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from accel.decoding.bounds import bounded
 from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models, Outcome
 from accel.decoding.figures import Figures
 from accel.decoding.sampling import Sampling
-from accel.decoding.sizing import Fixed, Policy
+from accel.decoding.sizing import Fixed, Policy, clock
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import ROOT, DraftTree
 from accel.decoding.verifiers.base import TargetRows, Verifier
@@ -56,8 +57,8 @@ class Engine:
     """One target, one drafter with its memory, one verifier.
 
     drafter: None decodes plainly. stop: ids that end a sequence. in_flight: sequences at once. policy: how many tokens
-    to draft. on_tokens: called with a request's id and the ids it has just grown by, for streaming. check: called with
-    (context, tree, path, token, logits) after every pass, for tests of what a dtype changes.
+    to draft. on_tokens: called with a request's id and the ids it has just grown by, for streaming. memory_bytes: what
+    caches and logits may take, None is no bound; trees and then the sequences in flight are cut to it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         stop: Iterable[int] = (),
         in_flight: int = 1,
         prefill_chunk: int = 512,
+        memory_bytes: int | None = None,
         on_tokens: Callable[[str, list[int]], None] | None = None,
     ) -> None:
         self.target, self.drafter, self.verifier = target, drafter, verifier or SampleAndMatch()
@@ -81,6 +83,8 @@ class Engine:
             self.memory = drafter.new_memory(models or Models(target.vocabulary))
         self._stop = frozenset(stop)
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
+        self._memory_bytes, self._most = memory_bytes, self.policy.most
+        self._clock = clock(target)
         self._running: list[_Running] = []
 
     def refusal(self, sampling: Sampling) -> str | None:
@@ -98,7 +102,9 @@ class Engine:
             return
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
-        self.target.reserve(slots, longest + self.policy.most + 1)
+        bound = bounded(self.target, slots, longest, self.policy.most, self._memory_bytes)
+        slots, self._most = bound.in_flight, bound.most
+        self.target.reserve(slots, longest + self._most + 1)
         self._running = []
         while waiting or self._running:
             while waiting and len(self._running) < slots:
@@ -138,9 +144,9 @@ class Engine:
     def _step(self) -> None:
         """One token at least for every running sequence."""
         running = self._running
-        started = perf_counter()
+        started, counted = perf_counter(), self._clock()
         trees = self._drafts()
-        drafted = perf_counter()
+        drafted, draft_seconds = perf_counter(), self._clock() - counted
         rows = self.target.forward(
             range(len(running)),
             [[each.context.tokens[-1], *tree.tokens] for each, tree in zip(running, trees, strict=True)],
@@ -150,7 +156,7 @@ class Engine:
             torch.cuda.synchronize(rows.logits.device)  # else the pass would be counted where its result is read
         passed = perf_counter()
         shares = (drafted - started) / len(running), (passed - drafted) / len(running)
-        self.policy.passed(sum(map(len, trees)) + len(trees), passed - drafted, drafted - started)
+        self.policy.drafted(sum(map(len, trees)), draft_seconds)
         for slot, (each, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
             verdict = self.verifier.verify(
@@ -179,7 +185,7 @@ class Engine:
         running = self._running
         if self.drafter is None:
             return [DraftTree()] * len(running)
-        budget = self.policy.budget(len(running))
+        budget = min(self._most, self.policy.budget(len(running)))
         if budget == 0:
             return [DraftTree()] * len(running)
         trees = self.drafter.propose_all([each.context for each in running], self.memory, budget)
@@ -188,8 +194,8 @@ class Engine:
             assert len(tree) <= budget, (self.drafter, len(tree), budget)
             # Nothing may be drafted behind the last token that is wanted.
             left = each.request.max_new_tokens - each.made - 1
-            if not self.verifier.reads_draft_probs:
-                tree = self.policy.select(tree, len(running))
+            whole = self.verifier.reads_draft_probs and tree.draft_probs is not None
+            tree = self.policy.select(tree, len(running), whole)
             if tree.depths and max(tree.depths) > left:
                 tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
             found.append(tree)

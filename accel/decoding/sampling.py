@@ -6,6 +6,7 @@ those of transformers' logits processors.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +74,8 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
 
     One number is taken from the generator, whatever the size: the inverse of the cumulative distribution.
     """
-    # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share.
-    cumulative = probs.double().cumsum(-1)
-    point = torch.rand((), dtype=torch.float64, generator=generator, device=generator.device).to(probs.device)
-    index = int(torch.searchsorted(cumulative, point * cumulative[-1], right=True))
-    return min(index, len(probs) - 1)
+    # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share. numpy, because its
+    # operations on a few thousand numbers take a third of torch's time.
+    cumulative = np.cumsum(probs.cpu().numpy(), dtype=np.float64)
+    point = float(torch.rand((), dtype=torch.float64, generator=generator)) * cumulative[-1]
+    return min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)

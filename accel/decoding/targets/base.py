@@ -19,7 +19,7 @@ _PREFILL_CHUNK = 512
 
 @dataclass(frozen=True)
 class Pass:
-    """logits (B, N, V) and the last hidden states (B, N, D) of the new nodes; rows beyond a sequence's own are noise."""
+    """logits (B, N, V) and last hidden states (B, N, D) of the new nodes; rows beyond a sequence's own are noise."""
 
     logits: Tensor
     hidden: Tensor
@@ -69,6 +69,11 @@ class Target(ABC):
     def cache_bytes(self) -> int:
         """Bytes held for caches."""
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, all layers together; 0 where there is no cache to speak of."""
+        return 0
+
     def committed(self, slot: int) -> Sequence[int]:
         """Ids whose keys and values the slot keeps."""
         return self._slots[slot].committed
@@ -89,9 +94,7 @@ class Target(ABC):
             self._slots[slot].committed += part
             self._slots[slot].drop()
 
-    def forward(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
-    ) -> Pass:
+    def forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
         """Add nodes to the trees of some slots. parents: among all waiting nodes of the slot, or ROOT."""
         return self._append(slots, tokens, parents, logits=True)
 
@@ -150,7 +153,8 @@ class Target(ABC):
         allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
         for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
             self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
-        return self._run(slots, starts, *(each.to(self.device) for each in (ids, positions, allowed)), logits=logits)
+        ids, positions, allowed = (each.to(self.device) for each in (ids, positions, allowed))
+        return self._run(slots, starts, ids, positions, allowed, logits)
 
     def _place(
         self, slot: int, new: list[int], above: list[int], ids: Tensor, positions: Tensor, allowed: Tensor

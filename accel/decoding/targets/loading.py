@@ -6,25 +6,36 @@ from typing import Any
 import torch
 
 from accel.decoding.targets.base import Target
+from accel.errors import UserError
 
 PATHS = ("auto", "transformers", "llama")
 
 
 def load_target(
-    folder: Path, dtype: torch.dtype, device: str = "cpu", path: str = "auto", keeps_hidden: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    path: str = "auto",
+    keeps_hidden: bool = False,
+    compiled: bool = False,
 ) -> Target:
     """The checkpoint of a folder, compressed or not.
 
     path: `transformers` runs the model as it is; `llama` is the faster path of Llama-like ones, refused for others;
-    `auto` takes that where it can. keeps_hidden: whether passes come with the last hidden states.
+    `auto` takes that where it can. keeps_hidden: whether passes come with the last hidden states. compiled: whether the
+    fast path is compiled, which takes a while for every size of a tree.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from accel.decoding.targets.llama import LlamaTarget, refusal
     from accel.decoding.targets.transformers import TransformersTarget
 
-    return TransformersTarget(_model(folder, dtype, device), keeps_hidden)
-
-
-def _model(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    # As the model's own choice may be a kernel that takes no mask of ours.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    config = AutoConfig.from_pretrained(folder)
+    reason = refusal(config)
+    if path == "llama" and reason is not None:
+        raise UserError(f"path=llama cannot run {folder}: {reason}; give path=transformers or auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)
+    if path == "transformers" or reason is not None:
+        return TransformersTarget(model, keeps_hidden)
+    return LlamaTarget(model, compiled)

@@ -78,6 +78,8 @@ class TransformersTarget(Target):
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(config.vocab_size, limit, model.device)
         self._model = model.eval()
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            model.set_attn_implementation("sdpa")  # a kernel that takes no mask of ours
         self._config = config
         self._keeps_hidden = keeps_hidden
         types = getattr(config, "layer_types", None) or []
@@ -96,6 +98,14 @@ class TransformersTarget(Target):
         """Bytes of keys and values of all layers."""
         made = [layer for layer in self._layers if layer.is_initialized]
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in made if layer.keys is not None)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, by the config: some families share them between layers."""
+        config = self._config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(config.num_hidden_layers * 2 * heads * size * self._model.dtype.itemsize)
 
     def _allocate(self, slots: int, capacity: int) -> None:
         self._place_of_pass = _Place(slots, capacity)
@@ -130,8 +140,10 @@ class TransformersTarget(Target):
         types = getattr(self._config, "layer_types", None)
         if types is None:
             return sliding
-        return {"full_attention": full, "sliding_attention": sliding} if self._mixed else (
-            sliding if types[0] == "sliding_attention" else full
+        return (
+            {"full_attention": full, "sliding_attention": sliding}
+            if self._mixed
+            else (sliding if types[0] == "sliding_attention" else full)
         )
 
     def _mask(self, allowed: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""What a decoding holds at most besides the weights, and the largest tree and batch that fit a bound on it.
+
+Source: SpecMemo, Yildirim and Chen 2025, arXiv:2506.01206: the candidates of a step take memory in proportion to the
+tree, and can be bought back at little cost in speed.
+"""
+
+from dataclasses import dataclass
+
+from accel.decoding.targets.base import Target
+from accel.errors import UserError
+
+# Logits, their float32 copy, and what verification makes of them.
+_COPIES_OF_LOGITS = 3
+
+
+@dataclass(frozen=True)
+class Bound:
+    """in_flight sequences with trees of `most` nodes hold `bytes` at most."""
+
+    in_flight: int
+    most: int
+    bytes: int
+
+
+def held_bytes(target: Target, in_flight: int, longest: int, most: int) -> int:
+    """Bytes of caches and logits of so many sequences of at most `longest` tokens, with trees of `most` nodes."""
+    per_sequence = (longest + most + 1) * target.token_bytes + (most + 1) * target.vocabulary * 4 * _COPIES_OF_LOGITS
+    return in_flight * per_sequence
+
+
+def bounded(target: Target, in_flight: int, longest: int, most: int, memory_bytes: int | None) -> Bound:
+    """The largest tree, and after that the most sequences, that stay within memory_bytes; None is no bound.
+
+    Raises UserError where not even plain decoding of one sequence does.
+    """
+    found = Bound(in_flight, most, held_bytes(target, in_flight, longest, most))
+    if memory_bytes is None:
+        return found
+    # Trees shrink first, down to a few nodes: the first nodes of a tree give most. Then there are fewer sequences.
+    floor = min(most, 4)
+    for count, nodes in (
+        *((in_flight, nodes) for nodes in range(most, floor - 1, -1)),
+        *((count, floor) for count in range(in_flight, 0, -1)),
+        *((1, nodes) for nodes in range(floor, -1, -1)),
+    ):
+        needed = held_bytes(target, count, longest, nodes)
+        if needed <= memory_bytes:
+            return Bound(count, nodes, needed)
+    raise UserError(
+        f"memory_bytes={memory_bytes} is too little: one sequence of {longest} tokens needs "
+        f"{held_bytes(target, 1, longest, 0)} bytes"
+    )

@@ -1,0 +1,74 @@
+"""Products and norms of few rows, which decoding is made of.
+
+On a CPU with MKL a product of 2 to 24 rows runs up to twice as fast by weights that were put into MKL's own order
+before. MKL promises that order for one number of rows; it was found to serve all, which is checked for every weight.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Beyond so many rows the plain product is as fast.
+_MOST_ROWS = 24
+# Second copies of weights may take this much in a process; what comes later is multiplied plainly.
+_MOST_BYTES = 2**31
+_CHECKED_ROWS = (1, 3, 8)
+
+
+class Weight:
+    """A weight (out, in) and its bias; packs: whether it may be kept in MKL's order, too."""
+
+    _packed_bytes = 0
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
+        self.weight, self.bias = weight.contiguous(), bias
+        self._packed = _packed(self.weight) if packs and self._has_room(weight.numel() * 4) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Product (rows, out) of an input (rows, in)."""
+        rows = len(x)
+        if self._packed is not None and rows <= _MOST_ROWS:
+            found: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, rows)
+            return found
+        return F.linear(x, self.weight, self.bias)
+
+    @classmethod
+    def _has_room(cls, size: int) -> bool:
+        cls._packed_bytes += size
+        return cls._packed_bytes <= _MOST_BYTES
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The weight in MKL's order; None where there is none, or where it does not serve every number of rows."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not torch.backends.mkl.is_available():
+        return None
+    try:
+        found: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, _MOST_ROWS)
+        for rows in _CHECKED_ROWS:
+            x = torch.linspace(-1, 1, rows * weight.shape[1]).view(rows, -1)
+            expected = F.linear(x, weight)
+            off = torch.ops.mkl._mkl_linear(x, found, weight, None, rows) - expected
+            if off.abs().max() > 1e-4 * expected.abs().max():
+                return None
+    except (AttributeError, RuntimeError):  # a build of torch without these operations
+        return None
+    return found
+
+
+class Norm:
+    """Root mean square norm over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+        size = weight.numel()
+        # sqrt(mean(x^2) + eps) is hypot(norm(x), sqrt(size * eps)) / sqrt(size): three small operations, where torch's
+        # own takes eight on a CPU.
+        self._scaled = weight.float() * size**0.5
+        self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
+        self._few_operations = weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normed (rows, D)."""
+        if not self._few_operations:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor) * self._scaled

@@ -1,0 +1,44 @@
+"""Whether greedy output in a reduced type is the target's own, up to ties to rounding.
+
+In bfloat16 a pass over several tokens rounds differently from a pass over one, so that two tokens whose logits agree
+to rounding may change places. Every token that is not the most probable one by float32 logits is looked at: how far
+below that one it lies tells a tie from a fault.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from accel.decoding.targets.base import Target
+from accel.decoding.tree import ROOT
+
+# A logit of a model in bfloat16 is a sum that was rounded to 8 bits of mantissa many times on its way: this many units
+# in the last place of the largest logit were enough for all ties seen.
+_UNITS = 8
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Tokens that are not the most probable ones by float32 logits.
+
+    ties: those within rounding of it. faults: the others. largest_gap: between the two logits.
+    """
+
+    ties: int = 0
+    faults: int = 0
+    largest_gap: float = 0.0
+
+
+def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dtype: torch.dtype) -> Ties:
+    """Compare greedily decoded tokens with the logits of a float32 target. dtype: that they were decoded in."""
+    tokens = [*prompt, *decoded]
+    target.reserve(1, len(tokens))
+    target.prefill(0, prompt[:-1])
+    rows = tokens[len(prompt) - 1 : -1]
+    logits = target.forward([0], [rows], [range(ROOT, len(rows) - 1)]).logits[0].float()
+    best = logits.max(-1).values
+    gaps = best - logits.gather(1, torch.tensor(decoded, device=logits.device)[:, None])[:, 0]
+    within = _UNITS * torch.finfo(dtype).eps * logits.abs().max(-1).values
+    off = gaps > 0
+    return Ties(int((off & (gaps <= within)).sum()), int((gaps > within).sum()), float(gaps.max()))
