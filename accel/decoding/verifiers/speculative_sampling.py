@@ -1,0 +1,41 @@
+"""Speculative sampling: keep a drawn token x with probability min(1, p(x) / q(x)), else draw from what p has above q.
+
+Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
+Departs from it: a token that was not drawn has a one-hot q, so that it is kept with probability p(x).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from accel.decoding.tree import DraftTree, Draws
+from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
+from accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
+
+
+@dataclass(frozen=True)
+class SpeculativeSampling(Verifier):
+    """Verifier of chains: a draw is accepted with probability sum(min(p, q)), the most that any rule reaches."""
+
+    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+        """Trees are refused, but where there is nothing to draw."""
+        if chains or greedy:
+            return None
+        better = "sample_and_match" if draws is Draws.DETERMINISTIC else "recursive_rejection"
+        return (
+            "verifier=speculative_sampling takes chains only, and this drafter drafts trees, whose second choices it "
+            f"would keep too often: use verifier={better}"
+        )
+
+    def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
+        """The tokens up to the first that is rejected, and a recovered token; with none rejected a bonus token."""
+
+        def choose(node: int, target: Array, draws: list[int], points: list[float]) -> tuple[int | None, Array]:
+            ((child,), (point,)) = draws, points
+            draft = draft_distribution(tree, node, child, len(target))
+            token = tree.tokens[child]
+            if point * draft[token] < target[token]:
+                return child, target
+            return None, recovered(target, draft)
+
+        return walk(tree, rows, generator, choose)
