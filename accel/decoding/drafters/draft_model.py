@@ -6,24 +6,21 @@ temperature, top-k, top-p and penalty as the target's.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor
 
 from accel.decoding.context import Context
-from accel.decoding.drafters.base import Drafter, Models
-from accel.decoding.drafters.small_model import SmallModel
+from accel.decoding.drafters.small_model import Growth, SmallModel, SmallModelDrafter
 from accel.decoding.sampling import Sampling, draw
-from accel.decoding.tree import ROOT, Draws, DraftTree
+from accel.decoding.tree import DraftTree, Draws
 from accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class DraftModel(Drafter):
+class DraftModel(SmallModelDrafter):
     """Drafter that proposes a chain of at most `length` tokens."""
 
     length: int = 5
-    needs_draft_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -37,26 +34,21 @@ class DraftModel(Drafter):
         """Every draft is a chain."""
         return True
 
-    def new_memory(self, models: Models) -> SmallModel:
-        """The draft model with the caches of the sequences."""
-        return SmallModel.of(models)
+    def shown(self, budget: int) -> int:
+        """The tokens of the chain."""
+        return min(budget, self.length)
 
-    def propose(self, context: Context, memory: SmallModel, budget: int) -> DraftTree:
+    def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """A chain of the draft model's own tokens."""
-        count = min(budget, self.length)
-        logits = memory.start(context, count)
-        if logits is None:
-            return DraftTree()
+        greedy = context.sampling.is_greedy
         tokens: list[int] = []
         probs: list[Tensor] = []
-        for node in range(count):
+        for node in range(min(budget, self.length)):
             if node:
-                logits = memory.extend(context, [tokens[-1]], [node - 2 if node > 1 else ROOT])[0]
-            probs.append(memory.probs(context, logits, tokens))
-            greedy = context.sampling.is_greedy
-            tokens.append(int(probs[-1].argmax()) if greedy else draw(probs[-1], context.draft_generator))
-        return DraftTree.chain(tokens, None if context.sampling.is_greedy else probs)
-
-    def end(self, context: Context, memory: Any) -> None:
-        """Its cache is free for another sequence."""
-        memory.end(context)
+                logits = (yield [tokens[-1]], [node - 2])[0]
+            if greedy:
+                tokens.append(memory.best(context, logits, tokens))
+            else:
+                probs.append(memory.probs(context, logits, tokens))
+                tokens.append(draw(probs[-1], context.draft_generator))
+        return DraftTree.chain(tokens, None if greedy else probs)
