@@ -1,8 +1,11 @@
 """Verifiers and drafters on a target whose distribution is known: whether what comes out follows it, by chi-square."""
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -37,7 +40,9 @@ class Config(Run):
     vocabulary: int = option(4, "tokens of the target", at_least=2, at_most=8)
     draft_tokens: int = option(8, "nodes of a draft at most", at_least=1)
     in_flight: int = option(64, "sequences that are decoded at once", at_least=1)
-    threads: int = option(1, "threads of the process", at_least=1)
+    filters: bool = option(True, "test at a lower temperature with top-p and a repetition penalty, too")
+    workers: int = option(1, "processes that share the rows", at_least=1)
+    threads: int = option(1, "threads of a process", at_least=1)
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
 
@@ -59,8 +64,6 @@ class Row:
 
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and put into the document."""
-    import torch
-
     from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
@@ -68,7 +71,6 @@ def run(config: Config) -> Path:
 
     pairs = _pairs(config)
     folder = start(config)
-    torch.set_num_threads(config.threads)
     name = config.tracking.name or "bench lossless"
     with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
         tracker.params(plain(config))
@@ -116,12 +118,25 @@ def _made(group: str, name: str) -> Any:
 
 
 def _measure(config: Config, pairs: list[tuple[str, str]]) -> Iterator[Row]:
+    samplings = list(_SAMPLINGS)[: None if config.filters else 1]
+    names = [(verifier, drafter, sampling) for sampling in samplings for verifier, drafter in pairs]
+    if config.workers == 1:
+        yield from (_tested(config, each) for each in names)
+        return
+    # spawn: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_tested, config), names)
+
+
+def _tested(config: Config, names: tuple[str, str, str]) -> Row:
+    """The test of one verifier, drafter and sampling."""
     import torch
 
     from accel.decoding.drafters.base import Models
     from accel.decoding.sampling import Sampling
     from jobs.benchmarks._markov import MarkovTarget, joint
 
+    torch.set_num_threads(config.threads)
     size = config.vocabulary
     generator = torch.Generator().manual_seed(config.seed)
     target, other = torch.randn(2, size, size, size, generator=generator)
@@ -131,11 +146,9 @@ def _measure(config: Config, pairs: list[tuple[str, str]]) -> Iterator[Row]:
     with TemporaryDirectory() as folder:
         _save_head(Path(folder), config)
         models = Models(size, lambda: MarkovTarget(draft), Path(folder))
-        for sampling, options in _SAMPLINGS.items():
-            asked = Sampling(**options)
-            probs = joint(target, prompt, asked, TOKENS)
-            for verifier, drafter in pairs:
-                yield _row(config, (verifier, drafter, sampling), asked, target, models, prompt, probs)
+        asked = Sampling(**_SAMPLINGS[names[2]])
+        probs = joint(target, prompt, asked, TOKENS)
+        return _row(config, names, asked, target, models, prompt, probs)
 
 
 def _save_head(folder: Path, config: Config) -> None:
