@@ -93,6 +93,36 @@ def pareto(rows: Sequence[Row], path: Path) -> Path:
     return _save(figure, path)
 
 
+def acceptance(histogram: Sequence[int], path: Path) -> Path:
+    """Share of the target's passes by how many drafted tokens they accepted, as bars; returns path.
+
+    histogram: passes that accepted 0, 1, 2, … tokens.
+    """
+    passes = sum(histogram)
+    figure, axes = _axes("Accepted tokens of a pass", "drafted tokens that the target accepted", "share of passes")
+    axes.bar(range(len(histogram)), [count / passes for count in histogram], width=0.8)
+    return _save(figure, path)
+
+
+def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
+    """What the time went to, one bar cut into named parts; returns path."""
+    from matplotlib.ticker import AutoLocator
+
+    total = sum(seconds.values()) or 1.0
+    figure, axes = _axes("Time of decoding", "share of the time", "")
+    start = 0.0
+    for name, part in seconds.items():
+        share = part / total
+        axes.barh([0], [share], left=[start], height=0.5, label=f"{name} {share:.1%}")
+        start += share
+    axes.set_yticks([])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.5, 0.8)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.legend(fontsize=8, ncols=4, loc="upper center")
+    return _save(figure, path)
+
+
 def _block(name: str, otherwise: int) -> int:
     """The first number that stands alone between dots, as in model.layers.3.mlp.up_proj."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)

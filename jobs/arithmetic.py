@@ -25,3 +25,17 @@ def resolve_dtype(name: str, device: str) -> Any:
     if name == "auto":
         return torch.bfloat16 if device == "cuda" or has_fast_bfloat16() else torch.float32
     return getattr(torch, name)
+
+
+def dtype_choices(name: str, device: str) -> list[Any]:
+    """The torch dtypes that decoding may use, to be chosen among by measurement if there are several.
+
+    A CPU with matrix units for bfloat16 runs a pass of many tokens quicker in it, and a pass of one in float32.
+    """
+    import torch
+
+    from cluster.resources import has_fast_bfloat16
+
+    if name == "auto" and device == "cpu" and has_fast_bfloat16():
+        return [torch.float32, torch.bfloat16]
+    return [resolve_dtype(name, device)]

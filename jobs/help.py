@@ -36,7 +36,23 @@ EXAMPLES = {
         "hasten evaluate model=/models/llama-w3 original=/models/llama evaluation.stride=256",
         "hasten evaluate model=/models/llama-w3 tasks=[arc_easy,hellaswag]",
     ),
+    "decode": (
+        "hasten decode",
+        "hasten decode target=/models/llama draft=/models/llama-small drafter=draft_model prompts=prompts.jsonl "
+        "output=completions.jsonl",
+        "hasten decode prompts=gsm8k.jsonl prompt_field=question temperature=0.8 top_p=0.95 workers=8",
+        "hasten decode draft_tokens=0 stream=true",
+    ),
+    "replay": (
+        "hasten replay",
+        "hasten replay drafter=token_recycling recorded=completions.jsonl budgets=[16,64]",
+        "hasten replay text=text.jsonl target=/models/llama drafter=prompt_lookup",
+    ),
     "pretrain": ("hasten pretrain", "hasten pretrain models=[draft] output=/models/mine workers=8"),
+    "train_drafter": (
+        "hasten train_drafter",
+        "hasten train_drafter target=/models/llama draft=/models/llama-1b text.source=text.jsonl text.sequences=2048",
+    ),
     "bench": ("hasten bench compress",),
 }
 _INDENT = "  "
@@ -65,7 +81,7 @@ def overview() -> str:
     ]
     for job, schema in JOBS.items():
         lines += _row("bench NAME" if job == "bench" else job, _summary(schema))
-    for family in ("quantizer", "column_quantizer", "pruner", "allocator"):
+    for family in ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier"):
         lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
     lines += ["", "benchmarks:", *_benchmarks()]
     lines += [

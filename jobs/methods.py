@@ -82,7 +82,8 @@ def build(settings: dict[str, Any]) -> Any:
     from accel.errors import UserError
 
     try:
-        return instantiate(settings)
+        # Else a list of methods would become one of their hyper-parameters.
+        return instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -226,6 +226,95 @@ class EvaluateConfig(Run):
 
 
 @dataclass
+class DecodeConfig(Run):
+    """Complete prompts by speculative decoding on a local or remote Ray cluster; resumable."""
+
+    target: str = option("embedded:target", f"whose completions they are, compressed or not: {MODEL}")
+    draft: str | None = option(
+        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}"
+    )
+    drafter: dict[str, Any] = group("how tokens are drafted")
+    verifier: dict[str, Any] = group("how the target accepts them")
+    prompts: str | None = option(
+        None, "JSON Lines with a prompt (text, or a list of token ids) and an id; null is the standard library's files"
+    )
+    prompt_field: str = option("prompt", "what the prompt is called in a line")
+    id_field: str = option("id", "what the id is called in a line; without one it is the line's number")
+    output: str | None = option(None, "JSON Lines of the results; null is completions.jsonl in run_dir")
+    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+    max_new_tokens: int = option(128, "tokens of a completion at most", at_least=1)
+    temperature: float = option(0.0, "0 takes the most probable token", at_least=0)
+    top_k: int = option(0, "draw from so many tokens only; 0 is all", at_least=0)
+    top_p: float = option(1.0, "draw from the most probable tokens that have this probability", at_least=0, at_most=1)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that were there before less probable", at_least=0)
+    stop: list[int] = option([], "token ids that end a completion, beside the model's own")
+    ignore_eos: bool = option(False, "the model's own ids do not end a completion")
+    draft_tokens: int | None = option(
+        None, "tokens drafted for a pass; 0 decodes without drafts, null sizes drafts by measurement", at_least=0
+    )
+    max_draft_tokens: int = option(32, "tokens drafted for a pass at most, where they are measured", at_least=1)
+    in_flight: int = option(8, "prompts that a worker decodes at once; 1 is fastest for each of them", at_least=1)
+    prefill_chunk: int = option(512, "tokens of a prompt that are read at once", at_least=1)
+    memory_bytes: int | None = option(None, "bytes that the caches of a worker may take; null is no bound", at_least=1)
+    stream: bool = option(False, "print tokens as they come, one prompt after the other, by one worker")
+    memory: str | None = option(
+        None, "file of what the drafter learned: it starts from it, where there is one, and writes it at the end"
+    )
+    placement: str = option(
+        "auto",
+        "where drafters are: in every worker, or in actors that serve all; auto shares those that learn, where it pays",
+        choices=("auto", "shared", "private"),
+    )
+    drafter_actors: int = option(1, "actors of shared drafters", at_least=1)
+    path: str = option(
+        "auto",
+        "how the models run: as transformers has them, or faster if Llama-like",
+        choices=("auto", "transformers", "llama"),
+    )
+    compiled: bool = option(False, "compile the fast path, which takes a while for every size of a draft")
+    dtype: str = option(
+        "auto",
+        "dtype of the arithmetic; auto is bfloat16 on a GPU, on a CPU with units for it whatever decodes quicker",
+        choices=DTYPES,
+    )
+    check_prompts: int = option(
+        8, "greedy completions in a reduced dtype that are checked against float32 logits for ties", at_least=0
+    )
+    device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
+    workers: int = option(1, "actors with the target, a process each", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    address: str | None = option(None, ADDRESS)
+
+
+@dataclass
+class ReplayConfig(Run):
+    """Measure what a drafter would be worth on a text or on recorded completions, without decoding."""
+
+    text: str = option("library", f"held-out text that plays the target's greedy completions: {SOURCE}")
+    recorded: str | None = option(None, "JSON Lines that hasten decode wrote, in place of text")
+    target: str = option("embedded:target", f"whose tokenizer the text is read with: {MODEL}")
+    draft: str | None = option(
+        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}"
+    )
+    drafter: dict[str, Any] = group("how tokens are drafted")
+    budgets: list[int] = option([8, 16, 32], "tokens drafted at most for a step, each a row of the table")
+    sequences: int = option(16, "sequences of the text", at_least=1)
+    sequence_length: int = option(256, "tokens in a sequence of the text", at_least=2)
+    prompt_length: int = option(64, "of which so many are the prompt", at_least=1)
+    memory: str | None = option(None, "file of what the drafter learned in hasten decode, which it starts from")
+    path: str = option(
+        "auto",
+        "how the draft model runs: as transformers has it, or faster if Llama-like",
+        choices=("auto", "transformers", "llama"),
+    )
+    dtype: str = option(
+        "auto", "dtype of the arithmetic; auto is bfloat16 where the machine multiplies it fast", choices=DTYPES
+    )
+    device: str = option("auto", "where a draft model computes; auto is cuda where there is one", choices=DEVICES)
+    threads: int = option(1, "threads of the process", at_least=1)
+
+
+@dataclass
 class Training:
     """Shape and schedule of one model that is trained from nothing."""
 
@@ -260,6 +349,44 @@ class PretrainConfig(Run):
 
 
 @dataclass
+class DrafterText:
+    """Tokens that a drafter's network is trained on."""
+
+    source: str = option("library", f"text to train on: {SOURCE}")
+    sequences: int = option(512, "sequences to train on", at_least=1)
+    held_out: int = option(64, "sequences to measure on; of the library from its held-out files", at_least=1)
+    sequence_length: int = option(256, "tokens in a sequence", at_least=2)
+    seed: int = option(0, "which sequences of the source are drawn", at_least=0)
+    batch: int = option(8, "sequences that run through the models at once", at_least=1)
+
+
+@dataclass
+class TrainDrafterConfig(Run):
+    """Train the network that a drafter needs, for one target and one draft model."""
+
+    target: str = option("embedded:target", f"model that is to be sped up: {MODEL}")
+    draft: str = option("embedded:draft", f"smaller model of the same tokenizer: {MODEL}")
+    drafter: str = option(
+        "specdec_pp", "what to train: of specdec_pp the head that predicts acceptance", choices=("specdec_pp",)
+    )
+    blocks: int = option(3, "residual blocks of the head", at_least=0)
+    mixing: float = option(
+        0.15, "share of the text's own tokens that stay, all others are the draft model's", at_least=0, at_most=0.99
+    )
+    reject_weight: float = option(6.0, "weight of the loss on rejections", at_least=0.01)
+    epochs: int = option(3, "passes over the tokens", at_least=1)
+    lr: float = option(1e-3, "learning rate, which rises at first and falls as a cosine", at_least=1e-9)
+    batch: int = option(256, "tokens a step", at_least=1)
+    dtype: str = option("float32", "dtype of the models' arithmetic", choices=DTYPES)
+    device: str = option("auto", "where the models compute; auto is cuda where there is one", choices=DEVICES)
+    threads: int = option(1, "threads", at_least=1)
+    output: str | None = option(
+        None, "file of the trained network, must be new; null is acceptance_head.safetensors in run_dir"
+    )
+    text: DrafterText = section(DrafterText)
+
+
+@dataclass
 class BenchConfig(Run):
     """Run a benchmark by name and print its table."""
 
@@ -272,6 +399,9 @@ JOBS: dict[str, type[Run]] = {
     "levels": LevelsConfig,
     "search": SearchConfig,
     "evaluate": EvaluateConfig,
+    "decode": DecodeConfig,
+    "replay": ReplayConfig,
     "pretrain": PretrainConfig,
+    "train_drafter": TrainDrafterConfig,
     "bench": BenchConfig,
 }

@@ -12,7 +12,7 @@ from accel.decoding.bounds import bounded
 from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models, Outcome
 from accel.decoding.figures import Figures
-from accel.decoding.sampling import Sampling
+from accel.decoding.sampling import Sampling, most_probable
 from accel.decoding.sizing import Fixed, Policy, clock
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import ROOT, DraftTree
@@ -203,11 +203,13 @@ class Engine:
 
     def _with_top(self, outcome: Outcome, logits: torch.Tensor) -> Outcome:
         count = self.drafter.observes if self.drafter is not None else 0
-        if not count:
+        if self.drafter is None or not count:
             return outcome
-        values, ids = logits.float().topk(min(count, logits.shape[-1]), -1)
-        probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp()
-        return replace(outcome, top_tokens=ids.cpu(), top_probs=probs.cpu())
+        values, ids = most_probable(logits, count)
+        probs = None
+        if self.drafter.observes_probs:
+            probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
+        return replace(outcome, top_tokens=ids.cpu(), top_probs=probs)
 
     def _cut(self, running: _Running, new: list[int]) -> list[int]:
         """What of the new tokens is wanted: up to a stop token and the length asked for."""

@@ -19,7 +19,6 @@ class Figures:
     num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
-    num_distinct_tokens: int = 0
     histogram: dict[int, int] = field(default_factory=dict)
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
@@ -27,7 +26,6 @@ class Figures:
     draft_seconds: float = 0.0
     target_seconds: float = 0.0
     verify_seconds: float = 0.0
-    ties: int = 0
 
     def add(
         self, outcome: Outcome, tokens: int, draft_seconds: float, target_seconds: float, verify_seconds: float

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from accel.errors import UserError
 
+_CHUNK = 64  # ids that are looked at together in search of the most probable ones
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,3 +81,16 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
     cumulative = np.cumsum(probs.cpu().numpy(), dtype=np.float64)
     point = float(torch.rand((), dtype=torch.float64, generator=generator)) * cumulative[-1]
     return min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)
+
+
+def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row (N, V), float32, and their ids, (N, count) each, in falling order."""
+    rows, vocabulary = logits.shape
+    logits, count = logits.float(), min(count, vocabulary)
+    if vocabulary % _CHUNK or vocabulary < count * _CHUNK:
+        return logits.topk(count, -1)
+    # Two steps, which take half the time on a CPU: the chunks with the largest maxima hold all of them.
+    chunks = logits.view(rows, -1, _CHUNK)
+    best = chunks.amax(-1).topk(count, -1, sorted=False).indices
+    values, inside = chunks.gather(1, best[:, :, None].expand(-1, -1, _CHUNK)).flatten(1).topk(count, -1)
+    return values, best.gather(1, inside // _CHUNK) * _CHUNK + inside % _CHUNK

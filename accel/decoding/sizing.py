@@ -18,7 +18,8 @@ from accel.decoding.drafters.base import Outcome
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import ROOT, DraftTree
 
-_REPEATS = 5
+# Passes that are timed at every size, and the seconds after which fewer will do.
+_REPEATS, _MOST_SECONDS = 5, 0.3
 # Old observations fade, as a text changes: this many count about as much as all before them.
 _MEMORY = 400.0
 # What is believed of a class of nodes that was never verified, and how many observations that belief is worth.
@@ -112,7 +113,7 @@ def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, con
 
     The target's caches are made anew. Of several passes the quickest counts: what else runs can only slow them down.
     """
-    widths = sorted({1, *widths})
+    widths = sorted({1, *(min(width, target.max_length - 1) for width in widths)})
     context = max(1, min(context, target.max_length - widths[-1]))
     target.reserve(sequences, context + widths[-1])
     for slot in range(sequences):
@@ -127,12 +128,27 @@ def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, con
                 started = now()
                 logits = target.forward(range(count), [[0] * width] * count, [range(ROOT, width - 1)] * count).logits
                 float(logits[0, 0, 0])  # waits for the device
-                if repeat:  # the first one packs and compiles
-                    seconds.append(now() - started)
+                seconds.append(now() - started)
                 for slot in range(count):
                     target.commit(slot, [])
-            measured[count][width] = min(seconds)
+                if repeat and sum(seconds) > _MOST_SECONDS:
+                    break
+            measured[count][width] = min(seconds[1:])  # the first one compiles
     return Costs(measured)
+
+
+def expected_rate(costs: Costs, most: int, sequences: int = 1) -> float:
+    """Tokens per second of the tree size that promises most, with the acceptance that is believed before any."""
+    rates, expected = [], 1.0
+    for nodes in range(most + 1):
+        expected += _believed(nodes - 1) if nodes else 0.0
+        rates.append(expected * sequences / costs.seconds(1 + nodes, sequences))
+    return max(rates)
+
+
+def _believed(rank: int) -> float:
+    """Probability that the first, second, … node of a draft is accepted, before any was."""
+    return _PRIOR ** (rank / 2 + 1)
 
 
 class _Acceptance:
@@ -188,7 +204,7 @@ class Adaptive(Policy):
         self.costs, self.most = costs, most
         self._classes: dict[Hashable, _Acceptance] = {}
         # Probability that the first, second, … node that the drafter puts forward is accepted, a running mean.
-        self._by_rank = [_PRIOR ** (rank / 2 + 1) for rank in range(most)]
+        self._by_rank = [_believed(rank) for rank in range(most)]
         self._drafting = _Line()
         self._sequences = 1
         self._rate = 0.0

@@ -5,7 +5,7 @@ to rounding may change places. Every token that is not the most probable one by 
 below that one it lies tells a tie from a fault.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,21 @@ _UNITS = 8
 class Ties:
     """Tokens that are not the most probable ones by float32 logits.
 
-    ties: those within rounding of it. faults: the others. largest_gap: between the two logits.
+    tokens: all that were looked at. ties: those within rounding of it. faults: the others. largest_gap: between the two
+    logits.
     """
 
+    tokens: int = 0
     ties: int = 0
     faults: int = 0
     largest_gap: float = 0.0
+
+    @classmethod
+    def total(cls, each: Iterable["Ties"]) -> "Ties":
+        """Of several sequences."""
+        found = list(each)
+        tokens, ties, faults = (sum(getattr(one, name) for one in found) for name in ("tokens", "ties", "faults"))
+        return cls(tokens, ties, faults, max((one.largest_gap for one in found), default=0.0))
 
 
 def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dtype: torch.dtype) -> Ties:
@@ -41,4 +50,4 @@ def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dt
     gaps = best - logits.gather(1, torch.tensor(decoded, device=logits.device)[:, None])[:, 0]
     within = _UNITS * torch.finfo(dtype).eps * logits.abs().max(-1).values
     off = gaps > 0
-    return Ties(int((off & (gaps <= within)).sum()), int((gaps > within).sum()), float(gaps.max()))
+    return Ties(len(rows), int((off & (gaps <= within)).sum()), int((gaps > within).sum()), float(gaps.max()))

@@ -68,3 +68,16 @@ def test_blocks_may_be_given_by_number(tmp_path: Path, drawn: list[Any]) -> None
 
 def test_nothing_quantized_gives_an_empty_figure(tmp_path: Path) -> None:
     assert is_png(figures.error_per_layer([], tmp_path / "error.png"))
+
+
+def test_accepted_tokens_are_bars_of_shares(tmp_path: Path, drawn: list[Any]) -> None:
+    assert is_png(figures.acceptance([5, 0, 3, 2], tmp_path / "acceptance.png"))
+    (axes,) = drawn
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0, 0.3, 0.2]
+
+
+def test_shares_of_time_stand_one_behind_the_other(tmp_path: Path, drawn: list[Any]) -> None:
+    assert is_png(figures.time_shares({"draft": 1.0, "target": 3.0}, tmp_path / "time.png"))
+    (axes,) = drawn
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 0.25), (0.25, 0.75)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["draft 25.0%", "target 75.0%"]

@@ -8,7 +8,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from accel.decoding.sampling import Sampling, draw
+from accel.decoding.sampling import Sampling, draw, most_probable
 from accel.errors import UserError
 
 ROWS, VOCABULARY = 16, 300
@@ -81,3 +81,12 @@ def test_a_draw_takes_one_number_and_does_not_mind_the_sum():
 def test_what_is_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"{name}={value} is wrong: expected"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("vocabulary", [50, 640, 8192])
+def test_the_most_probable_ids_are_those_of_topk(vocabulary):
+    logits = torch.randn(7, vocabulary, generator=torch.Generator().manual_seed(0))
+    values, ids = most_probable(logits, 8)
+    expected = logits.topk(8, -1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices)

@@ -10,7 +10,7 @@ from torch import Tensor
 from accel.decoding.context import Context
 from accel.decoding.sampling import Sampling
 from accel.decoding.targets.base import Target
-from accel.decoding.tree import Draws, DraftTree
+from accel.decoding.tree import DraftTree, Draws
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,14 @@ class Drafter(ABC):
 
     What it learns while it runs is its memory, which sequences share; what it keeps of one sequence is in the
     context's state, under the drafter itself. observes: how many of the most probable ids after every verified node it
-    learns from. needs_draft_model: whether it cannot do without one.
+    learns from; observes_probs: whether their probabilities, too. needs_draft_model: whether it cannot do without one;
+    needs_hidden: whether it reads that model's hidden states.
     """
 
     observes: ClassVar[int] = 0
+    observes_probs: ClassVar[bool] = True
     needs_draft_model: ClassVar[bool] = False
+    needs_hidden: ClassVar[bool] = False
 
     def draws(self, sampling: Sampling) -> Draws:
         """How the children of a node are chosen."""

@@ -166,7 +166,9 @@ class LlamaTarget(Target):
             starts[0] if count == 1 and not compiled else None,
             allowed.shape[-1],
         )
-        mask = self._mask(allowed, always=compiled)
+        # One token behind what is committed attends to all that lies there; one behind nodes that wait does not.
+        alone = count == width == 1 and len(self.depths(slots[0])) == 1
+        mask = None if alone and not compiled else self._mask(allowed)
         with torch.no_grad():
             forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
             hidden = forward(ids, positions, mask, where)
@@ -174,10 +176,8 @@ class LlamaTarget(Target):
                 return Pass(hidden[:0, None], hidden[:0, None])
             return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)))
 
-    def _mask(self, allowed: Tensor, always: bool) -> Tensor | None:
+    def _mask(self, allowed: Tensor) -> Tensor:
         """Additive mask (B, 1, G * N, L): query heads of one key head stand as rows of their own below each other."""
-        if allowed.shape[1] == 1 and len(allowed) == 1 and not always:
-            return None  # one token, which attends to all that lies there
         groups = self._heads // self._kv_heads
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
         return mask[:, None].repeat(1, 1, groups, 1)

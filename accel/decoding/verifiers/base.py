@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.decoding.context import Context
-from accel.decoding.tree import ROOT, Draws, DraftTree
+from accel.decoding.tree import ROOT, DraftTree, Draws
 
 
 @dataclass(frozen=True)

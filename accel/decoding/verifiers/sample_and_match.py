@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from accel.decoding.sampling import draw
-from accel.decoding.tree import Draws, DraftTree
+from accel.decoding.tree import DraftTree, Draws
 from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
 
 

@@ -1,0 +1,217 @@
+"""The job on a tiny checkpoint, whose prompts are token ids, in this process, on the session's Ray."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from accel.models.checkpoint import resolve
+from jobs.cli import main
+from tests.jobs.report import last_report
+from tests.models import tiny
+
+PROMPTS = {f"p{number}": row for number, row in enumerate(tiny.tokens(5, 8).tolist())}
+METRICS = {
+    "mean_acceptance_length",
+    "draft_acceptance_rate",
+    "num_draft_tokens",
+    "num_accepted_draft_tokens",
+    "num_spec_steps",
+    "tokens_per_second",
+    "target_efficiency",
+    "draft_share",
+    "target_share",
+    "verify_share",
+    "distinct_share",
+    "seconds",
+    "cpu_seconds",
+    "peak_rss_bytes",
+}
+
+
+def lines(path):
+    """Objects of a JSON Lines file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write(path, prompts):
+    """A file of prompts by id."""
+    path.write_text("".join(json.dumps({"id": key, "prompt": prompt}) + "\n" for key, prompt in prompts.items()))
+    return path
+
+
+def decode(source, **changes):
+    """Exit code of a quick run with drafts by prompt lookup."""
+    options = {
+        "target": source,
+        "drafter": "prompt_lookup",
+        "prompts": "prompts.jsonl",
+        "output": "out.jsonl",
+        "max_new_tokens": 12,
+        "draft_tokens": 4,
+        "dtype": "float32",
+    }
+    return main(["decode", *(f"{key}={value}" for key, value in (options | changes).items())])
+
+
+@pytest.mark.ray
+def test_every_prompt_gets_a_result_and_the_run_its_figures_and_a_second_run_adds_what_is_missing(
+    source, folder, capsys, ray_session
+):
+    write(folder / "prompts.jsonl", dict(list(PROMPTS.items())[:3]))
+    assert decode(source) == 0
+    report, run_dir = last_report(capsys)
+    first = {record["id"]: record for record in lines("out.jsonl")}
+    assert {key: record["prompt_token_ids"] for key, record in first.items()} == dict(list(PROMPTS.items())[:3])
+    for record in first.values():
+        assert record["completion"] is None, "there is no tokenizer"
+        assert len(record["token_ids"]) == record["figures"]["num_tokens"] == 12
+        assert record["ended"] == "length"
+    metrics = report["metrics"]
+    assert set(metrics) >= METRICS
+    assert metrics["num_tokens"] == 36
+    assert metrics["mean_acceptance_length"] == pytest.approx(36 / metrics["num_spec_steps"])
+    assert sum(report["acceptance_histogram"]) == metrics["num_spec_steps"]
+    assert len(report["acceptance_per_position"]) == len(report["acceptance_histogram"]) - 1
+    assert {row["id"] for row in report["prompts"]} == set(first)
+    assert report["output"] == "out.jsonl"
+    assert {"acceptance.png", "time.png", "config.yaml", "hasten.log"} <= {path.name for path in run_dir.iterdir()}
+
+    # As a run leaves it that was killed: a result is missing, and another was cut off in the middle.
+    before = Path("out.jsonl").read_bytes().splitlines(keepends=True)
+    Path("out.jsonl").write_bytes(before[0] + before[1] + before[2][:40])
+    write(folder / "prompts.jsonl", PROMPTS)
+    assert decode(source) == 0
+    again, _ = last_report(capsys)
+    found = Path("out.jsonl").read_bytes().splitlines(keepends=True)
+    assert found[:2] == before[:2]
+    second = {record["id"]: record for record in lines("out.jsonl")}
+    assert len(found) == len(second) == 5
+    assert {key: second[key]["token_ids"] for key in first} == {key: first[key]["token_ids"] for key in first}
+    assert (again["metrics"]["prompts"], again["metrics"]["prompts_kept"]) == (5, 2)
+    assert again["metrics"]["num_tokens"] == 60
+    assert sum(again["acceptance_histogram"]) == sum(record["figures"]["num_spec_steps"] for record in second.values())
+
+    # Nothing is missing: no actor starts, and the figures are the same.
+    assert decode(source) == 0
+    last, _ = last_report(capsys)
+    assert last["metrics"]["tokens_per_second"] is None
+    assert last["acceptance_histogram"] == again["acceptance_histogram"]
+
+    assert decode(source, max_new_tokens=13) == 2
+    assert "out.jsonl was begun with other settings (max_new_tokens: 12, now 13): " in capsys.readouterr().err
+    write(folder / "prompts.jsonl", PROMPTS | {"p0": PROMPTS["p1"]})
+    assert decode(source) == 2
+    assert "has a result of another prompt with the id 'p0'" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_what_a_drafter_learned_is_kept_and_drawn_tokens_depend_on_the_seed_and_the_id_alone(
+    source, folder, capsys, ray_session
+):
+    write(folder / "prompts.jsonl", PROMPTS)
+    options = {"drafter": "token_recycling", "temperature": 1.0, "memory": "memory.safetensors"}
+    assert decode(source, **options) == 0
+    cold, _ = last_report(capsys)
+    assert decode(source, **options, output="warm.jsonl", in_flight=1) == 0
+    warm, _ = last_report(capsys)
+    assert warm["metrics"]["num_draft_tokens"] > cold["metrics"]["num_draft_tokens"]
+    assert decode(source, draft_tokens=0, temperature=1.0, output="plain.jsonl", stream="true") == 0
+    printed = capsys.readouterr().out.splitlines()
+    found = [{record["id"]: record["token_ids"] for record in lines(name)} for name in ("out.jsonl", "warm.jsonl")]
+    plain = {record["id"]: record["token_ids"] for record in lines("plain.jsonl")}
+    assert found == [plain, plain]
+    assert len({tuple(ids) for ids in plain.values()}) == 5
+    assert printed[10] == "completions: plain.jsonl"
+    assert printed[:2] == ["--- p0", " ".join(map(str, plain["p0"])) + " "]
+    assert decode(source, memory="memory.safetensors", output="other.jsonl") == 2
+    assert "memory.safetensors was learned by TokenRecycling, and the drafter is Prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def other(folder):
+    """The embedded draft model with another tokenizer: two entries changed places, one is gone."""
+    path = folder / "other"
+    shutil.copytree(resolve("embedded:draft"), path)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["def"], vocabulary["class"] = vocabulary["class"], vocabulary["def"]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return path
+
+
+GOOD = '{"id": 1, "prompt": "import os"}\n'
+WRONG = {
+    "no file": (None, {}, ["prompts=prompts.jsonl cannot be read", "No such file"]),
+    "an empty file": ("\n\n", {}, ["prompts=prompts.jsonl is empty", "JSON Lines"]),
+    "no JSON": (GOOD + "\nimport os\n", {}, ["prompts=prompts.jsonl, line 3 is not JSON"]),
+    "no object": (GOOD + "[1]\n", {}, ["line 2 is JSON, but no object"]),
+    "no prompt": ('{"question": "why"}\n', {}, ["line 1 has no 'prompt', only question", "prompt_field=NAME"]),
+    "no text": ('{"prompt": 3}\n', {}, ["line 1 has a 'prompt' that is neither text nor a list of token ids"]),
+    "empty": (GOOD + '{"prompt": ""}\n', {}, ["line 2 has an empty 'prompt'", "one token"]),
+    "foreign id": ('{"prompt": [5, 4096]}\n', {}, ["line 1 holds token id 4096", "(0 to 4095)"]),
+    "an id twice": (GOOD + '{"prompt": "a"}\n' + GOOD, {}, ["has the id '1' twice, in lines 1 and 3"]),
+    "too long": (
+        json.dumps({"prompt": [5] * 2000}) + "\n",
+        {"max_new_tokens": "49"},
+        ["line 1: the prompt '1' has 2000 tokens", "max_new_tokens=49", "context of 2048"],
+    ),
+    "temperature": (GOOD, {"temperature": "-1"}, ["temperature=-1", "0 or more"]),
+    "top_p": (GOOD, {"top_p": "0"}, ["top_p=0.0 is wrong", "above 0 and at most 1"]),
+    "penalty": (GOOD, {"repetition_penalty": "0"}, ["repetition_penalty=0.0 is wrong", "above 0"]),
+    "a stop outside": (GOOD, {"stop": "[4096]"}, ["stop=[4096] holds 4096", "(0 to 4095)"]),
+    "trees for a chain's verifier": (
+        GOOD,
+        {"drafter": "token_recycling", "verifier": "speculative_sampling", "temperature": "1"},
+        ["verifier=speculative_sampling takes chains only"],
+    ),
+    "drawn drafts that are shared": (
+        GOOD,
+        {"temperature": "1", "drafter": "draft_model", "verifier": "speculative_sampling", "placement": "shared"},
+        ["placement=shared does not go with verifier=SpeculativeSampling", "placement=private"],
+    ),
+    "no draft model": (GOOD, {"drafter": "draft_model", "draft": "null"}, ["drafter=DraftModel needs", "draft=PATH"]),
+    "no such target": (GOOD, {"target": "nowhere"}, ["target='nowhere' does not exist", "a checkpoint folder"]),
+    "no such draft": (GOOD, {"drafter": "draft_model", "draft": "nowhere"}, ["draft='nowhere' does not exist"]),
+    "another tokenizer": (
+        GOOD,
+        {"drafter": "draft_model", "draft": "other"},
+        ["different tokenizers: 4096 and 4096 entries, 2 with another id", "'class'", "in target", "in draft"],
+    ),
+    "output of somebody else": (GOOD, {"output": "prompts.jsonl"}, ["output=prompts.jsonl holds something else"]),
+    "output is a folder": (GOOD, {"output": "other"}, ["output=other is no file"]),
+    "no memory": (GOOD, {"memory": "prompts.jsonl"}, ["memory=prompts.jsonl cannot be read as what a drafter learned"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_is_one_line_that_leaves_nothing_behind(case, folder, other, capsys):
+    text, options, words = WRONG[case]
+    if text is not None:
+        (folder / "prompts.jsonl").write_text(text)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    options = {"prompts": "prompts.jsonl", "drafter": "prompt_lookup"} | options
+    assert main(["decode", *(f"{key}={value}" for key, value in options.items())]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hasten: error: ")
+    assert captured.err.count("\n") == 1
+    assert [word for word in words if word not in captured.err] == [], captured.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_text_for_a_target_without_a_tokenizer_is_refused(source, folder, capsys):
+    (folder / "prompts.jsonl").write_text(GOOD)
+    assert decode(source) == 2
+    assert "line 1 is text, and the target's folder has no tokenizer: give lists of" in capsys.readouterr().err
+    assert decode(source, prompts="null") == 2
+    assert "prompts=null is text" in capsys.readouterr().err
+
+
+def test_a_vocabulary_of_another_size_is_refused(source, folder, capsys):
+    write(folder / "prompts.jsonl", PROMPTS)
+    assert decode(source, drafter="draft_model", draft="embedded:draft") == 2
+    err = capsys.readouterr().err
+    assert f"has a vocabulary of {tiny.VOCABULARY} and draft=" in err
+    assert "one of 4096" in err
