@@ -40,12 +40,14 @@ class Config(Run):
     prompt_tokens: int = option(384, "tokens of a prompt that are used, the last ones", at_least=2)
     max_new_tokens: int = option(64, "tokens to decode for every prompt", at_least=1)
     drafters: list[str] = option([], "drafters in the table; [] is all that there are")
+    head: str | None = option(None, "acceptance head of specdec_pp; null is the one beside the draft model")
     max_draft_tokens: int = option(32, "largest tree", at_least=1)
     in_flight: int = option(8, "sequences at once in the second table", at_least=2)
     dtype: str = option("float32", "dtype of both models", choices=DTYPES)
     device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)
     compiled: bool = option(False, "compile the fast path; takes a while for every size of a tree")
     sampled: bool = option(True, "compare sampled drafters, too")
+    shared: bool = option(True, "compare a drafter that two workers share with one in each")
     threads: int = option(1, "threads", at_least=1)
     document: str | None = option(None, "Markdown file for the tables; null is docs/benchmarks.md of the checkout")
 
@@ -101,6 +103,10 @@ def run(config: Config) -> Path:
             sampled = bench.sampled(first)
             parts.append(_sampled_table(sampled))
             metrics |= {f"sampled.{name}": length for name, (length, _) in sampled.items()}
+        if config.shared:
+            shared = _shared(config, folder)
+            parts.append(_shared_table(shared))
+            metrics |= {f"shared.{name}": length for name, (length, _) in shared.items()}
         metrics |= {"cpu_seconds": process_time(), "peak_rss_bytes": peak_rss_bytes()}
         text = "\n\n".join(parts)
         replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
@@ -171,6 +177,8 @@ class _Bench:
         from jobs.methods import CONF, build
 
         found = build(yaml.safe_load((CONF / "drafter" / f"{name}.yaml").read_text(encoding="utf-8")))
+        if name == "specdec_pp":
+            options = {"head": self._config.head, **(options or {})}
         return replace(found, **options) if options else found
 
     def _engine(self, drafter: Any, in_flight: int = 1, policy: Any = None, verifier: Any = None) -> Any:
@@ -320,6 +328,43 @@ class _Bench:
         from jobs.methods import CONF, build
 
         return build(yaml.safe_load((CONF / "verifier" / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _shared(config: Config, folder: Path) -> dict[str, tuple[float, float]]:
+    """Mean acceptance length and tokens per second of two workers with an ADED drafter each, and with one of both."""
+    from jobs.benchmarks._runs import hasten_job
+
+    options: dict[str, Any] = {
+        "target": config.target,
+        "drafter": "aded",
+        "draft_tokens": _SAMPLED_BUDGET,
+        "max_new_tokens": config.max_new_tokens,
+        "workers": 2,
+        "in_flight": 2,
+        "threads": config.threads,
+        "dtype": config.dtype,
+        "device": config.device,
+        "ignore_eos": "true",
+        "overwrite": "true",
+    }
+    if config.prompts:
+        path, _, field = config.prompts[0].rpartition(":")
+        options |= {"prompts": path, "prompt_field": field}
+    found = {}
+    for placement in ("private", "shared"):
+        LOG.info("two workers, placement=%s", placement)
+        report, _ = hasten_job("decode", folder / placement, {**options, "placement": placement})
+        metrics = report["metrics"]
+        found[placement] = metrics["mean_acceptance_length"], metrics["tokens_per_second"]
+    return found
+
+
+def _shared_table(shared: Mapping[str, tuple[float, float]]) -> str:
+    rows = [[name, f"{length:.3f}", f"{rate:.0f}"] for name, (length, rate) in shared.items()]
+    return (
+        f"ADED in two workers over all prompts of the first file, {_SAMPLED_BUDGET} nodes, memory empty at first:\n\n"
+        + table(["placement", "mean acceptance length", "tokens/s"], rows)
+    )
 
 
 def _count(row: _Row, seconds: float, found: list[int], expected: list[int]) -> None:
