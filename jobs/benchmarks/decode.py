@@ -91,6 +91,7 @@ def run(config: Config) -> Path:
         for label, prompts in bench.prompts.items():
             rows, distinct = bench.speeds(prompts)
             parts.append(_speed_table(label, rows, len(prompts) - 1, config.max_new_tokens, distinct))
+            LOG.info("%s", parts[-1])
             metrics |= _speed_metrics(label, rows)
         first = next(iter(bench.prompts.values()))[1:]
         flights = bench.flights(first)
@@ -138,6 +139,8 @@ class _Bench:
 
         def load(folder: Path) -> Any:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            # As many tokens from every way to decode: none stops before the others.
+            model.generation_config.eos_token_id = None
             return model.to(self._device).eval()
 
         self._model, self._assistant = load(target), load(draft)
@@ -205,7 +208,6 @@ class _Bench:
             given,
             attention_mask=torch.ones_like(given),
             max_new_tokens=new,
-            min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
             **options,

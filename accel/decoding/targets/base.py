@@ -146,13 +146,18 @@ class Target(ABC):
         starts = [len(self._slots[slot]) for slot in slots]
         if max(starts) + width > self.capacity:
             raise UserError(f"{max(starts) + width} tokens do not fit the cache's capacity={self.capacity}")
-        ids = torch.zeros(len(slots), width, dtype=torch.long)
-        positions = torch.zeros(len(slots), width, dtype=torch.long)
         total = max(starts) + width
-        # On the CPU, where many small writes are cheap; one copy takes it to the device.
-        allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
-        for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
-            self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
+        held = self._slots[slots[0]]
+        if len(slots) == width == 1 and not held.waiting:  # plain decoding, whose passes are short
+            ids, positions = torch.tensor([list(tokens[0])]), torch.tensor([[total - 1]])
+            allowed = torch.ones(1, 1, total, dtype=torch.bool)
+            held.waiting, held.parents, held.depths = list(tokens[0]), list(parents[0]), [0]
+        else:
+            # On the CPU, where many small writes are cheap; one copy takes it to the device.
+            ids, positions = torch.zeros(2, len(slots), width, dtype=torch.long)
+            allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
+            for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
+                self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
         ids, positions, allowed = (each.to(self.device) for each in (ids, positions, allowed))
         return self._run(slots, starts, ids, positions, allowed, logits)
 

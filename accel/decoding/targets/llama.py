@@ -43,8 +43,8 @@ class _Where(NamedTuple):
     """
 
     held: slice | list[int]
-    rows: Tensor
-    places: Tensor
+    rows: Tensor | None
+    places: Tensor | None
     start: int | None
     total: int
 
@@ -158,23 +158,23 @@ class LlamaTarget(Target):
             # As many places as the cache has, or a power of two of them: a shape is compiled once.
             total = min(self.capacity, max(_SHORTEST, 1 << (allowed.shape[-1] - 1).bit_length()))
             allowed = F.pad(allowed, (0, total - allowed.shape[-1]))
-        places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
-        where = _Where(
-            slice(first, first + count) if neighbours else list(slots),
-            torch.tensor(slots)[:, None].to(self.device),
-            places,
-            starts[0] if count == 1 and not compiled else None,
-            allowed.shape[-1],
-        )
+        start = starts[0] if count == 1 and not compiled else None
+        rows = places = None
+        if start is None:
+            rows = torch.tensor(slots)[:, None].to(self.device)
+            places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
+        held = slice(first, first + count) if neighbours else list(slots)
+        where = _Where(held, rows, places, start, allowed.shape[-1])
         # One token behind what is committed attends to all that lies there; one behind nodes that wait does not.
         alone = count == width == 1 and len(self.depths(slots[0])) == 1
         mask = None if alone and not compiled else self._mask(allowed)
-        with torch.no_grad():
+        # Without the books that autograd keeps of views, which are a good part of a small model's pass.
+        with torch.no_grad() if compiled else torch.inference_mode():
             forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
             hidden = forward(ids, positions, mask, where)
             if not logits:
                 return Pass(hidden[:0, None], hidden[:0, None])
-            return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)))
+            return Pass(*(each.unflatten(0, (count, width)) for each in (self._head(hidden), hidden)))
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """Additive mask (B, 1, G * N, L): query heads of one key head stand as rows of their own below each other."""
