@@ -1,7 +1,8 @@
 """Decoding on a cluster: verifiers, each with the target, share the prompts; drafters are theirs or serve them all.
 
 Every prompt ends with exactly one result. Results are streamed as they finish; the prompts of an actor that was lost
-start again elsewhere, and give the same tokens, as everything random in a prompt comes from its own seed.
+start again elsewhere, and give the same tokens where no draft decides them (greedily, or with sample and match), as
+everything random in a prompt comes from its own seed.
 """
 
 import logging
@@ -288,13 +289,14 @@ class Decoders:
         """Start the actors, load the models, and choose where drafters are; UserError where something is wrong."""
         if self._verifiers:
             return
-        self._check_gpus()
+        self._check_resources()
         try:
             maybe = self._placement == "shared" or (
                 self._placement == "auto"
                 and self._count > 1
                 and self._spec.drafter is not None
                 and learns(self._spec.drafter)
+                and self._gpus_needed(shared=True) <= _gpus_there()
             )
             if maybe:
                 self._drafters = [self._start_drafter(number) for number in range(self._drafter_count)]
@@ -426,16 +428,24 @@ class Decoders:
         results = decode.remote(taken, self._line(worker), self._on_tokens is not None)
         return _Lot(worker, {request.id: request for request in taken}, results)
 
-    def _check_gpus(self) -> None:
-        """Ray would wait for ever for GPUs that there are not."""
+    def _check_resources(self) -> None:
+        """Ray would wait for ever for processors that there are not."""
         import ray
 
-        drafter = self._spec.drafter
-        with_model = self._placement == "shared" and drafter is not None and drafter.needs_draft_model
-        needed = self._gpus * (self._count + (self._drafter_count if with_model else 0))
-        there = ray.cluster_resources().get("GPU", 0)
+        cpus, has = self._count * self._spec.threads, ray.cluster_resources().get("CPU", 0)
+        if cpus > has:
+            raise UserError(
+                f"workers={self._count} of threads={self._spec.threads} need {cpus} CPUs, and Ray has {has:g}"
+            )
+        needed, there = self._gpus_needed(self._placement == "shared"), _gpus_there()
         if needed > there:
             raise UserError(f"workers={self._count} need {needed:g} GPUs with their drafters, and Ray has {there:g}")
+
+    def _gpus_needed(self, shared: bool) -> float:
+        """Of all actors, with drafters of their own or shared ones."""
+        drafter = self._spec.drafter
+        with_model = shared and drafter is not None and drafter.needs_draft_model
+        return self._gpus * (self._count + (self._drafter_count if with_model else 0))
 
     def _line(self, worker: int) -> Address | None:
         """Where the drafter of a verifier is."""
@@ -532,6 +542,12 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+
+
+def _gpus_there() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def _kill(actors: Iterable[Any]) -> None:

@@ -7,7 +7,7 @@ probabilities of its most probable tokens. Distributions over the vocabulary do 
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -271,6 +271,8 @@ class RemoteDrafter(Drafter):
     nothing is drafted. Trees come without distributions: only verifiers that do not read them, and deterministic
     drafts, are right.
     """
+
+    is_elsewhere: ClassVar[bool] = True
 
     def __init__(self, inner: Drafter) -> None:
         self._inner = inner

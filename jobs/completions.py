@@ -1,5 +1,6 @@
 """Results of `hasten decode` in JSON Lines: each is written as it finishes, and a run started again keeps them."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -27,9 +28,12 @@ class Completions:
             return {}
         if not self._meta.is_file():
             raise UserError(f"output={self.path} holds something else: give a file that is new or empty")
-        differing = _differences(json.loads(self._meta.read_text(encoding="utf-8")), self._settings)
         if self._overwrite:
             return {}
+        try:
+            differing = _differences(json.loads(self._meta.read_bytes()), self._settings)
+        except ValueError:
+            raise UserError(f"{self._meta} is no JSON: give another output, or overwrite=true to start again") from None
         if differing:
             raise UserError(
                 f"output={self.path} was begun with other settings ({'; '.join(differing)}): run with those, "
@@ -41,6 +45,12 @@ class Completions:
     def __enter__(self) -> Self:
         """Make the file ready: what an earlier run left half written goes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(f"another run writes output={self.path}: wait for it, or give another output") from None
         if self._overwrite or self._is_new():
             # Emptied first: killed in between, it is a new one.
             self.path.write_bytes(b"")
@@ -48,13 +58,16 @@ class Completions:
         else:
             _, whole = self._lines()
             os.truncate(self.path, whole)
-        self._file = self.path.open("ab")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # a full disk again, with what could not be written before
+            if error is None:
+                raise
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a result; once this returns it is on the disk."""

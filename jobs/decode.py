@@ -13,6 +13,8 @@ from jobs.prompts import Prompt
 from jobs.schema import DecodeConfig
 
 _LOG = logging.getLogger(__name__)
+# Prompts whose figures go to MLflow, a call each; the report has all of them.
+_TRACKED_PROMPTS = 1000
 # Of a prompt, in the report.
 _PROMPT_FIGURES = ("num_tokens", "mean_acceptance_length", "draft_acceptance_rate", "tokens_per_second")
 
@@ -71,7 +73,7 @@ def run(config: DecodeConfig) -> Path:
         if decoders is not None:
             metrics |= _decode(config, plan, decoders, records)
             metrics |= _check_ties(config, plan, decoders, records)
-            _save_learned(config, decoders)
+            _save_learned(config, plan.spec.vocabulary, decoders)
             used = decoders.close()
         rows = [records[each.key] for each in plan.prompts]
         total = _total(rows)
@@ -90,7 +92,7 @@ def run(config: DecodeConfig) -> Path:
             "prompts": [_row(record) for record in rows],
             "output": str(plan.completions.path),
         }
-        for step, row in enumerate(report["prompts"]):
+        for step, row in enumerate(report["prompts"][:_TRACKED_PROMPTS]):
             tracker.metrics({"prompt": {key: row[key] for key in row if key != "id"}}, step)
         _figures(total, run_dir, tracker)
         path = tracker.report(report)
@@ -141,7 +143,9 @@ def _plan(config: DecodeConfig) -> _Plan:
         prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, config.prompt_field, config.id_field)
     check_lengths(prompts, config.max_new_tokens, context_length(target))
     dtype, *other_dtypes = dtype_choices(config.dtype, device)
-    learned = load_learned(Path(config.memory), config.drafter) if config.memory and drafter is not None else None
+    learned = None
+    if config.memory and drafter is not None:
+        learned = load_learned(Path(config.memory), config.drafter, vocabulary)
     spec = Spec(
         target=target,
         vocabulary=vocabulary,
@@ -340,14 +344,14 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _save_learned(config: DecodeConfig, decoders: Any) -> None:
+def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Any) -> None:
     from jobs.prompts import save_learned
 
     if config.memory is None:
         return
     learned = decoders.learned()
     if learned:
-        save_learned(Path(config.memory), config.drafter, learned)
+        save_learned(Path(config.memory), config.drafter, vocabulary, learned)
     else:
         _LOG.warning("memory=%s is not written, as this drafter learns nothing", config.memory)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any, TypeGuard
 
 from accel.errors import UserError
 
+# JSON can hold half of a pair of surrogates, which neither a tokenizer nor a file takes.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_LEARNED = ("drafter", "vocabulary")  # what a file of a drafter's memory says of itself
 _LIBRARY_PROMPTS = 16
 _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
 
@@ -140,7 +144,7 @@ def read_recorded(path: Path, vocabulary: int) -> list[tuple[list[int], int]]:
     found: list[tuple[list[int], int]] = []
     for number, record in read_records("recorded", path):
         prompt, completion = record.get("prompt_token_ids"), record.get("token_ids")
-        if not (_are_ids(prompt, vocabulary) and _are_ids(completion, vocabulary)):
+        if not (prompt and _are_ids(prompt, vocabulary) and _are_ids(completion, vocabulary)):
             raise UserError(
                 f"recorded={path}, line {number} has no prompt_token_ids and token_ids below {vocabulary}: "
                 "give a file that hasten decode wrote with this target"
@@ -152,7 +156,7 @@ def read_recorded(path: Path, vocabulary: int) -> list[tuple[list[int], int]]:
 def read_records(option: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of every line that is not blank; UserError where one is no JSON object, or there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UserError(f"{option}={path} cannot be read ({reason}): give a file of JSON Lines") from None
@@ -167,6 +171,10 @@ def read_records(option: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
             raise UserError(f"{option}={path}, line {number} is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f'{option}={path}, line {number} is JSON, but no object such as {{"prompt": "text"}}')
+        if "\\ud" in line.lower() and _HALF_CHARACTER.search(json.dumps(record, ensure_ascii=False)):
+            raise UserError(
+                f"{option}={path}, line {number} holds half a character (\\ud800 to \\udfff), which is no text"
+            )
         yield number, record
     if empty:
         raise UserError(f"{option}={path} is empty: give JSON Lines, an object in each")
@@ -177,31 +185,40 @@ def prompt_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "big")
 
 
-def load_learned(path: Path, drafter: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors that an earlier run of the same drafter saved; none where there is no file yet."""
+def load_learned(path: Path, drafter: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Tensors that an earlier run of the same drafter saved; none where there is no file yet.
+
+    vocabulary: of the target, which must know the ids that were learned.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         return {}
     try:
         with safe_open(path, "pt") as file:
-            made_by = json.loads((file.metadata() or {}).get("drafter", "null"))
+            note = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key in _LEARNED}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (SafetensorError, OSError) as error:
         raise UserError(f"memory={path} cannot be read as what a drafter learned: {error}") from None
+    made_by, known = (note.get(key) for key in _LEARNED)
     if made_by != drafter:
         raise UserError(f"memory={path} was learned by {_shown(made_by)}, and the drafter is {_shown(drafter)}")
+    if known not in (None, vocabulary):
+        raise UserError(
+            f"memory={path} was learned from a target with a vocabulary of {known}, and this one has {vocabulary}: "
+            "give another memory"
+        )
     return tensors
 
 
-def save_learned(path: Path, drafter: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def save_learned(path: Path, drafter: Mapping[str, Any], vocabulary: int, tensors: Mapping[str, Any]) -> None:
     """Keep what a drafter learned, whole or not at all."""
     from safetensors.torch import save_file
 
     from accel.compression.folder import write_whole
 
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    note = {"drafter": json.dumps(drafter, sort_keys=True)}
+    note = {"drafter": json.dumps(drafter, sort_keys=True), "vocabulary": json.dumps(vocabulary)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(kept, temporary, metadata=note))
 

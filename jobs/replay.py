@@ -104,7 +104,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
         dtype = resolve_dtype(config.dtype, device)
         load = partial(load_target, draft, dtype, device, config.path, drafter.needs_hidden)
     models = Models(vocabulary, load, draft)
-    learned = load_learned(Path(config.memory), config.drafter) if config.memory else {}
+    learned = load_learned(Path(config.memory), config.drafter, vocabulary) if config.memory else {}
     sequences = _sequences(config, target, vocabulary)
 
     def replayed(budget: int) -> Any:

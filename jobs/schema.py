@@ -255,7 +255,9 @@ class DecodeConfig(Run):
     max_draft_tokens: int = option(32, "tokens drafted for a pass at most, where they are measured", at_least=1)
     in_flight: int = option(8, "prompts that a worker decodes at once; 1 is fastest for each of them", at_least=1)
     prefill_chunk: int = option(512, "tokens of a prompt that are read at once", at_least=1)
-    memory_bytes: int | None = option(None, "bytes that the caches of a worker may take; null is no bound", at_least=1)
+    memory_bytes: int | None = option(
+        None, "bytes that a worker's target may take for caches and logits; null is no bound", at_least=1
+    )
     stream: bool = option(False, "print tokens as they come, one prompt after the other, by one worker")
     memory: str | None = option(
         None, "file of what the drafter learned: it starts from it, where there is one, and writes it at the end"

@@ -1,8 +1,12 @@
-"""What all tests share: one Ray for the whole session, started when the first test asks for it."""
+"""What all tests share: one thread, and one Ray for the whole session, started when the first test asks for it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch is imported: threads that wait for each other on a busy machine make tests take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

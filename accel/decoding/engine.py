@@ -84,7 +84,8 @@ class Engine:
         self._stop = frozenset(stop)
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._most = memory_bytes, self.policy.most
-        self._clock = clock(target)
+        # This process's own time would leave out what a drafter elsewhere takes.
+        self._clock = perf_counter if drafter is not None and drafter.is_elsewhere else clock(target)
         self._running: list[_Running] = []
 
     def refusal(self, sampling: Sampling) -> str | None:
@@ -138,7 +139,9 @@ class Engine:
         self.target.prefill(slot, context.tokens[:-1], self._chunk)
         running.figures.prefill_seconds = perf_counter() - started
         if self.drafter is not None:
+            begun = perf_counter()
             self.drafter.begin(context, self.memory)
+            running.figures.draft_seconds = perf_counter() - begun
         self._running.append(running)
 
     def _step(self) -> None:

@@ -46,11 +46,6 @@ class Figures:
         self.target_seconds += target_seconds
         self.verify_seconds += verify_seconds
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of prefill and decoding."""
-        return self.prefill_seconds + self.draft_seconds + self.target_seconds + self.verify_seconds
-
     @classmethod
     def total(cls, each: Iterable["Figures"]) -> "Figures":
         """Sum over sequences."""

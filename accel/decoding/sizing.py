@@ -216,8 +216,11 @@ class Adaptive(Policy):
 
     def budget(self, sequences: int) -> int:
         """Nodes to ask a drafter for: those that may pay for drafting them, or none while drafting does not pay."""
+        if not self._rate:
+            self._rate = self._plain_rate(sequences)
+        elif sequences != self._sequences:  # what drafting gives above plain decoding stays about the same
+            self._rate *= self._plain_rate(sequences) / self._plain_rate(self._sequences)
         self._sequences = sequences
-        self._rate = self._rate or sequences / self.costs.seconds(1, sequences)
         self._passes += 1
         self._asked = 0
         if self._paused:
@@ -289,6 +292,8 @@ class Adaptive(Policy):
 
     def _decide(self, advantage: float) -> None:
         """Stop drafting for a while where it does not pay: longer each time, until it pays again."""
+        if self._paused:  # another sequence of this pass decided
+            return
         self._advantage += 0.1 * (advantage - self._advantage)
         self._left -= 1
         if self._left > 0:
@@ -298,6 +303,9 @@ class Adaptive(Policy):
             self._left, self._advantage = _PROBES, 0.0
         else:
             self._pause = _FIRST_PAUSE
+
+    def _plain_rate(self, sequences: int) -> float:
+        return sequences / self.costs.seconds(1, sequences)
 
     def _worth(self, nodes: int, gain: float, sequences: int) -> float:
         """Tokens that a sequence's pass over so many nodes gives above what its time gives anyway."""

@@ -112,5 +112,5 @@ class DraftTree:
             self.draws,
             probs,
             None if self.counts is None else [self.counts[node] for node in nodes],
-            None if self.labels is None else [self.labels[node] for node in nodes],
+            [self.label(node) for node in nodes],  # ranks among siblings that may be left out
         )

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+from accel.errors import UserError
 from jobs.benchmarks._markdown import default_document, replace_section, table
 from jobs.schema import DEVICES, DTYPES, MODEL, Run, option
 
@@ -17,7 +19,7 @@ HEADING = "decode: speculative decoding against transformers"
 # Drafters that are drawn, at temperature 1, each with the verifier that is made for it and a budget of so many nodes.
 _SAMPLED_BUDGET = 8
 _SAMPLED: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("draft_model", "speculative_sampling", {"length": 4}),
+    ("draft_model", "speculative_sampling", {"length": 8}),
     ("spectr", "recursive_rejection", {"paths": 2, "length": 4}),
     ("spectr", "k_sequential", {"paths": 2, "length": 4}),
     ("rsd_constant", "recursive_rejection", {"branching": (2, 1, 1, 1)}),
@@ -105,7 +107,7 @@ def run(config: Config) -> Path:
             parts.append(_sampled_table(sampled))
             metrics |= {f"sampled.{name}": length for name, (length, _) in sampled.items()}
         if config.shared:
-            shared = _shared(config, folder)
+            shared = _shared(config, folder, first)
             parts.append(_shared_table(shared))
             metrics |= {f"shared.{name}": length for name, (length, _) in shared.items()}
         metrics |= {"cpu_seconds": process_time(), "peak_rss_bytes": peak_rss_bytes()}
@@ -153,8 +155,6 @@ class _Bench:
 
     def _prompts(self) -> Iterator[tuple[str, list[list[int]]]]:
         """Prompts of every source, one more than asked for, which warms up."""
-        import json
-
         from accel.data.tokens import load_tokens
 
         config = self._config
@@ -163,14 +163,23 @@ class _Bench:
             yield "library", windows.tolist()
         for source in config.prompts:
             path, _, field = source.rpartition(":")
-            with Path(path).open(encoding="utf-8") as file:
-                texts = [json.loads(line)[field] for _, line in zip(range(config.count + 1), file, strict=False)]
+            try:
+                with Path(path).open(encoding="utf-8") as file:
+                    texts = [json.loads(line)[field] for _, line in zip(range(config.count + 1), file, strict=False)]
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"prompts={source} cannot be read as FILE:FIELD of JSON Lines: {error!r}") from error
+            if len(texts) < 2:
+                raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
             yield Path(path).stem, [self.tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
 
     def _names(self) -> list[str]:
         from jobs.methods import method_names
 
-        return self._config.drafters or method_names("drafter")
+        known = method_names("drafter")
+        unknown = [name for name in self._config.drafters if name not in known]
+        if unknown:
+            raise UserError(f"drafters={unknown[0]} is wrong: expected any of {', '.join(known)}")
+        return self._config.drafters or known
 
     def _drafter(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
         from dataclasses import replace
@@ -332,7 +341,7 @@ class _Bench:
         return build(yaml.safe_load((CONF / "verifier" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
-def _shared(config: Config, folder: Path) -> dict[str, tuple[float, float]]:
+def _shared(config: Config, folder: Path, prompts: Sequence[list[int]]) -> dict[str, tuple[float, float]]:
     """Mean acceptance length and tokens per second of two workers with an ADED drafter each, and with one of both."""
     from jobs.benchmarks._runs import hasten_job
 
@@ -349,9 +358,9 @@ def _shared(config: Config, folder: Path) -> dict[str, tuple[float, float]]:
         "ignore_eos": "true",
         "overwrite": "true",
     }
-    if config.prompts:
-        path, _, field = config.prompts[0].rpartition(":")
-        options |= {"prompts": path, "prompt_field": field}
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": ids}) + "\n" for ids in prompts), encoding="utf-8")
+    options["prompts"] = path
     found = {}
     for placement in ("private", "shared"):
         LOG.info("two workers, placement=%s", placement)

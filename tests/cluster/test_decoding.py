@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from accel.decoding.drafters.draft_model import DraftModel
+from accel.decoding.drafters.hierarchy import Hierarchy
 from accel.decoding.drafters.token_recycling import TokenRecycling
 from accel.decoding.engine import Engine, Request
 from accel.decoding.sampling import Sampling
@@ -109,3 +110,21 @@ def test_drawn_drafts_are_not_shared_with_a_verifier_that_reads_their_distributi
 def test_gpus_that_are_not_there_are_refused_and_not_waited_for(spec, ray_session):
     with pytest.raises(UserError, match=r"workers=2 need 2000 GPUs with their drafters, and Ray has \d"):
         Decoders(spec, workers=2, gpus=1000).prepare()
+
+
+def test_shared_drafters_with_a_model_count_among_the_gpus(spec, monkeypatch):
+    monkeypatch.setattr(decoding, "_gpus_there", lambda: 2.0)
+    hierarchy = dataclasses.replace(spec, drafter=Hierarchy(TokenRecycling()))
+    started = []
+    monkeypatch.setattr(Decoders, "_start_drafter", lambda pool, number: started.append(number))
+    monkeypatch.setattr(Decoders, "_start_verifier", lambda pool, worker: _stop())
+    monkeypatch.setattr(Decoders, "close", lambda pool: None)
+    with pytest.raises(StopIteration):
+        Decoders(hierarchy, workers=2, gpus=1).prepare()
+    assert started == [], "two verifiers have both GPUs"
+    with pytest.raises(UserError, match="workers=2 need 3 GPUs with their drafters, and Ray has 2"):
+        Decoders(hierarchy, workers=2, gpus=1, placement="shared").prepare()
+
+
+def _stop():
+    raise StopIteration

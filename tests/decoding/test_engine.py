@@ -1,6 +1,7 @@
 """The loop, on the embedded target: what comes out is the target's own, whatever is drafted."""
 
 from dataclasses import dataclass
+from time import sleep
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from accel.decoding.targets.loading import load_target
 from accel.decoding.tree import ROOT, DraftTree
 from accel.errors import UserError
 from accel.models.checkpoint import resolve
+from tests.decoding.markov import MarkovTarget
 
 PROMPTS = [
     "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path",
@@ -145,6 +147,30 @@ def test_a_bound_on_memory_cuts_trees_and_then_sequences(requests, expected):
     assert target.capacity == longest + 5
     with pytest.raises(UserError, match="memory_bytes=1000 is too little"):
         decoded(Engine(target, memory_bytes=1000), requests)
+
+
+@dataclass(frozen=True)
+class Elsewhere(Drafter):
+    """Takes 10 ms that are not this process's."""
+
+    is_elsewhere = True
+
+    def propose(self, context, memory, budget):
+        sleep(0.01)
+        return DraftTree()
+
+
+def test_the_time_of_a_drafter_in_another_process_counts():
+    class Noting(Fixed):
+        def drafted(self, nodes, seconds):
+            taken.append(seconds)
+
+    taken = []
+    torch.set_num_threads(1)
+    target = MarkovTarget(torch.zeros(3, 3))
+    decoded(Engine(target, Elsewhere(), policy=Noting(2)), [Request("0", [1], 3)])
+    assert len(taken) == 3
+    assert min(taken) >= 0.01
 
 
 def test_prompts_that_cannot_be_decoded_are_named(target):

@@ -65,6 +65,37 @@ def test_drafting_stops_where_drafts_cost_more_than_they_give():
     assert tokens / seconds > 0.9
 
 
+def test_sequences_of_one_pass_pause_once():
+    policy = Adaptive(STEEP, 8)
+    drafted = []
+    for _ in range(40):
+        budget = policy.budget(8)
+        drafted.append(budget > 0)
+        if budget:
+            policy.drafted(8 * budget, 100.0)
+            for _ in range(8):
+                tree = policy.select(DraftTree.chain([1] * budget), 8, whole=False)
+                policy.observe(Outcome(Context.start([0]), tree, [], 2))
+    first = drafted.index(False)
+    assert drafted[first:].index(True) == 16
+
+
+def test_the_last_sequence_drafts_as_if_it_had_been_alone():
+    policy = Adaptive(Costs({1: {1: 1.0, 17: 2.0}, 8: {1: 2.0, 17: 9.0}}), 16)
+    dice = random.Random(0)
+    drafted = []
+    for sequences in [8] * 200 + [1] * 10:
+        budget = policy.budget(sequences)
+        policy.drafted(budget * sequences, 0.0)
+        for _ in range(sequences):
+            tree = policy.select(DraftTree.chain([1] * budget), sequences, whole=False)
+            accepted = next((node for node in range(len(tree)) if dice.random() > 0.8), len(tree))
+            policy.observe(Outcome(Context.start([0]), tree, list(range(accepted)), 2))
+            drafted.append(len(tree))
+    # Alone it settles at five to six; with the rate of eight it began with three.
+    assert sum(drafted[-10:]) / 10 > 5
+
+
 def test_as_many_as_pay_in_between():
     # One token more costs 0.1 of a plain pass: at a chance of one half the fifth is worth 1/32.
     costs = Costs({1: {1: 1.0, 17: 2.6}})

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from jobs.cli import main
+from jobs.prompts import save_learned
 from tests.jobs.report import last_report
 
 
@@ -52,6 +54,18 @@ def test_the_librarys_text_is_replayed_with_a_draft_model(capsys):
     report, _ = last_report(capsys)
     assert report["metrics"]["num_tokens"] == 16
     assert 1 <= report["metrics"]["tokens_per_step"] <= 3
+
+
+def test_a_replay_starts_from_what_was_learned(folder, capsys):
+    path = record(folder / "out.jsonl", ([1], [2, 3, 4, 5]))
+    successors = torch.full((4096, 8), -1)
+    successors[1:5, 0] = torch.arange(2, 6)
+    drafter = {"_target_": "accel.decoding.drafters.token_recycling.TokenRecycling"}
+    save_learned(folder / "memory.safetensors", drafter, 4096, {"successors": successors})
+    words = ["replay", "drafter=token_recycling", f"recorded={path}", "budgets=[8]"]
+    for options, tokens in (([], 1), (["memory=memory.safetensors"], 4)):
+        assert main([*words, *options]) == 0
+        assert last_report(capsys)[0]["metrics"]["tokens_per_step"] == tokens
 
 
 WRONG = {

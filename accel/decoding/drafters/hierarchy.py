@@ -24,8 +24,8 @@ from accel.errors import UserError
 class Middle(SmallModel):
     """The draft model, and the inner drafter's memory."""
 
-    def __init__(self, target: Target, inner: Any) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, inner: Any, vocabulary: int | None = None) -> None:
+        super().__init__(target, vocabulary)
         self.inner = inner
 
     def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
@@ -96,7 +96,7 @@ class Hierarchy(Drafter):
         """The draft model, and what the inner drafter learns from it."""
         if models.draft is None:
             raise UserError("this drafter needs a draft model: give draft=PATH")
-        return Middle(models.draft(), self.drafter.new_memory(models))
+        return Middle(models.draft(), self.drafter.new_memory(models), models.vocabulary)
 
     def begin(self, context: Context, memory: Middle) -> None:
         """The inner drafter starts, too."""

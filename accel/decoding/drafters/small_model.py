@@ -24,12 +24,14 @@ Growth = Generator[tuple[Sequence[int], Sequence[int]], Tensor, DraftTree]
 class SmallModel:
     """A draft model that sequences take turns in; each has a slot, which follows what was committed.
 
-    A slot is free again when its sequence ended, or when nobody holds the sequence's context any more. last: the latest
-    pass; its rows are the contexts of the call.
+    A slot is free again when its sequence ended, or when nobody holds the sequence's context any more. vocabulary: of
+    the model that is drafted for; ids behind it, which a draft model may have rows for, are never drafted. None is the
+    draft model's own. last: the latest pass; its rows are the contexts of the call.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, vocabulary: int | None = None) -> None:
         self.target = target
+        self._vocabulary = vocabulary
         self._slots: dict[int, int] = {}
         self._finalizers: dict[int, weakref.finalize] = {}
         self.last: Pass | None = None
@@ -39,12 +41,7 @@ class SmallModel:
         """UserError where no draft model was given."""
         if models.draft is None:
             raise UserError("this drafter needs a draft model: give draft=PATH")
-        return cls(models.draft())
-
-    @property
-    def vocabulary(self) -> int:
-        """V of the draft model."""
-        return self.target.vocabulary
+        return cls(models.draft(), models.vocabulary)
 
     def start(self, context: Context, nodes: int) -> Tensor | None:
         """Logits (V,) after the last committed token, with room for so many drafted ones.
@@ -68,7 +65,8 @@ class SmallModel:
         self.last = self._forward(slots, missing, [range(ROOT, len(chain) - 1) for chain in missing])
         for slot, chain in zip(slots, missing, strict=True):
             self.target.commit(slot, range(len(chain)))
-        rows = iter([row[len(chain) - 1] for row, chain in zip(self.last.logits, missing, strict=True)])
+        logits = self.last.logits[..., : self._vocabulary]
+        rows = iter([row[len(chain) - 1] for row, chain in zip(logits, missing, strict=True)])
         return [next(rows) if right else None for right in fits]
 
     def extend(self, context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
@@ -80,7 +78,8 @@ class SmallModel:
     ) -> list[Tensor]:
         """What `extend` gives for each of several sequences, out of one pass."""
         self.last = self._forward([self._slots[id(context)] for context in contexts], tokens, parents)
-        return [row[: len(new)] for row, new in zip(self.last.logits, tokens, strict=True)]
+        logits = self.last.logits[..., : self._vocabulary]
+        return [row[: len(new)] for row, new in zip(logits, tokens, strict=True)]
 
     def probs(self, context: Context, logits: Tensor, path: Sequence[int]) -> Tensor:
         """Distribution (V,) float32 of logits (V,) under the request's sampling; path: drafted ids before this one."""

@@ -21,13 +21,14 @@ from accel.decoding.sampling import Sampling, draw
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import DraftTree, Draws
 from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
 
 
 class HeadedModel(SmallModel):
     """A draft model that keeps its hidden states, and its head. accepts: of each sequence, what the head said last."""
 
-    def __init__(self, target: Target, head: AcceptanceHead) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, head: AcceptanceHead, vocabulary: int | None = None) -> None:
+        super().__init__(target, vocabulary)
         self.head = head.to(target.device)
         self.accepts: dict[int, float] = {}
 
@@ -87,7 +88,10 @@ class SpecDecPlusPlus(SmallModelDrafter):
         path = Path(models.draft_path, FILE) if self.head is None else Path(self.head).expanduser()
         if not path.is_file():
             raise UserError(f"there is no acceptance head at {path}: make one with hasten train_drafter")
-        return HeadedModel(models.draft(), AcceptanceHead.load(path))
+        checkpoint = None if models.draft_path is None else Path(models.draft_path, "config.json")
+        known = checkpoint is not None and checkpoint.is_file()
+        head = AcceptanceHead.load(path, Checkpoint(models.draft_path).fingerprint() if known else "")
+        return HeadedModel(models.draft(), head, models.vocabulary)
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """A chain of the draft model's own tokens."""

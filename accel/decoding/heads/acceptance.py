@@ -71,8 +71,11 @@ class AcceptanceHead(nn.Module):
         write_whole(path, lambda temporary: save_file(self.tensors(), temporary, self.note(draft)))
 
     @classmethod
-    def load(cls, path: Path) -> "AcceptanceHead":
-        """The head of a file, in float32; UserError where it is none."""
+    def load(cls, path: Path, draft: str = "") -> "AcceptanceHead":
+        """The head of a file, in float32; UserError where it is none, or was trained for another draft model.
+
+        draft: fingerprint of the model that it is to go with; empty where that is not known.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -83,4 +86,7 @@ class AcceptanceHead(nn.Module):
             head.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} holds no acceptance head: make one with hasten train_drafter") from error
+        noted = facts.get("draft", "")
+        if draft and noted and draft != noted:
+            raise UserError(f"the acceptance head {path} was trained for another draft model: hasten train_drafter")
         return head.eval()

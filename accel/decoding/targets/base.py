@@ -122,23 +122,6 @@ class Target(ABC):
         del held.committed[length:]
         held.drop()
 
-    def follow(self, slot: int, tokens: Sequence[int]) -> Pass:
-        """Make the slot hold exactly these tokens (one at least), keeping what it has of them; logits of the last.
-
-        The pass has one row. Chunks but the last run without logits.
-        """
-        held = self._slots[slot].committed
-        same = 0
-        for mine, wanted in zip(held, tokens[: len(tokens) - 1], strict=False):
-            if mine != wanted:
-                break
-            same += 1
-        self.cut(slot, same)
-        self.prefill(slot, tokens[same:-1])
-        found = self.forward([slot], [[tokens[-1]]], [[ROOT]])
-        self.commit(slot, [0])
-        return found
-
     def _append(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], logits: bool
     ) -> Pass:

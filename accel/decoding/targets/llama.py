@@ -37,12 +37,15 @@ class _Layer:
 
 
 class _Where(NamedTuple):
-    """Where a pass reads and writes. held: its slots; rows (B, 1) and places (B, N): of the new nodes.
+    """Where a pass reads and writes.
+
+    slots: that run; first: of them if they are neighbours. rows (B, 1) and places (B, N): of the new nodes.
 
     start: the first place if there is one slot, which is then written by a copy. total: places that are read.
     """
 
-    held: slice | list[int]
+    first: int | None
+    slots: list[int]
     rows: Tensor | None
     places: Tensor | None
     start: int | None
@@ -89,6 +92,8 @@ class LlamaTarget(Target):
         self._rotary = model.model.rotary_emb
         self._cis = torch.empty(0)
         self._cache: list[Tensor] = []
+        # As complex products, which torch's compiler does not take apart, and which only float32 has.
+        self._in_place = self.dtype == torch.float32 and not compiled
         self._compiled: Any = None
         if compiled:
             # CUDA graphs where there are such: a small model's pass is mostly the time to launch its kernels.
@@ -163,8 +168,7 @@ class LlamaTarget(Target):
         if start is None:
             rows = torch.tensor(slots)[:, None].to(self.device)
             places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
-        held = slice(first, first + count) if neighbours else list(slots)
-        where = _Where(held, rows, places, start, allowed.shape[-1])
+        where = _Where(first if neighbours else None, list(slots), rows, places, start, allowed.shape[-1])
         # One token behind what is committed attends to all that lies there; one behind nodes that wait does not.
         alone = count == width == 1 and len(self.depths(slots[0])) == 1
         mask = None if alone and not compiled else self._mask(allowed)
@@ -188,6 +192,8 @@ class LlamaTarget(Target):
         rows = count * width
         x = self._embedding[ids.view(-1)]
         cis = self._cis[positions.view(-1)][:, None]
+        if self._in_place:
+            cis = torch.view_as_complex(cis)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             qkv = layer.qkv(layer.norm(x)).view(rows, -1, self._size)
             qkv = self._turned(layer, qkv, cis)
@@ -203,12 +209,11 @@ class LlamaTarget(Target):
         if layer.query_norm is not None and layer.key_norm is not None:
             qkv[:, :heads] = F.rms_norm(qkv[:, :heads], (self._size,), layer.query_norm, self._eps)
             qkv[:, heads:both] = F.rms_norm(qkv[:, heads:both], (self._size,), layer.key_norm, self._eps)
-        pairs = qkv[:, :both].float().unflatten(-1, (-1, 2))
-        if qkv.dtype == torch.float32 and self._compiled is None:
-            torch.view_as_complex(pairs).mul_(torch.view_as_complex(cis))
+        if self._in_place:
+            torch.view_as_complex(qkv.view(len(qkv), -1, self._size // 2, 2)).narrow(1, 0, both).mul_(cis)
             return qkv
         cos, sin = cis.unbind(-1)
-        one, other = pairs.unbind(-1)
+        one, other = qkv[:, :both].float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
         return torch.cat([turned, qkv[:, both:]], 1)
 
@@ -218,18 +223,21 @@ class LlamaTarget(Target):
         """Attention (rows, heads * D) of new nodes, whose keys and values go into the cache first."""
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         groups = heads // kv_heads
-        new = qkv[:, heads:].view(count, width, 2 * kv_heads, size)
-        if where.start is not None:
-            cache[where.held, :, where.start : where.start + width] = new.transpose(1, 2)
+        new = qkv.narrow(1, heads, 2 * kv_heads)
+        # Views are made by `narrow`, as indexing takes three times as long, which adds up over the layers.
+        if where.start is not None and where.first is not None:
+            cache.select(0, where.first).narrow(1, where.start, width).copy_(new.transpose(0, 1))
         else:
-            cache[where.rows, :, where.places] = new
-        held = cache[where.held, :, : where.total]
-        keys, values = held[:, :kv_heads], held[:, kv_heads:]
-        queries = qkv[:, :heads].reshape(count, width, kv_heads, groups, size)
+            cache[where.rows, :, where.places] = new.view(count, width, 2 * kv_heads, size)
+        held = cache[where.slots] if where.first is None else cache.narrow(0, where.first, count)
+        held = held.narrow(2, 0, where.total)
+        keys, values = held.narrow(1, 0, kv_heads), held.narrow(1, kv_heads, kv_heads)
+        queries = qkv.narrow(1, 0, heads)
         if width == 1:
             queries = queries.view(count, kv_heads, groups, size)
         else:
-            queries = queries.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, groups * width, size)
+            queries = queries.reshape(count, width, kv_heads, groups, size).permute(0, 2, 3, 1, 4)
+            queries = queries.reshape(count, kv_heads, groups * width, size)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         if width > 1:
             mixed = mixed.view(count, kv_heads, groups, width, size).permute(0, 3, 1, 2, 4)

@@ -4,6 +4,7 @@ On a CPU with MKL a product of 2 to 24 rows runs up to twice as fast by weights 
 before. MKL promises that order for one number of rows; it was found to serve all, which is checked for every weight.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ class Weight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
         self.bias = bias
-        self._packed = _packed(weight.contiguous()) if packs and self._has_room(weight.numel() * 4) else None
+        size = weight.numel() * 4
+        self._packed = _packed(weight.contiguous()) if packs and Weight._packed_bytes + size <= _MOST_BYTES else None
+        if self._packed is not None:
+            Weight._packed_bytes += size
+            # A target may be loaded again, in another type.
+            weakref.finalize(self, Weight._give_back, size).atexit = False
         # Transposed, a CPU reads it as fast as memory gives it for an input of one row.
         self._transposed = weight.t().contiguous() if weight.device.type == "cpu" else weight.t()
         self._weight = self._transposed.t()
@@ -37,10 +43,9 @@ class Weight:
             return found
         return torch.mm(x, self._transposed) if self.bias is None else torch.addmm(self.bias, x, self._transposed)
 
-    @classmethod
-    def _has_room(cls, size: int) -> bool:
-        cls._packed_bytes += size
-        return cls._packed_bytes <= _MOST_BYTES
+    @staticmethod
+    def _give_back(size: int) -> None:
+        Weight._packed_bytes -= size
 
 
 def _packed(weight: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from accel.decoding.context import Context
+from accel.decoding.drafters.base import Models
 from accel.decoding.drafters.draft_model import DraftModel
 from accel.decoding.drafters.small_model import SmallModel
 from accel.decoding.sampling import Sampling
@@ -75,6 +76,16 @@ def test_behind_the_end_of_its_context_nothing_is_drafted_and_others_go_on():
     memory = SmallModel(MarkovTarget(TABLE, max_length=10))
     trees = DraftModel(length=3).propose_all([Context.start([1] * 8), Context.start([1] * 7)], memory, 8)
     assert [len(tree) for tree in trees] == [0, 3]
+
+
+def test_ids_that_the_target_does_not_know_are_never_drafted():
+    table = TABLE.clone()
+    table[..., 4:] += 100  # rows of padding that the target has not
+    models = Models(4, lambda: MarkovTarget(table))
+    for sampling in (Sampling(), WARM):
+        tree = DraftModel().propose(Context.start([1, 2], sampling), DraftModel().new_memory(models), 8)
+        assert len(tree) == 5
+        assert max(tree.tokens) < 4
 
 
 def test_an_empty_chain_is_refused():

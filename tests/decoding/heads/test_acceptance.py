@@ -144,3 +144,10 @@ def test_a_wrong_hyper_parameter_is_named(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(UserError, match=f"{name}={value} is wrong"):
         AcceptanceTraining(**wrong)
+
+
+def test_a_head_of_another_draft_model_is_refused(tmp_path):
+    AcceptanceHead(8).save(tmp_path / "head.safetensors", draft="one")
+    AcceptanceHead.load(tmp_path / "head.safetensors", "one")
+    with pytest.raises(UserError, match="was trained for another draft model"):
+        AcceptanceHead.load(tmp_path / "head.safetensors", "other")

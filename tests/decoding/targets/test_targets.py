@@ -1,5 +1,6 @@
 """Both targets: nodes of a tree see their ancestors and nothing else, and what is committed is the sequence."""
 
+import gc
 import itertools
 
 import pytest
@@ -114,14 +115,16 @@ def test_slots_that_are_no_neighbours_are_gathered(kind):
 
 
 @pytest.mark.parametrize("kind", [TransformersTarget, LlamaTarget])
-def test_following_keeps_what_is_the_same(kind):
+def test_a_sequence_that_was_cut_goes_on_otherwise(kind):
     model, target = made("llama", kind)
     target.reserve(1, 40)
-    target.follow(0, PROMPT)
-    changed = [*PROMPT[:6], 90, 91, 92]
-    found = target.follow(0, changed).logits[0, 0]
-    torch.testing.assert_close(found, whole(model, changed), atol=TOLERANCE, rtol=TOLERANCE)
-    assert list(target.committed(0)) == changed
+    target.prefill(0, PROMPT)
+    target.forward([0], [TOKENS], [PARENTS])
+    target.cut(0, 6)
+    target.prefill(0, [90, 91])
+    found = target.forward([0], [[92]], [[ROOT]]).logits[0, 0]
+    expected = whole(model, [*PROMPT[:6], 90, 91, 92])
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 24, 25, 70])
@@ -133,6 +136,23 @@ def test_packed_products_are_plain_ones(rows):
     x = torch.randn(rows, 32, generator=generator)
     for packs in (True, False):
         torch.testing.assert_close(Weight(weight, bias, packs)(x), x @ weight.T + bias, atol=1e-4, rtol=1e-4)
+
+
+def test_room_for_packed_weights_is_given_back(monkeypatch):
+    from accel.decoding.targets import matmul
+
+    if matmul._MKL_LINEAR is None:
+        pytest.skip("torch was built without MKL")
+    gc.collect()
+    held = matmul.Weight._packed_bytes
+    monkeypatch.setattr(matmul, "_MOST_BYTES", held + 48 * 32 * 4)
+    assert matmul.Weight(torch.ones(48, 32, dtype=torch.bfloat16))._packed is None, "takes no room"
+    for _ in range(2):
+        weight = matmul.Weight(torch.ones(48, 32))
+        assert weight._packed is not None
+        assert matmul.Weight(torch.ones(48, 32))._packed is None, "there is room for one"
+        del weight
+    assert matmul.Weight._packed_bytes == held
 
 
 def test_the_norm_in_few_operations_is_the_norm():
