@@ -129,6 +129,7 @@ class Engine:
                 f"{request.max_new_tokens} it is longer than the model's context of {self.target.max_length}"
             )
 
+    @torch.no_grad()
     def _begin(self, request: Request) -> None:
         context = Context.start(list(request.tokens), request.sampling, request.seed)
         running = _Running(request, context)
@@ -144,6 +145,7 @@ class Engine:
             running.figures.draft_seconds = perf_counter() - begun
         self._running.append(running)
 
+    @torch.no_grad()
     def _step(self) -> None:
         """One token at least for every running sequence."""
         running = self._running

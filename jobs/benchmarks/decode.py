@@ -26,6 +26,8 @@ _SAMPLED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("rsd_beam", "recursive_rejection", {"width": 2, "length": 4}),
     ("dyspec", "recursive_rejection", {}),
 )
+# Nodes of drafts that two workers share.
+_SHARED_BUDGET = 16
 _LEARNING = ("token_recycling", "aded", "stand")
 
 
@@ -82,7 +84,6 @@ def run(config: Config) -> Path:
     from jobs.run import start
 
     torch.set_num_threads(config.threads)
-    torch.set_grad_enabled(False)
     bench = _Bench(config)
     folder = start(config)
     name = config.tracking.name or "bench decode"
@@ -348,7 +349,7 @@ def _shared(config: Config, folder: Path, prompts: Sequence[list[int]]) -> dict[
     options: dict[str, Any] = {
         "target": config.target,
         "drafter": "aded",
-        "draft_tokens": _SAMPLED_BUDGET,
+        "draft_tokens": _SHARED_BUDGET,
         "max_new_tokens": config.max_new_tokens,
         "workers": 2,
         "in_flight": 2,
@@ -373,7 +374,7 @@ def _shared(config: Config, folder: Path, prompts: Sequence[list[int]]) -> dict[
 def _shared_table(shared: Mapping[str, tuple[float, float]]) -> str:
     rows = [[name, f"{length:.3f}", f"{rate:.0f}"] for name, (length, rate) in shared.items()]
     return (
-        f"ADED in two workers over all prompts of the first file, {_SAMPLED_BUDGET} nodes, memory empty at first:\n\n"
+        f"ADED in two workers over the prompts of the first file, {_SHARED_BUDGET} nodes, memory empty at first:\n\n"
         + table(["placement", "mean acceptance length", "tokens/s"], rows)
     )
 

@@ -39,7 +39,15 @@ def expected(spec):
 def processes(name):
     """Processes of this test's actors of a class."""
     children = psutil.Process().children(recursive=True)
-    return [process for process in children if any(name in word for word in process.cmdline()[:1])]
+    return [process for process in children if any(name in word for word in command(process)[:1])]
+
+
+def command(process):
+    """Words of a process; none of one that ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def ids(results):
