@@ -34,7 +34,6 @@ from cluster.drafting import Address, Connection, DrafterActor, RemoteDrafter, l
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
-PLACEMENTS = ("auto", "shared", "private")
 # A prompt whose actors were lost so often in a row, without one result, loses them for a reason of its own.
 _ATTEMPTS = 10
 # Round trips to a shared drafter may take this share of a pass of the target.
@@ -80,19 +79,6 @@ class Spec:
     snapshot_seconds: float = 10.0
 
 
-def make_policy(spec: Spec, target: Target, drafter: Drafter | None) -> Policy:
-    """How many tokens a verifier drafts; the target's passes are timed where that is to be measured."""
-    if drafter is None or spec.draft_tokens is not None:
-        return Fixed(0 if drafter is None else spec.draft_tokens or 0)
-    return Adaptive(_costs(spec, target), spec.max_draft_tokens)
-
-
-def _costs(spec: Spec, target: Target) -> Costs:
-    most = spec.max_draft_tokens
-    widths = [1 << power for power in range((most + 1).bit_length())]
-    return measure_costs(target, [*(width for width in widths if width <= most), most + 1], spec.in_flight)
-
-
 def make_memory(spec: Spec, learned: Mapping[str, Tensor] | None) -> Any:
     """Memory of the drafter, with what was learned before."""
     from accel.decoding.targets.loading import load_target
@@ -109,11 +95,16 @@ def make_memory(spec: Spec, learned: Mapping[str, Tensor] | None) -> Any:
     return memory
 
 
-def may_share(spec: Spec, sampling: Sampling) -> bool:
-    """Whether a drafter in another process is right: no distributions travel, which some verifiers would read."""
+def sharing_refusal(spec: Spec, sampling: Sampling) -> str | None:
+    """Why a drafter in another process would be wrong: no distributions travel. None where no verifier reads them."""
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
-        return True
-    return spec.drafter.draws(sampling) is Draws.DETERMINISTIC
+        return None
+    if spec.drafter.draws(sampling) is Draws.DETERMINISTIC:
+        return None
+    return (
+        f"placement=shared does not go with verifier={type(spec.verifier).__name__} and drafts that are drawn, whose "
+        "distributions do not travel: use placement=private or verifier=sample_and_match"
+    )
 
 
 class VerifierActor:
@@ -126,6 +117,7 @@ class VerifierActor:
         self._target: Target | None = None
         self._drafter: Drafter | None = None
         self._memory: Any = None
+        self._costs: Costs | None = None
         self._policy: Policy | None = None
         self._cpu_before = cpu_seconds()
 
@@ -157,26 +149,23 @@ class VerifierActor:
         connection = Connection(shared, self._client)
         payload = [([0] * nodes, [0] * nodes)] * sequences
         trips = [connection.ping(payload) for _ in range(2 * _TRIPS)][_TRIPS:]  # the first ones make the connection
-        return statistics.median(trips), self._costs(sequences, nodes).seconds(nodes + 1, sequences)
+        return statistics.median(trips), self._passes().seconds(nodes + 1, sequences)
 
     def rate(self, dtype: torch.dtype) -> float:
         """Tokens per second that the target promises in a type, before anything is known of the drafts."""
-        self._spec = replace(self._spec, dtype=dtype)
-        self._target = self._policy = None
+        self.use(dtype)
         most = 0 if self._spec.drafter is None else self._spec.max_draft_tokens
-        return expected_rate(_costs(self._spec, self.prepare()), most, self._spec.in_flight)
+        return expected_rate(self._passes(), most, self._spec.in_flight)
 
     def use(self, dtype: torch.dtype) -> None:
         """Decode in this type from now on."""
         if dtype != self._spec.dtype:
             self._spec = replace(self._spec, dtype=dtype)
-            self._target = self._policy = None
+            self._target = self._costs = None
 
     def target_efficiency(self, sequences: int, nodes: int) -> float:
         """Time of a pass over one token a sequence as a share of that over so many drafted ones more (MoESD)."""
-        if isinstance(self._policy, Adaptive):
-            return self._policy.costs.efficiency(1 + nodes, sequences)
-        return self._costs(sequences, nodes).efficiency(1 + nodes, sequences)
+        return self._passes().efficiency(1 + nodes, sequences)
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties:
         """What greedy decoding in a reduced type changed of some prompts, by a float32 target that is loaded for it."""
@@ -189,7 +178,7 @@ class VerifierActor:
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
         """The decoding loop; what sizing learned goes on from one lot of prompts to the next."""
         spec, target = self._spec, self.prepare()
-        self._policy = self._policy or make_policy(spec, target, self._drafter)
+        self._policy = self._policy or self._make_policy()
         return Engine(
             target,
             self._drafter,
@@ -203,6 +192,23 @@ class VerifierActor:
             on_tokens=on_tokens,
         )
 
+    def _make_policy(self) -> Policy:
+        """How many tokens are drafted; the target's passes are timed where that is to be measured."""
+        if self._drafter is None:
+            return Fixed(0)
+        if self._spec.draft_tokens is not None:
+            return Fixed(self._spec.draft_tokens)
+        return Adaptive(self._passes(), self._spec.max_draft_tokens)
+
+    def _passes(self) -> Costs:
+        """Costs of the target's passes, measured at the first call; what its caches held is gone then."""
+        if self._costs is None:
+            spec = self._spec
+            most = spec.max_draft_tokens if spec.draft_tokens is None else spec.draft_tokens
+            widths = [1 << power for power in range((most + 1).bit_length())]
+            self._costs = measure_costs(self.prepare(), [*widths, most + 1], spec.in_flight)
+        return self._costs
+
     def decode(self, requests: Sequence[Request], shared: Address | None, stream: bool) -> Iterator[Any]:
         """Results as they end; with stream also (id, new ids) after every pass."""
         self.connect(shared)
@@ -214,7 +220,6 @@ class VerifierActor:
         engine = self._engine(lambda *new: items.put(new))
 
         def run() -> None:
-            torch.set_grad_enabled(False)  # it is a thread's own
             try:
                 for result in engine.decode(requests):
                     items.put(result)
@@ -227,10 +232,6 @@ class VerifierActor:
             if isinstance(item, BaseException):
                 raise item
             yield item
-
-    def _costs(self, sequences: int, nodes: int) -> Costs:
-        target = self.prepare()
-        return measure_costs(target, [nodes + 1], sequences)
 
     def learned(self) -> dict[str, Tensor]:
         """What the drafter here learned so far; nothing where it is not here."""
@@ -320,11 +321,10 @@ class Decoders:
         waiting = deque(requests)
         assert len({request.id for request in waiting}) == len(waiting), "ids differ"
         self.prepare()
-        if self.shared and not all(may_share(self._spec, request.sampling) for request in waiting):
-            raise UserError(
-                f"placement=shared does not go with {type(self._spec.verifier).__name__} and drafts that are drawn, "
-                "whose distributions do not travel: use placement=private or verifier=sample_and_match"
-            )
+        refusals = (sharing_refusal(self._spec, request.sampling) for request in waiting) if self.shared else ()
+        refusal = next(filter(None, refusals), None)
+        if refusal is not None:
+            raise UserError(refusal)
         lots: list[_Lot] = []
         lost_in_a_row = 0
         while waiting or lots:

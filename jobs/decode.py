@@ -103,13 +103,13 @@ def run(config: DecodeConfig) -> Path:
 def _plan(config: DecodeConfig) -> _Plan:
     from accel.decoding.sampling import Sampling
     from accel.errors import UserError
-    from cluster.decoding import Spec, may_share
+    from cluster.decoding import Spec
     from jobs.arithmetic import dtype_choices, resolve_device
     from jobs.methods import build
     from jobs.prompts import (
         check_lengths,
-        check_tokenizers,
         context_length,
+        draft_folder,
         library_prompts,
         load_learned,
         model_folder,
@@ -127,11 +127,8 @@ def _plan(config: DecodeConfig) -> _Plan:
             raise UserError(refusal)
     target = model_folder("target", config.target)
     draft = None
-    if drafter is not None and drafter.needs_draft_model:
-        if config.draft is None:
-            raise UserError(f"drafter={type(drafter).__name__} needs a draft model: give draft=PATH")
-        draft = model_folder("draft", config.draft)
-        check_tokenizers(target, draft, verifier.reads_draft_probs and not sampling.is_greedy)
+    if drafter is not None:
+        draft = draft_folder(config.draft, drafter, target, verifier.reads_draft_probs and not sampling.is_greedy)
     device = resolve_device(config.device)
     tokenizer, vocabulary = load_tokenizer(target), vocabulary_size(target)
     wrong = [token for token in config.stop if not 0 <= token < vocabulary]
@@ -166,16 +163,6 @@ def _plan(config: DecodeConfig) -> _Plan:
         memory_bytes=config.memory_bytes,
         learned=learned,
     )
-    placement = config.placement
-    if not may_share(spec, sampling):
-        if placement == "shared":
-            raise UserError(
-                f"placement=shared does not go with verifier={type(verifier).__name__} and drafts that are drawn, "
-                "whose distributions do not travel: use placement=private or verifier=sample_and_match"
-            )
-        placement = "private"
-    if drafter is None or (placement == "auto" and config.workers == 1):
-        placement = "private"
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
     completions = Completions(output, _settings(config, spec, sampling), config.overwrite)
     kept = completions.kept()
@@ -186,15 +173,20 @@ def _plan(config: DecodeConfig) -> _Plan:
                 "give another output, or overwrite=true to start again"
             )
     wanted = {each.key for each in prompts}
-    return _Plan(
-        spec,
-        sampling,
-        tokenizer,
-        prompts,
-        completions,
-        {key: record for key, record in kept.items() if key in wanted},
-        placement,
-    )
+    kept = {key: record for key, record in kept.items() if key in wanted}
+    return _Plan(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
+
+
+def _placement(config: DecodeConfig, spec: Any, sampling: Any) -> str:
+    """Where drafters are, as far as it is known before anything is measured."""
+    from accel.errors import UserError
+    from cluster.decoding import sharing_refusal
+
+    refusal = sharing_refusal(spec, sampling)
+    if refusal is not None and config.placement == "shared":
+        raise UserError(refusal)
+    alone = spec.drafter is None or (config.placement == "auto" and config.workers == 1)
+    return "private" if alone or refusal is not None else config.placement
 
 
 def _settings(config: DecodeConfig, spec: Any, sampling: Any) -> dict[str, Any]:

@@ -74,6 +74,17 @@ def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None
         )
 
 
+def draft_folder(draft: str | None, drafter: Any, target: Path, reads_draft_probs: bool) -> Path | None:
+    """Folder of the draft model that a drafter needs, None where it needs none; UserError where it does not fit."""
+    if not drafter.needs_draft_model:
+        return None
+    if draft is None:
+        raise UserError(f"drafter={type(drafter).__name__} needs a draft model: give draft=PATH")
+    folder = model_folder("draft", draft)
+    check_tokenizers(target, folder, reads_draft_probs)
+    return folder
+
+
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end what a model writes: as its generation config says, else its config, else its tokenizer."""
     for name in ("generation_config.json", "config.json"):

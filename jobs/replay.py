@@ -86,7 +86,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
     from accel.errors import UserError
     from jobs.arithmetic import resolve_device, resolve_dtype
     from jobs.methods import build
-    from jobs.prompts import check_tokenizers, load_learned, model_folder
+    from jobs.prompts import draft_folder, load_learned, model_folder
     from jobs.tokenizer import vocabulary_size
 
     drafter: Any = build(config.drafter)
@@ -95,12 +95,9 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
     target = model_folder("target", config.target)
     vocabulary = vocabulary_size(target)
     device = resolve_device(config.device)
-    load = draft = None
-    if drafter.needs_draft_model:
-        if config.draft is None:
-            raise UserError(f"drafter={type(drafter).__name__} needs a draft model: give draft=PATH")
-        draft = model_folder("draft", config.draft)
-        check_tokenizers(target, draft, reads_draft_probs=False)
+    draft = draft_folder(config.draft, drafter, target, reads_draft_probs=False)
+    load = None
+    if draft is not None:
         dtype = resolve_dtype(config.dtype, device)
         load = partial(load_target, draft, dtype, device, config.path, drafter.needs_hidden)
     models = Models(vocabulary, load, draft)

@@ -1,6 +1,7 @@
 """What all tests share: one thread, and one Ray for the whole session, started when the first test asks for it."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,11 @@ def ray_session() -> Iterator[None]:
 
     with session(None, cpus=4):
         yield
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Actors switch gradients off for their whole process, which is the tests' own where an actor is made without Ray."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)

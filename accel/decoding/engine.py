@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +12,7 @@ from accel.decoding.bounds import bounded
 from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models, Outcome
 from accel.decoding.figures import Figures
-from accel.decoding.sampling import Sampling, most_probable
+from accel.decoding.sampling import Sampling
 from accel.decoding.sizing import Fixed, Policy, clock
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import ROOT, DraftTree
@@ -171,7 +171,7 @@ class Engine:
             verified = perf_counter()
             outcome = Outcome(each.context, tree, verdict.path, verdict.token)
             if self.drafter is not None:
-                outcome = self._with_top(outcome, rows.logits[slot, : len(tree) + 1])
+                outcome = outcome.shown_to(self.drafter, rows.logits[slot, : len(tree) + 1])
                 self.drafter.observe(self.memory, outcome)
                 self.policy.observe(outcome)
             new = self._cut(each, outcome.committed)
@@ -205,16 +205,6 @@ class Engine:
                 tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
             found.append(tree)
         return found
-
-    def _with_top(self, outcome: Outcome, logits: torch.Tensor) -> Outcome:
-        count = self.drafter.observes if self.drafter is not None else 0
-        if self.drafter is None or not count:
-            return outcome
-        values, ids = most_probable(logits, count)
-        probs = None
-        if self.drafter.observes_probs:
-            probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
-        return replace(outcome, top_tokens=ids.cpu(), top_probs=probs)
 
     def _cut(self, running: _Running, new: list[int]) -> list[int]:
         """What of the new tokens is wanted: up to a stop token and the length asked for."""

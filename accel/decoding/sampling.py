@@ -77,7 +77,7 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
     One number is taken from the generator, whatever the size: the inverse of the cumulative distribution.
     """
     # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share. numpy, because its
-    # operations on a few thousand numbers take a third of torch's time.
+    # operations on so few numbers cost less than torch's.
     cumulative = np.cumsum(probs.cpu().numpy(), dtype=np.float64)
     point = float(torch.rand((), dtype=torch.float64, generator=generator)) * cumulative[-1]
     return min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)

@@ -81,9 +81,17 @@ class Costs:
 
     def __init__(self, measured: Mapping[int, Mapping[int, float]]) -> None:
         self.measured = {count: dict(sorted(by_width.items())) for count, by_width in sorted(measured.items())}
+        # Sizing asks dozens of times before every pass.
+        self._known: dict[tuple[int, int], float] = {}
 
     def seconds(self, width: int, sequences: int = 1) -> float:
         """Of a pass of so many tokens in each of so many sequences."""
+        found = self._known.get((width, sequences))
+        if found is None:
+            found = self._known[width, sequences] = self._interpolated(width, sequences)
+        return found
+
+    def _interpolated(self, width: int, sequences: int) -> float:
         counts = list(self.measured)
         # Few sequences are like one, many like the most that were measured.
         count = min(counts, key=lambda each: abs(each - sequences))

@@ -15,7 +15,7 @@ from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.decoding.verifiers.speculative_sampling import SpeculativeSampling
 from accel.errors import UserError
 from cluster import decoding
-from cluster.decoding import Decoders, Spec, may_share
+from cluster.decoding import Decoders, Spec, sharing_refusal
 from tests.models import tiny
 
 REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enumerate(tiny.tokens(12, 8).tolist())]
@@ -109,9 +109,9 @@ def test_a_killed_drafter_is_replaced_and_knows_what_it_had_learned(spec, expect
 
 def test_drawn_drafts_are_not_shared_with_a_verifier_that_reads_their_distributions(spec):
     drawn = dataclasses.replace(spec, drafter=DraftModel(), verifier=SpeculativeSampling())
-    assert not may_share(drawn, Sampling(0.5))
-    assert may_share(drawn, Sampling())
-    assert may_share(dataclasses.replace(drawn, verifier=SampleAndMatch()), Sampling(0.5))
+    assert "whose distributions do not travel" in sharing_refusal(drawn, Sampling(0.5))
+    assert sharing_refusal(drawn, Sampling()) is None
+    assert sharing_refusal(dataclasses.replace(drawn, verifier=SampleAndMatch()), Sampling(0.5)) is None
 
 
 @pytest.mark.ray

@@ -2,15 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from accel.decoding.context import Context
-from accel.decoding.sampling import Sampling
+from accel.decoding.sampling import Sampling, most_probable
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import DraftTree, Draws
+from accel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Models:
     vocabulary: int
     draft: Callable[[], Target] | None = None
     draft_path: Any = None
+
+    def made_draft(self) -> Target:
+        """The draft model; UserError where none was given."""
+        if self.draft is None:
+            raise UserError("this drafter needs a draft model: give draft=PATH")
+        return self.draft()
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,16 @@ class Outcome:
     def committed(self) -> list[int]:
         """Ids that the sequence grows by."""
         return [*(self.tree.tokens[node] for node in self.path), self.token]
+
+    def shown_to(self, drafter: "Drafter", logits: Tensor) -> "Outcome":
+        """With as much of the logits (N + 1, V) as a drafter observes."""
+        if not drafter.observes:
+            return self
+        values, ids = most_probable(logits, drafter.observes)
+        probs = None
+        if drafter.observes_probs:
+            probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
+        return replace(self, top_tokens=ids.cpu(), top_probs=probs)
 
 
 class Drafter(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models, Outcome
-from accel.decoding.drafters.small_model import _TOGETHER, SmallModel
+from accel.decoding.drafters.small_model import TOGETHER, SmallModel
 from accel.decoding.sampling import Sampling, draw
 from accel.decoding.targets.base import Target
 from accel.decoding.tree import ROOT, DraftTree, Draws
@@ -31,7 +31,7 @@ class Middle(SmallModel):
     def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
         """The last tokens of each sequence that its cache does not hold yet, one at least; so many more have room."""
         slots = [self._slot(context) for context in contexts]
-        self._make_room(max(len(context.tokens) for context in contexts) + nodes + _TOGETHER)
+        self._make_room(max(len(context.tokens) for context in contexts) + nodes + TOGETHER)
         return [self._missing(slot, context.tokens) for slot, context in zip(slots, contexts, strict=True)]
 
     def forward(
@@ -94,9 +94,7 @@ class Hierarchy(Drafter):
 
     def new_memory(self, models: Models) -> Middle:
         """The draft model, and what the inner drafter learns from it."""
-        if models.draft is None:
-            raise UserError("this drafter needs a draft model: give draft=PATH")
-        return Middle(models.draft(), self.drafter.new_memory(models), models.vocabulary)
+        return Middle(models.made_draft(), self.drafter.new_memory(models), models.vocabulary)
 
     def begin(self, context: Context, memory: Middle) -> None:
         """The inner drafter starts, too."""
@@ -150,7 +148,7 @@ class Hierarchy(Drafter):
         for context, chain, tree, found in zip(contexts, chains, fitting, logits, strict=True):
             verdict = self._verify(tree, TargetRows(found, tree, chain.context), context, chain)
             memory.keep(context, chain.missing, verdict.path)
-            outcome = self._outcome(chain.context, tree, verdict, found)
+            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).shown_to(self.drafter, found)
             self.drafter.observe(memory.inner, outcome)
             chain.tokens += outcome.committed
             chain.context.tokens += outcome.committed
@@ -165,14 +163,6 @@ class Hierarchy(Drafter):
             return draw(chain.probs[-1], context.draft_generator)
 
         return descend(tree, choose)
-
-    def _outcome(self, context: Context, tree: DraftTree, verdict: Verdict, logits: Tensor) -> Outcome:
-        count = self.drafter.observes
-        if not count:
-            return Outcome(context, tree, verdict.path, verdict.token)
-        values, ids = logits.float().topk(min(count, logits.shape[-1]), -1)
-        probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp()
-        return Outcome(context, tree, verdict.path, verdict.token, ids.cpu(), probs.cpu())
 
     def _inner(self, context: Context) -> Context:
         """The inner drafter's context of a sequence, without a chain."""

@@ -13,10 +13,9 @@ from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models
 from accel.decoding.targets.base import Pass, Target
 from accel.decoding.tree import ROOT, DraftTree, Draws
-from accel.errors import UserError
 
 _FIRST_CAPACITY = 1024
-_TOGETHER = 32  # tokens that a sequence may lag behind to be caught up with in one pass with the others
+TOGETHER = 32  # tokens that a sequence may lag behind to be caught up with in one pass with the others
 
 Growth = Generator[tuple[Sequence[int], Sequence[int]], Tensor, DraftTree]
 
@@ -39,9 +38,7 @@ class SmallModel:
     @classmethod
     def of(cls, models: Models) -> "SmallModel":
         """UserError where no draft model was given."""
-        if models.draft is None:
-            raise UserError("this drafter needs a draft model: give draft=PATH")
-        return cls(models.draft(), models.vocabulary)
+        return cls(models.made_draft(), models.vocabulary)
 
     def start(self, context: Context, nodes: int) -> Tensor | None:
         """Logits (V,) after the last committed token, with room for so many drafted ones.
@@ -57,7 +54,7 @@ class SmallModel:
         if not running:
             return [None] * len(contexts)
         # Sequences of one pass are padded to the widest of them, behind the longest.
-        padding = max(nodes, _TOGETHER) if len(running) > 1 else 0
+        padding = max(nodes, TOGETHER) if len(running) > 1 else 0
         capacity = max(len(context.tokens) for context in running) + nodes + padding
         slots = [self._slot(context) for context in running]
         self._make_room(capacity)
@@ -121,7 +118,7 @@ class SmallModel:
         if held[:same] != tokens[:same]:  # one comparison in most passes
             same = next((place for place in range(same) if held[place] != tokens[place]), same)
         self.target.cut(slot, same)
-        if len(tokens) - same > _TOGETHER:
+        if len(tokens) - same > TOGETHER:
             self.target.prefill(slot, tokens[same:-1])
             same = len(tokens) - 1
         return list(tokens[same:])

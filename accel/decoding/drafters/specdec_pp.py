@@ -81,8 +81,7 @@ class SpecDecPlusPlus(SmallModelDrafter):
 
     def new_memory(self, models: Models) -> HeadedModel:
         """The draft model with its head; UserError where there is no head."""
-        if models.draft is None:
-            raise UserError("this drafter needs a draft model: give draft=PATH")
+        draft = models.made_draft()
         if self.head is None and models.draft_path is None:
             raise UserError("head=None, and the draft model has no folder: give head=PATH")
         path = Path(models.draft_path, FILE) if self.head is None else Path(self.head).expanduser()
@@ -91,7 +90,7 @@ class SpecDecPlusPlus(SmallModelDrafter):
         checkpoint = None if models.draft_path is None else Path(models.draft_path, "config.json")
         known = checkpoint is not None and checkpoint.is_file()
         head = AcceptanceHead.load(path, Checkpoint(models.draft_path).fingerprint() if known else "")
-        return HeadedModel(models.draft(), head, models.vocabulary)
+        return HeadedModel(draft, head, models.vocabulary)
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """A chain of the draft model's own tokens."""

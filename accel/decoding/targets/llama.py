@@ -224,7 +224,6 @@ class LlamaTarget(Target):
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         groups = heads // kv_heads
         new = qkv.narrow(1, heads, 2 * kv_heads)
-        # Views are made by `narrow`, as indexing takes three times as long, which adds up over the layers.
         if where.start is not None and where.first is not None:
             cache.select(0, where.first).narrow(1, where.start, width).copy_(new.transpose(0, 1))
         else:

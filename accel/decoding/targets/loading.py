@@ -8,8 +8,6 @@ import torch
 from accel.decoding.targets.base import Target
 from accel.errors import UserError
 
-PATHS = ("auto", "transformers", "llama")
-
 
 def load_target(
     folder: Path,
