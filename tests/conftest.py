@@ -20,7 +20,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def gradients() -> Iterator[None]:
-    """Actors switch gradients off for their whole process, which is the tests' own where an actor is made without Ray."""
+    """Gradients are back after each test: an actor made without Ray switches them off in the tests' own process."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_grad_enabled(True)
