@@ -1,13 +1,14 @@
 """The calibration pass on a cluster: which calibrator does what, and what happens when one of them dies.
 
 A block is the unit of work. Its statistics are collected on every shard, its groups of layers are solved by whichever
-calibrator is free, and its shard is written by the driver. When a calibrator is lost, a new one takes over its chunks
-and the block is done again; nothing else is.
+calibrator is free, and its shard is written by the driver. When a calibrator is lost, a new one takes over its chunks,
+and what it was at is done again; nothing else is. A solve that takes too long is made by a free calibrator as well.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,15 +19,29 @@ from accel.compression.plan import Group
 from accel.compression.settings import Settings, Task
 from accel.compression.statistics import split
 from accel.errors import UserError
+from cluster import recovery
 from cluster.calibrator import Calibrator
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
-# A block that failed so often fails for a reason of its own.
-_ATTEMPTS = 10
+# How often it is looked whether a solve is late.
+_SECONDS_BETWEEN_LOOKS = 0.25
 # Large temporaries go back to the system as soon as they are freed. By itself glibc raises the first bound to 32 MiB,
 # and keeps hundreds of MB after a few blocks. The second keeps it from giving back small ones.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24), "MALLOC_TRIM_THRESHOLD_": str(1 << 26)}
+
+
+# Packed tensors by layer, and facts, of some groups of a block by their keys.
+Solved = dict[tuple[str, ...], tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Groups that a calibrator solves, by their keys, and since when."""
+
+    worker: int
+    unit: tuple[str, ...]
+    started: float
 
 
 @dataclass
@@ -65,8 +80,20 @@ class CalibrationPass:
             if chunks
             else [{} for _ in range(workers)]
         )
-        self._workers: list[Any] = []
-        self._ahead: dict[int, list[Any]] = {}
+        self._crew = recovery.Crew("a calibrator", workers, settings.threads, gpus, self._start)
+        # Promises of blocks' sums, one a calibrator; and of the block at work those of successors, in case that the
+        # sums of their predecessors went with them.
+        self._sums: dict[int, list[Any]] = {}
+        self._again: dict[int, Any] = {}
+        self._block = -1
+        # Solves whose result is there already from another calibrator, which are still at it.
+        self._late: dict[Any, int] = {}
+        self._pace = recovery.Pace()
+        self._batches = recovery.Batches(
+            "calibration.batch",
+            settings.batch,
+            "use a smaller calibration.sequence_length, fewer calibration.sequences, or more workers on more nodes",
+        )
         self.report = PassReport()
 
     @property
@@ -80,11 +107,11 @@ class CalibrationPass:
         Writes nothing, so that a damaged checkpoint leaves nothing behind.
         """
         before = cpu_seconds()
-        self._start_all()
+        self._crew.begin()
         try:
             self._retry(self._check)
         except BaseException:
-            self._kill_all()
+            self._end()
             raise
         self.report.cpu_seconds += cpu_seconds() - before
 
@@ -103,76 +130,88 @@ class CalibrationPass:
             self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak_rss_bytes())
             self._add_usage()
         finally:
-            self._kill_all()
+            self._end()
+            output.release()
         return self.report
 
+    def pause(self) -> None:
+        """End the calibrators, which start again when they are needed: who waits holds nothing that others may need."""
+        self._end()
+
     def _do_all(self, todo: list[int], progress: Callable[[int, dict[str, Any]], None] | None) -> None:
-        self._start_all()
+        self._crew.begin()
         # Start-up is no part of the pass.
-        self._retry(lambda: self._get([worker.usage.remote() for worker in self._workers]))
+        self._retry(lambda: self._all([worker.usage.remote() for worker in self._crew.actors]))
         started = perf_counter()
         for index, block in enumerate(todo):
-            row = self._retry(partial(self._do, block), f"block {block}")
+            row = self._retry(partial(self._do, block, {}))
             self.report.blocks.append(row)
             if progress:
                 progress(index + 1, row)
         self.report.seconds = perf_counter() - started
 
-    def _start_all(self) -> None:
-        self._workers = self._workers or [self._start(chunks) for chunks in self._chunks]
-
-    def _start(self, chunks: dict[int, Tensor]) -> Any:
+    def _start(self, index: int, cpus: float) -> Any:
+        """A calibrator; one that succeeds another promises what that one had promised."""
         import ray
 
-        actor = ray.remote(Calibrator).options(
-            num_cpus=self._settings.threads,
-            num_gpus=self._gpus,
-            max_restarts=0,  # a calibrator's state cannot be restarted by Ray; the pass makes a new one
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads), **_ALLOCATOR}},
+        actor: Any = (
+            ray.remote(Calibrator)
+            .options(
+                num_cpus=cpus,
+                num_gpus=self._gpus,
+                max_restarts=0,  # a calibrator's state cannot be restarted by Ray; the pass makes a new one
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads), **_ALLOCATOR}},
+            )
+            .remote(self._settings, self._chunks[index])
         )
-        return actor.remote(self._settings, chunks)
+        for block in sorted(self._sums):
+            sums = actor.collect.remote(block)
+            if block == self._block:
+                self._again[index] = sums
+            else:
+                self._sums[block][index] = sums
+        return actor
 
     def _add_usage(self) -> None:
         """Enter what the calibrators used into the report."""
-        import ray
-
-        try:
-            usages = ray.get([worker.usage.remote() for worker in self._workers])
-        except ray.exceptions.RayError:
-            usages = []
-        for seconds, peak in usages:
+        for seconds, peak in recovery.answers([self._crew.actors[index].usage.remote() for index in self._crew.there]):
             self.report.cpu_seconds += seconds
             self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
 
-    def _kill_all(self) -> None:
-        import ray
-
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers = []
+    def _end(self) -> None:
+        self._crew.end()
+        self._sums, self._again, self._late = {}, {}, {}
+        self.report.restarts = self._crew.restarts
 
     def _check(self) -> None:
         architecture = self._task.architecture
         names = [name for block in range(architecture.num_blocks) for name in architecture.block_tensors(block)]
         names += architecture.outer_tensors()
-        count = len(self._workers)
-        self._get([worker.check.remote(names[index::count]) for index, worker in enumerate(self._workers)])
+        count = len(self._crew.actors)
+        self._all([worker.check.remote(names[index::count]) for index, worker in enumerate(self._crew.actors)])
 
-    def _do(self, block: int) -> dict[str, Any]:
+    def _do(self, block: int, solved: Solved) -> dict[str, Any]:
+        """Do a block, of which some groups may be solved; those that are stay there if this fails."""
         started = perf_counter()
-        needed = self._settings.needs_second_moment
-        groups = self._task.output.unfinished(block)
-        collected = self._collect(block) if needed and groups else []
-        packed, facts = self._solve(block, groups, collected)
+        keys = {key for unit in solved for key in unit}
+        groups = [group for group in self._task.output.unfinished(block) if group.key not in keys]
+        self._block = block
+        if self._settings.needs_second_moment and groups:
+            self._collect(block)
+        self._solve(block, groups, solved)
         # The store may give the room of these sums to the next block's.
-        del collected
-        order = [layer.name for group in groups for layer in group.layers]
+        self._sums.pop(block, None)
+        self._again.clear()
+        packed = {name: tensors for found, _ in solved.values() for name, tensors in found.items()}
+        facts = [row for _, rows in solved.values() for row in rows]
+        order = [layer.name for group in self._task.plan[block] for layer in group.layers]
         facts.sort(key=lambda row: order.index(row["layer"]))
         for row in facts:
             for note in row["notes"]:
                 _LOG.warning("%s: %s", row["layer"], note)
         self._task.output.write_block(block, packed, facts)
         del packed
+        solved.clear()
         release_memory()
         errors = [row["error"] for row in facts]
         return {
@@ -182,46 +221,90 @@ class CalibrationPass:
             "layers": len(facts),
         }
 
-    def _collect(self, block: int) -> list[Any]:
-        """Promises of a block's sums, one a calibrator.
+    def _collect(self, block: int) -> None:
+        """Ask for a block's sums, which are bound to where the chunks are: no other calibrator can help a slow one.
 
         Where the original's outputs are propagated nothing that is solved here matters to the next block to be solved,
         which is asked for at once: no calibrator waits for another's solve.
         """
-        collected = self._ahead.pop(block, None) or [worker.collect.remote(block) for worker in self._workers]
+        wanted = [block]
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.plan))
-            following = next((other for other in later if self._task.output.unfinished(other)), None)
-            if following is not None:
-                self._ahead[following] = [worker.collect.remote(following) for worker in self._workers]
-        return collected
+            wanted += [other for other in later if self._task.output.unfinished(other)][:1]
+        for each in wanted:
+            if each not in self._sums:
+                self._sums[each] = [worker.collect.remote(each) for worker in self._crew.actors]
 
-    def _solve(
-        self, block: int, groups: list[Group], collected: list[Any]
-    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
-        """Hand out groups, the dearest first, to whichever calibrator is free."""
+    def _solve(self, block: int, groups: list[Group], solved: Solved) -> None:
+        """Hand out groups, the dearest first, to whichever calibrator is free, and enter what comes back.
+
+        Two that solve the same find the same bits, and what they write has a name for each until it is whole.
+        """
         import ray
 
-        waiting = self._units(groups)
-        free = list(self._workers)
-        running: dict[Any, Any] = {}
-        packed: dict[str, dict[str, Tensor]] = {}
-        facts: list[dict[str, Any]] = []
-        while waiting or running:
-            while waiting and free:
-                worker = free.pop(0)
-                running[worker.solve.remote(block, waiting.pop(0), *collected)] = worker
-            (done, *_), _ = ray.wait(list(running))
-            free.append(running.pop(done))
-            tensors, rows, _ = self._get([done])[0]
-            packed |= tensors
-            facts += rows
-        return packed, facts
+        waiting = deque(tuple(keys) for keys in self._units(groups))
+        left = set(waiting)
+        running: dict[Any, _Call] = {}
+        losses = 0
+        try:
+            while left:
+                busy = {call.worker for call in running.values()} | set(self._late.values())
+                free = [worker for worker in self._crew.there if worker not in busy]
+                for worker in free:
+                    unit = waiting.popleft() if waiting else self._late_unit(running)
+                    if unit is None:
+                        break
+                    solve = self._crew.actors[worker].solve.remote
+                    reference = solve(block, list(unit), *self._sums.get(block, []))
+                    running[reference] = _Call(worker, unit, perf_counter())
+                seconds = _SECONDS_BETWEEN_LOOKS if free and not waiting else None
+                for reference in recovery.wait([self._crew], [*running, *self._late], seconds):
+                    if self._late.pop(reference, None) is not None:
+                        continue
+                    call = running.pop(reference)
+                    try:
+                        tensors, rows, _ = recovery.get(reference)
+                    except ray.exceptions.RayError as error:
+                        losses += 1
+                        if recovery.is_out_of_memory(error) or not recovery.is_actors_own(error):
+                            raise
+                        if not recovery.is_loss(error) or losses == recovery.ATTEMPTS:
+                            raise
+                        if all(other.unit != call.unit for other in running.values()):
+                            waiting.appendleft(call.unit)
+                        self._crew.replace(call.worker, error)
+                        continue
+                    losses = 0
+                    self._pace.note(perf_counter() - call.started)
+                    solved[call.unit] = tensors, rows
+                    left.remove(call.unit)
+                    self._outrun(running, call.unit)
+        finally:
+            # Whatever went wrong, these calibrators are not free before they are through.
+            self._outrun(running)
+
+    def _late_unit(self, running: dict[Any, _Call]) -> tuple[str, ...] | None:
+        """Of the units that one calibrator has been solving for too long, the one that takes longest."""
+        now = perf_counter()
+        units = [call.unit for call in running.values()]
+        late = [call for call in running.values() if self._pace.is_late(now - call.started)]
+        alone = [call for call in late if units.count(call.unit) == 1]
+        if not alone:
+            return None
+        first = min(alone, key=lambda call: call.started)
+        _LOG.info("a calibrator has been solving for %.0f s: another does the same", now - first.started)
+        return first.unit
+
+    def _outrun(self, running: dict[Any, _Call], unit: tuple[str, ...] | None = None) -> None:
+        """Nobody waits any more for the other solves of a unit, None for all."""
+        for reference, call in list(running.items()):
+            if unit is None or call.unit == unit:
+                self._late[reference] = running.pop(reference).worker
 
     def _units(self, groups: list[Group]) -> list[list[str]]:
         """Keys of groups to be solved in one call: many small ones, such as experts, share the cost of a call."""
         ordered = sorted(groups, key=lambda group: (-group.cost, group.key))
-        enough = sum(group.cost for group in ordered) / (8 * len(self._workers))
+        enough = sum(group.cost for group in ordered) / (8 * len(self._chunks))
         units: list[list[str]] = []
         size = enough
         for group in ordered:
@@ -232,59 +315,52 @@ class CalibrationPass:
             size += group.cost
         return units
 
-    @staticmethod
-    def _get(refs: list[Any]) -> list[Any]:
-        """Results of calls; a user's mistake that an actor found is raised as it was there."""
+    def _all(self, references: list[Any]) -> None:
+        """Wait for calls of all calibrators; a user's mistake that one found is raised as it was there."""
+        left = list(references)
+        while left:
+            for reference in recovery.wait([self._crew], left):
+                recovery.get(reference)
+                left.remove(reference)
+
+    def _retry(self, work: Callable[[], Any]) -> Any:
+        """Do work; after the loss of a calibrator do the work again with its successor."""
         import ray
 
-        try:
-            results: list[Any] = ray.get(refs)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
-        return results
-
-    def _retry(self, work: Callable[[], Any], what: str = "start") -> Any:
-        """Do work; after the loss of a calibrator replace it and do the work again."""
-        import ray
-
-        lost = (
-            ray.exceptions.RayActorError,
-            ray.exceptions.ObjectLostError,
-            ray.exceptions.WorkerCrashedError,
-            ray.exceptions.OutOfMemoryError,
-        )
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, recovery.ATTEMPTS + 1):
+            # Chunks are bound to calibrators: work needs all of them.
+            self._crew.fill()
             try:
                 return work()
-            except lost as error:
-                _raise_if_refused(error)
-                if attempt == _ATTEMPTS:
+            except ray.exceptions.RayError as error:
+                recovery.raise_if_refused(error)
+                if attempt == recovery.ATTEMPTS:
                     raise
-                reason = str(error).strip().splitlines()[0]
-                _LOG.warning("%s: lost a calibrator (%s); starting another and doing it again", what, reason)
-                self._replace_lost()
+                if recovery.is_out_of_memory(error):
+                    self._halve()
+                elif recovery.is_loss(error):
+                    self._recover()
+                else:
+                    raise
         raise AssertionError("unreachable")
 
-    def _replace_lost(self) -> None:
-        import ray
+    def _recover(self) -> None:
+        """Successors for those that are lost, and for what went with them."""
+        for index, error in self._crew.lost().items():
+            self._crew.replace(index, error)
+        self._crew.fill()
+        if self._again and self._block in self._sums:
+            for index, sums in self._again.items():
+                self._sums[self._block][index] = sums
+            self._again.clear()
+        else:
+            # Whose sums they were that are gone nobody knows.
+            self._sums.clear()
 
-        self._ahead.clear()
-        for index, worker in enumerate(self._workers):
-            try:
-                ray.get(worker.usage.remote())
-            except ray.exceptions.RayError:
-                ray.kill(worker)
-                self._workers[index] = self._start(self._chunks[index])
-                self.report.restarts += 1
-
-
-def _raise_if_refused(error: Exception) -> None:
-    """Raise what a calibrator raised while it was made, which another one would raise as well."""
-    if getattr(error, "actor_init_failed", False):
-        # Ray keeps no more of the exception than its text.
-        name, _, message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-        if name:
-            raise UserError(message) from None
-        raise error
+    def _halve(self) -> None:
+        """Start all anew with half the batch: those that share a node ran out of memory together."""
+        self._batches.halve(0, "a calibrator")
+        self._settings = replace(self._settings, batch=self._batches.of(0))
+        self._sums.clear()
+        for index in self._crew.there:
+            self._crew.replace(index)

@@ -17,6 +17,7 @@ from accel.decoding.context import Context
 from accel.decoding.drafters.base import Drafter, Models, Outcome
 from accel.decoding.sampling import Sampling
 from accel.decoding.tree import DraftTree, Draws
+from cluster.recovery import is_loss
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # What is to be observed is sent with the next proposal, and on its own once there is this much of it.
@@ -246,7 +247,9 @@ class Connection:
         events, self._events = self._events, []
         try:
             found: list[Plain] = ray.get(self._handle.serve.remote(self._client, events, asked, budget))
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError as error:
+            if not is_loss(error):
+                raise
             self._handle = None
             self._address = self._address._replace(number=self._address.number + 1)
             self.lost += 1

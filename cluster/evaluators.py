@@ -5,11 +5,12 @@ wherever it is made, and they are added up exactly.
 """
 
 import itertools
-import logging
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from accel.compression.search.candidates import batches
 from accel.compression.search.evopress import Genome, Sample
 from accel.compression.search.fitness import Fitness
 from accel.compression.statistics import split
+from cluster import recovery
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
-_LOG = logging.getLogger(__name__)
-# Work that failed so often fails for a reason of its own.
-_ATTEMPTS = 10
+# Calls that an evaluator has at once: the next is there when one ends, and the rest are free for others to take.
+_AHEAD = 2
+# How often it is looked whether a call is late.
+_SECONDS_BETWEEN_LOOKS = 0.25
 
 
 @dataclass(frozen=True)
@@ -44,44 +47,54 @@ class Model:
 
 
 class Evaluator:
-    """A model in one process, whose layers change from candidate to candidate."""
+    """A model in one process, whose layers change from candidate to candidate; loaded at the first use."""
 
     def __init__(self, model: Model) -> None:
         torch.set_num_threads(model.threads)
         torch.set_grad_enabled(False)
-        from accel.compression.levels.database import LevelDatabase
-        from accel.compression.search.candidates import Candidates
-        from accel.models.architecture import Architecture
-        from accel.models.checkpoint import Checkpoint
-
-        architecture = Architecture(Checkpoint(model.checkpoint), model.dtype, model.device)
-        database = LevelDatabase.read(model.levels, architecture)
-        self._candidates = Candidates(
-            architecture,
-            model.units,
-            database.weight,
-            model.tokens,
-            model.fitness,
-            batch=model.batch,
-            cache_bytes=model.cache_bytes,
-        )
+        self._model = model
+        self._candidates: Any = None
         self._cpu_before = cpu_seconds()
 
     def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
         """Sum of losses of every genome on every part of the sample, (genomes, parts) float64."""
-        return self._candidates.losses(genomes, sample)
+        found: Tensor = self._loaded().losses(genomes, sample)
+        return found
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the model was there, peak memory, and what swapping took of the evaluations."""
         release_memory()
+        found = self._candidates
         return {
-            "cpu_seconds": cpu_seconds() - self._cpu_before,
+            "cpu_seconds": cpu_seconds() - self._cpu_before if found else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
-            "seconds": self._candidates.seconds,
-            "swap_seconds": self._candidates.swap_seconds,
-            "block_runs": self._candidates.block_runs,
-            "swapped": self._candidates.swapped,
+            "seconds": found.seconds if found else 0.0,
+            "swap_seconds": found.swap_seconds if found else 0.0,
+            "block_runs": found.block_runs if found else 0,
+            "swapped": found.swapped if found else 0,
         }
+
+    def _loaded(self) -> Any:
+        if self._candidates is None:
+            from accel.compression.levels.database import LevelDatabase
+            from accel.compression.search.candidates import Candidates
+            from accel.models.architecture import Architecture
+            from accel.models.checkpoint import Checkpoint
+
+            model = self._model
+            architecture = Architecture(Checkpoint(model.checkpoint), model.dtype, model.device)
+            database = LevelDatabase.read(model.levels, architecture)
+            self._candidates = Candidates(
+                architecture,
+                model.units,
+                database.weight,
+                model.tokens,
+                model.fitness,
+                batch=model.batch,
+                cache_bytes=model.cache_bytes,
+            )
+            self._cpu_before = cpu_seconds()
+        return self._candidates
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,46 @@ class _Call:
     worker: int
     genomes: tuple[Genome, ...]
     pieces: list[Sample]
+
+
+class _Round:
+    """Calls at work: each belongs to an evaluator, and those that one has not begun are free for idle ones.
+
+    An idle one also does what another has been at for too long: the first result counts, and both are the same.
+    """
+
+    def __init__(self, calls: Sequence[_Call], count: int) -> None:
+        self.left = set(range(len(calls)))
+        self._queues: list[deque[int]] = [deque() for _ in range(count)]
+        for number, call in enumerate(calls):
+            self._queues[call.worker].append(number)
+        # Who is at a call, by its promise, in the order of asking; and since when each evaluator is at its first one.
+        self.running: dict[Any, tuple[int, int]] = {}
+        self.since = [perf_counter()] * count
+
+    def next(self, worker: int, idle: bool, pace: recovery.Pace) -> int | None:
+        """What an evaluator should do next; None where there is nothing. idle: it has nothing to do."""
+        if self._queues[worker]:
+            return self._queues[worker].popleft()
+        if not idle:
+            return None
+        longest = max(self._queues, key=len)
+        if longest:
+            # From the end: those that come first there have most in common with what its owner is at.
+            return longest.pop()
+        now = perf_counter()
+        numbers = [number for _, number in self.running.values()]
+        late = [number for other, number in self.running.values() if pace.is_late(now - self.since[other])]
+        # What its owner would come to last.
+        return next((number for number in reversed(late) if numbers.count(number) == 1), None)
+
+    def give_back(self, worker: int) -> None:
+        """What an evaluator had begun is to be done again, first of all."""
+        for reference, (other, number) in reversed(list(self.running.items())):
+            if other == worker:
+                del self.running[reference]
+                if number in self.left and all(number != each for _, each in self.running.values()):
+                    self._queues[worker].appendleft(number)
 
 
 def _whole(pieces: Sequence[Sample]) -> Sample:
@@ -108,10 +161,21 @@ class Evaluators:
         self._model = model
         self._gpus = gpus
         self._count = workers
-        self._workers: list[Any] = []
+        self._crew = recovery.Crew("an evaluator", workers, model.threads, gpus, self._start)
+        self._batches = recovery.Batches(
+            "search.batch", model.batch, "use a smaller search.sequence_length, or fewer workers on a node"
+        )
+        self._pace = recovery.Pace()
+        # Calls whose result came from another evaluator, which are still at work, and whose they are.
+        self._late: dict[Any, int] = {}
         # Losses of the parts of each piece that runs at once: those depend on nothing else.
         self._known: dict[tuple[Genome, Sample], tuple[float, ...]] = {}
-        self.evaluated = self.restarts = 0
+        self.evaluated = 0
+
+    @property
+    def restarts(self) -> int:
+        """Evaluators that were lost and replaced."""
+        return self._crew.restarts
 
     def __call__(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
         """Mean loss per scored token of every genome."""
@@ -143,15 +207,9 @@ class Evaluators:
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns what they used, added up, and the largest peak of memory."""
-        import ray
-
-        try:
-            usages = ray.get([worker.usage.remote() for worker in self._workers])
-        except ray.exceptions.RayError:
-            usages = []
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers = []
+        usages = recovery.answers([self._crew.actors[index].usage.remote() for index in self._crew.there])
+        self._crew.end()
+        self._late = {}
         total = {name: sum(usage[name] for usage in usages) for name in (usages[0] if usages else {})}
         if usages:
             total["peak_rss_bytes"] = max(usage["peak_rss_bytes"] for usage in usages)
@@ -186,53 +244,79 @@ class Evaluators:
             found.append((genomes, [piece]))
         return found
 
-    def _run(self, calls: Sequence["_Call"]) -> list[Tensor]:
-        """Results of calls in their order; those of a lost evaluator are done again by its successor."""
+    def _run(self, calls: Sequence[_Call]) -> list[Tensor]:
+        """Results of calls in their order; what a lost evaluator was at is done again."""
         import ray
 
         if not calls:
             return []
-        self._workers = self._workers or [self._start() for _ in range(self._count)]
+        self._crew.begin()
         results: dict[int, Tensor] = {}
-        for attempt in range(1, _ATTEMPTS + 1):
-            running = {
-                self._workers[call.worker].losses.remote(call.genomes, _whole(call.pieces)): number
-                for number, call in enumerate(calls)
-                if number not in results
-            }
-            lost = None
-            for reference, number in running.items():
+        work = _Round(calls, self._count)
+        losses = 0
+        while work.left:
+            idle = self._send(calls, work)
+            ready = recovery.wait([self._crew], [*work.running, *self._late], _SECONDS_BETWEEN_LOOKS if idle else None)
+            for reference in ready:
+                worker, number = work.running.pop(reference, (self._late.pop(reference, -1), -1))
+                if number < 0:
+                    continue
                 try:
-                    results[number] = ray.get(reference)
-                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                    if getattr(error, "actor_init_failed", False) or attempt == _ATTEMPTS:
+                    found = recovery.get(reference)
+                except ray.exceptions.RayError as error:
+                    losses += 1
+                    if losses == recovery.ATTEMPTS:
                         raise
-                    lost = error
-            if lost is None:
-                break
-            _LOG.warning("lost an evaluator (%s); starting another", str(lost).strip().splitlines()[0])
-            self._replace_lost()
+                    work.running[reference] = worker, number
+                    work.give_back(worker)
+                    self._lose(worker, error)
+                else:
+                    losses = 0
+                    now = perf_counter()
+                    self._pace.note(now - work.since[worker])
+                    work.since[worker] = now
+                    if number in work.left:
+                        work.left.remove(number)
+                        results[number] = found
+                    self._late |= {other: at for other, (at, same) in work.running.items() if same == number}
+                    work.running = {other: at for other, at in work.running.items() if at[1] != number}
         return [results[number] for number in range(len(calls))]
 
-    def _start(self) -> Any:
+    def _send(self, calls: Sequence[_Call], work: _Round) -> bool:
+        """Give every evaluator what it can take; returns whether one is idle for all that."""
+        found = False
+        for worker in self._crew.there:
+            while True:
+                at = sum(other == worker for other, _ in work.running.values())
+                at += sum(other == worker for other in self._late.values())
+                number = work.next(worker, not at, self._pace) if at < _AHEAD else None
+                if number is None:
+                    found |= not at
+                    break
+                if not at:
+                    work.since[worker] = perf_counter()
+                reference = self._crew.actors[worker].losses.remote(calls[number].genomes, _whole(calls[number].pieces))
+                work.running[reference] = worker, number
+        return found
+
+    def _lose(self, worker: int, error: Exception) -> None:
+        """A successor for an evaluator that is lost or ran out of memory; raises what is neither."""
+        if recovery.is_out_of_memory(error):
+            self._batches.halve(worker, "an evaluator")
+            self._crew.replace(worker)
+        elif recovery.is_actors_own(error) and recovery.is_loss(error):
+            self._crew.replace(worker, error)
+        elif not recovery.is_loss(error):
+            recovery.raise_if_refused(error)
+            raise error
+
+    def _start(self, index: int, cpus: float) -> Any:
         import ray
 
-        threads = self._model.threads
-        actor = ray.remote(Evaluator).options(
-            num_cpus=threads,
+        actor: Any = ray.remote(Evaluator).options(
+            num_cpus=cpus,
             num_gpus=self._gpus,
             max_restarts=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._model.threads)}},
         )
-        return actor.remote(self._model)
-
-    def _replace_lost(self) -> None:
-        import ray
-
-        for index, worker in enumerate(self._workers):
-            try:
-                ray.get(worker.usage.remote())
-            except ray.exceptions.RayError:
-                ray.kill(worker)
-                self._workers[index] = self._start()
-                self.restarts += 1
+        return actor.remote(replace(self._model, batch=self._batches.of(index)))

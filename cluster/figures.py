@@ -1,11 +1,73 @@
 """Figures of a run, as PNG files."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colours and size of figures.
+
+    series: of lines and bars, in the order in which they come. size: inches. titled: whether a figure tells its
+    title, as is not needed under a heading that does.
+    """
+
+    ink: str
+    paper: str
+    series: tuple[str, ...]
+    size: tuple[float, float]
+    titled: bool = True
+
+
+_SERIES_ON_WHITE = ("#0b62c4", "#b8500a", "#00795a", "#a8327e", "#6a4fc4", "#7a6200", "#c02f2f", "#4b5b6b")
+_SERIES_ON_DARK = ("#6cb6ff", "#f69d50", "#4fd1a5", "#f28bc8", "#b39dff", "#e3c54a", "#ff8c85", "#a9b8c7")
+LIGHT = Look("#1c2127", "#ffffff", _SERIES_ON_WHITE, (11.3, 4.8))
+DARK = Look("#e4e8ed", "#1a1f26", _SERIES_ON_DARK, (11.3, 4.8))
+# Of the figures that a run leaves in its folder.
+_OF_A_RUN = replace(LIGHT, size=(8.0, 4.5))
+_LOOK: ContextVar[Look] = ContextVar("look", default=_OF_A_RUN)
+
+
+@contextmanager
+def looking(look: Look) -> Iterator[None]:
+    """Inside the block figures have this look, and texts are taken as they are: a dollar begins no formula."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    rules: Any = dict.fromkeys(inked, look.ink) | dict.fromkeys(papers, look.paper)
+    rules |= {
+        "axes.prop_cycle": cycler(color=look.series),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.framealpha": 0.8,
+        "legend.edgecolor": "none",
+        "text.parse_math": False,
+        # The same bytes for the same data.
+        "svg.hashsalt": "hasten",
+    }
+    token = _LOOK.set(look)
+    try:
+        with rc_context(rules):
+            yield
+    finally:
+        _LOOK.reset(token)
+
+
+def recoloured(svg: str, look: Look, other: Look) -> str:
+    """A figure that was drawn as SVG in one look, in the colours of another: what drawing it again would give."""
+    colours = zip((look.ink, look.paper, *look.series), (other.ink, other.paper, *other.series), strict=True)
+    for old, new in colours:
+        svg = svg.replace(old, new)
+    return svg
 
 
 def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
@@ -18,7 +80,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
     for row in layers:
         kinds.setdefault(_kind(str(row["layer"])), []).append(row)
     several = len({row.get("bits") for row in layers}) > 1
-    figure, axes = _axes("Error of each quantized layer", "block", "relative squared error of the layer's output")
+    figure, axes = new_axes("Error of each quantized layer", "block", "relative squared error of the layer's output")
     for position, (kind, rows) in enumerate(sorted(kinds.items())):
         bits = sorted({f"{row['bits']:g}" for row in rows if row.get("bits") is not None})
         label = f"{kind} ({', '.join(bits)} bits)" if several and bits else kind
@@ -28,7 +90,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
         axes.set_yscale("log")
     if kinds:
         axes.legend(fontsize=8, ncols=2 if len(kinds) > 5 else 1)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
@@ -41,37 +103,36 @@ def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
     for index, row in enumerate(blocks):
         block = _block(str(row["layer"]), index)
         seconds[block] = seconds.get(block, 0.0) + float(row["seconds"])
-    figure, axes = _axes("Time of each block", "block", "seconds")
+    figure, axes = new_axes("Time of each block", "block", "seconds")
     axes.bar(list(seconds), list(seconds.values()), width=0.8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def level_map(layers: Sequence[Row], path: Path) -> Path:
+def level_map(layers: Sequence[Row], path: Path, limits: tuple[float, float] | None = None) -> Path:
     """Bits per weight of every layer as a heat map, kinds of layers by blocks; returns path.
 
     layers: `layer` (its name in the checkpoint) and `bits_per_weight`. Experts share a cell, which shows their mean.
+    limits: bits of the lowest and the highest colour, for maps that are compared; None takes those of the layers.
     """
     cells: dict[tuple[str, int], list[float]] = {}
     for index, row in enumerate(layers):
         name = str(row["layer"])
         cells.setdefault((_kind(name), _block(name, index)), []).append(float(row["bits_per_weight"]))
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    blocks = range(max((block for _, block in cells), default=-1) + 1)
-    nothing = [float("nan")]
-    means = [
-        [sum(some) / len(some) for some in (cells.get((kind, block), nothing) for block in blocks)] for kind in kinds
-    ]
-    figure, axes = _axes("Bits per weight of each layer", "block", "")
-    axes.grid(visible=False)
-    if means:
-        image = axes.imshow(means, aspect="auto", cmap="viridis")
-        figure.colorbar(image, label="bits per weight")
-        for line, values in enumerate(means):
-            for block, value in enumerate(values):
-                if len(blocks) <= 40 and value == value:
-                    axes.text(block, line, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white")
-    axes.set_yticks(range(len(kinds)), kinds)
-    return _save(figure, path)
+    return _heat_map("Bits per weight of each layer", cells, path, limits)
+
+
+def block_map(
+    layers: Mapping[str, Sequence[tuple[str, float]]], path: Path, limits: tuple[float, float] | None = None
+) -> Path:
+    """Mean bits per weight of every block as a heat map, a line for each run; returns path.
+
+    layers: (name in the checkpoint, bits per weight) of all layers, by the run's name. limits: as of `level_map`.
+    """
+    cells: dict[tuple[str, int], list[float]] = {}
+    for run, rows in layers.items():
+        for index, (name, bits) in enumerate(rows):
+            cells.setdefault((run, _block(name, index)), []).append(bits)
+    return _heat_map("Bits per weight of each block", cells, path, limits)
 
 
 def pareto(rows: Sequence[Row], path: Path) -> Path:
@@ -79,18 +140,23 @@ def pareto(rows: Sequence[Row], path: Path) -> Path:
 
     rows: `allocator`, `bytes` and `kl_divergence`; rows without the latter are left out.
     """
+    from matplotlib.ticker import AutoLocator
+
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["kl_divergence"] is not None:
             point = (float(row["bytes"]) / 2**20, float(row["kl_divergence"]))
             lines.setdefault(str(row["allocator"]), []).append(point)
-    figure, axes = _axes("Quality against size", "MiB of quantized weights", "KL divergence, nats a token")
+    figure, axes = new_axes("Quality against size", "MiB of quantized weights", "KL divergence, nats a token")
     for position, (name, points) in enumerate(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="osD^v<>P"[position % 8], linewidth=1, label=name)
+    divergences = [divergence for points in lines.values() for _, divergence in points]
     if lines:
-        axes.set_yscale("log")
+        if min(divergences) > 0:
+            logarithmic(axes.yaxis, divergences)
+        axes.xaxis.set_major_locator(AutoLocator())
         axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def acceptance(histogram: Sequence[int], path: Path) -> Path:
@@ -99,9 +165,9 @@ def acceptance(histogram: Sequence[int], path: Path) -> Path:
     histogram: passes that accepted 0, 1, 2, … tokens.
     """
     passes = sum(histogram)
-    figure, axes = _axes("Accepted tokens of a pass", "drafted tokens that the target accepted", "share of passes")
+    figure, axes = new_axes("Accepted tokens of a pass", "drafted tokens that the target accepted", "share of passes")
     axes.bar(range(len(histogram)), [count / passes for count in histogram], width=0.8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
@@ -109,7 +175,7 @@ def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
     from matplotlib.ticker import AutoLocator
 
     total = sum(seconds.values()) or 1.0
-    figure, axes = _axes("Time of decoding", "share of the time", "")
+    figure, axes = new_axes("Time of decoding", "share of the time", "")
     start = 0.0
     for name, part in seconds.items():
         share = part / total
@@ -120,7 +186,7 @@ def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
     axes.set_ylim(-0.5, 0.8)
     axes.xaxis.set_major_locator(AutoLocator())
     axes.legend(fontsize=8, ncols=4, loc="upper center")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _block(name: str, otherwise: int) -> int:
@@ -135,19 +201,74 @@ def _kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", behind)
 
 
-def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:
+def _heat_map(
+    title: str, cells: Mapping[tuple[str, int], Sequence[float]], path: Path, limits: tuple[float, float] | None
+) -> Path:
+    """Means of cells, which are given by line and block."""
+    lines = list(dict.fromkeys(line for line, _ in cells))
+    blocks = range(max((block for _, block in cells), default=-1) + 1)
+    nothing = [float("nan")]
+    means = [
+        [sum(some) / len(some) for some in (cells.get((line, block), nothing) for block in blocks)] for line in lines
+    ]
+    figure, axes = new_axes(title, "block", "")
+    axes.grid(visible=False)
+    if means:
+        low, high = limits or (None, None)
+        image = axes.imshow(means, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+        figure.colorbar(image, label="bits per weight")
+        # Beside the map there are names and a bar of colours, and a number is about a quarter of an inch wide.
+        readable = len(blocks) <= (figure.get_figwidth() - 2.2) / 0.27
+        for position, values in enumerate(means):
+            for block, value in enumerate(values):
+                if readable and value == value:
+                    ink = _ink_on(image.to_rgba(value))
+                    axes.text(block, position, f"{value:.3g}", ha="center", va="center", fontsize=7, color=ink)
+    # What a layer is stands at the end of its name. A letter of this size takes about a twelfth of an inch.
+    most = int(4.5 * figure.get_figwidth())
+    names = [line if len(line) <= most else f"…{line[1 - most :]}" for line in lines]
+    axes.set_yticks(range(len(lines)), names, fontsize=9)
+    return save(figure, path)
+
+
+def _ink_on(colour: Sequence[float]) -> str:
+    """Near black or near white, whichever is easier to read on a colour (red, green, blue from 0 to 1).
+
+    Neither is a colour of a look: they stay when a figure is recoloured.
+    """
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3])
+    # Relative luminance as WCAG 2 has it: from 0.179 on black has more contrast than white.
+    return "#0a0a0a" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#f8f8f8"
+
+
+def new_axes(title: str, across: str, up: str) -> tuple[Any, Any]:
+    """A figure with one pair of axes, in the look that is chosen, and these axes."""
     # pyplot would pick a backend for the screen and keep every figure: the Figure class draws to files only.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=across, ylabel=up)
+    figure = Figure(figsize=_LOOK.get().size, layout="constrained")
+    axes = figure.add_subplot(title=title if _LOOK.get().titled else "", xlabel=across, ylabel=up)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> Path:
+def logarithmic(axis: Any, values: Sequence[float]) -> None:
+    """Make an axis of positive values logarithmic, with plain numbers as its ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    # Less than two decades would have one number or none at powers of ten alone.
+    far = max(values) > 100 * min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0,) if far else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as what the ending of path says; returns path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    # A date would make two files of the same figure differ.
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

@@ -134,6 +134,19 @@ def git_commit() -> str | None:
         return None
 
 
+def git_diff() -> str | None:
+    """What differs from the commit in the checkout that this code runs from; None outside of one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        return _git(root, "diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def _git(root: Path, *arguments: str) -> str:
-    found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    # A diff holds lines in any encoding.
+    command = ["git", "-C", str(root), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     return found.stdout.strip()

@@ -1,6 +1,7 @@
 """Where MLflow keeps its runs: a sqlite file, made whole or not at all, or any other tracking URI."""
 
 import http.client
+import json
 import logging
 import os
 import ssl
@@ -60,6 +61,24 @@ def absolute(uri: str) -> str:
 
 def _sqlite(file: Path) -> str:
     return f"sqlite:///{file.expanduser().resolve().as_posix()}"
+
+
+def server_file(file: Path) -> Path:
+    """Where `hasten ui` says that its server writes this sqlite file: JSON of `url` and `process`."""
+    return file.with_name(f"{file.name}.server")
+
+
+def serving(uri: str) -> str | None:
+    """URL of the server that `hasten ui` runs for this sqlite file on this machine; None where there is none."""
+    file = sqlite_file(uri)
+    if file is None:
+        return None
+    try:
+        found = json.loads(server_file(file).read_text(encoding="utf-8"))
+        check_reachable(found["url"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return str(found["url"])
 
 
 def artifact_location(uri: str) -> str | None:

@@ -1,36 +1,33 @@
-"""One MLflow run for one job, and the job's report.json.
+"""One tracked run for one job, and the job's report.json.
 
 Only the driver writes to MLflow. A tracking store that cannot be reached is an error at the start; one that is lost
-later costs the figures from then on, not the job: report.json holds them all.
+later costs the figures from then on, not the job: report.json holds them all. In a point of a sweep the same calls go
+to the point's journal, which the sweep's driver writes to MLflow.
 """
 
-import contextlib
 import json
-import logging
 import math
 import os
-import platform
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from accel.errors import UserError
-from cluster import resources, store
+from cluster import events, journal
+from cluster.environment import write_environment
+from cluster.mlflow_writer import Writer, run_tags, status
+from cluster.naming import as_given
+from cluster.system_metrics import SystemMetrics
 
-LOG = logging.getLogger(__name__)
-# MLflow's own limits; the first three are of one call.
-_PARAMS_AT_ONCE = 100
-_METRICS_AT_ONCE = 1000
-_TAG_CHARACTERS = 5000
+# MLflow's own limits.
 _KEY_CHARACTERS = 250
 _VALUE_CHARACTERS = 6000
-_RUNS_AT_ONCE = 100
+# Files of a run that belong to it as artifacts; the log is whole when the run ends.
+_FIRST, _LAST = ("config.yaml",), ("hasten.log",)
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
@@ -42,7 +39,7 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "report.json"
     unfinished = run_dir / f".report.json.{os.getpid()}"
-    text = json.dumps(_plain(report), indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(_plain(as_given(report)), indent=2, allow_nan=False, ensure_ascii=False)
     try:
         with unfinished.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -55,39 +52,42 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
 
 
 class Tracker:
-    """Context of one MLflow run: finished when left normally, FAILED after an error, KILLED after a signal.
+    """Context of one tracked run: finished when left normally, FAILED after an error, KILLED after a signal.
 
     uri: any MLflow tracking URI; None is a sqlite file in `runs` of the current folder. Artifacts of a sqlite store
-    lie beside its file. parent: id of the run that this one is nested in.
-    Entering raises UserError where the store cannot be reached.
+    lie beside its file. system_seconds: between samples of the machine's use, 0 takes none. register: name of the
+    registered model whose next version the run's output becomes. Entering raises UserError where the store cannot be
+    reached.
     """
 
-    def __init__(self, uri: str | None, experiment: str, run_name: str, run_dir: Path, parent: str | None = None):
-        self.uri = store.absolute(uri) if uri else store.default_uri()
-        self.experiment = experiment
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        run_dir: Path,
+        parent: str | None = None,
+        system_seconds: float = 0,
+        register: str | None = None,
+    ) -> None:
         self.run_name = run_name
         self.run_dir = Path(run_dir)
-        self.parent = parent
-        self._client: Any = None
-        self._run_id = ""
-        self._lost = False
+        self._parent, self._system_seconds, self._register = parent, system_seconds, register
+        self._journal = journal.current()
+        self._writer = Writer(uri, experiment)
+        self._run: Future[Any] | None = None
+        self._system: SystemMetrics | None = None
         self._previous_handler: Any = None
-        # One thread makes every call, in order: the job does not wait for the database or the server.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking")
-        self._started: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        store.check_reachable(self.uri)
-        store.import_mlflow()
-        # A new sqlite file takes seconds to get its tables; it cannot be wrong, so the job goes on meanwhile.
-        waits = not store.is_new(self.uri)
-        self._started = self._thread.submit(self._start)
-        if waits:
-            try:
-                self._started.result()
-            except Exception as error:  # MLflow's, the database's or the network's
-                self._thread.shutdown()
-                raise UserError(f"tracking.uri={self.uri} cannot be used: {store.first_line(error)}") from error
+        if self._journal is None:
+            self._writer.open()
+            self._run = self._writer.submit(_create, self.run_name, self.run_dir, self._parent)
+        write_environment(self.run_dir, self.uri)
+        for name in ("environment.json", *_FIRST):
+            self._artifact_if_there(name)
+        if self._system_seconds:
+            self._system = SystemMetrics(self._system_seconds, self.metrics, self.run_dir)
         self._catch_termination()
         return self
 
@@ -96,32 +96,35 @@ class Tracker:
     ) -> None:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
-        self._submit("set_terminated", status=_status(error))
-        self._thread.shutdown()
+        if self._system is not None:
+            self._system.stop()
+        for name in _LAST:
+            self._artifact_if_there(name)
+        if self._journal is None:
+            self._writer.submit(_end, self._run, status(error))
+            self._writer.close()
+
+    @property
+    def uri(self) -> str:
+        """Of the store, absolute."""
+        return self._writer.uri
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; empty where its store was lost."""
-        self._wait()
-        return self._run_id
+        """MLflow's id of the run; empty where its store was lost, and in a point of a sweep."""
+        return (self._run.result() or "") if self._run is not None else ""
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; nested ones get their path with dots as name, long ones are cut to MLflow's limits."""
-        from mlflow.entities import Param
-
-        entries = [Param(_key(name), _text(value)[:_VALUE_CHARACTERS]) for name, value in _flat(values)]
-        for begin in range(0, len(entries), _PARAMS_AT_ONCE):
-            self._submit("log_batch", params=entries[begin : begin + _PARAMS_AT_ONCE])
+        texts = {_key(name): _text(value)[:_VALUE_CHARACTERS] for name, value in _flat(values)}
+        self._tell(events.Params(texts))
 
     def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
         """Log numbers of one step in one call; what is None or no number is left out."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        numbers = [(name, _number(value)) for name, value in _flat(values)]
-        entries = [Metric(_key(name), number, now, step) for name, number in numbers if number is not None]
-        for begin in range(0, len(entries), _METRICS_AT_ONCE):
-            self._submit("log_batch", metrics=entries[begin : begin + _METRICS_AT_ONCE])
+        numbers = {_key(name): _number(value) for name, value in _flat(values)}
+        known = {name: number for name, number in numbers.items() if number is not None}
+        if known:
+            self._tell(events.Metrics(known, step))
 
     def figure(self, path: Path) -> None:
         """Log an image under figures/."""
@@ -129,67 +132,37 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log any file of the run, such as the resolved config."""
-        self._submit("log_artifact", str(path), folder)
+        self._tell(events.Artifact(str(Path(path).absolute()), folder))
 
     def report(self, report: Mapping[str, Any]) -> Path:
-        """Path of report.json, after writing it and logging it and the figures under its `metrics`."""
-        path = write_report(self.run_dir, report)
+        """Path of report.json, after logging it and the figures under its `metrics`, and registering its output.
+
+        The file is written when all else is told: where it is, the run came to its end.
+        """
         self.metrics(report.get("metrics", {}))
+        if self._register:
+            self._tell(self._registered(self._register, report))
+        path = write_report(self.run_dir, report)
         self.artifact(path)
         return path
 
-    def _start(self) -> None:
-        from mlflow import MlflowClient
+    def _registered(self, name: str, report: Mapping[str, Any]) -> events.Registered:
+        kept = {key: value for key, value in _flat(report.get("metrics", {})) if _number(value) is not None}
+        tags = {"job": report["job"], "run_dir": as_given(str(self.run_dir.absolute())), **kept}
+        source = as_given(str(report["output"]))
+        return events.Registered(name, source, {_key(key): _text(value) for key, value in tags.items()})
 
-        file = store.sqlite_file(self.uri)
-        if file is not None:
-            store.make_database(file)
-        client = MlflowClient(tracking_uri=self.uri)
-        experiment = self._experiment(client)
-        _close_dead_runs(client, experiment)
-        run = client.create_run(experiment, run_name=self.run_name, tags=_tags(self.run_dir, self.parent))
-        self._client, self._run_id = client, run.info.run_id
+    def _artifact_if_there(self, name: str) -> None:
+        if (self.run_dir / name).exists():
+            self.artifact(self.run_dir / name)
 
-    def _experiment(self, client: Any) -> str:
-        """Id of the experiment, made where it is missing."""
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        try:
-            return str(client.create_experiment(self.experiment, artifact_location=store.artifact_location(self.uri)))
-        except Exception:
-            # Another run may have made it meanwhile.
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                raise
-            return str(found.experiment_id)
-
-    def _submit(self, function: str, *arguments: Any, **named: Any) -> None:
-        if self._started is None:
+    def _tell(self, event: events.Event) -> None:
+        if self._journal is not None:
+            self._journal.write(event)
+        elif self._run is None:
             raise ValueError("a Tracker logs only inside its `with` block")
-        self._thread.submit(self._call, function, *arguments, **named)
-
-    def _call(self, function: str, *arguments: Any, **named: Any) -> None:
-        """One call to MLflow, in the tracker's thread; after one that failed, none."""
-        self._wait()
-        if self._lost:
-            return
-        try:
-            getattr(self._client, function)(self._run_id, *arguments, **named)
-        except Exception as error:  # a job of hours must not end with the tracking server
-            self._lose(error)
-
-    def _wait(self) -> None:
-        """Until the run was made."""
-        if self._started is None:
-            raise ValueError("a Tracker has a run only inside its `with` block")
-        error = self._started.exception()
-        if error is not None and not self._lost:
-            self._lose(error)
-
-    def _lose(self, error: BaseException) -> None:
-        self._lost = True
-        LOG.warning("nothing more is tracked at %s: %s", self.uri, store.first_line(error))
+        else:
+            self._writer.submit(_write, self._run, event)
 
     def _catch_termination(self) -> None:
         """SIGTERM's default ends the process before the run could be marked: make it an exception."""
@@ -199,52 +172,22 @@ class Tracker:
             self._previous_handler = signal.signal(signal.SIGTERM, _terminate)
 
 
+def _create(client: Any, experiment: str, name: str, run_dir: Path, parent: str | None) -> str:
+    run = client.create_run(experiment, run_name=name, tags=run_tags(run_dir, parent))
+    return str(run.info.run_id)
+
+
+def _write(client: Any, experiment: str, run: "Future[Any]", event: events.Event) -> None:
+    # The run was made earlier in this same thread.
+    events.write(client, str(run.result()), [event])
+
+
+def _end(client: Any, experiment: str, run: "Future[Any]", run_status: str) -> None:
+    client.set_terminated(str(run.result()), status=run_status)
+
+
 def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
-
-
-def _status(error: BaseException | None) -> str:
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "FINISHED"
-    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
-
-
-def _tags(run_dir: Path, parent: str | None) -> dict[str, str]:
-    import psutil
-
-    machine = resources.machine()
-    commit = resources.git_commit()
-    tags = {
-        "hasten.run_dir": str(run_dir.resolve()),
-        "hasten.version": commit or resources.package_version(),
-        "hasten.process": f"{os.getpid()} {psutil.Process().create_time():.2f}",
-        **{f"machine.{name}": _text(value) for name, value in machine.items()},
-    }
-    if commit:
-        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-    return {name: value[:_TAG_CHARACTERS] for name, value in tags.items()}
-
-
-def _close_dead_runs(client: Any, experiment: str) -> None:
-    """Marks runs KILLED that SIGKILL or a power cut left as running on this machine."""
-    here = platform.node()
-    query = f"attributes.status = 'RUNNING' and tags.`machine.host` = '{here}'"
-    for run in client.search_runs([experiment], query, max_results=_RUNS_AT_ONCE):
-        process = run.data.tags.get("hasten.process", "")
-        if process and not _alive(process):
-            client.set_terminated(run.info.run_id, status="KILLED")
-
-
-def _alive(process: str) -> bool:
-    """Whether the process of a `hasten.process` tag still runs: its id, and its start, for ids are used again."""
-    import psutil
-
-    number, started = process.split()
-    with contextlib.suppress(psutil.Error):
-        return abs(psutil.Process(int(number)).create_time() - float(started)) < 1
-    return False
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -67,6 +67,17 @@ class Search:
         self._genomes: dict[tuple[str, float], tuple[int, ...]] = {}
         self._rates: list[tuple[int, float]] = []
 
+    @property
+    def reads(self) -> dict[str, Path]:
+        """What actors read, by option."""
+        return {"model": self._source} | ({} if self._building else {"levels": self.database.path})
+
+    @property
+    def writes(self) -> dict[str, Path]:
+        """What is written and then read by actors, by option; levels that are made here go by their model."""
+        made = {"output": self._output(self._config.budget[0])}
+        return made | ({"levels": self.database.path} if self._building else {})
+
     def check(self) -> None:
         """UserError for what must be read to be known, before levels are made; inside a Ray session."""
         if self._building:
@@ -106,8 +117,11 @@ class Search:
         folder = mixed_output(self._architecture, self.database, levels, output, dropped)
         fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
         folder.open(fingerprint, self._config.overwrite)
-        with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
-            layers = write_mixed(folder, self.database, levels, lambda done: progress.update(done, ""))
+        try:
+            with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
+                layers = write_mixed(folder, self.database, levels, lambda done: progress.update(done, ""))
+        finally:
+            folder.release()
         weights = sum(unit.weights for unit in units)
         metrics = {"budget": budget, "budget_bits_per_weight": size(units, genome) / weights}
         metrics |= sizes(Checkpoint(output)).metrics() | self._quality(output)

@@ -3,18 +3,20 @@
 import os
 import sys
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError, is_disk_full
-from jobs.help import benchmark_names, benchmark_schema, job_help, overview
+from jobs.help import benchmark_names, benchmark_schema, command_names, job_help, overview
 from jobs.options import nearest
-from jobs.schema import JOBS
+from jobs.schema import JOBS, Run
 
 _HELP = ("-h", "--help", "help")
+_MULTIRUN = ("-m", "--multirun")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 1 of a sweep with failed points, 2 for a mistake, 130 interrupted."""
     from jobs.run import log_traceback
 
     try:
@@ -48,7 +50,9 @@ def _main(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"hasten {metadata.version('hasten')}")
         return 0
-    job, words = _known(words[0], "job", list(JOBS)), words[1:]
+    if words[0] in command_names():
+        return _command(words[0], words[1:])
+    job, words = _known(words[0], "job", [*JOBS, *command_names()]), words[1:]
     asks_help = any(word in _HELP for word in words)
     name = None
     if job == "bench":
@@ -59,19 +63,46 @@ def _main(words: list[str]) -> int:
     if asks_help:
         print(job_help(job, name))
         return 0
+    if any(word in _MULTIRUN for word in words):
+        return _sweep(job, name, [word for word in words if word not in _MULTIRUN])
     _run(job, name, words)
     return 0
 
 
+def _command(name: str, words: list[str]) -> int:
+    try:
+        return int(import_module(f"jobs.commands.{name}").main(words))
+    except SystemExit as stop:  # argparse has printed its help
+        if stop.code:
+            raise
+        return 0
+
+
 def _run(job: str, name: str | None, words: list[str]) -> None:
     from jobs.compose import compose
-    from jobs.run import default_folder, log_to_terminal
+    from jobs.run import default_folder, execute, log_to_terminal
 
-    config: Any = compose(job, benchmark_schema(name) if name else JOBS[job], words)
+    config: Any = compose(job, _schema(job, name), words)
     config.run_dir = config.run_dir or default_folder(f"{job}/{name}" if name else job)
     log_to_terminal()
-    module = import_module(f"jobs.benchmarks.{name}" if name else f"jobs.{job}")
-    report = module.run(config)
+    _print_report(execute(job, name, _schema(job, name), config))
+
+
+def _sweep(job: str, name: str | None, words: list[str]) -> int:
+    from jobs.run import log_to_terminal
+    from jobs.sweep.run import run
+
+    log_to_terminal()
+    report, code = run(job, name, _schema(job, name), words)
+    _print_report(report)
+    return code
+
+
+def _schema(job: str, name: str | None) -> type[Run]:
+    return benchmark_schema(name) if name else JOBS[job]
+
+
+def _print_report(report: Path | str | None) -> None:
     if report is not None:
         sys.stderr.flush()
         print(f"report: {report}", flush=True)

@@ -1,7 +1,9 @@
 """From `key=value` words to a job's config: Hydra composes the files, the schemas check them."""
 
+import copy
 import dataclasses
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from accel.errors import UserError
@@ -60,17 +62,24 @@ def _defaults(job: str) -> dict[str, str]:
 
 
 def _composed(job: str, schema: type[Run], groups: dict[str, str], values: dict[str, Any]) -> Any:
-    import hydra
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name=f"{job}_schema", node=schema)
-    with hydra.initialize_config_module(CONF_MODULE, version_base="1.3"):
-        composed = hydra.compose(job, overrides=[f"{key}={name}" for key, name in groups.items()])
+    composed = copy.deepcopy(_with_groups(CONF_MODULE, job, schema, tuple(groups.items())))
     for key, value in values.items():
         # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
         OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
     return OmegaConf.to_object(composed)
+
+
+@cache
+def _with_groups(folder: str, job: str, schema: type[Run], groups: tuple[tuple[str, str], ...]) -> Any:
+    """What Hydra makes of a job's file and the chosen groups, which is the same for most points of a sweep."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{job}_schema", node=schema)
+    with hydra.initialize_config_module(folder, version_base="1.3"):
+        return hydra.compose(job, overrides=[f"{key}={name}" for key, name in groups])
 
 
 def _check(config: Any, known: Iterable[Option]) -> None:
@@ -84,5 +93,8 @@ def _check(config: Any, known: Iterable[Option]) -> None:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Config as nested dictionaries, for config.yaml, report.json and MLflow."""
-    return dataclasses.asdict(config)
+    """Config as nested dictionaries, for config.yaml, report.json and MLflow; with URIs as they were given."""
+    from cluster.naming import as_given
+
+    found: dict[str, Any] = as_given(dataclasses.asdict(config))
+    return found

@@ -10,17 +10,16 @@ from jobs.schema import CompressConfig
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
     from cluster.calibration_pass import CalibrationPass
-    from cluster.session import session
-    from cluster.tracking import Tracker
     from jobs.calibration import calibration_tokens, original, run_pass
+    from jobs.cluster import joined
     from jobs.compose import plain
     from jobs.quality import held_out_windows
-    from jobs.run import start
+    from jobs.run import start, tracked
     from jobs.tokenizer import load_tokenizer
 
     started = perf_counter()
     source = original(config.model)
-    settings = _settings(config, source)
+    settings = make_settings(config, source)
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(config.calibration, settings, tokenizer)
     windows = held_out_windows(config.evaluation, tokenizer, source)
@@ -29,15 +28,15 @@ def run(config: CompressConfig) -> Path:
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)
-    with session(config.address, config.workers * config.threads):
+    cpus = config.workers * config.threads
+    with joined(config, cpus, {"model": source}, {"output": output.path}):
         if config.overwrite or not output.finished:
             compression.check_weights()
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
         run_dir = start(config)
-        name = config.tracking.name or f"compress-{run_dir.name}"
-        with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
-            output.open(fingerprint, config.overwrite)
+        with tracked(config, "compress", run_dir) as tracker:
             tracker.params(plain(config))
+            output.open(fingerprint, config.overwrite)
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows)
             report = _report(config, compression, metrics, perf_counter() - started)
@@ -48,7 +47,7 @@ def run(config: CompressConfig) -> Path:
     return path
 
 
-def _settings(config: CompressConfig, source: Path) -> Any:
+def make_settings(config: CompressConfig, source: Path) -> Any:
     from accel.compression.quantizers.base import Scheme
     from jobs.calibration import calibration_settings
     from jobs.methods import build
@@ -111,8 +110,10 @@ def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
 
 
 def _print_summary(report: dict[str, Any]) -> None:
+    from cluster.naming import as_given
+
     metrics = report["metrics"]
-    print(f"checkpoint: {report['output']}")
+    print(f"checkpoint: {as_given(report['output'])}")
     print(
         f"size: {metrics['bytes'] / 2**20:.1f} MiB, was {metrics['bytes_original'] / 2**20:.1f} MiB; "
         f"{metrics['bits_per_weight']:.3f} bits per quantized weight"

@@ -41,10 +41,9 @@ def run(config: DecodeConfig) -> Path:
     """Decode what is missing; returns the path of report.json."""
     from cluster.evaluation import check_weights
     from cluster.resources import cpu_seconds, peak_rss_bytes
-    from cluster.session import session
-    from cluster.tracking import Tracker
+    from jobs.cluster import joined
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     started = perf_counter()
     if config.stream:
@@ -54,7 +53,8 @@ def run(config: DecodeConfig) -> Path:
         decoders = None
         if plan.missing:
             drafters = 0 if plan.placement == "private" else config.drafter_actors
-            stack.enter_context(session(config.address, config.workers * config.threads + drafters))
+            reads = {"target": plan.spec.target} | ({} if plan.spec.draft is None else {"draft": plan.spec.draft})
+            stack.enter_context(joined(config, config.workers * config.threads + drafters, reads, {}))
             decoders = _decoders(config, plan)
             stack.callback(decoders.close)
             # Before the actors take the processors.
@@ -62,8 +62,7 @@ def run(config: DecodeConfig) -> Path:
             decoders.prepare()
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
         run_dir = start(config)
-        name = config.tracking.name or f"decode-{run_dir.name}"
-        tracker = stack.enter_context(Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir))
+        tracker = stack.enter_context(tracked(config, "decode", run_dir))
         tracker.params(plain(config))
         if plan.kept:
             _LOG.info("%s holds %d of %d results already", plan.completions.path, len(plan.kept), len(plan.prompts))
@@ -386,7 +385,9 @@ class _Printer:
 
 
 def _print_summary(metrics: Mapping[str, Any], output: Path) -> None:
-    print(f"completions: {output}")
+    from cluster.naming import as_given
+
+    print(f"completions: {as_given(output)}")
     speed = "" if metrics["tokens_per_second"] is None else f"; {metrics['tokens_per_second']:.1f} tokens a second"
     print(f"decoded: {metrics['num_tokens']} tokens for {metrics['prompts']} prompts{speed}")
     print(

@@ -19,12 +19,11 @@ def run(config: EvaluateConfig) -> Path:
     from accel.models.checkpoint import Checkpoint, resolve
     from cluster.evaluation import check_weights
     from cluster.resources import cpu_seconds, peak_rss_bytes
-    from cluster.session import session
-    from cluster.tracking import Tracker
     from jobs.arithmetic import resolve_device, resolve_dtype
+    from jobs.cluster import joined
     from jobs.compose import plain
     from jobs.quality import FIGURES, held_out_windows
-    from jobs.run import start
+    from jobs.run import start, tracked
     from jobs.tokenizer import load_tokenizer
 
     started = perf_counter()
@@ -36,7 +35,8 @@ def run(config: EvaluateConfig) -> Path:
         check_tasks(config.tasks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folders = [path for path in (folder, original) if path is not None]
+    reads = {"model": folder} | ({} if original is None else {"original": original})
+    folders = list(reads.values())
     windows = None
     if config.evaluation.sequences:
         for path in folders:
@@ -44,12 +44,11 @@ def run(config: EvaluateConfig) -> Path:
         windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
     with ExitStack() as stack:
         if windows is not None:
-            stack.enter_context(session(config.address, config.workers * config.threads))
+            stack.enter_context(joined(config, config.workers * config.threads, reads, {}, in_turn=True))
             check_weights(folders, config.workers, config.threads)
         # Nothing was written so far: what is wrong in the input leaves nothing behind.
         run_dir = start(config)
-        name = config.tracking.name or f"evaluate-{run_dir.name}"
-        tracker = stack.enter_context(Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir))
+        tracker = stack.enter_context(tracked(config, "evaluate", run_dir))
         tracker.params(plain(config))
         metrics: dict[str, Any] = dict.fromkeys(FIGURES)
         peak = 0
@@ -96,7 +95,8 @@ def _measure(
     from jobs.quality import measured
 
     workers, threads = config.workers, config.threads
-    found = measured(folder, original, windows, workers, threads, device, dtype=dtype, batch=config.batch)
+    arithmetic = {"dtype": dtype, "batch": config.batch, "batch_option": "batch"}
+    found = measured(folder, original, windows, workers, threads, device, **arithmetic)
     return found.sums.metrics() | {"workers_cpu_seconds": found.cpu_seconds}, found.peak_rss_bytes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.methods import job_file, method, method_names
 from jobs.options import Option, options
-from jobs.schema import JOBS, Run
+from jobs.schema import JOBS, Run, SweepConfig
 
 EXAMPLES = {
     "compress": (
@@ -18,6 +18,8 @@ EXAMPLES = {
         "hasten compress model=/models/llama quantizer=gptq bits=3 output=/models/llama-w3 workers=8",
         "hasten compress quantizer=round_to_nearest bits=8 group_size=-1 symmetric=true",
         "hasten compress quantizer.act_order=none ignore='[.*down_proj]' calibration.source=text.jsonl",
+        "hasten compress --multirun bits=2,3,4 'quantizer=glob(*)' group_size=64,128",
+        "hasten compress --multirun bits=3,4 'quantizer.damping=tag(log,interval(0.001,0.1))' sweep.trials=30",
     ),
     "levels": (
         "hasten levels",
@@ -60,8 +62,12 @@ _INDENT = "  "
 
 def benchmark_names() -> list[str]:
     """Names that `hasten bench NAME` accepts: the files of jobs/benchmarks."""
-    folder = Path(__file__).parent / "benchmarks"
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return _files("benchmarks")
+
+
+def command_names() -> list[str]:
+    """Commands beside the jobs: the files of jobs/commands."""
+    return _files("commands")
 
 
 @cache
@@ -73,7 +79,8 @@ def benchmark_schema(name: str) -> type[Run]:
 def overview() -> str:
     """Text of `hasten --help`."""
     lines = [
-        "usage: hasten JOB [key=value …]",
+        "usage: hasten JOB [--multirun] [key=value …]",
+        "       hasten COMMAND …",
         "",
         "Makes large language models cheaper to run.",
         "",
@@ -81,13 +88,17 @@ def overview() -> str:
     ]
     for job, schema in JOBS.items():
         lines += _row("bench NAME" if job == "bench" else job, _summary(schema))
+    lines += ["", "commands:"]
+    for name in command_names():
+        lines += _row(name, _docstring_summary("commands", name))
     for family in ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier"):
         lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
     lines += ["", "benchmarks:", *_benchmarks()]
     lines += [
         "",
-        "hasten JOB --help lists the options of a job, hasten --version prints the version.",
-        "Without options every job runs on the models that come with the package.",
+        "hasten JOB --help lists the options of a job, hasten COMMAND --help those of a command.",
+        "With --multirun options may have several values (bits=2,3,4): the job runs for each, on the whole cluster.",
+        "Without options every job runs on the models that come with the package. hasten --version prints the version.",
     ]
     return "\n".join(lines)
 
@@ -96,8 +107,8 @@ def job_help(job: str, name: str | None = None) -> str:
     """Text of `hasten JOB --help`, or of `hasten bench NAME --help`."""
     schema = benchmark_schema(name) if name else JOBS[job]
     command = f"hasten {job}" + (f" {name or 'NAME'}" if job == "bench" else "")
-    summary = _benchmark_summary(name) + "." if name else " ".join((schema.__doc__ or "").split())
-    lines = [f"usage: {command} [key=value …]", "", *_wrap(summary, "")]
+    summary = _docstring_summary("benchmarks", name) + "." if name else " ".join((schema.__doc__ or "").split())
+    lines = [f"usage: {command} [--multirun] [key=value …]", "", *_wrap(summary, "")]
     if job == "bench" and not name:
         lines += ["", "benchmarks (NAME):", *_benchmarks()]
     lines += ["", "options, with their defaults:"]
@@ -109,6 +120,12 @@ def job_help(job: str, name: str | None = None) -> str:
         lines += _option(item, chosen.get(item.key, item.default))
     for group in groups:
         lines += ["", f"{group}s:", *_methods(group, with_fields=True)]
+    lines += [
+        "",
+        "of a sweep, with --multirun, where options may be bits=2,3,4, range(2,5), choice(a,b) or interval(0,1):",
+    ]
+    for item in options(SweepConfig, "sweep."):
+        lines += _option(item, item.default)
     examples = () if name else EXAMPLES.get(job, ())
     if examples:
         lines += ["", "examples:", *(_INDENT + line for line in examples)]
@@ -119,13 +136,18 @@ def _summary(schema: type[Run]) -> str:
     return " ".join((schema.__doc__ or "").split()).removesuffix(".")
 
 
-def _benchmark_summary(name: str) -> str:
-    tree = ast.parse((Path(__file__).parent / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+def _files(folder: str) -> list[str]:
+    found = (Path(__file__).parent / folder).glob("*.py")
+    return sorted(path.stem for path in found if not path.stem.startswith("_"))
+
+
+def _docstring_summary(folder: str, name: str) -> str:
+    tree = ast.parse((Path(__file__).parent / folder / f"{name}.py").read_text(encoding="utf-8"))
     return " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
 
 
 def _benchmarks() -> list[str]:
-    return [line for name in benchmark_names() for line in _row(name, _benchmark_summary(name))]
+    return [line for name in benchmark_names() for line in _row(name, _docstring_summary("benchmarks", name))]
 
 
 def _methods(group: str, with_fields: bool = False) -> list[str]:

@@ -1,31 +1,38 @@
 """`hasten levels`: a checkpoint in, a database of all its layers at all levels out."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from accel.errors import UserError
 from jobs.schema import LevelOptions, LevelsConfig
 
+_LOG = logging.getLogger(__name__)
+# Of a run that waits for another.
+_SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_TRIES = 0.5
+
 
 def run(config: LevelsConfig) -> Path:
     """Quantize every layer of config.model at every level; returns the path of report.json."""
-    from cluster.session import session
-    from cluster.tracking import Tracker
+    from cluster.naming import as_given
+    from jobs.cluster import joined
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     started = perf_counter()
     if not config.bits and not config.column_bits and not config.sparsities:
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     building = Building(config, Path(config.output) if config.output else None, config.overwrite)
-    with session(config.address, config.workers * config.threads):
+    cpus = config.workers * config.threads
+    with joined(config, cpus, {"model": building.source}, {"output": building.database.path}):
         building.check()
         run_dir = start(config)
-        name = config.tracking.name or f"levels-{run_dir.name}"
-        with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+        with tracked(config, "levels", run_dir) as tracker:
             tracker.params(plain(config))
             building.run(tracker)
             metrics = building.metrics() | {"seconds": perf_counter() - started}
@@ -39,7 +46,7 @@ def run(config: LevelsConfig) -> Path:
                 "output": str(building.database.path),
             }
             path = tracker.report(report)
-    print(f"levels: {building.database.path}")
+    print(f"levels: {as_given(building.database.path)}")
     print(
         f"size: {metrics['bytes'] / 2**20:.1f} MiB for {len(building.database.levels)} levels, "
         f"{metrics['bytes_per_weight']:.3f} bytes per weight"
@@ -62,7 +69,7 @@ class Building:
         from jobs.tokenizer import load_tokenizer
 
         self.source = original(config.model)
-        self.settings = _settings(config, self.source, output)
+        self.settings = make_settings(config, self.source, output)
         self.tokenizer = load_tokenizer(self.source)
         tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
@@ -92,11 +99,26 @@ class Building:
         """Make the database, or what is missing of it; inside a Ray session."""
         from jobs.calibration import run_pass
 
-        self.database.open(self._fingerprint, self._overwrite)
-        if self.database.levels:
-            run_pass(self._pass, "levels", tracker)
-        else:
-            self.database.finish()
+        self._wait()
+        try:
+            self.database.open(self._fingerprint, self._overwrite)
+            if self.database.levels:
+                run_pass(self._pass, "levels", tracker)
+            else:
+                self.database.finish()
+        finally:
+            self.database.release()
+
+    def _wait(self) -> None:
+        """Until no other run makes the same database, which is then there, or to be gone on with."""
+        told = -inf
+        while not self.database.hold():
+            # What a run holds that waits, the other one may need.
+            self._pass.pause()
+            if perf_counter() - told >= _SECONDS_BETWEEN_LINES:
+                told = perf_counter()
+                _LOG.info("another run makes levels=%s: waiting for it", self.database.path)
+            sleep(_SECONDS_BETWEEN_TRIES)
 
     def facts(self) -> list[dict[str, Any]]:
         """One row for every layer and level."""
@@ -119,7 +141,7 @@ class Building:
         return [layer for groups in self.database.plan for group in groups for layer in group.layers]
 
 
-def _settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
+def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
     from accel.compression.levels.level import make_levels
     from accel.compression.quantizers.base import Scheme
     from jobs.calibration import calibration_settings

@@ -43,11 +43,15 @@ def method_names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def target_of(group: str, name: str) -> str:
+    """Path of the class that a method's file names."""
+    return str(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"])
+
+
 @cache
 def method(group: str, name: str) -> Method:
     """One method of a group, which must be there; its module is parsed and not imported."""
-    settings = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    module, _, class_name = settings["_target_"].rpartition(".")
+    module, _, class_name = target_of(group, name).rpartition(".")
     path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     summary = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")

@@ -30,6 +30,7 @@ class Option:
     at_least: float | None = None
     at_most: float | None = None
     group: bool = False
+    path: str | None = None
 
     @property
     def expected(self) -> str:
@@ -53,7 +54,7 @@ class Option:
         try:
             value = _read(self.kind, text)
         except (ValueError, yaml.YAMLError):
-            raise self._refusal(text) from None
+            raise self._refusal(text, _several(text)) from None
         self.check(value)
         return value
 
@@ -69,6 +70,12 @@ class Option:
 
     def _refusal(self, value: Any, hint: str = "") -> UserError:
         return UserError(f"{self.key}={value} is wrong: expected {self.expected}{hint}")
+
+
+def _several(text: str) -> str:
+    """A hint where the text would be several values of a sweep."""
+    several = "," in text.strip("[]") and not text.startswith("[")
+    return "; several values are a sweep, with --multirun" if several else ""
 
 
 def _read(kind: Any, text: str) -> Any:

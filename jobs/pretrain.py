@@ -22,7 +22,7 @@ from accel.errors import UserError
 from jobs.compose import plain
 from jobs.model_card import model_card
 from jobs.progress import Progress
-from jobs.run import start
+from jobs.run import start, tracked
 from jobs.schema import PretrainConfig, Training
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def run(config: PretrainConfig) -> Path:
     output that holds something else or a training with other settings.
     """
     from cluster.resources import cpu_seconds, peak_rss_bytes
-    from cluster.tracking import Tracker
 
     _check(config)
     root = Path(config.library) if config.library else library_root()
@@ -54,8 +53,7 @@ def run(config: PretrainConfig) -> Path:
     run_dir = start(config)
     started = time.time()
     _claim(output, settings, config.overwrite, write=True)
-    name = config.tracking.name or f"pretrain-{run_dir.name}"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+    with tracked(config, "pretrain", run_dir) as tracker:
         tracker.params(plain(config))
         tokenizer, stream = _tokens(config, output / "state", root, train_files)
         _LOG.info(

@@ -31,7 +31,7 @@ def measured(
 ) -> Any:
     """What cluster.evaluation.measure returns, with a progress bar; inside a Ray session.
 
-    arithmetic: dtype and batch, where they are not the defaults.
+    arithmetic: dtype and batch, where they are not the defaults, and batch_option, what the batch is called.
     """
     from cluster.evaluation import measure
     from jobs.progress import Progress

@@ -14,18 +14,16 @@ def run(config: ReplayConfig) -> Path:
     from accel.decoding.replay import distinct_share
     from cluster.figures import acceptance
     from cluster.resources import cpu_seconds, peak_rss_bytes
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import table
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     started = perf_counter()
     torch.set_num_threads(config.threads)
     sequences, replayed = _prepared(config)
     # Nothing was written so far: what is wrong in the input leaves nothing behind.
     run_dir = start(config)
-    name = config.tracking.name or f"replay-{run_dir.name}"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+    with tracked(config, "replay", run_dir) as tracker:
         tracker.params(plain(config))
         said = [tokens[prompt:] for tokens, prompt in sequences]
         rows = []

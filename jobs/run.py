@@ -53,6 +53,22 @@ def default_folder(job: str) -> str:
     return str(Path("runs", job, datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]))
 
 
+def execute(job: str, name: str | None, schema: Any, config: Any) -> str | None:
+    """Run a job, or the benchmark called `name`; path or URI of its report, None where it has none.
+
+    schema: of the options. Those that are URIs are local paths to the job.
+    """
+    from importlib import import_module
+
+    from cluster.naming import as_given
+    from jobs.storage import local_paths
+
+    module = import_module(f"jobs.benchmarks.{name}" if name else f"jobs.{job}")
+    with local_paths(schema, config) as local:
+        report = module.run(local)
+        return None if report is None else str(as_given(str(report)))
+
+
 def start(config: Any) -> Path:
     """Make config.run_dir with config.yaml and the log file in it, and return it.
 
@@ -66,14 +82,39 @@ def start(config: Any) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+    log_to_folder(folder)
+    return folder
+
+
+def log_to_folder(folder: Path) -> None:
+    """Write what is logged from here on, tracebacks too, to the log file in a run's folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written: {error.strerror}") from error
     _add(handler, "%(asctime)s %(levelname)s %(name)s: %(message)s", logging.getLogger(), _TRACEBACKS)
-    return folder
+
+
+def tracked(config: Any, title: str, run_dir: Path) -> Any:
+    """The run's `cluster.tracking.Tracker`, by its options; title: of the job, for the name of the MLflow run."""
+    from cluster.tracking import Tracker
+
+    tracking = config.tracking
+    return Tracker(
+        tracking.uri,
+        tracking.experiment,
+        tracking.name or f"{title}-{run_dir.name}",
+        run_dir,
+        system_seconds=tracking.system_seconds,
+        register=tracking.register,
+    )
 
 
 def log_traceback(error: BaseException) -> None:
-    """Put the traceback of an error into the run's log file, if the run has one by now."""
-    if _TRACEBACKS.handlers:
+    """Put the traceback of an error into the run's log file, once, if the run has one by now."""
+    if _TRACEBACKS.handlers and not getattr(error, "is_logged", False):
         _TRACEBACKS.error("the run failed", exc_info=error)
+        error.is_logged = True  # type: ignore[attr-defined]

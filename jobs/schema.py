@@ -15,9 +15,14 @@ def option(
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
     at_most: float | None = None,
+    path: str | None = None,
 ) -> Any:
-    """Field of a job's dataclass with its help text and what is accepted; a default list is copied for every object."""
-    rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most}
+    """Field of a job's dataclass with its help text and what is accepted; a default list is copied for every object.
+
+    path: the value is a path or URI, perhaps a name of something else: that is only read (`in`), that a run makes
+    (`out`), or that it both reads and changes (`state`).
+    """
+    rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most, "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
     return field(default=default, metadata=rules)
@@ -36,15 +41,16 @@ def section(made_by: Callable[[], Any]) -> Any:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
-MODEL = "embedded:target, embedded:draft, a folder with a transformers checkpoint, or a name on the Hugging Face hub"
-SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
+MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
+BYTES = "bytes such as 80GB or 512MiB"
+SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 
 
 @dataclass
 class Calibration:
     """Tokens that the quantizer sees."""
 
-    source: str = option("library", f"text that the calibration tokens come from: {SOURCE}")
+    source: str = option("library", f"text that the calibration tokens come from: {SOURCE}", path="in")
     sequences: int = option(128, "calibration sequences", at_least=1)
     sequence_length: int = option(512, "tokens in a calibration sequence", at_least=2)
     seed: int = option(0, "which sequences of the source are drawn", at_least=0)
@@ -57,7 +63,7 @@ class Calibration:
 class Evaluation:
     """Tokens that quality is measured on."""
 
-    source: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
+    source: str = option("library", f"held-out text that quality is measured on: {SOURCE}", path="in")
     sequences: int = option(32, "evaluation sequences; 0 measures nothing", at_least=0)
     sequence_length: int = option(512, "tokens in a window", at_least=2)
     stride: int | None = option(
@@ -72,13 +78,24 @@ class Tracking:
     uri: str | None = option(None, "MLflow tracking URI; null is a sqlite file in runs/")
     experiment: str = option("hasten", "MLflow experiment")
     name: str | None = option(None, "name of the MLflow run; null names it by job and time")
+    system_seconds: float = option(
+        10.0, "seconds between samples of the use of CPUs, memory, network and GPUs; 0 takes none", at_least=0
+    )
+    register: str | None = option(None, "registered model in MLflow whose next version the run's output becomes")
 
 
 @dataclass
 class Run:
     """What every job has."""
 
-    run_dir: str | None = option(None, "folder for config, log, report and figures; null is runs/JOB/DATE_TIME")
+    run_dir: str | None = option(
+        None, "folder for config, log, report and figures; null is runs/JOB/DATE_TIME", path="out"
+    )
+    cache: str | None = option(
+        None,
+        "folder for copies of what is read and written by URI, on a cluster one that all nodes see; null is HASTEN_CACHE, "
+        "or ~/.cache/hasten",
+    )
     seed: int = option(0, "seed of everything random that has no seed of its own", at_least=0)
     tracking: Tracking = section(Tracking)
 
@@ -111,12 +128,12 @@ class Calibrated(Run):
 class CompressConfig(Calibrated):
     """Quantize a checkpoint on a local or remote Ray cluster; started again, it goes on where it was stopped."""
 
-    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    model: str = option("embedded:target", f"what to compress: {MODEL}", path="in")
     quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
     group_size: int = option(128, "input columns that share a scale; -1 is one scale a row", at_least=-1)
     symmetric: bool = option(False, "no zero points")
-    output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME")
+    output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
     evaluation: Evaluation = section(Evaluation)
 
@@ -125,7 +142,7 @@ class CompressConfig(Calibrated):
 class LevelOptions(Calibrated):
     """What decides a level database."""
 
-    model: str = option("embedded:target", f"what to compress: {MODEL}")
+    model: str = option("embedded:target", f"what to compress: {MODEL}", path="in")
     quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
     bits: list[int] = option([2, 3, 4, 5, 6, 8], "bits of a weight, each with each of group_sizes a level; [] is none")
     group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale a row")
@@ -155,7 +172,7 @@ class LevelOptions(Calibrated):
 class LevelsConfig(LevelOptions):
     """Quantize every layer at every level, for searches to choose from; started again, it goes on where it stopped."""
 
-    output: str | None = option(None, "folder of the level database; null is runs/levels/NAME")
+    output: str | None = option(None, "folder of the level database; null is runs/levels/NAME", path="out")
     overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
 
 
@@ -163,7 +180,7 @@ class LevelsConfig(LevelOptions):
 class SearchTokens:
     """Tokens that candidates are compared on."""
 
-    source: str = option("library", f"text that candidates are compared on: {SOURCE}")
+    source: str = option("library", f"text that candidates are compared on: {SOURCE}", path="in")
     sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence", at_least=2)
     error_sequences: int = option(
@@ -199,9 +216,11 @@ class SearchConfig(LevelOptions):
         [], "allocators in the table that a list of budgets gives, with their own defaults; [] is all that there are"
     )
     levels: str | None = option(
-        None, "folder of a finished level database, whose levels count; null makes the one in runs/levels/NAME"
+        None,
+        "folder of a finished level database, whose levels count; null makes the one in runs/levels/NAME",
+        path="in",
     )
-    output: str | None = option(None, "folder of the checkpoint; null is runs/models/NAME")
+    output: str | None = option(None, "folder of the checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
     search: SearchTokens = section(SearchTokens)
     evaluation: Evaluation = section(Evaluation)
@@ -211,9 +230,9 @@ class SearchConfig(LevelOptions):
 class EvaluateConfig(Run):
     """Measure a checkpoint: perplexity, divergence from the original, exact bits per weight, bytes."""
 
-    model: str = option("embedded:target", f"what to measure, compressed or not: {MODEL}")
+    model: str = option("embedded:target", f"what to measure, compressed or not: {MODEL}", path="in")
     original: str | None = option(
-        None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names"
+        None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names", path="in"
     )
     tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
     dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
@@ -229,18 +248,20 @@ class EvaluateConfig(Run):
 class DecodeConfig(Run):
     """Complete prompts by speculative decoding on a local or remote Ray cluster; resumable."""
 
-    target: str = option("embedded:target", f"whose completions they are, compressed or not: {MODEL}")
+    target: str = option("embedded:target", f"whose completions they are, compressed or not: {MODEL}", path="in")
     draft: str | None = option(
-        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}"
+        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}", path="in"
     )
     drafter: dict[str, Any] = group("how tokens are drafted")
     verifier: dict[str, Any] = group("how the target accepts them")
     prompts: str | None = option(
-        None, "JSON Lines with a prompt (text, or a list of token ids) and an id; null is the standard library's files"
+        None,
+        "JSON Lines with a prompt (text, or a list of token ids) and an id; null is the standard library's files",
+        path="in",
     )
     prompt_field: str = option("prompt", "what the prompt is called in a line")
     id_field: str = option("id", "what the id is called in a line; without one it is the line's number")
-    output: str | None = option(None, "JSON Lines of the results; null is completions.jsonl in run_dir")
+    output: str | None = option(None, "JSON Lines of the results; null is completions.jsonl in run_dir", path="out")
     overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
     max_new_tokens: int = option(128, "tokens of a completion at most", at_least=1)
     temperature: float = option(0.0, "0 takes the most probable token", at_least=0)
@@ -260,7 +281,9 @@ class DecodeConfig(Run):
     )
     stream: bool = option(False, "print tokens as they come, one prompt after the other, by one worker")
     memory: str | None = option(
-        None, "file of what the drafter learned: it starts from it, where there is one, and writes it at the end"
+        None,
+        "file of what the drafter learned: it starts from it, where there is one, and writes it at the end",
+        path="state",
     )
     placement: str = option(
         "auto",
@@ -292,18 +315,20 @@ class DecodeConfig(Run):
 class ReplayConfig(Run):
     """Measure what a drafter would be worth on a text or on recorded completions, without decoding."""
 
-    text: str = option("library", f"held-out text that plays the target's greedy completions: {SOURCE}")
-    recorded: str | None = option(None, "JSON Lines that hasten decode wrote, in place of text")
-    target: str = option("embedded:target", f"whose tokenizer the text is read with: {MODEL}")
+    text: str = option("library", f"held-out text that plays the target's greedy completions: {SOURCE}", path="in")
+    recorded: str | None = option(None, "JSON Lines that hasten decode wrote, in place of text", path="in")
+    target: str = option("embedded:target", f"whose tokenizer the text is read with: {MODEL}", path="in")
     draft: str | None = option(
-        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}"
+        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}", path="in"
     )
     drafter: dict[str, Any] = group("how tokens are drafted")
     budgets: list[int] = option([8, 16, 32], "tokens drafted at most for a step, each a row of the table")
     sequences: int = option(16, "sequences of the text", at_least=1)
     sequence_length: int = option(256, "tokens in a sequence of the text", at_least=2)
     prompt_length: int = option(64, "of which so many are the prompt", at_least=1)
-    memory: str | None = option(None, "file of what the drafter learned in hasten decode, which it starts from")
+    memory: str | None = option(
+        None, "file of what the drafter learned in hasten decode, which it starts from", path="in"
+    )
     path: str = option(
         "auto",
         "how the draft model runs: as transformers has it, or faster if Llama-like",
@@ -341,8 +366,12 @@ class PretrainConfig(Run):
 
     models: list[str] = option(["target", "draft"], "which of target and draft to train")
     vocab_size: int = option(4096, "entries of the byte-level BPE tokenizer", at_least=258, at_most=65536)
-    library: str | None = option(None, "folder of .py files to train on; null is this Python's standard library")
-    output: str = option("runs/models/embedded", "folder of the trained checkpoints and the state to resume from")
+    library: str | None = option(
+        None, "folder of .py files to train on; null is this Python's standard library", path="in"
+    )
+    output: str = option(
+        "runs/models/embedded", "folder of the trained checkpoints and the state to resume from", path="out"
+    )
     overwrite: bool = option(False, "throw away what output holds, if it is an earlier training's, and start again")
     workers: int = option(2, "processes that share every step", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
@@ -354,7 +383,7 @@ class PretrainConfig(Run):
 class DrafterText:
     """Tokens that a drafter's network is trained on."""
 
-    source: str = option("library", f"text to train on: {SOURCE}")
+    source: str = option("library", f"text to train on: {SOURCE}", path="in")
     sequences: int = option(512, "sequences to train on", at_least=1)
     held_out: int = option(64, "sequences to measure on; of the library from its held-out files", at_least=1)
     sequence_length: int = option(256, "tokens in a sequence", at_least=2)
@@ -366,8 +395,8 @@ class DrafterText:
 class TrainDrafterConfig(Run):
     """Train the network that a drafter needs, for one target and one draft model."""
 
-    target: str = option("embedded:target", f"model that is to be sped up: {MODEL}")
-    draft: str = option("embedded:draft", f"smaller model of the same tokenizer: {MODEL}")
+    target: str = option("embedded:target", f"model that is to be sped up: {MODEL}", path="in")
+    draft: str = option("embedded:draft", f"smaller model of the same tokenizer: {MODEL}", path="in")
     drafter: str = option(
         "specdec_pp", "what to train: of specdec_pp the head that predicts acceptance", choices=("specdec_pp",)
     )
@@ -383,7 +412,7 @@ class TrainDrafterConfig(Run):
     device: str = option("auto", "where the models compute; auto is cuda where there is one", choices=DEVICES)
     threads: int = option(1, "threads", at_least=1)
     output: str | None = option(
-        None, "file of the trained network, must be new; null is acceptance_head.safetensors in run_dir"
+        None, "file of the trained network, must be new; null is acceptance_head.safetensors in run_dir", path="out"
     )
     text: DrafterText = section(DrafterText)
 
@@ -392,8 +421,56 @@ class TrainDrafterConfig(Run):
 class BenchConfig(Run):
     """Run a benchmark by name and print its table."""
 
-    model: str = option("embedded:target", f"what the benchmark runs on: {MODEL}")
+    model: str = option("embedded:target", f"what the benchmark runs on: {MODEL}", path="in")
     threads: int = option(1, "threads of every process", at_least=1)
+
+
+@dataclass
+class SweepConfig:
+    """How the points of `hasten JOB --multirun` are chosen and run; on the command line each has `sweep.` before it."""
+
+    sampler: str = option(
+        "auto",
+        "how points are chosen: grid takes all, the others are Optuna's; auto is grid where every option has a list, "
+        "else tpe, or nsgaii for several metrics",
+        choices=("auto", "grid", "tpe", "nsgaii", "random"),
+    )
+    trials: int = option(20, "points that Optuna chooses", at_least=1)
+    metrics: list[str] = option([], "metrics that Optuna optimises and tables show first, names as in report.json")
+    directions: list[str] = option([], "minimize or maximize, for each of metrics; [] minimizes all")
+    at_once: int | None = option(None, "points that run at the same time at most; null is as many as fit", at_least=1)
+    retries: int = option(3, "times that a point starts again after its process or node died", at_least=0)
+    seed: int = option(0, "seed of Optuna's sampler", at_least=0)
+    address: str | None = option(None, f"{ADDRESS}; for all points, whose own addresses do not count")
+    cpus: int | None = option(
+        None,
+        "CPUs that a Ray started for the sweep offers; null is what the machine has, or one point needs",
+        at_least=1,
+    )
+
+
+@dataclass
+class PlanConfig:
+    """The cluster that `hasten plan JOB` and `plan=true` plan for; on the command line each has `plan.` before it.
+
+    What is null is this machine's, measured; of GPUs that are not here, and of networks, something usual is assumed.
+    """
+
+    nodes: int = option(1, "nodes, all alike", at_least=1)
+    cpus: int | None = option(None, "processors of a node", at_least=1)
+    memory: str | None = option(None, f"of a node: {BYTES}; null is what is free here")
+    gpus: int | None = option(None, "GPUs of a node; null is those here", at_least=0)
+    gpu_memory: str | None = option(None, f"of a GPU: {BYTES}; null is 80GB where there is none here")
+    disk: str | None = option(None, f"free where outputs go: {BYTES}; null is what is free here")
+    network: str | None = option(None, f"between two nodes, a second: {BYTES}; null is 1.25GB, 10 Gbit/s")
+    disk_speed: str | None = option(None, f"written and read in a second: {BYTES}")
+    memory_speed: str | None = option(None, f"copied by a process, or in a GPU's memory, in a second: {BYTES}")
+    flops: float | None = option(None, "FLOP/s of a process in the job's dtype, such as 4e14", at_least=1)
+    exact_flops: float | None = option(None, "FLOP/s of a process in float32", at_least=1)
+    launch: float | None = option(None, "seconds of the smallest operation, such as 5e-6", at_least=1e-9)
+    tokens_per_pass: float = option(
+        1.0, "tokens that a pass of decoding gives, which no plan knows before; 1 is without drafts", at_least=1
+    )
 
 
 JOBS: dict[str, type[Run]] = {

@@ -10,18 +10,16 @@ from jobs.schema import SearchConfig
 
 def run(config: SearchConfig) -> Path:
     """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
-    from cluster.session import session
-    from cluster.tracking import Tracker
+    from jobs.cluster import joined
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     started = perf_counter()
     search = Search(config)
-    with session(config.address, config.workers * config.threads):
+    with joined(config, config.workers * config.threads, search.reads, search.writes):
         search.check()
         run_dir = start(config)
-        name = config.tracking.name or f"search-{run_dir.name}"
-        with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+        with tracked(config, "search", run_dir) as tracker:
             tracker.params(plain(config))
             search.prepare(tracker)
             search.allocate(tracker)
@@ -64,8 +62,10 @@ def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
 
 
 def _print_summary(report: dict[str, Any]) -> None:
+    from cluster.naming import as_given
+
     for answer in report["budgets"]:
-        print(f"checkpoint: {answer['output']}")
+        print(f"checkpoint: {as_given(answer['output'])}")
         quality = (
             "" if answer.get("kl_divergence") is None else f"; KL divergence {answer['kl_divergence']:.5f} nats a token"
         )

@@ -24,11 +24,10 @@ def run(config: TrainDrafterConfig) -> Path:
     from accel.decoding.heads.acceptance_training import AcceptanceTraining
     from accel.models.checkpoint import Checkpoint
     from cluster.resources import cpu_seconds, peak_rss_bytes
-    from cluster.tracking import Tracker
     from jobs.arithmetic import resolve_device, resolve_dtype
     from jobs.compose import plain
     from jobs.prompts import check_tokenizers, model_folder
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     started = perf_counter()
     target, draft = (model_folder(name, getattr(config, name)) for name in ("target", "draft"))
@@ -46,8 +45,7 @@ def run(config: TrainDrafterConfig) -> Path:
 
     run_dir = start(config)
     output = Path(config.output).absolute() if config.output else run_dir.absolute() / FILE
-    name = config.tracking.name or f"train_drafter-{run_dir.name}"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, run_dir) as tracker:
+    with tracked(config, "train_drafter", run_dir) as tracker:
         tracker.params(plain(config))
         train, held_out = _examples(config, training, (target, draft), texts, dtype, device)
         head = _fit(training, train, config.seed, device, tracker)
@@ -153,6 +151,8 @@ def _fit(training: Any, examples: Any, seed: int, device: str, tracker: Any) -> 
 
 
 def _print_summary(metrics: dict[str, Any], calibration: list[dict[str, float]], output: Path) -> None:
+    from cluster.naming import as_given
+
     print(
         f"held-out loss {metrics['loss']:.4f}, AUC {metrics['auc']:.3f} of at most {metrics['auc_best']:.3f}; of the "
         f"drafted tokens {metrics['accepted']:.1%} are accepted"
@@ -160,4 +160,4 @@ def _print_summary(metrics: dict[str, Any], calibration: list[dict[str, float]],
     print("tokens    predicted  weight out  accepted")
     for row in calibration:
         print(f"{row['tokens']:<9} {row['predicted']:<10.3f} {row['unweighted']:<11.3f} {row['accepted']:.3f}")
-    print(f"to use it: drafter=specdec_pp drafter.head={output}")
+    print(f"to use it: drafter=specdec_pp drafter.head={as_given(output)}")

@@ -57,7 +57,9 @@ def test_the_wheel_holds_every_config_and_the_embedded_models(wheel):
         for path in (ROOT / "accel" / "models" / "embedded").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert configs | models <= names
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs" / "report").glob("page.*")}
+    assert "jobs/report/page.html.jinja" in pages
+    assert configs | models | pages <= names
     for model in ("target", "draft"):
         assert f"accel/models/embedded/{model}/model.safetensors" in names
 

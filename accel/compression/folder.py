@@ -1,34 +1,43 @@
 """A folder that a run fills and a killed run goes on with: whose it is, and files written whole or not at all.
 
-A file is written under a temporary name, synced and renamed. In `.hasten` stands the fingerprint of everything that
-decides the folder's bytes; a run with another one is refused.
+A file is written under a temporary name of its own, synced and renamed: processes that write the same at the same time
+do not meet. In `.hasten` stands the fingerprint of everything that decides the folder's bytes; a run with another one
+is refused, and so is a second run while one is at it.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from accel.compression import lock
 from accel.errors import UserError, is_disk_full
+from accel.models import embedded
 
 PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"
 _SOURCE = "source.json"
+_LOCK = "lock"
+# A run that was just killed may take so long to end.
+_SECONDS_TO_END = 5.0
 
 
 class ResumableFolder:
     """A folder in the making. source: the checkpoint that it is made from.
 
-    option: what users call the folder. last_file: what a complete one has.
+    option: what users call the folder. last_file: what a complete one has. open_to_all: folders in it that other runs
+    write, too.
     """
 
     option: ClassVar[str] = "output"
     last_file: ClassVar[str] = "config.json"
+    open_to_all: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
@@ -70,17 +79,38 @@ class ResumableFolder:
             )
 
     def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
-        """Make the folder, or go on in one that the same run left behind; UserError as in `check`."""
+        """Make the folder, or go on in one that the same run left behind; UserError as in `check`.
+
+        It is this process's until `release`, or refused where it is another's.
+        """
         self.check(fingerprint, overwrite)
+        if not self.hold(_SECONDS_TO_END):
+            raise UserError(f"another run writes {self.option}={self.path}: wait for it, or give another {self.option}")
+        try:
+            # Another run may have been at it until now.
+            self.check(fingerprint, overwrite)
+        except UserError:
+            self.release()
+            raise
         progress = self.path / PROGRESS
         if overwrite and not self._is_new():
             self._clear()
-        guard(PROGRESS, lambda: progress.mkdir(parents=True, exist_ok=True))
         for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink()
+            if leftover.relative_to(self.path).parts[0] not in self.open_to_all:
+                leftover.unlink(missing_ok=True)
         if not (progress / _FINGERPRINT).exists():
-            self.write_json(progress / _SOURCE, {"original": str(self.source.resolve())})
+            self.write_json(progress / _SOURCE, {"original": embedded.reference(self.source)})
             self.write_json(progress / _FINGERPRINT, dict(fingerprint))
+
+    def hold(self, seconds: float = 0.0) -> bool:
+        """Make the folder this process's own; False where it has been another's for so many seconds."""
+        progress = self.path / PROGRESS
+        guard(PROGRESS, lambda: progress.mkdir(parents=True, exist_ok=True))
+        return lock.take(progress / _LOCK, seconds)
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        lock.give_back(self.path / PROGRESS / _LOCK)
 
     def write_tensors(self, path: Path, tensors: dict[str, Tensor], note: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file whole or not at all; its metadata are note, or say that torch wrote it.
@@ -101,8 +131,10 @@ class ResumableFolder:
     def _is_new(self) -> bool:
         """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""
         progress = self.path / PROGRESS
-        begun = {progress, *(progress / name for name in (_SOURCE, "source.tmp", "fingerprint.tmp"))}
-        return not self.path.exists() or all(path in begun for path in self.path.rglob("*"))
+        begun = {progress, progress / _SOURCE, progress / _LOCK}
+        return not self.path.exists() or all(
+            path in begun or (path.parent == progress and path.suffix == ".tmp") for path in self.path.rglob("*")
+        )
 
     def _clear(self) -> None:
         """Empty the folder of an earlier run.
@@ -111,11 +143,12 @@ class ResumableFolder:
         """
         (self.path / self.last_file).unlink(missing_ok=True)
         kept = self.path / PROGRESS / _FINGERPRINT
+        lock_file = kept.with_name(_LOCK)
         for path in [*self.path.iterdir(), *kept.parent.iterdir()]:
             if path.is_dir() and not path.is_symlink():
                 if path != kept.parent:
                     shutil.rmtree(path)
-            elif path != kept:
+            elif path not in (kept, lock_file):
                 path.unlink()
         kept.unlink()
 
@@ -130,7 +163,7 @@ def original_of(folder: Path) -> Path | None:
     noted = folder / PROGRESS / _SOURCE
     if not noted.is_file():
         return None
-    original = Path(json.loads(noted.read_text())["original"])
+    original = embedded.referred(json.loads(noted.read_text())["original"])
     return original if original.is_dir() else None
 
 
@@ -139,7 +172,7 @@ def write_whole(path: Path, save: Callable[[Path], Any], needed: int = 0) -> Non
 
     save(temporary) writes about `needed` bytes; UserError where the disk is full.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
 
     def write() -> None:
         save(temporary)

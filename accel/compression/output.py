@@ -27,8 +27,9 @@ from accel.models.families import family_of
 
 # Tensors outside the blocks are gathered into shards of about this size.
 _OUTER_BYTES = 1 << 27
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_OWN = ("config.json", "model.safetensors.index.json")
+# Of the original's other files, those that are copied, and among them those that are written anew.
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+OWN = ("config.json", "model.safetensors.index.json")
 # Modules of all of a model's parts.
 _HOLDERS = ("model", "decoder", "language_model")
 _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
@@ -55,7 +56,7 @@ class OutputFolder(ResumableFolder):
         self._format = form
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
         self._places = {block: place for place, block in enumerate(self._kept)}
-        self._outer = list(_gather(architecture))
+        self._outer = list(outer_shards(architecture))
         self._shards = len(self._kept) + len(self._outer)
 
     def shard(self, block: int) -> Path:
@@ -131,13 +132,13 @@ class OutputFolder(ResumableFolder):
         for block in self._kept:
             total += _index(self.shard(block), weight_map)
         source = self._architecture.checkpoint.path
-        for pattern in _COPIED:
+        for pattern in COPIED:
             for file in sorted(source.glob(pattern)):
-                if file.name not in _OWN and not file.name.endswith(".index.json"):
+                if file.name not in OWN and not file.name.endswith(".index.json"):
                     guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_json(self.path / _OWN[1], index)
-        self.write_json(self.path / _OWN[0], self._config())
+        self.write_json(self.path / OWN[1], index)
+        self.write_json(self.path / OWN[0], self._config())
 
     def _config(self) -> dict[str, Any]:
         """Content of config.json."""
@@ -185,7 +186,7 @@ class OutputFolder(ResumableFolder):
         return tensor
 
 
-def _gather(architecture: Architecture) -> Iterable[list[str]]:
+def outer_shards(architecture: Architecture) -> Iterable[list[str]]:
     """Names outside the blocks, in lists of about one shard each."""
     names: list[str] = []
     size = 0

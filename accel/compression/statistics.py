@@ -24,7 +24,7 @@ class SecondMoment:
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.tokens = 0
-        self._bounds = _panels(columns)
+        self._bounds = panel_bounds(columns)
         # All panels one after the other: a block of memory so large that it goes back to the system when it is freed.
         self._sums: Tensor | None = None
         self._is_borrowed = False
@@ -105,7 +105,7 @@ class SecondMoment:
         return moment
 
 
-def _panels(columns: int) -> list[tuple[int, int]]:
+def panel_bounds(columns: int) -> list[tuple[int, int]]:
     """First and last row of every panel: narrow ones waste less beyond the diagonal, wide ones run at full speed."""
     width = 128 if columns <= 512 else 256
     return [(start, min(columns, start + width)) for start in range(0, columns, width)]

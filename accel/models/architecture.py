@@ -206,7 +206,7 @@ class Architecture:
                     yield start + self._family.logical(local), tuple(parameter.shape)
         decoder = self._skeleton.decoder
         yield self._embedding_name(), tuple(decoder.embed_tokens.weight.shape)
-        yield self._head_name(), tuple(self._skeleton.head.weight.shape)
+        yield self.head_name(), tuple(self._skeleton.head.weight.shape)
         outer = [("", decoder), (f"{self._family.norm}.", self._skeleton.norm)]
         if self._skeleton.project_out is not None:
             outer.append(("project_out.", self._skeleton.project_out))
@@ -231,9 +231,10 @@ class Architecture:
     def _embedding_name(self) -> str:
         name = f"{self._prefix}embed_tokens.weight"
         # Tied tensors may be stored under either name.
-        return self._head_name() if self._skeleton.tied and name not in self.checkpoint else name
+        return self.head_name() if self._skeleton.tied and name not in self.checkpoint else name
 
-    def _head_name(self) -> str:
+    def head_name(self) -> str:
+        """Logical name of the tensor that the output projection is read from."""
         for name in self._family.heads:
             if name in self.checkpoint:
                 return name
@@ -268,8 +269,8 @@ class Architecture:
         if project_out is not None:
             self._fill(project_out, f"{self._prefix}project_out.")
         # As stored: `head` converts a few rows at a time.
-        weight = self.checkpoint.tensor(self._head_name())
-        self.checkpoint.check_finite(weight, self._head_name())
+        weight = self.checkpoint.tensor(self.head_name())
+        self.checkpoint.check_finite(weight, self.head_name())
         return norm, project_out, weight.to(self.device)
 
 

@@ -22,8 +22,8 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
-def resolve(model: str) -> Path:
-    """Local folder of a model: `embedded:target`, a folder, or a hub name, which is downloaded.
+def resolve(model: str, weights: bool = True) -> Path:
+    """Local folder of a model: `embedded:target`, a folder, or a hub name, which is downloaded, if asked with weights.
 
     UserError where there is no such thing.
     """
@@ -44,14 +44,15 @@ def resolve(model: str) -> Path:
     # A name below a folder that is here was meant as a path.
     if model.count("/") != 1 or model[0] in "./~" or model.endswith("/") or path.parent.is_dir():
         raise UserError(f"model={model!r} does not exist: {right}")
-    return _download(model, right)
+    return _download(model, right, weights)
 
 
-def _download(name: str, right: str) -> Path:
+def _download(name: str, right: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    ignored = _HUB_DUPLICATES if weights else [*_HUB_DUPLICATES, "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
     # The hub's client raises its own, httpx's and the operating system's errors, without a common base.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -70,7 +71,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"checkpoint {self.path} does not exist: give the folder of a transformers checkpoint")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._headers: list[tuple[str, bytes]] = []
         self._stored: dict[str, Stored] = {}
         for file, names in _shards(self.path).items():
@@ -217,7 +218,8 @@ class Checkpoint:
         return self._plain[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Object that a file of a checkpoint holds; UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give the folder of a transformers checkpoint")
     try:
@@ -234,7 +236,7 @@ def _shards(path: Path) -> dict[str, list[str]]:
     if (path / _SINGLE).is_file():
         return {_SINGLE: []}
     if (path / _INDEX).is_file():
-        weight_map = _read_json(path / _INDEX).get("weight_map")
+        weight_map = read_json(path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{path / _INDEX} has no weight_map from names to files")
         files: dict[str, list[str]] = {}

@@ -95,17 +95,15 @@ class Quality:
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and put into the document."""
     from accel.models.checkpoint import resolve
-    from cluster.tracking import Tracker
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     model = resolve(config.model)
     tokens, quality = _tokens(config, model)
     if config.peer_python is not None:
         check_peer(config.peer_python)
     folder = start(config)
-    name = config.tracking.name or "bench compress"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+    with tracked(config, "bench compress", folder) as tracker:
         tracker.params(plain(config))
         shared = _shared_options(config, model, tokens, folder)
         rows = _rows(config, folder, shared, quality)

@@ -78,16 +78,14 @@ def run(config: Config) -> Path:
     import torch
 
     from cluster.resources import peak_rss_bytes
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import provenance
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     torch.set_num_threads(config.threads)
     bench = _Bench(config)
     folder = start(config)
-    name = config.tracking.name or "bench decode"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+    with tracked(config, "bench decode", folder) as tracker:
         tracker.params(plain(config))
         parts = [provenance(), bench.costs_table()]
         metrics: dict[str, Any] = {}

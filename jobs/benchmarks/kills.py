@@ -38,10 +38,9 @@ class Config(Run):
 
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and put into the document."""
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     folder = start(config)
     options = {
@@ -50,9 +49,7 @@ def run(config: Config) -> Path:
         "workers": config.workers,
         "calibration.sequences": config.sequences,
     }
-    with Tracker(
-        config.tracking.uri, config.tracking.experiment, config.tracking.name or "bench kills", folder
-    ) as run_:
+    with tracked(config, "bench kills", folder) as run_:
         run_.params(plain(config))
         started = time.monotonic()
         calm = hasten_compress(folder / "calm", options)

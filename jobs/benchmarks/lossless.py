@@ -64,15 +64,13 @@ class Row:
 
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and put into the document."""
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     pairs = _pairs(config)
     folder = start(config)
-    name = config.tracking.name or "bench lossless"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+    with tracked(config, "bench lossless", folder) as tracker:
         tracker.params(plain(config))
         rows = []
         for row in _measure(config, pairs):

@@ -42,11 +42,10 @@ class Config(Run):
 
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and put into the document."""
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
     from jobs.methods import method_names
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     if config.quantizer not in method_names("quantizer"):
         raise UserError(f"quantizer={config.quantizer} is none of {', '.join(method_names('quantizer'))}")
@@ -55,8 +54,7 @@ def run(config: Config) -> Path:
             raise UserError(f"group_size={config.group_size} must divide {name}={getattr(config, name)}")
     folder = start(config)
     tokens = _write_tokens(config, folder)
-    name = config.tracking.name or "bench memory"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+    with tracked(config, "bench memory", folder) as tracker:
         tracker.params(plain(config))
         outcomes = {depth: _compressed(config, folder, tokens, depth) for depth in (config.layers, 2 * config.layers)}
         text = _section(config, outcomes)

@@ -43,14 +43,12 @@ class Config(Run):
 
 def run(config: Config) -> Path:
     """Path of the report; the tables are printed and put into the document."""
-    from cluster.tracking import Tracker
     from jobs.benchmarks._markdown import default_document, replace_section
     from jobs.compose import plain
-    from jobs.run import start
+    from jobs.run import start, tracked
 
     folder = start(config)
-    name = config.tracking.name or "bench search"
-    with Tracker(config.tracking.uri, config.tracking.experiment, name, folder) as tracker:
+    with tracked(config, "bench search", folder) as tracker:
         tracker.params(plain(config))
         found = _measure(config, folder)
         text = _section(config, found)

@@ -14,7 +14,7 @@ from accel.decoding.targets.loading import load_target
 from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.decoding.verifiers.speculative_sampling import SpeculativeSampling
 from accel.errors import UserError
-from cluster import decoding
+from cluster import decoding, placement
 from cluster.decoding import Decoders, Spec, sharing_refusal
 from tests.models import tiny
 
@@ -116,21 +116,23 @@ def test_drawn_drafts_are_not_shared_with_a_verifier_that_reads_their_distributi
 
 @pytest.mark.ray
 def test_gpus_that_are_not_there_are_refused_and_not_waited_for(spec, ray_session):
-    with pytest.raises(UserError, match=r"workers=2 need 2000 GPUs with their drafters, and Ray has \d"):
+    with pytest.raises(UserError, match=r"workers=2 of threads=1 need 1 CPU and 1000 GPUs each"):
         Decoders(spec, workers=2, gpus=1000).prepare()
 
 
 def test_shared_drafters_with_a_model_count_among_the_gpus(spec, monkeypatch):
-    monkeypatch.setattr(decoding, "_gpus_there", lambda: 2.0)
+    monkeypatch.setattr(decoding, "nodes", lambda: [{"CPU": 4.0, "GPU": 2.0}])
+    monkeypatch.setattr(placement, "nodes", decoding.nodes)
+    monkeypatch.setattr(placement, "_grows", lambda: False)
     hierarchy = dataclasses.replace(spec, drafter=Hierarchy(TokenRecycling()))
     started = []
-    monkeypatch.setattr(Decoders, "_start_drafter", lambda pool, number: started.append(number))
-    monkeypatch.setattr(Decoders, "_start_verifier", lambda pool, worker: _stop())
+    monkeypatch.setattr(Decoders, "_start_drafter", lambda pool, number, cpus: started.append(number))
+    monkeypatch.setattr(Decoders, "_start_verifier", lambda pool, worker, cpus: _stop())
     monkeypatch.setattr(Decoders, "close", lambda pool: None)
     with pytest.raises(StopIteration):
         Decoders(hierarchy, workers=2, gpus=1).prepare()
     assert started == [], "two verifiers have both GPUs"
-    with pytest.raises(UserError, match="workers=2 need 3 GPUs with their drafters, and Ray has 2"):
+    with pytest.raises(UserError, match=r"4 CPUs and 2 GPUs; workers=2 .* drafter_actors=1 need 3 CPUs and 3 GPUs"):
         Decoders(hierarchy, workers=2, gpus=1, placement="shared").prepare()
 
 

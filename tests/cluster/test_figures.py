@@ -16,13 +16,13 @@ LAYERS: list[dict[str, Any]] = [
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Axes of the figures that were saved."""
     seen: list[Any] = []
-    save = figures._save
+    save = figures.save
 
     def watched(figure: Any, path: Path) -> Path:
         seen.extend(figure.axes)
         return save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", watched)
+    monkeypatch.setattr(figures, "save", watched)
     return seen
 
 

@@ -28,22 +28,6 @@ REPORT: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sqlite file with MLflow's tables, which take seconds to make."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    store.import_mlflow()
-    store.make_database(file)
-    return file
-
-
-@pytest.fixture
-def uri(database: Path, tmp_path: Path) -> str:
-    (tmp_path / "runs").mkdir()
-    shutil.copy(database, tmp_path / "runs" / "mlflow.db")
-    return store.default_uri(tmp_path / "runs")
-
-
 def client(uri: str) -> Any:
     from mlflow import MlflowClient
 
@@ -84,6 +68,7 @@ def test_a_run_holds_parameters_metrics_files_code_version_and_machine(uri: str,
     assert run.data.tags["hasten.version"]
     artifacts = tmp_path / "runs" / "mlartifacts" / run_id / "artifacts"
     assert sorted(file.relative_to(artifacts).as_posix() for file in artifacts.rglob("*.*")) == [
+        "environment.json",
         "figures/error.png",
         "report.json",
     ]

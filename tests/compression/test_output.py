@@ -140,7 +140,11 @@ def test_a_run_killed_while_it_empties_the_folder_leaves_one_that_can_be_overwri
             monkeypatch.setattr(folder_module.Path, "unlink", unlink)
     assert 0 < allowed < 2 * len(whole) - 1
     assert output.finished == []
-    assert sorted(local.contents(tmp_path / "out")) == [".hasten/fingerprint.json", ".hasten/source.json"]
+    assert sorted(local.contents(tmp_path / "out")) == [
+        ".hasten/fingerprint.json",
+        ".hasten/lock",
+        ".hasten/source.json",
+    ]
 
 
 def test_checking_a_folder_makes_nothing(task):

@@ -1,9 +1,15 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 
+from accel.compression.folder import ResumableFolder
 from jobs.cli import main
+from jobs.levels import Building
 from tests.compression.local import contents
+from tests.compression.other_run import held
 from tests.jobs.report import last_report
 
 
@@ -57,3 +63,23 @@ def test_levels_that_make_no_sense_are_refused_and_nothing_is_written(changes, m
     assert levels(source, **changes) == 2
     assert message in capsys.readouterr().err
     assert list(folder.iterdir()) == []
+
+
+def test_a_second_run_waits_for_the_one_that_makes_the_same_database_and_holds_nothing(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "jobs.levels")
+    monkeypatch.setattr("jobs.levels._SECONDS_BETWEEN_TRIES", 0.01)
+    building = object.__new__(Building)
+    building.database = ResumableFolder(tmp_path / "levels", tmp_path)
+    paused = []
+    with held(tmp_path / "levels/.hasten/lock") as other:
+
+        def pause():
+            paused.append(len(paused))
+            if len(paused) == 3:
+                other.kill()
+
+        building._pass = SimpleNamespace(pause=pause)
+        building._wait()
+    assert len(paused) >= 3
+    assert caplog.messages == [f"another run makes levels={tmp_path / 'levels'}: waiting for it"]
+    building.database.release()

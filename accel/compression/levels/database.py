@@ -38,6 +38,7 @@ class LevelDatabase(ResumableFolder):
 
     option = "levels"
     last_file = "database.json"
+    open_to_all = ("searches",)
 
     def __init__(
         self,

@@ -1,0 +1,109 @@
+"""What a run tells its tracking store: parameters, metrics, files, a checkpoint to register; one line of JSON each."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# MLflow's limits of one call.
+_PARAMS_AT_ONCE = 100
+_METRICS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters by name, as texts."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of one step by name; milliseconds since 1970."""
+
+    values: Mapping[str, float]
+    step: int = 0
+    milliseconds: int = field(default_factory=lambda: int(time.time() * 1000))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, which is read when the store takes it; folder: where it goes among the run's artifacts, None on top."""
+
+    path: str
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A finished checkpoint as a new version of a model in the registry; what it is, as tags."""
+
+    name: str
+    path: str
+    tags: Mapping[str, str]
+
+
+Event = Params | Metrics | Artifact | Registered
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Params, Metrics, Artifact, Registered)}
+
+
+def encode(event: Event) -> str:
+    """One line that `decode` reads."""
+    return json.dumps({"kind": type(event).__name__.lower(), **dataclasses.asdict(event)})
+
+
+def decode(line: str) -> Event:
+    """The event of a line."""
+    values = json.loads(line)
+    event: Event = _KINDS[values.pop("kind")](**values)
+    return event
+
+
+def write(client: Any, run_id: str, events: Iterable[Event]) -> None:
+    """Write events to a run, as many metrics and parameters in a call as MLflow takes.
+
+    An artifact that is gone by now is left out: a run that was begun anew has replaced it.
+    """
+    from mlflow.entities import Metric, Param
+
+    params: list[Any] = []
+    metrics: list[Any] = []
+    rest: list[Event] = []
+    for event in events:
+        if isinstance(event, Params):
+            params += [Param(name, value) for name, value in event.values.items()]
+        elif isinstance(event, Metrics):
+            metrics += [Metric(name, value, event.milliseconds, event.step) for name, value in event.values.items()]
+        else:
+            rest.append(event)
+    for begin in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
+    for begin in range(0, len(metrics), _METRICS_AT_ONCE):
+        client.log_batch(run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+    for event in rest:
+        if isinstance(event, Artifact) and Path(event.path).exists():
+            client.log_artifact(run_id, event.path, event.folder)
+        elif isinstance(event, Registered):
+            _register(client, run_id, event)
+
+
+def _register(client: Any, run_id: str, event: Registered) -> None:
+    """A version of a registered model, whose source is where the checkpoint lies: nothing is copied.
+
+    Events that are written once more, because the first who wrote them was killed, make no second version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(event.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = event.path if "://" in event.path else Path(event.path).as_uri()
+    tags = dict(event.tags)
+    versions = client.search_model_versions(f"name='{event.name}'")
+    if not any(version.source == source and version.tags == tags for version in versions):
+        client.create_model_version(event.name, source, run_id, tags=tags)

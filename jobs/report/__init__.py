@@ -1,0 +1,1 @@
+"""What `hasten report` reads, compares, draws and writes."""

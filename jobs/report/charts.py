@@ -1,0 +1,121 @@
+"""The charts of a report: what there is data for, and what each shows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.report.bit_maps import maps
+from jobs.report.comparison import Group, Row, quality_of
+from jobs.report.pictures import Chart
+from jobs.report.trade_offs import against, objectives
+
+# More lines or bars than these cannot be told from each other.
+_LINES, _BARS = 8, 16
+SECTIONS = (
+    "quality against size",
+    "quality against tokens per second",
+    "objectives against each other",
+    "bits per layer",
+    "allocators",
+    "acceptance by depth",
+    "time share",
+)
+# A report of jobs that have none of these says nothing about their absence.
+_ALWAYS_OPTIONAL = ("objectives against each other", "allocators")
+ANNOUNCED = tuple(section for section in SECTIONS if section not in _ALWAYS_OPTIONAL)
+
+
+def charts(groups: Sequence[Group]) -> list[Chart]:
+    """Charts of everything that the groups have data for."""
+    rows = [row for group in groups for row in group.rows if row.entry.finished]
+    quality = quality_of(groups)
+    found: list[Chart | None] = []
+    if quality is not None:
+        found.append(against(groups, "quality against size", quality, "bytes"))
+        found.append(against(groups, "quality against tokens per second", quality, "tokens_per_second"))
+    found += [objectives(group, quality) for group in groups]
+    found += maps(rows)
+    found += [_allocators(row) for row in rows]
+    found += [_acceptance(rows), _times(rows)]
+    return [chart for chart in found if chart is not None]
+
+
+def _allocators(row: Row) -> Chart | None:
+    """The table of allocators of a search, once for all its budgets."""
+    table = row.entry.report.get("pareto")
+    budgets = row.entry.report.get("budgets")
+    if not isinstance(table, list) or not table or not isinstance(budgets, list):
+        return None
+    if row.values.get("budget") not in (None, f"{min(each['budget'] for each in budgets):g}"):
+        return None
+    names = ", ".join(dict.fromkeys(str(each["allocator"]) for each in table))
+
+    def draw(path: Path) -> Path:
+        from cluster.figures import pareto
+
+        return pareto(table, path)
+
+    return Chart(
+        "allocators",
+        f"allocators_{row.number}",
+        f"KL divergence against MiB of quantized weights for the allocators {names}.",
+        f"Allocators of {row.entry.folder.name} at the same budgets, scales counted.",
+        draw,
+    )
+
+
+def _acceptance(rows: Sequence[Row]) -> Chart | None:
+    found = {
+        row.short: [float(share) for share in row.entry.report["acceptance_per_position"]]
+        for row in rows
+        if row.entry.report.get("acceptance_per_position")
+    }
+    if not found:
+        return None
+    shares = dict(list(found.items())[:_LINES])
+
+    def draw(path: Path) -> Path:
+        from cluster.comparisons import acceptance_by_depth
+
+        return acceptance_by_depth(shares, path)
+
+    told = "; ".join(f"{name}: {values[0]:.0%} at depth 1, {len(values)} deep" for name, values in shares.items())
+    caption = "How often a pass of the target accepted a drafted token so far ahead." + _more(len(found), _LINES)
+    return Chart("acceptance by depth", "acceptance_by_depth", f"Acceptance by depth. {told}.", caption, draw)
+
+
+def _times(rows: Sequence[Row]) -> Chart | None:
+    found = {row.short: parts for row in rows if (parts := _parts(row))}
+    if not found:
+        return None
+    shown = dict(list(found.items())[:_BARS])
+
+    def draw(path: Path) -> Path:
+        from cluster.comparisons import time_shares_of_runs
+
+        return time_shares_of_runs(shown, path)
+
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{part} {value / sum(parts.values()):.0%}" for part, value in parts.items())
+        for name, parts in shown.items()
+    )
+    caption = "What the time of each row went to." + _more(len(found), _BARS)
+    return Chart("time share", "time_share", f"Time share. {told}.", caption, draw, 1.3 + 0.32 * len(shown))
+
+
+def _parts(row: Row) -> dict[str, float]:
+    """Named parts of a row's time; none where its report tells none."""
+    shares = {name: row.metric(f"{name}_share") for name in ("draft", "target", "verify")}
+    if None not in shares.values():
+        known_shares = {name: share for name, share in shares.items() if share is not None}
+        return known_shares if sum(known_shares.values()) > 0 else {}
+    calibration, total = row.metric("calibration_seconds"), row.metric("seconds")
+    if calibration is None or not total:
+        return {}
+    return {
+        "calibration and quantization": calibration,
+        "start, evaluation and the rest": max(0.0, total - calibration),
+    }
+
+
+def _more(number: int, most: int) -> str:
+    return f" The first {most} of {number} rows are shown." if number > most else ""

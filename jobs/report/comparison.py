@@ -1,0 +1,193 @@
+"""Runs of one job beside each other: their settings that differ, their metrics, who won and what is on the front."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jobs.report import metrics as known
+from jobs.report.pareto import front
+from jobs.report.reading import Entry, Objective, Source
+from jobs.report.settings import common, differing, settings, shown
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry in its table. number: its place over all tables, by the first objective, from 1."""
+
+    number: int
+    entry: Entry
+    values: Mapping[str, str]
+    metrics: Mapping[str, float | None]
+    winner: bool = False
+    on_front: bool = False
+
+    @property
+    def label(self) -> str:
+        """Settings that tell it from the others, or its name where none does."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or self.entry.name
+
+    @property
+    def short(self) -> str:
+        """Its number and the values of its settings, for where there is little room."""
+        return f"{self.number}: {' '.join(self.values.values()) or self.entry.name}"
+
+    def metric(self, name: str) -> float | None:
+        """Value of a metric, None where it has none or did not finish."""
+        return self.metrics.get(name) if self.entry.finished else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one job, the best first. front_of: the metrics that the front is of, () where there is none."""
+
+    job: str
+    rows: tuple[Row, ...]
+    settings: tuple[str, ...]
+    metrics: tuple[str, ...]
+    objectives: tuple[Objective, ...]
+    front_of: tuple[Objective, ...]
+    common: Mapping[str, str]
+    sweep: bool
+
+    @property
+    def winner(self) -> Row | None:
+        """The row that is best by the first objective, of equals the first; None with nothing to compare."""
+        return next((row for row in self.rows if row.winner), None)
+
+    @property
+    def failures(self) -> list[Row]:
+        """Rows that failed."""
+        return [row for row in self.rows if row.entry.failure]
+
+
+def compare(sources: Sequence[Source]) -> list[Group]:
+    """A group for every job, in the order in which they come."""
+    jobs = list(dict.fromkeys(entry.job for source in sources for entry in source.entries))
+    groups: list[Group] = []
+    for job in jobs:
+        numbered = sum(len(group.rows) for group in groups)
+        groups.append(_group(job, [each for each in sources if _has(each, job)], numbered))
+    return groups
+
+
+def quality_of(groups: Sequence[Group]) -> Objective | None:
+    """The metric of quality that charts show: the first that an objective names, else one that rows have."""
+    names = [objective for group in groups for objective in group.objectives if objective.metric in known.QUALITY]
+    if names:
+        return names[0]
+    there = [
+        name for name in known.QUALITY if any(row.metric(name) is not None for group in groups for row in group.rows)
+    ]
+    return _objective(there[0]) if there else None
+
+
+def with_quality_of_checkpoints(groups: Sequence[Group]) -> list[Group]:
+    """The groups, where what decodes a checkpoint has the quality that another row measured of it.
+
+    Compressing says how good a checkpoint is, decoding how quick: together they make quality against speed.
+    """
+    measured: dict[str, dict[str, float | None]] = {}
+    for group in groups:
+        for row in group.rows:
+            figures = {name: row.metric(name) for name in known.QUALITY if row.metric(name) is not None}
+            if figures and row.entry.report.get("output"):
+                measured.setdefault(_place(row.entry.report["output"]), figures)
+    return [replace(group, rows=tuple(_joined(row, measured) for row in group.rows)) for group in groups]
+
+
+def _joined(row: Row, measured: Mapping[str, Mapping[str, float | None]]) -> Row:
+    target = row.entry.config.get("target")
+    if not isinstance(target, str) or row.metric("tokens_per_second") is None:
+        return row
+    return replace(row, metrics={**measured.get(_place(target), {}), **row.metrics})
+
+
+def _place(path: object) -> str:
+    return str(Path(str(path)).expanduser().absolute())
+
+
+def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
+    entries = [entry for source in sources for entry in source.entries if entry.job == job]
+    keys = differing(sources, entries)
+    numbers = [{name: known.number(value) for name, value in entry.metrics.items()} for entry in entries]
+    finished = [row for row, entry in zip(numbers, entries, strict=True) if entry.finished]
+    objectives = next((source.objectives for source in sources if _are_told(source.objectives, finished)), ())
+    objectives = objectives or _default(finished)
+    order = sorted(range(len(entries)), key=lambda index: _rank(entries[index], numbers[index], objectives))
+    rows = []
+    for place, index in enumerate(order):
+        known_settings = settings(entries[index])
+        values = {key: shown(known_settings[key]) for key in keys if key in known_settings}
+        rows.append(Row(numbered + place + 1, entries[index], values, numbers[index]))
+    front_of = _front_of(objectives, finished)
+    return Group(
+        job=job,
+        rows=tuple(_marked(rows, objectives, front_of)),
+        settings=tuple(keys),
+        metrics=tuple(known.columns([each.metric for each in objectives], finished)),
+        objectives=objectives,
+        front_of=front_of,
+        common=common(entries),
+        sweep=any(source.varied is not None for source in sources),
+    )
+
+
+def _marked(rows: Sequence[Row], objectives: Sequence[Objective], front_of: Sequence[Objective]) -> list[Row]:
+    placed = complete(rows, [each.metric for each in front_of]) if front_of else []
+    points = [tuple(row.metrics[each.metric] or 0.0 for each in front_of) for row in placed]
+    best = {placed[index].number for index in front(points, [each.sign for each in front_of])}
+    compared = complete(rows, [objectives[0].metric]) if objectives else []
+    won = set()
+    if len(compared) > 1:
+        won = {row.number for row in compared if _values(row, objectives) == _values(compared[0], objectives)}
+    return [replace(row, winner=row.number in won, on_front=row.number in best) for row in rows]
+
+
+def _values(row: Row, objectives: Sequence[Objective]) -> list[float | None]:
+    return [row.metric(each.metric) for each in objectives]
+
+
+def complete(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Finished rows that have all of these metrics."""
+    return [row for row in rows if all(row.metric(name) is not None for name in names)]
+
+
+def _rank(
+    entry: Entry, metrics: Mapping[str, float | None], objectives: Sequence[Objective]
+) -> tuple[bool, bool, tuple[float, ...]]:
+    """What rows are sorted by: the best first, then what has no value, then what did not finish."""
+    values = [metrics.get(each.metric) for each in objectives]
+    costs = tuple(each.sign * (value or 0.0) for each, value in zip(objectives, values, strict=True))
+    return (not entry.finished, bool(values) and values[0] is None, costs)
+
+
+def _are_told(objectives: Sequence[Objective], finished: Sequence[Mapping[str, float | None]]) -> bool:
+    return bool(objectives) and any(row.get(objectives[0].metric) is not None for row in finished)
+
+
+def _default(finished: Sequence[Mapping[str, float | None]]) -> tuple[Objective, ...]:
+    """What runs are compared by that no sweep named objectives for."""
+    for name in ("kl_divergence", "perplexity", "tokens_per_second", "tokens_per_step"):
+        if any(row.get(name) is not None for row in finished):
+            return (_objective(name),)
+    return ()
+
+
+def _front_of(objectives: Sequence[Objective], finished: Sequence[Mapping[str, float | None]]) -> tuple[Objective, ...]:
+    """Two or more metrics of which one is had at the cost of the other, () where runs do not tell them."""
+    if len(objectives) > 1:
+        return tuple(objectives)
+    for cost in ("bytes", "tokens_per_second"):
+        if objectives and objectives[0].metric in known.QUALITY:
+            both = [row for row in finished if None not in (row.get(cost), row.get(objectives[0].metric))]
+            if len(both) > 1:
+                return (objectives[0], _objective(cost))
+    return ()
+
+
+def _objective(name: str) -> Objective:
+    return Objective(name, known.metric(name).better or "minimize")
+
+
+def _has(source: Source, job: str) -> bool:
+    return any(entry.job == job for entry in source.entries)

@@ -1,0 +1,308 @@
+"""Folders of runs and sweeps as rows to compare, finished or not."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accel.errors import UserError
+from jobs.run import LOG_FILE
+
+_EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
+# Stands for a job that nothing tells.
+_UNKNOWN = "run"
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_RAISED = re.compile(r"([A-Za-z_][\w.]*(?:\(\w+\))?)(?:: (.*))?$")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a run: the exception's class and its message, of which the first line counts."""
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric that a sweep optimises; direction: minimize or maximize."""
+
+    metric: str
+    direction: str
+
+    @property
+    def sign(self) -> int:
+        """1 where less is better, -1 where more is."""
+        return 1 if self.direction == "minimize" else -1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, a point of a sweep, or one budget of a run that answered several.
+
+    status: finished, failed, running, waiting, stopped, or unfinished, where nothing says why there is no report.
+    values: what the sweep chose. config: the whole configuration as it is in report.json or config.yaml, empty where
+    there is neither. report: report.json without these, empty where it is missing.
+    """
+
+    job: str
+    name: str
+    folder: Path
+    status: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    failure: Failure | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its metrics count."""
+        return self.status == "finished"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one argument named. varied: options that a sweep gave several values, None of a single run."""
+
+    folder: Path
+    entries: tuple[Entry, ...]
+    varied: tuple[str, ...] | None = None
+    objectives: tuple[Objective, ...] = ()
+
+
+def read(paths: Sequence[Path]) -> list[Source]:
+    """What the folders hold; UserError where one is neither run nor sweep, is damaged, or nothing has finished."""
+    folders = [path.parent if path.name == "report.json" and path.is_file() else path for path in paths]
+    doubled = {folder for folder in folders if [each.resolve() for each in folders].count(folder.resolve()) > 1}
+    if doubled:
+        raise UserError(f"{sorted(doubled)[0]} is given twice: name every run and sweep once")
+    sources = [_source(folder) for folder in folders]
+    entries = [entry for source in sources for entry in source.entries]
+    if not any(entry.finished for entry in entries):
+        counts = ", ".join(f"{count} {status}" for status, count in _counts(entries).items()) or "it has no points"
+        raise UserError(
+            f"{', '.join(map(str, folders))}: nothing has finished yet ({counts}{_first_failure(entries)}): "
+            "expected at least one finished run or point"
+        )
+    return sources
+
+
+def _source(folder: Path) -> Source:
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: {_EXPECTED}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: {_EXPECTED}")
+    if (folder / "report.json").exists():
+        report = _report(folder / "report.json")
+        if report["job"] == "sweep":
+            return _sweep(folder, report)
+        return Source(folder, tuple(_budgets(_finished(folder, folder.name, report))))
+    if (folder / "sweep.json").exists() or (folder / "points").is_dir():
+        return _unfinished_sweep(folder)
+    if (folder / "config.yaml").exists():
+        return Source(folder, (_without_report(folder, folder.name, _job_of(folder)),))
+    inside = sorted(path.parent for path in folder.glob("*/report.json"))
+    hint = f"; there are runs in it, such as {inside[0]}" if inside else ""
+    raise UserError(
+        f"{folder} is neither run nor sweep, as it has no report.json, config.yaml or sweep.json: {_EXPECTED}{hint}"
+    )
+
+
+def _sweep(folder: Path, report: Mapping[str, Any]) -> Source:
+    job = str(report.get("sweep_of", _UNKNOWN))
+    rows = _listed(folder, report, "points")
+    points = [_point(folder / str(row["folder"]), job, row) for row in rows]
+    # A sweep that was killed may have begun points since it wrote its report.
+    known = {point.folder.name for point in points}
+    points += [_begun(path, job) for path in _point_folders(folder) if path.name not in known]
+    return _as_source(folder, report, points)
+
+
+def _unfinished_sweep(folder: Path) -> Source:
+    """A sweep that has not ended: what its points have written so far."""
+    plan = _json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
+    job = str(plan.get("sweep_of") or plan.get("job") or _UNKNOWN)
+    return _as_source(folder, plan, [_begun(path, job) for path in _point_folders(folder)])
+
+
+def _point_folders(folder: Path) -> list[Path]:
+    return sorted(each for each in (folder / "points").glob("*") if each.is_dir())
+
+
+def _begun(folder: Path, job: str) -> Entry:
+    """A point that its sweep's report does not tell of."""
+    try:
+        row = _json(folder / "point.json") if (folder / "point.json").exists() else {}
+    except UserError as error:
+        row = {"status": "failed", "error": {"type": "damaged", "message": str(error)}}
+    return _point(folder, job, row)
+
+
+def _as_source(folder: Path, told: Mapping[str, Any], points: Sequence[Entry]) -> Source:
+    varied = told.get("varied") or list(dict.fromkeys(key for point in points for key in point.values))
+    objectives = tuple(
+        Objective(str(each["metric"]), str(each.get("direction", "minimize"))) for each in told.get("objectives") or ()
+    )
+    entries = tuple(entry for point in points for entry in _budgets(point))
+    return Source(folder, entries, tuple(map(str, varied)), objectives)
+
+
+def _point(folder: Path, job: str, row: Mapping[str, Any]) -> Entry:
+    """A point from its row in the sweep's report, or from its own point.json, and from what lies in its folder."""
+    told: dict[str, Any] = {}
+    damage = None
+    if (folder / "report.json").exists():
+        try:
+            told = _report(folder / "report.json")
+        except UserError as error:  # one damaged point is no reason not to see the others
+            damage = Failure("damaged", str(error))
+    status = str(row.get("status") or ("finished" if told else "unfinished"))
+    if damage and status == "finished":
+        status = "failed"
+    if told and status != "failed":
+        # It is written last: whoever watched the point may have been killed before it could say so.
+        status = "finished"
+    metrics = row.get("metrics") or told.get("metrics") or {}
+    seconds = row.get("seconds")
+    return Entry(
+        job=str(told.get("job", job)) if job == _UNKNOWN else job,
+        name=str(row.get("name", folder.name)),
+        folder=folder,
+        status=status,
+        values=row.get("values") or {},
+        config=told.get("config") or _config(folder),
+        metrics=metrics,
+        seconds=metrics.get("seconds") if seconds is None else seconds,
+        failure=damage or _failure(row.get("error"), status, folder),
+        report=_rest(told),
+    )
+
+
+def _failure(told: Any, status: str, folder: Path) -> Failure | None:
+    if isinstance(told, Mapping):
+        return Failure(str(told.get("type") or "error"), str(told.get("message") or ""))
+    if status != "failed":
+        return None
+    return _from_log(folder / LOG_FILE) or Failure("unknown", str(told or "the log may tell more"))
+
+
+def _finished(folder: Path, name: str, report: Mapping[str, Any]) -> Entry:
+    metrics = report["metrics"]
+    return Entry(
+        job=str(report["job"]),
+        name=name,
+        folder=folder,
+        status="finished",
+        config=report.get("config") or {},
+        metrics=metrics,
+        seconds=metrics.get("seconds"),
+        report=_rest(report),
+    )
+
+
+def _without_report(folder: Path, name: str, job: str) -> Entry:
+    failure = _from_log(folder / LOG_FILE)
+    status = "failed" if failure else "unfinished"
+    return Entry(job, name, folder, status, config=_config(folder), failure=failure)
+
+
+def _budgets(entry: Entry) -> Iterator[Entry]:
+    """The run, or a row for each budget where it answered several: their metrics count in place of the run's."""
+    rows = entry.report.get("budgets")
+    if not entry.finished or not isinstance(rows, list) or not rows or not all("budget" in row for row in rows):
+        yield entry
+        return
+    for row in rows:
+        budget = row["budget"]
+        numbers = {key: value for key, value in row.items() if not isinstance(value, (list, dict, str))}
+        layers = [layer for layer in entry.report.get("layers") or () if layer.get("budget", budget) == budget]
+        yield replace(
+            entry,
+            name=f"{entry.name}, budget {budget:g}" if len(rows) > 1 else entry.name,
+            values={**entry.values, "budget": budget} if len(rows) > 1 else entry.values,
+            metrics={**entry.metrics, **numbers},
+            report={**entry.report, **row, "layers": layers},
+        )
+
+
+def _rest(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in ("job", "config", "metrics")}
+
+
+def _report(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    if not isinstance(found.get("job"), str) or not isinstance(found.get("metrics"), dict):
+        raise UserError(f"{path} is no report of a run or sweep: expected the keys job and metrics in it")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged: expected whole JSON, but line {error.lineno} has {_lower(error.msg)}; "
+            "run it again, or leave it out"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no report of a run or sweep: expected an object with the keys job and metrics")
+    return found
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _listed(folder: Path, report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    rows = report.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "folder" in row for row in rows):
+        raise UserError(f"{folder / 'report.json'} is no report of a sweep: expected {key}, each with its folder")
+    return rows
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _job_of(folder: Path) -> str:
+    """What a run without report was of: runs/JOB/DATE_TIME is where runs are unless they were told otherwise."""
+    from jobs.schema import JOBS
+
+    return folder.absolute().parent.name if folder.absolute().parent.name in JOBS else _UNKNOWN
+
+
+def _from_log(path: Path) -> Failure | None:
+    """What the log ends with, if that is the traceback of a run that failed."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    stamped = [number for number, line in enumerate(lines) if _STAMP.match(line)]
+    if not stamped or not lines[stamped[-1]].endswith("the run failed"):
+        return None
+    raised = [found for found in map(_RAISED.match, lines[stamped[-1] + 1 :]) if found]
+    return Failure(raised[-1][1].rpartition(".")[2], raised[-1][2] or "") if raised else None
+
+
+def _counts(entries: Sequence[Entry]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in entries:
+        found[entry.status] = found.get(entry.status, 0) + 1
+    return found
+
+
+def _first_failure(entries: Sequence[Entry]) -> str:
+    failures = [entry.failure for entry in entries if entry.failure]
+    return f"; the first failure: {failures[0].type}: {failures[0].message}" if failures else ""

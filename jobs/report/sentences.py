@@ -1,0 +1,112 @@
+"""What a report says in words: who won by what, how many ran, and what there is no data for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.report import metrics as known
+from jobs.report.comparison import Group, Row, complete
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sentence that begins with its subject; the rest follows it."""
+
+    subject: str
+    rest: str
+
+    def __str__(self) -> str:
+        return f"{self.subject} {self.rest}"
+
+
+def summary(group: Group) -> Summary:
+    """Which setting won by what, and what is on the Pareto front."""
+    finished = [row for row in group.rows if row.entry.finished]
+    if not group.objectives or not finished:
+        return Summary(_counted(len(finished), f"{group.job} {_what(group)}"), "finished; no metric tells which won.")
+    first = group.objectives[0]
+    compared = complete(group.rows, [first.metric])
+    metric = known.metric(first.metric)
+    if not compared:
+        return Summary(f"No {group.job} {_what(group)}", f"has a value of {metric.title}, so that none won.")
+    best = compared[0]
+    value = best.metrics[first.metric] or 0.0
+    if len(compared) == 1:
+        return Summary(
+            best.label,
+            f"is the only {_what(group)} with a value of {metric.title}: {metric.told(value)}{_size(best)}.",
+        )
+    shared = [row for row in compared if row.winner]
+    if len(shared) > 1:
+        others = _counted(len(shared) - 1, "other")
+        told = f"and {others} share the best {metric.title}, {metric.told(value)}."
+    else:
+        told = f"won by {metric.title}: {metric.told(value)}{_size(best)}{_ahead(compared, metric, value)}."
+    return Summary(best.label, told + _front(group, finished))
+
+
+def facts(group: Group) -> str:
+    """How many there are and how they ended."""
+    counts: dict[str, int] = {}
+    for row in group.rows:
+        counts[row.entry.status] = counts.get(row.entry.status, 0) + 1
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{group.job}, {_counted(len(group.rows), _what(group))}: {told}"
+
+
+def left_out(sections: Sequence[str]) -> str:
+    """Line that names the sections without data, empty where there are none."""
+    return f"Left out for want of data: {', '.join(sections)}." if sections else ""
+
+
+def _what(group: Group) -> str:
+    return "point" if group.sweep else "run"
+
+
+def _size(row: Row) -> str:
+    size = row.metric("bytes")
+    return "" if size is None else f" at {known.fitted('bytes', [size]).told(size)}"
+
+
+def _ahead(compared: Sequence[Row], metric: known.Metric, value: float) -> str:
+    """By how much the best is ahead of the next, where a share of it says something."""
+    other = compared[1].metrics[metric.name] or 0.0
+    if value <= 0 or other <= 0:
+        return f"; the next, {compared[1].label}, has {metric.told(other)}"
+    share = abs(value - other) / other
+    if value < other / 2:
+        return f", {_rounded(other / value)} times lower than the next, {compared[1].label}"
+    if value > 2 * other:
+        return f", {_rounded(value / other)} times that of the next, {compared[1].label}"
+    told = "less than 1%" if share < 0.01 else f"{share:.0%}"
+    return f", {told} {'lower' if value < other else 'higher'} than the next, {compared[1].label}"
+
+
+def _told(row: Row, name: str) -> str:
+    value = row.metrics[name] or 0.0
+    return f"{known.metric(name).title} {known.fitted(name, [value]).told(value)}"
+
+
+def _rounded(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def _front(group: Group, finished: Sequence[Row]) -> str:
+    """A sentence on the front, empty where there is none."""
+    if not group.front_of:
+        return ""
+    best = [row for row in group.rows if row.on_front]
+    titles = " and ".join(known.metric(each.metric).title for each in group.front_of)
+    verb = "is" if len(best) == 1 else "are"
+    told = f" {len(best)} of {_counted(len(finished), 'setting')} {verb} on the Pareto front of {titles}"
+    second = group.front_of[1]
+    end = min(best, key=lambda row: second.sign * (row.metrics[second.metric] or 0.0))
+    if end.winner or len(best) < 2:
+        return told + "."
+    word = {"bytes": "smallest", "tokens_per_second": "quickest"}.get(second.metric)
+    extreme = f"the {word}" if word else f"the best by {known.metric(second.metric).title}"
+    figures = ", ".join(_told(end, each.metric) for each in group.front_of)
+    return f"{told}; {extreme} of them is {end.label} ({figures})."
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,0 +1,83 @@
+"""Configurations of runs as flat settings, and which of them differ."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.report.reading import Entry, Source
+
+# Where results and logs go, and what the machine offers them: no settings of what was tried.
+_PLACES = ("run_dir", "output", "overwrite", "stream", "tracking", "address")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by `section.key`; a method stands as its name under its family's, its hyper-parameters below that."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "_target_":
+            found[prefix.removesuffix(".")] = _method(value)
+        elif not prefix and key in _PLACES:
+            continue
+        elif isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def settings(entry: Entry) -> dict[str, Any]:
+    """All that is known of a row's settings: what a sweep or a budget chose counts more than the configuration."""
+    return flat(entry.config) | dict(entry.values)
+
+
+def differing(sources: Sequence[Source], entries: Sequence[Entry]) -> list[str]:
+    """Settings that are the columns of a table of these entries.
+
+    Of one sweep those that it varied; otherwise these and all that have different values. One that only some
+    configurations have, such as a hyper-parameter of one method, differs if it does among these.
+    """
+    varied = list(dict.fromkeys(key for source in sources for key in source.varied or ()))
+    chosen = list(dict.fromkeys(key for entry in entries for key in entry.values))
+    if len(sources) == 1 and sources[0].varied is not None:
+        return list(dict.fromkeys(varied + chosen))
+    known: dict[str, set[str]] = {}
+    for entry in entries:
+        for key, value in settings(entry).items():
+            known.setdefault(key, set()).add(shown(value))
+    different = [key for key, values in known.items() if len(values) > 1]
+    return list(dict.fromkeys([*(key for key in varied + chosen if key in known), *different]))
+
+
+def common(entries: Sequence[Entry]) -> dict[str, str]:
+    """Settings that all entries with a configuration have alike, as text."""
+    known = [settings(entry) for entry in entries if entry.config]
+    if not known:
+        return {}
+    return {
+        key: shown(value)
+        for key, value in known[0].items()
+        if all(key in each and shown(each[key]) == shown(value) for each in known)
+    }
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(shown(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        if "_target_" not in value:
+            return "{" + ",".join(f"{key}:{shown(item)}" for key, item in value.items()) + "}"
+        return " ".join(
+            [_method(value["_target_"]), *(shown(item) for key, item in value.items() if key != "_target_")]
+        )
+    return str(value)
+
+
+def _method(target: Any) -> str:
+    """Name of a method, which is that of its file: gptq of accel.compression.quantizers.gptq.GPTQ."""
+    return str(target).rpartition(".")[0].rpartition(".")[2] or str(target)

@@ -1,0 +1,59 @@
+"""The tables of a report in the terminal."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jobs.report.comparison import Group
+from jobs.report.sentences import facts, summary
+from jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
+
+# Columns that stay however narrow the terminal is.
+_KEPT = 4
+
+
+def show(groups: Sequence[Group], left_out: str) -> None:
+    """Print what the page says, without its charts."""
+    for group in groups:
+        print(f"{summary(group)}\n{facts(group)}\n")
+        _show(comparison_table(group))
+    for table in (*allocator_tables(groups), failure_table(groups)):
+        if table is not None:
+            print(table.title)
+            _show(table)
+    if left_out:
+        print(left_out)
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    # A file or a pipe has no width that a table would have to fit into.
+    width = Console(file=sys.stdout).width if sys.stdout.isatty() else None
+    console = Console(file=sys.stdout, highlight=False, width=100_000)
+    columns = list(range(len(table.columns)))
+    while width and len(columns) > _KEPT and console.measure(_drawn(table, columns)).maximum > width:
+        columns.pop()
+    drawn = _drawn(table, columns)
+    with console.capture() as captured:
+        console.print(drawn, width=min(width or 100_000, console.measure(drawn).maximum))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
+    if len(columns) < len(table.columns):
+        hidden = ", ".join(column.heading for column in table.columns[len(columns) :])
+        print(f"The terminal is too narrow for: {hidden}.")
+    print()
+
+
+def _drawn(table: Table, columns: Sequence[int]) -> Any:
+    from rich import box
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    drawn = Drawn(box=box.MARKDOWN)
+    for index in columns:
+        # Text: square brackets of a value such as [2.5,3] are no markup.
+        justify: Literal["right", "left"] = "right" if table.columns[index].kind == "number" else "left"
+        drawn.add_column(Text(table.columns[index].heading), justify=justify, overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*(Text(row[index].text) for index in columns))
+    return drawn

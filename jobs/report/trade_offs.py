@@ -1,0 +1,98 @@
+"""Charts of one metric against another, with the Pareto front."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.report import metrics as known
+from jobs.report.comparison import Group, Row, complete
+from jobs.report.pareto import front
+from jobs.report.pictures import Chart
+from jobs.report.reading import Objective
+
+# Values of a setting that can be told from each other by colour.
+_SERIES = 6
+
+
+def against(groups: Sequence[Group], section: str, quality: Objective, cost: str) -> Chart | None:
+    """Quality against what it costs, of the rows of all groups that have both; None of fewer than two."""
+    rows = complete([row for group in groups for row in group.rows], [quality.metric, cost])
+    name = "quality_against_size" if cost == "bytes" else "quality_against_speed"
+    return _trade_off(section, name, rows, quality, Objective(cost, known.metric(cost).better or "minimize"))
+
+
+def objectives(group: Group, quality: Objective | None) -> Chart | None:
+    """The first two objectives of a sweep, where no other chart shows them."""
+    if len(group.objectives) < 2:
+        return None
+    first, second = group.objectives[:2]
+    if quality and {first.metric, second.metric} in ({quality.metric, "bytes"}, {quality.metric, "tokens_per_second"}):
+        return None
+    rows = complete(group.rows, [first.metric, second.metric])
+    return _trade_off("objectives against each other", f"objectives_{group.job}", rows, first, second)
+
+
+def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, across: Objective) -> Chart | None:
+    if len(rows) < 2:
+        return None
+    values = {each.metric: [row.metrics[each.metric] or 0.0 for row in rows] for each in (up, across)}
+    axes = {metric: known.fitted(metric, found) for metric, found in values.items()}
+    points = list(zip(values[across.metric], values[up.metric], strict=True))
+    on_front = set(front(points, [across.sign, up.sign]))
+    series = _series(rows)
+    best = min(range(len(rows)), key=lambda index: (up.sign * points[index][1], across.sign * points[index][0]))
+
+    titles = f"{axes[up.metric].title} against {axes[across.metric].title}"
+
+    def draw(path: Path) -> Path:
+        from cluster.comparisons import Axis, Point, trade_off
+
+        scales = axes[across.metric].scale, axes[up.metric].scale
+        drawn = [
+            Point(
+                across=point[0] / scales[0],
+                up=point[1] / scales[1],
+                series=series[index],
+                label=str(rows[index].number),
+                on_front=index in on_front,
+                winner=index == best,
+            )
+            for index, point in enumerate(points)
+        ]
+        return trade_off(
+            drawn,
+            titles[:1].upper() + titles[1:],
+            Axis(axes[across.metric].heading, across.sign > 0),
+            Axis(axes[up.metric].heading, up.sign > 0),
+            path,
+        )
+
+    members = "; ".join(
+        f"{rows[index].label}: {axes[up.metric].told(points[index][1])}, {axes[across.metric].told(points[index][0])}"
+        for index in sorted(on_front, key=lambda index: points[index])
+    )
+    alt = f"{titles} of {len(rows)} finished rows. On the Pareto front: {members}."
+    caption = (
+        "The dashed line joins the Pareto front: nothing else is better in both. Numbers are rows of the table, "
+        f"the star is the best by {axes[up.metric].title}."
+    )
+    return Chart(section, name, alt, caption, draw)
+
+
+def _series(rows: Sequence[Row]) -> list[str]:
+    """What colours stand for: jobs where there are several, else a setting that is no number and has few values."""
+    jobs = [row.entry.job for row in rows]
+    if len(set(jobs)) > 1:
+        return jobs
+    for key in dict.fromkeys(key for row in rows for key in row.values):
+        values = [row.values.get(key, "–") for row in rows]
+        if 1 < len(set(values)) <= _SERIES and not all(_is_number(value) for value in values):
+            return [f"{key}={value}" for value in values]
+    return jobs
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

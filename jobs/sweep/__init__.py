@@ -1,0 +1,1 @@
+"""Sweeps: `hasten JOB --multirun`, a job at many settings on one cluster."""

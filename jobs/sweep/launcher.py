@@ -1,0 +1,78 @@
+"""Hydra's launcher of ours: the points of a sweep as Ray tasks, which come back one by one and are retried.
+
+hydra-ray-launcher returns everything only at the end, retries nothing and caps the object store.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+
+from cluster.points import Ending, Pool, Source, Work
+
+
+@dataclass
+class RayLauncherConfig:
+    """Node of the launcher in Hydra's store, `hydra/launcher=hasten_ray`."""
+
+    _target_: str = "jobs.sweep.launcher.RayLauncher"
+    retries: int = 3
+    at_once: int | None = None
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="hasten_ray", node=RayLauncherConfig)
+
+
+class RayLauncher(Launcher):
+    """Runs points inside a Ray session. The task function of `setup` makes a point's `Work` from its overrides.
+
+    `launch` runs a batch, as Hydra's sweepers ask for; `stream` what a source hands out while others end.
+    """
+
+    def __init__(self, retries: int = 3, at_once: int | None = None) -> None:
+        self.pool = Pool(retries, at_once)
+        self._work: Callable[[Sequence[str]], Work] | None = None
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Take the function that makes a point's work; its options are checked by it, and not by Hydra's context."""
+        self._work = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run all points of a batch; how each ended (`cluster.points.Ending`), in the order of the batch."""
+        assert self._work is not None, "setup comes first"
+        batch = _Batch([self._work(overrides) for overrides in job_overrides])
+        self.stream(batch)
+        results = []
+        for overrides, work in zip(job_overrides, batch.works, strict=True):
+            ending = batch.endings.get(work.name, Ending("stopped"))
+            state = JobStatus.COMPLETED if ending.status == "finished" else JobStatus.FAILED
+            results.append(JobReturn(overrides, status=state, working_dir=str(work.folder), _return_value=ending))
+        return results
+
+    def stream(self, source: Source) -> None:
+        """Run points until the source has no more."""
+        self.pool.run(source)
+
+
+class _Batch:
+    """Points that are all known beforehand."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.works = works
+        self.endings: dict[str, Ending] = {}
+        self._left = iter(works)
+
+    def next(self) -> Work | None:
+        return next(self._left, None)
+
+    def started(self, work: Work) -> None:
+        pass
+
+    def ended(self, work: Work, ending: Ending) -> None:
+        self.endings[work.name] = ending
+
+    def waiting(self) -> None:
+        pass

@@ -1,0 +1,79 @@
+"""What a sweep goes by: metrics of its points' reports, and whether less or more of each is better."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accel.errors import UserError
+from jobs.schema import SweepConfig
+
+# Shown where the user names nothing; the first is what Optuna optimises then.
+_USUAL = {
+    "compress": ("kl_divergence", "bytes"),
+    "search": ("kl_divergence", "bytes"),
+    "evaluate": ("kl_divergence", "bytes"),
+    "decode": ("tokens_per_second", "mean_acceptance_length"),
+    "replay": ("mean_acceptance_length",),
+}
+_MORE_IS_BETTER = (
+    "tokens_per_second",
+    "top1_agreement",
+    "mean_acceptance_length",
+    "draft_acceptance_rate",
+    "target_efficiency",
+    "accuracy",
+)
+DIRECTIONS = ("minimize", "maximize")
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """metrics: what is optimised, with a direction each; shown: metrics for tables, those first."""
+
+    metrics: tuple[str, ...]
+    directions: tuple[str, ...]
+    shown: tuple[str, ...]
+
+    def values(self, metrics: Mapping[str, Any]) -> list[float]:
+        """The metrics of a finished point; UserError where it has not got one of them."""
+        missing = [name for name in self.metrics if metrics.get(name) is None]
+        if missing:
+            known = sorted(name for name, value in metrics.items() if isinstance(value, int | float))
+            raise UserError(f"sweep.metrics: the report has no {', '.join(missing)}; it has {', '.join(known)}")
+        return [float(metrics[name]) for name in self.metrics]
+
+    @property
+    def plain(self) -> list[dict[str, str]]:
+        """For the sweep's report."""
+        pairs = zip(self.metrics, self.directions, strict=True)
+        return [{"metric": metric, "direction": direction} for metric, direction in pairs]
+
+
+def objectives(job: str, settings: SweepConfig, searches: bool) -> Objectives:
+    """What the sweep's options name, or what is usual for the job; searches: Optuna needs something to go by."""
+    usual = _USUAL.get(job, ())
+    metrics = tuple(settings.metrics) or usual[:1]
+    if searches and not metrics:
+        raise UserError(f"sweep.metrics is needed: which metric of {job}'s report.json is to be optimised")
+    directions = tuple(settings.directions) or tuple(
+        "maximize" if metric.rpartition(".")[2] in _MORE_IS_BETTER else "minimize" for metric in metrics
+    )
+    if len(directions) != len(metrics):
+        raise UserError(
+            f"sweep.directions has {len(directions)} entries and sweep.metrics {len(metrics)}: give one each"
+        )
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise UserError(f"sweep.directions={direction} is wrong: expected {' or '.join(DIRECTIONS)}")
+    return Objectives(metrics, directions, tuple(dict.fromkeys([*metrics, *usual])))
+
+
+def sampler(settings: SweepConfig, is_discrete: bool) -> str:
+    """The sampler that `auto` stands for, or the one that is named; UserError where a grid has no end."""
+    if settings.sampler == "grid" and not is_discrete:
+        raise UserError("sweep.sampler=grid needs a list of values for every option: an interval has no end of points")
+    if settings.sampler != "auto":
+        return settings.sampler
+    if is_discrete:
+        return "grid"
+    return "nsgaii" if len(settings.metrics) > 1 else "tpe"

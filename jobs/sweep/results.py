@@ -1,0 +1,107 @@
+"""What became of each point of a sweep: rows of report.json, lines as they come, and the tables at the end."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.sweep.points import Point
+
+_CELL_CHARACTERS = 40
+
+
+@dataclass
+class Row:
+    """One point: waiting, running, finished, failed or stopped."""
+
+    point: Point
+    status: str = "waiting"
+    seconds: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    error: Mapping[str, str] | None = None
+    repeated: bool = False
+
+    def plain(self, folder: Path) -> dict[str, Any]:
+        """For report.json; folder: of the sweep."""
+        return {
+            "name": self.point.name,
+            "folder": str(Path(self.point.config.run_dir).relative_to(folder)),
+            "values": {key: _value(text) for key, text in self.point.values.items()},
+            "fingerprint": self.point.fingerprint,
+            "status": self.status,
+            "seconds": self.seconds,
+            "metrics": dict(self.metrics),
+            "error": self.error,
+        }
+
+    def line(self, shown: Iterable[str]) -> str:
+        """Values and figures in one line."""
+        values = " ".join(f"{key}={text}" for key, text in self.point.values.items())
+        if self.error:
+            return f"{values}: {self.status}: {self.error['type']}: {self.error['message']}"
+        figures = [f"{name}={_cell(self.metrics[name])}" for name in shown if self.metrics.get(name) is not None]
+        return f"{values}: {', '.join([*figures, f'{self.seconds or 0:.1f} s'])}"
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """Metrics in the report of a run folder."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = report["metrics"]
+    return found
+
+
+def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:
+    """Lines of a table of the finished points, the best first by the first metric that is shown."""
+    done = [row for row in rows if row.status == "finished"]
+    if not done:
+        return []
+    there = [name for name in shown if any(row.metrics.get(name) is not None for row in done)]
+    if there:
+        known = [row for row in done if row.metrics.get(there[0]) is not None]
+        unknown = [row for row in done if row.metrics.get(there[0]) is None]
+        known.sort(key=lambda row: float(row.metrics[there[0]]), reverse=not ascending)
+        done = known + unknown
+    keys = list(done[0].point.values)
+    head = [*keys, *there, "seconds"]
+    cells = [
+        [
+            *(row.point.values.get(key, "")[:_CELL_CHARACTERS] for key in keys),
+            *(_cell(row.metrics.get(name)) for name in there),
+            f"{row.seconds or 0:.1f}",
+        ]
+        for row in done
+    ]
+    widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *cells]]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Lines that say of each failed point what went wrong and where it is written."""
+    return [
+        f"  {row.point.name}: {row.error['type']}: {row.error['message']} ({row.point.config.run_dir}/output.txt)"
+        for row in rows
+        if row.status == "failed" and row.error
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.5g}"
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str) -> Any:
+    """Number of a text that is one, else the text."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+    # JSON has no infinity.
+    return number if math.isfinite(number) else text

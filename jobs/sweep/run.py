@@ -1,0 +1,390 @@
+"""`hasten JOB --multirun`: all points of a sweep, results as they come, and what is needed to go on after any end."""
+
+import hashlib
+import json
+import logging
+import signal
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from accel.errors import UserError
+from jobs.options import nearest, options
+from jobs.schema import Run, SweepConfig
+from jobs.sweep.dimensions import Words, read
+from jobs.sweep.grid import grid
+from jobs.sweep.objectives import objectives, sampler
+from jobs.sweep.points import Point, Points
+from jobs.sweep.results import Row, failures, metrics_of, table
+
+_LOG = logging.getLogger(__name__)
+PREFIX = "sweep."
+STATE = "sweep.json"
+# A report of a sweep that is going on is not written more often.
+_REPORT_SECONDS = 5.0
+
+
+def run(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> tuple[Path, int]:
+    """Run a sweep: path of its report, and an exit code, 1 where a point failed and 130 where it was interrupted.
+
+    name: of a benchmark, None for other jobs. UserError for what is wrong with any point, before one starts.
+    """
+    return Sweep(job, name, schema, words).run()
+
+
+def check(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> None:
+    """UserError for what is wrong with any point of a sweep; nothing is written."""
+    Sweep(job, name, schema, words).check()
+
+
+def split(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
+    """A sweep's own options, and the words that are left."""
+    known = {item.key: item for item in options(SweepConfig, PREFIX)}
+    settings = SweepConfig()
+    left = []
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not key.startswith(PREFIX):
+            left.append(word)
+        elif key not in known or not sign:
+            near = nearest(key, known)
+            raise UserError(f"unknown option {key!r}: did you mean {near or ', '.join(known)}?")
+        else:
+            setattr(settings, key.removeprefix(PREFIX), known[key].parse(text))
+    return settings, left
+
+
+class Sweep:
+    """One sweep in its folder; the source that the launcher takes its points from."""
+
+    def __init__(self, job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> None:
+        self._job, self._name, self._given = job, name, list(words)
+        self._settings, words = split(words)
+        self._words = read(words, [item.key for item in options(schema) if item.group])
+        for dimension in self._words.dimensions:
+            if dimension.key in ("run_dir", "address") or dimension.key.startswith("tracking."):
+                raise UserError(f"{dimension.key} is the whole sweep's: give it one value")
+        if "://" in (_value(self._words, "run_dir") or ""):
+            raise UserError("run_dir of a sweep must be a folder; what points make may go to output=URI/{point}")
+        self.folder = Path(_value(self._words, "run_dir") or _default_folder(job, name, words)).expanduser().absolute()
+        self._sampler = sampler(self._settings, self._words.is_discrete)
+        self._objectives = objectives(job, self._settings, self._sampler != "grid")
+        fixed = [word for word in self._words.fixed if word.partition("=")[0] not in ("run_dir", "address")]
+        self._points = Points(job, name, schema, fixed, self.folder)
+        self._rows: dict[str, Row] = {}
+        self._waiting: list[Point] = []
+        self._trials: dict[str, list[int]] = {}
+        self._study: Any = None
+        self._tracker: Any = None
+        self._progress: Any = None
+        self._launcher: Any = None
+        self._interrupted = False
+        self._begun = self._reported = 0.0
+
+    def run(self) -> tuple[Path, int]:
+        """Path of the sweep's report, and the exit code."""
+        from cluster.session import session
+        from jobs.progress import Progress
+        from jobs.run import log_to_folder
+        from jobs.sweep.launcher import RayLauncher
+
+        example = self.check()
+        work = self._points.work(example)
+        self._launcher = RayLauncher(self._settings.retries, self._settings.at_once)
+        address = self._settings.address or _value(self._words, "address")
+        cpus = self._settings.cpus or int(sum(bundle.get("CPU", 0) for bundle in work.needs))
+        with session(address, cpus):
+            self._check_resources(example)
+            with self._alone():
+                log_to_folder(self.folder)
+                key = self._state()["key"]
+                self._open_study()
+                title = f"{self._name or self._job} sweep"
+                with (
+                    self._tracked(example.config.tracking, title, key) as self._tracker,
+                    Progress(title, self._total(), "point") as self._progress,
+                ):
+                    self._tracker.params(dict(word.split("=", 1) for word in self._words.fixed))
+                    self._skip_finished()
+                    if self._waiting or self._study:
+                        modules = [f"jobs.benchmarks.{self._name}" if self._name else f"jobs.{self._job}"]
+                        count = self._launcher.pool.warm_up(work, [*modules, "jobs.run", "cluster.tracking"])
+                        _LOG.info("%d point%s at once", count, "s" * (count != 1))
+                    self._begun = perf_counter()
+                    with self._interruptible():
+                        self._launcher.stream(self)
+                    path = self._write_report()
+                    failed = any(row.status == "failed" for row in self._rows.values())
+                    status = "KILLED" if self._is_cut else "FAILED" if failed else "FINISHED"
+                    self._tracker.finish(status, self._metrics(), [path, self.folder / "hasten.log"])
+        self._print()
+        return path, 130 if self._is_cut else 1 if failed else 0
+
+    def next(self) -> Any:
+        """The next point's work; None where there is none now."""
+        while True:
+            point = self._next_point()
+            if point is None:
+                return None
+            row = self._rows.setdefault(point.name, Row(point))
+            if row.status in ("waiting", "stopped"):
+                return self._points.work(point)
+            if row.status != "running":  # Optuna asked for the same once more
+                self._tell(row)
+
+    def started(self, work: Any) -> None:
+        """A point was handed to the cluster."""
+        self._rows[work.name].status = "running"
+        self._tracker.begin(work.name, work.folder)
+
+    def ended(self, work: Any, ending: Any) -> None:
+        """A point has come to its end: show it, track it, tell Optuna."""
+        row = self._rows[work.name]
+        row.status, row.seconds, row.error, row.repeated = (
+            ending.status,
+            ending.seconds,
+            ending.error,
+            ending.repeated,
+        )
+        if ending.status == "stopped":
+            return
+        if ending.status == "finished":
+            row.metrics = metrics_of(work.folder)
+        self._track_end(row)
+        self._tell(row)
+        done = [other for other in self._rows.values() if other.status in ("finished", "failed")]
+        _LOG.info("%d of %d: %s", len(done), self._total(), row.line(self._objectives.shown))
+        self._progress.update(len(done))
+        if perf_counter() - self._reported > _REPORT_SECONDS:
+            self._write_report()
+
+    def waiting(self) -> None:
+        """Points run: write to MLflow what they have told."""
+        self._tracker.poll()
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether it was interrupted before its last point."""
+        return self._interrupted and (
+            bool(self._waiting) or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
+        )
+
+    def _total(self) -> int:
+        return self._settings.trials if self._sampler != "grid" else len(self._rows)
+
+    def check(self) -> Point:
+        """A point of the sweep, the one that takes most; UserError for what is wrong with any of them. Nothing was written so far."""
+        if self._sampler == "grid":
+            for values in grid(self._words.dimensions):
+                point = self._points.make(values)
+                if point.name not in self._rows:
+                    self._rows[point.name] = Row(point)
+                    self._waiting.append(point)
+            if not self._waiting:
+                raise UserError("the sweep has no points: an option has an empty list of values")
+            return max(self._waiting, key=lambda point: len(self._points.work(point).needs))
+        first = {dimension.key: dimension.ends()[0] for dimension in self._words.dimensions}
+        if not first:
+            raise UserError(f"sweep.sampler={self._sampler} needs an option with several values, such as bits=2,3,4")
+        for dimension in self._words.dimensions:
+            for text in dimension.ends():
+                self._points.make({**first, dimension.key: text})
+        return self._points.make(first)
+
+    def _check_resources(self, example: Point) -> None:
+        from cluster.placement import check
+
+        for needs in {str(needs): needs for needs in map(self._needs, self._waiting or [example])}.values():
+            check(needs, "a point of the sweep")
+
+    def _needs(self, point: Point) -> Any:
+        return self._points.work(point).needs
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time works at a sweep; UserError for the second."""
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / ".lock", timeout=1)
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process runs the sweep in {self.folder}: wait for it, or take run_dir=…"
+            ) from None
+        except OSError as error:
+            raise UserError(f"run_dir={self.folder} cannot be written: {error.strerror}") from error
+        with lock:
+            yield
+
+    def _state(self) -> dict[str, Any]:
+        """What sweep.json holds: the sweep's key, made once, and its words; UserError for another job's folder."""
+        path = self.folder / STATE
+        what = self._name or self._job
+        state: dict[str, Any] = {"job": what, "key": uuid.uuid4().hex, "words": self._given}
+        if path.exists():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                if before["job"] != what:
+                    raise UserError(f"run_dir={self.folder} holds a sweep of {before['job']}: take another")
+                state["key"] = before["key"]
+            except (ValueError, KeyError):
+                raise UserError(f"{path} is damaged: remove it; finished points are kept") from None
+        unfinished = path.with_name(f".{STATE}")
+        unfinished.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        return state
+
+    def _open_study(self) -> None:
+        if self._sampler != "grid":
+            from jobs.sweep.study import Study
+
+            settings = self._settings
+            self._study = Study(
+                self.folder,
+                self._words.dimensions,
+                self._objectives.directions,
+                self._sampler,
+                settings.seed,
+                settings.trials,
+            )
+
+    def _tracked(self, tracking: Any, title: str, key: str) -> Any:
+        from cluster.sweep_tracking import SweepTracker
+
+        name = tracking.name or f"{title} {self.folder.name}"
+        return SweepTracker(tracking.uri, tracking.experiment, name, key, self.folder)
+
+    def _skip_finished(self) -> None:
+        """Points that an earlier run of this sweep finished are not run again."""
+        left = []
+        for point in self._waiting:
+            if self._has_finished(self._rows[point.name]):
+                self._track_end(self._rows[point.name])
+            else:
+                left.append(point)
+        self._waiting = left
+        done = len(self._rows) - len(left)
+        if done:
+            _LOG.info("%d of %d points are finished already in %s", done, self._total(), self.folder)
+        self._progress.begin(done)
+
+    def _has_finished(self, row: Row) -> bool:
+        from cluster.points import REPORT, read_point
+
+        folder = Path(row.point.config.run_dir)
+        if not (folder / REPORT).exists():
+            return False
+        row.status, row.repeated = "finished", True
+        row.seconds, row.metrics = read_point(folder).get("seconds"), metrics_of(folder)
+        return True
+
+    def _next_point(self) -> Point | None:
+        if self._study is None:
+            return self._waiting.pop(0) if self._waiting else None
+        asked = self._study.ask()
+        if asked is None:
+            return None
+        number, values = asked
+        point = self._points.make(values)
+        self._trials.setdefault(point.name, []).append(number)
+        row = self._rows.setdefault(point.name, Row(point))
+        if row.status == "waiting" and self._has_finished(row):
+            self._track_end(row)
+        return point
+
+    def _tell(self, row: Row) -> None:
+        """Give Optuna the figures of a point; one without them has failed."""
+        for number in self._trials.pop(row.point.name, ()):
+            values = None
+            if row.status == "finished":
+                try:
+                    values = self._objectives.values(row.metrics)
+                except UserError as error:
+                    row.status, row.error = "failed", {"type": "UserError", "message": str(error)}
+            self._study.tell(number, values)
+
+    def _track_end(self, row: Row) -> None:
+        error = f"{row.error['type']}: {row.error['message']}" if row.error else None
+        status = "FAILED" if row.status == "failed" else "FINISHED"
+        self._tracker.end(row.point.name, Path(row.point.config.run_dir), status, error)
+
+    def _metrics(self) -> dict[str, float]:
+        """Figures of the sweep itself; seconds: from the first point's start."""
+        counts = [row.status for row in self._rows.values()]
+        return {
+            "points": len(counts),
+            "finished": counts.count("finished"),
+            "failed": counts.count("failed"),
+            "repeated": sum(row.repeated for row in self._rows.values()),
+            "seconds": perf_counter() - self._begun,
+        }
+
+    def _write_report(self) -> Path:
+        from cluster.tracking import write_report
+
+        self._reported = perf_counter()
+        return write_report(
+            self.folder,
+            {
+                "job": "sweep",
+                "sweep_of": self._name or self._job,
+                "config": {"words": self._given, "sweep": vars(self._settings), "sampler": self._sampler},
+                "varied": [dimension.key for dimension in self._words.dimensions],
+                "objectives": self._objectives.plain,
+                "metrics": self._metrics(),
+                "layers": [],
+                "output": None,
+                "points": [row.plain(self.folder) for row in self._rows.values()],
+            },
+        )
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C once: no new points; twice, or SIGTERM: none at all. Either way the same command goes on later."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        pool = self._launcher.pool
+
+        def interrupt(number: int, frame: Any) -> None:
+            pool.stopping = pool.draining or number == signal.SIGTERM
+            pool.draining = self._interrupted = True
+            running = sum(row.status == "running" for row in self._rows.values())
+            if pool.stopping:
+                _LOG.warning("stopping; the same command goes on from here")
+            else:
+                _LOG.warning("interrupted: waiting for %d running points; interrupt once more to stop them", running)
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _print(self) -> None:
+        rows = list(self._rows.values())
+        ascending = not self._objectives.directions or self._objectives.directions[0] == "minimize"
+        for line in table(rows, self._objectives.shown, ascending):
+            print(line)
+        bad = failures(rows)
+        if bad:
+            print("\n".join([f"{len(bad)} of {len(rows)} points failed:", *bad]))
+        print(f"compare: hasten report {self.folder}")
+
+
+def _value(words: Words, key: str) -> str | None:
+    """What a word of the sweep says of an option."""
+    return next((text for name, _, text in (word.partition("=") for word in words.fixed) if name == key), None)
+
+
+def _default_folder(job: str, name: str | None, words: Sequence[str]) -> Path:
+    """The same folder for the same words, so that the command typed again goes on."""
+    mark = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
+    return Path("runs", "sweeps", f"{name or job}-{mark}")

@@ -1,0 +1,223 @@
+"""A Ray cluster of two nodes with one CPU each, in a process of its own, whose nodes and actors may be killed.
+
+What runs there is a function of this module; it returns plain values.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from accel.compression.search.evopress import Genome, Sample
+from accel.compression.settings import Settings
+from accel.decoding.engine import Request
+from accel.evaluation.divergence import Sums
+from accel.evaluation.perplexity import Windows
+from cluster.calibration_pass import CalibrationPass
+from cluster.decoding import Decoders, Spec
+from cluster.evaluation import measure
+from cluster.evaluators import Evaluators, Model
+from cluster.recovery import Crew
+
+# Ray takes a node for dead after these; its own defaults are longer than a test should take.
+_HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+_nodes: list[Any] = []
+
+
+def start() -> None:
+    """Start the cluster and join it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    torch.set_num_threads(1)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": _HEALTH}
+    _nodes.append(_patiently(lambda: Cluster(initialize_head=True, head_node_args=head)))
+    ray.init(address=_nodes[0].address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _patiently(make: Callable[[], Any]) -> Any:
+    """What is made: on a busy machine the start can outlast a fixed wait inside Ray."""
+    for _ in range(4):
+        try:
+            return make()
+        except Exception as error:
+            if "timed out" not in str(error):
+                raise
+    return make()
+
+
+def end() -> None:
+    """End it."""
+    import ray
+
+    ray.shutdown()
+    _nodes[0].shutdown()
+
+
+def kill_node() -> None:
+    """SIGKILL everything on the second node."""
+    _nodes[0].remove_node(_nodes.pop(), allow_graceful=False)
+
+
+@contextmanager
+def second_node() -> Iterator[list[str]]:
+    """The second node, which may be killed meanwhile; yields what is logged."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    _nodes.append(_patiently(lambda: _nodes[0].add_node(num_cpus=1)))
+    logging.getLogger("cluster").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("cluster").removeHandler(handler)
+        while len(_nodes) > 1:
+            _nodes[0].remove_node(_nodes.pop(), allow_graceful=True)
+
+
+def compress(settings: Settings, tokens: torch.Tensor) -> tuple[list[int], int, list[str]]:
+    """A compression that loses a node after its second block: blocks done, actors lost, and what was logged."""
+    with second_node() as lines:
+        work = CalibrationPass(settings, tokens, 2)
+        work.task.output.open(settings.fingerprint(work.task.checkpoint, tokens), overwrite=False)
+        report = work.run(lambda count, row: kill_node() if count == 2 else None)
+        return [row["block"] for row in report.blocks], report.restarts, lines
+
+
+def search(model: Model, genomes: Sequence[Genome], sample: Sample) -> tuple[list[float], int, list[str]]:
+    """Losses of candidates, measured while a node is lost, actors lost, and what was logged."""
+    with second_node() as lines:
+        pool = Evaluators(model, 2)
+        pool(genomes[:1], sample)
+        killer = threading.Timer(0.05, kill_node)
+        killer.start()
+        found = pool(genomes, sample)
+        killer.join()
+        # The next generation meets the loss, if this one was through before it.
+        again = pool([genome[::-1] for genome in genomes], sample)
+        pool.close()
+        return found + again, pool.restarts, lines
+
+
+def decode(spec: Spec, requests: Sequence[Request]) -> tuple[dict[str, list[int]], int, list[str]]:
+    """Completions by id, of which the first comes before a node is lost, actors lost, and what was logged."""
+    with second_node() as lines:
+        pool = Decoders(spec, 2)
+        stream = pool(requests)
+        results = [next(stream)]
+        kill_node()
+        results += stream
+        found = {result.id: result.token_ids for result in results}
+        assert len(found) == len(results)
+        pool.close()
+        return found, pool.restarts, lines
+
+
+class _Worker:
+    """An actor that tells its node and its CPUs."""
+
+    def usage(self) -> tuple[str, float]:
+        import ray
+
+        context = ray.get_runtime_context()
+        return context.get_node_id(), context.get_assigned_resources().get("CPU", 0.0)
+
+
+def succeed() -> tuple[list[float], int, list[str]]:
+    """CPUs of two actors, one of which lost its node while a third has room, actors lost, and what was logged."""
+    import ray
+
+    with second_node() as lines:
+        _nodes.append(_patiently(lambda: _nodes[0].add_node(num_cpus=1)))
+        actor: Any = ray.remote(_Worker)
+        crew = Crew("a worker", 2, 1, 0, lambda _, cpus: actor.options(num_cpus=cpus).remote())
+        crew.begin()
+        homes = {home for home, _ in ray.get([each.usage.remote() for each in crew.actors])}
+        victim = next(node for node in _nodes[1:] if node.node_id in homes)
+        _nodes.remove(victim)
+        _nodes[0].remove_node(victim, allow_graceful=False)
+        while not crew.restarts:
+            for index, error in crew.lost().items():
+                crew.replace(index, error)
+        crew.fill()
+        cpus = [each for _, each in ray.get([actor.usage.remote() for actor in crew.actors])]
+        crew.end()
+        return cpus, crew.restarts, lines
+
+
+def evaluate(folder: Path, windows: Windows) -> tuple[Sums, list[str]]:
+    """Sums over windows, of which some are taken on a node that is lost, and what was logged."""
+    with second_node() as lines:
+        killer = threading.Thread(target=_kill_node_at_work)
+        killer.start()
+        found = measure(folder, None, windows, 2, batch=1)
+        killer.join()
+        return found.sums, lines
+
+
+def _kill_node_at_work() -> None:
+    """Kill the second node once both nodes evaluate."""
+    wait_for(lambda: len(processes("_evaluate")) == 2)
+    kill_node()
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Ray's processes below this one that are named so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(name in word for word in process.cmdline()[:1]):
+                found.append(process)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[psutil.Process]:
+    """A process that stands still."""
+    process.suspend()
+    try:
+        yield process
+    finally:
+        process.resume()
+
+
+def compress_in_little_room(settings: Settings, tokens: torch.Tensor) -> int:
+    """A compression on a Ray of its own with the smallest object store that there is; bytes that were spilled."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+    def init() -> Any:
+        return ray.init(
+            "local", num_cpus=2, object_store_memory=80 * 10**6, include_dashboard=False, log_to_driver=False
+        )
+
+    torch.set_num_threads(1)
+    node = _patiently(init)
+    work = CalibrationPass(settings, tokens, 2)
+    work.task.output.open(settings.fingerprint(work.task.checkpoint, tokens), overwrite=False)
+    work.run()
+    (here,) = ray.nodes()
+    assert node.address_info["node_id"] == here["NodeID"]
+    stats = node_stats(here["NodeManagerAddress"], here["NodeManagerPort"], include_memory_info=False)
+    ray.shutdown()
+    return int(stats.store_stats.spilled_bytes_total)

@@ -1,0 +1,79 @@
+"""Decoding, evaluation, search and trainings: sizes that the real objects have, and what follows from options."""
+
+import pytest
+import torch
+
+from accel.decoding.targets.loading import load_target
+from accel.models.architecture import Architecture
+from accel.models.checkpoint import Checkpoint
+from accel.models.pretraining import Shape, build
+from accel.planning import decoding, evaluation
+from accel.planning.model import Model
+from accel.planning.training import Training, pretrain
+from tests.models import tiny
+from tests.planning.rates import RATES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("plan") / "model", "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return Model(Architecture(Checkpoint(folder)), torch.float32)
+
+
+def decoded(model, **changes):
+    values = {"prompts": 4, "prompt_tokens": 8.0, "longest": 24, "new_tokens": 8, "drafted": 7, "in_flight": 3}
+    return decoding.estimate(decoding.Decoding(model, **(values | changes)), RATES)
+
+
+@pytest.mark.parametrize("path", ["llama", "transformers"])
+def test_caches_are_planned_to_the_byte(folder, model, path):
+    target = load_target(folder, torch.float32, path=path)
+    target.reserve(3, 24 + 8)
+    target.forward([0, 1, 2], [[1], [2], [3]], [[-1], [-1], [-1]])
+    verifier = decoded(model).processes[0]
+    assert verifier.host["decode"]["caches"] == target.cache_bytes
+    assert target.token_bytes == model.token_bytes
+
+
+def test_a_bound_on_memory_cuts_caches_and_logits(model):
+    free, bound = (decoded(model, memory_bytes=limit).processes[0].host["decode"] for limit in (None, 10_000))
+    assert free["caches"] + free["logits"] > 10_000 >= bound["caches"] + bound["logits"]
+    assert bound["weights"] == free["weights"]
+
+
+def test_drafts_save_passes_and_take_a_model(model):
+    plain = decoded(model, draft=None, drafted=0, new_tokens=64)
+    drafting = decoded(model, draft=model, tokens_per_pass=2.0, new_tokens=64)
+    assert "draft model" in drafting.processes[0].host["decode"]
+    assert "draft model" not in plain.processes[0].host["decode"]
+    seconds = [
+        {step.name: step.seconds for step in found.steps}
+        for found in (plain, decoded(model, drafted=0, tokens_per_pass=2.0, new_tokens=64))
+    ]
+    assert seconds[0]["decode"] > seconds[1]["decode"]
+
+
+def test_an_evaluation_holds_the_states_of_both_models(model):
+    windows = evaluation.Windows(8, 16)
+    one, both = (
+        evaluation.estimate(model, windows, RATES, original=original, workers=2).processes[0]
+        for original in (None, model)
+    )
+    assert one.host["run"]["hidden states"] == 4 * 16 * 64 * 4
+    assert both.host["run"]["hidden states"] == 2 * one.host["run"]["hidden states"]
+    assert evaluation.estimate(model, evaluation.Windows(0, 16), RATES).processes == ()
+
+
+def test_a_model_in_training_has_the_parameters_that_it_is_built_with():
+    shape = Shape(32, 48, 3, 4, 2, head_dim=8)
+    training = Training("target", 32, 48, 32, 16, 96, [(1, 64), (3, 128)], batch=4, length=16)
+    built = sum(parameter.numel() for parameter in build(shape, 3, 96).parameters())
+    assert training.elements(3) == built
+    found = pretrain([training], workers=2, threads=1, rates=RATES)
+    assert found.written["target checkpoint"] == 2 * built
+    # Gradients of all parameters go to the other process and back, at each of 1 + 2 steps of 64 tokens.
+    assert found.moved["target gradients"] == 3 * 2 * 4 * built
