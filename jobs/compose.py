@@ -64,7 +64,8 @@ def _defaults(job: str) -> dict[str, str]:
 def _composed(job: str, schema: type[Run], groups: dict[str, str], values: dict[str, Any]) -> Any:
     from omegaconf import OmegaConf
 
-    composed = copy.deepcopy(_with_groups(CONF_MODULE, job, schema, tuple(groups.items())))
+    made: Any = _with_groups  # mypy takes a class for no hashable argument
+    composed = copy.deepcopy(made(CONF_MODULE, job, schema, tuple(groups.items())))
     for key, value in values.items():
         # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
         OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
@@ -72,7 +73,7 @@ def _composed(job: str, schema: type[Run], groups: dict[str, str], values: dict[
 
 
 @cache
-def _with_groups(folder: str, job: str, schema: type[Run], groups: tuple[tuple[str, str], ...]) -> Any:
+def _with_groups(folder: str, job: str, schema: Any, groups: tuple[tuple[str, str], ...]) -> Any:
     """What Hydra makes of a job's file and the chosen groups, which is the same for most points of a sweep."""
     import hydra
     from hydra.core.config_store import ConfigStore

@@ -10,7 +10,7 @@ from typing import Any
 from accel.errors import UserError
 
 # Of the library's own prompts: how many, their mean and their greatest length.
-_LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 95, 128
+_LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 94, 128
 
 
 # CPU seconds of Ray's own processes, in those of a worker's start.
@@ -54,15 +54,15 @@ def _surrounded(found: Any, rates: Any, uses_ray: bool) -> Any:
     """With what every job takes: imports, Ray, the report."""
     from accel.planning.estimate import DRIVER, Process, Step
 
-    actors = sum(
-        process.count for process in found.processes if process.kind != DRIVER and process.kind != "evaluation"
-    )
+    # Evaluations count the start of their processes themselves.
+    actors = [process for process in found.processes if process.kind not in (DRIVER, "evaluation")]
     steps = [Step("imports", rates.start, rates.start)]
     if uses_ray:
         # Ray's own processes import for themselves, beside each other.
         steps.append(Step("start Ray", rates.session, _RAY_STARTS * rates.start))
     if actors and uses_ray:
-        steps.append(Step("start the actors", rates.start, rates.start * actors))
+        stages, number = len({process.stage for process in actors}), sum(process.count for process in actors)
+        steps.append(Step("start the actors", rates.start * stages, rates.start * number))
     processes = found.processes
     if all(process.kind != DRIVER for process in processes):
         processes += (Process(DRIVER, 1, 0, {"run": {"process": rates.driver_bytes}}),)

@@ -93,8 +93,8 @@ class Run:
     )
     cache: str | None = option(
         None,
-        "folder for copies of what is read and written by URI, on a cluster one that all nodes see; null is HASTEN_CACHE, "
-        "or ~/.cache/hasten",
+        "folder for copies of what is read and written by URI, on a cluster one that all nodes see; null is "
+        "HASTEN_CACHE, or ~/.cache/hasten",
     )
     seed: int = option(0, "seed of everything random that has no seed of its own", at_least=0)
     tracking: Tracking = section(Tracking)

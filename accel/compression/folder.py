@@ -104,9 +104,14 @@ class ResumableFolder:
 
     def hold(self, seconds: float = 0.0) -> bool:
         """Make the folder this process's own; False where it has been another's for so many seconds."""
-        progress = self.path / PROGRESS
-        guard(PROGRESS, lambda: progress.mkdir(parents=True, exist_ok=True))
-        return lock.take(progress / _LOCK, seconds)
+        taken = []
+
+        def take() -> None:
+            (self.path / PROGRESS).mkdir(parents=True, exist_ok=True)
+            taken.append(lock.take(self.path / PROGRESS / _LOCK, seconds))
+
+        guard(PROGRESS, take)
+        return taken[0]
 
     def release(self) -> None:
         """Let others have the folder."""

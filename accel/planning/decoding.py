@@ -13,7 +13,8 @@ _MOST_PACKED_BYTES = 2**31
 _LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS = 26, 250
 # Passes that time the target at every size before decoding starts: sizes, and repetitions of each.
 _TIMED_PASSES = 20
-_RESULT_BYTES, _TOKEN_TEXT = 700, 8
+# Of a result's line: all but ids and text; and the text of a token.
+_RESULT_BYTES, _TEXT_BYTES = 690, 3.6
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
         device = {}
     process = Process("verifier", one.workers, one.threads, host, one.gpus, device)
     driver = Process("driver", 1, 0, {"decode": {"process": rates.driver_bytes}})
-    written = one.prompts * (_RESULT_BYTES + int(one.prompt_tokens * _TOKEN_TEXT + one.new_tokens * 2 * _TOKEN_TEXT))
+    written = int(one.prompts * _line_bytes(one))
     return Estimate((process, driver), tuple(_steps(one, slots, rates)), _moved(one), 0, {"completions": written})
 
 
@@ -125,6 +126,13 @@ def _cut(held: dict[str, int], bound: int) -> dict[str, int]:
     return held | {name: int(held[name] * share) for name in ("caches", "logits")}
 
 
+def _line_bytes(decoding: Decoding) -> float:
+    """Bytes of a result: the ids of prompt and completion, the completion's text, figures."""
+    number = len(str(decoding.target.vocabulary - 1)) + 1
+    ids = number * (decoding.prompt_tokens + decoding.new_tokens)
+    return _RESULT_BYTES + ids + _TEXT_BYTES * decoding.new_tokens
+
+
 def _moved(decoding: Decoding) -> dict[str, int]:
     return {
         "prompts": int(decoding.prompts * decoding.prompt_tokens * 8),
@@ -142,7 +150,7 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
         decode += pass_work(one.draft, min(slots, per_worker), 1, length) * (passes * min(8, one.drafted))
     prefill = pass_work(one.target, 1, max(1, int(one.prompt_tokens)), length) * per_worker
     load = Work(elements=3 * one.target.elements(), file_bytes=4 * one.target.elements() * one.target.dtype.itemsize)
-    begin = rates.start + load.seconds(rates)
+    begin = load.seconds(rates)
     timing = 0.0
     if one.measures and one.drafted:
         sizes = [1 << power for power in range(one.drafted.bit_length())]
@@ -156,5 +164,6 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
         "decode": decode.seconds(rates),
     }
     check = Work(elements=one.target.elements(), file_bytes=one.target.stored_bytes()).seconds(rates)
-    steps = [Step("check weights", rates.start / 2 + check / one.workers, one.workers * rates.start / 2 + check)]
-    return steps + [Step(name, value, value * one.workers) for name, value in seconds.items() if value]
+    return [Step("check weights", check / one.workers, check)] + [
+        Step(name, value, value * one.workers) for name, value in seconds.items() if value
+    ]

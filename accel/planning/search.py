@@ -68,7 +68,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     load = Work()
     for index in range(model.blocks):
         load += model.load(index)
-    begin = rates.start + load.seconds(rates)
+    begin = load.seconds(rates)
     step = Step("search", begin + seconds / search.workers, search.workers * begin + seconds)
     return Estimate((process,), (step,), {"search's tokens": search.workers * known * 8})
 

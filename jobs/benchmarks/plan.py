@@ -130,6 +130,7 @@ def moved_bytes(config: Any) -> int:
     import torch
 
     from accel.compression.folder import PROGRESS
+    from accel.compression.settings import Task
     from accel.compression.statistics import split
     from cluster.calibrator import Calibrator
     from jobs.calibration import original
@@ -140,10 +141,9 @@ def moved_bytes(config: Any) -> int:
     length = config.calibration.sequence_length
     tokens = torch.zeros(config.calibration.sequences, length, dtype=torch.long)
     chunks = dict(enumerate(tokens.tensor_split(min(settings.shards, len(tokens)))))
-    total = blocks = 0
+    total, blocks = 0, Task(settings).architecture.num_blocks
     for part in split(len(chunks), config.workers):
         calibrator = Calibrator(settings, {number: chunks[number] for number in part})
-        blocks = calibrator._task.architecture.num_blocks
         total += sum(sums.nbytes for nodes in calibrator.collect(0).values() for *_, sums in nodes)
     return total * blocks
 

@@ -13,12 +13,13 @@ _USUAL = {
     "search": ("kl_divergence", "bytes"),
     "evaluate": ("kl_divergence", "bytes"),
     "decode": ("tokens_per_second", "mean_acceptance_length"),
-    "replay": ("mean_acceptance_length",),
+    "replay": ("tokens_per_step",),
 }
 _MORE_IS_BETTER = (
     "tokens_per_second",
     "top1_agreement",
     "mean_acceptance_length",
+    "tokens_per_step",
     "draft_acceptance_rate",
     "target_efficiency",
     "accuracy",

@@ -177,7 +177,7 @@ class Sweep:
         return self._settings.trials if self._sampler != "grid" else len(self._rows)
 
     def check(self) -> Point:
-        """A point of the sweep, the one that takes most; UserError for what is wrong with any of them. Nothing was written so far."""
+        """The point of the sweep that takes most; UserError for what is wrong with any of them. Writes nothing."""
         if self._sampler == "grid":
             for values in grid(self._words.dimensions):
                 point = self._points.make(values)

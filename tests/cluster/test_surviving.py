@@ -237,31 +237,21 @@ def test_a_compression_out_of_memory_goes_on_with_half_the_batch_once(source, tm
 
 
 @pytest.mark.ray
-def test_a_search_out_of_memory_goes_on_with_half_the_batch_once(made, tmp_path, ray_session):
+def test_a_search_out_of_memory_goes_on_with_half_the_batch(made, tmp_path, ray_session):
     model, genomes, expected = made
-    for times in (1, 2):
-        fitness = HungryFitness(plate=str(tmp_path / f"plate{times}"), times=times)
-        pool = Evaluators(dataclasses.replace(model, fitness=fitness, batch=2), 1)
-        if times == 1:
-            assert pool(genomes[:3], SAMPLE) == expected[:3]
-        else:
-            with pytest.raises(UserError, match=r"an evaluator ran out of memory with search.batch=1 \(half of 2\)"):
-                pool(genomes[:3], SAMPLE)
-        pool.close()
+    fitness = HungryFitness(plate=str(tmp_path / "plate"))
+    pool = Evaluators(dataclasses.replace(model, fitness=fitness, batch=2), 1)
+    assert pool(genomes[:3], SAMPLE) == expected[:3]
+    assert pool.restarts == 1
+    pool.close()
 
 
 @pytest.mark.ray
-def test_decoding_out_of_memory_goes_on_with_half_as_many_in_flight_once(spec, completions, tmp_path, ray_session):
-    for times in (1, 2):
-        hungry = HungryDrafter(plate=str(tmp_path / f"plate{times}"), times=times)
-        pool = Decoders(dataclasses.replace(spec, drafter=hungry), 1)
-        if times == 1:
-            assert {result.id: result.token_ids for result in pool(REQUESTS)} == completions
-            assert pool.restarts == 1
-        else:
-            with pytest.raises(UserError, match=r"a verifier ran out of memory with in_flight=1 \(half of 2\)"):
-                list(pool(REQUESTS))
-        pool.close()
+def test_decoding_out_of_memory_goes_on_with_half_as_many_in_flight(spec, completions, tmp_path, ray_session):
+    pool = Decoders(dataclasses.replace(spec, drafter=HungryDrafter(plate=str(tmp_path / "plate"))), 1)
+    assert {result.id: result.token_ids for result in pool(REQUESTS)} == completions
+    assert pool.restarts == 1
+    pool.close()
 
 
 @pytest.mark.ray
@@ -278,11 +268,17 @@ def test_a_task_out_of_memory_runs_again_with_half_the_batch_once(tmp_path, ray_
         run(2)
 
 
-def test_a_batch_of_one_cannot_be_halved():
-    with pytest.raises(
-        UserError, match=r"a calibrator ran out of memory with calibration.batch=1: use fewer sequences"
-    ):
-        Batches("calibration.batch", 1, "use fewer sequences").halve(0, "a calibrator")
+def test_a_batch_is_halved_once_for_each_worker_and_one_not_at_all():
+    batches = Batches("search.batch", 4, "use fewer workers")
+    batches.halve(1, "an evaluator")
+    assert [batches.of(worker) for worker in range(2)] == [4, 2]
+    expected = (
+        r"an evaluator ran out of memory with search.batch=2 \(half of 4\): set search.batch=1, or use fewer workers"
+    )
+    with pytest.raises(UserError, match=expected):
+        batches.halve(1, "an evaluator")
+    with pytest.raises(UserError, match=r"a verifier ran out of memory with in_flight=1: use fewer workers"):
+        Batches("in_flight", 1, "use fewer workers").halve(0, "a verifier")
 
 
 def test_what_is_lost_and_what_lacks_memory_is_known_by_rays_errors():
