@@ -169,9 +169,7 @@ def _import(modules: Sequence[str]) -> None:
     for module in modules:
         import_module(module)
     environment()
-    # What is there by now stays: collecting garbage after each point would look at all of it again, for 0.1 s.
-    gc.collect()
-    gc.freeze()
+    _collect_garbage()
 
 
 def _run(work: Work, current: str) -> Ending:
@@ -212,9 +210,15 @@ def _run_once(work: Work) -> Ending:
     seconds = perf_counter() - started
     ending = Ending("failed" if error else "finished", seconds, error)
     _write_point(work.folder, {**facts, **asdict(ending)})
-    gc.collect()
+    _collect_garbage()
     release_memory()
     return ending
+
+
+def _collect_garbage() -> None:
+    """Free what the latest point left; modules and whatever else is left then is not looked at again, for 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def read_point(folder: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def reason(error: BaseException) -> str:
     """One line that says why; of an actor's death Ray tells the cause behind a list of names."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     told = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because"))]
-    return (told or lines)[0].strip()
+    return (told or lines)[0].partition(" Some common causes include")[0].strip()
 
 
 class Batches:

@@ -48,6 +48,7 @@ def run(config: CompressConfig) -> Path:
 
 
 def make_settings(config: CompressConfig, source: Path) -> Any:
+    """Settings of the calibration pass that compresses a checkpoint."""
     from accel.compression.quantizers.base import Scheme
     from jobs.calibration import calibration_settings
     from jobs.methods import build

@@ -142,6 +142,7 @@ class Building:
 
 
 def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
+    """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
     from accel.compression.levels.level import make_levels
     from accel.compression.quantizers.base import Scheme
     from jobs.calibration import calibration_settings
