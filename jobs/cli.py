@@ -13,6 +13,7 @@ from jobs.schema import JOBS, Run
 
 _HELP = ("-h", "--help", "help")
 _MULTIRUN = ("-m", "--multirun")
+_PLAN = "plan=true"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,8 +64,17 @@ def _main(words: list[str]) -> int:
     if asks_help:
         print(job_help(job, name))
         return 0
+    plans = _PLAN in words
+    words = [word for word in words if word not in (_PLAN, "plan=false")]
     if any(word in _MULTIRUN for word in words):
+        if plans:
+            raise UserError(f"{_PLAN} plans one run: leave --multirun and lists of values out")
         return _sweep(job, name, [word for word in words if word not in _MULTIRUN])
+    if plans:
+        from jobs.planning import plan_words
+
+        _print_report(plan_words(job, words))
+        return 0
     _run(job, name, words)
     return 0
 

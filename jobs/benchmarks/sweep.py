@@ -1,6 +1,7 @@
 """Sweeps of `bench wait`: their time against the ideal, the cost of logging, SIGKILLs that lose and repeat nothing."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -96,7 +97,7 @@ def _killed(config: Config, folder: Path) -> dict[str, float]:
     from ray.cluster_utils import Cluster
 
     chance = random.Random(config.seed)
-    kinds = [_NODE, *(chance.choice((_DRIVER, _WORKER, _ACTOR)) for _ in range(config.kills - 1))]
+    kinds = [_NODE, *itertools.islice(itertools.cycle((_DRIVER, _WORKER, _ACTOR)), config.kills - 1)]
     chance.shuffle(kinds)
     place, done = folder / "killed", folder / "done"
     delivered: Counter[str] = Counter()

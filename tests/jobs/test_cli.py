@@ -76,6 +76,7 @@ WRONG = {
     "compress --bits 3": "'--bits' is no option: options are written key=value, did you mean bits=VALUE?",
     "compress --multirun bts=2,3": "unknown option 'bts': did you mean bits?",
     "compress --multirun bits=3,9": "bits=9 is wrong: expected a whole number from 2 to 8",
+    "compress --multirun bits=2,3 plan=true": "plan=true plans one run",
     "compress bits=2,3": "bits=2,3 is wrong: expected a whole number from 2 to 8; several values are a sweep, with",
     "compress quantizer=gtpq": "quantizer=gtpq is wrong: expected one of gptq, round_to_nearest (did you mean gptq?)",
     "compress bits=four": "bits=four is wrong: expected a whole number from 2 to 8",
