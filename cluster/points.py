@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -178,6 +179,10 @@ def _run(work: Work, current: str) -> Ending:
 
     try:
         os.chdir(current)
+    except OSError as error:
+        message = f"the sweep was started in {current}, which is not on {platform.node()}: start it in a shared folder"
+        return Ending("failed", error={"type": type(error).__name__, "message": message})
+    try:
         work.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(work.folder / _LOCK, timeout=_PATIENCE_SECONDS):
             return _run_once(work)

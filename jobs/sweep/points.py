@@ -1,5 +1,6 @@
 """The points of a sweep: the config of each, what it is found again by, where it lies and what it takes."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -71,6 +72,18 @@ class Points:
             bundles,
         )
 
+    def reads(self, point: Point) -> dict[str, Path]:
+        """Files and folders on this machine that a point reads, by option."""
+        found = {}
+        for item in self._options:
+            text = _at(point.config, item.key) if item.path == "in" else None
+            if text and "://" not in text:
+                with contextlib.suppress(OSError):  # no path, as long as it is
+                    path = Path(text).expanduser()
+                    if path.exists():
+                        found[item.key] = path
+        return found
+
     def _place(self, config: Any, name: str, values: Mapping[str, str]) -> None:
         """Give the point a folder of its own, and what it makes a place that no other point has."""
         config.run_dir = str(self._folder / "points" / name)
@@ -108,14 +121,19 @@ def fingerprint(
         if item.path == "out":
             resolved.pop(item.key, None)
         elif item.path == "in":  # what a run changes itself would never be the same again
-            value: Any = config
-            for part in item.key.split("."):
-                value = getattr(value, part)
+            value = _at(config, item.key)
             if value not in identities:
                 identities[value] = _identity(value, item.key)
             inputs[item.key] = identities[value]
     text = json.dumps([job, name, resolved, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _at(config: Any, key: str) -> Any:
+    """Value of an option, whose sections are dots in its key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
 
 
 def _identity(value: str | None, key: str) -> Any:

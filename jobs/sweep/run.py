@@ -98,7 +98,7 @@ class Sweep:
         address = self._settings.address or _value(self._words, "address")
         cpus = self._settings.cpus or int(sum(bundle.get("CPU", 0) for bundle in work.needs))
         with session(address, cpus):
-            self._check_resources(example)
+            self._check_cluster(example)
             with self._alone():
                 log_to_folder(self.folder)
                 key = self._state()["key"]
@@ -169,9 +169,10 @@ class Sweep:
     @property
     def _is_cut(self) -> bool:
         """Whether it was interrupted before its last point."""
-        return self._interrupted and (
-            bool(self._waiting) or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
-        )
+        if not self._interrupted:
+            return False
+        left = bool(self._waiting) or (self._study is not None and self._study.has_more)
+        return left or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
 
     def _total(self) -> int:
         return self._settings.trials if self._sampler != "grid" else len(self._rows)
@@ -195,11 +196,16 @@ class Sweep:
                 self._points.make({**first, dimension.key: text})
         return self._points.make(first)
 
-    def _check_resources(self, example: Point) -> None:
+    def _check_cluster(self, example: Point) -> None:
+        """UserError where the cluster cannot hold a point, or one of its nodes does not see the points' files."""
         from cluster.placement import check
+        from cluster.visibility import check as check_files
 
-        for needs in {str(needs): needs for needs in map(self._needs, self._waiting or [example])}.values():
+        points = self._waiting or [example]
+        for needs in {str(needs): needs for needs in map(self._needs, points)}.values():
             check(needs, "a point of the sweep")
+        reads = {key: path for point in points for key, path in self._points.reads(point).items()}
+        check_files(reads, {"run_dir": self.folder})
 
     def _needs(self, point: Point) -> Any:
         return self._points.work(point).needs

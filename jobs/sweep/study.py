@@ -72,7 +72,7 @@ class Study:
 
         Trials that an earlier driver left behind come first, then those that failed.
         """
-        if self._asked >= self._trials:
+        if not self.has_more:
             return None
         self._asked += 1
         if self._open:
@@ -82,6 +82,11 @@ class Study:
             self._study.enqueue_trial(self._again.pop(0))
         trial = self._study.ask(self._distributions)
         return trial.number, self._texts(trial.params)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether trials are left to ask for."""
+        return self._asked < self._trials
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
         """A trial has ended with these values of the metrics; None: it failed."""

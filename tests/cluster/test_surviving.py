@@ -132,6 +132,12 @@ def test_windows_of_a_lost_node_are_evaluated_on_the_other(source, sums, cluster
 
 
 @pytest.mark.ray
+def test_a_sweep_that_loses_a_node_finishes_each_point_once(tmp_path, cluster):
+    endings, done = cluster(two_nodes.sweep, tmp_path)
+    assert endings == ["finished"] * 8
+    assert sorted(done) == [str(number) for number in range(8)]
+
+
 def test_a_successor_has_cpus_of_its_own_where_a_node_has_them(cluster):
     cpus, restarts, lines = cluster(two_nodes.succeed)
     assert cpus == [1.0, 1.0]

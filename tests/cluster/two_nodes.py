@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from cluster.calibration_pass import CalibrationPass
 from cluster.decoding import Decoders, Spec
 from cluster.evaluation import measure
 from cluster.evaluators import Evaluators, Model
+from cluster.points import Ending, Pool, Work
 from cluster.recovery import Crew
+from cluster.tracking import write_report
 
 # Ray takes a node for dead after these; its own defaults are longer than a test should take.
 _HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
@@ -119,6 +122,44 @@ def decode(spec: Spec, requests: Sequence[Request]) -> tuple[dict[str, list[int]
         assert len(found) == len(results)
         pool.close()
         return found, pool.restarts, lines
+
+
+def sweep(folder: Path) -> tuple[list[str], list[str]]:
+    """Points that end while a node is lost in the middle: how they ended, and the line that each wrote at its end."""
+    with second_node():
+        points = _Points(
+            [Work(str(number), folder / str(number), partial(_point, folder, number)) for number in range(8)]
+        )
+        Pool().run(points)
+        return [points.endings[str(number)] for number in range(8)], (folder / "done").read_text().split()
+
+
+class _Points:
+    """The points of `sweep`; the node is killed when the second one has ended, and others run on it."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._left = list(works)
+        self.endings: dict[str, str] = {}
+
+    def next(self) -> Work | None:
+        return self._left.pop(0) if self._left else None
+
+    def started(self, work: Work) -> None:
+        if len(self.endings) == 2 and len(_nodes) > 1:
+            kill_node()
+
+    def ended(self, work: Work, ending: Ending) -> None:
+        self.endings[work.name] = ending.status
+
+    def waiting(self) -> None:
+        pass
+
+
+def _point(folder: Path, number: int) -> None:
+    time.sleep(0.5)
+    with (folder / "done").open("a") as file:
+        file.write(f"{number}\n")
+    write_report(folder / str(number), {"metrics": {"point": number}})
 
 
 class _Worker:

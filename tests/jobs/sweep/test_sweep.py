@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+import jobs
 from cluster import store
 from jobs.cli import main
 
@@ -132,6 +135,25 @@ def test_a_killed_process_costs_only_its_own_attempt(here):
     for run in children:
         steps = [entry.step for entry in client.get_metric_history(run.info.run_id, "step")]
         assert steps == list(range(5))
+
+
+def test_a_killed_driver_is_followed_by_one_that_goes_on(here):
+    words = ["bench", "wait", "--multirun", "run_dir=sweep", f"done={here / 'done'}", "point=range(0,6)", "steps=4"]
+    command = [sys.executable, "-m", "jobs.cli", *words, "wait_seconds=0.5", "sweep.cpus=2"]
+    driver = subprocess.Popen(command, cwd=here, env={**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])})
+    while not (here / "done").exists():
+        assert driver.poll() is None
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert main([*words, "wait_seconds=0.5", "sweep.cpus=2"]) == 0
+    assert done() == list(range(6))
+    assert report()["metrics"]["repeated"] >= 1
+    client, parent, children = runs()
+    assert parent.info.status == "FINISHED"
+    assert sorted(run.data.params["point"] for run in children) == [str(number) for number in range(6)]
+    for run in children:
+        assert [entry.step for entry in client.get_metric_history(run.info.run_id, "step")] == list(range(4))
 
 
 def test_interrupted_once_it_lets_points_finish_and_goes_on_later(here):
