@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -37,10 +38,11 @@ Solved = dict[tuple[str, ...], tuple[dict[str, dict[str, Tensor]], list[dict[str
 
 @dataclass(frozen=True)
 class _Call:
-    """Groups that a calibrator solves, by their keys, and since when."""
+    """Groups that a calibrator solves, by their keys, what they cost together, and since when."""
 
     worker: int
     unit: tuple[str, ...]
+    cost: float
     started: float
 
 
@@ -81,14 +83,17 @@ class CalibrationPass:
             else [{} for _ in range(workers)]
         )
         self._crew = recovery.Crew("a calibrator", workers, settings.threads, gpus, self._start)
-        # Promises of blocks' sums, one a calibrator; and of the block at work those of successors, in case that the
-        # sums of their predecessors went with them.
+        # Promises of blocks' sums, one a calibrator, and the groups that they are of; and of the block at work those of
+        # successors, in case that the sums of their predecessors went with them.
         self._sums: dict[int, list[Any]] = {}
+        self._keys: dict[int, list[str]] = {}
         self._again: dict[int, Any] = {}
         self._block = -1
         # Solves whose result is there already from another calibrator, which are still at it.
         self._late: dict[Any, int] = {}
         self._pace = recovery.Pace()
+        # Cost of the dearest unit that was solved: what is dearer may well take longer.
+        self._dearest = 0.0
         self._batches = recovery.Batches(
             "calibration.batch",
             settings.batch,
@@ -165,7 +170,7 @@ class CalibrationPass:
             .remote(self._settings, self._chunks[index])
         )
         for block in sorted(self._sums):
-            sums = actor.collect.remote(block)
+            sums = actor.collect.remote(block, self._keys[block])
             if block == self._block:
                 self._again[index] = sums
             else:
@@ -197,7 +202,7 @@ class CalibrationPass:
         groups = [group for group in self._task.output.unfinished(block) if group.key not in keys]
         self._block = block
         if self._settings.needs_second_moment and groups:
-            self._collect(block)
+            self._collect(block, groups)
         self._solve(block, groups, solved)
         # The store may give the room of these sums to the next block's.
         self._sums.pop(block, None)
@@ -221,19 +226,23 @@ class CalibrationPass:
             "layers": len(facts),
         }
 
-    def _collect(self, block: int) -> None:
-        """Ask for a block's sums, which are bound to where the chunks are: no other calibrator can help a slow one.
+    def _collect(self, block: int, groups: list[Group]) -> None:
+        """Ask for sums of a block's groups, which are bound to their chunks: no other calibrator can help a slow one.
 
         Where the original's outputs are propagated nothing that is solved here matters to the next block to be solved,
         which is asked for at once: no calibrator waits for another's solve.
         """
-        wanted = [block]
+        wanted = {block: groups}
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.plan))
-            wanted += [other for other in later if self._task.output.unfinished(other)][:1]
-        for each in wanted:
+            found = ((other, self._task.output.unfinished(other)) for other in later)
+            wanted |= dict(islice(((other, left) for other, left in found if left), 1))
+        for each, left in wanted.items():
             if each not in self._sums:
-                self._sums[each] = [worker.collect.remote(each) for worker in self._crew.actors]
+                # The same for all shards, whenever each of them comes to it.
+                keys = [group.key for group in left]
+                self._keys[each] = keys
+                self._sums[each] = [worker.collect.remote(each, keys) for worker in self._crew.actors]
 
     def _solve(self, block: int, groups: list[Group], solved: Solved) -> None:
         """Hand out groups, the dearest first, to whichever calibrator is free, and enter what comes back.
@@ -244,6 +253,7 @@ class CalibrationPass:
 
         waiting = deque(tuple(keys) for keys in self._units(groups))
         left = set(waiting)
+        costs = {group.key: group.cost for group in groups}
         running: dict[Any, _Call] = {}
         losses = 0
         try:
@@ -256,7 +266,7 @@ class CalibrationPass:
                         break
                     solve = self._crew.actors[worker].solve.remote
                     reference = solve(block, list(unit), *self._sums.get(block, []))
-                    running[reference] = _Call(worker, unit, perf_counter())
+                    running[reference] = _Call(worker, unit, sum(costs[key] for key in unit), perf_counter())
                 seconds = _SECONDS_BETWEEN_LOOKS if free and not waiting else None
                 for reference in recovery.wait([self._crew], [*running, *self._late], seconds):
                     if self._late.pop(reference, None) is not None:
@@ -276,6 +286,7 @@ class CalibrationPass:
                         continue
                     losses = 0
                     self._pace.note(perf_counter() - call.started)
+                    self._dearest = max(self._dearest, call.cost)
                     solved[call.unit] = tensors, rows
                     left.remove(call.unit)
                     self._outrun(running, call.unit)
@@ -288,7 +299,7 @@ class CalibrationPass:
         now = perf_counter()
         units = [call.unit for call in running.values()]
         late = [call for call in running.values() if self._pace.is_late(now - call.started)]
-        alone = [call for call in late if units.count(call.unit) == 1]
+        alone = [call for call in late if units.count(call.unit) == 1 and call.cost <= self._dearest]
         if not alone:
             return None
         first = min(alone, key=lambda call: call.started)
@@ -362,5 +373,6 @@ class CalibrationPass:
         self._batches.halve(0, "a calibrator")
         self._settings = replace(self._settings, batch=self._batches.of(0))
         self._sums.clear()
+        self._again.clear()
         for index in self._crew.there:
             self._crew.replace(index)

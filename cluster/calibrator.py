@@ -1,6 +1,6 @@
 """The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,11 @@ class Calibrator:
             self._task.checkpoint.check(name)
         release_memory()
 
-    def collect(self, block: int) -> dict[str, Nodes]:
-        """Sums of layer inputs in a block over this shard, by group key.
+    def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
+        """Sums of layer inputs in a block over this shard, by the keys of the groups that are wanted.
+
+        Of experts that no token reached there are none, under their keys. What is on the disk decides nothing here:
+        shards that looked there at different times would leave different groups out.
 
         Hidden states that are not there yet are made from the blocks before, which must be finished where their
         quantized outputs are propagated.
@@ -50,8 +53,9 @@ class Calibrator:
         shard = self._catch_up(block)
         module = self._task.architecture.load_block(block)
         original = self._settings.propagate == "original"
-        trees = shard.collect(module, self._task.output.unfinished(block), advance=original)
-        return {
+        groups = [group for group in self._task.plan[block] if group.key in keys]
+        trees = shard.collect(module, groups, advance=original)
+        return {key: [] for key in keys} | {
             key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
         }
@@ -79,7 +83,9 @@ class Calibrator:
             group = self._groups[key]
             tree = Tree()
             for nodes in collected:
-                for start, size, tokens, sums in nodes.get(key, []):
+                if key not in nodes:
+                    raise RuntimeError(f"a shard's sums of {key} in block {block} are missing")
+                for start, size, tokens, sums in nodes[key]:
                     tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
             moment = tree.total() if tree.nodes else None
             ready = [

@@ -34,7 +34,7 @@ from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.errors import UserError
 from cluster import recovery
 from cluster.drafting import Address, Connection, DrafterActor, RemoteDrafter, learns
-from cluster.placement import check, nodes, packs
+from cluster.placement import check, grows, nodes, packs
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -334,9 +334,13 @@ class Decoders:
             and learns(self._spec.drafter)
             and packs(nodes(), self._bundles(shared=True))
         )
+        # After a loss the nodes that are left may hold each crew but not both.
+        fits = packs(nodes(), self._bundles(maybe)) or grows()
         if maybe:
-            self._drafters.begin()
-        self._verifiers.begin()
+            self._drafters.begin(fits)
+        self._verifiers.begin(fits)
+        self._drafters.fill()
+        self._verifiers.fill()
         self._all([drafter.prepare.remote() for drafter in self._drafters.actors])
         self._choose_dtype()
         self._all([verifier.loaded.remote() for verifier in self._verifiers.actors])
@@ -370,7 +374,7 @@ class Decoders:
             lot.waiting.clear()
         losses = 0
         while left:
-            self._send(waiting, left)
+            self._send(waiting)
             for lot in self._ready(_SECONDS_BETWEEN_LOOKS):
                 try:
                     item = recovery.get(next(lot.results))
@@ -434,21 +438,22 @@ class Decoders:
         self._verifiers.replace(worker, None if recovery.is_out_of_memory(error) else error)
 
     def target_efficiency(self, nodes: int) -> float | None:
-        """Of passes with so many drafted tokens a sequence, measured; None where an actor was lost."""
+        """Of passes with so many drafted tokens a sequence, measured; None where an actor or its memory failed."""
         import ray
 
+        sequences = min(self._batches.of(worker) for worker in range(self._count))
         try:
-            return float(recovery.get(self._free(0).target_efficiency.remote(self._spec.in_flight, nodes)))
+            return float(recovery.get(self._free().target_efficiency.remote(sequences, nodes)))
         except ray.exceptions.RayError as error:
             _check_lost(error)
             return None
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties | None:
-        """What a reduced type changed of greedily decoded (prompt, tokens); None where an actor was lost."""
+        """What a reduced type changed of greedily decoded (prompt, tokens); None where an actor or memory failed."""
         import ray
 
         try:
-            found: Ties = recovery.get(self._free(0).ties.remote(list(decoded)))
+            found: Ties = recovery.get(self._free().ties.remote(list(decoded)))
         except ray.exceptions.RayError as error:
             _check_lost(error)
             return None
@@ -463,7 +468,7 @@ class Decoders:
         """What drafters learned: the first shared one, or the first verifier's own."""
         import ray
 
-        actor = self._drafters.actors[0] if self.shared else self._free(0)
+        actor = self._drafters.actors[0] if self.shared else self._free()
         try:
             found: Mapping[str, Tensor] = recovery.get(actor.learned.remote()) if actor else {}
         except ray.exceptions.RayError as error:
@@ -499,7 +504,7 @@ class Decoders:
         self._spec = replace(self._spec, dtype=chosen, other_dtypes=())
         self._all([verifier.use.remote(chosen) for verifier in self._verifiers.actors])
 
-    def _send(self, waiting: deque[Request], left: set[str]) -> None:
+    def _send(self, waiting: deque[Request]) -> None:
         """Give idle verifiers prompts; lots are large at first, so that slots seldom run empty, and small at last."""
         busy = {lot.worker for lot in self._lots}
         for worker in self._verifiers.there:
@@ -531,10 +536,10 @@ class Decoders:
         decided = isinstance(verifier, SampleAndMatch) or (verifier.lossless and request.sampling.is_greedy)
         return (decided or self._spec.drafter is None) and self._on_tokens is None
 
-    def _free(self, first: int) -> Any:
+    def _free(self) -> Any:
         """A verifier that is not in the middle of something, as far as there is one."""
         busy = {lot.worker for lot in self._lots}
-        there = sorted(self._verifiers.there, key=lambda worker: (worker in busy, worker < first, worker))
+        there = sorted(self._verifiers.there, key=lambda worker: (worker in busy, worker))
         if not there:
             self._verifiers.fill()
             there = self._verifiers.there
@@ -560,9 +565,8 @@ class Decoders:
     def _pays(self) -> bool:
         spec = self._spec
         nodes = min(_DRAFT_TOKENS, spec.max_draft_tokens) if spec.draft_tokens is None else spec.draft_tokens
-        trip, one_pass = self._all([self._verifiers.actors[0].costs.remote(self._addresses[0], spec.in_flight, nodes)])[
-            0
-        ]
+        costs = self._verifiers.actors[0].costs.remote(self._addresses[0], spec.in_flight, nodes)
+        trip, one_pass = self._all([costs])[0]
         pays = trip <= _WORTH * one_pass
         _LOG.info(
             "placement=auto: %s, as a round trip takes %.1f ms and a pass of the target %.1f ms (it pays up to %.0f%%)",
@@ -629,8 +633,8 @@ class Decoders:
 
 
 def _check_lost(error: Exception) -> None:
-    """Raise an error that is no loss of the actor that had a figure."""
-    if not recovery.is_loss(error):
+    """Raise an error that is neither a loss nor a lack of memory of the actor that had a figure."""
+    if not (recovery.is_loss(error) or recovery.is_out_of_memory(error)):
         raise error
 
 

@@ -39,5 +39,5 @@ def tracking_uri(folder: Path) -> str | None:
     """Where the run of a folder was tracked; None where the folder does not say."""
     try:
         return str(json.loads((folder / FILE).read_text(encoding="utf-8"))["tracking_uri"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

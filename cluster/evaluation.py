@@ -13,7 +13,7 @@ import torch
 from accel.evaluation.divergence import Sums
 from accel.evaluation.perplexity import Windows
 from cluster import recovery
-from cluster.placement import nodes, packs
+from cluster.placement import grows, nodes, packs
 from cluster.recovery import Batches, Pace, Wait
 
 _LOG = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def _done(
 
     running: dict[Any, _Running] = {}
     queue, left, pace, losses = deque(range(count)), set(range(count)), Pace(), 0
+    known = recovery.node_ids()
     waiting: Wait | None = None
     while left:
         while queue and len(running) < at_once:
@@ -131,13 +132,16 @@ def _done(
                 losses += 1
                 if losses == recovery.ATTEMPTS:
                     raise
+                alone = all(each.number != task.number for each in running.values())
                 if recovery.is_out_of_memory(error):
-                    batches.halve(task.number, "a task")
+                    # Another process that does the same may have the memory.
+                    if alone:
+                        batches.halve(task.number, "a task")
                 elif recovery.is_loss(error):
                     _LOG.warning("lost a task (%s); starting it again", recovery.reason(error))
                 else:
                     raise
-                if all(each.number != task.number for each in running.values()):
+                if alone:
                     send(task.number, task.cpus)
                 continue
             losses = 0
@@ -149,8 +153,11 @@ def _done(
             yield task.number, found
         if ready:
             continue
-        there = nodes()
-        for reference, task in list(running.items()):
+        there, now_known = nodes(), recovery.node_ids()
+        known |= now_known
+        # Before a loss a task that no node holds waits for one that the autoscaler is yet to add.
+        final = known != now_known or not grows()
+        for reference, task in list(running.items()) if final else ():
             if gpus and not packs(there, [{"GPU": gpus}]):
                 waiting = waiting or Wait("a task")
                 waiting.go_on(f"{gpus:g} GPU(s)")
@@ -164,7 +171,10 @@ def _done(
         now = time.monotonic()
         numbers = [task.number for task in running.values()]
         for task in list(running.values()):
-            if len(running) < at_once and numbers.count(task.number) == 1 and pace.is_late(now - task.started):
+            # One that waits for a place would help nobody.
+            bundles = [{"CPU": each.cpus, "GPU": gpus} for each in (*running.values(), task)]
+            free = len(running) < at_once and packs(there, bundles)
+            if free and numbers.count(task.number) == 1 and pace.is_late(now - task.started):
                 _LOG.info("a task has been running for %.0f s: another process does the same", now - task.started)
                 send(task.number, task.cpus)
 

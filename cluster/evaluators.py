@@ -7,7 +7,7 @@ wherever it is made, and they are added up exactly.
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -121,8 +121,8 @@ class _Round:
         self.running: dict[Any, tuple[int, int]] = {}
         self.since = [perf_counter()] * count
 
-    def next(self, worker: int, idle: bool, pace: recovery.Pace) -> int | None:
-        """What an evaluator should do next; None where there is nothing. idle: it has nothing to do."""
+    def next(self, worker: int, idle: bool, pace: Callable[[int], recovery.Pace]) -> int | None:
+        """What an evaluator should do next; None where there is nothing. idle: it has nothing to do; pace: of each."""
         if self._queues[worker]:
             return self._queues[worker].popleft()
         if not idle:
@@ -133,7 +133,7 @@ class _Round:
             return longest.pop()
         now = perf_counter()
         numbers = [number for _, number in self.running.values()]
-        late = [number for other, number in self.running.values() if pace.is_late(now - self.since[other])]
+        late = [number for other, number in self.running.values() if pace(other).is_late(now - self.since[other])]
         # What its owner would come to last.
         return next((number for number in reversed(late) if numbers.count(number) == 1), None)
 
@@ -165,7 +165,9 @@ class Evaluators:
         self._batches = recovery.Batches(
             "search.batch", model.batch, "use a smaller search.sequence_length, or fewer workers on a node"
         )
-        self._pace = recovery.Pace()
+        # An evaluator's first call loads the model: it is compared with other first ones alone.
+        self._first, self._later = recovery.Pace(), recovery.Pace()
+        self._loaded: set[int] = set()
         # Calls whose result came from another evaluator, which are still at work, and whose they are.
         self._late: dict[Any, int] = {}
         # Losses of the parts of each piece that runs at once: those depend on nothing else.
@@ -260,6 +262,10 @@ class Evaluators:
             for reference in ready:
                 worker, number = work.running.pop(reference, (self._late.pop(reference, -1), -1))
                 if number < 0:
+                    if worker >= 0:
+                        # It comes to its next call only now.
+                        work.since[worker] = perf_counter()
+                        self._loaded.add(worker)
                     continue
                 try:
                     found = recovery.get(reference)
@@ -273,7 +279,8 @@ class Evaluators:
                 else:
                     losses = 0
                     now = perf_counter()
-                    self._pace.note(now - work.since[worker])
+                    self._pace(worker).note(now - work.since[worker])
+                    self._loaded.add(worker)
                     work.since[worker] = now
                     if number in work.left:
                         work.left.remove(number)
@@ -281,6 +288,10 @@ class Evaluators:
                     self._late |= {other: at for other, (at, same) in work.running.items() if same == number}
                     work.running = {other: at for other, at in work.running.items() if at[1] != number}
         return [results[number] for number in range(len(calls))]
+
+    def _pace(self, worker: int) -> recovery.Pace:
+        """Of calls such as the one that an evaluator is at."""
+        return self._later if worker in self._loaded else self._first
 
     def _send(self, calls: Sequence[_Call], work: _Round) -> bool:
         """Give every evaluator what it can take; returns whether one is idle for all that."""
@@ -313,6 +324,7 @@ class Evaluators:
     def _start(self, index: int, cpus: float) -> Any:
         import ray
 
+        self._loaded.discard(index)
         actor: Any = ray.remote(Evaluator).options(
             num_cpus=cpus,
             num_gpus=self._gpus,

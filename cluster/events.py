@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_LOG = logging.getLogger(__name__)
 # MLflow's limits of one call.
 _PARAMS_AT_ONCE = 100
 _METRICS_AT_ONCE = 1000
@@ -68,6 +70,7 @@ def write(client: Any, run_id: str, events: Iterable[Event]) -> None:
     An artifact that is gone by now is left out: a run that was begun anew has replaced it.
     """
     from mlflow.entities import Metric, Param
+    from mlflow.exceptions import MlflowException
 
     params: list[Any] = []
     metrics: list[Any] = []
@@ -87,7 +90,12 @@ def write(client: Any, run_id: str, events: Iterable[Event]) -> None:
         if isinstance(event, Artifact) and Path(event.path).exists():
             client.log_artifact(run_id, event.path, event.folder)
         elif isinstance(event, Registered):
-            _register(client, run_id, event)
+            try:
+                _register(client, run_id, event)
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                _LOG.warning("tracking.register=%s: %s", event.name, str(error).splitlines()[0])
 
 
 def _register(client: Any, run_id: str, event: Registered) -> None:

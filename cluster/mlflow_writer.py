@@ -34,7 +34,7 @@ class Writer:
     def __init__(self, uri: str | None, experiment: str) -> None:
         self.uri = store.absolute(uri) if uri else store.default_uri()
         self.experiment = experiment
-        self.lost = False
+        self.lost = self._is_served = False
         self._client: Any = None
         self._experiment_id = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking", initializer=_give_way)
@@ -74,8 +74,16 @@ class Writer:
             self._opened.result()
             if self.lost:
                 return None
-            with self._turn():
-                return function(self._client, self._experiment_id, *arguments, **named)
+            try:
+                return self._made(function, *arguments, **named)
+            except Exception:
+                if not self._is_served or store.serving(self.uri):
+                    raise
+                # `hasten ui` was ended: the file itself is there.
+                from mlflow import MlflowClient
+
+                self._is_served, self._client = False, MlflowClient(tracking_uri=self.uri)
+                return self._made(function, *arguments, **named)
         except Exception as error:  # a job of hours must not end with the tracking server
             if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
                 LOG.warning("MLflow refuses what a run tells: %s", store.first_line(error))
@@ -85,13 +93,19 @@ class Writer:
                 LOG.debug("the call that failed", exc_info=error)
             return None
 
+    def _made(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with self._turn():
+            return function(self._client, self._experiment_id, *arguments, **named)
+
     def _connect(self) -> None:
         from mlflow import MlflowClient
 
         file = store.sqlite_file(self.uri)
         if file is not None:
             store.make_database(file)
-        client = MlflowClient(tracking_uri=store.serving(self.uri) or self.uri)
+        server = store.serving(self.uri)
+        self._is_served = server is not None
+        client = MlflowClient(tracking_uri=server or self.uri)
         with self._turn():
             experiment = self._found_experiment(client)
             _close_dead_runs(client, experiment)

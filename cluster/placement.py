@@ -27,7 +27,7 @@ def check(bundles: Sequence[Bundle], asked: str) -> None:
     refusal = _refusal(nodes(), [{name: need for name, need in each.items() if need} for each in bundles], asked)
     if refusal is None:
         return
-    if not _grows():
+    if not grows():
         raise UserError(refusal)
     _LOG.warning("%s; waiting for the autoscaler to add what is missing", refusal)
 
@@ -86,7 +86,7 @@ def _amount(amount: float, name: str) -> str:
     return f"{amount:g} {name}{'s' * (name in ('CPU', 'GPU') and amount != 1)}"
 
 
-def _grows() -> bool:
+def grows() -> bool:
     """Whether an autoscaler has told the cluster which kinds of nodes it may add."""
     import ray
 

@@ -12,7 +12,7 @@ import os
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from accel.errors import UserError
 from cluster import journal
 from cluster.environment import environment
-from cluster.placement import packs
+from cluster.placement import check, packs
 from cluster.resources import release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Work:
     """One point: what is run, where, and what it takes.
 
     facts: written to the folder's point.json. cpus and gpus: of the process that runs it; bundles: what it starts in
-    the cluster itself.
+    the cluster itself. sends: what it made goes to a store after its report was written.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Work:
     gpus: float = 0
     threads: int = 1
     bundles: tuple[Mapping[str, float], ...] = ()
+    sends: bool = False
 
     @property
     def needs(self) -> list[Mapping[str, float]]:
@@ -58,12 +59,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a point ended: finished, failed or stopped. repeated: it was finished before; error: type and message."""
+    """How a point ended: finished, failed or stopped.
+
+    error: type and message; repeated: it was finished before; metrics: of its report.
+    """
 
     status: str
     seconds: float = 0.0
     error: Mapping[str, str] | None = None
     repeated: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -100,6 +105,12 @@ class Pool:
                 held = held or source.next()
                 if held is None or (self._running and not self._fits(held)):
                     break
+                refusal = None if self._running else self._refusal(held)
+                if refusal is not None:
+                    source.started(held)
+                    source.ended(held, refusal)
+                    held = None
+                    continue
                 self._running[self._start(held)] = held
                 source.started(held)
                 held = None
@@ -142,6 +153,15 @@ class Pool:
     def _fits(self, work: Work) -> bool:
         taken = [bundle for other in self._running.values() for bundle in other.needs]
         return packs(_nodes(), [*taken, *work.needs])
+
+    @staticmethod
+    def _refusal(work: Work) -> Ending | None:
+        """How a point ends that no node can run: Ray would wait for ever."""
+        try:
+            check(work.needs, work.name)
+        except UserError as error:
+            return Ending("failed", error={"type": "UserError", "message": str(error)})
+        return None
 
     @staticmethod
     def _ending(reference: Any) -> Ending:
@@ -194,8 +214,9 @@ def _run(work: Work, current: str) -> Ending:
 
 
 def _run_once(work: Work) -> Ending:
-    if (work.folder / REPORT).exists():
-        return Ending("finished", float(read_point(work.folder).get("seconds") or 0.0), repeated=True)
+    if is_finished(work.folder, work.sends):
+        seconds = float(read_point(work.folder).get("seconds") or 0.0)
+        return Ending("finished", seconds, repeated=True, metrics=metrics_of(work.folder))
     attempts = int(read_point(work.folder).get("attempts", 0)) + 1
     facts = {**work.facts, "name": work.name, "attempts": attempts, "process": os.getpid(), "begun": time()}
     _write_point(work.folder, {**facts, "status": "running"})
@@ -213,8 +234,10 @@ def _run_once(work: Work) -> Ending:
             error = {"type": type(known).__name__, "message": " ".join(str(known).split()) or type(known).__name__}
             output.write("".join(traceback.format_exception(failure)))
     seconds = perf_counter() - started
-    ending = Ending("failed" if error else "finished", seconds, error)
-    _write_point(work.folder, {**facts, **asdict(ending)})
+    # The report itself may not be seen at once where the driver is, in a folder on the network.
+    metrics = {} if error else metrics_of(work.folder)
+    ending = Ending("failed" if error else "finished", seconds, error, metrics=metrics)
+    _write_point(work.folder, {**facts, "status": ending.status, "seconds": seconds, "error": error})
     _collect_garbage()
     release_memory()
     return ending
@@ -224,6 +247,20 @@ def _collect_garbage() -> None:
     """Free what the latest point left; modules and whatever else is left then is not looked at again, for 0.1 s."""
     gc.collect()
     gc.freeze()
+
+
+def is_finished(folder: Path, sends: bool) -> bool:
+    """Whether a point has come to its end: its report is written, and what it made is sent where it `sends`."""
+    return (folder / REPORT).exists() and (not sends or read_point(folder).get("status") == "finished")
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """Metrics in the report of a run's folder; none where it has no report."""
+    try:
+        found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))["metrics"]
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def read_point(folder: Path) -> dict[str, Any]:

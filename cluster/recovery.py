@@ -7,6 +7,7 @@ the actor's successor; work that lacks memory once more in halves; work that tak
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from accel.errors import UserError
-from cluster.placement import nodes, packs
+from cluster.placement import grows, nodes, packs
 
 _LOG = logging.getLogger(__name__)
 # Work that failed so often in a row, without one result, fails for a reason of its own.
@@ -33,6 +34,8 @@ _GRACE_SECONDS = 1.0
 # or a page fault can make of any call: else twins would take processors from calls that are on time.
 _LATE = 1.5
 _LATE_SECONDS = 1.0
+# Calls that have ended and count for that: one that stood still for a while is forgotten.
+_LAST = 32
 
 
 def is_loss(error: BaseException) -> bool:
@@ -173,19 +176,19 @@ class Batches:
 class Pace:
     """How long calls of a kind take, and which is so late that it is made elsewhere as well: the first result counts.
 
-    Nothing is late before one has ended.
+    Nothing is late before one has ended; of those that have, the last few count.
     """
 
     def __init__(self) -> None:
-        self._longest: float | None = None
+        self._seconds: deque[float] = deque(maxlen=_LAST)
 
     def note(self, seconds: float) -> None:
         """A call has ended."""
-        self._longest = max(seconds, self._longest or 0.0)
+        self._seconds.append(seconds)
 
     def is_late(self, seconds: float) -> bool:
         """Whether a call that has been running for so long is."""
-        return self._longest is not None and seconds >= max(_LATE_SECONDS, _LATE * self._longest)
+        return bool(self._seconds) and seconds >= max(_LATE_SECONDS, _LATE * max(self._seconds))
 
 
 class Wait:
@@ -250,12 +253,22 @@ class Crew:
         self._new: dict[int, Any] = {}
         self._looked = 0.0
 
-    def begin(self) -> None:
-        """Start the actors, unless they are there."""
-        if not self.actors:
-            self.actors = [None] * self._count
-            for index in range(self._count):
+    def begin(self, fits: bool | None = None) -> None:
+        """Start the actors, unless they are there.
+
+        fits: whether the cluster holds all of them, with what is started beside them, or may grow to; None looks. Where
+        it does not, as after a loss, each gets its place as a successor does, see fill().
+        """
+        if self.actors:
+            return
+        self.actors = [None] * self._count
+        if fits is None:
+            fits = _holds(self._count, self._cpus, self._gpus) or grows()
+        for index in range(self._count):
+            if fits:
                 self._seat(index, self._cpus)
+            else:
+                self._vacant[index] = _Vacancy(self._what)
 
     @property
     def there(self) -> list[int]:
@@ -276,7 +289,7 @@ class Crew:
         self.restarts += 1
         cpus, there = self._seats.pop(index)
         # An actor that does not answer may be on a node of which it is not known yet that it is gone.
-        if there <= _nodes() and not isinstance(error, ray.exceptions.ActorUnavailableError):
+        if there <= node_ids() and not isinstance(error, ray.exceptions.ActorUnavailableError):
             self._seat(index, cpus)
         else:
             self._vacant[index] = _Vacancy(self._what)
@@ -292,7 +305,7 @@ class Crew:
         for index, answer in list(self._new.items()):
             if ray.wait([answer], timeout=0)[0]:
                 del self._new[index]
-            elif not self._seats[index][1] <= _nodes():
+            elif not self._seats[index][1] <= node_ids():
                 # It may have had its place there, and wait for ever for another: its calls fail, and it is replaced.
                 del self._new[index]
                 _kill(self.actors[index])
@@ -331,12 +344,17 @@ class Crew:
 
     def end(self) -> None:
         """End all."""
+        import ray
+
         for index in self.there:
             _kill(self.actors[index])
+        for vacancy in self._vacant.values():
+            if vacancy.probe is not None:
+                ray.cancel(vacancy.probe)
         self.actors, self._vacant, self._seats, self._new = [], {}, {}, {}
 
     def _seat(self, index: int, cpus: float) -> None:
-        self._seats[index] = cpus, _nodes()
+        self._seats[index] = cpus, node_ids()
         self.actors[index] = self._start(index, cpus)
         self._new[index] = self.actors[index].usage.remote()
 
@@ -412,8 +430,8 @@ def _holds(count: int, cpus: float, gpus: float) -> bool:
     return packs(nodes(), [{"CPU": cpus, "GPU": gpus}] * count)
 
 
-def _nodes() -> frozenset[str]:
-    """Nodes that are there."""
+def node_ids() -> frozenset[str]:
+    """Names that Ray has for the nodes that are there."""
     import ray
 
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -52,7 +53,10 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
     # A line for every request goes to a file that nobody sees; a pipe would be full one day and hold it up.
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: server.terminate())
+        before = {
+            number: signal.signal(number, lambda number, frame: server.terminate())
+            for number in (signal.SIGTERM, signal.SIGHUP)
+        }
         note = _note(uri)
         try:
             _wait_for(url, server, said)
@@ -65,7 +69,8 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
         except KeyboardInterrupt:
             pass
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             if note is not None:
                 note.unlink(missing_ok=True)
             _end(server)
@@ -114,5 +119,7 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: IO[str]) -> None
 
 def _write(note: Path, url: str, process: int) -> None:
     unfinished = note.with_name(f"{note.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps({"url": url, "process": process}) + "\n", encoding="utf-8")
+    unfinished.write_text(
+        json.dumps({"url": url, "host": platform.node(), "process": process}) + "\n", encoding="utf-8"
+    )
     unfinished.replace(note)

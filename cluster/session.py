@@ -19,11 +19,12 @@ _START = "start Ray there with `ray start --head`, or leave address out to start
 
 
 @contextmanager
-def session(address: str | None, cpus: int) -> Iterator[None]:
+def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[None]:
     """Ray for the time of the block; one that is already running in this process is used and left running.
 
     address: of a cluster, `auto` for the one that RAY_ADDRESS or this machine names, None to start Ray here. cpus: what
-    the job's actors need together; a local Ray offers that many even where the machine has fewer.
+    the job's actors need together; a local Ray offers that many even where the machine has fewer,
+    and no more with `exactly`.
     """
     import ray
 
@@ -36,7 +37,7 @@ def session(address: str | None, cpus: int) -> Iterator[None]:
     if address:
         _join(address)
     else:
-        _start_here(max(cpus, os.cpu_count() or 1))
+        _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1))
     try:
         yield
     finally:

@@ -259,15 +259,20 @@ def writable(cache: Path, option: str, uri: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """One process at a time; a second one waits, or raises UserError with `busy` as its message."""
+    """One process at a time; a second one waits, or raises UserError with `busy` as its message.
+
+    Where a file system has no locks, nobody is kept out.
+    """
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             if busy is not None:
                 raise UserError(busy) from None
             _LOG.info("waiting for another process that copies the same")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         yield
 
 

@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import os
+import platform
 import ssl
 import urllib.error
 import urllib.request
@@ -64,17 +65,22 @@ def _sqlite(file: Path) -> str:
 
 
 def server_file(file: Path) -> Path:
-    """Where `hasten ui` says that its server writes this sqlite file: JSON of `url` and `process`."""
+    """Where `hasten ui` says that its server writes this sqlite file: JSON of `url`, `host` and `process`."""
     return file.with_name(f"{file.name}.server")
 
 
 def serving(uri: str) -> str | None:
     """URL of the server that `hasten ui` runs for this sqlite file on this machine; None where there is none."""
+    import psutil
+
     file = sqlite_file(uri)
     if file is None:
         return None
     try:
         found = json.loads(server_file(file).read_text(encoding="utf-8"))
+        # A server that was killed leaves its note; on a network folder another machine's is not this one's.
+        if found["host"] != platform.node() or not psutil.pid_exists(int(found["process"])):
+            return None
         check_reachable(found["url"])
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

@@ -83,7 +83,8 @@ def dashboard_url(address: str | None) -> str:
         if not address and ray_address not in ("", "auto", "local"):
             # HOST:6379 and ray://HOST:10001 name other servers of the host.
             is_dashboard = ray_address.startswith(("http://", "https://"))
-            address = ray_address if is_dashboard else ray_address.split("://")[-1].rpartition(":")[0]
+            host = ray_address.split("://")[-1]
+            address = ray_address if is_dashboard else host.rpartition(":")[0] or host
         address = address or "127.0.0.1"
     if "://" not in address:
         address = f"http://{address}"
@@ -189,20 +190,21 @@ class JobServer:
                 if new:
                     write(new)
 
-        for attempt in range(_RECONNECTS + 1):
+        self.job(name)
+        lost = 0
+        while True:
             try:
                 with self._errors(name):
-                    if attempt == 0:
-                        self.job(name)
                     asyncio.run(tail())
                     ended = self.job(name)
                 if ended.is_over:
                     return ended
+                lost = 0
             except UserError:
-                if attempt in (0, _RECONNECTS):
+                lost += 1
+                if lost > _RECONNECTS:
                     raise
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        raise UserError(f"the connection to {self.url} is lost again and again: hasten logs {name} --follow")
 
     def stop(self, name: str) -> bool:
         """End a job and wait until it has; returns whether it was still running."""
@@ -219,7 +221,7 @@ class JobServer:
             yield
         except UserError:
             raise
-        # requests and aiohttp raise kinds of OSError of their own.
+        # requests raises kinds of OSError of its own.
         except (OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             if name is not None and "status code 404" in text:
@@ -230,6 +232,8 @@ class JobServer:
                 raise UserError(f"address={self.url} does not answer ({text[:200]}): {_START}") from None
             raise UserError(f"{self.url} refuses: {text[-300:]}") from None
         except Exception as error:
+            if type(error).__module__.startswith("aiohttp"):
+                raise UserError(f"address={self.url} does not answer ({type(error).__name__}): {_START}") from None
             if type(error).__name__ != "AuthenticationError":
                 raise
             raise refusal(f"address={self.url}") from None

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from cluster import events
@@ -20,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 _SWEEP, _POINT, _WHOLE = "hasten.sweep", "hasten.point", "hasten.whole"
 _ARTIFACTS = ("report.json", "hasten.log", "output.txt")
 _PAGE = 1000
+_JOURNAL_SECONDS = 10.0
 # MLflow's own limit.
 _VALUE_CHARACTERS = 6000
 
@@ -128,6 +130,10 @@ class SweepTracker:
         if not reader.attempt and self._children.get(point, ("", False))[1]:
             return  # an earlier driver wrote all of it
         self._read(client, experiment, point, folder, reader)
+        end = monotonic() + _JOURNAL_SECONDS
+        while not reader.attempt and status == "FINISHED" and monotonic() < end:
+            sleep(0.5)  # a folder on the network shows another node's files late
+            self._read(client, experiment, point, folder, reader)
         if not reader.attempt:  # it died before it could tell anything
             self._anew(client, experiment, point, folder)
         run = self._children[point][0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError
+from cluster.naming import as_given
 
 LOG_FILE = "hasten.log"
 # Written to the log file alone: a user's mistake is one line on the terminal.
@@ -27,6 +28,13 @@ class _Terminal(logging.Handler):
             tqdm.tqdm.write(line, file=sys.stderr)
 
 
+class _AsGiven(logging.Formatter):
+    """Lines that name files as the user did."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(as_given(super().format(record)))
+
+
 def log_to_terminal() -> None:
     """Show what hasten logs from level INFO, and what libraries log from WARNING; ends an earlier run's logs."""
     while _HANDLERS:
@@ -41,7 +49,7 @@ def log_to_terminal() -> None:
 
 
 def _add(handler: logging.Handler, form: str, *loggers: logging.Logger) -> None:
-    handler.setFormatter(logging.Formatter(form))
+    handler.setFormatter(_AsGiven(form))
     _HANDLERS.append(handler)
     for logger in loggers:
         logger.addHandler(handler)
@@ -60,7 +68,6 @@ def execute(job: str, name: str | None, schema: Any, config: Any) -> str | None:
     """
     from importlib import import_module
 
-    from cluster.naming import as_given
     from jobs.storage import local_paths
 
     module = import_module(f"jobs.benchmarks.{name}" if name else f"jobs.{job}")

@@ -101,7 +101,7 @@ def _sending(mirrors: Mapping[str, Any]) -> Iterator[None]:
             for mirror in mirrors.values():
                 try:
                     mirror.push(final=False)
-                except UserError as error:  # it may be back at the end
+                except (UserError, OSError) as error:  # it may be back at the end
                     if not warned:
                         _LOG.warning("%s; the run goes on, and sends it at the end", error)
                     warned = True
@@ -123,7 +123,7 @@ def _send(mirrors: Mapping[str, Any]) -> None:
             with _progress(f"send {key}") as progress:
                 mirror.push(progress=progress)
             mirror.discard()
-        except UserError as error:
+        except (UserError, OSError) as error:
             again = f"what was made lies in {mirror.path}: the same command again sends the rest"
             refusals.append(UserError(f"{error}; {again}"))
     if refusals:
@@ -145,8 +145,10 @@ def _failed(error: BaseException, mirrors: Mapping[str, Any]) -> None:
             continue
         try:
             mirror.push()
-        except UserError as refusal:
-            _LOG.warning("%s; it lies in %s, and the same command again sends it", refusal, mirror.path)
+        except (UserError, OSError) as refusal:
+            # Log lines have the URI in place of the path itself.
+            folder = mirror.path.parent
+            _LOG.warning("%s; it lies in %s, and the same command again sends it", refusal, folder)
 
 
 @contextmanager

@@ -89,18 +89,10 @@ class ResumableFolder:
         try:
             # Another run may have been at it until now.
             self.check(fingerprint, overwrite)
-        except UserError:
+            self._begin(fingerprint, overwrite)
+        except BaseException:
             self.release()
             raise
-        progress = self.path / PROGRESS
-        if overwrite and not self._is_new():
-            self._clear()
-        for leftover in self.path.rglob("*.tmp"):
-            if leftover.relative_to(self.path).parts[0] not in self.open_to_all:
-                leftover.unlink(missing_ok=True)
-        if not (progress / _FINGERPRINT).exists():
-            self.write_json(progress / _SOURCE, {"original": embedded.reference(self.source)})
-            self.write_json(progress / _FINGERPRINT, dict(fingerprint))
 
     def hold(self, seconds: float = 0.0) -> bool:
         """Make the folder this process's own; False where it has been another's for so many seconds."""
@@ -132,6 +124,18 @@ class ResumableFolder:
     def write_json(self, path: Path, content: Any) -> None:
         """Write a JSON file whole or not at all."""
         write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _begin(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        """Throw away what is not to stay of an earlier run, and note whose the folder is."""
+        progress = self.path / PROGRESS
+        if overwrite and not self._is_new():
+            self._clear()
+        for leftover in self.path.rglob("*.tmp"):
+            if leftover.relative_to(self.path).parts[0] not in self.open_to_all:
+                leftover.unlink(missing_ok=True)
+        if not (progress / _FINGERPRINT).exists():
+            self.write_json(progress / _SOURCE, {"original": embedded.reference(self.source)})
+            self.write_json(progress / _FINGERPRINT, dict(fingerprint))
 
     def _is_new(self) -> bool:
         """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""

@@ -141,11 +141,12 @@ def moved_bytes(config: Any) -> int:
     length = config.calibration.sequence_length
     tokens = torch.zeros(config.calibration.sequences, length, dtype=torch.long)
     chunks = dict(enumerate(tokens.tensor_split(min(settings.shards, len(tokens)))))
-    total, blocks = 0, Task(settings).architecture.num_blocks
+    task = Task(settings)
+    total, keys = 0, [group.key for group in task.plan[0]]
     for part in split(len(chunks), config.workers):
         calibrator = Calibrator(settings, {number: chunks[number] for number in part})
-        total += sum(sums.nbytes for nodes in calibrator.collect(0).values() for *_, sums in nodes)
-    return total * blocks
+        total += sum(sums.nbytes for nodes in calibrator.collect(0, keys).values() for *_, sums in nodes)
+    return total * task.architecture.num_blocks
 
 
 def _moved(config: Any, estimate: Any) -> tuple[int, int] | None:

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import random
 import signal
 import sqlite3
@@ -127,6 +126,8 @@ def _killed(config: Config, folder: Path) -> dict[str, float]:
                 LOG.info("killed: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(delivered.items())))
             if driver.wait() == 0:
                 break
+            if driver.returncode not in (1, -signal.SIGKILL):
+                raise RuntimeError(f"the sweep ended with {driver.returncode}")
         if kinds:
             LOG.warning("the sweep ended before %d of the kills", len(kinds))
     finally:
@@ -182,10 +183,15 @@ def _actors() -> list[int]:
 
 def _kill_one(processes: Sequence[int], chance: random.Random) -> bool:
     """SIGKILL to one of these processes that is there; False where none is."""
+    import psutil
+
     for process in chance.sample(processes, len(processes)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-            return True
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(process)
+            # The id may be another's by now: a killed driver leaves points that say they run.
+            if found.cmdline()[:1] and found.cmdline()[0].startswith("ray::"):
+                found.kill()
+                return True
     return False
 
 

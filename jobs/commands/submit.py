@@ -105,7 +105,7 @@ def _words(job: str, name: str | None, words: list[str], absolute: Callable[[str
     sent = [_absolute(word, known, is_sweep, absolute) for word in words]
     given = {word.partition("=")[0] for word in words}
     if is_sweep:
-        if "sweep.address" not in given:
+        if not {"sweep.address", "address"} & given:
             sent.append("sweep.address=auto")
     elif "address" in known and "address" not in given:
         sent.append("address=auto")

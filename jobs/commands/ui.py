@@ -8,7 +8,7 @@ from jobs.commands._arguments import Parser
 def main(words: list[str]) -> int:
     """Exit code of the server, which runs until it is interrupted."""
     parser = Parser("ui", f"{__doc__}\n\nWithout WHERE it is the sqlite file in ./runs.")
-    parser.add_argument("where", nargs="?", help="folder of a run or a sweep, or a tracking URI")
+    parser.add_argument("where", nargs="?", help="folder of a run or a sweep, a sqlite file, or a tracking URI")
     parser.add_argument("--host", default="127.0.0.1", help="address that the server listens on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port that it listens on (5000)")
     parser.add_argument("--open", action="store_true", help="show it in a browser")
@@ -28,6 +28,8 @@ def tracking_uri(where: str | None) -> str:
         uri = store.default_uri()
     elif "://" in where or where.startswith("sqlite:"):
         uri = store.absolute(where)
+    elif where.endswith(".db"):
+        uri = store.absolute(f"sqlite:///{Path(where).absolute()}")
     else:
         uri = _of_folder(Path(where))
     file = store.sqlite_file(uri)

@@ -37,10 +37,12 @@ class Objectives:
 
     def values(self, metrics: Mapping[str, Any]) -> list[float]:
         """The metrics of a finished point; UserError where it has not got one of them."""
-        missing = [name for name in self.metrics if metrics.get(name) is None]
+        missing = [name for name in self.metrics if not isinstance(metrics.get(name), int | float)]
         if missing:
             known = sorted(name for name, value in metrics.items() if isinstance(value, int | float))
-            raise UserError(f"sweep.metrics: the report has no {', '.join(missing)}; it has {', '.join(known)}")
+            raise UserError(
+                f"sweep.metrics: the report has no number for {', '.join(missing)}; it has {', '.join(known)}"
+            )
         return [float(metrics[name]) for name in self.metrics]
 
     @property

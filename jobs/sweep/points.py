@@ -70,27 +70,54 @@ class Points:
             gpus,
             threads,
             bundles,
+            self.sends(point),
         )
+
+    def sends(self, point: Point) -> bool:
+        """Whether a point sends what it makes to a store by its URI, which it does after it wrote its report."""
+        texts = [_at(point.config, item.key) for item in self._options if item.path in ("out", "state")]
+        return any(text and "://" in text and not text.startswith("file://") for text in texts)
+
+    def check_inputs(self, points: Sequence[Point]) -> None:
+        """UserError for a path that a point is to read and that is not there."""
+        for key, text in {(key, text) for point in points for key, text in self._inputs(point)}:
+            with contextlib.suppress(OSError):
+                if text.startswith(("/", "./", "../", "~")) and not Path(text).expanduser().exists():
+                    raise UserError(f"{key}={text} is not there: expected a path on this machine, a name, or a URI")
 
     def reads(self, point: Point) -> dict[str, Path]:
         """Files and folders on this machine that a point reads, by option."""
         found = {}
-        for item in self._options:
-            text = _at(point.config, item.key) if item.path == "in" else None
-            if text and "://" not in text:
-                with contextlib.suppress(OSError):  # no path, as long as it is
-                    path = Path(text).expanduser()
-                    if path.exists():
-                        found[item.key] = path
+        for key, text in self._inputs(point):
+            with contextlib.suppress(OSError):  # no path, as long as it is
+                path = Path(text).expanduser()
+                if path.exists():
+                    found[key] = path
         return found
+
+    def writes(self, point: Point) -> dict[str, Path]:
+        """Folders on this machine that a point's results go to, by option, beside its own folder."""
+        found = {}
+        for item in self._options:
+            text = _at(point.config, item.key) if item.path == "out" else None
+            if text and "://" not in text and not Path(text).is_relative_to(self._folder):
+                found[item.key] = Path(text).expanduser().parent
+        return found
+
+    def _inputs(self, point: Point) -> list[tuple[str, str]]:
+        """Options that are read, with their texts, where they are no URIs."""
+        texts = [(item.key, _at(point.config, item.key)) for item in self._options if item.path == "in"]
+        return [(key, text) for key, text in texts if text and "://" not in text]
 
     def _place(self, config: Any, name: str, values: Mapping[str, str]) -> None:
         """Give the point a folder of its own, and what it makes a place that no other point has."""
         config.run_dir = str(self._folder / "points" / name)
         for item in self._options:
-            if item.path != "out" or item.key == "run_dir":
+            if item.path not in ("out", "state") or item.key == "run_dir":
                 continue
             text = getattr(config, item.key)
+            if item.path == "state" and (text is None or self._job == "bench"):
+                continue
             if text is not None and (item.key in values or "{point}" in text):
                 text = text.replace("{point}", name)
                 setattr(config, item.key, text)
@@ -98,8 +125,9 @@ class Points:
                     raise UserError(f"{item.key}={text} would be several points': write {item.key}={text}/{{point}}")
             elif text is not None and item.key in self._given:
                 raise UserError(
-                    f"{item.key}={text} would be every point's: leave it out, which puts it into the point's folder, "
-                    f"or write {item.key}={text.rstrip('/')}/{{point}}"
+                    f"{item.key}={text} would be every point's: "
+                    + ("leave it out, " if item.path == "state" else "leave it out, which puts it into its folder, ")
+                    + f"or write {item.key}={text.rstrip('/')}/{{point}}"
                 )
             elif self._job not in _IN_RUN_DIR:
                 setattr(config, item.key, str(Path(config.run_dir, item.key)))

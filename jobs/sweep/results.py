@@ -1,6 +1,5 @@
 """What became of each point of a sweep: rows of report.json, lines as they come, and the tables at the end."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,13 +42,6 @@ class Row:
             return f"{values}: {self.status}: {self.error['type']}: {self.error['message']}"
         figures = [f"{name}={_cell(self.metrics[name])}" for name in shown if self.metrics.get(name) is not None]
         return f"{values}: {', '.join([*figures, f'{self.seconds or 0:.1f} s'])}"
-
-
-def metrics_of(folder: Path) -> dict[str, Any]:
-    """Metrics in the report of a run folder."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = report["metrics"]
-    return found
 
 
 def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -19,7 +20,7 @@ from jobs.sweep.dimensions import Words, read
 from jobs.sweep.grid import grid
 from jobs.sweep.objectives import objectives, sampler
 from jobs.sweep.points import Point, Points
-from jobs.sweep.results import Row, failures, metrics_of, table
+from jobs.sweep.results import Row, failures, table
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "sweep."
@@ -77,6 +78,8 @@ class Sweep:
         self._points = Points(job, name, schema, fixed, self.folder)
         self._rows: dict[str, Row] = {}
         self._waiting: list[Point] = []
+        # All points of a grid; else one for every value and bound.
+        self._examples: list[Point] = []
         self._trials: dict[str, list[int]] = {}
         self._study: Any = None
         self._tracker: Any = None
@@ -92,13 +95,15 @@ class Sweep:
         from jobs.run import log_to_folder
         from jobs.sweep.launcher import RayLauncher
 
-        example = self.check()
+        self.check()
+        self._points.check_inputs(self._examples)
+        example = max(self._examples, key=lambda point: sum(bundle.get("CPU", 0) for bundle in self._needs(point)))
         work = self._points.work(example)
         self._launcher = RayLauncher(self._settings.retries, self._settings.at_once)
         address = self._settings.address or _value(self._words, "address")
         cpus = self._settings.cpus or int(sum(bundle.get("CPU", 0) for bundle in work.needs))
-        with session(address, cpus):
-            self._check_cluster(example)
+        with session(address, cpus, exactly=self._settings.cpus is not None):
+            self._check_cluster()
             with self._alone():
                 log_to_folder(self.folder)
                 key = self._state()["key"]
@@ -152,10 +157,9 @@ class Sweep:
         )
         if ending.status == "stopped":
             return
-        if ending.status == "finished":
-            row.metrics = metrics_of(work.folder)
-        self._track_end(row)
+        row.metrics = ending.metrics
         self._tell(row)
+        self._track_end(row)
         done = [other for other in self._rows.values() if other.status in ("finished", "failed")]
         _LOG.info("%d of %d: %s", len(done), self._total(), row.line(self._objectives.shown))
         self._progress.update(len(done))
@@ -177,8 +181,8 @@ class Sweep:
     def _total(self) -> int:
         return self._settings.trials if self._sampler != "grid" else len(self._rows)
 
-    def check(self) -> Point:
-        """The point of the sweep that takes most; UserError for what is wrong with any of them. Writes nothing."""
+    def check(self) -> None:
+        """UserError for what is wrong with any point of the sweep. Writes nothing."""
         if self._sampler == "grid":
             for values in grid(self._words.dimensions):
                 point = self._points.make(values)
@@ -187,25 +191,25 @@ class Sweep:
                     self._waiting.append(point)
             if not self._waiting:
                 raise UserError("the sweep has no points: an option has an empty list of values")
-            return max(self._waiting, key=lambda point: len(self._points.work(point).needs))
+            self._examples = list(self._waiting)
+            return
         first = {dimension.key: dimension.ends()[0] for dimension in self._words.dimensions}
         if not first:
             raise UserError(f"sweep.sampler={self._sampler} needs an option with several values, such as bits=2,3,4")
         for dimension in self._words.dimensions:
             for text in dimension.ends():
-                self._points.make({**first, dimension.key: text})
-        return self._points.make(first)
+                self._examples.append(self._points.make({**first, dimension.key: text}))
 
-    def _check_cluster(self, example: Point) -> None:
+    def _check_cluster(self) -> None:
         """UserError where the cluster cannot hold a point, or one of its nodes does not see the points' files."""
         from cluster.placement import check
         from cluster.visibility import check as check_files
 
-        points = self._waiting or [example]
-        for needs in {str(needs): needs for needs in map(self._needs, points)}.values():
+        for needs in {str(needs): needs for needs in map(self._needs, self._examples)}.values():
             check(needs, "a point of the sweep")
-        reads = {key: path for point in points for key, path in self._points.reads(point).items()}
-        check_files(reads, {"run_dir": self.folder})
+        files = [(self._points.reads(point), self._points.writes(point)) for point in self._examples]
+        for reads, writes in {str(both): both for both in files}.values():
+            check_files(reads, {"run_dir": self.folder, **writes})
 
     def _needs(self, point: Point) -> Any:
         return self._points.work(point).needs
@@ -225,8 +229,10 @@ class Sweep:
             ) from None
         except OSError as error:
             raise UserError(f"run_dir={self.folder} cannot be written: {error.strerror}") from error
-        with lock:
+        try:
             yield
+        finally:
+            lock.release()
 
     def _state(self) -> dict[str, Any]:
         """What sweep.json holds: the sweep's key, made once, and its words; UserError for another job's folder."""
@@ -281,10 +287,10 @@ class Sweep:
         self._progress.begin(done)
 
     def _has_finished(self, row: Row) -> bool:
-        from cluster.points import REPORT, read_point
+        from cluster.points import is_finished, metrics_of, read_point
 
         folder = Path(row.point.config.run_dir)
-        if not (folder / REPORT).exists():
+        if not is_finished(folder, self._points.sends(row.point)):
             return False
         row.status, row.repeated = "finished", True
         row.seconds, row.metrics = read_point(folder).get("seconds"), metrics_of(folder)
@@ -359,7 +365,8 @@ class Sweep:
         pool = self._launcher.pool
 
         def interrupt(number: int, frame: Any) -> None:
-            pool.stopping = pool.draining or number == signal.SIGTERM
+            # `hasten stop` of a submitted sweep sends one signal, and SIGKILL half a minute later.
+            pool.stopping = pool.draining or number == signal.SIGTERM or "RAY_JOB_STOP_SIGNAL" in os.environ
             pool.draining = self._interrupted = True
             running = sum(row.status == "running" for row in self._rows.values())
             if pool.stopping:

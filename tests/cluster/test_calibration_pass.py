@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
+from accel.compression.settings import Task
 from accel.errors import UserError
 from cluster.calibration_pass import CalibrationPass
+from cluster.calibrator import Calibrator
 from tests.compression import local
 from tests.models import tiny
 
@@ -89,6 +92,16 @@ def test_a_quantizer_without_statistics_needs_no_tokens(source, tmp_path, ray_se
 def test_more_calibrators_than_chunks_are_refused(source, tmp_path):
     with pytest.raises(UserError, match="workers=9 is more than the 8 chunks"):
         CalibrationPass(local.settings(source, tmp_path / "out"), TOKENS, 9)
+
+
+def test_shards_send_sums_of_what_was_asked_for_of_which_none_may_be_missing(source, tmp_path):
+    chosen = local.settings(source, tmp_path / "out")
+    first, second = (Calibrator(chosen, {number: TOKENS[:2]}) for number in range(2))
+    *keys, last = [group.key for group in Task(chosen).plan[0]]
+    collected = [first.collect(0, [*keys, last]), second.collect(0, keys)]
+    assert [list(found) for found in collected] == [[*keys, last], keys]
+    with pytest.raises(RuntimeError, match=re.escape(f"a shard's sums of {last} in block 0 are missing")):
+        first.solve(0, [last], *collected)
 
 
 @pytest.mark.slow

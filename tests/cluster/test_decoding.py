@@ -123,7 +123,7 @@ def test_gpus_that_are_not_there_are_refused_and_not_waited_for(spec, ray_sessio
 def test_shared_drafters_with_a_model_count_among_the_gpus(spec, monkeypatch):
     monkeypatch.setattr(decoding, "nodes", lambda: [{"CPU": 4.0, "GPU": 2.0}])
     monkeypatch.setattr(placement, "nodes", decoding.nodes)
-    monkeypatch.setattr(placement, "_grows", lambda: False)
+    monkeypatch.setattr(placement, "grows", lambda: False)
     hierarchy = dataclasses.replace(spec, drafter=Hierarchy(TokenRecycling()))
     started = []
     monkeypatch.setattr(Decoders, "_start_drafter", lambda pool, number, cpus: started.append(number))

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import subprocess
 import sys
 import threading
@@ -130,14 +132,25 @@ def named(tmp_path: Path, text: str) -> str:
     return store.default_uri(tmp_path)
 
 
+def note(url: str) -> str:
+    """What `hasten ui` in this process would leave beside the file."""
+    return json.dumps({"url": url, "host": platform.node(), "process": os.getpid()})
+
+
 def test_a_server_that_serves_the_file_and_answers_is_used(server: str, tmp_path: Path) -> None:
-    assert store.serving(named(tmp_path, json.dumps({"url": server, "process": 1}))) == server
+    assert store.serving(named(tmp_path, note(server))) == server
+
+
+@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"process": 2**22 + 1}])
+def test_what_answers_in_place_of_the_server_is_not_used(server: str, tmp_path: Path, other: dict[str, Any]) -> None:
+    note = {"url": server, "host": platform.node(), "process": os.getpid(), **other}
+    assert store.serving(named(tmp_path, json.dumps(note))) is None
 
 
 def test_a_server_that_is_gone_is_not_used(server: str, tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as closed:
         url = f"http://127.0.0.1:{closed.server_port}"
-    assert store.serving(named(tmp_path, json.dumps({"url": url, "process": 1}))) is None
+    assert store.serving(named(tmp_path, note(url))) is None
     assert store.serving(store.default_uri(tmp_path / "elsewhere")) is None
 
 

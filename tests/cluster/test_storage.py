@@ -1,5 +1,7 @@
 """Copies of what is read by URI, on fsspec's store in memory and on one that can be made to fail."""
 
+import errno
+import fcntl
 import threading
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from accel.errors import UserError
-from cluster.storage import Remote, default_cache, is_uri, localized
+from cluster.storage import Remote, default_cache, is_uri, localized, locked
 
 FILES = {"config.json": b"{}", "a b/part 1#2 [x].bin": b"12345", "model.safetensors": bytes(range(200))}
 
@@ -180,6 +182,16 @@ def test_processes_that_copy_the_same_wait_for_each_other(tmp_path):
     assert len(set(found)) == 1
     assert contents(found[0]) == FILES
     assert len(Failing.copied) == 3
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / "lock", "another run writes it"):
+        fill("memory://llama")
+        assert contents(localized("memory://llama", tmp_path)) == FILES
 
 
 @pytest.mark.parametrize(

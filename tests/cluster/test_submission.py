@@ -80,7 +80,12 @@ def test_ctrl_c_leaves_a_job_running_until_it_is_stopped_by_its_id(head, tmp_pat
     words = ["submit", "--address", head.url, "--name", "long", "--env", "none", "pretrain", "output=models"]
     command = [sys.executable, "-m", "jobs.cli", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=head.environment(), **pipes) as process:
+
+    def listen():
+        """Tests that were started in the background hand on that SIGINT is ignored."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(command, cwd=tmp_path, env=head.environment(), preexec_fn=listen, **pipes) as process:
         assert any(line.startswith("Running entrypoint for job long: ") for line in process.stdout)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()

@@ -31,7 +31,7 @@ from cluster.calibration_pass import CalibrationPass
 from cluster.decoding import Decoders, Spec
 from cluster.evaluation import measure
 from cluster.evaluators import Evaluators, Model
-from cluster.recovery import Batches, Pace, Wait, is_actors_own, is_loss, is_out_of_memory
+from cluster.recovery import Batches, Crew, Pace, Wait, is_actors_own, is_loss, is_out_of_memory
 from tests.cluster import two_nodes
 from tests.cluster.hungry import HungryDrafter, HungryFitness, HungryQuantizer
 from tests.cluster.hungry import task as hungry_task
@@ -138,6 +138,29 @@ def test_a_sweep_that_loses_a_node_finishes_each_point_once(tmp_path, cluster):
     assert sorted(done) == [str(number) for number in range(8)]
 
 
+@pytest.mark.ray
+def test_a_crew_that_the_nodes_do_not_hold_shares_what_they_have(ray_session):
+    import ray
+
+    asked = []
+
+    class Member:
+        def usage(self):
+            return None
+
+    def start(index, cpus):
+        asked.append(cpus)
+        return ray.remote(Member).options(num_cpus=cpus).remote()
+
+    crew = Crew("a worker", 2, 1000, 0, start)
+    crew.begin()
+    assert crew.there == []
+    crew.fill()
+    assert asked == [0.0, 0.0]
+    assert ray.get([actor.usage.remote() for actor in crew.actors], timeout=60) == [None, None]
+    crew.end()
+
+
 def test_a_successor_has_cpus_of_its_own_where_a_node_has_them(cluster):
     cpus, restarts, lines = cluster(two_nodes.succeed)
     assert cpus == [1.0, 1.0]
@@ -216,10 +239,9 @@ def test_a_task_that_stands_still_holds_up_no_evaluation(source, sums, ray_sessi
         stopped.append(two_nodes.processes("_evaluate")[0])
         stopped[0].suspend()
 
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    found = measure(source, None, cut, 2, batch=1)
-    stopper.join()
+    threading.Thread(target=stop, daemon=True).start()
+    while not stopped:  # on a quick machine one task may end before the other begins
+        found = measure(source, None, cut, 2, batch=1)
     assert dataclasses.astuple(found.sums) == dataclasses.astuple(expected)
     assert stopped[0].status() == psutil.STATUS_STOPPED
     stopped[0].kill()
@@ -324,6 +346,9 @@ def test_a_call_is_late_after_the_longest_one_half_again_and_a_second_at_least()
     assert (pace.is_late(0.9), pace.is_late(1.0)) == (False, True)
     pace.note(4.0)
     assert (pace.is_late(5.9), pace.is_late(6.0)) == (False, True)
+    for _ in range(32):
+        pace.note(0.1)
+    assert pace.is_late(1.0), "the longest one is long ago"
 
 
 def test_gpus_that_do_not_come_back_are_waited_for_so_long(monkeypatch):

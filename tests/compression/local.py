@@ -30,8 +30,9 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     with torch.no_grad():
         for block in sorted(set(range(len(task.plan))) - set(task.output.finished)):
             groups = task.output.unfinished(block)
-            collected = [calibrator.collect(block)] if needed else []
-            packed, facts, _ = calibrator.solve(block, [group.key for group in groups], *collected)
+            keys = [group.key for group in groups]
+            collected = [calibrator.collect(block, keys)] if needed else []
+            packed, facts, _ = calibrator.solve(block, keys, *collected)
             task.output.write_block(block, packed, facts)
             rows += facts
     task.output.finish()

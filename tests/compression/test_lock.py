@@ -1,3 +1,5 @@
+import fcntl
+
 import pytest
 
 from accel.compression import folder, lock
@@ -33,6 +35,17 @@ def test_a_folder_that_another_run_writes_is_refused_and_left_as_it_is(tmp_path,
         assert [path.name for path in (tmp_path / "out/.hasten").iterdir()] == ["lock"]
     mine.open({"bits": 4}, overwrite=False)
     mine.release()
+
+
+def test_a_folder_that_could_not_be_made_is_anybodys(tmp_path, monkeypatch):
+    def interrupt(made, path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableFolder, "write_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ResumableFolder(tmp_path / "out", tmp_path).open({"bits": 4}, overwrite=False)
+    with (tmp_path / "out/.hasten/lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_files_that_two_write_at_the_same_time_are_whole(tmp_path):

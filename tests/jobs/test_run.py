@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from accel.errors import UserError
+from cluster.naming import called
 from jobs import run as runs
 from jobs.cli import main
 from jobs.progress import Progress
@@ -40,6 +41,18 @@ def test_the_last_line_is_the_report_and_the_folder_holds_config_and_log(job, ca
     assert settings["batch"] == 3
     assert settings["run_dir"] == str(folder)
     assert "half way" in (folder / LOG_FILE).read_text()
+
+
+def test_log_lines_name_files_as_the_user_did(job, folder, capsys):
+    def work(config):
+        start(config)
+        with called({folder / "copy": "s3://bucket/llama"}):
+            logging.getLogger("jobs.evaluate").info("reading %s", folder / "copy/config.json")
+
+    job(work)
+    assert main(["evaluate", "run_dir=here"]) == 0
+    for text in (capsys.readouterr().err, Path("here", LOG_FILE).read_text()):
+        assert "reading s3://bucket/llama/config.json" in text
 
 
 def test_a_users_mistake_found_late_is_one_line_and_its_traceback_is_in_the_log(job, capsys):

@@ -9,6 +9,7 @@ from accel.compression.plan import make_plan
 from accel.compression.pruners.magnitude import Magnitude
 from accel.compression.quantizers.base import Scheme
 from accel.compression.quantizers.gptq import GPTQ
+from accel.compression.settings import Task
 from accel.compression.statistics import SecondMoment, Tree, split
 from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
@@ -81,10 +82,10 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
 def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
     chosen = settings(folder, tmp_path / "out")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
-    sent = 0
+    sent, keys = 0, [group.key for group in Task(chosen).plan[0]]
     for part in split(8, workers):
         calibrator = Calibrator(chosen, {number: chunks[number] for number in part})
-        sent += sum(sums.nbytes for found in calibrator.collect(0).values() for *_, sums in found)
+        sent += sum(sums.nbytes for found in calibrator.collect(0, keys).values() for *_, sums in found)
     moved = estimate(planned(model, workers=workers), RATES).moved
     assert moved["sums of second moments"] == model.blocks * sent
     assert moved["calibration tokens"] == 8 * 16 * 8

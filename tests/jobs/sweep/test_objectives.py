@@ -61,10 +61,10 @@ def test_values_come_in_the_order_of_the_metrics():
     assert found.values({"kl_divergence": 0.5, "other": None, "bytes": 12}) == [12.0, 0.5]
 
 
-@pytest.mark.parametrize("there", [{}, {"kl_divergence": None}])
+@pytest.mark.parametrize("there", [{}, {"kl_divergence": None}, {"kl_divergence": [0.1]}])
 def test_a_metric_that_a_report_lacks_is_named_with_those_that_it_has(there):
     found = objectives("compress", SweepConfig(), searches=True)
-    with pytest.raises(UserError, match=r"the report has no kl_divergence; it has bytes, seconds$"):
+    with pytest.raises(UserError, match=r"the report has no number for kl_divergence; it has bytes, seconds$"):
         found.values({**there, "seconds": 1.5, "bytes": 3, "name": "x"})
 
 

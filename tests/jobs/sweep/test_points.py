@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from accel.errors import UserError
+from cluster.points import is_finished
 from jobs.benchmarks.wait import Config
 from jobs.options import options
 from jobs.schema import JOBS, ReplayConfig
@@ -79,8 +80,35 @@ def test_a_file_that_runs_change_themselves_does_not_change_the_fingerprint(tmp_
     found = []
     for text in ("one", "two"):
         memory.write_text(text)
-        found.append(fingerprint(f"memory={memory}", job="decode"))
+        found.append(fingerprint(f"memory={memory}{{point}}", job="decode"))
     assert found[0] == found[1]
+
+
+def test_a_file_that_points_change_is_no_other_points():
+    with pytest.raises(UserError, match=r"memory=m would be every point's: leave it out, or write memory=m/\{point\}"):
+        points("decode", "memory=m").make({"seed": "1"})
+    made = points("decode", "memory=m/{point}")
+    one, two = (made.make({"seed": text}) for text in ("1", "2"))
+    assert [each.config.memory for each in (one, two)] == [f"m/{one.name}", f"m/{two.name}"]
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    made = points("evaluate")
+    made.check_inputs([made.make({"model": "embedded:target"}), made.make({"model": str(tmp_path)})])
+    with pytest.raises(UserError, match=rf"model={tmp_path}/none is not there"):
+        made.check_inputs([made.make({"model": f"{tmp_path}/none"})])
+
+
+def test_a_point_that_sends_its_output_is_finished_when_that_is_sent(tmp_path):
+    made = points("compress", "output=memory://bucket/{point}")
+    assert made.work(made.make({"bits": "3"})).sends
+    assert not points("compress").work(points("compress").make({"bits": "3"})).sends
+    (tmp_path / "report.json").write_text('{"metrics": {}}')
+    (tmp_path / "point.json").write_text('{"status": "running"}')
+    assert is_finished(tmp_path, sends=False)
+    assert not is_finished(tmp_path, sends=True)
+    (tmp_path / "point.json").write_text('{"status": "finished"}')
+    assert is_finished(tmp_path, sends=True)
 
 
 def test_names_can_be_folders_and_are_told_apart_where_they_are_cut():

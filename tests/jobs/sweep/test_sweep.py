@@ -123,7 +123,7 @@ def test_a_killed_process_costs_only_its_own_attempt(here):
                     return
             time.sleep(0.05)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     assert sweep("point=range(0,4)", "wait_seconds=0.5", "steps=5") == 0
     killer.join()
@@ -162,7 +162,7 @@ def test_interrupted_once_it_lets_points_finish_and_goes_on_later(here):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    sender = threading.Thread(target=interrupt)
+    sender = threading.Thread(target=interrupt, daemon=True)
     sender.start()
     words = ("point=range(0,6)", "wait_seconds=0.5", "sweep.at_once=2")
     assert sweep(*words) == 130
@@ -189,7 +189,7 @@ def test_interrupted_twice_it_stops_and_goes_on_later(here):
             os.kill(os.getpid(), signal.SIGINT)
             warned += 1
 
-    sender = threading.Thread(target=interrupt)
+    sender = threading.Thread(target=interrupt, daemon=True)
     sender.start()
     words = ("point=range(0,2)", "wait_seconds=4", "sweep.at_once=1")
     code = sweep(*words)
