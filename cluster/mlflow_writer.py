@@ -58,11 +58,6 @@ class Writer:
         """Return when all is written."""
         self._thread.shutdown()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether `open` was called."""
-        return self._opened is not None
-
     def submit(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
         """Call function(client, experiment id, …) when those before are done; None where the store is lost."""
         return self._thread.submit(self._call, function, *arguments, **named)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from accel.errors import UserError
 from cluster import journal
 from cluster.environment import environment
-from cluster.placement import check, packs
+from cluster.placement import check, nodes, packs
 from cluster.resources import release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Pool:
 
         count = 1
         limit = self._at_once or 2**16
-        while count < limit and packs(_nodes(), work.needs * (count + 1)):
+        while count < limit and packs(nodes(), work.needs * (count + 1)):
             count += 1
         ray.get([self._task(_import, work).remote(modules) for _ in range(count)])
         return count
@@ -152,7 +152,7 @@ class Pool:
 
     def _fits(self, work: Work) -> bool:
         taken = [bundle for other in self._running.values() for bundle in other.needs]
-        return packs(_nodes(), [*taken, *work.needs])
+        return packs(nodes(), [*taken, *work.needs])
 
     @staticmethod
     def _refusal(work: Work) -> Ending | None:
@@ -175,12 +175,6 @@ class Pool:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Ending("failed", error={"type": type(error).__name__, "message": lines[-1]})
         return found
-
-
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _import(modules: Sequence[str]) -> None:

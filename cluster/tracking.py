@@ -66,13 +66,12 @@ class Tracker:
         experiment: str,
         run_name: str,
         run_dir: Path,
-        parent: str | None = None,
         system_seconds: float = 0,
         register: str | None = None,
     ) -> None:
         self.run_name = run_name
         self.run_dir = Path(run_dir)
-        self._parent, self._system_seconds, self._register = parent, system_seconds, register
+        self._system_seconds, self._register = system_seconds, register
         self._journal = journal.current()
         self._writer = Writer(uri, experiment)
         self._run: Future[Any] | None = None
@@ -82,7 +81,7 @@ class Tracker:
     def __enter__(self) -> Self:
         if self._journal is None:
             self._writer.open()
-            self._run = self._writer.submit(_create, self.run_name, self.run_dir, self._parent)
+            self._run = self._writer.submit(_create, self.run_name, self.run_dir)
         write_environment(self.run_dir, self.uri)
         for name in ("environment.json", *_FIRST):
             self._artifact_if_there(name)
@@ -172,8 +171,8 @@ class Tracker:
             self._previous_handler = signal.signal(signal.SIGTERM, _terminate)
 
 
-def _create(client: Any, experiment: str, name: str, run_dir: Path, parent: str | None) -> str:
-    run = client.create_run(experiment, run_name=name, tags=run_tags(run_dir, parent))
+def _create(client: Any, experiment: str, name: str, run_dir: Path) -> str:
+    run = client.create_run(experiment, run_name=name, tags=run_tags(run_dir))
     return str(run.info.run_id)
 
 

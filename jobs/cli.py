@@ -8,12 +8,10 @@ from typing import Any
 
 from accel.errors import UserError, is_disk_full
 from jobs.help import benchmark_names, benchmark_schema, command_names, job_help, overview
-from jobs.options import nearest
+from jobs.options import MULTIRUN, PLAN, nearest, split_plan
 from jobs.schema import JOBS, Run
 
 _HELP = ("-h", "--help", "help")
-_MULTIRUN = ("-m", "--multirun")
-_PLAN = "plan=true"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,12 +62,11 @@ def _main(words: list[str]) -> int:
     if asks_help:
         print(job_help(job, name))
         return 0
-    plans = _PLAN in words
-    words = [word for word in words if word not in (_PLAN, "plan=false")]
-    if any(word in _MULTIRUN for word in words):
+    plans, words = split_plan(words)
+    if any(word in MULTIRUN for word in words):
         if plans:
-            raise UserError(f"{_PLAN} plans one run: leave --multirun and lists of values out")
-        return _sweep(job, name, [word for word in words if word not in _MULTIRUN])
+            raise UserError(f"{PLAN} plans one run: leave --multirun and lists of values out")
+        return _sweep(job, name, [word for word in words if word not in MULTIRUN])
     if plans:
         from jobs.planning import plan_words
 

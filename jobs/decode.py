@@ -21,7 +21,7 @@ _PROMPT_FIGURES = ("num_tokens", "mean_acceptance_length", "draft_acceptance_rat
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that a run needs, checked. spec: a cluster.decoding.Spec. kept: results that are there, by id."""
+    """Everything that a run needs, checked. spec: a cluster.verifier.Spec. kept: results that are there, by id."""
 
     spec: Any
     sampling: Any
@@ -102,7 +102,7 @@ def run(config: DecodeConfig) -> Path:
 def _plan(config: DecodeConfig) -> _Plan:
     from accel.decoding.sampling import Sampling
     from accel.errors import UserError
-    from cluster.decoding import Spec
+    from cluster.verifier import Spec
     from jobs.arithmetic import dtype_choices, resolve_device
     from jobs.methods import build
     from jobs.prompts import (
@@ -179,7 +179,7 @@ def _plan(config: DecodeConfig) -> _Plan:
 def _placement(config: DecodeConfig, spec: Any, sampling: Any) -> str:
     """Where drafters are, as far as it is known before anything is measured."""
     from accel.errors import UserError
-    from cluster.decoding import sharing_refusal
+    from cluster.verifier import sharing_refusal
 
     refusal = sharing_refusal(spec, sampling)
     if refusal is not None and config.placement == "shared":

@@ -14,6 +14,10 @@ import yaml
 from accel.errors import UserError
 from jobs.methods import method, method_names
 
+# Words that ask for a sweep, and for a dry run in place of a run.
+MULTIRUN = ("-m", "--multirun")
+PLAN = "plan=true"
+
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -151,6 +155,34 @@ def options(schema: type, prefix: str = "") -> list[Option]:
 def method_options(group: str, name: str) -> list[Option]:
     """Options `group.field` of one method's hyper-parameters."""
     return [Option(f"{group}.{item.name}", item.kind) for item in method(group, name).fields]
+
+
+def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
+    """Whether a dry run is asked for, and the words without that one."""
+    words = list(words)
+    return PLAN in words, [word for word in words if word not in (PLAN, "plan=false")]
+
+
+def split_off(schema: type, prefix: str, words: Iterable[str]) -> tuple[Any, list[str]]:
+    """An object of a dataclass from the `key=value` words whose keys begin with its prefix, and the words left over.
+
+    UserError names the first word that is wrong.
+    """
+    known = {item.key: item for item in options(schema, prefix)}
+    values, rest = {}, []
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not key.startswith(prefix):
+            rest.append(word)
+            continue
+        if key not in known:
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"unknown option {key!r}: {hint}")
+        if not sign:
+            raise UserError(f"{word!r} is no option: options are written key=value")
+        values[key.removeprefix(prefix)] = known[key].parse(text)
+    return schema(**values), rest
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

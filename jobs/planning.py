@@ -118,23 +118,9 @@ def parse_bytes(option: str, text: str) -> int:
 
 def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:
     """The plan's own options out of `key=value` words, and the words that are left; UserError names a wrong one."""
-    from jobs.options import nearest, options
+    from jobs.options import split_off
 
-    known = {item.key: item for item in options(PlanConfig, PREFIX)}
-    values, rest = {}, []
-    for word in words:
-        key, sign, text = word.partition("=")
-        if not key.startswith(PREFIX):
-            rest.append(word)
-            continue
-        if key not in known:
-            near = nearest(key, known)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
-            raise UserError(f"unknown option {key!r}: {hint}")
-        if not sign:
-            raise UserError(f"{word!r} is no option: options are written key=value")
-        values[key.removeprefix(PREFIX)] = known[key].parse(text)
-    found = PlanConfig(**values)
+    found, rest = split_off(PlanConfig, PREFIX, words)
     for name in ("memory", "gpu_memory", "disk", "network", "disk_speed", "memory_speed"):
         _size(found, name)
     return found, rest

@@ -14,10 +14,8 @@ from typing import Any
 from accel.errors import UserError
 from jobs.commands._cluster import follow, parser
 from jobs.help import benchmark_names, benchmark_schema
-from jobs.options import Option, nearest, options
+from jobs.options import MULTIRUN, Option, nearest, options, split_plan
 from jobs.schema import JOBS, Run
-
-_MULTIRUN = {"-m", "--multirun"}
 
 
 def main(words: list[str]) -> int:
@@ -90,18 +88,23 @@ def _check(job: str, name: str | None, words: list[str]) -> None:
     for word in words:
         if word.partition("=")[0] in own:
             raise UserError(f"{word} belongs to submit: it comes before {job}")
-    if _MULTIRUN & set(words):
+    if set(MULTIRUN) & set(words):
         from jobs.sweep.run import check
 
-        check(job, name, _schema(job, name), [word for word in words if word not in _MULTIRUN])
-    else:
-        compose(job, _schema(job, name), words)
+        check(job, name, _schema(job, name), [word for word in words if word not in MULTIRUN])
+        return
+    plans, words = split_plan(words)
+    if plans:
+        from jobs.planning import parse_words
+
+        _, words = parse_words(words)
+    compose(job, _schema(job, name), words)
 
 
 def _words(job: str, name: str | None, words: list[str], absolute: Callable[[str], str]) -> list[str]:
     """Words of `hasten` on the cluster: paths made absolute, and an address, so that the job joins what it runs on."""
     known = {item.key: item for item in options(_schema(job, name))}
-    is_sweep = bool(_MULTIRUN & set(words))
+    is_sweep = bool(set(MULTIRUN) & set(words))
     sent = [_absolute(word, known, is_sweep, absolute) for word in words]
     given = {word.partition("=")[0] for word in words}
     if is_sweep:

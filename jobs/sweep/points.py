@@ -34,12 +34,23 @@ class Point:
 
 
 class Points:
-    """Makes the points of one sweep. name: of a benchmark, None for other jobs; folder: of the sweep."""
+    """Makes the points of one sweep. name: of a benchmark, None for other jobs; folder: of the sweep.
 
-    def __init__(self, job: str, name: str | None, schema: type[Run], fixed: Sequence[str], folder: Path) -> None:
+    looks: whether stores are asked about what a point reads by URI, for its fingerprint.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        name: str | None,
+        schema: type[Run],
+        fixed: Sequence[str],
+        folder: Path,
+        looks: bool = True,
+    ) -> None:
         self._job, self._name, self._schema = job, name, schema
         self._fixed, self._folder = list(fixed), folder
-        self._options = options(schema)
+        self._options, self._looks = options(schema), looks
         self._identities: dict[str | None, Any] = {}
         self._given = {word.partition("=")[0] for word in fixed}
         self._taken: dict[tuple[str, str], str] = {}
@@ -49,7 +60,7 @@ class Points:
         from jobs.compose import compose
 
         config = compose(self._job, self._schema, [*self._fixed, *(f"{key}={text}" for key, text in values.items())])
-        print_ = fingerprint(self._job, self._name, config, self._options, self._identities)
+        print_ = fingerprint(self._job, self._name, config, self._options, self._identities, self._looks)
         label = ",".join(f"{key}={text}" for key, text in values.items())
         label = re.sub(r"[^\w.,=+-]+", "_", label, flags=re.ASCII)
         name = f"{label[:_NAME_CHARACTERS]}-{print_[:8]}".lstrip("-")
@@ -134,11 +145,17 @@ class Points:
 
 
 def fingerprint(
-    job: str, name: str | None, config: Any, known: Sequence[Option], identities: dict[str | None, Any] | None = None
+    job: str,
+    name: str | None,
+    config: Any,
+    known: Sequence[Option],
+    identities: dict[str | None, Any] | None = None,
+    looks: bool = True,
 ) -> str:
     """Hex digits of what a run's result depends on: its resolved config, and the files that it reads.
 
-    identities: of the files that were looked at before, which other points read as well.
+    identities: of the files that were looked at before, which other points read as well. looks: whether stores are
+    asked about what is given by URI.
     """
     from jobs.compose import plain
 
@@ -151,7 +168,7 @@ def fingerprint(
         elif item.path == "in":  # what a run changes itself would never be the same again
             value = _at(config, item.key)
             if value not in identities:
-                identities[value] = _identity(value, item.key)
+                identities[value] = _identity(value, item.key, looks)
             inputs[item.key] = identities[value]
     text = json.dumps([job, name, resolved, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -164,14 +181,14 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _identity(value: str | None, key: str) -> Any:
+def _identity(value: str | None, key: str, looks: bool) -> Any:
     """What tells a file or folder from another of the same name; None for names, and what is not on this machine."""
     from cluster.storage import Remote, is_uri
 
     if not value:
         return None
     if is_uri(value):
-        return Remote(value, key).files()
+        return Remote(value, key).files() if looks else None
     path = Path(value).expanduser()
     try:
         if path.is_file():

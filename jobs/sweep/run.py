@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from accel.errors import UserError
-from jobs.options import nearest, options
+from jobs.options import options, split_off
 from jobs.schema import Run, SweepConfig
 from jobs.sweep.dimensions import Words, read
 from jobs.sweep.grid import grid
@@ -38,33 +38,19 @@ def run(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> 
 
 
 def check(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> None:
-    """UserError for what is wrong with any point of a sweep; nothing is written."""
-    Sweep(job, name, schema, words).check()
-
-
-def split(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
-    """A sweep's own options, and the words that are left."""
-    known = {item.key: item for item in options(SweepConfig, PREFIX)}
-    settings = SweepConfig()
-    left = []
-    for word in words:
-        key, sign, text = word.partition("=")
-        if not key.startswith(PREFIX):
-            left.append(word)
-        elif key not in known or not sign:
-            near = nearest(key, known)
-            raise UserError(f"unknown option {key!r}: did you mean {near or ', '.join(known)}?")
-        else:
-            setattr(settings, key.removeprefix(PREFIX), known[key].parse(text))
-    return settings, left
+    """UserError for what is wrong with any point of a sweep, as far as a machine outside of its cluster can tell."""
+    Sweep(job, name, schema, words, looks=False).check()
 
 
 class Sweep:
-    """One sweep in its folder; the source that the launcher takes its points from."""
+    """One sweep in its folder; the source that the launcher takes its points from.
 
-    def __init__(self, job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> None:
+    looks: whether stores are asked about what points read by URI, which tells one version of it from another.
+    """
+
+    def __init__(self, job: str, name: str | None, schema: type[Run], words: Sequence[str], looks: bool = True) -> None:
         self._job, self._name, self._given = job, name, list(words)
-        self._settings, words = split(words)
+        self._settings, words = split_off(SweepConfig, PREFIX, words)
         self._words = read(words, [item.key for item in options(schema) if item.group])
         for dimension in self._words.dimensions:
             if dimension.key in ("run_dir", "address") or dimension.key.startswith("tracking."):
@@ -75,7 +61,7 @@ class Sweep:
         self._sampler = sampler(self._settings, self._words.is_discrete)
         self._objectives = objectives(job, self._settings, self._sampler != "grid")
         fixed = [word for word in self._words.fixed if word.partition("=")[0] not in ("run_dir", "address")]
-        self._points = Points(job, name, schema, fixed, self.folder)
+        self._points = Points(job, name, schema, fixed, self.folder, looks)
         self._rows: dict[str, Row] = {}
         self._waiting: list[Point] = []
         # All points of a grid; else one for every value and bound.

@@ -1,7 +1,6 @@
 import dataclasses
 import signal
 
-import psutil
 import pytest
 import torch
 
@@ -15,7 +14,9 @@ from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.decoding.verifiers.speculative_sampling import SpeculativeSampling
 from accel.errors import UserError
 from cluster import decoding, placement
-from cluster.decoding import Decoders, Spec, sharing_refusal
+from cluster.decoding import Decoders
+from cluster.verifier import Spec, sharing_refusal
+from tests.cluster.processes import processes
 from tests.models import tiny
 
 REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enumerate(tiny.tokens(12, 8).tolist())]
@@ -34,20 +35,6 @@ def expected(spec):
     torch.set_num_threads(1)
     engine = Engine(load_target(spec.target, spec.dtype))
     return {result.id: result.token_ids for result in engine.decode(REQUESTS)}
-
-
-def processes(name):
-    """Processes of this test's actors of a class."""
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if any(name in word for word in command(process)[:1])]
-
-
-def command(process):
-    """Words of a process; none of one that ended."""
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def ids(results):

@@ -1,22 +1,15 @@
 import dataclasses
 import signal
 
-import psutil
 import pytest
 import torch
 
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.units import make_units
-from accel.compression.quantizers.base import Scheme
-from accel.compression.search.candidates import Candidates
 from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import KL
-from accel.compression.settings import Task
-from cluster.evaluators import Evaluators, Model
-from tests.compression import local
+from cluster.evaluators import Evaluators
+from tests.cluster import searching
+from tests.cluster.processes import processes
 from tests.models import tiny
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
 TOKENS = tiny.tokens(6, 16)
 SAMPLES = [Sample(((0, 16),)), Sample(((0, 16), (1, 16), (2, 16), (3, 16), (4, 7)))]
 
@@ -26,22 +19,8 @@ def made(tmp_path_factory):
     """A model for evaluators, and what one process finds on it."""
     folder = tmp_path_factory.mktemp("evaluators")
     source = tiny.save(folder / "original", "llama", dtype=torch.bfloat16)
-    chosen = local.settings(source, folder / "levels", levels=LEVELS, scheme=LEVELS[1])
-    local.compress(chosen, TOKENS)
-    architecture = Task(chosen).architecture
-    database = LevelDatabase.read(chosen.output, architecture)
-    units = make_units(database, "none")
-    model = Model(source, chosen.output, tuple(units), TOKENS, KL(), batch=1)
-    generator = torch.Generator().manual_seed(0)
-    genomes = [tuple(row) for row in torch.randint(3, (7, len(units)), generator=generator).tolist()]
-    alone = Candidates(architecture, units, database.weight, TOKENS, KL(), batch=1)
+    model, genomes, alone = searching.make(source, folder / "levels", TOKENS, 7)
     return model, genomes, [alone.evaluate(genomes, sample) for sample in SAMPLES]
-
-
-def evaluators():
-    """Processes of this test's evaluators."""
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if any("Evaluator" in word for word in process.cmdline()[:1])]
 
 
 @pytest.mark.ray
@@ -88,7 +67,7 @@ def test_a_killed_evaluator_is_replaced_and_the_result_is_the_same(made, ray_ses
     model, genomes, expected = made
     pool = Evaluators(model, 2)
     assert pool(genomes, SAMPLES[0]) == expected[0]
-    evaluators()[0].send_signal(signal.SIGKILL)
+    processes("Evaluator")[0].send_signal(signal.SIGKILL)
     assert pool(genomes, SAMPLES[1]) == expected[1]
     assert pool.restarts == 1
     pool.close()

@@ -13,7 +13,7 @@ TWO_NODES = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 2.0, "GPU": 1.0}]
 def cluster(monkeypatch):
     """Two nodes that nobody adds to, without Ray."""
     monkeypatch.setattr(placement, "nodes", lambda: TWO_NODES)
-    monkeypatch.setattr(placement, "_grows", lambda: False)
+    monkeypatch.setattr(placement, "grows", lambda: False)
 
 
 FITS = {
@@ -54,7 +54,7 @@ def test_room_in_pieces_that_are_too_small_is_no_room(monkeypatch, cluster):
 
 
 def test_a_cluster_that_grows_is_waited_for(monkeypatch, cluster, caplog):
-    monkeypatch.setattr(placement, "_grows", lambda: True)
+    monkeypatch.setattr(placement, "grows", lambda: True)
     with caplog.at_level(logging.WARNING):
         check_workers(8, 1)
     assert "workers=8 of threads=1 need 8 CPUs; waiting for the autoscaler" in caplog.text

@@ -9,14 +9,8 @@ import psutil
 import pytest
 import torch
 
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.units import make_units
-from accel.compression.quantizers.base import Scheme
 from accel.compression.quantizers.round_to_nearest import RoundToNearest
-from accel.compression.search.candidates import Candidates
 from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import KL
-from accel.compression.settings import Task
 from accel.decoding.drafters.token_recycling import TokenRecycling
 from accel.decoding.engine import Engine, Request
 from accel.decoding.targets.loading import load_target
@@ -26,19 +20,20 @@ from accel.evaluation.divergence import Sums, evaluate
 from accel.evaluation.perplexity import windows
 from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
-from cluster import evaluation
 from cluster.calibration_pass import CalibrationPass
-from cluster.decoding import Decoders, Spec
+from cluster.decoding import Decoders
 from cluster.evaluation import measure
-from cluster.evaluators import Evaluators, Model
+from cluster.evaluators import Evaluators
 from cluster.recovery import Batches, Crew, Pace, Wait, is_actors_own, is_loss, is_out_of_memory
-from tests.cluster import two_nodes
+from cluster.tasks import Tasks
+from cluster.verifier import Spec
+from tests.cluster import searching, two_nodes
 from tests.cluster.hungry import HungryDrafter, HungryFitness, HungryQuantizer
 from tests.cluster.hungry import task as hungry_task
+from tests.cluster.processes import processes, stopped, wait_for
 from tests.compression import local
 from tests.models import tiny
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
 TOKENS = tiny.tokens(9)
 SAMPLE = Sample(tuple((number, 24) for number in range(6)))
 REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enumerate(tiny.tokens(12, 8).tolist())]
@@ -52,15 +47,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(source, tmp_path_factory):
     """A model for evaluators, candidates, and what one process finds."""
-    chosen = local.settings(source, tmp_path_factory.mktemp("levels") / "l", levels=LEVELS, scheme=LEVELS[1])
-    local.compress(chosen, TOKENS)
-    architecture = Task(chosen).architecture
-    database = LevelDatabase.read(chosen.output, architecture)
-    units = make_units(database, "none")
-    model = Model(source, chosen.output, tuple(units), TOKENS, KL(), batch=1)
-    generator = torch.Generator().manual_seed(0)
-    genomes = [tuple(row) for row in torch.randint(3, (12, len(units)), generator=generator).tolist()]
-    alone = Candidates(architecture, units, database.weight, TOKENS, KL(), batch=1)
+    model, genomes, alone = searching.make(source, tmp_path_factory.mktemp("levels") / "l", TOKENS, 12)
     return model, genomes, alone.evaluate([*genomes, *(genome[::-1] for genome in genomes)], SAMPLE)
 
 
@@ -192,7 +179,7 @@ def test_a_calibrator_that_stands_still_holds_up_no_solve(source, tmp_path, ray_
 
     def stop(count, row):
         if count == 1:
-            states.append(two_nodes.processes("Calibrator")[0])
+            states.append(processes("Calibrator")[0])
             states[0].suspend()
         else:
             states.append(states[0].status())
@@ -208,7 +195,7 @@ def test_an_evaluator_that_stands_still_holds_up_no_search(made, ray_session):
     model, genomes, expected = made
     pool = Evaluators(model, 2)
     assert pool(genomes[:2], SAMPLE) == expected[:2]
-    with two_nodes.stopped(two_nodes.processes("Evaluator")[0]) as process:
+    with stopped(processes("Evaluator")[0]) as process:
         assert pool(genomes, SAMPLE) == expected[: len(genomes)]
         assert process.status() == psutil.STATUS_STOPPED
     pool.close()
@@ -220,7 +207,7 @@ def test_a_verifier_that_stands_still_holds_up_no_prompt(spec, completions, ray_
     pool = Decoders(spec, 2, placement="private")
     stream = pool(REQUESTS)
     results = [next(stream)]
-    with two_nodes.stopped(two_nodes.processes("VerifierActor")[0]) as process:
+    with stopped(processes("VerifierActor")[0]) as process:
         results += stream
         assert {result.id: result.token_ids for result in results} == completions
         assert len(results) == len(REQUESTS)
@@ -235,8 +222,8 @@ def test_a_task_that_stands_still_holds_up_no_evaluation(source, sums, ray_sessi
     stopped = []
 
     def stop():
-        two_nodes.wait_for(lambda: len(two_nodes.processes("_evaluate")) == 2)
-        stopped.append(two_nodes.processes("_evaluate")[0])
+        wait_for(lambda: len(processes("_evaluate")) == 2)
+        stopped.append(processes("_evaluate")[0])
         stopped[0].suspend()
 
     threading.Thread(target=stop, daemon=True).start()
@@ -287,7 +274,7 @@ def test_a_task_out_of_memory_runs_again_with_half_the_batch_once(tmp_path, ray_
     def run(times):
         batches = Batches("batch", 8, "use fewer workers")
         plate = str(tmp_path / f"plate{times}")
-        return list(evaluation._done(hungry_task, lambda _: (batches.of(0), plate, times), 1, 1, 1, 0, batches))
+        return list(Tasks(hungry_task, lambda _: (batches.of(0), plate, times), 1, 1, 1, 0, batches).results())
 
     assert run(1) == [(0, 4)]
     with pytest.raises(

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from accel.compression.search.evopress import Genome, Sample
@@ -22,12 +21,14 @@ from accel.decoding.engine import Request
 from accel.evaluation.divergence import Sums
 from accel.evaluation.perplexity import Windows
 from cluster.calibration_pass import CalibrationPass
-from cluster.decoding import Decoders, Spec
+from cluster.decoding import Decoders
 from cluster.evaluation import measure
 from cluster.evaluators import Evaluators, Model
 from cluster.points import Ending, Pool, Work
 from cluster.recovery import Crew
 from cluster.tracking import write_report
+from cluster.verifier import Spec
+from tests.cluster.processes import processes, wait_for
 
 # Ray takes a node for dead after these; its own defaults are longer than a test should take.
 _HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
@@ -210,36 +211,6 @@ def _kill_node_at_work() -> None:
     """Kill the second node once both nodes evaluate."""
     wait_for(lambda: len(processes("_evaluate")) == 2)
     kill_node()
-
-
-def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes below this one that are named so."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(name in word for word in process.cmdline()[:1]):
-                found.append(process)
-        except psutil.Error:  # it has just ended
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return once it holds."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@contextmanager
-def stopped(process: psutil.Process) -> Iterator[psutil.Process]:
-    """A process that stands still."""
-    process.suspend()
-    try:
-        yield process
-    finally:
-        process.resume()
 
 
 def compress_in_little_room(settings: Settings, tokens: torch.Tensor) -> int:

@@ -66,6 +66,18 @@ def test_paths_are_made_absolute_unless_they_are_names_or_lie_elsewhere(sent, fo
     assert words_of(sent, "decode", "memory=learned")[1] == "memory=/work/learned"
 
 
+def test_a_plan_is_made_on_the_cluster(sent, folder):
+    asked = ["compress", "plan=true", "plan.nodes=8", "bits=3"]
+    assert words_of(sent, *asked) == [*asked, "address=auto"]
+
+
+@pytest.mark.parametrize("word", ["plan.node=8", "plan.memory=much", "bist=3"])
+def test_a_plan_with_a_mistake_is_not_sent(sent, folder, capsys, word):
+    assert main(["submit", "--no-wait", "compress", "plan=true", word]) == 2
+    assert sent == []
+    assert word.partition("=")[0] in capsys.readouterr().err
+
+
 def test_a_job_joins_the_cluster_that_it_runs_on(sent, folder):
     assert words_of(sent, "compress", "address=other:6379") == ["compress", "address=other:6379"]
     assert words_of(sent, "pretrain") == ["pretrain"], "it has no address"

@@ -16,22 +16,11 @@ from accel.models.checkpoint import Checkpoint
 from accel.planning.compression import Pass, estimate, nodes
 from accel.planning.estimate import Rates
 from accel.planning.files import checkpoint_files, database_files
-from accel.planning.model import Model
 from accel.planning.solving import moment_bytes
 from cluster.calibrator import Calibrator
 from tests.compression.local import compress, settings
 from tests.models import tiny
 from tests.planning.rates import RATES
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("plan") / "model", "llama", dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return Model(Architecture(Checkpoint(folder)), torch.float32)
 
 
 def planned(model, scheme=None, **changes):

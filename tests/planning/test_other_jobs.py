@@ -4,24 +4,10 @@ import pytest
 import torch
 
 from accel.decoding.targets.loading import load_target
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
 from accel.models.pretraining import Shape, build
 from accel.planning import decoding, evaluation
-from accel.planning.model import Model
 from accel.planning.training import Training, pretrain
-from tests.models import tiny
 from tests.planning.rates import RATES
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("plan") / "model", "llama", dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return Model(Architecture(Checkpoint(folder)), torch.float32)
 
 
 def decoded(model, **changes):

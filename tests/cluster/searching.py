@@ -1,0 +1,31 @@
+"""What evaluators search in: levels of a tiny model, candidates, and one process that measures them."""
+
+from pathlib import Path
+
+import torch
+
+from accel.compression.levels.database import LevelDatabase
+from accel.compression.levels.units import make_units
+from accel.compression.quantizers.base import Scheme
+from accel.compression.search.candidates import Candidates
+from accel.compression.search.fitness import KL
+from accel.compression.settings import Task
+from cluster.evaluators import Model
+from tests.compression import local
+
+LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
+
+
+def make(
+    source: Path, output: Path, tokens: torch.Tensor, candidates: int
+) -> tuple[Model, list[tuple[int, ...]], Candidates]:
+    """A model for evaluators, candidates by chance, and what measures them in this process."""
+    chosen = local.settings(source, output, levels=LEVELS, scheme=LEVELS[1])
+    local.compress(chosen, tokens)
+    architecture = Task(chosen).architecture
+    database = LevelDatabase.read(chosen.output, architecture)
+    units = make_units(database, "none")
+    model = Model(source, chosen.output, tuple(units), tokens, KL(), batch=1)
+    generator = torch.Generator().manual_seed(0)
+    genomes = [tuple(row) for row in torch.randint(len(LEVELS), (candidates, len(units)), generator=generator).tolist()]
+    return model, genomes, Candidates(architecture, units, database.weight, tokens, KL(), batch=1)
