@@ -13,7 +13,7 @@ from typing import Any
 from accel.errors import UserError
 from jobs.benchmarks._watch import Peak, Usage, watched
 
-_PEER = Path(__file__).parent / "peers" / "llm_compressor.py"
+_PEERS = Path(__file__).parent / "peers"
 # Neither the machine's cluster nor its number of cores may change what is compared.
 _ENVIRONMENT = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _LINES_SHOWN = 15
@@ -86,13 +86,7 @@ def hasten_job(
 def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outcome:
     """Outcome of llm-compressor's GPTQ, run by the Python of its environment; options are those of the peer script."""
     folder.mkdir(parents=True, exist_ok=True)
-    result, log = folder / "result.json", folder / "peer.out"
-    options = {"output": folder / "model", "result": result, **options}
-    words = [word for key, value in options.items() for word in _flag(key, value)]
-    # Our own packages, `kernels` above all, must not be found by the peer's transformers.
-    usage = watched([python, str(_PEER), *words], log, {**_ENVIRONMENT, "PYTHONPATH": ""}, 2.0)
-    _check(usage, "llm-compressor", log)
-    measured = json.loads(result.read_text(encoding="utf-8"))
+    measured, usage = _peer("llm_compressor", python, folder, {"output": folder / "model", **options})
     return Outcome(
         folder=folder / "model",
         seconds=measured["wall_seconds"],
@@ -105,6 +99,23 @@ def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outc
         version=measured["version"],
         peaks=usage.peaks,
     )
+
+
+def peer_search(python: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """CPU seconds and levels of EvoPress's published search; options are those of the peer script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _peer("evopress", python, folder, options)[0]
+
+
+def _peer(name: str, python: str, folder: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], Usage]:
+    """What a peer script wrote as its result, and what its process used."""
+    result, log = folder / "result.json", folder / "peer.out"
+    words = [word for key, value in {"result": result, **options}.items() for word in _flag(key, value)]
+    # Our own packages, `kernels` above all, must not be found by the peer's transformers.
+    usage = watched([python, str(_PEERS / f"{name}.py"), *words], log, {**_ENVIRONMENT, "PYTHONPATH": ""}, 2.0)
+    _check(usage, name, log)
+    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return measured, usage
 
 
 def check_peer(python: str) -> None:

@@ -2,11 +2,13 @@
 
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.errors import UserError
 from jobs.benchmarks._runs import hasten_job
 from jobs.schema import MODEL, SOURCE, Run, option
 
@@ -38,6 +40,10 @@ class Config(Run):
     tokens: list[int] = option([1024, 4096, 16384], "tokens of the steps of their selection")
     search_sequences: int = option(64, "sequences of 512 tokens that those are drawn from", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
+    evopress: str | None = option(
+        None, "checkout of github.com/IST-DASLab/EvoPress, whose search is timed beside ours; null leaves it out"
+    )
+    peer_python: str | None = option(None, "Python with torch and transformers that runs it; null is this one")
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
 
@@ -65,6 +71,8 @@ def run(config: Config) -> Path:
 
 
 def _measure(config: Config, folder: Path) -> dict[str, Any]:
+    if config.evopress is not None and not Path(config.evopress, "evo_quant_search.py").is_file():
+        raise UserError(f"evopress={config.evopress} is no checkout of EvoPress: it has no evo_quant_search.py")
     calibrated = {
         "model": config.model,
         "calibration.source": config.source,
@@ -106,7 +114,29 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
     for name in ("uniform", "exact"):
         measured = {"allocator": name, "errors": "kl_scaled", "search.error_sequences": 1, "workers": 1}
         others[name], _ = hasten_job("search", folder / name, {**published, **measured})
-    return {"tables": tables, "metrics": _metrics(once, levels, runs, others)}
+    metrics = _metrics(once, levels, runs, others)
+    if config.evopress is not None:
+        metrics |= _peer(config, folder)
+    return {"tables": tables, "metrics": metrics}
+
+
+def _peer(config: Config, folder: Path) -> dict[str, Any]:
+    """The published search by its own code, on the levels and the text of ours: its cost and its divergence."""
+    from jobs.benchmarks._published_search import PublishedSearch
+
+    LOG.info("the published search by its own code")
+    search = PublishedSearch(
+        model=config.model, levels=folder / "five" / "model", source=config.search_source, folder=folder / "evopress"
+    )
+    options = {name.removeprefix("allocator."): str(value).strip("[]") for name, value in _SCHEDULE.items()}
+    options["step_tokens"] = options.pop("tokens")
+    # Scales are no part of what the peer counts.
+    found = search.run(config.peer_python or sys.executable, str(config.evopress), {"bits": 3, **options})
+    return {
+        "peer_search_cpu_seconds": found["cpu_seconds"],
+        "peer_kl": search.held_out(found["levels"], config.held_out, config.windows),
+        "peer_bytes_per_weight": found["bytes_per_weight"],
+    }
 
 
 def _table(config: Config, folder: Path, options: Mapping[str, Any], grouping: str) -> list[dict[str, Any]]:
@@ -175,6 +205,13 @@ def _section(config: Config, found: dict[str, Any]) -> str:
         ["candidates a second, two evaluators over one", f"{metrics['two_evaluators']:.2f}"],
         ["share of an evaluation that swapping takes", f"{metrics['swap_share']:.1%}"],
     ]
+    if "peer_kl" in metrics:
+        ours, theirs = metrics["search_cpu_seconds"], metrics["peer_search_cpu_seconds"]
+        figures += [
+            ["CPU s of the peer's search here, ours over it", f"{theirs:.1f}, {ours / theirs:.2f}"],
+            ["KL of what the peer found, its cut", f"{metrics['peer_kl']:.5f}, {_cut(metrics):.1%}"],
+            ["bytes per weight of the peer's database", f"{metrics['peer_bytes_per_weight']:.1f}"],
+        ]
     text = [
         f"{config.model}, groups of 128, symmetric; {config.calibration_sequences}×512 calibration tokens, "
         f"{config.windows} held-out windows of 512; EvoPress of {config.generations} generations of 16, steps "
@@ -186,10 +223,15 @@ def _section(config: Config, found: dict[str, Any]) -> str:
         table(head, rows),
         "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "
         "2 to 6, start by output errors, 3.125 bits (3 and the scales), one evaluator, one thread. The peer's figures "
-        "are of an early checkpoint of `../shared/models/target`.",
+        "in brackets are of an early checkpoint of `../shared/models/target`"
+        + (", the others of its code in this run, on the same levels and tokens." if "peer_kl" in metrics else "."),
         table(["measured", "value"], figures),
     ]
     return "\n\n".join(text)
+
+
+def _cut(metrics: Mapping[str, Any]) -> float:
+    return 1 - float(metrics["peer_kl"]) / float(metrics["kl_uniform"])
 
 
 def _first(row: Mapping[str, Any], config: Config) -> bool:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import multiprocessing
-import threading
+import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import psutil
@@ -20,6 +21,7 @@ from accel.evaluation.divergence import Sums, evaluate
 from accel.evaluation.perplexity import windows
 from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
+from cluster import evaluation
 from cluster.calibration_pass import CalibrationPass
 from cluster.decoding import Decoders
 from cluster.evaluation import measure
@@ -30,7 +32,7 @@ from cluster.verifier import Spec
 from tests.cluster import searching, two_nodes
 from tests.cluster.hungry import HungryDrafter, HungryFitness, HungryQuantizer
 from tests.cluster.hungry import task as hungry_task
-from tests.cluster.processes import processes, stopped, wait_for
+from tests.cluster.processes import processes, stopped
 from tests.compression import local
 from tests.models import tiny
 
@@ -111,9 +113,9 @@ def test_prompts_of_a_lost_node_are_decoded_on_the_other(spec, completions, clus
 
 
 @pytest.mark.ray
-def test_windows_of_a_lost_node_are_evaluated_on_the_other(source, sums, cluster):
+def test_windows_of_a_lost_node_are_evaluated_on_the_other(source, sums, tmp_path, cluster):
     cut, expected = sums
-    found, lines = cluster(two_nodes.evaluate, source, cut)
+    found, lines = cluster(two_nodes.evaluate, source, cut, tmp_path / "begun")
     assert dataclasses.astuple(found) == dataclasses.astuple(expected)
     assert any(line.startswith("lost a task") for line in lines)
 
@@ -217,21 +219,25 @@ def test_a_verifier_that_stands_still_holds_up_no_prompt(spec, completions, ray_
 
 
 @pytest.mark.ray
-def test_a_task_that_stands_still_holds_up_no_evaluation(source, sums, ray_session):
+def test_a_task_that_stands_still_holds_up_no_evaluation(source, sums, tmp_path, ray_session, monkeypatch):
     cut, expected = sums
-    stopped = []
+    usual, mark = evaluation._evaluate, tmp_path / "stopped"
 
-    def stop():
-        wait_for(lambda: len(processes("_evaluate")) == 2)
-        stopped.append(processes("_evaluate")[0])
-        stopped[0].suspend()
+    def task(*arguments):
+        try:
+            with mark.open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            return usual(*arguments)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return usual(*arguments)
 
-    threading.Thread(target=stop, daemon=True).start()
-    while not stopped:  # on a quick machine one task may end before the other begins
-        found = measure(source, None, cut, 2, batch=1)
+    monkeypatch.setattr(evaluation, "_evaluate", task)
+    found = measure(source, None, cut, 2, batch=1)
     assert dataclasses.astuple(found.sums) == dataclasses.astuple(expected)
-    assert stopped[0].status() == psutil.STATUS_STOPPED
-    stopped[0].kill()
+    process = psutil.Process(int(mark.read_text()))
+    assert process.status() == psutil.STATUS_STOPPED
+    process.kill()
 
 
 @pytest.mark.ray

@@ -1,3 +1,6 @@
+import pytest
+
+from accel.errors import UserError
 from jobs.benchmarks import search
 
 CONFIG = search.Config(budgets=[2.5, 3.0])
@@ -44,3 +47,17 @@ def test_every_budget_has_a_row_with_all_allocators_and_groupings():
     assert lines[0] == "| budget | uniform, none | evopress, none | uniform, serving | evopress, serving |"
     assert lines[2] == "| 2.5 | 0.40000 (2.500) | 0.20000 (2.500) | 0.40000 (2.500) | 0.30000 (2.500) |"
     assert "| KL cut by it (the peer: 30 %) | 30.0% |" in lines
+
+
+def test_the_peer_s_own_run_has_its_rows():
+    peer = {"peer_search_cpu_seconds": 90.0, "peer_kl": 0.015, "peer_bytes_per_weight": 20.0}
+    found = {"tables": {"none": rows(0.5), "serving": rows(0.25)}, "metrics": METRICS | peer}
+    text = search._section(CONFIG, found)
+    assert "| CPU s of the peer's search here, ours over it | 90.0, 0.33 |" in text
+    assert "| KL of what the peer found, its cut | 0.01500, 25.0% |" in text
+    assert "peer's search here" not in search._section(CONFIG, found | {"metrics": METRICS})
+
+
+def test_a_folder_that_is_no_checkout_of_the_peer_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="is no checkout of EvoPress"):
+        search._measure(search.Config(evopress=str(tmp_path)), tmp_path)
