@@ -19,10 +19,14 @@ _RAY_STARTS = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for beside the config. gpus: of every worker; nodes: of the cluster; rates: of a process."""
+    """What a plan is made for beside the config.
+
+    gpus: of every worker, gpu_memory: bytes of each; nodes: of the cluster; rates: of a process.
+    """
 
     rates: Any
     gpus: int = 0
+    gpu_memory: int = 0
     nodes: int = 1
     tokens_per_pass: float = 1.0
 
@@ -128,6 +132,7 @@ def _pass(model: Any, settings: Any, config: Any, setting: Setting) -> Any:
         workers=config.workers,
         threads=config.threads,
         gpus=setting.gpus,
+        gpu_memory=setting.gpu_memory if setting.gpus else 0,
         nodes=min(setting.nodes, config.workers),
         propagates=config.propagate == "quantized",
     )

@@ -90,7 +90,7 @@ def make_plan(job: str, config: Any, plan_config: PlanConfig, rates: Any = None)
     free = _disk(plan_config, config)
 
     def tried(changed: Any) -> tuple[Any, Any, list[str]]:
-        setting = Setting(rates, gpus, len(nodes), plan_config.tokens_per_pass)
+        setting = Setting(rates, gpus, nodes[0].gpu_memory, len(nodes), plan_config.tokens_per_pass)
         found = estimate(job, changed, setting)
         return found, *_placed(found, nodes, free)
 

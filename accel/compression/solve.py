@@ -9,6 +9,7 @@ from torch import Tensor
 
 from accel.compression.levels.database import LevelDatabase
 from accel.compression.levels.level import Level
+from accel.compression.pieces import slab_of
 from accel.compression.plan import Group
 from accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity
 from accel.compression.pruners.magnitude import Magnitude
@@ -19,8 +20,6 @@ from accel.compression.result import Result
 from accel.compression.statistics import SecondMoment
 from accel.models.architecture import Layer
 from accel.models.checkpoint import Checkpoint
-
-_SLAB = 1 << 22
 
 Compressed = QuantizedWeight | ColumnWeight | PrunedWeight
 Method = Quantizer | ColumnQuantizer | Pruner
@@ -85,7 +84,7 @@ def solve_group(group: Group, checkpoint: Checkpoint, ready: Ready, level: Level
 def _stacked(group: Group, checkpoint: Checkpoint, ready: Ready, level: Level, device: str) -> dict[str, list[Result]]:
     """Results of every layer's rows, for methods by which no row depends on another: layers are stacked."""
     parts: dict[str, list[Result]] = {layer.name: [] for layer in group.layers}
-    for slab in _slabs(group.layers):
+    for slab in _slabs(group.layers, slab_of(device)):
         read = [checkpoint.tensor(f"{layer.name}.weight")[rows] for layer, rows in slab]
         result = _compress(ready, torch.cat(read).to(device), level)
         start = 0
@@ -100,7 +99,7 @@ def _one_by_one(
 ) -> dict[str, list[Result]]:
     """Results of every layer's rows where a layer's columns have widths of their own, chosen for all of its rows.
 
-    A layer is read twice, in slabs that depend on nothing but its shape.
+    A layer is read twice, in slabs that depend on nothing but its shape and the device.
     """
     method = ready.method
     assert isinstance(method, ColumnQuantizer)
@@ -108,7 +107,7 @@ def _one_by_one(
     parts: dict[str, list[Result]] = {}
     for layer in group.layers:
         weight = checkpoint.tensor(f"{layer.name}.weight")
-        pieces = [rows for slab in _slabs([layer]) for _, rows in slab]
+        pieces = [rows for slab in _slabs([layer], slab_of(device)) for _, rows in slab]
         losses = torch.zeros(layer.columns, dtype=torch.float64, device=device)
         for rows in pieces:
             losses += method.losses(weight[rows].to(device), ready.prepared, level)
@@ -148,12 +147,12 @@ def solve_levels(
     return [row for by_level in facts.values() for row in by_level.values()]
 
 
-def _slabs(layers: Sequence[Layer]) -> Iterator[list[tuple[Layer, slice]]]:
-    """The layers' rows in slabs of about _SLAB weights: small layers together, large ones in pieces.
+def _slabs(layers: Sequence[Layer], weights: int) -> Iterator[list[tuple[Layer, slice]]]:
+    """The layers' rows in slabs of about so many weights: small layers together, large ones in pieces.
 
     A solve needs several times the memory of its weights in float32.
     """
-    most = max(1, _SLAB // layers[0].columns)
+    most = max(1, weights // layers[0].columns)
     slab: list[tuple[Layer, slice]] = []
     room = most
     for layer in layers:

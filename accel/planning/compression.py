@@ -32,7 +32,8 @@ class Pass:
 
     plan: groups of every block. methods: what layers are compressed by. levels: of a database, None for a checkpoint.
     sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: chunks they are cut into.
-    nodes: that the workers lie on. propagates: whether the next block sees what the compressed one makes.
+    gpus: of every worker; gpu_memory: bytes of each, 0 without one. nodes: that the workers lie on. propagates: whether
+    the next block sees what the compressed one makes.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Pass:
     workers: int = 2
     threads: int = 1
     gpus: int = 0
+    gpu_memory: int = 0
     nodes: int = 1
     propagates: bool = True
 
@@ -167,7 +169,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         else:
             host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
-        found = solve_bytes(group, work.methods, on_device)
+        found = solve_bytes(group, work.methods, work.gpu_memory)
         reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
@@ -270,7 +272,7 @@ def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
     levels = [group.scheme] if work.levels is None else list(work.levels)
     found = factor_work(group, work.methods) if work.sequences else Work()
     for level in levels:
-        found += solve_work(group, _method_of(work, level), level)
+        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
     return found.seconds(rates)
 
 

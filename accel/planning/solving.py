@@ -5,13 +5,12 @@ from math import ceil
 from typing import Any
 
 from accel.compression.levels.level import Level
+from accel.compression.pieces import SOLVE_BYTES, searched_weights, slab_weights
 from accel.compression.plan import Group
 from accel.compression.quantizers.base import Scheme
 from accel.compression.statistics import panel_bounds
 from accel.planning.estimate import Work
 
-# Weights that are solved at once.
-SLAB = 1 << 22
 # Small operations on every weight for each range that a grid is searched among, and for one visit of its column: the
 # column itself, and its error handed on within the columns that are visited one by one.
 _TRIED, _VISITED = 9, 28
@@ -19,11 +18,8 @@ _LAUNCHES_OF_A_COLUMN = 50
 _ROUNDED = 10
 # Columns from which a factorisation runs as fast as a product; and what putting a number in its place counts.
 _FAST_COLUMNS, _PLACED = 8192, 30
-# Bytes of a weight that is being solved, in float32 and codes: target, what is left of it, errors, the best so far and
-# another try, and what comparing the two takes.
-_SWEPT_BYTES, _ROUNDED_BYTES = 32, 14
-# Numbers that the grid search looks at together.
-_CHUNK = 1 << 16
+# Bytes of a weight that is rounded, in float32 and codes.
+_ROUNDED_BYTES = 14
 
 
 def moment_elements(columns: int) -> int:
@@ -54,14 +50,16 @@ def factor_work(group: Group, methods: Sequence[Any]) -> Work:
     return one * needed
 
 
-def solve_work(group: Group, method: Any, level: Level) -> Work:
-    """Compressing the layers of a group at one level, the factor being there."""
+def solve_work(group: Group, method: Any, level: Level, gpu_memory: int = 0) -> Work:
+    """Compressing the layers of a group at one level, the factor being there; gpu_memory: bytes, 0 without a GPU."""
     columns, rows = group.columns, sum(layer.rows for layer in group.layers)
     weights = rows * columns
-    slabs = ceil(weights / SLAB)
+    slabs = ceil(weights / slab_weights(gpu_memory))
     tried = getattr(method, "search", 0) * (2 if isinstance(level, Scheme) and level.symmetric else 1)
     found = Work(elements=weights * _ROUNDED, launches=100 * slabs, file_bytes=2 * weights)
-    found += Work(elements=weights * _TRIED * tried, launches=30 * tried * ceil(weights / _CHUNK))
+    found += Work(
+        elements=weights * _TRIED * tried, launches=30 * tried * ceil(weights / searched_weights(gpu_memory > 0))
+    )
     if not method.needs_second_moment:
         return found
     # Refitting ends with a fit: of two fits the first is of the first solve.
@@ -77,14 +75,14 @@ def solve_work(group: Group, method: Any, level: Level) -> Work:
     return found
 
 
-def solve_bytes(group: Group, methods: Sequence[Any], on_device: bool) -> dict[str, int]:
+def solve_bytes(group: Group, methods: Sequence[Any], gpu_memory: int) -> dict[str, int]:
     """Memory of the solve of a group, by part: factor and slab of weights; the sums that it reads are counted apart."""
     columns, rows = group.columns, sum(layer.rows for layer in group.layers)
     swept = any(method.needs_second_moment for method in methods)
-    slab = min(SLAB, rows * columns)
-    parts = {"slab of weights": slab * (_SWEPT_BYTES if swept else _ROUNDED_BYTES)}
+    slab = min(slab_weights(gpu_memory), rows * columns)
+    parts = {"slab of weights": slab * (SOLVE_BYTES if swept else _ROUNDED_BYTES)}
     if swept:
         factor = 4 * columns**2
         # The sums come to a GPU panel by panel, and lie there once more while they are put together.
-        parts["factor"] = factor + (2 * moment_bytes(columns) if on_device else 0)
+        parts["factor"] = factor + (2 * moment_bytes(columns) if gpu_memory else 0)
     return parts

@@ -154,7 +154,7 @@ def faster(times):
 
 
 def test_on_a_gpu_states_and_factor_lie_on_the_device_and_sums_on_both(model):
-    calibrator = estimate(planned(model, gpus=1), RATES).processes[0]
+    calibrator = estimate(planned(model, gpus=1, gpu_memory=80 * 10**9), RATES).processes[0]
     assert calibrator.device["collect"]["hidden states"] == 8 * 16 * 64 * 4
     assert "hidden states" not in calibrator.host["collect"]
     assert calibrator.device["solve"]["factor"] == 4 * 128 * 128 + 2 * moment_bytes(128)

@@ -50,3 +50,15 @@ def test_methods_cost_by_what_they_have_in_common(tmp_path):
     assert solve_work(group, GPTQ(refits=2), level).exact_flops == (3 + 4) * weights * columns
     searched = [solve_work(group, RoundToNearest(search=tried), level).elements for tried in (0, 10, 20)]
     assert searched[2] - searched[1] == searched[1] - searched[0] > 0
+
+
+def test_a_gpu_solves_larger_pieces_in_fewer_launches(tmp_path):
+    folder = tiny.save(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=8192)
+    (level,) = make_levels([4], [32], True)
+    group = next(
+        group for group in make_plan(Architecture(Checkpoint(folder)), level, (), 0, 0)[0] if group.columns == 8192
+    )
+    here, there = (solve_work(group, GPTQ(), level, memory) for memory in (0, 80 * 10**9))
+    assert there.launches < 0.6 * here.launches, "8 million weights are two slabs of a processor and one of a GPU"
+    assert there.exact_flops == here.exact_flops
+    assert there.elements == here.elements

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from accel.compression.allocation.baq import column_bits
 from accel.compression.factor import Factor, check_factor, factorise
+from accel.compression.pieces import rows_at_once
 from accel.compression.quantizers.columns import (
     MAX_WIDTH,
     MIN_WIDTH,
@@ -37,8 +38,6 @@ from accel.errors import UserError
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
 _INNER = 32
 _BLOCK = 128
-# Values searched at once: what fits in the cache of one core.
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class ColumnwiseBAQ(ColumnQuantizer):
 
     def _search(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:
         """Scale (R,), as dtype holds it, of every row of target (C, R), if no column made up for another's error."""
-        step = max(1, _CHUNK // len(target))
+        step = rows_at_once(target, len(target))
         return torch.cat([self._search_few(part, pivots, grid, dtype) for part in target.split(step, dim=1)])
 
     def _search_few(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:

@@ -7,10 +7,8 @@ arXiv:2210.17323, whose code searches shrunk ranges.
 import torch
 from torch import Tensor
 
+from accel.compression.pieces import rows_at_once
 from accel.compression.quantizers.base import Scheme
-
-# Values searched at once: what fits in the cache of one core.
-_CHUNK = 1 << 16
 
 
 def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> tuple[Tensor, Tensor]:
@@ -21,7 +19,7 @@ def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0
     rows, columns = weight.shape
     size = scheme.columns(columns)
     groups = weight.float().reshape(rows, -1, size)
-    step = max(1, _CHUNK // columns)
+    step = rows_at_once(weight, columns)
     parts = [
         _search(groups[begin : begin + step], scheme, search, shrink, weight.dtype) for begin in range(0, rows, step)
     ]

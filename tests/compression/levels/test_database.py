@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from accel.compression import solve
+from accel.compression import pieces
 from accel.compression.formats import columns
 from accel.compression.levels.assemble import mixed_output, write_mixed
 from accel.compression.levels.database import LevelDatabase
@@ -251,12 +251,12 @@ def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_
 
 
 def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(solve, "_SLAB", 20 * 64)
+    monkeypatch.setattr(pieces, "_SLAB", 20 * 64)
     chosen = by_columns(source, tmp_path / "levels")
     local.compress(chosen, TOKENS)
-    pieces = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
     for layer in three.plan[0][0].layers:
-        cut, whole = (columns.unpack(one.parts(layer.name, "c3")) for one in (pieces, three))
+        cut, whole = (columns.unpack(one.parts(layer.name, "c3")) for one in (found, three))
         assert torch.equal(cut.widths, whole.widths)
         # Matrix products of other shapes may round the last bit another way.
         assert float((cut.codes != whole.codes).float().mean()) < 0.01
