@@ -39,12 +39,7 @@ class Study:
         self._trials = trials
         file = folder / FILE
         try:
-            self._study = optuna.create_study(
-                storage=f"sqlite:///{file.as_posix()}",
-                study_name=_NAME,
-                directions=[optuna.study.StudyDirection[direction.upper()] for direction in directions],
-                load_if_exists=True,
-            )
+            self._study = _open(file, directions)
         except Exception as error:  # SQLAlchemy's, of a file that is damaged
             raise UserError(f"{file} cannot be used ({str(error).splitlines()[0]}): remove it to start anew") from error
         before = [direction.name.lower() for direction in self._study.directions]
@@ -52,7 +47,7 @@ class Study:
             raise UserError(
                 f"{file} was begun to {', '.join(before)}, not to {', '.join(directions)}: take another run_dir"
             )
-        self._leave_out_strangers()
+        self._leave_out_strangers(file, directions)
         earlier = self._study.get_trials(deepcopy=False)
         # Not the seed alone: it would give the values of the first driver once more.
         self._study.sampler = _sampler(sampler, seed + len(earlier))
@@ -97,20 +92,22 @@ class Study:
         else:
             self._study.tell(number, list(values))
 
-    def _leave_out_strangers(self) -> None:
+    def _leave_out_strangers(self, file: Path, directions: Sequence[str]) -> None:
         """Begin anew with the trials that fit, if the sweep's options were changed: Optuna cannot mix the others in."""
-        import optuna
-
         trials = self._study.get_trials()
         fitting = [trial for trial in trials if self._could_have_made(trial.params)]
         if len(fitting) == len(trials) and all(trial.distributions == self._distributions for trial in trials):
             return
-        storage, directions = self._study._storage, self._study.directions
-        optuna.delete_study(study_name=_NAME, storage=storage)
-        self._study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions)
+        # In a file of its own, which takes the other's place whole: a driver that is killed meanwhile loses nothing.
+        anew = file.with_suffix(".new")
+        anew.unlink(missing_ok=True)
+        study = _open(anew, directions)
         for trial in fitting:
             trial.distributions = self._distributions
-            self._study.add_trial(trial)
+            study.add_trial(trial)
+        study._storage.remove_session()
+        anew.replace(file)
+        self._study = _open(file, directions)
 
     def _could_have_made(self, params: Mapping[str, Any]) -> bool:
         """Whether the parameters are all of this sweep's options, with values that they have."""
@@ -127,6 +124,18 @@ class Study:
     def _texts(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Parameters as options' texts, in the order of the words."""
         return {key: as_text(params[key]) for key in self._dimensions}
+
+
+def _open(file: Path, directions: Sequence[str]) -> Any:
+    """The study of a file, made where there is none."""
+    import optuna
+
+    return optuna.create_study(
+        storage=f"sqlite:///{file.as_posix()}",
+        study_name=_NAME,
+        directions=[optuna.study.StudyDirection[direction.upper()] for direction in directions],
+        load_if_exists=True,
+    )
 
 
 def _distribution(dimension: Dimension) -> Any:

@@ -188,6 +188,30 @@ def test_a_study_goes_on_with_the_trials_that_changed_options_could_have_made(st
     assert count == 4 - kept
 
 
+def test_a_driver_that_dies_while_it_begins_anew_loses_no_trial(study, tmp_path, monkeypatch):
+    from optuna import Study as Trials
+
+    made = study("bits=2,3", "lr=interval(0,1)")
+    for number, values in [made.ask() for _ in range(4)]:
+        made.tell(number, [float(values["lr"])])
+    before = trials(tmp_path)
+    add, added = Trials.add_trial, []
+
+    def dies(self, trial):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(self, trial)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trials, "add_trial", dies)
+        with pytest.raises(KeyboardInterrupt):
+            study("bits=2,3,4", "lr=interval(0,1)")
+    assert trials(tmp_path) == before
+    study("bits=2,3,4", "lr=interval(0,1)")
+    assert [trial.values for trial in trials(tmp_path)] == [trial.values for trial in before]
+
+
 def test_what_a_driver_left_half_asked_is_left_out(study, tmp_path):
     import optuna
 
