@@ -23,7 +23,7 @@ from accel.decoding.ties import Ties
 from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.errors import UserError
 from cluster import recovery
-from cluster.drafting import Address, DrafterActor, learns
+from cluster.drafting import PATIENCE_SECONDS, Address, DrafterActor, learns
 from cluster.placement import check, grows, nodes, packs
 from cluster.verifier import OnTokens, Spec, VerifierActor, make_memory, sharing_refusal
 
@@ -258,7 +258,11 @@ class Decoders:
 
         actor = self._drafters.actors[0] if self.shared else self._free()
         try:
-            found: Mapping[str, Tensor] = recovery.get(actor.learned.remote()) if actor else {}
+            promise = actor.learned.remote() if actor else None
+            # A verifier may be in the middle of something; a drafter that takes so long stands still.
+            patience = PATIENCE_SECONDS if self.shared else None
+            there = promise is not None and ray.wait([promise], timeout=patience)[0]
+            found: Mapping[str, Tensor] = recovery.get(promise) if there else {}
         except ray.exceptions.RayError as error:
             _check_lost(error)
             found = {}

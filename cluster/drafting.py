@@ -4,6 +4,7 @@ What travels: committed and drafted ids, parents, labels, and where a drafter ob
 probabilities of its most probable tokens. Distributions over the vocabulary do not.
 """
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from accel.decoding.tree import DraftTree, Draws
 from cluster.recovery import is_loss
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
+_LOG = logging.getLogger(__name__)
+# A drafter that has not answered for so many seconds is decoded without until it does.
+PATIENCE_SECONDS = 10.0
 # What is to be observed is sent with the next proposal, and on its own once there is this much of it.
 _EVENTS_AT_MOST = 256
 _SECONDS_BETWEEN_TRIES = 0.2
@@ -192,12 +196,14 @@ class Address(NamedTuple):
 class Connection:
     """A verifier's line to a drafter actor; where that is lost, its successor is looked for.
 
-    client: the verifier's name. number: of the drafters found so far. lost: how often one was gone.
+    A drafter that stands still counts as not there until it has answered, and then as another one, which is told of
+    every sequence anew. client: the verifier's name. number: of the drafters found so far. lost: how many were gone.
     """
 
     def __init__(self, address: Address, client: str) -> None:
         self._address, self._client = address, client
         self._handle: Any = None
+        self._late: Any = None
         self._events: list[Event] = []
         self._tried = -_SECONDS_BETWEEN_TRIES
         self._keys = 0
@@ -213,6 +219,16 @@ class Connection:
         """Whether there is a drafter as far as is known."""
         import ray
 
+        if self._late is not None:
+            if not ray.wait([self._late], timeout=0)[0]:
+                return False
+            late, self._late = self._late, None
+            if self._answer(late) is not None:
+                _LOG.info("the drafter answers again")
+                # It may have missed that sequences ended.
+                self._handle.forget.remote(self._client)
+                self.number += 1
+                self._events = []
         now = time.monotonic()
         if self._handle is None and now - self._tried >= _SECONDS_BETWEEN_TRIES:
             self._tried = now
@@ -236,17 +252,24 @@ class Connection:
 
     def flush(self) -> None:
         """Say what is to be said now, and wait for nothing."""
-        if self._handle is not None:
+        if self._handle is not None and self._late is None:
             self._handle.serve.remote(self._client, self._events, [], 0)
         self._events = []
 
     def ask(self, asked: Sequence[tuple[int, list[int]]], budget: int) -> list[Plain] | None:
-        """Trees of some sequences; None where the drafter is gone."""
+        """Trees of some sequences; None where the drafter is gone, or stands still."""
+        events, self._events = self._events, []
+        return self._answer(self._handle.serve.remote(self._client, events, asked, budget))
+
+    def _answer(self, promise: Any) -> list[Plain] | None:
         import ray
 
-        events, self._events = self._events, []
         try:
-            found: list[Plain] = ray.get(self._handle.serve.remote(self._client, events, asked, budget))
+            found: list[Plain] = ray.get(promise, timeout=PATIENCE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            _LOG.warning("the drafter has not answered for %.0f s: without drafts until it does", PATIENCE_SECONDS)
+            self._late = promise
+            return None
         except ray.exceptions.RayError as error:
             if not is_loss(error):
                 raise

@@ -1,5 +1,6 @@
 """A drafter behind a connection, in this process: what travels, and that it is the same drafter."""
 
+import logging
 import pickle
 from types import SimpleNamespace
 
@@ -24,34 +25,42 @@ BOTH = Union((PromptLookup(), TokenRecycling()))
 
 
 class Line:
-    """The actor as its handle: calls go through pickle. dead: whether it is lost."""
+    """The actor as its handle: calls go through pickle. dead: whether it is lost; still: whether it does nothing."""
 
     def __init__(self, drafter):
         memory = drafter.new_memory(Models(tiny.VOCABULARY))
         self.actor = DrafterActor(drafter, lambda: memory)
         self.actor.prepare()
         self.calls = []
-        self.dead = False
+        self.dead = self.still = False
 
     def __getattr__(self, name):
         def remote(*arguments):
             self.calls.append(pickle.dumps(arguments))
-            return (lambda: self._dead()) if self.dead else (lambda: getattr(self.actor, name)(*self._sent()))
+            sent, made = self.calls[-1], []
+
+            def answer():
+                if self.dead:
+                    raise ray.exceptions.ActorDiedError
+                if self.still:
+                    raise ray.exceptions.GetTimeoutError
+                # Once, however often it is asked for.
+                made[:] = made or [getattr(self.actor, name)(*pickle.loads(sent))]
+                return made[0]
+
+            if name == "forget":  # nobody gets what is only said
+                answer()
+            return answer
 
         return SimpleNamespace(remote=remote)
-
-    def _sent(self):
-        return pickle.loads(self.calls[-1])
-
-    def _dead(self):
-        raise ray.exceptions.ActorDiedError
 
 
 @pytest.fixture
 def line(monkeypatch):
     """An actor with the union, the one that every connection finds."""
     found = SimpleNamespace(handle=Line(BOTH))
-    monkeypatch.setattr(ray, "get", lambda call: pickle.loads(pickle.dumps(call())))
+    monkeypatch.setattr(ray, "get", lambda call, timeout=None: pickle.loads(pickle.dumps(call())))
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls) if found.handle.still else (calls, []))
     monkeypatch.setattr(ray, "get_actor", lambda name: found.handle)
     # Nobody gets what is only said.
     original = Connection.flush
@@ -59,7 +68,7 @@ def line(monkeypatch):
     def flush(self):
         events, handle = list(self._events), self._handle
         original(self)
-        if handle is not None and not handle.dead:
+        if handle is not None and not handle.dead and not handle.still:
             handle.actor.serve(self._client, events, [], 0)
 
     monkeypatch.setattr(Connection, "flush", flush)
@@ -126,16 +135,16 @@ def test_passes_without_drafts_and_trees_that_were_cut_are_observed_as_they_were
 
 
 class LosesTheDrafter(Fixed):
-    """Before the sixth pass the drafter is gone, from the ninth on there is another."""
+    """Before the sixth pass the drafter is gone or stands still, from the ninth on there is another, or it goes on."""
 
-    def __init__(self, line):
+    def __init__(self, line, fault="dead"):
         super().__init__(8)
-        self.line, self.asked, self.trees = line, 0, []
+        self.line, self.fault, self.asked, self.trees = line, fault, 0, []
 
     def budget(self, sequences):
         self.asked += 1
-        self.line.handle.dead = 6 <= self.asked < 9
-        if self.asked == 9:
+        setattr(self.line.handle, self.fault, 6 <= self.asked < 9)
+        if self.asked == 9 and self.fault == "dead":
             self.line.handle = Line(BOTH)
         return 8
 
@@ -151,6 +160,20 @@ def test_without_a_drafter_nothing_is_drafted_and_the_next_one_hears_of_every_se
     found, _, _ = decoded(RemoteDrafter(BOTH), connection, policy)
     assert found == plain
     assert connection.lost == 3
+    assert {nodes for asked, nodes in policy.trees if 6 <= asked < 9} == {0}
+    assert any(nodes for asked, nodes in policy.trees if asked >= 9)
+    assert not line.handle.actor._sequences
+
+
+def test_a_drafter_that_stands_still_is_decoded_without_until_it_answers(line, caplog):
+    plain, _, _ = decoded(None, policy=Fixed(0))
+    policy = LosesTheDrafter(line, "still")
+    connection = Connection(Address("name"), "0")
+    with caplog.at_level(logging.WARNING):
+        found, _, _ = decoded(RemoteDrafter(BOTH), connection, policy)
+    assert found == plain
+    assert (connection.lost, connection.number) == (0, 1)
+    assert caplog.text.count("the drafter has not answered for 10 s") == 1
     assert {nodes for asked, nodes in policy.trees if 6 <= asked < 9} == {0}
     assert any(nodes for asked, nodes in policy.trees if asked >= 9)
     assert not line.handle.actor._sequences
