@@ -10,6 +10,8 @@ from accel.compression.quantizers.base import Scheme
 from accel.compression.search.candidates import Candidates
 from accel.compression.search.fitness import KL
 from accel.compression.settings import Task
+from accel.models.architecture import Architecture
+from accel.models.checkpoint import Checkpoint
 from cluster.evaluators import Model
 from tests.compression import local
 
@@ -28,4 +30,11 @@ def make(
     model = Model(source, chosen.output, tuple(units), tokens, KL(), batch=1)
     generator = torch.Generator().manual_seed(0)
     genomes = [tuple(row) for row in torch.randint(len(LEVELS), (candidates, len(units)), generator=generator).tolist()]
-    return model, genomes, Candidates(architecture, units, database.weight, tokens, KL(), batch=1)
+    return model, genomes, alone(model)
+
+
+def alone(model: Model) -> Candidates:
+    """What measures candidates in this process."""
+    architecture = Architecture(Checkpoint(model.checkpoint))
+    weight = LevelDatabase.read(model.levels, architecture).weight
+    return Candidates(architecture, model.units, weight, model.tokens, KL(), batch=model.batch)

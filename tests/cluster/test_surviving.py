@@ -84,10 +84,9 @@ def cluster():
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("propagate", ["quantized", "original"])
-def test_a_compression_that_loses_a_node_ends_with_the_same_bytes(propagate, source, tmp_path, cluster):
-    local.compress(local.settings(source, tmp_path / "alone", propagate=propagate), TOKENS)
-    chosen = local.settings(source, tmp_path / "out", propagate=propagate)
+def test_a_compression_that_loses_a_node_ends_with_the_same_bytes(source, tmp_path, cluster):
+    local.compress(local.settings(source, tmp_path / "alone"), TOKENS)
+    chosen = local.settings(source, tmp_path / "out")
     blocks, restarts, lines = cluster(two_nodes.compress, chosen, TOKENS)
     assert local.contents(tmp_path / "out") == local.contents(tmp_path / "alone")
     assert blocks == [0, 1, 2, 3], "each once"

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
 from accel.models.families import FAMILIES
 from jobs.cli import main
 from tests.models import tiny
@@ -157,14 +159,9 @@ def test_a_damaged_checkpoint_is_refused(case, job, folder, refused):
 
 
 NOT_FINITE = {
-    "NaN in a linear layer": (UP, torch.nan, {}),
-    "Inf in a linear layer": (UP, torch.inf, {"quantizer": "round_to_nearest"}),
-    "-Inf in a norm": ("model.layers.0.input_layernorm.weight", -torch.inf, {}),
-    "NaN in the head": ("lm_head.weight", torch.nan, {"workers": "2"}),
+    "NaN in a layer left alone": (UP, torch.nan, {"ignore": "up_proj", "overwrite": "true"}),
     # The last row: no calibration token needs to reach it.
-    "Inf in the embedding": ("model.embed_tokens.weight", torch.inf, {}),
-    "NaN in a layer left alone": (UP, torch.nan, {"ignore": "up_proj"}),
-    "NaN with overwrite": (UP, torch.nan, {"overwrite": "true"}),
+    "Inf in the embedding": ("model.embed_tokens.weight", torch.inf, {"quantizer": "round_to_nearest", "workers": "2"}),
 }
 
 
@@ -176,11 +173,21 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(case, r
     refused("compress", options, [f"tensor {name} in ", "must be finite"])
 
 
+@pytest.mark.parametrize("name", [UP, "model.layers.0.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_every_tensor_is_checked(name, value, folder):
+    fill(name, value)
+    checkpoint = Checkpoint(folder / "model")
+    for sound in set(checkpoint.names) - {name}:
+        checkpoint.check(sound)
+    with pytest.raises(UserError, match=f"tensor {name} in .*/model holds .* values: every weight must be finite"):
+        checkpoint.check(name)
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("name", [UP, "model.embed_tokens.weight"])
-def test_evaluate_names_a_weight_that_is_not_finite(name, refused, ray_session):
-    fill(name, torch.nan)
-    refused("evaluate", {}, [f"tensor {name} in ", "/model holds NaN values", "must be finite"])
+def test_evaluate_names_a_weight_that_is_not_finite(refused, ray_session):
+    fill(UP, torch.nan)
+    refused("evaluate", {}, [f"tensor {UP} in ", "/model holds NaN values", "must be finite"])
 
 
 @pytest.mark.ray
