@@ -1,5 +1,6 @@
 """How many weights are worked on at once: few on a processor, with its caches; many on a GPU, with its launches."""
 
+import torch
 from torch import Tensor
 
 # Solved at once on a processor.
@@ -30,8 +31,6 @@ def searched_weights(on_gpu: bool) -> int:
 
 def slab_of(device: str) -> int:
     """Weights that are solved at once on a device of torch."""
-    import torch
-
     on_gpu = torch.device(device).type == "cuda"
     return slab_weights(torch.cuda.get_device_properties(device).total_memory if on_gpu else 0)
 
