@@ -49,10 +49,9 @@ def test_what_was_measured_is_not_measured_again(made, ray_session):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("batch", [1, 2])
-def test_sequences_that_are_known_of_some_candidates_change_no_bit(batch, made, ray_session):
+def test_sequences_that_are_known_of_some_candidates_change_no_bit(made, ray_session):
     model, genomes, _ = made
-    model = dataclasses.replace(model, batch=batch)
+    model = dataclasses.replace(model, batch=2)
     expected = searching.alone(model).evaluate(genomes, SAMPLES[1])
     other = Evaluators(model, 2)
     # One sequence alone runs in another batch than with its neighbour, and the two are kept apart.

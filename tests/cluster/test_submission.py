@@ -23,7 +23,7 @@ COMPRESS = [
     "output=out",
     "calibration.sequences=8",
     "calibration.sequence_length=64",
-    "evaluation.sequences=2",
+    "evaluation.sequences=0",
     "workers=1",
 ]
 
