@@ -8,7 +8,7 @@ from typing import Any
 
 from accel.errors import UserError, is_disk_full
 from jobs.help import benchmark_names, benchmark_schema, command_names, job_help, overview
-from jobs.options import MULTIRUN, PLAN, nearest, split_plan
+from jobs.options import MULTIRUN, nearest, split_plan
 from jobs.schema import JOBS, Run
 
 _HELP = ("-h", "--help", "help")
@@ -64,8 +64,6 @@ def _main(words: list[str]) -> int:
         return 0
     plans, words = split_plan(words)
     if any(word in MULTIRUN for word in words):
-        if plans:
-            raise UserError(f"{PLAN} plans one run: leave --multirun and lists of values out")
         return _sweep(job, name, [word for word in words if word not in MULTIRUN])
     if plans:
         from jobs.planning import plan_words

@@ -158,8 +158,10 @@ def method_options(group: str, name: str) -> list[Option]:
 
 
 def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
-    """Whether a dry run is asked for, and the words without that one."""
+    """Whether a dry run is asked for, and the words without that one; UserError for one of a sweep."""
     words = list(words)
+    if PLAN in words and set(MULTIRUN) & set(words):
+        raise UserError(f"{PLAN} plans one run: leave --multirun and lists of values out")
     return PLAN in words, [word for word in words if word not in (PLAN, "plan=false")]
 
 

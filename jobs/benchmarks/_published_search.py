@@ -11,10 +11,10 @@ class PublishedSearch:
     """The peer's search beside ours, of the same model, levels and tokens.
 
     model: as `hasten search` takes it. levels: finished database of quantized levels, one for every number of bits.
-    source: text that candidates are compared on, of which 8 sequences are taken. folder: for everything that is made.
+    source: text that candidates are compared on, and how many sequences of it. folder: for everything that is made.
     """
 
-    def __init__(self, model: str, levels: Path, source: str, folder: Path) -> None:
+    def __init__(self, model: str, levels: Path, source: str, sequences: int, folder: Path) -> None:
         from accel.compression.levels.database import LevelDatabase
         from accel.compression.levels.units import make_units
         from accel.models.architecture import Architecture
@@ -27,7 +27,7 @@ class PublishedSearch:
         self._architecture = Architecture(Checkpoint(self._path))
         self._database = LevelDatabase.read(levels.absolute(), self._architecture)
         self._units = make_units(self._database, "none")
-        self._source, self._folder = source, folder
+        self._source, self._sequences, self._folder = source, sequences, folder
 
     def run(self, python: str, checkout: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
         """CPU seconds, bits of every layer, and bytes a weight of the peer's database."""
@@ -39,9 +39,8 @@ class PublishedSearch:
         chosen = SearchTokens()
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "tokens.npy"
-        drawn = load_tokens(
-            self._source, self._tokenizer, 8, chosen.sequence_length, "train", chosen.seed, self._vocabulary
-        )
+        size = self._sequences, chosen.sequence_length
+        drawn = load_tokens(self._source, self._tokenizer, *size, "train", chosen.seed, self._vocabulary)
         np.save(file, drawn.numpy())
         place = self._folder / "database"
         written = self._write(place)

@@ -14,8 +14,9 @@ from jobs.schema import MODEL, SOURCE, Run, option
 
 LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"
+_SEQUENCES = 8
 # The search of which the peer's cost was published, and its schedule; five levels.
-_PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": 8}
+_PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": _SEQUENCES}
 _SCHEDULE = {
     "allocator.generations": 10,
     "allocator.offspring": 12,
@@ -126,7 +127,7 @@ def _peer(config: Config, folder: Path) -> dict[str, Any]:
 
     LOG.info("the published search by its own code")
     search = PublishedSearch(
-        model=config.model, levels=folder / "five" / "model", source=config.search_source, folder=folder / "evopress"
+        config.model, folder / "five" / "model", config.search_source, _SEQUENCES, folder / "evopress"
     )
     options = {name.removeprefix("allocator."): str(value).strip("[]") for name, value in _SCHEDULE.items()}
     options["step_tokens"] = options.pop("tokens")

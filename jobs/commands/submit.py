@@ -88,12 +88,12 @@ def _check(job: str, name: str | None, words: list[str]) -> None:
     for word in words:
         if word.partition("=")[0] in own:
             raise UserError(f"{word} belongs to submit: it comes before {job}")
+    plans, words = split_plan(words)
     if set(MULTIRUN) & set(words):
         from jobs.sweep.run import check
 
         check(job, name, _schema(job, name), [word for word in words if word not in MULTIRUN])
         return
-    plans, words = split_plan(words)
     if plans:
         from jobs.planning import parse_words
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError
+from cluster.storage import Remote, in_place, is_uri
 from jobs.options import Option, options
 from jobs.schema import Run
 
@@ -87,7 +88,7 @@ class Points:
     def sends(self, point: Point) -> bool:
         """Whether a point sends what it makes to a store by its URI, which it does after it wrote its report."""
         texts = [_at(point.config, item.key) for item in self._options if item.path in ("out", "state")]
-        return any(text and "://" in text and not text.startswith("file://") for text in texts)
+        return any(text and is_uri(text) and in_place(text) is None for text in texts)
 
     def check_inputs(self, points: Sequence[Point]) -> None:
         """UserError for a path that a point is to read and that is not there."""
@@ -111,14 +112,14 @@ class Points:
         found = {}
         for item in self._options:
             text = _at(point.config, item.key) if item.path == "out" else None
-            if text and "://" not in text and not Path(text).is_relative_to(self._folder):
+            if text and not is_uri(text) and not Path(text).is_relative_to(self._folder):
                 found[item.key] = Path(text).expanduser().parent
         return found
 
     def _inputs(self, point: Point) -> list[tuple[str, str]]:
         """Options that are read, with their texts, where they are no URIs."""
         texts = [(item.key, _at(point.config, item.key)) for item in self._options if item.path == "in"]
-        return [(key, text) for key, text in texts if text and "://" not in text]
+        return [(key, text) for key, text in texts if text and not is_uri(text)]
 
     def _place(self, config: Any, name: str, values: Mapping[str, str]) -> None:
         """Give the point a folder of its own, and what it makes a place that no other point has."""
@@ -183,8 +184,6 @@ def _at(config: Any, key: str) -> Any:
 
 def _identity(value: str | None, key: str, looks: bool) -> Any:
     """What tells a file or folder from another of the same name; None for names, and what is not on this machine."""
-    from cluster.storage import Remote, is_uri
-
     if not value:
         return None
     if is_uri(value):

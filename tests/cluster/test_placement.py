@@ -29,6 +29,7 @@ FITS = {
 @pytest.mark.parametrize("bundles", FITS.values(), ids=list(FITS))
 def test_what_fits_passes(cluster, bundles):
     check(bundles, "workers=4")
+    assert packs(TWO_NODES, bundles)
 
 
 def test_more_than_there_is_names_the_cluster_the_options_and_the_need(cluster):

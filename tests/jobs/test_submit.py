@@ -78,6 +78,12 @@ def test_a_plan_with_a_mistake_is_not_sent(sent, folder, capsys, word):
     assert word.partition("=")[0] in capsys.readouterr().err
 
 
+def test_a_sweep_has_no_plan(sent, folder, capsys):
+    assert main(["submit", "--no-wait", "compress", "--multirun", "bits=2,3", "plan=true"]) == 2
+    assert sent == []
+    assert "plan=true plans one run" in capsys.readouterr().err
+
+
 def test_a_job_joins_the_cluster_that_it_runs_on(sent, folder):
     assert words_of(sent, "compress", "address=other:6379") == ["compress", "address=other:6379"]
     assert words_of(sent, "pretrain") == ["pretrain"], "it has no address"

@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Search, and write {"cpu_seconds", "wall_seconds", "levels": {layer: bits}, "bits"}."""
+    """Search, and write {"cpu_seconds", "wall_seconds", "levels": {layer: bits}}."""
     options = arguments()
     sys.path.insert(0, options.checkout)
     try:
