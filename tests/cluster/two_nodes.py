@@ -102,12 +102,18 @@ def search(model: Model, genomes: Sequence[Genome], sample: Sample) -> tuple[lis
     with second_node() as lines:
         pool = Evaluators(model, 2)
         pool(genomes[:1], sample)
+        # What is not there yet is no loss.
+        wait_for(lambda: len(processes("Evaluator")) == 2)
         killer = threading.Timer(0.05, kill_node)
         killer.start()
         found = pool(genomes, sample)
         killer.join()
-        # The next generation meets the loss, if this one was through before it.
         again = pool([genome[::-1] for genome in genomes], sample)
+        # The other one takes what is late: it may be through with all before Ray knows of the loss, which others meet.
+        shift, deadline = 0, time.monotonic() + 60
+        while not pool.restarts and time.monotonic() < deadline:
+            shift += 1
+            pool([genome[shift:] + genome[:shift] for genome in genomes], sample)
         pool.close()
         return found + again, pool.restarts, lines
 
