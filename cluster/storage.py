@@ -49,12 +49,6 @@ def in_place(uri: str) -> Path | None:
     return Path(uri[len(_FILE) :]).absolute() if uri.lower().startswith(_FILE) else None
 
 
-def default_cache() -> Path:
-    """Folder for local copies: HASTEN_CACHE, or hasten in the user's cache folder."""
-    named = os.environ.get("HASTEN_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hasten")
-
-
 @dataclass(frozen=True)
 class Entry:
     """What a store says of a file: its bytes, and a text that is another one once the file was replaced."""

@@ -35,7 +35,8 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
         return
     from cluster.mirror import Mirror
     from cluster.naming import called
-    from cluster.storage import default_cache, in_place, localized
+    from cluster.storage import in_place, localized
+    from kernels.cache import default_cache
 
     cache = Path(config.cache) if config.cache else default_cache()
     local = copy.deepcopy(config)

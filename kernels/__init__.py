@@ -1,1 +1,1 @@
-"""One op per file: torch reference, Triton kernel, one dispatch function."""
+"""One op per file: torch reference, kernel in Triton or C, one dispatch function."""

@@ -1,10 +1,16 @@
-"""The one place that chooses between a Triton kernel and its torch reference."""
+"""The one place that chooses between a kernel and its torch reference."""
 
 import os
 
+import torch
 from torch import Tensor
 
 
 def use_triton(tensor: Tensor) -> bool:
     """Whether ops on this tensor run as Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_compiled(tensor: Tensor) -> bool:
+    """Whether ops on this tensor run as C that is compiled for the processor, where there is a compiler."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -1,6 +1,9 @@
 """Decoding: targets with their caches, drafters with theirs, passes that read all weights once."""
 
 from dataclasses import dataclass
+from math import prod
+
+import torch
 
 from accel.planning.estimate import Estimate, Process, Rates, Step, Work
 from accel.planning.model import Model
@@ -76,10 +79,13 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
     return Estimate((process, driver), tuple(_steps(one, slots, rates)), _moved(one), 0, {"completions": written})
 
 
-def pass_work(model: Model, sequences: int, tokens: int, length: int) -> Work:
-    """A pass over so many tokens of each sequence, with so many in the caches: all weights are read."""
+def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
+    """A pass over so many tokens of each sequence, with so many in the caches: all weights are read.
+
+    itemsize: bytes of a weight; None is those of the model's dtype.
+    """
     rows = sequences * tokens
-    weights = model.elements() * model.dtype.itemsize
+    weights = model.elements() * (itemsize or model.dtype.itemsize)
     flops = rows * (2.0 * model.elements() + 4 * length * model.attention * model.blocks)
     cache = sequences * length * model.token_bytes
     launches = model.blocks * _LAUNCHES_OF_A_BLOCK + _LAUNCHES_OF_A_PASS
@@ -89,19 +95,31 @@ def pass_work(model: Model, sequences: int, tokens: int, length: int) -> Work:
 
 
 def _weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
-    """The model in memory; the fast path on a CPU keeps weights transposed, and once more in the library's order."""
-    size = model.elements() * model.dtype.itemsize
+    """The model in memory; the fast path on a CPU has a head that is the embedding twice.
+
+    In float32 it keeps weights of two bytes as they are, and others once more in the library's order.
+    """
+    itemsize = _itemsize(model, fast, on_device)
     if not fast or on_device:
-        return {"weights": size}
+        return {"weights": model.elements() * itemsize}
     checkpoint = model.architecture.checkpoint
-    embedding = 0
+    elements = model.elements()
     for name in model.architecture.outer_tensors():
         if "embed_tokens" in name and name == model.architecture.head_name():
-            embedding = checkpoint.nbytes(name) // checkpoint.dtype(name).itemsize * model.dtype.itemsize
-    found = {"weights": size + embedding}
-    if model.dtype.itemsize == 4:
+            elements += prod(checkpoint.shape(name))
+    size = elements * itemsize
+    found = {"weights": size}
+    if itemsize == 4:
         found["weights in the library's order"] = min(_MOST_PACKED_BYTES, size)
     return found
+
+
+def _itemsize(model: Model, fast: bool, on_device: bool) -> int:
+    """Bytes of a weight that a pass reads; the fast path on a CPU keeps those of bfloat16 as they are."""
+    if not fast or on_device:
+        return model.dtype.itemsize
+    stored = model.architecture.checkpoint.dtype(model.architecture.head_name())
+    return 2 if stored == torch.bfloat16 else model.dtype.itemsize
 
 
 def _loaded(model: Model, fast: bool) -> int:
@@ -145,10 +163,12 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
     per_worker = -(-one.prompts // one.workers)
     passes = one.new_tokens / one.tokens_per_pass * -(-per_worker // slots)
     width = 1 if one.tokens_per_pass == 1 else 1 + min(8, one.drafted)
-    decode = pass_work(one.target, min(slots, per_worker), width, length) * passes
+    itemsize = _itemsize(one.target, one.fast, bool(one.gpus))
+    decode = pass_work(one.target, min(slots, per_worker), width, length, itemsize) * passes
     if one.draft is not None and one.tokens_per_pass > 1:
-        decode += pass_work(one.draft, min(slots, per_worker), 1, length) * (passes * min(8, one.drafted))
-    prefill = pass_work(one.target, 1, max(1, int(one.prompt_tokens)), length) * per_worker
+        own = _itemsize(one.draft, one.fast, bool(one.gpus))
+        decode += pass_work(one.draft, min(slots, per_worker), 1, length, own) * (passes * min(8, one.drafted))
+    prefill = pass_work(one.target, 1, max(1, int(one.prompt_tokens)), length, itemsize) * per_worker
     load = Work(elements=3 * one.target.elements(), file_bytes=4 * one.target.elements() * one.target.dtype.itemsize)
     begin = load.seconds(rates)
     timing = 0.0
@@ -156,7 +176,8 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
         sizes = [1 << power for power in range(one.drafted.bit_length())]
         for size in [*sizes, one.drafted + 1]:
             for sequences in {1, one.in_flight}:
-                timing += pass_work(one.target, sequences, size, length).seconds(rates) * _TIMED_PASSES
+                work = pass_work(one.target, sequences, size, length, itemsize)
+                timing += work.seconds(rates) * _TIMED_PASSES
     seconds = {
         "load": begin,
         "time the passes": timing,

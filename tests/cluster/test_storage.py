@@ -10,7 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from accel.errors import UserError
-from cluster.storage import Remote, default_cache, is_uri, localized, locked
+from cluster.storage import Remote, is_uri, localized, locked
+from kernels.cache import default_cache
 
 FILES = {"config.json": b"{}", "a b/part 1#2 [x].bin": b"12345", "model.safetensors": bytes(range(200))}
 

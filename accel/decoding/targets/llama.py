@@ -1,8 +1,8 @@
 """The fast path: Llama-like decoders as a handful of fused operations over one pre-allocated cache.
 
 transformers spends half of a small model's step between its operations. Here the weights of a layer are fused (query,
-key and value; gate and up), its cache is one tensor, a tree's mask is made once for all layers, and passes of few rows
-multiply by weights that lie in the order in which the CPU's matrix product reads them.
+key and value; gate and up), its cache is one tensor, a tree's mask is made once for all layers, and weights lie in the
+order in which the CPU's matrix product reads them, in bfloat16 where that holds their values.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from accel.decoding.targets.base import Pass, Target
 from accel.decoding.targets.matmul import Norm, Weight
 from accel.errors import UserError
+from kernels.few_rows import shortened
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _SHORTEST = 256  # places that a compiled pass reads at least
@@ -84,6 +85,9 @@ class LlamaTarget(Target):
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._eps = config.rms_norm_eps
         self._embedding = model.get_input_embeddings().weight.detach()
+        if model.device.type == "cpu":
+            short = shortened(self._embedding)
+            self._embedding = self._embedding if short is None else short
         self._norm = Norm(model.model.norm.weight.detach(), self._eps)
         # What torch compiles must not call operations that its compiler takes apart.
         self._packs = not compiled
@@ -190,7 +194,7 @@ class LlamaTarget(Target):
         """Last hidden states (rows, D) of the new nodes, normed."""
         count, width = ids.shape
         rows = count * width
-        x = self._embedding[ids.view(-1)]
+        x = self._embedding[ids.view(-1)].to(self.dtype)
         cis = self._cis[positions.view(-1)][:, None]
         if self._in_place:
             cis = torch.view_as_complex(cis)

@@ -1,7 +1,8 @@
 """Products and norms of few rows, which decoding is made of.
 
-On a CPU with MKL a product of 2 to 24 rows runs up to twice as fast by weights that were put into MKL's own order
-before. MKL promises that order for one number of rows; it was found to serve all, which is checked for every weight.
+On a CPU, float32 weights whose values bfloat16 holds are kept in it and multiplied by a kernel of ours. Others lie in
+MKL's own order where there is MKL: a product of 2 to 24 rows is up to twice as fast so. MKL promises that order for one
+number of rows; it was found to serve all, which is checked for every weight.
 """
 
 import weakref
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.few_rows import few_rows, pack
+
 # Beyond so many rows the plain product is as fast.
 _MOST_ROWS = 24
 # Second copies of weights may take this much in a process; what comes later is multiplied plainly.
@@ -19,12 +22,15 @@ _CHECKED_ROWS = (2, 3, 8)
 
 
 class Weight:
-    """A weight (out, in) and its bias; packs: whether it may be kept in MKL's order, too."""
+    """A weight (out, in) and its bias; packs: whether it may be kept in another order."""
 
     _packed_bytes = 0
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
-        self.bias = bias
+        self.bias, self._outputs = bias, weight.shape[0]
+        self._panels = pack(weight) if packs else None
+        if self._panels is not None:
+            return
         size = weight.numel() * 4
         self._packed = _packed(weight.contiguous()) if packs and Weight._packed_bytes + size <= _MOST_BYTES else None
         if self._packed is not None:
@@ -37,6 +43,9 @@ class Weight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Product (rows, out) of an input (rows, in)."""
+        if self._panels is not None:
+            out = few_rows(x, self._panels, self._outputs)
+            return out if self.bias is None else out.add_(self.bias)
         rows = x.shape[0]
         if self._packed is not None and 1 < rows <= _MOST_ROWS:
             found: Tensor = _MKL_LINEAR(x, self._packed, self._weight, self.bias, rows)

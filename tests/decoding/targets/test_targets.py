@@ -128,11 +128,13 @@ def test_a_sequence_that_was_cut_goes_on_otherwise(kind):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 24, 25, 70])
-def test_packed_products_are_plain_ones(rows):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_are_plain_ones(rows, dtype):
     from accel.decoding.targets.matmul import Weight
 
     generator = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(48, 32, generator=generator), torch.randn(48, generator=generator)
+    weight = weight.to(dtype).float()  # what bfloat16 holds takes another way
     x = torch.randn(rows, 32, generator=generator)
     for packs in (True, False):
         torch.testing.assert_close(Weight(weight, bias, packs)(x), x @ weight.T + bias, atol=1e-4, rtol=1e-4)
@@ -148,9 +150,9 @@ def test_room_for_packed_weights_is_given_back(monkeypatch):
     monkeypatch.setattr(matmul, "_MOST_BYTES", held + 48 * 32 * 4)
     assert matmul.Weight(torch.ones(48, 32, dtype=torch.bfloat16))._packed is None, "takes no room"
     for _ in range(2):
-        weight = matmul.Weight(torch.ones(48, 32))
+        weight = matmul.Weight(torch.full((48, 32), 0.1))
         assert weight._packed is not None
-        assert matmul.Weight(torch.ones(48, 32))._packed is None, "there is room for one"
+        assert matmul.Weight(torch.full((48, 32), 0.1))._packed is None, "there is room for one"
         del weight
     assert matmul.Weight._packed_bytes == held
 
