@@ -320,7 +320,6 @@ class Search:
             "start": list(start),
             "fitness": repr(self._fitness),
             "tokens": fingerprint(self._tokens),
-            "batch": config.search.batch,
             "seed": config.seed,
             "dtype": str(self._measuring.dtype),
         }

@@ -1,6 +1,7 @@
 """What the jobs that calibrate share: their checkpoint, tokens and settings, and the pass with its progress."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) 
         calibration.seed,
         vocabulary_size(settings.checkpoint),
     )
+
+
+def open_output(output: Any, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    """Open the folder that a calibration pass fills; says what this run does otherwise than the one that began it."""
+    output.open(fingerprint, overwrite)
+    for change in output.changed(fingerprint):
+        _LOG.warning("%s=%s goes on with another %s; the last bits may differ", output.option, output.path, change)
 
 
 def run_pass(compression: Any, title: str, tracker: Any) -> None:

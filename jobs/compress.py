@@ -10,7 +10,7 @@ from jobs.schema import CompressConfig
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
     from cluster.calibration_pass import CalibrationPass
-    from jobs.calibration import calibration_tokens, original, run_pass
+    from jobs.calibration import calibration_tokens, open_output, original, run_pass
     from jobs.cluster import joined
     from jobs.compose import plain
     from jobs.quality import held_out_windows
@@ -36,7 +36,7 @@ def run(config: CompressConfig) -> Path:
         run_dir = start(config)
         with tracked(config, "compress", run_dir) as tracker:
             tracker.params(plain(config))
-            output.open(fingerprint, config.overwrite)
+            open_output(output, fingerprint, config.overwrite)
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows)
             report = _report(config, compression, metrics, perf_counter() - started)

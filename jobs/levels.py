@@ -61,7 +61,7 @@ class Building:
     """
 
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
-        from accel.compression.folder import digest
+        from accel.compression.folder import digest, lasting
         from accel.compression.levels.database import LevelDatabase
         from accel.models.checkpoint import Checkpoint
         from cluster.calibration_pass import CalibrationPass
@@ -75,8 +75,8 @@ class Building:
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:
             # Databases of other levels lie beside it.
-            named = self.settings.output.with_name(f"{self.settings.output.name}-{digest(self._fingerprint)[:8]}")
-            self.settings = replace(self.settings, output=named)
+            name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
+            self.settings = replace(self.settings, output=self.settings.output.with_name(name))
         gpus = 1 if self.settings.device == "cuda" else 0
         self._pass = CalibrationPass(self.settings, tokens, config.workers, gpus)
         self._overwrite = overwrite
@@ -97,11 +97,11 @@ class Building:
 
     def run(self, tracker: Any) -> None:
         """Make the database, or what is missing of it; inside a Ray session."""
-        from jobs.calibration import run_pass
+        from jobs.calibration import open_output, run_pass
 
         self._wait()
         try:
-            self.database.open(self._fingerprint, self._overwrite)
+            open_output(self.database, self._fingerprint, self._overwrite)
             if self.database.levels:
                 run_pass(self._pass, "levels", tracker)
             else:

@@ -122,7 +122,6 @@ class Measuring:
             "tokens": fingerprint(tokens),
             "fitness": repr(self._fitness),
             "dtype": str(self.dtype),
-            "batch": self._config.search.batch,
         }
 
 

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name of its own, synced and renamed: processes that write the same at the same time
 do not meet. In `.hasten` stands the fingerprint of everything that decides the folder's bytes; a run with another one
-is refused, and so is a second run while one is at it.
+is refused, but for what memory asks for and the last bits alone depend on, and so is a second run while one is at it.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"
 _SOURCE = "source.json"
 _LOCK = "lock"
+# What may change while a folder is made, as when memory ran out: results differ by the last bits at most.
+_MAY_CHANGE = ("batch", "threads")
 # A run that was just killed may take so long to end.
 _SECONDS_TO_END = 5.0
 
@@ -71,12 +73,16 @@ class ResumableFolder:
         kept = self.path / PROGRESS / _FINGERPRINT
         if not kept.exists():
             raise UserError(f"{self.option}={self.path} holds something else: give a folder that is new or empty")
-        differing = _differences(json.loads(kept.read_text()), fingerprint)
+        differing = _differences(lasting(self.fingerprint), lasting(fingerprint))
         if differing and not overwrite:
             raise UserError(
                 f"{self.option}={self.path} was begun with other settings ({'; '.join(differing)}): "
                 f"run with those, give another {self.option}, or overwrite=true to start again"
             )
+
+    def changed(self, fingerprint: Mapping[str, Any]) -> list[str]:
+        """`key: old value, now new value` for what a run with this fingerprint does otherwise than the first one."""
+        return _differences(self.fingerprint, fingerprint)
 
     def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
         """Make the folder, or go on in one that the same run left behind; UserError as in `check`.
@@ -160,6 +166,11 @@ class ResumableFolder:
             elif path not in (kept, lock_file):
                 path.unlink()
         kept.unlink()
+
+
+def lasting(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a fingerprint may not change while a folder is made."""
+    return {key: value for key, value in fingerprint.items() if key not in _MAY_CHANGE}
 
 
 def digest(fingerprint: Any) -> str:

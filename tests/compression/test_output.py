@@ -40,7 +40,7 @@ def test_other_settings_are_refused_by_name_unless_overwritten(source, tmp_path)
     tokens = tiny.tokens(4)
     chosen = local.settings(source, tmp_path / "out")
     local.compress(chosen, tokens)
-    for changes, word in (({"batch": 3}, "batch: 2, now 3"), ({"ignore": ("up",)}, "ignore")):
+    for changes, word in (({"expert_tokens": 3}, "expert_tokens: 8, now 3"), ({"ignore": ("up",)}, "ignore")):
         other = Task(local.settings(source, tmp_path / "out", **changes))
         fingerprint = other.settings.fingerprint(other.checkpoint, tokens)
         with pytest.raises(UserError, match=word):
@@ -49,6 +49,19 @@ def test_other_settings_are_refused_by_name_unless_overwritten(source, tmp_path)
         other.output.open(chosen.fingerprint(other.checkpoint, tokens + 1), overwrite=False)
     other.output.open(fingerprint, overwrite=True)
     assert not other.output.is_finished(0)
+
+
+def test_a_run_that_lacked_memory_goes_on_with_a_smaller_batch(source, tmp_path):
+    tokens = tiny.tokens(4)
+    chosen = local.settings(source, tmp_path / "out")
+    local.compress(chosen, tokens)
+    other = Task(local.settings(source, tmp_path / "out", batch=1, threads=2))
+    fingerprint = other.settings.fingerprint(other.checkpoint, tokens)
+    other.output.open(fingerprint, overwrite=False)
+    assert other.output.is_finished(0)
+    assert other.output.changed(fingerprint) == ["threads: 1, now 2", "batch: 2, now 1"]
+    other.output.open(fingerprint, overwrite=True)
+    assert other.output.changed(fingerprint) == []
 
 
 def test_another_checkpoint_of_the_same_shapes_is_refused(source, tmp_path):
