@@ -22,6 +22,7 @@ from accel.compression.statistics import split
 from accel.errors import UserError
 from cluster import recovery
 from cluster.calibrator import Calibrator
+from cluster.crew import Crew, wait
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class CalibrationPass:
             if chunks
             else [{} for _ in range(workers)]
         )
-        self._crew = recovery.Crew("a calibrator", workers, settings.threads, gpus, self._start)
+        self._crew = Crew("a calibrator", workers, settings.threads, gpus, self._start)
         # Promises of blocks' sums, one a calibrator, and the groups that they are of; and of the block at work those of
         # successors, in case that the sums of their predecessors went with them.
         self._sums: dict[int, list[Any]] = {}
@@ -268,7 +269,7 @@ class CalibrationPass:
                     reference = solve(block, list(unit), *self._sums.get(block, []))
                     running[reference] = _Call(worker, unit, sum(costs[key] for key in unit), perf_counter())
                 seconds = _SECONDS_BETWEEN_LOOKS if free and not waiting else None
-                for reference in recovery.wait([self._crew], [*running, *self._late], seconds):
+                for reference in wait([self._crew], [*running, *self._late], seconds):
                     if self._late.pop(reference, None) is not None:
                         continue
                     call = running.pop(reference)
@@ -330,7 +331,7 @@ class CalibrationPass:
         """Wait for calls of all calibrators; a user's mistake that one found is raised as it was there."""
         left = list(references)
         while left:
-            for reference in recovery.wait([self._crew], left):
+            for reference in wait([self._crew], left):
                 recovery.get(reference)
                 left.remove(reference)
 

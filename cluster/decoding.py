@@ -23,6 +23,7 @@ from accel.decoding.ties import Ties
 from accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from accel.errors import UserError
 from cluster import recovery
+from cluster.crew import Crew, wait
 from cluster.drafting import PATIENCE_SECONDS, Address, DrafterActor, learns
 from cluster.placement import check, grows, nodes, packs
 from cluster.verifier import OnTokens, Spec, VerifierActor, make_memory, sharing_refusal
@@ -70,8 +71,8 @@ class Decoders:
         self._addresses = [Address(f"hasten-drafter-{name}-{number}") for number in range(drafters)]
         self._clients: dict[int, str] = {}
         with_model = spec.drafter is not None and spec.drafter.needs_draft_model
-        self._verifiers = recovery.Crew("a verifier", workers, spec.threads, gpus, self._start_verifier)
-        self._drafters = recovery.Crew("a drafter", drafters, 1, gpus if with_model else 0, self._start_drafter)
+        self._verifiers = Crew("a verifier", workers, spec.threads, gpus, self._start_verifier)
+        self._drafters = Crew("a drafter", drafters, 1, gpus if with_model else 0, self._start_drafter)
         self._batches = recovery.Batches(
             "in_flight", spec.in_flight, "use a smaller max_new_tokens, a smaller memory_bytes, or fewer workers"
         )
@@ -141,7 +142,7 @@ class Decoders:
         """Results of calls, in their order."""
         left = list(references)
         while left:
-            for reference in recovery.wait([self._verifiers, self._drafters], left):
+            for reference in wait([self._verifiers, self._drafters], left):
                 recovery.get(reference)
                 left.remove(reference)
         return [recovery.get(reference) for reference in references]
@@ -205,7 +206,7 @@ class Decoders:
         import ray
 
         streams = [lot.results for lot in self._lots]
-        first = recovery.wait([self._verifiers, self._drafters], streams, seconds)
+        first = wait([self._verifiers, self._drafters], streams, seconds)
         self._look_after_drafters()
         ready = ray.wait(streams, num_returns=len(streams), timeout=0)[0] if first else []
         return [lot for lot in self._lots if any(lot.results is each for each in ready)]

@@ -22,6 +22,7 @@ from accel.compression.search.evopress import Genome, Sample
 from accel.compression.search.fitness import Fitness
 from accel.compression.statistics import split
 from cluster import recovery
+from cluster.crew import Crew, wait
 from cluster.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # Calls that an evaluator has at once: the next is there when one ends, and the rest are free for others to take.
@@ -161,7 +162,7 @@ class Evaluators:
         self._model = model
         self._gpus = gpus
         self._count = workers
-        self._crew = recovery.Crew("an evaluator", workers, model.threads, gpus, self._start)
+        self._crew = Crew("an evaluator", workers, model.threads, gpus, self._start)
         self._batches = recovery.Batches(
             "search.batch", model.batch, "use a smaller search.sequence_length, or fewer workers on a node"
         )
@@ -258,7 +259,7 @@ class Evaluators:
         losses = 0
         while work.left:
             idle = self._send(calls, work)
-            ready = recovery.wait([self._crew], [*work.running, *self._late], _SECONDS_BETWEEN_LOOKS if idle else None)
+            ready = wait([self._crew], [*work.running, *self._late], _SECONDS_BETWEEN_LOOKS if idle else None)
             for reference in ready:
                 worker, number = work.running.pop(reference, (self._late.pop(reference, -1), -1))
                 if number < 0:

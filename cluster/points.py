@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 from accel.errors import UserError
 from cluster import journal
+from cluster.demand import Demand
 from cluster.environment import environment
-from cluster.placement import check, nodes, packs
+from cluster.placement import check, grows, nodes, packs
 from cluster.resources import release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ class Source(Protocol):
     def next(self) -> Work | None:
         """The next point to start, None where there is none now; asked again when one has ended."""
 
+    def left(self) -> int:
+        """How many more it may give."""
+
     def started(self, work: Work) -> None:
         """A point was handed to the cluster."""
 
@@ -100,8 +104,9 @@ class Pool:
         import ray
 
         held: Work | None = None
+        demand = Demand() if grows() else None
         while not self.stopping:
-            while not self.draining and (self._at_once is None or len(self._running) < self._at_once):
+            while not self.draining and self._room(1) > 0:
                 held = held or source.next()
                 if held is None or (self._running and not self._fits(held)):
                     break
@@ -114,12 +119,19 @@ class Pool:
                 self._running[self._start(held)] = held
                 source.started(held)
                 held = None
+            if demand is not None:
+                if held is None or self.draining:
+                    demand.end()
+                else:
+                    demand.ask(held.needs, self._room(1 + source.left()))
             if not self._running:
                 break
             done, _ = ray.wait(list(self._running), timeout=_WAIT_SECONDS)
             for reference in done:
                 source.ended(self._running.pop(reference), self._ending(reference))
             source.waiting()
+        if demand is not None:
+            demand.end()
         for reference, work in self._running.items():
             ray.cancel(reference, force=True)
             source.ended(work, Ending("stopped"))
@@ -149,6 +161,10 @@ class Pool:
             max_retries=self._retries,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(work.threads)}},
         )
+
+    def _room(self, count: int) -> int:
+        """How many of so many points may start, by `at_once` alone."""
+        return count if self._at_once is None else min(count, self._at_once - len(self._running))
 
     def _fits(self, work: Work) -> bool:
         taken = [bundle for other in self._running.values() for bundle in other.needs]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import recovery
+from cluster.crew import Wait, node_ids
 from cluster.placement import grows, nodes, packs
-from cluster.recovery import Batches, Pace, Wait
+from cluster.recovery import Batches, Pace
 
 _LOG = logging.getLogger(__name__)
 # How often it is looked whether tasks are late, and whether there is a place for them.
@@ -54,7 +55,7 @@ class Tasks:
         """Number and result of every task, as they end; inside a Ray session, once."""
         import ray
 
-        self._known = recovery.node_ids()
+        self._known = node_ids()
         while self._left:
             while self._queue and len(self._running) < self._at_once:
                 self._send(self._queue.popleft(), self._cpus)
@@ -117,7 +118,7 @@ class Tasks:
         """Tasks that no node has room for any more share the processors that there are; for GPUs they wait."""
         import ray
 
-        now_known = recovery.node_ids()
+        now_known = node_ids()
         self._known |= now_known
         # Before a loss a task that no node holds waits for one that the autoscaler is yet to add.
         if self._known == now_known and grows():

@@ -107,6 +107,7 @@ class Search:
         from accel.compression.levels.units import dropped_parts, layer_levels
         from accel.evaluation.sizes import sizes
         from accel.models.checkpoint import Checkpoint
+        from jobs.calibration import open_output
         from jobs.progress import Progress
 
         output = self._output(budget)
@@ -116,7 +117,7 @@ class Search:
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
         folder = mixed_output(self._architecture, self.database, levels, output, dropped)
         fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
-        folder.open(fingerprint, self._config.overwrite)
+        open_output(folder, fingerprint, self._config.overwrite)
         try:
             with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
                 layers = write_mixed(folder, self.database, levels, lambda done: progress.update(done, ""))

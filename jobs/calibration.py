@@ -66,7 +66,10 @@ def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) 
 
 
 def open_output(output: Any, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
-    """Open the folder that a calibration pass fills; says what this run does otherwise than the one that began it."""
+    """Open a folder that a run fills block by block; says what this run does otherwise than the one that began it."""
+    from cluster.naming import as_given
+
+    output.source_name = as_given(output.source_name)
     output.open(fingerprint, overwrite)
     for change in output.changed(fingerprint):
         _LOG.warning("%s=%s goes on with another %s; the last bits may differ", output.option, output.path, change)

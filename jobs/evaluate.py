@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from accel.errors import UserError
 from jobs.schema import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)
@@ -78,11 +79,19 @@ def run(config: EvaluateConfig) -> Path:
 
 
 def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
-    from accel.compression.folder import original_of
+    from accel.compression.folder import original_of, source_name
     from accel.models.checkpoint import resolve
+    from cluster.storage import is_uri
+    from jobs.storage import copied
 
     if config.original is not None:
         return resolve(config.original).absolute()
+    uri = source_name(checkpoint.path)
+    if uri is not None and is_uri(uri):
+        try:
+            return copied("original", uri, config.cache)
+        except UserError as error:  # nobody asked for it
+            _LOG.warning("%s", error)
     noted = original_of(checkpoint.path)
     if checkpoint.is_compressed and noted is None:
         _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)

@@ -35,10 +35,9 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
         return
     from cluster.mirror import Mirror
     from cluster.naming import called
-    from cluster.storage import in_place, localized
-    from kernels.cache import default_cache
+    from cluster.storage import in_place
 
-    cache = Path(config.cache) if config.cache else default_cache()
+    cache = _cache(config.cache)
     local = copy.deepcopy(config)
     names: dict[Path, str] = {}
     mirrors: dict[str, Mirror] = {}
@@ -46,8 +45,7 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
         for key, (uri, kind) in given.items():
             path = in_place(uri)
             if path is None and kind == "in":
-                with _progress(f"copy {key}") as progress:
-                    path = localized(uri, cache, key, progress)
+                path = copied(key, uri, config.cache)
             elif path is None:
                 mirrors[key] = Mirror(uri, cache, key)
                 stack.enter_context(mirrors[key].held())
@@ -65,6 +63,20 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
             _failed(error, mirrors)
             raise
         _send(mirrors)
+
+
+def copied(key: str, uri: str, cache: str | None) -> Path:
+    """Local copy of what a job reads at a URI; key: the option. UserError where it cannot be copied."""
+    from cluster.storage import localized
+
+    with _progress(f"copy {key}") as progress:
+        return localized(uri, _cache(cache), key, progress)
+
+
+def _cache(given: str | None) -> Path:
+    from kernels.cache import default_cache
+
+    return Path(given) if given else default_cache()
 
 
 def _given(schema: type[Run], config: Any) -> dict[str, tuple[str, str]]:

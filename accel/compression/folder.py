@@ -44,6 +44,8 @@ class ResumableFolder:
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
         self.source = source
+        # What is noted of it, for those who look for the original: such as the URI that it was copied from.
+        self.source_name = embedded.reference(source)
 
     @property
     def is_complete(self) -> bool:
@@ -140,7 +142,7 @@ class ResumableFolder:
             if leftover.relative_to(self.path).parts[0] not in self.open_to_all:
                 leftover.unlink(missing_ok=True)
         if not (progress / _FINGERPRINT).exists():
-            self.write_json(progress / _SOURCE, {"original": embedded.reference(self.source)})
+            self.write_json(progress / _SOURCE, {"original": self.source_name})
             self.write_json(progress / _FINGERPRINT, dict(fingerprint))
 
     def _is_new(self) -> bool:
@@ -178,13 +180,17 @@ def digest(fingerprint: Any) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def source_name(folder: Path) -> str | None:
+    """What a folder was made from, as it is noted in it: a path, embedded:NAME, or a URI."""
+    noted = folder / PROGRESS / _SOURCE
+    return json.loads(noted.read_text())["original"] if noted.is_file() else None
+
+
 def original_of(folder: Path) -> Path | None:
     """Checkpoint that a folder was made from, if that is noted in it and still there."""
-    noted = folder / PROGRESS / _SOURCE
-    if not noted.is_file():
-        return None
-    original = embedded.referred(json.loads(noted.read_text())["original"])
-    return original if original.is_dir() else None
+    noted = source_name(folder)
+    original = None if noted is None else embedded.referred(noted)
+    return original if original is not None and original.is_dir() else None
 
 
 def write_whole(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:

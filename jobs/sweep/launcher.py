@@ -63,10 +63,16 @@ class _Batch:
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
         self.endings: dict[str, Ending] = {}
-        self._left = iter(works)
+        self._given = 0
 
     def next(self) -> Work | None:
-        return next(self._left, None)
+        if not self.left():
+            return None
+        self._given += 1
+        return self.works[self._given - 1]
+
+    def left(self) -> int:
+        return len(self.works) - self._given
 
     def started(self, work: Work) -> None:
         pass

@@ -127,6 +127,10 @@ class Sweep:
             if row.status != "running":  # Optuna asked for the same once more
                 self._tell(row)
 
+    def left(self) -> int:
+        """How many points it may still give."""
+        return len(self._waiting) if self._study is None else int(self._study.left)
+
     def started(self, work: Any) -> None:
         """A point was handed to the cluster."""
         self._rows[work.name].status = "running"
@@ -161,7 +165,7 @@ class Sweep:
         """Whether it was interrupted before its last point."""
         if not self._interrupted:
             return False
-        left = bool(self._waiting) or (self._study is not None and self._study.has_more)
+        left = bool(self._waiting) or (self._study is not None and self._study.left > 0)
         return left or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
 
     def _total(self) -> int:

@@ -67,7 +67,7 @@ class Study:
 
         Trials that an earlier driver left behind come first, then those that failed.
         """
-        if not self.has_more:
+        if not self.left:
             return None
         self._asked += 1
         if self._open:
@@ -79,9 +79,9 @@ class Study:
         return trial.number, self._texts(trial.params)
 
     @property
-    def has_more(self) -> bool:
-        """Whether trials are left to ask for."""
-        return self._asked < self._trials
+    def left(self) -> int:
+        """How many trials are left to ask for."""
+        return max(0, self._trials - self._asked)
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
         """A trial has ended with these values of the metrics; None: it failed."""

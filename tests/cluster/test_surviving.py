@@ -23,10 +23,11 @@ from accel.models.architecture import Architecture
 from accel.models.checkpoint import Checkpoint
 from cluster import evaluation
 from cluster.calibration_pass import CalibrationPass
+from cluster.crew import Crew, Wait
 from cluster.decoding import Decoders
 from cluster.evaluation import measure
 from cluster.evaluators import Evaluators
-from cluster.recovery import Batches, Crew, Pace, Wait, is_actors_own, is_loss, is_out_of_memory
+from cluster.recovery import Batches, Pace, is_actors_own, is_loss, is_out_of_memory
 from cluster.tasks import Tasks
 from cluster.verifier import Spec
 from tests.cluster import searching, two_nodes

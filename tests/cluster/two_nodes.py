@@ -23,10 +23,10 @@ from accel.evaluation.divergence import Sums
 from accel.evaluation.perplexity import Windows
 from cluster import evaluation
 from cluster.calibration_pass import CalibrationPass
+from cluster.crew import Crew
 from cluster.decoding import Decoders
 from cluster.evaluators import Evaluators, Model
 from cluster.points import Ending, Pool, Work
-from cluster.recovery import Crew
 from cluster.tracking import write_report
 from cluster.verifier import Spec
 from tests.cluster.processes import processes, wait_for
@@ -157,6 +157,9 @@ class _Points:
 
     def next(self) -> Work | None:
         return self._left.pop(0) if self._left else None
+
+    def left(self) -> int:
+        return len(self._left)
 
     def started(self, work: Work) -> None:
         if len(self.endings) == 2 and len(_nodes) > 1:

@@ -13,16 +13,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from accel.compression.output import OutputFolder
 from accel.errors import UserError
+from accel.models.checkpoint import Checkpoint
 from cluster.naming import as_given
-from jobs import compress, storage
+from jobs import compress, evaluate, storage
 from jobs.compose import compose
 from jobs.run import log_to_terminal, start
-from jobs.schema import CompressConfig, DecodeConfig
+from jobs.schema import CompressConfig, DecodeConfig, EvaluateConfig
 from jobs.storage import local_paths
 from tests.compression.local import contents
 
 BLOCKS = 3
-OURS = {".hasten/source.json"}  # names the folder that the model was read from
+OURS = {".hasten/source.json"}  # names where the model was read from
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,8 @@ def test_a_compression_by_uri_has_the_bytes_of_a_local_one_and_names_uris(
     assert not any(path.is_file() for path in (folder / "cache" / "outputs").glob("*/**/*"))
 
     store.get("/out/my model", "loaded", recursive=True)
+    original = evaluate._original(EvaluateConfig(), Checkpoint(Path("loaded")))
+    assert contents(original) == contents(source), "known by its URI wherever the output is taken to"
     model = AutoModelForCausalLM.from_pretrained("loaded", dtype=torch.float32)
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
