@@ -207,12 +207,13 @@ class Crew:
                     raise
             else:
                 return vacancy.asked
-        if self._gpus and not _holds(1, 0, self._gpus):
+        # Where the cluster grows, the task below is what an autoscaler adds a node for.
+        if self._gpus and not (_holds(1, 0, self._gpus) or grows()):
             vacancy.wait.go_on(f"{self._gpus:g} GPU(s)")
             return None
         cpus = self._cpus if vacancy.asked is None else vacancy.asked
         late = vacancy.wait.seconds >= _CPU_SECONDS and not self._gpus
-        if cpus and (late or not _holds(1 if self._gpus else self._count, cpus, self._gpus)):
+        if cpus and (late or not (_holds(1 if self._gpus else self._count, cpus, self._gpus) or grows())):
             _LOG.warning(
                 "%s that was lost has no CPUs of its own any more: all %d share the %g that are left",
                 self._what,

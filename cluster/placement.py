@@ -1,14 +1,16 @@
 """What a job asks of a Ray cluster against what the cluster has: Ray would wait for ever for what is not there."""
 
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from accel.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 # Ray counts in ten thousandths.
 _ROUNDING = 1e-4
+_KIND_OF_ONE = re.compile("node_[0-9a-f]+")
 
 Bundle = Mapping[str, float]
 
@@ -87,10 +89,26 @@ def _amount(amount: float, name: str) -> str:
 
 
 def grows() -> bool:
-    """Whether an autoscaler has told the cluster which kinds of nodes it may add."""
-    import ray
+    """Whether an autoscaler may add nodes to the cluster; inside a Ray session.
 
-    # Not public; Ray Train and Ray Data ask the same, in every version of Ray that hasten runs with.
-    state: Any = getattr(ray._private.state, "state", None)
-    asked = getattr(state, "get_max_resources_from_cluster_config", None)
-    return asked is not None and asked() is not None
+    Its nodes are of kinds that its configuration names. Without one, Ray calls every node a kind of its own.
+    """
+    return any(_KIND_OF_ONE.fullmatch(kind) is None for kind in _kinds_of_nodes())
+
+
+def _kinds_of_nodes() -> list[str]:
+    """What is told of kinds of nodes by the process that looks after them; nothing of a Ray that a driver started."""
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    # None of this is public; `ray status` asks the same, in every version of Ray that hasten runs with.
+    if is_autoscaler_v2():
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+    # For the first seconds of a cluster nothing is reported.
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
+    return list(report["active_nodes"]) if report else []

@@ -1,10 +1,11 @@
+import json
 import logging
 
 import pytest
 
 from accel.errors import UserError
 from cluster import placement
-from cluster.placement import check, check_workers, packs
+from cluster.placement import check, check_workers, grows, packs
 
 TWO_NODES = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 2.0, "GPU": 1.0}]
 
@@ -61,6 +62,24 @@ def test_a_cluster_that_grows_is_waited_for(monkeypatch, cluster, caplog):
     assert "workers=8 of threads=1 need 8 CPUs; waiting for the autoscaler" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, False),
+        ({"autoscaler_report": {"active_nodes": {}}}, False),
+        ({"autoscaler_report": {"active_nodes": {"node_32eda203817a895e2277a47c83c2adc4b93a5aa5e36f": 1}}}, False),
+        ({"autoscaler_report": {"active_nodes": {"ray.head.default": 1}}}, True),
+        ({"autoscaler_report": {"active_nodes": {"headgroup": 1, "workers": 3}}}, True),
+    ],
+)
+def test_nodes_of_kinds_with_names_are_an_autoscalers(ray_session, monkeypatch, told, expected):
+    from ray.experimental import internal_kv
+
+    status = json.dumps(told).encode()
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda key: status)
+    assert grows() is expected
+
+
 def test_what_is_not_asked_for_need_not_be_there():
     assert packs([{"CPU": 1.0}], [{"CPU": 1, "GPU": 0}])
 
@@ -72,6 +91,7 @@ def test_large_bundles_are_placed_before_small_ones():
 
 @pytest.mark.ray
 def test_a_session_of_our_own_has_its_processors_and_does_not_grow(ray_session):
+    assert not grows()
     check_workers(4, 1)
     with pytest.raises(UserError, match=r"the cluster has 1 node: 4 CPUs; workers=5 of threads=1 need 5 CPUs"):
         check_workers(5, 1)
