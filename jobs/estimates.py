@@ -215,6 +215,7 @@ def _search(config: Any, setting: Setting) -> Any:
             sequences=config.search.sequences,
             length=config.search.sequence_length,
             error_sequences=config.search.error_sequences,
+            levels=max(len(unit.choices) for unit in units),
             measured=measured[config.errors],
             allocators=tuple(allocators),
             budgets=len(budgets),

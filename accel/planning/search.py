@@ -6,8 +6,11 @@ from typing import Any
 from accel.planning.estimate import Estimate, Process, Rates, Step, Work
 from accel.planning.model import Model, with_kept_back
 
-# Candidates that share their first blocks run these once: about so much of a model is left to run for each.
+# Candidates that share their first blocks run these once: about so much of the blocks is left to run for each.
 _NOT_SHARED = 0.6
+# Several evaluators wait for each other at the end of every step of a selection: so much of the time they are at work,
+# which takes each of them longer than one that is alone on the machine, whose memory and clock they share.
+_BUSY, _TOGETHER = 0.9, 1.16
 _LOGIT_NUMBERS = 6
 _LOGITS_BYTES = 16 << 20
 _FIXED_CACHE = 2**30
@@ -17,7 +20,7 @@ _FIXED_CACHE = 2**30
 class Search:
     """A search as plain values. sequences, length: of the search's tokens; error_sequences: those of `errors`.
 
-    units: what levels are chosen for. measured: candidates whose errors are measured. allocators: those that measure
+    levels: of a layer, at most. measured: candidates whose errors are measured. allocators: those that measure
     candidates, once for each of `budgets`. original_bytes: kept for a token of the original's predictions.
     """
 
@@ -25,6 +28,7 @@ class Search:
     sequences: int
     length: int
     error_sequences: int
+    levels: int
     measured: int
     allocators: tuple[Any, ...]
     budgets: int
@@ -39,8 +43,11 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     """What the evaluators take; levels, and the checkpoint that comes out, are apart."""
     model = search.model
     weights = sum(model.block_bytes(index) for index in range(model.blocks))
-    swapped = min(_FIXED_CACHE, 4 * weights)
-    known = search.sequences * search.length
+    searches = any(allocator.needs_evaluation for allocator in search.allocators)
+    swapped = min(_FIXED_CACHE, (search.levels if searches else 1) * weights)
+    # Samples are drawn from all sequences, and soon each of them was in one.
+    used = search.sequences if searches else min(search.sequences, search.error_sequences if search.measured else 0)
+    known = used * search.length
     held = {
         "weights of all blocks": weights,
         "head": model.head_bytes(),
@@ -57,20 +64,24 @@ def estimate(search: Search, rates: Rates) -> Estimate:
         parts = {"process": rates.worker_bytes, **held}
         host, device = {"search": with_kept_back(parts, held["activations"] + held["logits"])}, {}
     process = Process("evaluator", search.workers, search.threads, host, search.gpus, device)
-    tokens = float(known) + search.measured * search.error_sequences * search.length * _NOT_SHARED
-    for allocator in search.allocators:
-        tokens += search.budgets * _tokens(allocator) * _NOT_SHARED
-    work = Work()
+    tokens = float(search.measured * search.error_sequences * search.length)
+    tokens += sum(search.budgets * _tokens(allocator) for allocator in search.allocators)
+    blocks = Work()
     for index in range(model.blocks):
-        work += model.run(index, search.length, search.length, search.batch)
-    work += model.logits(search.length) + Work(elements=_LOGIT_NUMBERS * search.length * model.vocabulary)
-    seconds = work.seconds(rates) * tokens / search.length
+        blocks += model.run(index, search.length, search.length, search.batch)
+    head = model.logits(search.length) + Work(elements=_LOGIT_NUMBERS * search.length * model.vocabulary)
+    # Each evaluator runs the original on the sequences that it meets.
+    own = search.workers * known
+    seconds = blocks.seconds(rates) * (own + tokens * _NOT_SHARED) + head.seconds(rates) * (own + tokens)
+    seconds *= (_TOGETHER if search.workers > 1 else 1.0) / search.length
     load = Work()
     for index in range(model.blocks):
         load += model.load(index)
     begin = load.seconds(rates)
-    step = Step("search", begin + seconds / search.workers, search.workers * begin + seconds)
-    return Estimate((process,), (step,), {"search's tokens": search.workers * known * 8})
+    at_once = search.workers * (_BUSY if search.workers > 1 else 1.0)
+    step = Step("search", begin + seconds / at_once, search.workers * begin + seconds)
+    sent = search.workers * search.sequences * search.length * 8
+    return Estimate((process,), (step,), {"search's tokens": sent})
 
 
 def _tokens(allocator: Any) -> float:

@@ -46,13 +46,17 @@ class _Process:
 
 
 def watched(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, interval: float = 0.5
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    interval: float = 0.5,
+    folder: Path | None = None,
 ) -> Usage:
     """Usage of a command, its output appended to log; its tree is looked at every `interval` seconds.
 
     CPU seconds are the larger of two lower bounds: what the system counted for children that were waited for, which
     misses those that outlive their parent, and the sum of what was seen, which misses each one's last moments.
-    environment: variables that are set for it; an empty string removes one.
+    environment: variables that are set for it; an empty string removes one. folder: where it runs.
     """
     merged = {**os.environ, **(environment or {})}
     before, started = _waited_for(), time.perf_counter()
@@ -64,6 +68,7 @@ def watched(
             stdout=output,
             stderr=subprocess.STDOUT,
             env={name: value for name, value in merged.items() if value},
+            cwd=folder,
         )
         try:
             while _runs(process, interval):

@@ -16,14 +16,27 @@ LOG = logging.getLogger(__name__)
 HEADING = "plan: dry runs against what happened"
 _INTERVAL_SECONDS = 1.0
 # What a process is called in a plan and by the system.
-_KINDS = {"driver": "driver", "calibrator": "Calibrator", "evaluation": "_evaluate", "verifier": "VerifierActor"}
+_KINDS = {
+    "driver": "driver",
+    "calibrator": "Calibrator",
+    "evaluation": "_evaluate",
+    "verifier": "VerifierActor",
+    "evaluator": "Evaluator",
+}
 _SMALL: dict[str, dict[str, Any]] = {
     "compress": {"calibration.sequences": 16, "evaluation.sequences": 4},
     "levels": {"calibration.sequences": 16, "bits": "[3,4]"},
     "evaluate": {"evaluation.sequences": 8},
     "decode": {"draft_tokens": 0, "max_new_tokens": 32},
+    "search": {"budget": 3.2, "allocator": "exact", "calibration.sequences": 16, "evaluation.sequences": 4},
 }
-_NORMAL: dict[str, dict[str, Any]] = {"compress": {}, "levels": {}, "evaluate": {}, "decode": {"draft_tokens": 0}}
+_NORMAL: dict[str, dict[str, Any]] = {
+    "compress": {},
+    "levels": {},
+    "evaluate": {},
+    "decode": {"draft_tokens": 0},
+    "search": {"budget": 3.2},
+}
 
 
 @dataclass
@@ -31,7 +44,7 @@ class Config(Run):
     """Plan jobs and run them."""
 
     model: str = option("embedded:target", f"what the jobs run on: {MODEL}", path="in")
-    jobs: list[str] = option(["compress", "levels", "evaluate", "decode"], "jobs to plan and run")
+    jobs: list[str] = option(["compress", "levels", "evaluate", "decode", "search"], "jobs to plan and run")
     sizes: list[str] = option(["small", "normal"], "settings of the jobs: small ones, and their defaults")
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
@@ -88,12 +101,14 @@ def _compared(config: Config, folder: Path, job: str, size: str) -> Compared:
     from jobs.compose import compose
     from jobs.planning import make_plan
 
-    place = folder / f"{job}-{size}"
+    place = (folder / f"{job}-{size}").resolve()
     place.mkdir()
     chosen = (_SMALL if size == "small" else _NORMAL)[job]
-    options: dict[str, Any] = {"target" if job == "decode" else "model": config.model, **chosen}
+    # The job runs in a folder of its own, where no earlier level database is.
+    model = Path(config.model).resolve() if Path(config.model).exists() else config.model
+    options: dict[str, Any] = {"target" if job == "decode" else "model": model, **chosen}
     output = {"evaluate": None, "decode": place / "completions.jsonl"}.get(job, place / "model")
-    options |= {"run_dir": place / "run", "tracking.uri": f"sqlite:///{place.resolve() / 'mlflow.db'}"}
+    options |= {"run_dir": place / "run", "tracking.uri": f"sqlite:///{place / 'mlflow.db'}"}
     if output is not None:
         options["output"] = output
     words = [f"{key}={value}" for key, value in options.items()]
@@ -101,7 +116,8 @@ def _compared(config: Config, folder: Path, job: str, size: str) -> Compared:
     composed = compose(job, JOBS[job], words)
     plan = make_plan(job, composed, PlanConfig())
     command = [sys.executable, "-m", "jobs.cli", job, *words]
-    usage = watched(command, place / "hasten.out", {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}, _INTERVAL_SECONDS)
+    environment = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
+    usage = watched(command, place / "hasten.out", environment, _INTERVAL_SECONDS, place)
     if usage.status:
         raise RuntimeError(f"hasten {job} ended with status {usage.status}: see {place / 'hasten.out'}")
     estimate = plan.estimate
@@ -114,7 +130,7 @@ def _compared(config: Config, folder: Path, job: str, size: str) -> Compared:
             if _KINDS[each.kind] in usage.peaks
         },
         _moved(composed, estimate) if job in ("compress", "levels") else None,
-        None if output is None else (estimate.written_bytes, _bytes(output)),
+        None if output is None else (estimate.written_bytes, _bytes(output) + _bytes(place / "runs")),
         (plan.seconds, usage.seconds),
         (estimate.cpu_seconds, usage.cpu_seconds),
     )
@@ -199,8 +215,8 @@ def _section(config: Config, found: list[Compared]) -> str:
         rows.append([name, "CPU seconds of all processes", *_row(one.cpu_seconds, 1, "{:.1f}")])
     text = [
         f"Plans of jobs on `{config.model}` and the same jobs from the command's start to its end, on rates measured "
-        "just before each.\n\nSmall: 16 calibration sequences, 4 or 8 windows, two levels, 32 tokens; normal: the "
-        "defaults, decoding without drafts.",
+        "just before each.\n\nSmall: 16 calibration sequences, 4 or 8 windows, two levels, 32 tokens, the exact "
+        "allocator; normal: the defaults, decoding without drafts, 3.2 bits.",
         provenance(),
         table(["job", "of", "planned", "happened", "ratio"], rows),
     ]

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from accel.compression.allocation.exact import Exact
+from accel.compression.search.evopress import EvoPress
 from accel.decoding.targets.loading import load_target
 from accel.models.pretraining import Shape, build
-from accel.planning import decoding, evaluation
+from accel.planning import decoding, evaluation, search
 from accel.planning.training import Training, pretrain
 from tests.planning.rates import RATES
+
+_WEIGHTS = ("qkv", "out", "gate_up", "down")
 
 
 def decoded(model, **changes):
@@ -23,6 +27,26 @@ def test_caches_are_planned_to_the_byte(folder, model, path):
     verifier = decoded(model).processes[0]
     assert verifier.host["decode"]["caches"] == target.cache_bytes
     assert target.token_bytes == model.token_bytes
+
+
+def test_weights_of_two_bytes_are_planned_as_the_target_keeps_them(folder, model):
+    target = load_target(folder, torch.float32)
+    kept = [target._head, *(getattr(layer, name) for layer in target._layers for name in _WEIGHTS)]
+    if kept[0]._panels is None:
+        pytest.skip("there is no C compiler")
+    held = target._embedding.nbytes + sum(weight._panels.nbytes for weight in kept)
+    norms = 2 * (2 * len(target._layers) + 1) * model.hidden
+    assert decoded(model).processes[0].host["decode"]["weights"] == held + norms
+
+
+def test_what_a_search_remembers_is_what_it_looks_at(model):
+    def predictions(*allocators, measured=3):
+        one = search.Search(model, 64, 16, 8, 5, measured, allocators, 1, original_bytes=100)
+        return search.estimate(one, RATES).processes[0].host["search"]["original's predictions"]
+
+    assert predictions(Exact(), EvoPress()) == 64 * 16 * 100
+    assert predictions(Exact()) == 8 * 16 * 100
+    assert predictions(Exact(), measured=0) == 0
 
 
 def test_a_bound_on_memory_cuts_caches_and_logits(model):

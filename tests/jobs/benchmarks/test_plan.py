@@ -48,6 +48,6 @@ def test_what_calibrators_send_is_counted_for_all_blocks(tmp_path):
 
 
 def test_a_job_that_is_not_compared_is_refused(tmp_path):
-    with pytest.raises(UserError, match="jobs=search is wrong: expected some of compress"):
-        run(Config(run_dir=str(tmp_path / "run"), jobs=["search"]))
+    with pytest.raises(UserError, match="jobs=pretrain is wrong: expected some of compress"):
+        run(Config(run_dir=str(tmp_path / "run"), jobs=["pretrain"]))
     assert not (tmp_path / "run").exists()
