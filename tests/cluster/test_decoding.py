@@ -74,6 +74,11 @@ def test_prompts_of_a_killed_verifier_start_again_and_end_once(spec, expected, r
     assert not pool.shared, "a round trip costs too much"
     processes("VerifierActor")[0].send_signal(signal.SIGKILL)
     assert ids([*results, *stream]) == expected
+    # If it had nothing to do any more, later prompts meet the loss.
+    for _ in range(100):
+        if pool.restarts:
+            break
+        assert ids(list(pool(REQUESTS))) == expected
     assert pool.restarts == 1
     pool.close()
 
