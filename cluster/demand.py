@@ -28,7 +28,8 @@ class Demand:
             self.end()
             self._bundles = wanted
         # What has found room has done its part, and would keep the work itself from it.
-        placed = [group for group in self._groups if group.wait(0)]
+        found = ray.util.placement_group_table() if self._groups else {}
+        placed = [group for group in self._groups if found.get(group.id.hex(), {}).get("state") == "CREATED"]
         self._remove(placed)
         self._remove(self._groups[count:])
         for _ in range(min(count, _MOST) - len(self._groups) - len(placed)):

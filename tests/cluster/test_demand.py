@@ -21,8 +21,16 @@ def pending():
     return [list(group["bundles"].values()) for group in found if group["state"] == "PENDING"]
 
 
-def test_what_does_not_fit_is_asked_for_as_often_as_it_is_to_run(ray_session):
-    demand, big = Demand(), [{"CPU": 3}, {"CPU": 3}]
+@pytest.fixture
+def demand(ray_session):
+    """Ends whatever becomes of the test: what it holds would be missing in others."""
+    made = Demand()
+    yield made
+    made.end()
+
+
+def test_what_does_not_fit_is_asked_for_as_often_as_it_is_to_run(demand):
+    big = [{"CPU": 3}, {"CPU": 3}]
     demand.ask(big, 3)
     assert pending() == [[{"CPU": 3.0}, {"CPU": 3.0}]] * 3
     demand.ask(big, 1)
@@ -33,10 +41,9 @@ def test_what_does_not_fit_is_asked_for_as_often_as_it_is_to_run(ray_session):
     assert pending() == []
 
 
-def test_what_has_found_room_is_given_back(ray_session):
+def test_what_has_found_room_is_given_back(demand):
     import ray
 
-    demand = Demand()
     demand.ask([{"CPU": 4}], 1)
     (group,) = demand._groups
     assert group.wait(60)
