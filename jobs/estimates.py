@@ -300,17 +300,23 @@ def _replay(config: Any, setting: Setting) -> Any:
     from jobs.methods import build
 
     rates = setting.rates
-    parts, seconds = {"process": rates.driver_bytes}, 0.0
+    base, seconds = {"process": rates.driver_bytes}, 0.0
+    phases = {"replay": base}
     steps = config.sequences * (config.sequence_length - config.prompt_length) * len(config.budgets)
     if build(config.drafter).needs_draft_model and config.draft is not None:
         draft = _model("draft", config.draft, config, setting.gpus)
-        parts["draft model"] = 3 * draft.elements() * draft.dtype.itemsize
-        parts["draft model's caches"] = draft.token_bytes * config.sequence_length
+        fast, on_device = _is_fast(config, draft), bool(setting.gpus)
+        kept = {**base, "draft model": sum(decoding.weights(draft, fast, on_device).values())}
+        phases = {
+            "load": {**kept, "model as it is loaded": decoding.loaded_bytes(draft, fast)},
+            "replay": {**kept, "draft model's caches": draft.token_bytes * config.sequence_length},
+        }
+        itemsize = decoding.itemsize_of(draft, fast, on_device)
         for budget in config.budgets:
-            one = decoding.pass_work(draft, 1, 1, config.sequence_length).seconds(rates)
+            one = decoding.pass_work(draft, 1, 1, config.sequence_length, itemsize).seconds(rates)
             seconds += one * min(8, budget) * steps / len(config.budgets)
     seconds += steps * 300 * rates.launch
-    process = Process(DRIVER, 1, config.threads, {"replay": parts}, setting.gpus)
+    process = Process(DRIVER, 1, config.threads, phases, setting.gpus)
     return Estimate((process,), (Step("replay", seconds, seconds),))
 
 

@@ -89,10 +89,13 @@ def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
     uri = source_name(checkpoint.path)
     if uri is not None and is_uri(uri):
         try:
-            return copied("original", uri, config.cache)
+            found = copied("original", uri, config.cache)
+            noted = found if found.is_dir() else None
         except UserError as error:  # nobody asked for it
             _LOG.warning("%s", error)
-    noted = original_of(checkpoint.path)
+            noted = None
+    else:
+        noted = original_of(checkpoint.path)
     if checkpoint.is_compressed and noted is None:
         _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)
     return noted

@@ -55,16 +55,16 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
     held = _caches(one.target, one, slots)
     if one.memory_bytes is not None:
         held = _cut(held, one.memory_bytes)
-    weights = _weights(one.target, one.fast, bool(one.gpus))
-    loading = {"weights": sum(weights.values()), "model as it is loaded": _loaded(one.target, one.fast)}
+    kept = weights(one.target, one.fast, bool(one.gpus))
+    loading = {"weights": sum(kept.values()), "model as it is loaded": loaded_bytes(one.target, one.fast)}
     drafts = {}
     if one.draft is not None:
-        own = _weights(one.draft, one.fast, bool(one.gpus))
+        own = weights(one.draft, one.fast, bool(one.gpus))
         caches = slots * one.draft.token_bytes * (one.longest + one.drafted + 1)
         drafts = {"draft model": sum(own.values()), "draft model's caches": caches}
-    decode = {**weights, **held, **drafts}
+    decode = {**kept, **held, **drafts}
     if one.gpus:
-        host = {"load": {"process": rates.worker_bytes, "model as it is loaded": _loaded(one.target, True)}}
+        host = {"load": {"process": rates.worker_bytes, "model as it is loaded": loaded_bytes(one.target, True)}}
         device = {
             name: {"context": rates.device_bytes, **parts} for name, parts in (("load", loading), ("decode", decode))
         }
@@ -94,12 +94,12 @@ def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: 
     return Work(flops=flops, memory_bytes=weights + cache, elements=elements, launches=launches)
 
 
-def _weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
+def weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
     """The model in memory; the fast path on a CPU has a head that is the embedding twice.
 
     In float32 it keeps weights of two bytes as they are, and others once more in the library's order.
     """
-    itemsize = _itemsize(model, fast, on_device)
+    itemsize = itemsize_of(model, fast, on_device)
     if not fast or on_device:
         return {"weights": model.elements() * itemsize}
     checkpoint = model.architecture.checkpoint
@@ -114,7 +114,7 @@ def _weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
     return found
 
 
-def _itemsize(model: Model, fast: bool, on_device: bool) -> int:
+def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
     """Bytes of a weight that a pass reads; the fast path on a CPU keeps those of bfloat16 as they are."""
     if not fast or on_device:
         return model.dtype.itemsize
@@ -122,7 +122,7 @@ def _itemsize(model: Model, fast: bool, on_device: bool) -> int:
     return 2 if stored == torch.bfloat16 else model.dtype.itemsize
 
 
-def _loaded(model: Model, fast: bool) -> int:
+def loaded_bytes(model: Model, fast: bool) -> int:
     """What is there beside while the model is loaded: all of it where the fast path takes it over."""
     return model.elements() * model.dtype.itemsize if fast else model.stored_bytes() // 4
 
@@ -163,10 +163,10 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
     per_worker = -(-one.prompts // one.workers)
     passes = one.new_tokens / one.tokens_per_pass * -(-per_worker // slots)
     width = 1 if one.tokens_per_pass == 1 else 1 + min(8, one.drafted)
-    itemsize = _itemsize(one.target, one.fast, bool(one.gpus))
+    itemsize = itemsize_of(one.target, one.fast, bool(one.gpus))
     decode = pass_work(one.target, min(slots, per_worker), width, length, itemsize) * passes
     if one.draft is not None and one.tokens_per_pass > 1:
-        own = _itemsize(one.draft, one.fast, bool(one.gpus))
+        own = itemsize_of(one.draft, one.fast, bool(one.gpus))
         decode += pass_work(one.draft, min(slots, per_worker), 1, length, own) * (passes * min(8, one.drafted))
     prefill = pass_work(one.target, 1, max(1, int(one.prompt_tokens)), length, itemsize) * per_worker
     load = Work(elements=3 * one.target.elements(), file_bytes=4 * one.target.elements() * one.target.dtype.itemsize)

@@ -21,6 +21,7 @@ from jobs.run import log_to_terminal, start
 from jobs.schema import CompressConfig, DecodeConfig, EvaluateConfig
 from jobs.storage import local_paths
 from tests.compression.local import contents
+from tests.models import tiny
 
 BLOCKS = 3
 OURS = {".hasten/source.json"}  # names where the model was read from
@@ -130,6 +131,16 @@ def test_a_refusal_names_the_uri_and_not_the_copy(source, sent, store, folder, r
     with pytest.raises(UserError, match=r"^output=memory://out/model was begun with other settings \(") as refusal:
         run(source, **sent, output="memory://out/model", bits=3)
     assert str(folder) not in str(refusal.value)
+
+
+@pytest.mark.parametrize("noted", ["file://{folder}/gone", "memory://models/gone"])
+def test_an_original_that_is_gone_is_done_without(noted, folder, caplog):
+    tiny.save(folder / "model", "llama")
+    (folder / "model" / ".hasten").mkdir()
+    content = {"original": noted.format(folder=folder)}
+    (folder / "model" / ".hasten" / "source.json").write_text(json.dumps(content))
+    assert evaluate._original(EvaluateConfig(), Checkpoint(folder / "model")) is None
+    assert ("does not exist" in caplog.text) == noted.startswith("memory")
 
 
 def test_without_uris_the_config_is_handed_on_as_it_is():
