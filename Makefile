@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/hasten compress run_dir=runs/demo output=runs/demo/model overwrite=true
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/pytest
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

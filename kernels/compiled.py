@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from kernels.cache import default_cache
+from hasten.kernels.cache import default_cache
 
 # OpenMP's symbols are those of torch, which is loaded before: a second copy of OpenMP would have threads of its own,
 # which fight with torch's for the processors. Hence nothing is linked.

@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    from cluster.session import session
+    from hasten.cluster.runtime.session import session
 
     with session(None, cpus=4):
         yield

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.data.library import SPLITS, library_files, library_root, read_texts
-from accel.errors import UserError
+from hasten.accel.data.library import SPLITS, library_files, library_root, read_texts
+from hasten.accel.errors import UserError
 
 LIBRARY = "library"
 SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"

@@ -6,8 +6,8 @@ tree, and can be bought back at little cost in speed.
 
 from dataclasses import dataclass
 
-from accel.decoding.targets.base import Target
-from accel.errors import UserError
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.errors import UserError
 
 # Logits, their float32 copy, and what verification makes of them.
 _COPIES_OF_LOGITS = 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from accel.decoding.sampling import Sampling
+from hasten.accel.decoding.sampling import Sampling
 
 
 @dataclass

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from accel.decoding.bounds import bounded
-from accel.decoding.context import Context
-from accel.decoding.drafters.base import Drafter, Models, Outcome
-from accel.decoding.figures import Figures
-from accel.decoding.sampling import Sampling
-from accel.decoding.sizing import Fixed, Policy, clock
-from accel.decoding.targets.base import Target
-from accel.decoding.tree import ROOT, DraftTree
-from accel.decoding.verifiers.base import TargetRows, Verifier
-from accel.decoding.verifiers.sample_and_match import SampleAndMatch
-from accel.errors import UserError
+from hasten.accel.decoding.bounds import bounded
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.lengths.sizing import Fixed, Policy, clock
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.tree import ROOT, DraftTree
+from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
+from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from accel.decoding.context import Context
-from accel.decoding.drafters.base import Drafter, Outcome
-from accel.decoding.figures import Figures
-from accel.decoding.tree import ROOT, DraftTree
-from accel.decoding.verifiers.base import descend
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Drafter, Outcome
+from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.tree import ROOT, DraftTree
+from hasten.accel.decoding.verifiers.base import descend
 
 
 def replay(drafter: Drafter, memory: Any, sequences: Iterable[tuple[Sequence[int], int]], budget: int) -> list[Figures]:

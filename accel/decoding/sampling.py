@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 _CHUNK = 64  # ids that are looked at together in search of the most probable ones
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.decoding.targets.base import Target
-from accel.decoding.tree import ROOT
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.tree import ROOT
 
 # A logit of a model in bfloat16 is a sum that was rounded to 8 bits of mantissa many times on its way: this many units
 # in the last place of the largest logit were enough for all ties seen.

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
-from accel.evaluation.perplexity import Windows, windows
-from accel.models.architecture import Architecture
+from hasten.accel.errors import UserError
+from hasten.accel.evaluation.perplexity import Windows, windows
+from hasten.accel.models.architecture import Architecture
 
 # Logits of this many bytes are made at once, for each model: more do not stay in the processor's cache, and the sums
 # over the vocabulary then take twice as long.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.data.tokens import LIBRARY, holds_rows, load_tokens
-from accel.errors import UserError
+from hasten.accel.data.tokens import LIBRARY, holds_rows, load_tokens
+from hasten.accel.errors import UserError
 
 # Windows that overlap need longer texts to move over; a library excerpt is this many windows' tokens long.
 _EXCERPT = 8

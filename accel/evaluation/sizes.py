@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

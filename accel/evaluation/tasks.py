@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 
 def run_tasks(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accel.errors import UserError
-from accel.models.checkpoint import Checkpoint
-from accel.models.experts import Experts, expert_sizes, is_fused
-from accel.models.families import family_of
-from accel.models.skeleton import build_skeleton
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.experts import Experts, expert_sizes, is_fused
+from hasten.accel.models.families import family_of
+from hasten.accel.models.skeleton import build_skeleton
 
 _EXPERTS = "mlp.experts"
 # Rows of the head are converted by so many elements at a time: the whole of it in float32 can outweigh a block.

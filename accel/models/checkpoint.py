@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
-from accel.models.families import FAMILIES
-from accel.models.packed import COUNTED, PACKED, PARTS, Packing
-from accel.models.shards import Stored, read_header
+from hasten.accel.errors import UserError
+from hasten.accel.models.families import FAMILIES
+from hasten.accel.models.packed import COUNTED, PACKED, PARTS, Packing
+from hasten.accel.models.shards import Stored, read_header
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -28,7 +28,7 @@ def resolve(model: str, weights: bool = True) -> Path:
     UserError where there is no such thing.
     """
     if model.startswith(_EMBEDDED):
-        from accel.models import embedded
+        from hasten.accel.models import embedded
 
         name = model.removeprefix(_EMBEDDED)
         if name not in embedded.NAMES:

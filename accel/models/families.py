@@ -8,7 +8,7 @@ read: Mixtral's experts stay under `block_sparse_moe.experts.3.w1`, whichever fo
 import re
 from dataclasses import dataclass
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 PACKED = "weight_packed"
 # What counts towards a layer's size; weight_shape only says the shape, as a header does.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 DTYPES = {
     "F64": torch.float64,

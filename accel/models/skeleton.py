@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.errors import UserError
-from accel.models.checkpoint import Checkpoint
-from accel.models.families import family_of
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.families import family_of
 
 
 class Recorder(nn.Module):

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.report import metrics as known
-from jobs.report.comparison import Row
-from jobs.report.pictures import Chart
+from hasten.jobs.report import metrics as known
+from hasten.jobs.report.comparison import Row
+from hasten.jobs.report.pictures import Chart
 
 # More maps, or lines of the map of rows whose layers are all alike, would be too many to compare.
 _MAPS, _LINES = 6, 16
@@ -52,7 +52,7 @@ def _map(
     kinds = len({layer.rpartition(".")[2] for layer, _ in spread})
 
     def draw(path: Path) -> Path:
-        from cluster.figures import level_map
+        from hasten.jobs.common.plots import level_map
 
         layers = [{"layer": layer, "bits_per_weight": value} for layer, value in spread]
         return level_map(layers, path, limits=limits)
@@ -69,7 +69,7 @@ def _even_map(
     lines = sorted(spreads.items(), key=lambda item: item[1][0].number)[:_LINES]
 
     def draw(path: Path) -> Path:
-        from cluster.figures import block_map
+        from hasten.jobs.common.plots import block_map
 
         return block_map({_row_numbers(rows): spread for spread, rows in lines}, path, limits)
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.report.bit_maps import maps
-from jobs.report.comparison import Group, Row, quality_of
-from jobs.report.pictures import Chart
-from jobs.report.trade_offs import against, objectives
+from hasten.jobs.report.bit_maps import maps
+from hasten.jobs.report.comparison import Group, Row, quality_of
+from hasten.jobs.report.pictures import Chart
+from hasten.jobs.report.trade_offs import against, objectives
 
 # More lines or bars than these cannot be told from each other.
 _LINES, _BARS = 8, 16
@@ -50,7 +50,7 @@ def _allocators(row: Row) -> Chart | None:
     names = ", ".join(dict.fromkeys(str(each["allocator"]) for each in table))
 
     def draw(path: Path) -> Path:
-        from cluster.figures import pareto
+        from hasten.jobs.common.plots import pareto
 
         return pareto(table, path)
 
@@ -74,7 +74,7 @@ def _acceptance(rows: Sequence[Row]) -> Chart | None:
     shares = dict(list(found.items())[:_LINES])
 
     def draw(path: Path) -> Path:
-        from cluster.comparisons import acceptance_by_depth
+        from hasten.jobs.report.comparison_plots import acceptance_by_depth
 
         return acceptance_by_depth(shares, path)
 
@@ -90,7 +90,7 @@ def _times(rows: Sequence[Row]) -> Chart | None:
     shown = dict(list(found.items())[:_BARS])
 
     def draw(path: Path) -> Path:
-        from cluster.comparisons import time_shares_of_runs
+        from hasten.jobs.report.comparison_plots import time_shares_of_runs
 
         return time_shares_of_runs(shown, path)
 

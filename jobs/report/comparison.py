@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.report import metrics as known
-from jobs.report.pareto import front
-from jobs.report.reading import Entry, Objective, Source
-from jobs.report.settings import common, differing, settings, shown
+from hasten.jobs.report import metrics as known
+from hasten.jobs.report.pareto import front
+from hasten.jobs.report.reading import Entry, Objective, Source
+from hasten.jobs.report.settings import common, differing, settings, shown
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from accel.errors import UserError, is_disk_full
-from jobs.report.charts import ANNOUNCED, SECTIONS, charts
-from jobs.report.comparison import Group
-from jobs.report.pictures import Chart, pictures, write_png
-from jobs.report.sentences import facts, left_out, summary
-from jobs.report.tables import allocator_tables, comparison_table, failure_table
+from hasten.accel.errors import UserError, is_disk_full
+from hasten.jobs.report.charts import ANNOUNCED, SECTIONS, charts
+from hasten.jobs.report.comparison import Group
+from hasten.jobs.report.pictures import Chart, pictures, write_png
+from hasten.jobs.report.sentences import facts, left_out, summary
+from hasten.jobs.report.tables import allocator_tables, comparison_table, failure_table
 
 PAGE = "report.html"
 # Earlier charts that this report may have no data for any more.

@@ -39,7 +39,7 @@ class Pictures:
 
 def write_png(chart: Chart, folder: Path) -> Path:
     """The chart as a file for documents and slides, on white."""
-    from cluster.figures import LIGHT, looking
+    from hasten.jobs.common.plots import LIGHT, looking
 
     look = LIGHT if chart.height is None else replace(LIGHT, size=(LIGHT.size[0], chart.height))
     with looking(look):
@@ -48,7 +48,7 @@ def write_png(chart: Chart, folder: Path) -> Path:
 
 def pictures(chart: Chart) -> Pictures:
     """The chart drawn for every kind of page."""
-    from cluster.figures import DARK, LIGHT, looking, recoloured
+    from hasten.jobs.common.plots import DARK, LIGHT, looking, recoloured
 
     height = chart.height or LIGHT.size[1]
     wide = _HALF_INCHES if chart.half else LIGHT.size[0]

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from accel.errors import UserError
-from jobs.run import LOG_FILE
+from hasten.accel.errors import UserError
+from hasten.jobs.common.run import LOG_FILE
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
 # Stands for a job that nothing tells.
@@ -278,7 +278,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _job_of(folder: Path) -> str:
     """What a run without report was of: runs/JOB/DATE_TIME is where runs are unless they were told otherwise."""
-    from jobs.schema import JOBS
+    from hasten.jobs.common.schema import JOBS
 
     return folder.absolute().parent.name if folder.absolute().parent.name in JOBS else _UNKNOWN
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.report import metrics as known
-from jobs.report.comparison import Group, Row, complete
+from hasten.jobs.report import metrics as known
+from hasten.jobs.report.comparison import Group, Row, complete
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.report.reading import Entry, Source
+from hasten.jobs.report.reading import Entry, Source
 
 # Where results and logs go, and what the machine offers them: no settings of what was tried.
 _PLACES = ("run_dir", "output", "overwrite", "stream", "tracking", "address")
@@ -79,5 +79,5 @@ def shown(value: Any) -> str:
 
 
 def _method(target: Any) -> str:
-    """Name of a method, which is that of its file: gptq of accel.compression.quantizers.gptq.GPTQ."""
+    """Name of a method, which is that of its file: gptq of hasten.accel.compression.quantizers.gptq.GPTQ."""
     return str(target).rpartition(".")[0].rpartition(".")[2] or str(target)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.report import metrics as known
-from jobs.report.comparison import Group, Row
-from jobs.run import LOG_FILE
+from hasten.jobs.common.run import LOG_FILE
+from hasten.jobs.report import metrics as known
+from hasten.jobs.report.comparison import Group, Row
 
 WINNER, FRONT = "winner", "front"
 

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jobs.report.comparison import Group
-from jobs.report.sentences import facts, summary
-from jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
+from hasten.jobs.report.comparison import Group
+from hasten.jobs.report.sentences import facts, summary
+from hasten.jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
 
 # Columns that stay however narrow the terminal is.
 _KEPT = 4

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.report import metrics as known
-from jobs.report.comparison import Group, Row, complete
-from jobs.report.pareto import front
-from jobs.report.pictures import Chart
-from jobs.report.reading import Objective
+from hasten.jobs.report import metrics as known
+from hasten.jobs.report.comparison import Group, Row, complete
+from hasten.jobs.report.pareto import front
+from hasten.jobs.report.pictures import Chart
+from hasten.jobs.report.reading import Objective
 
 # Values of a setting that can be told from each other by colour.
 _SERIES = 6
@@ -44,7 +44,7 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
     titles = f"{axes[up.metric].title} against {axes[across.metric].title}"
 
     def draw(path: Path) -> Path:
-        from cluster.comparisons import Axis, Point, trade_off
+        from hasten.jobs.report.comparison_plots import Axis, Point, trade_off
 
         scales = axes[across.metric].scale, axes[up.metric].scale
         drawn = [

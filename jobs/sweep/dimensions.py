@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
 
 
 def _globbed(word: str, key: str, pattern: Any, groups: Sequence[str]) -> tuple[str, ...]:
-    from jobs.methods import method_names
+    from hasten.jobs.cli.methods import method_names
 
     if key not in groups:
         raise UserError(

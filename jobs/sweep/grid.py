@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from jobs.sweep.dimensions import Dimension
+from hasten.jobs.sweep.dimensions import Dimension
 
 
 def grid(dimensions: Sequence[Dimension]) -> Iterator[Mapping[str, str]]:

@@ -11,14 +11,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
-from cluster.points import Ending, Pool, Source, Work
+from hasten.cluster.programs.sweep_points import Ending, Pool, Source, Work
 
 
 @dataclass
 class RayLauncherConfig:
     """Node of the launcher in Hydra's store, `hydra/launcher=hasten_ray`."""
 
-    _target_: str = "jobs.sweep.launcher.RayLauncher"
+    _target_: str = "hasten.jobs.sweep.launcher.RayLauncher"
     retries: int = 3
     at_once: int | None = None
 
@@ -41,7 +41,7 @@ class RayLauncher(Launcher):
         self._work = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all points of a batch; how each ended (`cluster.points.Ending`), in the order of the batch."""
+        """Run all points of a batch; how each ended (an `Ending` each), in the order of the batch."""
         assert self._work is not None, "setup comes first"
         batch = _Batch([self._work(overrides) for overrides in job_overrides])
         self.stream(batch)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accel.errors import UserError
-from jobs.schema import SweepConfig
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import SweepConfig
 
 # Shown where the user names nothing; the first is what Optuna optimises then.
 _USUAL = {

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accel.errors import UserError
-from cluster.storage import Remote, in_place, is_uri
-from jobs.options import Option, options
-from jobs.schema import Run
+from hasten.accel.errors import UserError
+from hasten.cluster.storage.remote import Remote, in_place, is_uri
+from hasten.jobs.cli.options import Option, options
+from hasten.jobs.common.schema import Run
 
 # Options that say where and how a run is kept, or on which processors, and nothing of what comes out.
 _ELSEWHERE = ("run_dir", "cache", "tracking", "address", "overwrite")
@@ -58,7 +58,7 @@ class Points:
 
     def make(self, values: Mapping[str, str]) -> Point:
         """The point with these values; UserError where a value is wrong, before anything runs."""
-        from jobs.compose import compose
+        from hasten.jobs.cli.compose import compose
 
         config = compose(self._job, self._schema, [*self._fixed, *(f"{key}={text}" for key, text in values.items())])
         print_ = fingerprint(self._job, self._name, config, self._options, self._identities, self._looks)
@@ -69,8 +69,8 @@ class Points:
         return Point(name, print_, dict(values), config)
 
     def work(self, point: Point) -> Any:
-        """The point as `cluster.points.Work`."""
-        from cluster.points import Work
+        """The point as `hasten.cluster.programs.sweep_points.Work`."""
+        from hasten.cluster.programs.sweep_points import Work
 
         cpus, gpus, threads, bundles = needs(self._job, point.config)
         return Work(
@@ -158,7 +158,7 @@ def fingerprint(
     identities: of the files that were looked at before, which other points read as well. looks: whether stores are
     asked about what is given by URI.
     """
-    from jobs.compose import plain
+    from hasten.jobs.cli.compose import plain
 
     identities = {} if identities is None else identities
     resolved = {key: value for key, value in plain(config).items() if key not in _ELSEWHERE}
@@ -211,7 +211,7 @@ def needs(job: str, config: Any) -> tuple[float, float, int, tuple[Mapping[str, 
 
     A job that hands its work to actors sleeps meanwhile; one that works itself takes its threads.
     """
-    from jobs.arithmetic import resolve_device
+    from hasten.jobs.common.arithmetic import resolve_device
 
     threads = int(getattr(config, "threads", 1))
     workers = int(getattr(config, "workers", 1))
@@ -231,7 +231,7 @@ def needs(job: str, config: Any) -> tuple[float, float, int, tuple[Mapping[str, 
 
 def run_job(job: str, name: str | None, schema: type[Run], config: Any) -> None:
     """Run a job in this process as the command line would."""
-    from jobs.run import execute, log_to_terminal, log_traceback
+    from hasten.jobs.common.run import execute, log_to_terminal, log_traceback
 
     log_to_terminal()
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.sweep.points import Point
+from hasten.jobs.sweep.points import Point
 
 _CELL_CHARACTERS = 40
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from accel.errors import UserError
-from jobs.options import options, split_off
-from jobs.schema import Run, SweepConfig
-from jobs.sweep.dimensions import Words, read
-from jobs.sweep.grid import grid
-from jobs.sweep.objectives import objectives, sampler
-from jobs.sweep.points import Point, Points
-from jobs.sweep.results import Row, failures, table
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.options import options, split_off
+from hasten.jobs.common.schema import Run, SweepConfig
+from hasten.jobs.sweep.dimensions import Words, read
+from hasten.jobs.sweep.grid import grid
+from hasten.jobs.sweep.objectives import objectives, sampler
+from hasten.jobs.sweep.points import Point, Points
+from hasten.jobs.sweep.results import Row, failures, table
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "sweep."
@@ -76,10 +76,10 @@ class Sweep:
 
     def run(self) -> tuple[Path, int]:
         """Path of the sweep's report, and the exit code."""
-        from cluster.session import session
-        from jobs.progress import Progress
-        from jobs.run import log_to_folder
-        from jobs.sweep.launcher import RayLauncher
+        from hasten.cluster.runtime.session import session
+        from hasten.jobs.common.progress import Progress
+        from hasten.jobs.common.run import log_to_folder
+        from hasten.jobs.sweep.launcher import RayLauncher
 
         self.check()
         self._points.check_inputs(self._examples)
@@ -102,8 +102,10 @@ class Sweep:
                     self._tracker.params(dict(word.split("=", 1) for word in self._words.fixed))
                     self._skip_finished()
                     if self._waiting or self._study:
-                        modules = [f"jobs.benchmarks.{self._name}" if self._name else f"jobs.{self._job}"]
-                        count = self._launcher.pool.warm_up(work, [*modules, "jobs.run", "cluster.tracking"])
+                        modules = [f"hasten.jobs.bench.{self._name}" if self._name else f"hasten.jobs.{self._job}.run"]
+                        count = self._launcher.pool.warm_up(
+                            work, [*modules, "hasten.jobs.common.run", "hasten.cluster.tracking.tracker"]
+                        )
                         _LOG.info("%d point%s at once", count, "s" * (count != 1))
                     self._begun = perf_counter()
                     with self._interruptible():
@@ -192,8 +194,8 @@ class Sweep:
 
     def _check_cluster(self) -> None:
         """UserError where the cluster cannot hold a point, or one of its nodes does not see the points' files."""
-        from cluster.placement import check
-        from cluster.visibility import check as check_files
+        from hasten.cluster.runtime.placement import check
+        from hasten.cluster.runtime.visibility import check as check_files
 
         for needs in {str(needs): needs for needs in map(self._needs, self._examples)}.values():
             check(needs, "a point of the sweep")
@@ -244,7 +246,7 @@ class Sweep:
 
     def _open_study(self) -> None:
         if self._sampler != "grid":
-            from jobs.sweep.study import Study
+            from hasten.jobs.sweep.study import Study
 
             settings = self._settings
             self._study = Study(
@@ -257,7 +259,7 @@ class Sweep:
             )
 
     def _tracked(self, tracking: Any, title: str, key: str) -> Any:
-        from cluster.sweep_tracking import SweepTracker
+        from hasten.cluster.tracking.sweep import SweepTracker
 
         name = tracking.name or f"{title} {self.folder.name}"
         return SweepTracker(tracking.uri, tracking.experiment, name, key, self.folder)
@@ -277,7 +279,7 @@ class Sweep:
         self._progress.begin(done)
 
     def _has_finished(self, row: Row) -> bool:
-        from cluster.points import is_finished, metrics_of, read_point
+        from hasten.cluster.programs.sweep_points import is_finished, metrics_of, read_point
 
         folder = Path(row.point.config.run_dir)
         if not is_finished(folder, self._points.sends(row.point)):
@@ -328,7 +330,7 @@ class Sweep:
         }
 
     def _write_report(self) -> Path:
-        from cluster.tracking import write_report
+        from hasten.cluster.tracking.tracker import write_report
 
         self._reported = perf_counter()
         return write_report(

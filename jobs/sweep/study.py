@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accel.errors import UserError
-from jobs.sweep.dimensions import Dimension, as_text
+from hasten.accel.errors import UserError
+from hasten.jobs.sweep.dimensions import Dimension, as_text
 
 _LOG = logging.getLogger(__name__)
 FILE = "study.db"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import store
+from hasten.cluster.tracking import store
 
 
 @pytest.fixture(scope="session")

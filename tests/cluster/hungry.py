@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from accel.compression.quantizers.gptq import GPTQ
-from accel.compression.search.fitness import KL
-from accel.decoding.drafters.token_recycling import TokenRecycling
+from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.accel.compression.search.fitness import KL
+from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 
 
 def eat(plate: str, times: int) -> None:

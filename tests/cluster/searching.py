@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.units import make_units
-from accel.compression.quantizers.base import Scheme
-from accel.compression.search.candidates import Candidates
-from accel.compression.search.fitness import KL
-from accel.compression.settings import Task
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
-from cluster.evaluators import Model
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.units import make_units
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.search.candidates import Candidates
+from hasten.accel.compression.search.fitness import KL
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.programs.search import Model
 from tests.compression import local
 
 LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.quantizers.base import Quantizer, Scheme
-from accel.compression.quantizers.gptq import GPTQ
-from accel.compression.settings import Settings, Task
-from cluster.calibrator import Calibrator
+from hasten.accel.compression.calibration.settings import Settings, Task
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.quantizers.base import Quantizer, Scheme
+from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.cluster.actors.calibrator import Calibrator
 
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:

@@ -7,20 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel.compression import pieces
-from accel.compression.quantizers.base import Scheme
-from accel.compression.quantizers.round_to_nearest import RoundToNearest
-from accel.compression.settings import Task
-from accel.errors import UserError
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.calibration import slabs as pieces
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
 # Nothing of ours may be needed to load what we write.
 LOAD = """
 import sys, torch
-for name in ("accel", "kernels.dequantize", "cluster", "jobs", "conf", "ray", "hydra", "mlflow"):
+for name in ("hasten", "ray", "hydra", "mlflow"):
     sys.modules[name] = None
 from transformers import AutoModelForCausalLM
 tokens = torch.load(sys.argv[1])
@@ -119,9 +119,9 @@ def test_regexes_and_block_numbers_leave_layers_as_they_are(tmp_path):
 def test_calibration_makes_the_embedded_model_better_than_rounding(tmp_path):
     from transformers import AutoTokenizer
 
-    from accel.data.tokens import load_tokens
-    from accel.evaluation.divergence import evaluate
-    from accel.models import embedded
+    from hasten.accel.data.tokens import load_tokens
+    from hasten.accel.evaluation.divergence import evaluate
+    from hasten.accel.models import embedded
 
     source = embedded.path("target")
     tokenizer = AutoTokenizer.from_pretrained(source)

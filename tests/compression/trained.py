@@ -4,13 +4,13 @@ from functools import cache
 
 import transformers
 
-from accel.compression.calibration import Shard
-from accel.compression.plan import make_plan
-from accel.compression.quantizers.base import Scheme
-from accel.data.tokens import load_tokens
-from accel.models import embedded
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.shard import Shard
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.models import embedded
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 
 
 @cache

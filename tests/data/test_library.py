@@ -1,4 +1,4 @@
-from accel.data.library import is_held_out, library_files, read_texts
+from hasten.accel.data.library import is_held_out, library_files, read_texts
 
 
 def test_a_file_is_in_one_split_whatever_the_root(tmp_path):

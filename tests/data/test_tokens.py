@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from accel.data import tokens
-from accel.data.tokens import fingerprint, holds_rows, load_tokens
-from accel.errors import UserError
+from hasten.accel.data import tokens
+from hasten.accel.data.tokens import fingerprint, holds_rows, load_tokens
+from hasten.accel.errors import UserError
 
 START = "<|start|>"
 

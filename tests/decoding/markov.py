@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.decoding.sampling import draw
-from accel.decoding.targets.base import Pass, Target
-from accel.decoding.tree import DraftTree
-from accel.decoding.verifiers.base import TargetRows, Verifier
+from hasten.accel.decoding.sampling import draw
+from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
 
 
 class MarkovTarget(Target):

@@ -6,15 +6,15 @@ from time import sleep
 import pytest
 import torch
 
-from accel.decoding.drafters.base import Drafter
-from accel.decoding.drafters.prompt_lookup import PromptLookup
-from accel.decoding.engine import Engine, Request
-from accel.decoding.sampling import Sampling
-from accel.decoding.sizing import Adaptive, Fixed, measure_costs
-from accel.decoding.targets.loading import load_target
-from accel.decoding.tree import ROOT, DraftTree
-from accel.errors import UserError
-from accel.models.checkpoint import resolve
+from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.sizing import Adaptive, Fixed, measure_costs
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.decoding.tree import ROOT, DraftTree
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
 from tests.decoding.markov import MarkovTarget
 
 PROMPTS = [
@@ -194,7 +194,7 @@ def test_figures_add_up(target, requests):
 
 
 def test_a_reduced_type_differs_by_ties_alone(requests):
-    from accel.decoding.ties import check_ties
+    from hasten.accel.decoding.ties import check_ties
 
     exact = load_target(resolve("embedded:target"), torch.float32)
     reduced = load_target(resolve("embedded:target"), torch.bfloat16)

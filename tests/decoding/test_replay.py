@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from accel.decoding.drafters.base import Drafter, Models
-from accel.decoding.drafters.prompt_lookup import PromptLookup
-from accel.decoding.drafters.token_recycling import TokenRecycling
-from accel.decoding.figures import Figures
-from accel.decoding.replay import distinct_share, replay
-from accel.decoding.tree import DraftTree
+from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
+from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
+from hasten.accel.decoding.replay import distinct_share, replay
+from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.tree import DraftTree
 
 
 class CountsOn(Drafter):

@@ -8,8 +8,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from accel.decoding.sampling import Sampling, draw, most_probable
-from accel.errors import UserError
+from hasten.accel.decoding.sampling import Sampling, draw, most_probable
+from hasten.accel.errors import UserError
 
 ROWS, VOCABULARY = 16, 300
 

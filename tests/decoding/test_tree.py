@@ -1,6 +1,6 @@
 import pytest
 
-from accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
 
 #        ┌ 7 ─ 9
 # ROOT ──┤   └ 3

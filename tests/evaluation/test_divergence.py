@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from accel.errors import UserError
-from accel.evaluation.divergence import Sums, evaluate
-from accel.evaluation.perplexity import windows
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.errors import UserError
+from hasten.accel.evaluation.divergence import Sums, evaluate
+from hasten.accel.evaluation.perplexity import windows
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny
 
 LENGTH = 16
@@ -112,7 +112,7 @@ def test_logits_are_made_a_few_at_a_time(
         return logits
 
     monkeypatch.setattr(model, "head", counted)
-    monkeypatch.setattr("accel.evaluation.divergence._LOGITS_BYTES", 7 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr("hasten.accel.evaluation.divergence._LOGITS_BYTES", 7 * 4 * tiny.VOCABULARY)
     assert evaluate(model, rows).nll == pytest.approx(whole.nll, rel=1e-6)
     assert max(made) == 7 * 4 * tiny.VOCABULARY
     assert sum(made) == 3 * (LENGTH - 1) * 4 * tiny.VOCABULARY

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from accel.data.library import is_held_out
-from accel.errors import UserError
-from accel.evaluation.perplexity import Windows, load_windows, windows
+from hasten.accel.data.library import is_held_out
+from hasten.accel.errors import UserError
+from hasten.accel.evaluation.perplexity import Windows, load_windows, windows
 
 
 def contexts(cut: Windows) -> dict[int, int]:
@@ -100,7 +100,7 @@ def test_evaluation_never_reads_the_files_that_models_are_trained_on(monkeypatch
             read.append(name)
             return root / name
 
-    monkeypatch.setattr("accel.data.tokens.library_root", Root)
+    monkeypatch.setattr("hasten.accel.data.tokens.library_root", Root)
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"text")
     with pytest.raises(AttributeError):  # the first document meets no tokenizer worth the name
         load_windows("library", object(), 2, 8, vocabulary=10)

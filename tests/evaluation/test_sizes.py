@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from accel.evaluation.sizes import sizes
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.evaluation.sizes import sizes
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny
 
 GROUP = 32

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from accel.errors import UserError
-from accel.evaluation.tasks import check_names, run_tasks
+from hasten.accel.errors import UserError
+from hasten.accel.evaluation.tasks import check_names, run_tasks
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from accel.errors import UserError
-from jobs.completions import Completions
+from hasten.accel.errors import UserError
+from hasten.jobs.decode.completions import Completions
 
 SETTINGS = {"seed": 0}
 

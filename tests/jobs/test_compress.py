@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
+from hasten.jobs.cli.main import main
 from tests.compression.local import contents
 from tests.jobs.report import METRICS, last_report
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from accel.models.checkpoint import resolve
-from jobs.cli import main
+from hasten.accel.models.checkpoint import resolve
+from hasten.jobs.cli.main import main
 from tests.jobs.report import last_report
 from tests.models import tiny
 

@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from jobs.cli import main
+from hasten.jobs.cli.main import main
 from tests.compression import local
 from tests.jobs.report import METRICS, last_report
 from tests.models import tiny

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.commands import submit
-from jobs.compose import compose
-from jobs.schema import JOBS
+from hasten.jobs.cli.commands import submit
+from hasten.jobs.cli.compose import compose
+from hasten.jobs.common.schema import JOBS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RAY_JOB = EXAMPLES / "kuberay" / "rayjob.yaml"

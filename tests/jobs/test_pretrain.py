@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from accel.data.library import is_held_out
-from accel.errors import UserError
-from jobs import pretrain
-from jobs.compose import compose
-from jobs.model_card import model_card
-from jobs.schema import PretrainConfig
+from hasten.accel.data.library import is_held_out
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.compose import compose
+from hasten.jobs.common.schema import PretrainConfig
+from hasten.jobs.pretrain import run as pretrain
+from hasten.jobs.pretrain.model_card import model_card
 
 WORDS = ["alpha", "beta", "gamma", "delta", "return", "yield", "class", "import", "lambda", "assert", "while", "break"]
 TINY = [
@@ -70,7 +70,7 @@ def test_a_training_writes_checkpoint_card_and_report_and_goes_on_where_it_was(t
     assert f"{metrics['draft.bits_per_byte']:.3f} over all files" in (folder / "README.md").read_text()
 
     weights = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr("accel.models.pretraining.train_in_processes", pytest.fail)
+    monkeypatch.setattr("hasten.accel.training.pretraining.train_in_processes", pytest.fail)
     pretrain.run(tiny(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match=r"draft\.lr was 0\.006, is 0\.1.*overwrite=true"):

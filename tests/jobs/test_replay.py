@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from jobs.cli import main
-from jobs.prompts import save_learned
+from hasten.jobs.cli.main import main
+from hasten.jobs.common.prompts import save_learned
 from tests.jobs.report import last_report
 
 
@@ -60,7 +60,7 @@ def test_a_replay_starts_from_what_was_learned(folder, capsys):
     path = record(folder / "out.jsonl", ([1], [2, 3, 4, 5]))
     successors = torch.full((4096, 8), -1)
     successors[1:5, 0] = torch.arange(2, 6)
-    drafter = {"_target_": "accel.decoding.drafters.token_recycling.TokenRecycling"}
+    drafter = {"_target_": "hasten.accel.decoding.drafters.retrieval.token_recycling.TokenRecycling"}
     save_learned(folder / "memory.safetensors", drafter, 4096, {"successors": successors})
     words = ["replay", "drafter=token_recycling", f"recorded={path}", "budgets=[8]"]
     for options, tokens in (([], 1), (["memory=memory.safetensors"], 4)):

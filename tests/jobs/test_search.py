@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jobs.cli import main
+from hasten.jobs.cli.main import main
 from tests.compression.local import contents
 from tests.jobs.report import METRICS, last_report
 from tests.models import tiny

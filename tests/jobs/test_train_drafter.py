@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from accel.decoding.heads.acceptance import FILE, AcceptanceHead
-from accel.models.checkpoint import Checkpoint, resolve
-from jobs.cli import main
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
+from hasten.jobs.cli.main import main
 from tests.jobs.report import last_report
 from tests.models import tiny
 

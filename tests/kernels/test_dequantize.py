@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from kernels import dequantize
+from hasten.kernels.dequantize import op as dequantize
 
 SIZES = [(1, 8, 1), (3, 96, 3), (5, 1056, 11), (2, 2048, 1)]
 CHECK = """
 import torch
-from kernels.dequantize import _launch, reference
+from hasten.kernels.dequantize.op import _launch, reference
 for rows, columns, groups in {sizes}:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         g = torch.Generator().manual_seed(columns)
@@ -43,7 +43,7 @@ def test_the_kernel_compiles_ahead_of_time_for_sm_90():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.dequantize_triton import kernel
+    from hasten.kernels.dequantize.triton_kernel import kernel
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("an interpreted kernel cannot be compiled")

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from accel.errors import UserError
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
-from accel.models.families import FAMILIES
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.families import FAMILIES
 from tests.models import tiny
 
 LENGTHS = (24, tiny.WINDOW - 1)
@@ -256,7 +256,7 @@ def test_a_head_of_many_chunks_is_the_same_head(checkpoints, monkeypatch):
     architecture = Architecture(Checkpoint(checkpoints("gemma3_text")))
     hidden = architecture.embed(tiny.tokens())
     whole = architecture.head(hidden)
-    monkeypatch.setattr("accel.models.architecture._HEAD_CHUNK", 64 * 7)
+    monkeypatch.setattr("hasten.accel.models.architecture._HEAD_CHUNK", 64 * 7)
     torch.testing.assert_close(architecture.head(hidden), whole, atol=1e-6, rtol=1e-6)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel.errors import UserError
-from accel.models import embedded
-from accel.models.checkpoint import Checkpoint, resolve
-from accel.models.shards import Stored
+from hasten.accel.errors import UserError
+from hasten.accel.models import embedded
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.models.shards import Stored
 from tests.models import tiny
 
 NAME = "model.layers.1.mlp.up_proj.weight"

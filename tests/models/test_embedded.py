@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from accel.models import embedded
+from hasten.accel.models import embedded
 
 
 def test_an_embedded_model_is_kept_by_its_name_because_the_package_may_move(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 
 
 class Format(ABC):

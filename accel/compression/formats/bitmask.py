@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.compression.pruners.base import PrunedWeight
+from hasten.accel.compression.pruners.base import PrunedWeight
 
 
 def pack(pruned: PrunedWeight) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.compression.quantizers.columns import MAX_WIDTH, MIN_WIDTH, ColumnWeight
+from hasten.accel.compression.quantizers.columns import MAX_WIDTH, MIN_WIDTH, ColumnWeight
 
 # Whole bytes of codes for any width, and a bound on the byte that every bit takes while they are packed.
 _ROWS_AT_ONCE = 1024

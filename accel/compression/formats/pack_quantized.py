@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.compression.formats.base import Format
-from accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.formats.base import Format
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 
 _ROWS_AT_ONCE = 1024
 

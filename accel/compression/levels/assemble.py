@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from accel.compression.allocation.base import DROP
-from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.depth import ZEROS, Depth, Zeros, is_last, make_depth, make_zeros
-from accel.compression.levels.level import KEEP, Level
-from accel.compression.output import OutputFolder
-from accel.compression.plan import Group
-from accel.compression.quantizers.base import Scheme
-from accel.errors import UserError
-from accel.models.architecture import Architecture, Layer
+from hasten.accel.compression.allocators.base import DROP
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.depth import ZEROS, Depth, Zeros, is_last, make_depth, make_zeros
+from hasten.accel.compression.levels.level import KEEP, Level
+from hasten.accel.compression.outputs.checkpoint import OutputFolder
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture, Layer
 
 _NOTHING: Mapping[int, Collection[str]] = MappingProxyType({})
 

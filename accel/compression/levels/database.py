@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from accel.compression.folder import PROGRESS, ResumableFolder
-from accel.compression.formats import bitmask, columns
-from accel.compression.formats.base import Format
-from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.levels.level import Level, level_name, names, parse_level
-from accel.compression.plan import Group
-from accel.compression.pruners.base import PrunedWeight, Sparsity
-from accel.compression.quantizers.base import QuantizedWeight, Scheme
-from accel.compression.quantizers.columns import ColumnBits, ColumnWeight
-from accel.errors import UserError
-from accel.models.architecture import Architecture, Layer
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.formats import bitmask, columns
+from hasten.accel.compression.formats.base import Format
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.level import Level, level_name, names, parse_level
+from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
+from hasten.accel.compression.pruners.base import PrunedWeight, Sparsity
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnWeight
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture, Layer
+from hasten.accel.models.checkpoint import Checkpoint
 
 _LAYERS = "layers"
 _FACTS = "facts"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.compression.allocation.base import ATTENTION, BLOCK, MLP
-from accel.compression.quantizers.base import QuantizedWeight, Scheme
-from accel.errors import UserError
-from accel.models.architecture import Architecture, Layer
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, MLP
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture, Layer
+from hasten.accel.models.checkpoint import Checkpoint
 
 # How the layers of a dropped part are stored.
 ZEROS = Scheme(2, -1, symmetric=True)

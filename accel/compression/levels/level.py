@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from accel.compression.pruners.base import Sparsity
-from accel.compression.quantizers.base import Scheme
-from accel.compression.quantizers.columns import ColumnBits
-from accel.errors import UserError
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.columns import ColumnBits
+from hasten.accel.errors import UserError
 
 # What a layer is stored as: codes on a grid, codes whose bits differ by column, or the weights that are left of it.
 Level = Scheme | ColumnBits | Sparsity

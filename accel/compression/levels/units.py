@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from accel.compression.allocation.base import ATTENTION, BLOCK, DROP, MLP, Choice, Unit
-from accel.compression.allocation.grouping import group_units, join
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.depth import dropped_bits, part_of
-from accel.compression.levels.level import KEEP
-from accel.compression.plan import Group
-from accel.errors import UserError
-from accel.models.architecture import Layer
+from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Choice, Unit
+from hasten.accel.compression.allocators.grouping import group_units, join
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.depth import dropped_bits, part_of
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Layer
 
 PARTS = (ATTENTION, MLP, BLOCK)
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
-from accel.compression.result import Result
+from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from hasten.accel.compression.result import Result
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """SparseGPT: prune block by block of columns, and let the columns to come make up for what is gone.
 
 Source: Frantar & Alistarh 2023, arXiv:2301.00774.
-Departs from it: solved on H = L Lᵀ itself instead of its inverse (see accel.compression.factor), where the saliency
+Departs from it: solved on H = L Lᵀ itself instead of its inverse (see calibration/factor.py), where the saliency
 w_k² / [H⁻¹]_kk of a column at its turn is (w_k L_kk)². The paper takes the same share of every block, over all rows;
 here every row loses equally many weights, as many of them in a block as would go if no column were ever corrected.
 Masks are chosen for 32 columns at once, not 128. On the embedded target at 50 % the first change takes 3 % of the
@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accel.compression.factor import Factor, check_factor, factorise
-from accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity, lowest
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity, lowest
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 
 # Columns, at least, before their error goes to all columns to come in one matrix product.
 _WIDTH = 128

@@ -11,7 +11,7 @@ take 24 % of the error of equal bits away, with the paper's grid 1 %. The scale 
 make at their own bits, and fitted anew to the codes (Kim et al. 2026, arXiv:2602.02126). As in the paper, bits belong
 to a layer: losses are summed over all its rows and no others, so layers are solved one by one, large ones in pieces
 of rows, and nothing depends on what else is solved.
-Columns are visited on H = L Lᵀ itself (see accel.compression.factor).
+Columns are visited on H = L Lᵀ itself (see hasten.accel.compression.calibration.factor).
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accel.compression.allocation.baq import column_bits
-from accel.compression.factor import Factor, check_factor, factorise
-from accel.compression.pieces import rows_at_once
-from accel.compression.quantizers.columns import (
+from hasten.accel.compression.allocators.baq import column_bits
+from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
+from hasten.accel.compression.calibration.slabs import rows_at_once
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.quantizers.columns import (
     MAX_WIDTH,
     MIN_WIDTH,
     ColumnBits,
@@ -31,9 +32,8 @@ from accel.compression.quantizers.columns import (
     ColumnWeight,
     steps,
 )
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
 _INNER = 32

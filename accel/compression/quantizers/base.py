@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
-from kernels.dequantize import dequantize
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
+from hasten.kernels.dequantize.op import dequantize
 
 MIN_BITS, MAX_BITS = 2, 8
 

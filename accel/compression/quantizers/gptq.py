@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accel.compression.factor import Factor, check_factor, factorise
-from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
-from accel.compression.quantizers.grid import find_grid
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
+from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
 _INNER = 32

@@ -7,8 +7,8 @@ arXiv:2210.17323, whose code searches shrunk ranges.
 import torch
 from torch import Tensor
 
-from accel.compression.pieces import rows_at_once
-from accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.calibration.slabs import rows_at_once
+from hasten.accel.compression.quantizers.base import Scheme
 
 
 def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
-from accel.compression.quantizers.grid import find_grid
-from accel.compression.result import Result
-from accel.errors import UserError
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
+from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)

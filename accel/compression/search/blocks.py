@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accel.compression.allocation.base import ATTENTION, BLOCK, DROP, MLP, Unit
-from accel.compression.levels.level import KEEP
-from accel.models.architecture import Architecture
+from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Unit
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.models.architecture import Architecture
 
 
 class BlockState(NamedTuple):

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accel.compression.allocation.base import BLOCK, Unit
-from accel.compression.levels.level import KEEP
-from accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
-from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import Fitness
-from accel.compression.search.moves import Genome
-from accel.models.architecture import Architecture
+from hasten.accel.compression.allocators.base import BLOCK, Unit
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
+from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.fitness import Fitness
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.models.architecture import Architecture
 
 # In place of a choice's index: the unit as the checkpoint has it.
 ORIGINAL = -1

@@ -8,10 +8,10 @@ level database: one measured level of a layer gives all of them.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from accel.compression.allocation.base import Choice, Unit
-from accel.compression.levels.level import KEEP
-from accel.compression.search.candidates import ORIGINAL
-from accel.compression.search.evopress import Genome, Sample
+from hasten.accel.compression.allocators.base import Choice, Unit
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.search.candidates import ORIGINAL
+from hasten.accel.compression.search.evopress import Genome, Sample
 
 
 def with_errors(

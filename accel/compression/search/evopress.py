@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from accel.compression.allocation.base import Allocator, Unit, check_budget, error, size
-from accel.compression.search.moves import TRIES, Draft, Genome, Space
-from accel.errors import UserError
+from hasten.accel.compression.allocators.base import Allocator, Unit, check_budget, error, size
+from hasten.accel.compression.search.moves import TRIES, Draft, Genome, Space
+from hasten.accel.errors import UserError
 
 # Units that a move across groups may change; one that changes more is a jump, which is hardly ever better.
 _MAX_CHANGES = 10

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 
 class Fitness(ABC):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from accel.compression.allocation.base import DROP, Unit, left_out, size
-from accel.errors import UserError
+from hasten.accel.compression.allocators.base import DROP, Unit, left_out, size
+from hasten.accel.errors import UserError
 
 # Index of the choice of every unit.
 Genome = tuple[int, ...]

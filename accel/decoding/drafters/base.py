@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from accel.decoding.context import Context
-from accel.decoding.sampling import Sampling, most_probable
-from accel.decoding.targets.base import Target
-from accel.decoding.tree import DraftTree, Draws
-from accel.errors import UserError
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.sampling import Sampling, most_probable
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from accel.decoding.tree import ROOT
-from accel.errors import UserError
+from hasten.accel.decoding.tree import ROOT
+from hasten.accel.errors import UserError
 
 _PREFILL_CHUNK = 512
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.decoding.targets.base import Pass, Target
-from accel.decoding.targets.matmul import Norm, Weight
-from accel.errors import UserError
-from kernels.few_rows import shortened
+from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.targets.matmul import Norm, Weight
+from hasten.accel.errors import UserError
+from hasten.kernels.skinny_gemm.op import shortened
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _SHORTEST = 256  # places that a compiled pass reads at least

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from accel.decoding.targets.base import Target
-from accel.errors import UserError
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.errors import UserError
 
 
 def load_target(
@@ -25,8 +25,8 @@ def load_target(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from accel.decoding.targets.llama import LlamaTarget, refusal
-    from accel.decoding.targets.transformers import TransformersTarget
+    from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+    from hasten.accel.decoding.targets.transformers import TransformersTarget
 
     config = AutoConfig.from_pretrained(folder)
     reason = refusal(config)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.few_rows import few_rows, pack
+from hasten.kernels.skinny_gemm.op import few_rows, pack
 
 # Beyond so many rows the plain product is as fast.
 _MOST_ROWS = 24

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from accel.decoding.targets.base import Pass, Target
-from accel.errors import UserError
+from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.errors import UserError
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accel.decoding.context import Context
-from accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
 
 
 @dataclass(frozen=True)

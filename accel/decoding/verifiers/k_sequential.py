@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel.decoding.tree import DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
-from accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
+from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
 _BISECTIONS = 30  # a rho above rho* is lossless, too, and accepts less by no more than it is above
 

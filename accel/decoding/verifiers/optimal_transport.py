@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from torch import Tensor
 
-from accel.errors import UserError
+from hasten.accel.errors import UserError
 
 _MOST_TOKENS = 12
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from accel.decoding.tree import ROOT, DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verdict, descend
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, descend
 
 Array = NDArray[np.float64]
 

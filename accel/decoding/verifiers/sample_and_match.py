@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from accel.decoding.sampling import draw
-from accel.decoding.tree import DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
+from hasten.accel.decoding.sampling import draw
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
 
 
 @dataclass(frozen=True)

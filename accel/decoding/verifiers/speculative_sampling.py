@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.decoding.tree import DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
-from accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
+from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
 
 @dataclass(frozen=True)

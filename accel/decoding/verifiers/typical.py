@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from accel.decoding.sampling import draw
-from accel.decoding.tree import ROOT, DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
-from accel.errors import UserError
+from hasten.accel.decoding.sampling import draw
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
+from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from accel.compression.formats import bitmask
-from accel.compression.pruners.base import PrunedWeight
+from hasten.accel.compression.formats import bitmask
+from hasten.accel.compression.pruners.base import PrunedWeight
 
 
 def pruned(rows, columns, dtype, seed=0):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from accel.compression.formats import columns as form
-from accel.compression.quantizers.columns import ColumnWeight
+from hasten.accel.compression.formats import columns as form
+from hasten.accel.compression.quantizers.columns import ColumnWeight
 
 
 def weight(rows, columns, dtype=torch.bfloat16, highest=8):

@@ -4,24 +4,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from accel.compression.allocation.base import ATTENTION, BLOCK, DROP, MLP, size
-from accel.compression.levels.assemble import mixed_output, write_mixed
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.depth import dropped_bits, part_of
-from accel.compression.levels.level import KEEP
-from accel.compression.levels.units import dropped_parts, layer_levels, make_units
-from accel.compression.pruners.base import Sparsity
-from accel.compression.pruners.magnitude import Magnitude
-from accel.compression.quantizers.base import Scheme
-from accel.compression.quantizers.round_to_nearest import RoundToNearest
-from accel.compression.search.candidates import Candidates
-from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import Perplexity
-from accel.compression.settings import Task
-from accel.errors import UserError
-from accel.evaluation.sizes import sizes
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, size
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.depth import dropped_bits, part_of
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.compression.search.candidates import Candidates
+from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.fitness import Perplexity
+from hasten.accel.errors import UserError
+from hasten.accel.evaluation.sizes import sizes
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 

@@ -6,21 +6,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from accel.compression import pieces
-from accel.compression.formats import columns
-from accel.compression.levels.assemble import mixed_output, write_mixed
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.level import level_name, make_levels, names, parse_level
-from accel.compression.pruners.base import Sparsity
-from accel.compression.pruners.sparsegpt import SparseGPT
-from accel.compression.pruners.wanda import Wanda
-from accel.compression.quantizers.baq import ColumnwiseBAQ
-from accel.compression.quantizers.base import Scheme
-from accel.compression.quantizers.columns import ColumnBits
-from accel.compression.settings import Task
-from accel.errors import UserError
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.calibration import slabs as pieces
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.formats import columns
+from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.level import level_name, make_levels, names, parse_level
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.pruners.sparsegpt import SparseGPT
+from hasten.accel.compression.pruners.wanda import Wanda
+from hasten.accel.compression.quantizers.baq import ColumnwiseBAQ
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.columns import ColumnBits
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 

@@ -3,13 +3,21 @@ import json
 import pytest
 import torch
 
-from accel.compression.allocation.base import ATTENTION, BLOCK, MLP
-from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.levels.depth import ZEROS, dropped_bits, make_depth, make_zeros, part_of, shorten, zero_weight
-from accel.compression.quantizers.base import Scheme
-from accel.errors import UserError
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, MLP
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.depth import (
+    ZEROS,
+    dropped_bits,
+    make_depth,
+    make_zeros,
+    part_of,
+    shorten,
+    zero_weight,
+)
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny
 
 FULL, SLIDING = "full_attention", "sliding_attention"

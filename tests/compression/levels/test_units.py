@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from accel.compression.allocation.base import DROP, size
-from accel.compression.levels.database import LevelDatabase
-from accel.compression.levels.level import KEEP
-from accel.compression.levels.units import dropped_parts, layer_levels, make_units
-from accel.compression.pruners.base import Sparsity
-from accel.compression.pruners.wanda import Wanda
-from accel.compression.quantizers.base import Scheme
-from accel.compression.settings import Task
-from accel.errors import UserError
+from hasten.accel.compression.allocators.base import DROP, size
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.pruners.wanda import Wanda
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
 from tests.compression import local
 from tests.models import tiny
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accel.compression.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import SecondMoment
 
 ROWS, COLUMNS = 48, 198  # of columns neither whole bytes of mask nor whole blocks
 

@@ -7,9 +7,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.compression.pruners.base import Sparsity, lowest
-from accel.compression.result import Result
-from accel.errors import UserError
+from hasten.accel.compression.pruners.base import Sparsity, lowest
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 from tests.compression.pruners.conftest import COLUMNS, ROWS, moment_of
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "pruner").glob("*.yaml"))

@@ -1,7 +1,7 @@
 import torch
 
-from accel.compression.pruners.base import Sparsity
-from accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.pruners.magnitude import Magnitude
 
 
 def test_a_row_worked_by_hand():

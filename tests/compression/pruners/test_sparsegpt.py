@@ -3,12 +3,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from accel.compression.pruners.base import Inputs, Sparsity, lowest
-from accel.compression.pruners.magnitude import Magnitude
-from accel.compression.pruners.sparsegpt import SparseGPT
-from accel.compression.pruners.wanda import Wanda
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.pruners.base import Inputs, Sparsity, lowest
+from hasten.accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.pruners.sparsegpt import SparseGPT
+from hasten.accel.compression.pruners.wanda import Wanda
+from hasten.accel.errors import UserError
 from tests.compression.pruners.conftest import COLUMNS, moment_of
 from tests.compression.trained import target_model, target_moments
 

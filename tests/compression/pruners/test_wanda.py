@@ -1,8 +1,8 @@
 import torch
 
-from accel.compression.pruners.base import Sparsity
-from accel.compression.pruners.magnitude import Magnitude
-from accel.compression.pruners.wanda import Wanda
+from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.pruners.wanda import Wanda
 from tests.compression.pruners.conftest import moment_of
 
 

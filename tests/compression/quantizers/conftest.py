@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accel.compression.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import SecondMoment
 
 
 @pytest.fixture(scope="session")

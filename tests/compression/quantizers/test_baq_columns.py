@@ -6,12 +6,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.compression.pruners.base import Inputs
-from accel.compression.quantizers.baq import ColumnwiseBAQ
-from accel.compression.quantizers.columns import ColumnBits, ColumnWeight, steps
-from accel.compression.result import Result
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.pruners.base import Inputs
+from hasten.accel.compression.quantizers.baq import ColumnwiseBAQ
+from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnWeight, steps
+from hasten.accel.compression.result import Result
+from hasten.accel.errors import UserError
 from tests.compression.trained import target_model, target_moments
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "column_quantizer").glob("*.yaml"))

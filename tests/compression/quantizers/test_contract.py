@@ -7,9 +7,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.compression.formats.pack_quantized import PackQuantized
-from accel.compression.quantizers.base import Scheme
-from accel.errors import UserError
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "quantizer").glob("*.yaml"))
 SCHEMES = [Scheme(4, 32), Scheme(3, 32, symmetric=True), Scheme(2, -1), Scheme(8, 64), Scheme(5, 8, symmetric=True)]

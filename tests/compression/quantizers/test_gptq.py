@@ -3,12 +3,12 @@ import itertools
 import pytest
 import torch
 
-from accel.compression.quantizers.base import QuantizedWeight, Scheme
-from accel.compression.quantizers.gptq import GPTQ
-from accel.compression.quantizers.grid import find_grid
-from accel.compression.quantizers.round_to_nearest import RoundToNearest
-from accel.compression.statistics import SecondMoment
-from accel.errors import UserError
+from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.errors import UserError
 
 
 def textbook(weight, hessian, scheme, damping, order, corrected_scales=False):

@@ -1,7 +1,7 @@
 import torch
 
-from accel.compression.quantizers.base import Scheme
-from accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 
 
 def test_a_group_worked_by_hand():

@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from accel.compression.allocation.base import DROP, Choice, Unit
-from accel.compression.levels.level import KEEP
-from accel.compression.search.candidates import ORIGINAL, Candidates
-from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import KL, Fitness, Perplexity
-from accel.compression.search.moves import Genome
-from accel.models.architecture import Architecture
-from accel.models.checkpoint import Checkpoint
+from hasten.accel.compression.allocators.base import DROP, Choice, Unit
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.search.candidates import ORIGINAL, Candidates
+from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny
 
 BLOCKS, SEQUENCES, LENGTH = 4, 6, 16

@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 
-from accel.compression.allocation.base import DROP, Choice, Unit, size
-from accel.compression.search.evopress import EvoPress
+from hasten.accel.compression.allocators.base import DROP, Choice, Unit, size
+from hasten.accel.compression.search.evopress import EvoPress
 
 LENGTHS = [7, 30, 12, 25, 40, 3, 18, 64]
 SMALL = EvoPress(generations=6, offspring=8, survivors=(4, 2, 1), tokens=(20, 50, 90), initial_tokens=30)

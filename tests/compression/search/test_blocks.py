@@ -6,10 +6,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from accel.compression.levels.level import KEEP
-from accel.compression.search.candidates import ORIGINAL
-from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import KL, Perplexity
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.search.candidates import ORIGINAL
+from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.fitness import KL, Perplexity
 from tests.compression.search.noisy import (
     BLOCKS,
     LENGTH,

@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from accel.compression.allocation.base import DROP, Choice, Unit
-from accel.compression.levels.level import KEEP
-from accel.compression.search.candidates import ORIGINAL, Candidates, batches
-from accel.compression.search.errors import with_errors
-from accel.compression.search.evopress import Sample
-from accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
-from accel.models import embedded
-from accel.models.architecture import Architecture
+from hasten.accel.compression.allocators.base import DROP, Choice, Unit
+from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.search.candidates import ORIGINAL, Candidates, batches
+from hasten.accel.compression.search.errors import with_errors
+from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
+from hasten.accel.models import embedded
+from hasten.accel.models.architecture import Architecture
 from tests.compression.search.noisy import (
     BLOCKS,
     LENGTH,
@@ -192,7 +192,7 @@ def test_units_genomes_and_samples_that_do_not_fit_are_named(folder: Path) -> No
 
 @pytest.fixture(scope="module")
 def text() -> Tensor:
-    from accel.data.tokens import load_tokens
+    from hasten.accel.data.tokens import load_tokens
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path("target"))
     return load_tokens("library", tokenizer, 4, 64, "held_out")
@@ -200,8 +200,8 @@ def text() -> Tensor:
 
 def rounded(model: Architecture) -> Callable[[str, str], Tensor]:
     """Weights rounded to nearest in groups of 64, at levels named by their bits."""
-    from accel.compression.quantizers.base import Scheme
-    from accel.compression.quantizers.round_to_nearest import RoundToNearest
+    from hasten.accel.compression.quantizers.base import Scheme
+    from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 
     def weight(layer: str, level: str) -> Tensor:
         tensor = model.checkpoint.tensor(f"{layer}.weight")

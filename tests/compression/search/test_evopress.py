@@ -9,9 +9,9 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.compression.allocation.base import DROP, size
-from accel.compression.search.evopress import EvoPress, Sample, State, draw
-from accel.errors import UserError
+from hasten.accel.compression.allocators.base import DROP, size
+from hasten.accel.compression.search.evopress import EvoPress, Sample, State, draw
+from hasten.accel.errors import UserError
 from tests.compression.search.problems import (
     LENGTHS,
     SMALL,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
-from accel.errors import UserError
+from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
+from hasten.accel.errors import UserError
 
 VOCABULARY = 40
 FITNESSES = [KL(), SparseKL(), SparseKL(5), Perplexity()]

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from accel.compression.allocation.base import DROP, size
-from accel.compression.search.evopress import State
+from hasten.accel.compression.allocators.base import DROP, size
+from hasten.accel.compression.search.evopress import State
 from tests.compression.search.problems import LENGTHS, SMALL, Additive, droppable, part, unequal, unit
 
 

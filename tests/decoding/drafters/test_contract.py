@@ -10,15 +10,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
 
-from accel.decoding.context import Context
-from accel.decoding.drafters.base import Models
-from accel.decoding.engine import Engine, Request
-from accel.decoding.heads.acceptance import FILE, AcceptanceHead
-from accel.decoding.sampling import Sampling
-from accel.decoding.sizing import Fixed
-from accel.decoding.targets.loading import load_target
-from accel.decoding.tree import ROOT, Draws
-from accel.models.checkpoint import resolve
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.models.checkpoint import resolve
+from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "drafter").glob("*.yaml"))
 TEXTS = [

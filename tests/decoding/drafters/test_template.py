@@ -1,6 +1,6 @@
 """Shapes of trees: the likeliest first, and every parent before its children."""
 
-from accel.decoding.drafters.template import likeliest, ordered
+from hasten.accel.decoding.drafters.template import likeliest, ordered
 
 
 def test_the_likeliest_paths_by_hand():

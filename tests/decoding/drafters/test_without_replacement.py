@@ -4,7 +4,7 @@ from itertools import islice, permutations
 import pytest
 import torch
 
-from accel.decoding.drafters.without_replacement import drawn, ranked
+from hasten.accel.decoding.drafters.without_replacement import drawn, ranked
 from tests.decoding.markov import is_drawn_from
 
 Q = torch.tensor([0.5, 0.25, 0.0, 0.15, 0.1])

@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from accel.decoding.targets.llama import FAMILIES as FAST
-from accel.decoding.targets.llama import LlamaTarget, refusal
-from accel.decoding.targets.transformers import TransformersTarget
-from accel.decoding.tree import ROOT
-from accel.errors import UserError
+from hasten.accel.decoding.targets.llama import FAMILIES as FAST
+from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+from hasten.accel.decoding.targets.transformers import TransformersTarget
+from hasten.accel.decoding.tree import ROOT
+from hasten.accel.errors import UserError
 from tests.models.tiny import FAMILIES, VOCABULARY, build
 
 # Sums run in another order than over the whole sequence: a few roundings of logits of size 10.
@@ -130,7 +130,7 @@ def test_a_sequence_that_was_cut_goes_on_otherwise(kind):
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 24, 25, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_are_plain_ones(rows, dtype):
-    from accel.decoding.targets.matmul import Weight
+    from hasten.accel.decoding.targets.matmul import Weight
 
     generator = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(48, 32, generator=generator), torch.randn(48, generator=generator)
@@ -141,7 +141,7 @@ def test_packed_products_are_plain_ones(rows, dtype):
 
 
 def test_room_for_packed_weights_is_given_back(monkeypatch):
-    from accel.decoding.targets import matmul
+    from hasten.accel.decoding.targets import matmul
 
     if matmul._MKL_LINEAR is None:
         pytest.skip("torch was built without MKL")
@@ -158,7 +158,7 @@ def test_room_for_packed_weights_is_given_back(monkeypatch):
 
 
 def test_the_norm_in_few_operations_is_the_norm():
-    from accel.decoding.targets.matmul import Norm
+    from hasten.accel.decoding.targets.matmul import Norm
 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.rand(40, generator=generator), torch.randn(5, 40, generator=generator)

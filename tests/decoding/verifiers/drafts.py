@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.decoding.context import Context
-from accel.decoding.sampling import Sampling
-from accel.decoding.tree import ROOT, DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows, Verifier
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
 
 V = 5
 # Row 0 is of the first token, row x + 1 of the token after x. Both have tokens that they never give.

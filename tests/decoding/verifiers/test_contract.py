@@ -7,9 +7,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from accel.decoding.sampling import Sampling
-from accel.decoding.tree import DraftTree, Draws
-from accel.decoding.verifiers.recursive_rejection import RecursiveRejection
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from tests.decoding.verifiers.drafts import DRAFT, KINDS, TARGET, expected_pairs, p_value, pairs, rows
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "verifier").glob("*.yaml"))

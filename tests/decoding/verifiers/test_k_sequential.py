@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from accel.decoding.sampling import Sampling
-from accel.decoding.verifiers.k_sequential import KSequential, acceptance, least_rho
-from accel.decoding.verifiers.optimal_transport import optimal_acceptance
-from accel.decoding.verifiers.rejection import distribution
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.verifiers.k_sequential import KSequential, acceptance, least_rho
+from hasten.accel.decoding.verifiers.optimal_transport import optimal_acceptance
+from hasten.accel.decoding.verifiers.rejection import distribution
 from tests.decoding.verifiers.drafts import DRAFT, KINDS, TARGET, rows
 
 RANDOM = np.random.default_rng(0)

@@ -3,8 +3,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from accel.decoding.verifiers.optimal_transport import optimal_acceptance
-from accel.errors import UserError
+from hasten.accel.decoding.verifiers.optimal_transport import optimal_acceptance
+from hasten.accel.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 PAIRS = [tuple(torch.rand(2, size, generator=GENERATOR, dtype=torch.float64).softmax(-1)) for size in (2, 4, 6)]

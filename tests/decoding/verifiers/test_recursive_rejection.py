@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from accel.decoding.context import Context
-from accel.decoding.sampling import Sampling
-from accel.decoding.tree import DraftTree, Draws
-from accel.decoding.verifiers.base import TargetRows
-from accel.decoding.verifiers.recursive_rejection import RecursiveRejection
-from accel.decoding.verifiers.rejection import drawn
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows
+from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
+from hasten.accel.decoding.verifiers.rejection import drawn
 
 SAMPLED = Sampling(temperature=1.0)
 P, Q = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.5, 0.25, 0.25])

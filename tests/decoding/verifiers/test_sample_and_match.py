@@ -1,8 +1,8 @@
 import torch
 
-from accel.decoding.sampling import Sampling, draw
-from accel.decoding.tree import DraftTree
-from accel.decoding.verifiers.sample_and_match import SampleAndMatch
+from hasten.accel.decoding.sampling import Sampling, draw
+from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from tests.decoding.verifiers.drafts import KINDS, TARGET, rows
 
 SAMPLED = Sampling(temperature=1.0)

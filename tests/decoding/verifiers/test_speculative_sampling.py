@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from accel.decoding.sampling import Sampling
-from accel.decoding.tree import DraftTree
-from accel.decoding.verifiers.rejection import distribution, recovered
-from accel.decoding.verifiers.speculative_sampling import SpeculativeSampling
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.decoding.verifiers.rejection import distribution, recovered
+from hasten.accel.decoding.verifiers.speculative_sampling import SpeculativeSampling
 from tests.decoding.verifiers.drafts import DRAFT, KINDS, TARGET, V, rows
 
 SAMPLED = Sampling(temperature=1.0)

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from accel.decoding.context import Context
-from accel.decoding.sampling import Sampling
-from accel.decoding.tree import DraftTree
-from accel.decoding.verifiers.base import TargetRows
-from accel.decoding.verifiers.typical import Typical
-from accel.errors import UserError
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.decoding.verifiers.base import TargetRows
+from hasten.accel.decoding.verifiers.typical import Typical
+from hasten.accel.errors import UserError
 
 
 def verdict(tree, table, seed=0, verifier=None):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 METHODS = {
-    "gptq": "accel.compression.quantizers.gptq.GPTQ",
-    "round_to_nearest": "accel.compression.quantizers.round_to_nearest.RoundToNearest",
+    "gptq": "hasten.accel.compression.quantizers.gptq.GPTQ",
+    "round_to_nearest": "hasten.accel.compression.quantizers.round_to_nearest.RoundToNearest",
 }
 QUALITY = {"perplexity": 12.5, "top1_agreement": 0.9}
 
@@ -52,7 +52,7 @@ def decode(folder: Path, target: str, drafter: str, speed: float) -> Path:
     metrics = {"tokens_per_second": speed, "draft_share": 0.25, "target_share": 0.7, "verify_share": 0.05}
     report = {
         "job": "decode",
-        "config": {"target": target, "drafter": {"_target_": f"accel.decoding.drafters.{drafter}.Drafter"}},
+        "config": {"target": target, "drafter": {"_target_": f"hasten.accel.decoding.drafters.{drafter}.Drafter"}},
         "metrics": {**metrics, "mean_acceptance_length": 1.5, "seconds": 3.0},
         "acceptance_per_position": [0.5, 0.25],
         "output": "completions.jsonl",
@@ -65,7 +65,10 @@ def search(folder: Path) -> Path:
     answers = [{"budget": budget, "kl_divergence": 1 / budget**3, "bytes": int(1000 * budget)} for budget in (2.5, 3.0)]
     report = {
         "job": "search",
-        "config": {"budget": [2.5, 3.0], "allocator": {"_target_": "accel.compression.search.evopress.EvoPress"}},
+        "config": {
+            "budget": [2.5, 3.0],
+            "allocator": {"_target_": "hasten.accel.compression.search.evopress.EvoPress"},
+        },
         "metrics": {**answers[0], "seconds": 9.0},
         "layers": [row | {"budget": each["budget"]} for each in answers for row in layers(each["budget"])],
         "budgets": answers,
@@ -83,12 +86,14 @@ def search(folder: Path) -> Path:
 def failed(folder: Path, message: str) -> Path:
     """A run that ended with an error: a log, and no report."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("bits: 5\nquantizer:\n  _target_: accel.compression.quantizers.gptq.GPTQ\n")
+    (folder / "config.yaml").write_text(
+        "bits: 5\nquantizer:\n  _target_: hasten.accel.compression.quantizers.gptq.GPTQ\n"
+    )
     (folder / "hasten.log").write_text(
-        "2026-11-21 13:00:00,001 INFO jobs.run: starting\n"
+        "2026-11-21 13:00:00,001 INFO hasten.jobs.common.run: starting\n"
         "2026-11-21 13:00:01,002 ERROR hasten.traceback: the run failed\n"
         'Traceback (most recent call last):\n  File "x.py", line 1, in run\n    raise Lost("x")\n'
-        f"accel.errors.Lost: {message}\n"
+        f"hasten.accel.errors.Lost: {message}\n"
     )
     return folder
 

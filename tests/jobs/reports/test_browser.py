@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from jobs.cli import main
+from hasten.jobs.cli.main import main
 from tests.jobs.reports import folders
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

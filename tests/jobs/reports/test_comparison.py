@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from jobs.report.comparison import compare, with_quality_of_checkpoints
-from jobs.report.metrics import texts
-from jobs.report.reading import read
-from jobs.report.sentences import summary
-from jobs.report.settings import flat, shown
+from hasten.jobs.report.comparison import compare, with_quality_of_checkpoints
+from hasten.jobs.report.metrics import texts
+from hasten.jobs.report.reading import read
+from hasten.jobs.report.sentences import summary
+from hasten.jobs.report.settings import flat, shown
 from tests.jobs.reports import folders
 
 
@@ -125,8 +125,8 @@ def test_what_decodes_a_compressed_checkpoint_has_its_quality(folder):
 
 
 def test_a_method_is_named_by_its_file_and_a_nested_one_with_its_values():
-    nested = {"_target_": "accel.decoding.drafters.copy_spec.CopySpec", "gamma": 5}
-    drafter = {"_target_": "accel.decoding.drafters.union.Union", "drafters": [nested]}
+    nested = {"_target_": "hasten.accel.decoding.drafters.retrieval.copy_spec.CopySpec", "gamma": 5}
+    drafter = {"_target_": "hasten.accel.decoding.drafters.combined.union.Union", "drafters": [nested]}
     assert {key: shown(value) for key, value in flat({"drafter": drafter}).items()} == {
         "drafter": "union",
         "drafter.drafters": "[copy_spec 5]",

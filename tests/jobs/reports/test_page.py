@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
-from jobs.report.pictures import Pictures
+from hasten.jobs.cli.main import main
+from hasten.jobs.report.pictures import Pictures
 from tests.jobs.reports import folders
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -153,9 +153,9 @@ def test_the_terminal_has_the_tables_of_the_page(swept):
 
 
 def test_a_narrow_terminal_gets_the_first_columns_and_is_told_of_the_others(folder, monkeypatch, capsys):
-    from jobs.report.comparison import compare
-    from jobs.report.reading import read
-    from jobs.report.terminal import show
+    from hasten.jobs.report.comparison import compare
+    from hasten.jobs.report.reading import read
+    from hasten.jobs.report.terminal import show
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
@@ -169,7 +169,7 @@ def test_a_narrow_terminal_gets_the_first_columns_and_is_told_of_the_others(fold
 
 def test_runs_of_several_jobs_share_a_page(folder, monkeypatch):
     # Looked at in test_browser.py; drawn here, they would take most of the time.
-    monkeypatch.setattr("jobs.report.page.pictures", lambda chart: Pictures(chart, *["data:,"] * 4))
+    monkeypatch.setattr("hasten.jobs.report.page.pictures", lambda chart: Pictures(chart, *["data:,"] * 4))
     compressed = folders.compress(folder / "a", 3, "gptq", 0.2, 300)
     better = folders.compress(folder / "b", 4, "gptq", 0.1, 400)
     decoded = [

@@ -1,6 +1,6 @@
 from itertools import product
 
-from jobs.report.pareto import front
+from hasten.jobs.report.pareto import front
 
 
 def test_the_front_of_six_settings_worked_by_hand():

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from accel.errors import UserError
-from jobs.report.reading import Failure, Objective, read
+from hasten.accel.errors import UserError
+from hasten.jobs.report.reading import Failure, Objective, read
 from tests.jobs.reports import folders
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_failed_tells_its_last_exception(folder):
 def test_a_run_that_was_started_again_after_its_failure_is_unfinished(folder):
     folders.compress(folder / "good", 3, "gptq", 0.2, 300)
     log = folders.failed(folder / "again", "x") / "hasten.log"
-    log.write_text(log.read_text() + "2026-11-21 13:05:00,003 INFO jobs.run: starting\n")
+    log.write_text(log.read_text() + "2026-11-21 13:05:00,003 INFO hasten.jobs.common.run: starting\n")
     _, entry = entries(folder / "good", folder / "again")
     assert (entry.status, entry.failure) == ("unfinished", None)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from accel.errors import UserError
-from jobs.methods import method_names
-from jobs.sweep.dimensions import Dimension, Words, read
-from jobs.sweep.grid import grid
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.methods import method_names
+from hasten.jobs.sweep.dimensions import Dimension, Words, read
+from hasten.jobs.sweep.grid import grid
 
 
 def dimension(word):

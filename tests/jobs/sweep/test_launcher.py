@@ -7,9 +7,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 
-from cluster.points import Work
-from cluster.tracking import write_report
-from jobs.sweep.launcher import RayLauncher
+from hasten.cluster.programs.sweep_points import Work
+from hasten.cluster.tracking.tracker import write_report
+from hasten.jobs.sweep.launcher import RayLauncher
 
 
 def run(folder: Path, value: int) -> None:
@@ -35,4 +35,4 @@ def test_a_batch_comes_back_in_its_order_with_what_failed(tmp_path, ray_session)
 
 def test_hydra_knows_it_by_name():
     node = ConfigStore.instance().load("hydra/launcher/hasten_ray.yaml").node
-    assert node._target_ == "jobs.sweep.launcher.RayLauncher"
+    assert node._target_ == "hasten.jobs.sweep.launcher.RayLauncher"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from accel.errors import UserError
-from jobs.schema import SweepConfig
-from jobs.sweep.objectives import Objectives, objectives, sampler
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import SweepConfig
+from hasten.jobs.sweep.objectives import Objectives, objectives, sampler
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from accel.errors import UserError
-from cluster.points import is_finished
-from jobs.benchmarks.wait import Config
-from jobs.options import options
-from jobs.schema import JOBS, ReplayConfig
-from jobs.sweep import points as sweep_points
-from jobs.sweep.points import Points, needs
+from hasten.accel.errors import UserError
+from hasten.cluster.programs.sweep_points import is_finished
+from hasten.jobs.bench.wait import Config
+from hasten.jobs.cli.options import options
+from hasten.jobs.common.schema import JOBS, ReplayConfig
+from hasten.jobs.sweep import points as sweep_points
+from hasten.jobs.sweep.points import Points, needs
 
 
 def points(job="compress", *fixed, folder=Path("/sweep")):
@@ -66,7 +66,7 @@ def test_the_content_of_an_input_counts_and_not_its_time(tmp_path, option):
 
 
 def test_a_large_file_is_told_by_size_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.sweep.points._HASHED_BYTES", 2)
+    monkeypatch.setattr("hasten.jobs.sweep.points._HASHED_BYTES", 2)
     file = tmp_path / "model.safetensors"
     file.write_text("one")
     os.utime(file, (1, 1))
@@ -175,12 +175,12 @@ def test_outputs_may_be_swept_but_not_shared():
     ],
 )
 def test_a_job_takes_threads_for_itself_or_for_each_of_its_workers(job, words, expected, monkeypatch):
-    monkeypatch.setattr("jobs.arithmetic.resolve_device", lambda name: "cpu")
+    monkeypatch.setattr("hasten.jobs.common.arithmetic.resolve_device", lambda name: "cpu")
     assert needs(job, points(job, *words).make({}).config) == expected
 
 
 def test_each_worker_and_each_job_that_computes_itself_takes_a_gpu(monkeypatch):
-    monkeypatch.setattr("jobs.arithmetic.resolve_device", lambda name: "cuda")
+    monkeypatch.setattr("hasten.jobs.common.arithmetic.resolve_device", lambda name: "cuda")
     assert needs("compress", points().make({}).config)[3] == ({"CPU": 1.0, "GPU": 1.0},) * 2
     assert needs("replay", points("replay").make({}).config)[:2] == (1.0, 1.0)
 

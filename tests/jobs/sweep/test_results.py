@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from cluster.points import metrics_of
-from jobs.sweep.points import Point
-from jobs.sweep.results import Row, failures, table
+from hasten.cluster.programs.sweep_points import metrics_of
+from hasten.jobs.sweep.points import Point
+from hasten.jobs.sweep.results import Row, failures, table
 
 FOLDER = Path("/sweep")
 

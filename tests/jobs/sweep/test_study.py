@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 
-from accel.errors import UserError
-from jobs.sweep.dimensions import read
-from jobs.sweep.study import FILE, Study
+from hasten.accel.errors import UserError
+from hasten.jobs.sweep.dimensions import read
+from hasten.jobs.sweep.study import FILE, Study
 
 PLANE = ("x=interval(-4,4)", "y=interval(-4,4)")
 

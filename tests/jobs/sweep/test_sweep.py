@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import jobs
-from cluster import store
-from jobs.cli import main
+import hasten
+from hasten.cluster.tracking import store
+from hasten.jobs.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -139,8 +139,10 @@ def test_a_killed_process_costs_only_its_own_attempt(here):
 
 def test_a_killed_driver_is_followed_by_one_that_goes_on(here):
     words = ["bench", "wait", "--multirun", "run_dir=sweep", f"done={here / 'done'}", "point=range(0,6)", "steps=4"]
-    command = [sys.executable, "-m", "jobs.cli", *words, "wait_seconds=0.5", "sweep.cpus=2"]
-    driver = subprocess.Popen(command, cwd=here, env={**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])})
+    command = [sys.executable, "-m", "hasten", *words, "wait_seconds=0.5", "sweep.cpus=2"]
+    driver = subprocess.Popen(
+        command, cwd=here, env={**os.environ, "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
+    )
     while not (here / "done").exists():
         assert driver.poll() is None
         time.sleep(0.02)

@@ -1,0 +1,248 @@
+"""Exact: the levels of least total error within the budget, proven.
+
+Source: the multiple-choice knapsack problem, Sinha and Zoltners 1979, doi:10.1287/opre.27.3.503; solved as in Pisinger
+1995, doi:10.1016/0377-2217(95)00015-I: a Lagrangian bound settles most units, dynamic programming the few that remain.
+Departs from it: units may lie in parts that can be dropped, so that both the bound and the states are made over trees.
+No solver of mixed-integer programs: their tolerances, a millionth of a choice, are many bits of a large model. Bits are
+integers throughout, and of two solutions of the same error the one of fewer bits is taken.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, error, size
+from hasten.accel.errors import UserError
+
+# Room for rounding where a state is left out because its bound is worse than a solution that is known.
+_ROUNDING = 1e-13
+# The price is settled after some hundred halvings; a price of nothing would never be.
+_HALVINGS = 500
+
+
+@dataclass(frozen=True)
+class Exact(Allocator):
+    """Allocator that finds the optimum where errors of units add up.
+
+    max_states: partial solutions that may be open at a time, 32 bytes each for every unit that the bound leaves open.
+    Layers leave hundreds; the limit is for made-up instances, of which some cannot be solved at all.
+    """
+
+    max_states: int = 1_048_576
+
+    def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
+        """Index of the choice of every unit; UserError where max_states do not suffice."""
+        check_errors(units)
+        problem = _Problem(units, budget)
+        price, known = problem.relax()
+        if price == 0:
+            return known
+        known = problem.improve(known)
+        return _Search(problem, price, error(units, known), self.max_states).solve()
+
+
+class _Problem:
+    """Units as arrays over all choices, unit after unit, and the relaxation in which bits have a price."""
+
+    def __init__(self, units: Sequence[Unit], budget: int) -> None:
+        self.units, self.budget = units, budget
+        counts = [len(unit.choices) for unit in units]
+        self.starts = np.cumsum([0, *counts[:-1]])
+        self.owner = np.repeat(np.arange(len(units)), counts)
+        choices = [choice for unit in units for choice in unit.choices]
+        self.bits = np.array([choice.bits for choice in choices], dtype=np.int64)
+        self.errors = np.array([choice.error for choice in choices])
+        self.holds = np.array([choice.level != DROP for choice in choices])
+        place = {unit.name: index for index, unit in enumerate(units)}
+        self.outer = np.array([-1 if unit.part_of is None else place[unit.part_of] for unit in units])
+        self.depth = np.zeros(len(units), dtype=np.int64)
+        above = self.outer.copy()
+        while (above >= 0).any():
+            self.depth += above >= 0
+            above = np.where(above >= 0, self.outer[above], -1)
+        self.inner: dict[int, list[int]] = {}
+        for index, outer in enumerate(self.outer.tolist()):
+            self.inner.setdefault(outer, []).append(index)
+
+    def costs(self, price: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Least error plus price times bits below every choice, what lies in the unit included, and of every unit."""
+        costs = self.errors + price * self.bits
+        for depth in range(self.depth.max(initial=0), 0, -1):
+            least = np.minimum.reduceat(costs, self.starts)
+            inside = np.zeros(len(self.units))
+            members = self.depth == depth
+            np.add.at(inside, self.outer[members], least[members])
+            costs = costs + inside[self.owner] * self.holds
+        return costs, np.minimum.reduceat(costs, self.starts)
+
+    def cheapest(self, price: float) -> tuple[NDArray[Any], int]:
+        """Choice of every unit, as a place in the arrays, that costs least at this price, and the bits of all."""
+        costs, least = self.costs(price)
+        places = np.where(costs == least[self.owner], np.arange(len(costs)), len(costs))
+        chosen = np.minimum.reduceat(places, self.starts)
+        alive = self.alive(chosen)
+        return np.where(alive, chosen, self.starts), int(self.bits[chosen[alive]].sum())
+
+    def alive(self, chosen: NDArray[Any]) -> NDArray[Any]:
+        """Whether each unit is outside all dropped parts."""
+        alive = np.ones(len(self.units), dtype=bool)
+        for depth in range(1, self.depth.max(initial=0) + 1):
+            members = self.depth == depth
+            outer = self.outer[members]
+            alive[members] = alive[outer] & self.holds[chosen[outer]]
+        return alive
+
+    def relax(self) -> tuple[float, list[int]]:
+        """The least price of a bit, in error, at which the cheapest choices fit the budget, and these choices."""
+        chosen, bits = self.cheapest(0.0)
+        if bits <= self.budget:
+            return 0.0, (chosen - self.starts).tolist()
+        # At this price no error is worth a bit.
+        low, high = 0.0, float(np.abs(self.errors).max()) * 4 * len(self.units)
+        chosen, _ = self.cheapest(high)
+        for _ in range(_HALVINGS):
+            if high - low <= 1e-14 * high:
+                break
+            middle = (low + high) / 2
+            tried, bits = self.cheapest(middle)
+            if bits <= self.budget:
+                high, chosen = middle, tried
+            else:
+                low = middle
+        return high, (chosen - self.starts).tolist()
+
+    def improve(self, chosen: list[int]) -> list[int]:
+        """Spends what is left of the budget on the change of one unit that lowers the error most, again and again."""
+        now = np.array(chosen) + self.starts
+        # Only units that are there, and without dropping any.
+        open_ = self.alive(now)[self.owner] & self.holds & self.holds[now][self.owner]
+        left = self.budget - size(self.units, chosen)
+        while True:
+            cost = self.bits - self.bits[now][self.owner]
+            gain = np.where(open_ & (cost <= left), self.errors[now][self.owner] - self.errors, 0.0)
+            best = int(gain.argmax())
+            if gain[best] <= 0:
+                return (now - self.starts).tolist()
+            left -= int(cost[best])
+            now[self.owner[best]] = best
+
+
+@dataclass(frozen=True)
+class _States:
+    """Partial solutions of some units: by rising bits (S,) int64, falling errors (S,).
+
+    bound: what these units add to the bound. Each state is made of state first[s] of `rest` and state second[s] of
+    `more`; those of a single unit, of its choice first[s] and state second[s] of what lies in it, if any.
+    """
+
+    bits: NDArray[Any]
+    errors: NDArray[Any]
+    bound: float
+    first: NDArray[Any]
+    second: NDArray[Any]
+    rest: "_States | None" = None
+    more: "_States | None" = None
+    unit: int | None = None
+
+
+class _Search:
+    """Dynamic programming over units, without the states whose bound is above the error of a known solution."""
+
+    def __init__(self, problem: _Problem, price: float, known: float, max_states: int) -> None:
+        self.problem, self.price, self.max_states = problem, price, max_states
+        self.costs, least = problem.costs(price)
+        self.least = least.tolist()
+        roots = problem.inner[-1]
+        gap = known - (math.fsum(self.least[root] for root in roots) - price * problem.budget)
+        scale = float(np.abs(problem.errors).max()) + price * problem.budget + math.fsum(map(abs, self.least))
+        self.gap = max(gap, 0.0) + _ROUNDING * scale
+
+    def solve(self) -> list[int]:
+        """Index of the choice of every unit."""
+        problem, chosen = self.problem, [0] * len(self.problem.units)
+        left, open_ = problem.budget, []
+        for states in map(self._unit, problem.inner[-1]):
+            if len(states.bits) == 1:
+                self._trace(states, 0, chosen)
+                left -= int(states.bits[0])
+            else:
+                open_.append(states)
+        # Large steps first: the small ones at the end merge into one another.
+        open_.sort(key=lambda states: int(states.bits[0]) - int(states.bits[-1]))
+        needed = sum(int(states.bits[0]) for states in open_)
+        total = self._nothing()
+        for states in open_:
+            needed -= int(states.bits[0])
+            total = self._join(total, states, left - needed)
+        self._trace(total, len(total.bits) - 1, chosen)
+        return chosen
+
+    def _nothing(self) -> _States:
+        zero = np.zeros(1, dtype=np.int64)
+        return _States(zero, np.zeros(1), 0.0, zero, zero)
+
+    def _unit(self, unit: int) -> _States:
+        """States of a unit with all that lies in it."""
+        problem = self.problem
+        start = int(problem.starts[unit])
+        costs = self.costs[start : start + len(problem.units[unit].choices)]
+        places = start + np.flatnonzero(costs - self.least[unit] <= self.gap)
+        inside = None
+        if unit in problem.inner and bool(problem.holds[places].any()):
+            inside = self._nothing()
+            for states in map(self._unit, problem.inner[unit]):
+                inside = self._join(inside, states, problem.budget)
+        bits, errors, first, second = [], [], [], []
+        for place in places.tolist():
+            held = inside if inside is not None and problem.holds[place] else self._nothing()
+            bits.append(problem.bits[place] + held.bits)
+            errors.append(problem.errors[place] + held.errors)
+            first.append(np.full(len(held.bits), place - start))
+            second.append(np.arange(len(held.bits)))
+        joined = np.concatenate(bits), np.concatenate(errors)
+        kept = self._prune(*joined, self.least[unit], problem.budget)
+        sources = np.concatenate(first)[kept], np.concatenate(second)[kept]
+        return _States(joined[0][kept], joined[1][kept], self.least[unit], *sources, more=inside, unit=unit)
+
+    def _join(self, rest: _States, more: _States, most: int) -> _States:
+        """States of both, of at most so many bits."""
+        width = len(more.bits)
+        if len(rest.bits) * width > 8 * self.max_states:
+            self._refuse()
+        bits, errors = np.add.outer(rest.bits, more.bits).ravel(), np.add.outer(rest.errors, more.errors).ravel()
+        bound = rest.bound + more.bound
+        kept = self._prune(bits, errors, bound, most)
+        return _States(bits[kept], errors[kept], bound, kept // width, kept % width, rest, more)
+
+    def _prune(self, bits: NDArray[Any], errors: NDArray[Any], bound: float, most: int) -> NDArray[Any]:
+        """Places of the states that may be part of the optimum, by rising bits and strictly falling error."""
+        kept = np.flatnonzero((errors + self.price * bits - bound <= self.gap) & (bits <= most))
+        kept = kept[np.lexsort((errors[kept], bits[kept]))]
+        best = np.minimum.accumulate(errors[kept])
+        kept = kept[np.append(True, errors[kept][1:] < best[:-1])] if len(kept) else kept
+        if len(kept) > self.max_states:
+            self._refuse()
+        return kept
+
+    def _refuse(self) -> None:
+        raise UserError(
+            f"max_states={self.max_states} is too few for these {len(self.problem.units)} units: "
+            f"raise it, group the layers or take another allocator"
+        )
+
+    def _trace(self, states: _States | None, index: int, chosen: list[int]) -> None:
+        """Enters the choices that a state is made of."""
+        while states is not None:
+            first, second = int(states.first[index]), int(states.second[index])
+            if states.unit is not None:
+                chosen[states.unit] = first
+                if self.problem.units[states.unit].choices[first].level == DROP:
+                    return
+                states, index = states.more, second
+            else:
+                self._trace(states.more, second, chosen)
+                states, index = states.rest, first

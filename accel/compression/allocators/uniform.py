@@ -1,0 +1,59 @@
+"""Uniform: the same level for every unit, the baseline that every allocator here is compared with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, size
+from hasten.accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """Allocator that takes the highest level that all units have and that fits; what is left of the budget stays.
+
+    Parts that can be dropped are kept.
+    """
+
+    needs_errors: ClassVar[bool] = False
+
+    def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
+        """Index of the choice of every unit; UserError where no common level fits."""
+        fixed = [_part(unit) for unit in units]
+        levels = _common_levels([unit for unit, kept in zip(units, fixed, strict=True) if kept is None])
+        found = [
+            [unit.index(level) if kept is None else kept for unit, kept in zip(units, fixed, strict=True)]
+            for level in levels
+        ]
+        sizes = [size(units, chosen) for chosen in found]
+        fitting = [place for place, bits in enumerate(sizes) if bits <= budget]
+        if not fitting:
+            weights, least = sum(unit.weights for unit in units), min(sizes)
+            raise UserError(
+                f"budget={budget / weights:g} is below {levels[sizes.index(least)]}, the lowest level that all layers "
+                f"have: it takes {least / weights:.5g} bits per weight"
+            )
+        return found[max(fitting, key=lambda place: sizes[place])]
+
+
+def _part(unit: Unit) -> int | None:
+    """Choice that keeps a part which can be dropped; None for what has levels to choose from."""
+    kept = [index for index, choice in enumerate(unit.choices) if choice.level != DROP]
+    return kept[0] if len(kept) == 1 and len(unit.choices) == 2 else None
+
+
+def _common_levels(units: Sequence[Unit]) -> list[str]:
+    """Levels that every unit has; where there is no unit, one name that stands for the parts as they are."""
+    if not units:
+        return ["keeping all parts"]
+    common = [choice.level for choice in units[0].choices if choice.level != DROP]
+    for unit in units:
+        own = [choice.level for choice in unit.choices]
+        left = [level for level in common if level in own]
+        if not left:
+            raise UserError(
+                f"the layers have no level in common: {unit.name} has {', '.join(own)}, those before it share "
+                f"{', '.join(common)}"
+            )
+        common = left
+    return common

@@ -1,0 +1,94 @@
+"""Which layers are quantized, how, and together with which others; checked before anything is written."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture, Layer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one block that share an input and are solved together.
+
+    layers: facts in the order in which their rows are stacked. scheme: the grid of all of them.
+    """
+
+    block: int
+    layers: tuple[Layer, ...]
+    scheme: Scheme
+
+    @property
+    def key(self) -> str:
+        """Name of the group inside its run."""
+        return self.layers[0].name
+
+    @property
+    def columns(self) -> int:
+        """Input columns of every layer in the group."""
+        return self.layers[0].columns
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the layers belong to one expert, which sees only the tokens routed to it."""
+        return self.layers[0].expert is not None
+
+    @property
+    def cost(self) -> float:
+        """Relative time of the solve: factorisation and column updates."""
+        return self.columns**3 / 3 + sum(layer.rows for layer in self.layers) * self.columns**2
+
+
+def make_plan(
+    architecture: Architecture, scheme: Scheme, ignore: Iterable[str], skip_first: int, skip_last: int
+) -> list[list[Group]]:
+    """Groups of every block.
+
+    ignore: regular expressions searched in layer names; what matches stays as it is. skip_first, skip_last: blocks left
+    alone at either end. Experts get a symmetric grid: transformers cannot read zero points of fused experts.
+    """
+    for name, value in (("skip_first", skip_first), ("skip_last", skip_last)):
+        if not 0 <= value <= architecture.num_blocks:
+            raise UserError(f"{name}={value} is out of range: the model has {architecture.num_blocks} blocks")
+    patterns = [(text, _compile(text)) for text in ignore]
+    used: set[str] = set()
+    blocks: list[list[Group]] = []
+    for block in range(architecture.num_blocks):
+        shared: dict[tuple[str, Scheme], list[Layer]] = {}
+        if skip_first <= block < architecture.num_blocks - skip_last:
+            for layer in architecture.linears(block):
+                hits = [text for text, pattern in patterns if pattern.search(layer.name)]
+                used.update(hits)
+                if hits:
+                    continue
+                own = scheme
+                if layer.expert is not None and not scheme.symmetric:
+                    own = Scheme(scheme.bits, scheme.group_size, symmetric=True)
+                own.check(layer.name, layer.columns)
+                shared.setdefault((layer.group, own), []).append(layer)
+        blocks.append([Group(block, tuple(layers), own) for (_, own), layers in shared.items()])
+    outer = {name.removesuffix(".weight") for name in architecture.outer_tensors()}
+    for text, pattern in patterns:
+        if text not in used and not any(pattern.search(name) for name in outer):
+            raise UserError(f"ignore={text!r} matches no layer; a layer is named like {_example(architecture)}")
+    if not any(blocks):
+        raise UserError("nothing is left to quantize: ignore, skip_first and skip_last leave every layer alone")
+    return blocks
+
+
+def _compile(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"ignore={text!r} is no regular expression: {error}") from None
+
+
+def _example(architecture: Architecture) -> str:
+    return architecture.linears(0)[0].name
+
+
+def schemes(plan: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
+    """Scheme of every quantized layer, by its name, in the order of the model."""
+    return {layer.name: group.scheme for block in plan for group in block for layer in group.layers}

@@ -1,0 +1,87 @@
+"""The calibration pass on one shard of the calibration sequences: hidden states, and what layers see of them.
+
+A shard holds whole chunks. Every chunk is run in the same batches whoever holds it, so that its hidden states and sums
+have the same bits for any number of shards.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
+from hasten.accel.models.architecture import Architecture
+
+
+class _SeenAll(Exception):  # noqa: N818 (no error: the rest of the block need not run)
+    """The last statistics of a block are taken."""
+
+
+class Shard:
+    """Hidden states [sequences, T, D] of some chunks, at the input of block `position`."""
+
+    def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int) -> None:
+        self.architecture = architecture
+        self.position = 0
+        self._hidden = {
+            number: [architecture.embed(part) for part in tokens.split(batch)] for number, tokens in chunks.items()
+        }
+
+    def collect(self, block: nn.Module, groups: Sequence[Group], advance: bool = False) -> dict[str, Tree]:
+        """Run the block at `position` and return, by group key, the sums of the group's inputs.
+
+        advance: keep the outputs as hidden states of the next block. Experts that no token reached are left out.
+        """
+        trees: dict[str, Tree] = {}
+        # Which expert comes last depends on the tokens; of all other layers the last one reads the last statistics.
+        last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
+        for number, parts in self._hidden.items():
+            moments: dict[str, SecondMoment] = {}
+            hooks = [self._watch(block, group, moments, stop=group.key == last) for group in groups]
+            try:
+                for index, part in enumerate(parts):
+                    with suppress(_SeenAll):
+                        output = self.architecture.run_block(block, self.position, part)
+                        if advance:
+                            parts[index] = output
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for key, moment in moments.items():
+                trees.setdefault(key, Tree()).add(number, 1, moment)
+        if advance:
+            self.position += 1
+        return trees
+
+    def advance(self, block: nn.Module) -> None:
+        """Replace the hidden states by the outputs of the block at `position`."""
+        for parts in self._hidden.values():
+            for index, part in enumerate(parts):
+                parts[index] = self.architecture.run_block(block, self.position, part)
+        self.position += 1
+
+    @staticmethod
+    def _watch(
+        block: nn.Module, group: Group, moments: dict[str, SecondMoment], stop: bool
+    ) -> torch.utils.hooks.RemovableHandle:
+        # Layers of a group share their input: the first one's is all of theirs.
+        layer = group.layers[0]
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].reshape(-1, layer.columns)
+            if len(rows):
+                moments.setdefault(group.key, SecondMoment(layer.columns)).add(rows)
+            if stop:
+                raise _SeenAll
+
+        return block.get_submodule(layer.module).register_forward_pre_hook(add)
+
+
+def replace_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights [rows, columns], by the path of their layer in the block, in the place of the block's own."""
+    for path, weight in weights.items():
+        parameter = block.get_submodule(path).weight
+        assert isinstance(parameter, nn.Parameter)
+        parameter.data = weight.to(parameter.device, parameter.dtype)

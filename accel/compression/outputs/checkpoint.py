@@ -1,0 +1,213 @@
+"""The folder of a compressed checkpoint while it is being made: one shard a block, each written whole or not at all.
+
+Next to the shards, in `.hasten`, stand the facts of their blocks.
+Index and config.json come last: a folder without them is visibly unfinished, and the shards in it are what a later run
+keeps.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hasten.accel.compression.calibration.layer_groups import Group, schemes
+from hasten.accel.compression.formats.base import Format
+from hasten.accel.compression.levels.depth import shorten
+from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
+from hasten.accel.compression.pruners.base import PrunedWeight
+from hasten.accel.compression.quantizers.base import QuantizedWeight
+from hasten.accel.compression.quantizers.columns import ColumnWeight
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.families import family_of
+
+# Tensors outside the blocks are gathered into shards of about this size.
+_OUTER_BYTES = 1 << 27
+# Of the original's other files, those that are copied, and among them those that are written anew.
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+OWN = ("config.json", "model.safetensors.index.json")
+# Modules of all of a model's parts.
+_HOLDERS = ("model", "decoder", "language_model")
+_NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
+
+
+class OutputFolder(ResumableFolder):
+    """A compressed checkpoint in the making.
+
+    plan: layers that are quantized, by block. kept: numbers of the blocks that are written, rising; None for all. Every
+    block goes by its number in the original, and by its place among the kept ones in the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        architecture: Architecture,
+        plan: list[list[Group]],
+        form: Format,
+        kept: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(path, architecture.checkpoint.path)
+        self._architecture = architecture
+        self._plan = plan
+        self._format = form
+        self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
+        self._places = {block: place for place, block in enumerate(self._kept)}
+        self._outer = list(outer_shards(architecture))
+        self._shards = len(self._kept) + len(self._outer)
+
+    def shard(self, block: int) -> Path:
+        """File of a block."""
+        number = len(self._outer) + self._places[block] + 1
+        return self.path / f"model-{number:05d}-of-{self._shards:05d}.safetensors"
+
+    def facts(self, block: int) -> list[dict[str, Any]]:
+        """What was noted about each compressed layer of a finished block."""
+        layers: list[dict[str, Any]] = json.loads(self._facts_file(block).read_text())
+        return layers
+
+    def is_finished(self, block: int) -> bool:
+        """Whether the block's shard stands."""
+        return self.shard(block).exists() and self._facts_file(block).exists()
+
+    def unfinished(self, block: int) -> list[Group]:
+        """Groups of a block that are still to be solved: all of them until its shard stands."""
+        return [] if self.is_finished(block) else list(self._plan[block])
+
+    @property
+    def finished(self) -> list[int]:
+        """Blocks whose shards stand."""
+        return [block for block in self._kept if self.is_finished(block)]
+
+    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
+        """What write_block stores of a compressed weight."""
+        if isinstance(weight, PrunedWeight):
+            return {"weight": weight.weight.cpu().contiguous()}
+        if isinstance(weight, ColumnWeight):
+            return {"weight": weight.dequantize().cpu()}
+        return self._format.pack(weight)
+
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
+        """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
+
+        packed: tensors of a layer by what follows its name; a `bias` among them stands for the layer's own.
+        """
+        tensors = {f"{layer}.{part}": tensor for layer, parts in packed.items() for part, tensor in parts.items()}
+        for name in self._architecture.block_tensors(block):
+            if name.removesuffix(".weight") not in packed and name not in tensors:
+                tensors[name] = self._read(name)
+        self.write_json(self._facts_file(block), facts)
+        self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
+
+    def read_block(self, block: int) -> dict[str, Tensor]:
+        """Weights that a loader makes of a finished block's quantized layers, by their path in the block."""
+        from safetensors import safe_open
+
+        weights: dict[str, Tensor] = {}
+        with safe_open(self.shard(block), framework="pt") as file:
+            stored = set(file.keys())
+            for group in self._plan[block]:
+                for layer in group.layers:
+                    name = self._renamed(layer.name)
+                    parts = {
+                        part: file.get_tensor(f"{name}.{part}")
+                        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+                        if f"{name}.{part}" in stored
+                    }
+                    weights[layer.module] = self._format.unpack(parts, group.scheme)
+        return weights
+
+    def finish(self) -> None:
+        """Write what stands outside the blocks, copy the tokenizer and its like, then index and config.json."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, names in enumerate(self._outer):
+            path = self.path / f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
+            if not path.exists():
+                self.write_tensors(path, {name: self._read(name) for name in names})
+            total += _index(path, weight_map)
+        for block in self._kept:
+            total += _index(self.shard(block), weight_map)
+        source = self._architecture.checkpoint.path
+        for pattern in COPIED:
+            for file in sorted(source.glob(pattern)):
+                if file.name not in OWN and not file.name.endswith(".index.json"):
+                    guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write_json(self.path / OWN[1], index)
+        self.write_json(self.path / OWN[0], self._config())
+
+    def _config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        config = shorten(self._architecture, self._kept)
+        quantized = schemes(self._plan)
+        if not quantized:
+            return config
+        untouched = [
+            self._as_module(self._renamed(layer.name))
+            for block in self._kept
+            for layer in self._architecture.linears(block)
+            if layer.name not in quantized
+        ]
+        experts = any(group.is_expert for groups in self._plan for group in groups)
+        renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
+        described = self._format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
+        return config | {"quantization_config": described}
+
+    def _as_module(self, name: str) -> str:
+        """Name of a block's layer as loaders look for it, a pattern where their modules are called otherwise."""
+        usual = family_of(self._architecture.checkpoint.config.get("model_type")).prefixes[0]
+        return name if name.startswith(usual) else rf"re:.*\b{re.escape(name[name.index('layers.') :])}$"
+
+    def _outer_linears(self) -> list[str]:
+        """Patterns of modules outside the blocks that may hold linear layers: OPT-350m's projections, vision towers."""
+        shape = self._architecture.checkpoint.shape
+        names = [
+            name for name in self._architecture.outer_tensors() if name.endswith(".weight") and "embed" not in name
+        ]
+        parts = [
+            next(part for part in name.split(".") if part not in _HOLDERS) for name in names if len(shape(name)) == 2
+        ]
+        return [rf"re:(.*\.)?{part}(\..*)?$" for part in dict.fromkeys(parts) if part != "lm_head"]
+
+    def _renamed(self, name: str) -> str:
+        """Name, in the files, of a tensor or layer of a block that is written."""
+        return _NUMBER.sub(lambda number: str(self._places[int(number[0])]), name, count=1)
+
+    def _facts_file(self, block: int) -> Path:
+        return self.path / PROGRESS / f"block-{block:05d}.json"
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._architecture.checkpoint.tensor(name)
+        self._architecture.checkpoint.check_finite(tensor, name)
+        return tensor
+
+
+def outer_shards(architecture: Architecture) -> Iterable[list[str]]:
+    """Names outside the blocks, in lists of about one shard each."""
+    names: list[str] = []
+    size = 0
+    for name in architecture.outer_tensors():
+        bytes_ = architecture.checkpoint.nbytes(name)
+        if names and size + bytes_ > _OUTER_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += bytes_
+    if names:
+        yield names
+
+
+def _index(path: Path, weight_map: dict[str, str]) -> int:
+    """Enter a shard's tensors into the weight map; returns their bytes."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            weight_map[name] = path.name
+            total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return total

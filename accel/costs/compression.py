@@ -1,0 +1,278 @@
+"""The calibration pass of compress and levels: hidden states, sums of second moments, solves, and the files written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.statistics import split
+from hasten.accel.compression.levels.level import Level
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
+from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
+from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.solving import collect_work, factor_work, moment_bytes, solve_bytes, solve_work
+
+BETWEEN = "sums between nodes"
+_TOKEN_BYTES = 8
+# What the driver holds of a block: as it came, and as it is written.
+_COPIES_OF_PACKED = 2
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A calibration pass as plain values.
+
+    plan: groups of every block. methods: what layers are compressed by. levels: of a database, None for a checkpoint.
+    sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: chunks they are cut into.
+    gpus: of every worker; gpu_memory: bytes of each, 0 without one. nodes: that the workers lie on. propagates: whether
+    the next block sees what the compressed one makes.
+    """
+
+    model: Model
+    plan: Sequence[Sequence[Group]]
+    methods: Sequence[Any]
+    scheme: Scheme
+    sequences: int
+    length: int
+    levels: Sequence[Level] | None = None
+    batch: int = 4
+    shards: int = 8
+    workers: int = 2
+    threads: int = 1
+    gpus: int = 0
+    gpu_memory: int = 0
+    nodes: int = 1
+    propagates: bool = True
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that there are: no more than sequences."""
+        return min(self.shards, self.sequences)
+
+    @property
+    def most_chunks(self) -> int:
+        """Chunks of the worker that has most."""
+        return max((len(part) for part in split(self.chunks, self.workers)), default=0)
+
+    @property
+    def most_sequences(self) -> int:
+        """Sequences of the worker that has most."""
+        return self.most_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
+
+
+def estimate(work: Pass, rates: Rates) -> Estimate:
+    """All that the pass takes, from the start of the calibrators to the last file."""
+    written = (
+        checkpoint_files(work.model.architecture, work.plan)
+        if work.levels is None
+        else database_files(work.model.architecture, work.plan, work.levels)
+    )
+    largest = max(work.plan, key=lambda groups: sum(_weights(group) for group in groups))
+    packed = sum(_packed_bytes(work, group) for group in largest)
+    sums = _sums_bytes(largest) * nodes(work.chunks, work.workers) if work.sequences else 0
+    return Estimate(
+        processes=(_calibrator(work, rates), _driver(work, rates, packed)),
+        steps=tuple(_steps(work, rates, sum(written.values()))),
+        moved=_moved(work),
+        store=sums + (packed if work.levels is None else 0),
+        written=written,
+    )
+
+
+def nodes(chunks: int, workers: int) -> int:
+    """Sums of a group that all workers together send: each merges its chunks as far as the one tree over all allows."""
+    total = 0
+    for part in split(chunks, workers):
+        start = part.start
+        while start < part.stop:
+            size = 1
+            while start % (2 * size) == 0 and start + 2 * size <= part.stop:
+                size *= 2
+            total, start = total + 1, start + size
+    return total
+
+
+def _held_nodes(chunks: int) -> int:
+    """Sums of a group that a worker with so many chunks holds at once: those of each size wait for their siblings."""
+    return chunks.bit_length() if chunks & (chunks - 1) == 0 else chunks.bit_length() + 1
+
+
+def _sums_bytes(groups: Sequence[Group]) -> int:
+    return sum(moment_bytes(group.columns) for group in groups)
+
+
+def _weights(group: Group) -> int:
+    return sum(layer.rows * layer.columns for layer in group.layers)
+
+
+def _packed_bytes(work: Pass, group: Group) -> int:
+    """Bytes of a group's layers as they are stored, at all levels."""
+    checkpoint = work.model.architecture.checkpoint
+    total = 0
+    for layer in group.layers:
+        itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
+        if work.levels is None:
+            total += sum(size for *_, size in grid_tensors(layer, group.scheme, itemsize))
+        else:
+            total += sum(size for level in work.levels for *_, size in level_tensors(layer, level, itemsize))
+    return total
+
+
+def _moved(work: Pass) -> dict[str, int]:
+    """Bytes between processes: tokens to the calibrators, sums to those that solve, packed layers to the driver."""
+    moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
+    if work.sequences:
+        count = nodes(work.chunks, work.workers)
+        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.plan)
+        if work.nodes > 1:
+            away = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.plan)
+            moved[BETWEEN] = int(count * away * (1 - 1 / work.nodes))
+    if work.levels is None:
+        moved["packed layers"] = sum(_packed_bytes(work, group) for groups in work.plan for group in groups)
+    return {name: size for name, size in moved.items() if size}
+
+
+def _calibrator(work: Pass, rates: Rates) -> Process:
+    model = work.model
+    block = model.largest_block()
+    groups = max(work.plan, key=_sums_bytes)
+    on_device = work.gpus > 0
+    always = {"process": rates.worker_bytes, "calibration tokens": work.most_sequences * work.length * _TOKEN_BYTES}
+    hidden = {"hidden states": model.hidden_bytes(work.most_sequences, work.length)}
+    largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
+    stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
+    reading = {"tensor as it is read": largest.rows * largest.columns * stored}
+    host: dict[str, dict[str, int]] = {"check": {"process": rates.worker_bytes, **_checked(model)}}
+    device: dict[str, dict[str, int]] = {}
+    if work.sequences:
+        running = {
+            **hidden,
+            "weights of a block": model.block_bytes(block),
+            "activations": model.activation_bytes(work.batch, work.length),
+        }
+        # A layer's input once more in float32, where it is not.
+        wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
+        running["activations"] += wide
+        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.most_chunks)}
+        sent = {SHARED: _sums_bytes(groups) * nodes(work.most_chunks, 1)}
+        if on_device:
+            host["collect"] = {**always, **reading, **sums, **sent}
+            device["collect"] = {"context": rates.device_bytes, **running, **sums}
+        else:
+            host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
+    for group in sorted(groups, key=lambda group: -group.cost)[:1]:
+        found = solve_bytes(group, work.methods, work.gpu_memory)
+        reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
+        own = {
+            "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
+            "codes": _weights(group),
+            "packed layers": _COPIES_OF_PACKED * _packed_bytes(work, group),
+        }
+        reads = reads if work.sequences else {}
+        if on_device:
+            host["solve"] = {**always, **reads, **own}
+            device["solve"] = {"context": rates.device_bytes, **hidden, **found, "codes": _weights(group)}
+        else:
+            kept = hidden if work.sequences else {}
+            host["solve"] = with_kept_back({**always, **kept, **reads, **own, **found}, sum(found.values()))
+    return Process("calibrator", work.workers, work.threads, host, work.gpus, device)
+
+
+def _checked(model: Model) -> dict[str, int]:
+    """The largest tensor while it is looked through."""
+    checkpoint = model.architecture.checkpoint
+    return {"largest tensor": max(checkpoint.nbytes(name) for name in checkpoint.names)}
+
+
+def _driver(work: Pass, rates: Rates, packed: int) -> Process:
+    checkpoint = work.model.architecture.checkpoint
+    outer = max(checkpoint.nbytes(name) for name in work.model.architecture.outer_tensors())
+    held = {"process": rates.driver_bytes, "calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
+    host = {"finish": {**held, "largest outer tensor": outer}}
+    if work.levels is None:
+        host["write"] = {**held, "packed layers of a block": _COPIES_OF_PACKED * packed}
+    return Process("driver", 1, 0, host)
+
+
+def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
+    model = work.model
+    check = Work(elements=model.elements(), file_bytes=model.stored_bytes()).seconds(rates)
+    workers = work.workers
+    steps = [Step("check weights", check / workers, check)]
+    share = work.most_sequences / work.sequences if work.sequences else 0.0
+    tokens = work.sequences * work.length
+    wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
+    cpu = dict(wall)
+
+    def add(name: str, todo: Work, of_one: float, copies: int = 1) -> None:
+        seconds = todo.seconds(rates)
+        wall[name] += of_one * seconds
+        cpu[name] += copies * seconds
+
+    for block, groups in enumerate(work.plan):
+        if work.sequences:
+            # In front of the next block, where its input is what the compressed block makes; else with the sums.
+            last = groups[-1].layers if groups else ()
+            stops = work.propagates and not any(group.is_expert for group in groups)
+            if groups:
+                run = model.run(block, tokens, work.length, work.batch)
+                if stops:
+                    skipped = sum(layer.rows * layer.columns for layer in last)
+                    run += Work(flops=-2.0 * tokens * skipped)
+                add("forward", run, share)
+                add("load", model.load(block), 1.0, workers)
+                add("sums", _collected(work, groups, tokens), share)
+            if work.propagates and block + 1 < len(work.plan):
+                add("forward", model.run(block, tokens, work.length, work.batch), share)
+                add("load", model.load(block) * 2, 1.0, workers)
+        solves = sorted((_solve_seconds(work, group, rates) for group in groups), reverse=True)
+        busy = [0.0] * workers
+        for seconds in solves:
+            busy[busy.index(min(busy))] += seconds
+        wall["solve"] += max(busy)
+        cpu["solve"] += sum(busy)
+    steps += [Step(name, wall[name], cpu[name]) for name in wall if cpu[name]]
+    moved = _moved(work)
+    here = sum(moved.values()) - moved.get(BETWEEN, 0)
+    steps.append(Step("move and write", here / workers / rates.store, 2 * here / rates.store, written / rates.disk))
+    if BETWEEN in moved:
+        steps.append(Step("network", 0.0, 0.0, _network_bytes(work) / rates.network))
+    return steps
+
+
+def _network_bytes(work: Pass) -> float:
+    """Bytes through the busiest node's network, in or out: who solves a group fetches the sums of its whole block."""
+    total = 0.0
+    for groups in work.plan:
+        sums = _sums_bytes(groups) * nodes(work.chunks, work.workers)
+        solving = min(work.nodes, len(groups))
+        total += sums * (1 - 1 / work.nodes) * max(1.0, solving / work.nodes)
+    return total
+
+
+def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
+    """Adding up what all layers of a block see; an expert sees the tokens that are routed to it."""
+    found = Work()
+    for group in groups:
+        share = work.model.active_share(group.block) if group.is_expert else 1.0
+        found += collect_work([group], tokens * share)
+    passes = ceil(work.sequences / work.batch)
+    return Work(found.flops, found.exact_flops, found.elements, found.launches * passes)
+
+
+def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
+    levels = [group.scheme] if work.levels is None else list(work.levels)
+    found = factor_work(group, work.methods) if work.sequences else Work()
+    for level in levels:
+        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
+    return found.seconds(rates)
+
+
+def _method_of(work: Pass, level: Level) -> Any:
+    """What solves a level: quantizers come first, the others in the order of their kinds of level."""
+    if work.levels is None or len(work.methods) == 1:
+        return work.methods[0]
+    kinds = list(dict.fromkeys(type(each) for each in work.levels))
+    return work.methods[min(kinds.index(type(level)), len(work.methods) - 1)]

@@ -1,0 +1,190 @@
+"""Decoding: targets with their caches, drafters with theirs, passes that read all weights once."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
+from hasten.accel.costs.model import Model
+
+# Logits, their float32 copy, and what verification makes of them (hasten.accel.decoding.bounds).
+_COPIES_OF_LOGITS = 3
+# Second copies of weights in the processor library's own order may take this much in a process, in float32 alone.
+_MOST_PACKED_BYTES = 2**31
+# Operations of a block in a pass of the fast path, and of the loop around a pass.
+_LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS = 26, 250
+# Passes that time the target at every size before decoding starts: sizes, and repetitions of each.
+_TIMED_PASSES = 20
+# Of a result's line: all but ids and text; and the text of a token.
+_RESULT_BYTES, _TEXT_BYTES = 690, 3.6
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoding as plain values.
+
+    prompts: how many, prompt_tokens: their mean length, longest: the longest, completion included. draft: the model
+    that a drafter needs, None without. drafted: tokens drafted at most. fast: whether the fast path runs the models.
+    tokens_per_pass: what a pass gives to a sequence.
+    """
+
+    target: Model
+    prompts: int
+    prompt_tokens: float
+    longest: int
+    new_tokens: int
+    draft: Model | None = None
+    drafted: int = 0
+    measures: bool = True
+    in_flight: int = 8
+    prefill_chunk: int = 512
+    memory_bytes: int | None = None
+    fast: bool = True
+    workers: int = 1
+    threads: int = 1
+    gpus: int = 0
+    tokens_per_pass: float = 1.0
+
+
+def estimate(decoding: Decoding, rates: Rates) -> Estimate:
+    """What verifiers and their drafters take, and the file of completions."""
+    one = decoding
+    lot = -(-one.prompts // (2 * one.workers if one.workers > 1 else 1))
+    slots = max(1, min(one.in_flight, max(one.in_flight, lot), one.prompts))
+    held = _caches(one.target, one, slots)
+    if one.memory_bytes is not None:
+        held = _cut(held, one.memory_bytes)
+    kept = weights(one.target, one.fast, bool(one.gpus))
+    loading = {"weights": sum(kept.values()), "model as it is loaded": loaded_bytes(one.target, one.fast)}
+    drafts = {}
+    if one.draft is not None:
+        own = weights(one.draft, one.fast, bool(one.gpus))
+        caches = slots * one.draft.token_bytes * (one.longest + one.drafted + 1)
+        drafts = {"draft model": sum(own.values()), "draft model's caches": caches}
+    decode = {**kept, **held, **drafts}
+    if one.gpus:
+        host = {"load": {"process": rates.worker_bytes, "model as it is loaded": loaded_bytes(one.target, True)}}
+        device = {
+            name: {"context": rates.device_bytes, **parts} for name, parts in (("load", loading), ("decode", decode))
+        }
+    else:
+        host = {
+            name: {"process": rates.worker_bytes, **parts} for name, parts in (("load", loading), ("decode", decode))
+        }
+        device = {}
+    process = Process("verifier", one.workers, one.threads, host, one.gpus, device)
+    driver = Process("driver", 1, 0, {"decode": {"process": rates.driver_bytes}})
+    written = int(one.prompts * _line_bytes(one))
+    return Estimate((process, driver), tuple(_steps(one, slots, rates)), _moved(one), 0, {"completions": written})
+
+
+def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
+    """A pass over so many tokens of each sequence, with so many in the caches: all weights are read.
+
+    itemsize: bytes of a weight; None is those of the model's dtype.
+    """
+    rows = sequences * tokens
+    weights = model.elements() * (itemsize or model.dtype.itemsize)
+    flops = rows * (2.0 * model.elements() + 4 * length * model.attention * model.blocks)
+    cache = sequences * length * model.token_bytes
+    launches = model.blocks * _LAUNCHES_OF_A_BLOCK + _LAUNCHES_OF_A_PASS
+    elements = rows * (model.blocks * (24 * model.hidden + 4 * model.inner) + 4 * model.vocabulary)
+    # Few rows take as long as weights come out of memory, many as long as they are multiplied.
+    return Work(flops=flops, memory_bytes=weights + cache, elements=elements, launches=launches)
+
+
+def weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
+    """The model in memory; the fast path on a CPU has a head that is the embedding twice.
+
+    In float32 it keeps weights of two bytes as they are, and others once more in the library's order.
+    """
+    itemsize = itemsize_of(model, fast, on_device)
+    if not fast or on_device:
+        return {"weights": model.elements() * itemsize}
+    checkpoint = model.architecture.checkpoint
+    elements = model.elements()
+    for name in model.architecture.outer_tensors():
+        if "embed_tokens" in name and name == model.architecture.head_name():
+            elements += prod(checkpoint.shape(name))
+    size = elements * itemsize
+    found = {"weights": size}
+    if itemsize == 4:
+        found["weights in the library's order"] = min(_MOST_PACKED_BYTES, size)
+    return found
+
+
+def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
+    """Bytes of a weight that a pass reads; the fast path on a CPU keeps those of bfloat16 as they are."""
+    if not fast or on_device:
+        return model.dtype.itemsize
+    stored = model.architecture.checkpoint.dtype(model.architecture.head_name())
+    return 2 if stored == torch.bfloat16 else model.dtype.itemsize
+
+
+def loaded_bytes(model: Model, fast: bool) -> int:
+    """What is there beside while the model is loaded: all of it where the fast path takes it over."""
+    return model.elements() * model.dtype.itemsize if fast else model.stored_bytes() // 4
+
+
+def _caches(model: Model, decoding: Decoding, slots: int) -> dict[str, int]:
+    nodes = decoding.drafted + 1
+    prefill = min(decoding.prefill_chunk, int(decoding.longest))
+    return {
+        "caches": slots * (decoding.longest + nodes) * model.token_bytes,
+        "logits": slots * nodes * model.vocabulary * 4 * _COPIES_OF_LOGITS,
+        "activations": model.activation_bytes(1, max(prefill, slots * nodes)),
+    }
+
+
+def _cut(held: dict[str, int], bound: int) -> dict[str, int]:
+    """Caches and logits are bounded together; of what they take the share stays."""
+    total = held["caches"] + held["logits"]
+    share = min(1.0, bound / total) if total else 1.0
+    return held | {name: int(held[name] * share) for name in ("caches", "logits")}
+
+
+def _line_bytes(decoding: Decoding) -> float:
+    """Bytes of a result: the ids of prompt and completion, the completion's text, figures."""
+    number = len(str(decoding.target.vocabulary - 1)) + 1
+    ids = number * (decoding.prompt_tokens + decoding.new_tokens)
+    return _RESULT_BYTES + ids + _TEXT_BYTES * decoding.new_tokens
+
+
+def _moved(decoding: Decoding) -> dict[str, int]:
+    return {
+        "prompts": int(decoding.prompts * decoding.prompt_tokens * 8),
+        "completions": int(decoding.prompts * decoding.new_tokens * 8),
+    }
+
+
+def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
+    length = one.longest // 2
+    per_worker = -(-one.prompts // one.workers)
+    passes = one.new_tokens / one.tokens_per_pass * -(-per_worker // slots)
+    width = 1 if one.tokens_per_pass == 1 else 1 + min(8, one.drafted)
+    itemsize = itemsize_of(one.target, one.fast, bool(one.gpus))
+    decode = pass_work(one.target, min(slots, per_worker), width, length, itemsize) * passes
+    if one.draft is not None and one.tokens_per_pass > 1:
+        own = itemsize_of(one.draft, one.fast, bool(one.gpus))
+        decode += pass_work(one.draft, min(slots, per_worker), 1, length, own) * (passes * min(8, one.drafted))
+    prefill = pass_work(one.target, 1, max(1, int(one.prompt_tokens)), length, itemsize) * per_worker
+    load = Work(elements=3 * one.target.elements(), file_bytes=4 * one.target.elements() * one.target.dtype.itemsize)
+    begin = load.seconds(rates)
+    timing = 0.0
+    if one.measures and one.drafted:
+        sizes = [1 << power for power in range(one.drafted.bit_length())]
+        for size in [*sizes, one.drafted + 1]:
+            for sequences in {1, one.in_flight}:
+                work = pass_work(one.target, sequences, size, length, itemsize)
+                timing += work.seconds(rates) * _TIMED_PASSES
+    seconds = {
+        "load": begin,
+        "time the passes": timing,
+        "prefill": prefill.seconds(rates),
+        "decode": decode.seconds(rates),
+    }
+    check = Work(elements=one.target.elements(), file_bytes=one.target.stored_bytes()).seconds(rates)
+    return [Step("check weights", check / one.workers, check)] + [
+        Step(name, value, value * one.workers) for name, value in seconds.items() if value
+    ]

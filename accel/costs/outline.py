@@ -1,0 +1,64 @@
+"""A checkpoint of which there may be nothing but config.json: transformers knows its tensors' names and shapes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint, read_json
+from hasten.accel.models.families import family_of
+from hasten.accel.models.shards import Stored
+
+
+class Outline(Checkpoint):
+    """Names, shapes and dtypes of a checkpoint as transformers would save it; there is nothing to read.
+
+    Of several tensors that are tied the first counts. UserError where the family is not supported, and where
+    transformers refuses the config.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        self._headers, self._packing, self._shapes = [], None, {}
+        family_of(self.config.get("model_type"))
+        if self.config.get("quantization_config") or self.config.get("compression_config"):
+            raise UserError(f"model={path} is compressed and has no safetensors: give its original's config.json")
+        model = _skeleton(path)
+        dtype = _dtype(self.config)
+        self._stored = {
+            name: Stored(path / "model.safetensors", dtype, tuple(tensor.shape), 0)
+            for name, tensor in model.named_parameters()
+        }
+        self._plain, self._packed = self._entries()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a folder; its outline where the folder has no weights."""
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return Outline(path)
+    return Checkpoint(path)
+
+
+def _skeleton(path: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"transformers cannot build a model from {path / 'config.json'}: {reason}") from None
+    # named_parameters names a tensor that is there twice only once.
+    model.tie_weights()
+    return model
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that the config names, float32 where it names none."""
+    text = config.get("text_config") or {}
+    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

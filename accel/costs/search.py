@@ -1,0 +1,95 @@
+"""Evaluators of a search: the whole model in each of them, and candidates that are measured on a few tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
+from hasten.accel.costs.model import Model, with_kept_back
+
+# Candidates that share their first blocks run these once: about so much of the blocks is left to run for each.
+_NOT_SHARED = 0.6
+# Several evaluators wait for each other at the end of every step of a selection: so much of the time they are at work,
+# which takes each of them longer than one that is alone on the machine, whose memory and clock they share.
+_BUSY, _TOGETHER = 0.9, 1.16
+_LOGIT_NUMBERS = 6
+_LOGITS_BYTES = 16 << 20
+_FIXED_CACHE = 2**30
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as plain values. sequences, length: of the search's tokens; error_sequences: those of `errors`.
+
+    levels: of a layer, at most. measured: candidates whose errors are measured. allocators: those that measure
+    candidates, once for each of `budgets`. original_bytes: kept for a token of the original's predictions.
+    """
+
+    model: Model
+    sequences: int
+    length: int
+    error_sequences: int
+    levels: int
+    measured: int
+    allocators: tuple[Any, ...]
+    budgets: int
+    original_bytes: int
+    batch: int = 1
+    workers: int = 2
+    threads: int = 1
+    gpus: int = 0
+
+
+def estimate(search: Search, rates: Rates) -> Estimate:
+    """What the evaluators take; levels, and the checkpoint that comes out, are apart."""
+    model = search.model
+    weights = sum(model.block_bytes(index) for index in range(model.blocks))
+    searches = any(allocator.needs_evaluation for allocator in search.allocators)
+    swapped = min(_FIXED_CACHE, (search.levels if searches else 1) * weights)
+    # Samples are drawn from all sequences, and soon each of them was in one.
+    used = search.sequences if searches else min(search.sequences, search.error_sequences if search.measured else 0)
+    known = used * search.length
+    held = {
+        "weights of all blocks": weights,
+        "head": model.head_bytes(),
+        "weights swapped out": swapped,
+        "original's predictions": known * search.original_bytes,
+        "hidden states": model.hidden_bytes(search.batch, search.length) * (model.blocks + 1),
+        "activations": model.activation_bytes(search.batch, search.length),
+        "logits": 2 * _LOGITS_BYTES,
+    }
+    if search.gpus:
+        host = {"search": {"process": rates.worker_bytes}}
+        device = {"search": {"context": rates.device_bytes, **held}}
+    else:
+        parts = {"process": rates.worker_bytes, **held}
+        host, device = {"search": with_kept_back(parts, held["activations"] + held["logits"])}, {}
+    process = Process("evaluator", search.workers, search.threads, host, search.gpus, device)
+    tokens = float(search.measured * search.error_sequences * search.length)
+    tokens += sum(search.budgets * _tokens(allocator) for allocator in search.allocators)
+    blocks = Work()
+    for index in range(model.blocks):
+        blocks += model.run(index, search.length, search.length, search.batch)
+    head = model.logits(search.length) + Work(elements=_LOGIT_NUMBERS * search.length * model.vocabulary)
+    # Each evaluator runs the original on the sequences that it meets.
+    own = search.workers * known
+    seconds = blocks.seconds(rates) * (own + tokens * _NOT_SHARED) + head.seconds(rates) * (own + tokens)
+    seconds *= (_TOGETHER if search.workers > 1 else 1.0) / search.length
+    load = Work()
+    for index in range(model.blocks):
+        load += model.load(index)
+    begin = load.seconds(rates)
+    at_once = search.workers * (_BUSY if search.workers > 1 else 1.0)
+    step = Step("search", begin + seconds / at_once, search.workers * begin + seconds)
+    sent = search.workers * search.sequences * search.length * 8
+    return Estimate((process,), (step,), {"search's tokens": sent})
+
+
+def _tokens(allocator: Any) -> float:
+    """Tokens that a search of candidates measures; 0 of an allocator that measures none."""
+    if not allocator.needs_evaluation:
+        return 0.0
+    generations, steps = allocator.generations, list(allocator.tokens)
+    candidates = [allocator.offspring, *allocator.survivors[:-1]]
+    new = [after - before for before, after in zip([0, *steps], steps, strict=False)]
+    one = sum(count * tokens for count, tokens in zip(candidates, new, strict=True)) + steps[-1]
+    return float(generations * one + allocator.initial_candidates * allocator.initial_tokens)

@@ -1,0 +1,113 @@
+"""Trainings: the embedded models from nothing, and the networks of drafters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
+from hasten.accel.costs.model import Model
+
+# Weights, gradients, the optimizer's state, and gradients put together to be averaged.
+_COPIES_OF_WEIGHTS = 5
+# Of a token: what every layer keeps for the way back, in widths of the hidden and of the inner size.
+_KEPT_NARROW, _KEPT_WIDE = 12, 5
+_LOGIT_COPIES, _HEAD_LOGIT_COPIES = 3, 6
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model that is trained from nothing. stages: (blocks, tokens); batch: sequences a step, over all workers."""
+
+    name: str
+    hidden: int
+    inner: int
+    attention: int
+    key_values: int
+    vocabulary: int
+    stages: Sequence[tuple[int, int]]
+    batch: int
+    length: int
+
+    def elements(self, blocks: int) -> int:
+        """Numbers of a model with so many blocks, whose head is its embedding."""
+        block = (
+            self.hidden * (2 * self.attention + 2 * self.key_values) + 3 * self.hidden * self.inner + 2 * self.hidden
+        )
+        return blocks * block + self.vocabulary * self.hidden + self.hidden
+
+
+def pretrain(trainings: Sequence[Training], workers: int, threads: int, rates: Rates) -> Estimate:
+    """What training the models takes, one after the other."""
+    host: dict[str, dict[str, int]] = {}
+    steps: list[Step] = []
+    written: dict[str, int] = {}
+    moved: dict[str, int] = {}
+    for training in trainings:
+        deepest = training.stages[-1][0]
+        elements = training.elements(deepest)
+        tokens = -(-training.batch // workers) * training.length
+        kept = tokens * deepest * (_KEPT_NARROW * training.hidden + _KEPT_WIDE * training.inner) * 4
+        host[training.name] = {
+            "process": rates.worker_bytes,
+            "weights, gradients, optimizer": 4 * elements * _COPIES_OF_WEIGHTS,
+            "activations": kept,
+            "logits": tokens * training.vocabulary * 4 * _LOGIT_COPIES,
+        }
+        work = 0.0
+        for blocks, seen in training.stages:
+            of_stage = (
+                6.0 * seen * training.elements(blocks) + 12.0 * seen * training.length * training.attention * blocks
+            )
+            small = seen * blocks * (40 * training.hidden + 12 * training.inner) + seen * 10 * training.vocabulary
+            work += Work(flops=of_stage, elements=small).seconds(rates)
+        steps.append(Step(f"train the {training.name}", rates.start + work / workers, workers * rates.start + work))
+        written[f"{training.name} checkpoint"] = 2 * elements
+        written[f"{training.name} state"] = 4 * elements * 3
+        total = sum(seen for _, seen in training.stages)
+        moved[f"{training.name} gradients"] = (
+            0 if workers == 1 else 2 * 4 * elements * (workers - 1) * -(-total // (training.batch * training.length))
+        )
+    processes = (
+        Process("trainer", workers, threads, host),
+        Process("driver", 1, 0, {"run": {"process": rates.driver_bytes}}),
+    )
+    return Estimate(processes, tuple(steps), {name: size for name, size in moved.items() if size}, 0, written)
+
+
+def train_drafter(
+    target: Model,
+    draft: Model,
+    sequences: int,
+    length: int,
+    batch: int,
+    epochs: int,
+    blocks: int,
+    kept: float,
+    rates: Rates,
+    gpus: int = 0,
+) -> Estimate:
+    """What reading the texts with both models and training the head takes; kept: share of tokens that are examples."""
+    models = {
+        "target": target.elements() * target.dtype.itemsize,
+        "draft model": draft.elements() * draft.dtype.itemsize,
+    }
+    logits = batch * length * target.vocabulary * 4 * _HEAD_LOGIT_COPIES
+    examples = int(sequences * length * kept * draft.hidden * draft.dtype.itemsize)
+    head = blocks * (draft.hidden + 1) * draft.hidden + 2 * draft.hidden
+    read = {**models, "logits": logits, "examples": 2 * examples, "activations": target.activation_bytes(batch, length)}
+    train = {"examples": examples, "head": 16 * head}
+    if gpus:
+        host = {"read": {"process": rates.driver_bytes, "examples": 2 * examples}}
+        device = {"read": {"context": rates.device_bytes, **read}}
+    else:
+        host = {"read": {"process": rates.driver_bytes, **read}, "train": {"process": rates.driver_bytes, **train}}
+        device = {}
+    work = Work()
+    tokens = sequences * length
+    for model, times in ((target, 1), (draft, 2)):
+        for index in range(model.blocks):
+            work += model.run(index, tokens, length, batch) * times
+        work += model.logits(tokens) * times
+    work += Work(elements=20 * tokens * target.vocabulary)
+    fit = Work(flops=6.0 * epochs * tokens * kept * head, launches=epochs * tokens * kept / 256 * 120)
+    steps = (Step("read", *[work.seconds(rates)] * 2), Step("train", *[fit.seconds(rates)] * 2))
+    return Estimate((Process("driver", 1, 1, host, gpus, device),), steps, {}, 0, {"head": 4 * head})

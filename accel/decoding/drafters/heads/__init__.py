@@ -1,0 +1,1 @@
+"""Drafters with a head that was trained for the target or the draft model."""

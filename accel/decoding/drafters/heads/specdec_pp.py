@@ -1,0 +1,111 @@
+"""SpecDec++: a chain of the draft model that ends where a trained head expects the target to reject one of its tokens.
+
+Source: Huang et al. 2024, arXiv:2405.19715, and its code, github.com/Kaffaljidhmah2/SpecDec_pp.
+As there, the pass that gives the head the hidden state of a token gives the distribution of the next one, too, which is
+drawn and kept before the chain ends: no pass is lost, and as only what was drawn earlier decides whether a token is
+drawn, the chain is as good a sample as one of fixed length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.drafters.model.base import Growth, SmallModel, SmallModelDrafter
+from hasten.accel.decoding.sampling import Sampling, draw
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
+
+
+class HeadedModel(SmallModel):
+    """A draft model that keeps its hidden states, and its head. accepts: of each sequence, what the head said last."""
+
+    def __init__(self, target: Target, head: AcceptanceHead, vocabulary: int | None = None) -> None:
+        super().__init__(target, vocabulary)
+        self.head = head.to(target.device)
+        self.accepts: dict[int, float] = {}
+
+    def extend_all(
+        self, contexts: Sequence[Context], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """As ever; the head runs over all sequences at once."""
+        found = super().extend_all(contexts, tokens, parents)
+        assert self.last is not None
+        width = self.last.hidden.shape[-1]
+        assert width, "the draft model must be loaded with keeps_hidden=True"
+        if width != self.head.hidden_size:
+            raise UserError(
+                f"the acceptance head is for a draft model of width {self.head.hidden_size}, this one has {width}: "
+                "train one with hasten train_drafter"
+            )
+        # Chains grow by one node in every pass.
+        probs = self.head.accepts(self.last.hidden[:, 0]).tolist()
+        self.accepts = {id(context): prob for context, prob in zip(contexts, probs, strict=True)}
+        return found
+
+
+@dataclass(frozen=True)
+class SpecDecPlusPlus(SmallModelDrafter):
+    """Drafter that stops where the chance that some token of its chain is rejected exceeds `threshold`.
+
+    min_length, max_length: bounds of the chain. head: file of the acceptance head; None is the one that lies beside the
+    draft model.
+    """
+
+    threshold: float = 0.3
+    min_length: int = 2
+    max_length: int = 20
+    head: str | None = None
+    needs_hidden: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold={self.threshold} is wrong: expected a probability from 0 to 1")
+        if not 1 <= self.min_length <= self.max_length:
+            raise UserError(f"min_length={self.min_length} must be from 1 to max_length={self.max_length}")
+
+    def draws(self, sampling: Sampling) -> Draws:
+        """Drawn, unless there is nothing to draw."""
+        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+
+    def chains(self) -> bool:
+        """Every draft is a chain."""
+        return True
+
+    def new_memory(self, models: Models) -> HeadedModel:
+        """The draft model with its head; UserError where there is no head."""
+        draft = models.made_draft()
+        if self.head is None and models.draft_path is None:
+            raise UserError("head=None, and the draft model has no folder: give head=PATH")
+        path = Path(models.draft_path, FILE) if self.head is None else Path(self.head).expanduser()
+        if not path.is_file():
+            raise UserError(f"there is no acceptance head at {path}: make one with hasten train_drafter")
+        checkpoint = None if models.draft_path is None else Path(models.draft_path, "config.json")
+        known = checkpoint is not None and checkpoint.is_file()
+        head = AcceptanceHead.load(path, Checkpoint(models.draft_path).fingerprint() if known else "")
+        return HeadedModel(draft, head, models.vocabulary)
+
+    def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
+        """A chain of the draft model's own tokens."""
+        assert isinstance(memory, HeadedModel)
+        greedy = context.sampling.is_greedy
+        tokens: list[int] = []
+        probs: list[Tensor] = []
+        all_accepted = 1.0
+        while True:
+            probs.append(memory.probs(context, logits, tokens))
+            tokens.append(int(probs[-1].argmax()) if greedy else draw(probs[-1], context.draft_generator))
+            if len(tokens) >= min(budget, self.max_length):
+                break
+            if len(tokens) >= self.min_length and 1 - all_accepted > self.threshold:
+                break
+            logits = (yield [tokens[-1]], [len(tokens) - 2])[0]
+            all_accepted *= memory.accepts[id(context)]
+        return DraftTree.chain(tokens, None if greedy else probs)

@@ -1,0 +1,1 @@
+"""Drafters with a small model of the target's tokenizer."""

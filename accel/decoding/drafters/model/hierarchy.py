@@ -1,0 +1,176 @@
+"""Hierarchy: a draft model writes the chain, helped by a drafter of its own whose trees it verifies.
+
+Source: Zhang et al. 2025, arXiv:2505.22179 (SpecMQuant).
+Departs from it: any drafter without a draft model makes the inner trees, where the paper has EAGLE-2's; the draft model
+verifies them by sample and match, so that the chain has its own distribution.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.model.base import TOGETHER, SmallModel
+from hasten.accel.decoding.sampling import Sampling, draw
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, descend
+from hasten.accel.errors import UserError
+
+
+class Middle(SmallModel):
+    """The draft model, and the inner drafter's memory."""
+
+    def __init__(self, target: Target, inner: Any, vocabulary: int | None = None) -> None:
+        super().__init__(target, vocabulary)
+        self.inner = inner
+
+    def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
+        """The last tokens of each sequence that its cache does not hold yet, one at least; so many more have room."""
+        slots = [self._slot(context) for context in contexts]
+        self._make_room(max(len(context.tokens) for context in contexts) + nodes + TOGETHER)
+        return [self._missing(slot, context.tokens) for slot, context in zip(slots, contexts, strict=True)]
+
+    def forward(
+        self, contexts: Sequence[Context], chains: Sequence[Sequence[int]], trees: Sequence[DraftTree]
+    ) -> list[Tensor]:
+        """Logits (N + 1, V) after each chain and after every node of the tree behind it."""
+        tokens = [[*chain, *tree.tokens] for chain, tree in zip(chains, trees, strict=True)]
+        parents = [
+            [*range(ROOT, len(chain) - 1), *(parent + len(chain) for parent in tree.parents)]
+            for chain, tree in zip(chains, trees, strict=True)
+        ]
+        rows = self.extend_all(contexts, tokens, parents)
+        return [row[len(chain) - 1 :] for row, chain in zip(rows, chains, strict=True)]
+
+    def keep(self, context: Context, chain: Sequence[int], path: Sequence[int]) -> None:
+        """Commit a chain and the accepted nodes of the tree behind it."""
+        self.target.commit(self._slots[id(context)], [*range(len(chain)), *(node + len(chain) for node in path)])
+
+
+@dataclass
+class _Chain:
+    """What grows for one sequence. context: the inner drafter's, with the chain so far behind the sequence."""
+
+    context: Context
+    missing: list[int]
+    tokens: list[int] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def draft(self) -> DraftTree:
+        """The chain as a draft."""
+        return DraftTree.chain(self.tokens, None if self.context.sampling.is_greedy else self.probs)
+
+
+@dataclass(frozen=True)
+class Hierarchy(Drafter):
+    """Drafter that proposes a chain of at most `length` tokens; trees of the inner `drafter` have at most `nodes`."""
+
+    drafter: Drafter
+    length: int = 8
+    nodes: int = 8
+    needs_draft_model: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.drafter, Drafter):
+            raise UserError(f"drafter={self.drafter} must be a drafter")
+        for name in ("length", "nodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.drafter.needs_draft_model:
+            raise UserError(f"drafter={self.drafter} needs a draft model itself: choose one that needs none")
+
+    def draws(self, sampling: Sampling) -> Draws:
+        """Drawn by the draft model, unless there is nothing to draw."""
+        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+
+    def chains(self) -> bool:
+        """Every draft is a chain."""
+        return True
+
+    def new_memory(self, models: Models) -> Middle:
+        """The draft model, and what the inner drafter learns from it."""
+        return Middle(models.made_draft(), self.drafter.new_memory(models), models.vocabulary)
+
+    def begin(self, context: Context, memory: Middle) -> None:
+        """The inner drafter starts, too."""
+        self.drafter.begin(self._inner(context), memory.inner)
+
+    def propose(self, context: Context, memory: Middle, budget: int) -> DraftTree:
+        """A chain of the draft model's own tokens; none where the sequence is longer than its context."""
+        return self.propose_all([context], memory, budget)[0]
+
+    def propose_all(self, contexts: Sequence[Context], memory: Middle, budget: int) -> list[DraftTree]:
+        """A chain for each; every pass of the draft model is over all chains that still grow."""
+        count = min(budget, self.length)
+        fitting = [context for context in contexts if len(context.tokens) + count <= memory.target.max_length]
+        if not fitting:
+            return [DraftTree()] * len(contexts)
+        missing = memory.catch_up(fitting, count + self.nodes)
+        chains = {id(each): _Chain(self._inner(each), lacks) for each, lacks in zip(fitting, missing, strict=True)}
+        growing = fitting
+        while growing:
+            self._grow(growing, [chains[id(context)] for context in growing], memory, count)
+            growing = [context for context in growing if len(chains[id(context)].tokens) < count]
+        return [chains[id(context)].draft if id(context) in chains else DraftTree() for context in contexts]
+
+    def end(self, context: Context, memory: Middle) -> None:
+        """Its cache is free for another sequence."""
+        memory.end(context)
+        inner = context.state.pop(self, None)
+        if inner is not None:
+            inner.tokens = list(context.tokens)
+            self.drafter.end(inner, memory.inner)
+
+    def saved(self, memory: Middle) -> Mapping[str, Tensor]:
+        """What the inner drafter learned."""
+        return self.drafter.saved(memory.inner)
+
+    def load(self, memory: Middle, tensors: Mapping[str, Tensor]) -> None:
+        """Put it into a new memory."""
+        self.drafter.load(memory.inner, tensors)
+
+    def _grow(self, contexts: Sequence[Context], chains: Sequence[_Chain], memory: Middle, count: int) -> None:
+        """One pass of the draft model: every chain grows by what is accepted of its inner tree, and by one token."""
+        trees = self.drafter.propose_all([chain.context for chain in chains], memory.inner, self.nodes)
+        fitting = []
+        for tree, chain in zip(trees, chains, strict=True):
+            # Nothing may be drafted behind the last token that is wanted.
+            left = count - len(chain.tokens) - 1
+            if max(tree.depths, default=0) > left:
+                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
+            fitting.append(tree)
+        logits = memory.forward(contexts, [chain.missing for chain in chains], fitting)
+        for context, chain, tree, found in zip(contexts, chains, fitting, logits, strict=True):
+            verdict = self._verify(tree, TargetRows(found, tree, chain.context), context, chain)
+            memory.keep(context, chain.missing, verdict.path)
+            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).shown_to(self.drafter, found)
+            self.drafter.observe(memory.inner, outcome)
+            chain.tokens += outcome.committed
+            chain.context.tokens += outcome.committed
+            chain.missing = [verdict.token]
+
+    def _verify(self, tree: DraftTree, rows: TargetRows, context: Context, chain: _Chain) -> Verdict:
+        if rows.is_greedy:
+            return descend(tree, rows.best)
+
+        def choose(node: int) -> int:
+            chain.probs.append(rows.probs(node))
+            return draw(chain.probs[-1], context.draft_generator)
+
+        return descend(tree, choose)
+
+    def _inner(self, context: Context) -> Context:
+        """The inner drafter's context of a sequence, without a chain."""
+        held: Context | None = context.state.get(self)
+        tokens = context.tokens
+        if held is None or held.tokens != tokens[: len(held.tokens)]:
+            # The target rejected some of the last chain, and drafters count on tokens that never change.
+            held = Context([], context.prompt_length, context.sampling, context.generator, context.draft_generator)
+            context.state[self] = held
+        held.tokens += tokens[len(held.tokens) :]
+        return held

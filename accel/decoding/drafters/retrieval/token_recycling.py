@@ -1,0 +1,96 @@
+"""Token Recycling: keep the target's likeliest successors of every token it sees, and fill a fixed tree from them.
+
+Source: Luo et al. 2024, arXiv:2408.08696.
+Departs from it: a token that was never seen has no successors, where the paper's zeros propose the id 0 eight times; of
+several nodes with the same token the accepted one is remembered; only the likeliest part of the tree is filled where
+fewer nodes are asked for; what prompts hold is not learned, as their logits are not computed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.template import Path, ordered
+from hasten.accel.decoding.tree import DraftTree
+
+_WIDTH = 8  # successors of a token
+
+# The paper's tree of 80 nodes: by parent, how many children it has, the likeliest first.
+_CHILDREN: dict[Path, int] = {
+    (): 8,
+    **{(0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1},
+    **{(0, 0): 8, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1},
+    **{(1, 0): 2, (1, 1): 1, (2, 0): 1, (3, 0): 1, (4, 0): 1, (5, 0): 1},
+    **{(0, 0, 0): 5, (0, 0, 1): 2, (0, 0, 2): 1, (0, 0, 3): 1, (0, 0, 4): 1},
+    **{(0, 1, 0): 1, (0, 2, 0): 1, (1, 0, 0): 1, (2, 0, 0): 1, (3, 0, 0): 1},
+    **{(0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1, (1, 0, 0, 0): 1},
+    **{(0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1},
+}
+TEMPLATE: list[Path] = [(*parent, rank) for parent, count in _CHILDREN.items() for rank in range(count)]
+
+# How often a node of each rank is accepted if its parent is; between what text and greedy output gave on HumanEval.
+_RATES = (0.45, 0.1, 0.04, 0.035, 0.018, 0.015, 0.013, 0.012)
+_ORDER = ordered(TEMPLATE, _RATES)
+
+
+@dataclass(frozen=True)
+class TokenRecycling(Drafter):
+    """Drafter without a model or a corpus; it knows 8 successors of every token and fills a tree of at most 80 nodes.
+
+    Its memory is the paper's matrix, a list of V rows, None for a token that was not seen yet.
+    """
+
+    observes: ClassVar[int] = _WIDTH
+    observes_probs: ClassVar[bool] = False
+
+    def new_memory(self, models: Models) -> list[list[int] | None]:
+        """Nothing is known of any token."""
+        return [None] * models.vocabulary
+
+    def propose(self, context: Context, memory: list[list[int] | None], budget: int) -> DraftTree:
+        """The template's first nodes, each the successor of its parent of that rank."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        labels: list[tuple[str, int, int]] = []
+        rows = [memory[context.tokens[-1]]]  # of ROOT, then by place in the template
+        nodes = [-1]
+        for parent, path in _ORDER:
+            row = rows[parent + 1]
+            if row is None or path[-1] >= len(row):
+                rows.append(None)
+                nodes.append(-1)
+                continue
+            token = row[path[-1]]
+            rows.append(memory[token])
+            parents.append(nodes[parent + 1])
+            nodes.append(len(tokens))
+            tokens.append(token)
+            labels.append(("token_recycling", path[-1], len(path)))
+            if len(tokens) == budget:
+                break
+        return DraftTree(tokens, parents, labels=labels)
+
+    def observe(self, memory: list[list[int] | None], outcome: Outcome) -> None:
+        """Remember what is likely after every token of the tree, accepted or not."""
+        assert outcome.top_tokens is not None
+        rows = outcome.top_tokens.tolist()
+        for token, row in zip(outcome.tree.tokens, rows[1:], strict=True):
+            memory[token] = row
+        # Once more, as theirs is the context that goes on.
+        memory[outcome.context.tokens[-1]] = rows[0]
+        for node in outcome.path:
+            memory[outcome.tree.tokens[node]] = rows[node + 1]
+
+    def saved(self, memory: list[list[int] | None]) -> Mapping[str, Tensor]:
+        """The matrix: successors (V, 8) int64, -1 where there is none."""
+        return {"successors": torch.tensor([(row or []) + [-1] * (_WIDTH - len(row or [])) for row in memory])}
+
+    def load(self, memory: list[list[int] | None], tensors: Mapping[str, Tensor]) -> None:
+        """Put the matrix back."""
+        rows: list[list[int]] = tensors["successors"].tolist()
+        memory[:] = [[token for token in row if token >= 0] or None for row in rows]

@@ -1,0 +1,94 @@
+"""What a decoding did, under the names that vLLM gives its figures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hasten.accel.decoding.drafters.base import Outcome
+
+
+@dataclass
+class Figures:
+    """Counts of one sequence, or of several added up.
+
+    num_spec_steps: passes of the target. histogram: passes by the number of drafted tokens that they accepted.
+    drafted_at, accepted_at: passes that had a node at each depth, and that accepted one there; the first is depth 1.
+    """
+
+    num_tokens: int = 0
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    histogram: dict[int, int] = field(default_factory=dict)
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    target_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def add(
+        self, outcome: Outcome, tokens: int, draft_seconds: float, target_seconds: float, verify_seconds: float
+    ) -> None:
+        """Count one pass that a sequence grew by so many tokens in."""
+        accepted = len(outcome.path)
+        self.num_tokens += tokens
+        self.num_spec_steps += 1
+        self.num_draft_tokens += len(outcome.tree)
+        self.num_accepted_draft_tokens += accepted
+        self.histogram[accepted] = self.histogram.get(accepted, 0) + 1
+        deepest = max(outcome.tree.depths, default=0)
+        for found, depth in ((self.drafted_at, deepest), (self.accepted_at, accepted)):
+            found += [0] * (depth - len(found))
+            for index in range(depth):
+                found[index] += 1
+        self.draft_seconds += draft_seconds
+        self.target_seconds += target_seconds
+        self.verify_seconds += verify_seconds
+
+    @classmethod
+    def total(cls, each: Iterable["Figures"]) -> "Figures":
+        """Sum over sequences."""
+        found = cls()
+        for one in each:
+            for name, value in vars(one).items():
+                mine = getattr(found, name)
+                if isinstance(value, dict):
+                    for key, count in value.items():
+                        mine[key] = mine.get(key, 0) + count
+                elif isinstance(value, list):
+                    mine += [0] * (len(value) - len(mine))
+                    for index, count in enumerate(value):
+                        mine[index] += count
+                else:
+                    setattr(found, name, mine + value)
+        return found
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures under vLLM's names; mean_acceptance_length counts the token that every pass gives anyway."""
+        steps, drafted = self.num_spec_steps, self.num_draft_tokens
+        spent = self.draft_seconds + self.target_seconds + self.verify_seconds
+        shares = {
+            f"{name}_share": getattr(self, f"{name}_seconds") / spent if spent else 0.0
+            for name in ("draft", "target", "verify")
+        }
+        return {
+            "num_tokens": self.num_tokens,
+            "num_spec_steps": steps,
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
+            "mean_acceptance_length": 1 + self.num_accepted_draft_tokens / steps if steps else 0.0,
+            "draft_acceptance_rate": self.num_accepted_draft_tokens / drafted if drafted else 0.0,
+            "tokens_per_second": self.num_tokens / spent if spent else 0.0,
+            **shares,
+        }
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """Passes that accepted 0, 1, 2, … drafted tokens."""
+        return [self.histogram.get(count, 0) for count in range(max(self.histogram, default=-1) + 1)]
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of passes that accepted a token at depth 1, 2, …, of all passes."""
+        return [count / self.num_spec_steps for count in self.accepted_at]

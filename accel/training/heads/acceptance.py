@@ -1,0 +1,92 @@
+"""Acceptance head: how likely the target accepts a drafted token, from the draft model's hidden state of it.
+
+Source: Huang et al. 2024, arXiv:2405.19715 (SpecDec++).
+Departs from it: the released code repeats one residual block, so that all blocks share their weights; here each has
+its own.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hasten.accel.errors import UserError
+
+FILE = "acceptance_head.safetensors"
+_NOTE = "acceptance_head"
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(Wx + b)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        return x + nn.functional.silu(self.linear(x))
+
+
+class AcceptanceHead(nn.Module):
+    """Residual blocks and a linear layer with two outputs: rejected and accepted."""
+
+    def __init__(self, hidden_size: int, blocks: int = 3) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.blocks = nn.Sequential(*(ResBlock(hidden_size) for _ in range(blocks)))
+        self.out = nn.Linear(hidden_size, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (…, 2) of rejection and acceptance; hidden: (…, D), the last hidden state of the drafted token."""
+        found: Tensor = self.out(self.blocks(hidden))
+        return found
+
+    @torch.no_grad()
+    def accepts(self, hidden: Tensor) -> Tensor:
+        """Probability (…) float32 that the token is accepted if all before it are.
+
+        Trained with a weight on rejections, it is that much too low.
+        """
+        # Of two classes the softmax is the sigmoid of the difference.
+        logits = self(hidden.float())
+        return (logits[..., 1] - logits[..., 0]).sigmoid()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored: bfloat16, as the fourth digit of a probability decides nothing."""
+        return {name: value.detach().cpu().bfloat16().contiguous() for name, value in self.state_dict().items()}
+
+    def note(self, draft: str = "") -> dict[str, str]:
+        """Metadata of the file. draft: fingerprint of the model that it was trained for."""
+        facts = {"hidden_size": self.hidden_size, "blocks": len(self.blocks), "draft": draft}
+        return {_NOTE: json.dumps(facts, sort_keys=True)}
+
+    def save(self, path: Path, draft: str = "") -> None:
+        """Write the file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        from hasten.accel.compression.outputs.resumable import write_whole
+
+        write_whole(path, lambda temporary: save_file(self.tensors(), temporary, self.note(draft)))
+
+    @classmethod
+    def load(cls, path: Path, draft: str = "") -> "AcceptanceHead":
+        """The head of a file, in float32; UserError where it is none, or was trained for another draft model.
+
+        draft: fingerprint of the model that it is to go with; empty where that is not known.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[_NOTE])
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            head = cls(int(facts["hidden_size"]), int(facts["blocks"]))
+            head.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} holds no acceptance head: make one with hasten train_drafter") from error
+        noted = facts.get("draft", "")
+        if draft and noted and draft != noted:
+            raise UserError(f"the acceptance head {path} was trained for another draft model: hasten train_drafter")
+        return head.eval()

@@ -1,0 +1,1 @@
+"""Ray actors: thin classes that hold state, call accel and report."""

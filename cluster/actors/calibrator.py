@@ -1,0 +1,120 @@
+"""The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hasten.accel.compression.calibration.settings import Settings
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
+
+# What collect() sends for a group: nodes of the summation tree (start, size, tokens, sums).
+Nodes = list[tuple[int, int, int, np.ndarray]]
+
+
+class Calibrator:
+    """Hidden states of some chunks, block by block; made anew after a loss, it catches up from the finished shards.
+
+    chunks: calibration tokens [sequences, T] by the number of their chunk; empty where no statistics are needed.
+    """
+
+    def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        torch.set_grad_enabled(False)
+        from hasten.accel.compression.calibration.settings import Task
+        from hasten.accel.compression.calibration.shard import Shard
+
+        self._settings = settings
+        self._task = Task(settings)
+        self._cpu_before = cpu_seconds()
+        self._groups = {group.key: group for groups in self._task.plan for group in groups}
+        self._chunks = chunks
+        self._shard: Shard | None = None
+
+    def check(self, names: list[str]) -> None:
+        """Raise UserError naming a tensor that has NaN or Inf."""
+        for name in names:
+            self._task.checkpoint.check(name)
+        release_memory()
+
+    def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
+        """Sums of layer inputs in a block over this shard, by the keys of the groups that are wanted.
+
+        Of experts that no token reached there are none, under their keys. What is on the disk decides nothing here:
+        shards that looked there at different times would leave different groups out.
+
+        Hidden states that are not there yet are made from the blocks before, which must be finished where their
+        quantized outputs are propagated.
+        """
+        release_memory()
+        shard = self._catch_up(block)
+        module = self._task.architecture.load_block(block)
+        original = self._settings.propagate == "original"
+        groups = [group for group in self._task.plan[block] if group.key in keys]
+        trees = shard.collect(module, groups, advance=original)
+        return {key: [] for key in keys} | {
+            key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
+            for key, tree in trees.items()
+        }
+
+    def solve(
+        self, block: int, keys: list[str], *collected: Mapping[str, Nodes]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
+        """Quantize groups of a block from what all calibrators collected.
+
+        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Of a level
+        database the layers are written here, and there is no packed tensor and a row for every level.
+        """
+        from time import perf_counter
+
+        from hasten.accel.compression.calibration.solve import prepare_group, solve_group, solve_levels
+        from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
+        from hasten.accel.compression.levels.database import LevelDatabase
+
+        started = perf_counter()
+        release_memory()
+        settings, task = self._settings, self._task
+        packed: dict[str, dict[str, Tensor]] = {}
+        facts: list[dict[str, Any]] = []
+        for key in keys:
+            group = self._groups[key]
+            tree = Tree()
+            for nodes in collected:
+                if key not in nodes:
+                    raise RuntimeError(f"a shard's sums of {key} in block {block} are missing")
+                for start, size, tokens, sums in nodes[key]:
+                    tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
+            moment = tree.total() if tree.nodes else None
+            ready = [
+                prepare_group(group, method, moment, settings.expert_tokens, settings.device)
+                for method in settings.methods
+            ]
+            if isinstance(task.output, LevelDatabase):
+                facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
+            else:
+                solved = solve_group(group, task.checkpoint, ready[0], group.scheme, settings.device)
+                packed |= {name: task.output.pack(weight) for name, weight in solved.weights.items()}
+                facts += solved.facts
+        return packed, facts, perf_counter() - started
+
+    def usage(self) -> tuple[float, int]:
+        """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
+        return cpu_seconds() - self._cpu_before, peak_rss_bytes()
+
+    def _catch_up(self, block: int) -> Any:
+        from hasten.accel.compression.calibration.shard import Shard, replace_weights
+
+        if self._shard is None or self._shard.position > block:
+            self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
+        while self._shard.position < block:
+            position = self._shard.position
+            module = self._task.architecture.load_block(position)
+            if self._settings.propagate == "quantized":
+                replace_weights(module, self._task.output.read_block(position))
+            self._shard.advance(module)
+            del module
+            release_memory()
+        return self._shard

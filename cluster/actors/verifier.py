@@ -1,0 +1,227 @@
+"""The actor of a verifier: a target in one process, with a drafter of its own or a line to a shared one."""
+
+import queue
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.sizing import Adaptive, Costs, Fixed, Policy, expected_rate, measure_costs
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.ties import Ties, check_ties
+from hasten.accel.decoding.tree import Draws
+from hasten.accel.decoding.verifiers.base import Verifier
+from hasten.cluster.actors.drafter import Address, Connection, RemoteDrafter
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
+
+_TRIPS = 5
+
+OnTokens = Callable[[str, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What verifiers and drafters are made of, as plain values.
+
+    target, draft: checkpoint folders; draft may be None where the drafter needs none. vocabulary: of the target.
+    drafter: None decodes plainly. path: see hasten.accel.decoding.targets.loading. stop: ids that end a sequence.
+    draft_tokens: of every draft; None sizes them by measurement, up to max_draft_tokens. memory_bytes: bound of what
+    caches take. other_dtypes: of the arithmetic, too, among which the quickest is chosen. compiled: the fast path is.
+    learned: what the drafter learned before. snapshot_seconds: how often a shared drafter's memory is kept, from which
+    its successor starts.
+    """
+
+    target: Path
+    vocabulary: int
+    verifier: Verifier
+    drafter: Drafter | None = None
+    draft: Path | None = None
+    dtype: torch.dtype = torch.float32
+    other_dtypes: tuple[torch.dtype, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
+    path: str = "auto"
+    compiled: bool = False
+    in_flight: int = 8
+    prefill_chunk: int = 512
+    stop: tuple[int, ...] = ()
+    draft_tokens: int | None = None
+    max_draft_tokens: int = 32
+    memory_bytes: int | None = None
+    learned: Mapping[str, Tensor] | None = None
+    snapshot_seconds: float = 10.0
+
+
+def make_memory(spec: Spec, learned: Mapping[str, Tensor] | None) -> Any:
+    """Memory of the drafter, with what was learned before."""
+    from hasten.accel.decoding.targets.loading import load_target
+
+    assert spec.drafter is not None
+    draft = spec.draft
+    hidden = spec.drafter.needs_hidden
+    load = None
+    if draft is not None:
+        load = partial(load_target, draft, spec.dtype, spec.device, spec.path, hidden, spec.compiled)
+    memory = spec.drafter.new_memory(Models(spec.vocabulary, load, draft))
+    if learned:
+        spec.drafter.load(memory, learned)
+    return memory
+
+
+def sharing_refusal(spec: Spec, sampling: Sampling) -> str | None:
+    """Why a drafter in another process would be wrong: no distributions travel. None where no verifier reads them."""
+    if spec.drafter is None or not spec.verifier.reads_draft_probs:
+        return None
+    if spec.drafter.draws(sampling) is Draws.DETERMINISTIC:
+        return None
+    return (
+        f"placement=shared does not go with verifier={type(spec.verifier).__name__} and drafts that are drawn, whose "
+        "distributions do not travel: use placement=private or verifier=sample_and_match"
+    )
+
+
+class VerifierActor:
+    """A target in one process, with a drafter of its own or a line to a shared one. client: its name there."""
+
+    def __init__(self, spec: Spec, client: str) -> None:
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self._spec, self._client = spec, client
+        self._target: Target | None = None
+        self._drafter: Drafter | None = None
+        self._memory: Any = None
+        self._costs: Costs | None = None
+        self._policy: Policy | None = None
+        self._cpu_before = cpu_seconds()
+
+    def prepare(self) -> Target:
+        """The target, loaded at the first call."""
+        from hasten.accel.decoding.targets.loading import load_target
+
+        if self._target is None:
+            spec = self._spec
+            self._target = load_target(spec.target, spec.dtype, spec.device, spec.path, compiled=spec.compiled)
+            self._cpu_before = cpu_seconds()
+        return self._target
+
+    def loaded(self) -> None:
+        """Return once the target is there."""
+        self.prepare()
+
+    def connect(self, shared: Address | None) -> None:
+        """Take the shared drafter that is there, or make one here."""
+        if self._spec.drafter is None or self._drafter is not None:
+            return
+        if shared is None:
+            self._drafter, self._memory = self._spec.drafter, make_memory(self._spec, self._spec.learned)
+        else:
+            self._drafter, self._memory = RemoteDrafter(self._spec.drafter), Connection(shared, self._client)
+
+    def costs(self, shared: Address, sequences: int, nodes: int) -> tuple[float, float]:
+        """Median seconds of a round trip to a shared drafter, and of a pass of the target."""
+        connection = Connection(shared, self._client)
+        payload = [([0] * nodes, [0] * nodes)] * sequences
+        trips = [connection.ping(payload) for _ in range(2 * _TRIPS)][_TRIPS:]  # the first ones make the connection
+        return statistics.median(trips), self._passes().seconds(nodes + 1, sequences)
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Tokens per second that the target promises in a type, before anything is known of the drafts."""
+        self.use(dtype)
+        most = 0 if self._spec.drafter is None else self._spec.max_draft_tokens
+        return expected_rate(self._passes(), most, self._spec.in_flight)
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Decode in this type from now on."""
+        if dtype != self._spec.dtype:
+            self._spec = replace(self._spec, dtype=dtype)
+            self._target = self._costs = None
+
+    def target_efficiency(self, sequences: int, nodes: int) -> float:
+        """Time of a pass over one token a sequence as a share of that over so many drafted ones more (MoESD)."""
+        return self._passes().efficiency(1 + nodes, sequences)
+
+    def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties:
+        """What greedy decoding in a reduced type changed of some prompts, by a float32 target that is loaded for it."""
+        from hasten.accel.decoding.targets.loading import load_target
+
+        spec = self._spec
+        exact = load_target(spec.target, torch.float32, spec.device, spec.path)
+        return Ties.total(check_ties(exact, prompt, tokens, spec.dtype) for prompt, tokens in decoded)
+
+    def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
+        """The decoding loop; what sizing learned goes on from one lot of prompts to the next."""
+        spec, target = self._spec, self.prepare()
+        self._policy = self._policy or self._make_policy()
+        return Engine(
+            target,
+            self._drafter,
+            spec.verifier,
+            memory=self._memory,
+            policy=self._policy,
+            stop=spec.stop,
+            in_flight=spec.in_flight,
+            prefill_chunk=spec.prefill_chunk,
+            memory_bytes=spec.memory_bytes,
+            on_tokens=on_tokens,
+        )
+
+    def _make_policy(self) -> Policy:
+        """How many tokens are drafted; the target's passes are timed where that is to be measured."""
+        if self._drafter is None:
+            return Fixed(0)
+        if self._spec.draft_tokens is not None:
+            return Fixed(self._spec.draft_tokens)
+        return Adaptive(self._passes(), self._spec.max_draft_tokens)
+
+    def _passes(self) -> Costs:
+        """Costs of the target's passes, measured at the first call; what its caches held is gone then."""
+        if self._costs is None:
+            spec = self._spec
+            most = spec.max_draft_tokens if spec.draft_tokens is None else spec.draft_tokens
+            widths = [1 << power for power in range((most + 1).bit_length())]
+            self._costs = measure_costs(self.prepare(), [*widths, most + 1], spec.in_flight)
+        return self._costs
+
+    def decode(self, requests: Sequence[Request], shared: Address | None, stream: bool) -> Iterator[Any]:
+        """Results as they end; with stream also (id, new ids) after every pass."""
+        self.connect(shared)
+        if not stream:
+            yield from self._engine().decode(requests)
+            return
+        # The engine calls back from inside its loop, where a generator cannot yield.
+        items: queue.Queue[Any] = queue.Queue()
+        engine = self._engine(lambda *new: items.put(new))
+
+        def run() -> None:
+            try:
+                for result in engine.decode(requests):
+                    items.put(result)
+                items.put(None)
+            except BaseException as error:
+                items.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def learned(self) -> dict[str, Tensor]:
+        """What the drafter here learned so far; nothing where it is not here."""
+        if self._drafter is None or isinstance(self._drafter, RemoteDrafter):
+            return {}
+        return dict(self._drafter.saved(self._memory))
+
+    def usage(self) -> dict[str, float]:
+        """CPU seconds since the target was there, and peak memory."""
+        release_memory()
+        return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}

@@ -1,0 +1,1 @@
+"""What the driver does with actors: calibration, search, decoding, evaluation, points of a sweep."""

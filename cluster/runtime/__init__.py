@@ -1,0 +1,1 @@
+"""The Ray session and what runs on it: placement, actor pools, recovery, resources."""

@@ -1,0 +1,114 @@
+"""What a job asks of a Ray cluster against what the cluster has: Ray would wait for ever for what is not there."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+from hasten.accel.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+# Ray counts in ten thousandths.
+_ROUNDING = 1e-4
+_KIND_OF_ONE = re.compile("node_[0-9a-f]+")
+
+Bundle = Mapping[str, float]
+
+
+def check_workers(workers: int, threads: int, gpus: float = 0) -> None:
+    """UserError unless the cluster can hold so many workers, each with its threads and GPUs, at the same time."""
+    check([{"CPU": threads, "GPU": gpus}] * workers, f"workers={workers} of threads={threads}")
+
+
+def check(bundles: Sequence[Bundle], asked: str) -> None:
+    """UserError unless every bundle of resources fits on a node, and all of them at once in the cluster.
+
+    Runs inside a Ray session. bundles: such as {"CPU": 2, "GPU": 1}, each of one actor or task. asked: the options
+    that they come from, for the error. Where the cluster grows on demand it may yet get what it lacks: a warning.
+    """
+    refusal = _refusal(nodes(), [{name: need for name, need in each.items() if need} for each in bundles], asked)
+    if refusal is None:
+        return
+    if not grows():
+        raise UserError(refusal)
+    _LOG.warning("%s; waiting for the autoscaler to add what is missing", refusal)
+
+
+def nodes() -> list[Bundle]:
+    """What each living node of the cluster has altogether; inside a Ray session."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _refusal(there: Sequence[Bundle], bundles: Sequence[Bundle], asked: str) -> str | None:
+    has = f"the cluster has {len(there)} node{'s' * (len(there) != 1)}: {_amounts(_sum(there), bundles)}"
+    for bundle in bundles:
+        if not any(_fits(bundle, node) for node in there):
+            most = {name: max((node.get(name, 0.0) for node in there), default=0.0) for name in bundle}
+            return (
+                f"{has}, no more than {_amounts(most, [bundle])} on one; {asked} need {_amounts(bundle, [bundle])} each"
+            )
+    if packs(there, bundles):
+        return None
+    needed = _sum(bundles)
+    # Enough together, but in pieces that are too small.
+    each = f", {_amounts(bundles[0], bundles[:1])} each" if _fits(needed, _sum(there)) else ""
+    return f"{has}; {asked} need {_amounts(needed, bundles)}{each}"
+
+
+def packs(there: Sequence[Bundle], bundles: Sequence[Bundle]) -> bool:
+    """Whether the bundles, the largest first, each find a node with room."""
+    free: list[dict[str, float]] = [dict(node) for node in there]
+    for bundle in sorted(bundles, key=lambda each: (each.get("GPU", 0), each.get("CPU", 0)), reverse=True):
+        node = next((each for each in free if _fits(bundle, each)), None)
+        if node is None:
+            return False
+        for name, need in bundle.items():
+            node[name] = node.get(name, 0.0) - need
+    return True
+
+
+def _fits(bundle: Bundle, node: Bundle) -> bool:
+    return all(need <= node.get(name, 0.0) + _ROUNDING for name, need in bundle.items())
+
+
+def _sum(bundles: Sequence[Bundle]) -> dict[str, float]:
+    names = {name: None for bundle in bundles for name in bundle}
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in names}
+
+
+def _amounts(amounts: Bundle, wanted: Sequence[Bundle]) -> str:
+    """Amounts of the CPUs and of whatever else is wanted: `4 CPUs and 0 GPUs`."""
+    names = ["CPU", *(name for name in _sum(wanted) if name != "CPU")]
+    return " and ".join(_amount(amounts.get(name, 0), name) for name in names)
+
+
+def _amount(amount: float, name: str) -> str:
+    return f"{amount:g} {name}{'s' * (name in ('CPU', 'GPU') and amount != 1)}"
+
+
+def grows() -> bool:
+    """Whether an autoscaler may add nodes to the cluster; inside a Ray session.
+
+    Its nodes are of kinds that its configuration names. Without one, Ray calls every node a kind of its own.
+    """
+    return any(_KIND_OF_ONE.fullmatch(kind) is None for kind in _kinds_of_nodes())
+
+
+def _kinds_of_nodes() -> list[str]:
+    """What is told of kinds of nodes by the process that looks after them; nothing of a Ray that a driver started."""
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    # None of this is public; `ray status` asks the same, in every version of Ray that hasten runs with.
+    if is_autoscaler_v2():
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+    # For the first seconds of a cluster nothing is reported.
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
+    return list(report["active_nodes"]) if report else []

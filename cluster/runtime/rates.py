@@ -1,0 +1,144 @@
+"""Rates of this machine, measured in a few seconds, and those that are assumed of GPUs and networks not at hand."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hasten
+from hasten.accel.costs.estimate import Rates
+
+# Of a GPU that is not here, as of an H100: half of what its data sheet says of matrix products in bfloat16 and float32,
+# its memory, the mean of kernels' launches and of the views between them, its context.
+GPU_FLOPS, GPU_EXACT_FLOPS, GPU_MEMORY, GPU_LAUNCH, GPU_CONTEXT = 4e14, 3e13, 2e12, 3e-6, 600 * 10**6
+# Between two nodes: 10 Gbit/s.
+NETWORK = 1.25e9
+# Seconds until a Ray started here answers, on a calm machine.
+SESSION = 6.0
+_SECONDS = 0.25
+_COPIED_BYTES, _WRITTEN_BYTES = 1 << 26, 1 << 25
+_CACHED = 1 << 16
+
+
+@cache
+def measure(dtype: torch.dtype, threads: int, width: int, inner: int, folder: Path) -> Rates:
+    """Rates of one process with so many threads; measured once in a process.
+
+    width, inner: of the products. folder: where the disk is tried. Of arithmetic the CPU seconds count, so that what
+    else runs on the machine changes `share` alone.
+    """
+    baseline = _Baseline()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        with torch.inference_mode():
+            flops = _flops(dtype, width, inner, threads)
+            exact = flops if dtype == torch.float32 else _flops(torch.float32, width, inner, threads)
+            elements, launch, memory = _elements(threads), _launch(), _memory(threads)
+    finally:
+        torch.set_num_threads(before)
+    share = (time.process_time() - cpu) / threads / (time.perf_counter() - wall)
+    told = baseline.told()
+    return Rates(
+        flops=flops,
+        exact_flops=exact,
+        elements=elements,
+        launch=launch,
+        memory=memory,
+        store=memory,
+        read=memory,
+        disk=_disk(folder),
+        network=NETWORK,
+        start=told["start"],
+        finish=told["finish"],
+        session=SESSION,
+        worker_bytes=int(told["worker_bytes"]),
+        driver_bytes=int(told["driver_bytes"]),
+        device_bytes=GPU_CONTEXT,
+        share=min(1.0, share),
+    )
+
+
+class _Baseline:
+    """A process beside this one that imports what the processes of a job import, and tells what that took."""
+
+    def __init__(self) -> None:
+        root = Path(hasten.__file__).resolve().parents[1]
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "hasten.cluster.runtime.baseline"]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def told(self) -> dict[str, float]:
+        """Its figures; RuntimeError where it failed."""
+        output, errors = self._process.communicate()
+        if self._process.returncode:
+            raise RuntimeError(f"hasten.cluster.runtime.baseline failed: {errors.strip().splitlines()[-1:]}")
+        found: dict[str, float] = json.loads(output.strip().splitlines()[-1])
+        return found
+
+
+def _seconds(work: Callable[[], Any], threads: int = 1) -> float:
+    """Mean CPU seconds of a thread for one call, of as many calls as take a moment."""
+    work()
+    begin, calls = time.process_time(), 0
+    while time.process_time() - begin < _SECONDS * threads:
+        work()
+        calls += 1
+    return (time.process_time() - begin) / threads / calls
+
+
+def _flops(dtype: torch.dtype, width: int, inner: int, threads: int) -> float:
+    rows = max(64, min(2048, (1 << 30) // (width * inner)))
+    inputs, weight = torch.ones(rows, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
+    return 2.0 * rows * width * inner / _seconds(lambda: torch.nn.functional.linear(inputs, weight), threads)
+
+
+def _elements(threads: int) -> float:
+    """Numbers a second through an operation, of those that grids are searched with."""
+    from hasten.accel.compression.quantizers.base import Scheme
+    from hasten.accel.compression.quantizers.grid import find_grid
+
+    weight, tried = torch.rand(_CACHED // 256, 256), 8
+    seconds = _seconds(lambda: find_grid(weight, Scheme(4, 128), tried), threads)
+    return weight.numel() * tried * 9 / seconds
+
+
+def _launch() -> float:
+    x, y = torch.ones(64, 32), torch.ones(32)
+
+    def few() -> None:
+        for row in range(16):
+            y.add_(x[row])
+
+    # A view and an operation in place, each of which counts.
+    return _seconds(few) / 32
+
+
+def _memory(threads: int) -> float:
+    source, target = torch.ones(_COPIED_BYTES // 4), torch.empty(_COPIED_BYTES // 4)
+    return _COPIED_BYTES / _seconds(lambda: target.copy_(source), threads)
+
+
+def _disk(folder: Path) -> float:
+    """Bytes a second written and synced below a folder, or where it will be made."""
+    while not folder.is_dir():
+        folder = folder.parent
+    content = bytes(_WRITTEN_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
+        begin = time.perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITTEN_BYTES / (time.perf_counter() - begin)

@@ -1,0 +1,146 @@
+"""A Ray session: joined by its address, or started on this machine and ended with the job."""
+
+import logging
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from hasten.accel.errors import UserError
+from hasten.cluster.runtime.authentication import refusal, use_token
+
+_LOG = logging.getLogger(__name__)
+_SECONDS_TO_ANSWER = 10.0
+_START = "start Ray there with `ray start --head`, or leave address out to start it on this machine"
+
+
+@contextmanager
+def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[None]:
+    """Ray for the time of the block; one that is already running in this process is used and left running.
+
+    address: of a cluster, `auto` for the one that RAY_ADDRESS or this machine names, None to start Ray here. cpus: what
+    the job's actors need together; a local Ray offers that many even where the machine has fewer,
+    and no more with `exactly`.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would copy the working folder to every node and hide GPUs from actors that ask for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        _join(address)
+    else:
+        _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    if address.startswith(("http://", "https://")):
+        raise _dashboard(address)
+    _check_port(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address, address)
+    use_token()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        try:
+            with _stderr_to(said):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            ray.shutdown()
+            said.seek(0)
+            raise _explained(f"address={address}", error, said.read()) from None
+
+
+def _check_port(target: str, address: str) -> None:
+    """UserError where nothing listens, or a web server: Ray itself would try for minutes."""
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdigit() or "/" in target:
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER) as line:
+            line.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            said = line.recv(5)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = f" (RAY_ADDRESS={target})" if target != address else ""
+        raise UserError(f"address={address}{where} does not answer ({reason}): {_START}") from None
+    if said == b"HTTP/":
+        raise _dashboard(address)
+
+
+def _dashboard(address: str) -> UserError:
+    return UserError(
+        f"address={address} is a dashboard, to which `hasten submit --address` sends jobs: a job itself joins by "
+        "HOST:6379 or auto"
+    )
+
+
+@contextmanager
+def _stderr_to(file: IO[str]) -> Iterator[None]:
+    """What Ray's compiled half writes to standard error, past Python, goes to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _explained(cluster: str, error: Exception, said: str) -> UserError:
+    """One line for what Ray raised and wrote when a cluster was to be joined."""
+    text = str(error).strip()
+    if type(error).__name__ == "AuthenticationError" or "Unauthenticated" in said:
+        return refusal(cluster)
+    versions = re.findall(r"(Ray|Python): *(\S+)", text)
+    if "ersion mismatch" in text and len(versions) == 4:
+        (_, theirs), (_, their_python), (_, ours), (_, our_python) = versions
+        return mismatch(cluster, (theirs, their_python), (ours, our_python))
+    return UserError(f"{cluster} does not answer ({' '.join(text.split())[:200] or type(error).__name__}): {_START}")
+
+
+def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str | None]) -> UserError:
+    """What to say of a cluster with other versions of Ray and Python than here; None is a version not compared."""
+    if theirs[0] != ours[0]:
+        return UserError(
+            f"{cluster} runs Ray {theirs[0]}, and here is Ray {ours[0]}: they must be the same, "
+            f"pip install 'ray[default]=={theirs[0]}' here or 'ray[default]=={ours[0]}' on every node"
+        )
+    return UserError(
+        f"{cluster} runs Python {theirs[1]}, and here is Python {ours[1]}: they must be the same, "
+        f"install Python {theirs[1]} here or use `hasten submit`, which runs the whole job on the cluster"
+    )
+
+
+def _start_here(cpus: int) -> None:
+    import ray
+
+    _LOG.info("starting Ray on this machine")
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception:
+            # On a busy machine the start can outlast a fixed wait inside Ray.
+            ray.shutdown()
+            if attempt == 2:
+                raise
+            _LOG.warning("Ray did not start in time; trying once more")

@@ -1,0 +1,1 @@
+"""Files behind URIs: fetched, mirrored and named as the user gave them."""

@@ -1,0 +1,1 @@
+"""Jobs sent to a Ray cluster, with the code they need."""

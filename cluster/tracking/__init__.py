@@ -1,0 +1,1 @@
+"""MLflow: one writer, journals, stores and what a run is tagged with."""

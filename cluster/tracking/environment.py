@@ -1,0 +1,43 @@
+"""What a run ran with: commit and changes of the checkout, versions of packages, the machine."""
+
+import json
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hasten.cluster.runtime import resources
+
+FILE = "environment.json"
+_DIFF_CHARACTERS = 1_000_000
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Keys hasten (version), git (commit and diff; None outside of a checkout), packages (versions), machine."""
+    commit = resources.git_commit()
+    diff = (resources.git_diff() or "")[:_DIFF_CHARACTERS] if commit and commit.endswith("-dirty") else ""
+    packages = {found.metadata["Name"]: found.version for found in metadata.distributions() if found.metadata["Name"]}
+    return {
+        "hasten": resources.package_version(),
+        "git": {"commit": commit, "diff": diff} if commit else None,
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "machine": resources.machine(),
+    }
+
+
+def write_environment(folder: Path, tracking_uri: str) -> Path:
+    """Path of folder/environment.json, with where the run is tracked under `tracking_uri`."""
+    path = folder / FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"tracking_uri": tracking_uri, **environment()}
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def tracking_uri(folder: Path) -> str | None:
+    """Where the run of a folder was tracked; None where the folder does not say."""
+    try:
+        return str(json.loads((folder / FILE).read_text(encoding="utf-8"))["tracking_uri"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,125 @@
+"""MLflow's server on a store; while it serves a sqlite file, runs on this machine write through it."""
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import webbrowser
+from pathlib import Path
+from time import monotonic, sleep
+from typing import IO
+
+from hasten.accel.errors import UserError
+from hasten.cluster.tracking import store
+
+_START_SECONDS = 120.0
+
+
+def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
+    """Run the server until it is interrupted; returns its exit code, 0 where it was asked to end.
+
+    UserError where the port is taken, or the store is a server already.
+    """
+    if uri.startswith(("http://", "https://")):
+        raise UserError(f"{uri} is a server already: open it in a browser")
+    url = f"http://{host}:{port}"
+    running = store.serving(uri)
+    if running:
+        raise UserError(f"{running} serves this store already: open it in a browser")
+    _check_port(host, port)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
+    # One process alone writes to a sqlite file.
+    command += ["--workers", "1"]
+    artifacts = store.artifact_location(uri)
+    if artifacts:
+        # Runs read and write these files themselves, as they do without the server.
+        command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # A line for every request goes to a file that nobody sees; a pipe would be full one day and hold it up.
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+        before = {
+            number: signal.signal(number, lambda number, frame: server.terminate())
+            for number in (signal.SIGTERM, signal.SIGHUP)
+        }
+        note = _note(uri)
+        try:
+            _wait_for(url, server, said)
+            if note is not None:
+                _write(note, url, server.pid)
+            print(f"{url} shows {uri}; Ctrl-C ends it", flush=True)
+            if in_browser:
+                webbrowser.open(url)
+            server.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if note is not None:
+                note.unlink(missing_ok=True)
+            _end(server)
+    return 0 if server.returncode in (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL) else int(server.returncode)
+
+
+def _note(uri: str) -> Path | None:
+    file = store.sqlite_file(uri)
+    return None if file is None else store.server_file(file)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    server.terminate()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"--host {host} --port {port} cannot be used ({error.strerror}): take another port"
+            ) from None
+
+
+def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: IO[str]) -> None:
+    end = monotonic() + _START_SECONDS
+    while monotonic() < end:
+        if server.poll() is not None:
+            log.seek(0)
+            said = log.read().strip().splitlines()
+            raise UserError(f"MLflow's server did not start: {said[-1] if said else f'exit code {server.returncode}'}")
+        try:
+            store.check_reachable(url)
+            return
+        except UserError:
+            sleep(0.2)
+    raise UserError(f"MLflow's server did not answer at {url} within {_START_SECONDS:.0f} s")
+
+
+def _write(note: Path, url: str, process: int) -> None:
+    unfinished = note.with_name(f"{note.name}.{os.getpid()}")
+    unfinished.write_text(
+        json.dumps({"url": url, "host": platform.node(), "process": process}) + "\n", encoding="utf-8"
+    )
+    unfinished.replace(note)

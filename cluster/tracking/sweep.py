@@ -1,0 +1,168 @@
+"""A sweep in MLflow: one parent run, and a child for each point, written by the sweep's driver from their journals.
+
+A child is found again by what it is, its parent and its point, so that a driver that was killed anywhere leaves
+nothing that the next one would write twice: what is not marked as whole is deleted and written again.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from hasten.cluster.tracking import events
+from hasten.cluster.tracking.environment import write_environment
+from hasten.cluster.tracking.journal import Reader
+from hasten.cluster.tracking.mlflow_writer import Writer, run_tags
+from hasten.cluster.tracking.mlflow_writer import status as run_status
+
+_LOG = logging.getLogger(__name__)
+_SWEEP, _POINT, _WHOLE = "hasten.sweep", "hasten.point", "hasten.whole"
+_ARTIFACTS = ("report.json", "hasten.log", "output.txt")
+_PAGE = 1000
+_JOURNAL_SECONDS = 10.0
+# MLflow's own limit.
+_VALUE_CHARACTERS = 6000
+
+
+class SweepTracker:
+    """Context of a sweep's runs. name: of the parent; key: what it is found by when the sweep goes on.
+
+    folder: of the sweep. Entering raises UserError where the store cannot be reached.
+    """
+
+    def __init__(self, uri: str | None, experiment: str, name: str, key: str, folder: Path) -> None:
+        self._writer = Writer(uri, experiment)
+        self._name, self._key, self._folder = name, key, folder
+        self._parent = ""
+        # Of the points that have one: MLflow's id, and whether it is whole.
+        self._children: dict[str, tuple[str, bool]] = {}
+        self._readers: dict[str, tuple[Path, Reader]] = {}
+        self._polling: Future[Any] | None = None
+        self._finished = False
+
+    def __enter__(self) -> "SweepTracker":
+        self._writer.open()
+        self._writer.submit(self._begin)
+        environment = write_environment(self._folder, self.uri)
+        self._writer.submit(self._write_parent, [events.Artifact(str(environment))])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not self._finished:
+            self._writer.submit(self._terminate, run_status(error), list(self._readers))
+        self._writer.close()
+
+    @property
+    def uri(self) -> str:
+        """Of the store, absolute."""
+        return self._writer.uri
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Parameters of the parent; one that was written before stays as it is, for MLflow never changes any."""
+        self._writer.submit(self._write_params, dict(values))
+
+    def begin(self, point: str, folder: Path) -> None:
+        """A point runs now in a folder: what it tells is written as it comes, at each `poll`."""
+        self._readers[point] = folder, Reader(folder)
+
+    def poll(self) -> None:
+        """Write what running points have told since the last time; nothing while that is still being written."""
+        if self._polling is None or self._polling.done():
+            self._polling = self._writer.submit(self._follow, dict(self._readers))
+
+    def end(self, point: str, folder: Path, status: str, error: str | None = None) -> None:
+        """A point came to its end with this status of MLflow's, now or in an earlier driver's time."""
+        _, reader = self._readers.pop(point, (folder, Reader(folder)))
+        self._writer.submit(self._finish, point, folder, reader, status, error)
+
+    def finish(self, status: str, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
+        """The sweep came to its end, with this status of MLflow's; returns when all is written.
+
+        Runs of points that began and did not end are marked KILLED.
+        """
+        told: list[events.Event] = [events.Metrics(metrics), *(events.Artifact(str(path)) for path in artifacts)]
+        self._writer.submit(self._write_parent, told)
+        self._finished = True
+        self._writer.submit(self._terminate, status, list(self._readers)).result()
+
+    def _begin(self, client: Any, experiment: str) -> None:
+        """Find the parent and its children, or make the parent."""
+        found = client.search_runs([experiment], f"tags.`{_SWEEP}` = '{self._key}'", max_results=1)
+        if found:
+            self._parent = found[0].info.run_id
+            client.update_run(self._parent, status="RUNNING")
+            for name, value in run_tags(self._folder).items():
+                client.set_tag(self._parent, name, value)
+        else:
+            tags = {**run_tags(self._folder), _SWEEP: self._key}
+            self._parent = client.create_run(experiment, run_name=self._name, tags=tags).info.run_id
+        page = None
+        while True:
+            children = client.search_runs(
+                [experiment], f"tags.`mlflow.parentRunId` = '{self._parent}'", max_results=_PAGE, page_token=page
+            )
+            for child in children:
+                point = child.data.tags.get(_POINT, "")
+                if point in self._children:  # two drivers wrote at once, which the sweep's lock forbids
+                    client.delete_run(child.info.run_id)
+                    continue
+                self._children[point] = child.info.run_id, child.data.tags.get(_WHOLE) == "true"
+            page = children.token
+            if not page:
+                break
+
+    def _follow(self, client: Any, experiment: str, readers: Mapping[str, tuple[Path, Reader]]) -> None:
+        for point, (folder, reader) in readers.items():
+            self._read(client, experiment, point, folder, reader)
+
+    def _read(self, client: Any, experiment: str, point: str, folder: Path, reader: Reader) -> None:
+        begins, told = reader.read()
+        if begins:
+            self._anew(client, experiment, point, folder)
+        if told and point in self._children:
+            events.write(client, self._children[point][0], told)
+
+    def _finish(
+        self, client: Any, experiment: str, point: str, folder: Path, reader: Reader, status: str, error: str | None
+    ) -> None:
+        if not reader.attempt and self._children.get(point, ("", False))[1]:
+            return  # an earlier driver wrote all of it
+        self._read(client, experiment, point, folder, reader)
+        end = monotonic() + _JOURNAL_SECONDS
+        while not reader.attempt and status == "FINISHED" and monotonic() < end:
+            sleep(0.5)  # a folder on the network shows another node's files late
+            self._read(client, experiment, point, folder, reader)
+        if not reader.attempt:  # it died before it could tell anything
+            self._anew(client, experiment, point, folder)
+        run = self._children[point][0]
+        events.write(client, run, [events.Artifact(str(folder / name)) for name in _ARTIFACTS])
+        if error:
+            client.set_tag(run, "hasten.error", error[:5000])
+        client.set_terminated(run, status=status)
+        # Last: without it the next driver writes this run again.
+        client.set_tag(run, _WHOLE, str(status == "FINISHED").lower())
+        self._children[point] = run, status == "FINISHED"
+
+    def _anew(self, client: Any, experiment: str, point: str, folder: Path) -> None:
+        """A new child for a point, in place of one from an attempt that did not come to its end."""
+        if point in self._children:
+            client.delete_run(self._children.pop(point)[0])
+        tags = {**run_tags(folder, self._parent), _POINT: point}
+        run = client.create_run(experiment, run_name=point, tags=tags)
+        self._children[point] = run.info.run_id, False
+
+    def _write_parent(self, client: Any, experiment: str, told: Iterable[events.Event]) -> None:
+        events.write(client, self._parent, told)
+
+    def _write_params(self, client: Any, experiment: str, values: Mapping[str, str]) -> None:
+        there = client.get_run(self._parent).data.params
+        new = {name: value[:_VALUE_CHARACTERS] for name, value in values.items() if name not in there}
+        events.write(client, self._parent, [events.Params(new)])
+
+    def _terminate(self, client: Any, experiment: str, status: str, running: Iterable[str]) -> None:
+        for point in running:
+            if point in self._children:
+                client.set_terminated(self._children[point][0], status="KILLED")
+        client.set_terminated(self._parent, status=status)

@@ -1,0 +1,228 @@
+"""One tracked run for one job, and the job's report.json.
+
+Only the driver writes to MLflow. A tracking store that cannot be reached is an error at the start; one that is lost
+later costs the figures from then on, not the job: report.json holds them all. In a point of a sweep the same calls go
+to the point's journal, which the sweep's driver writes to MLflow.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking import events, journal
+from hasten.cluster.tracking.environment import write_environment
+from hasten.cluster.tracking.mlflow_writer import Writer, run_tags, status
+from hasten.cluster.tracking.system_metrics import SystemMetrics
+
+# MLflow's own limits.
+_KEY_CHARACTERS = 250
+_VALUE_CHARACTERS = 6000
+# Files of a run that belong to it as artifacts; the log is whole when the run ends.
+_FIRST, _LAST = ("config.yaml",), ("hasten.log",)
+
+
+def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
+    """Path of run_dir/report.json, written whole or not at all.
+
+    Numbers that JSON does not have (nan, infinities) become null; other objects become their text.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "report.json"
+    unfinished = run_dir / f".report.json.{os.getpid()}"
+    text = json.dumps(_plain(as_given(report)), indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+class Tracker:
+    """Context of one tracked run: finished when left normally, FAILED after an error, KILLED after a signal.
+
+    uri: any MLflow tracking URI; None is a sqlite file in `runs` of the current folder. Artifacts of a sqlite store
+    lie beside its file. system_seconds: between samples of the machine's use, 0 takes none. register: name of the
+    registered model whose next version the run's output becomes. Entering raises UserError where the store cannot be
+    reached.
+    """
+
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        run_dir: Path,
+        system_seconds: float = 0,
+        register: str | None = None,
+    ) -> None:
+        self.run_name = run_name
+        self.run_dir = Path(run_dir)
+        self._system_seconds, self._register = system_seconds, register
+        self._journal = journal.current()
+        self._writer = Writer(uri, experiment)
+        self._run: Future[Any] | None = None
+        self._system: SystemMetrics | None = None
+        self._previous_handler: Any = None
+
+    def __enter__(self) -> Self:
+        if self._journal is None:
+            self._writer.open()
+            self._run = self._writer.submit(_create, self.run_name, self.run_dir)
+        write_environment(self.run_dir, self.uri)
+        for name in ("environment.json", *_FIRST):
+            self._artifact_if_there(name)
+        if self._system_seconds:
+            self._system = SystemMetrics(self._system_seconds, self.metrics, self.run_dir)
+        self._catch_termination()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+        if self._system is not None:
+            self._system.stop()
+        for name in _LAST:
+            self._artifact_if_there(name)
+        if self._journal is None:
+            self._writer.submit(_end, self._run, status(error))
+            self._writer.close()
+
+    @property
+    def uri(self) -> str:
+        """Of the store, absolute."""
+        return self._writer.uri
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; empty where its store was lost, and in a point of a sweep."""
+        return (self._run.result() or "") if self._run is not None else ""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; nested ones get their path with dots as name, long ones are cut to MLflow's limits."""
+        texts = {_key(name): _text(value)[:_VALUE_CHARACTERS] for name, value in _flat(values)}
+        self._tell(events.Params(texts))
+
+    def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
+        """Log numbers of one step in one call; what is None or no number is left out."""
+        numbers = {_key(name): _number(value) for name, value in _flat(values)}
+        known = {name: number for name, number in numbers.items() if number is not None}
+        if known:
+            self._tell(events.Metrics(known, step))
+
+    def figure(self, path: Path) -> None:
+        """Log an image under figures/."""
+        self.artifact(path, "figures")
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log any file of the run, such as the resolved config."""
+        self._tell(events.Artifact(str(Path(path).absolute()), folder))
+
+    def report(self, report: Mapping[str, Any]) -> Path:
+        """Path of report.json, after logging it and the figures under its `metrics`, and registering its output.
+
+        The file is written when all else is told: where it is, the run came to its end.
+        """
+        self.metrics(report.get("metrics", {}))
+        if self._register:
+            self._tell(self._registered(self._register, report))
+        path = write_report(self.run_dir, report)
+        self.artifact(path)
+        return path
+
+    def _registered(self, name: str, report: Mapping[str, Any]) -> events.Registered:
+        kept = {key: value for key, value in _flat(report.get("metrics", {})) if _number(value) is not None}
+        tags = {"job": report["job"], "run_dir": as_given(str(self.run_dir.absolute())), **kept}
+        source = as_given(str(report["output"]))
+        return events.Registered(name, source, {_key(key): _text(value) for key, value in tags.items()})
+
+    def _artifact_if_there(self, name: str) -> None:
+        if (self.run_dir / name).exists():
+            self.artifact(self.run_dir / name)
+
+    def _tell(self, event: events.Event) -> None:
+        if self._journal is not None:
+            self._journal.write(event)
+        elif self._run is None:
+            raise ValueError("a Tracker logs only inside its `with` block")
+        else:
+            self._writer.submit(_write, self._run, event)
+
+    def _catch_termination(self) -> None:
+        """SIGTERM's default ends the process before the run could be marked: make it an exception."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._previous_handler = signal.signal(signal.SIGTERM, _terminate)
+
+
+def _create(client: Any, experiment: str, name: str, run_dir: Path) -> str:
+    run = client.create_run(experiment, run_name=name, tags=run_tags(run_dir))
+    return str(run.info.run_id)
+
+
+def _write(client: Any, experiment: str, run: "Future[Any]", event: events.Event) -> None:
+    # The run was made earlier in this same thread.
+    events.write(client, str(run.result()), [event])
+
+
+def _end(client: Any, experiment: str, run: "Future[Any]", run_status: str) -> None:
+    client.set_terminated(str(run.result()), status=run_status)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings under their dotted path; lists are leaves."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _key(name: str) -> str:
+    """Name in the characters that MLflow allows, cut to its limit."""
+    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: mappings, lists, strings, finite numbers, booleans and null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    number = _number(value)
+    return str(value) if number is None else _plain(value.item())
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python, numpy or torch as a float; None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,100 @@
+"""A target that looks its logits up by the last two tokens, so that what it says has a known distribution."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.tree import ROOT
+
+_UNLIMITED = 1 << 20
+
+
+class MarkovTarget(Target):
+    """logits (V, V, V): by the token before the last, the last, and the next; before the first token stands 0.
+
+    It has no caches, so that a pass costs next to nothing: what it is asked is answered from the parents.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits.shape[-1], _UNLIMITED, torch.device("cpu"))
+        self._table = logits.flatten(0, 1)
+
+    @property
+    def cache_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def token_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def _append(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], logits: bool
+    ) -> Pass:
+        width, rows = max(map(len, tokens)), []
+        for slot, new, above in zip(slots, tokens, parents, strict=True):
+            held = self._slots[slot]
+            last = held.committed[-1] if held.committed else 0
+            for token, parent in zip(new, above, strict=True):
+                before = last if parent == ROOT else held.waiting[parent]
+                held.depths.append(0 if parent == ROOT else held.depths[parent] + 1)
+                held.waiting.append(token)
+                held.parents.append(parent)
+                rows.append(before * self.vocabulary + token)
+            rows += [0] * (width - len(new))
+        found = self._table[torch.tensor(rows)].view(len(slots), width, -1)
+        return Pass(found, found)
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        return
+
+    def _run(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
+    ) -> Pass:
+        raise AssertionError("answered without a pass")
+
+    def _copy_slot(self, source: int, slot: int, length: int) -> None:
+        return
+
+    def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
+        return
+
+
+def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int) -> Tensor:
+    """Probability of every text of so many tokens after a prompt of at least two, (V,) * length float64."""
+    size = logits.shape[-1]
+    found = torch.ones(1, dtype=torch.float64)
+    for done in range(length):
+        rows = []
+        for path in product(range(size), repeat=done):
+            seen = [*prompt, *path]
+            row = sampling.penalised(logits[seen[-2], seen[-1]], torch.tensor(seen))
+            rows.append(sampling.probs(row).double())
+        after = torch.stack(rows)
+        found = (found[:, None] * after / after.sum(-1, keepdim=True)).flatten()
+    return found.view([size] * length)
+
+
+def chi_square(counts: Tensor, probs: Tensor) -> tuple[float, int, float]:
+    """Statistic, degrees of freedom and p-value of counts against probabilities of the same shape.
+
+    Cells of which fewer than five are expected are one cell, as the distribution of the statistic does not hold for
+    them. Where something came out that never should the statistic is infinite.
+    """
+    counts, expected = counts.double().flatten(), (probs * counts.sum() / probs.sum()).flatten()
+    if counts[expected == 0].any():
+        return float("inf"), int((expected > 0).sum()) - 1, 0.0
+    rare = expected < 5
+    if rare.any():
+        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    kept = expected > 0
+    statistic = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    freedom = int(kept.sum()) - 1
+    tail = torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2)
+    return float(statistic), freedom, float(tail)

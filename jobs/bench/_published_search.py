@@ -1,0 +1,91 @@
+"""EvoPress's own search on a level database of ours, in the form that it reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten.jobs.bench._runs import peer_search
+
+
+class PublishedSearch:
+    """The peer's search beside ours, of the same model, levels and tokens.
+
+    model: as `hasten search` takes it. levels: finished database of quantized levels, one for every number of bits.
+    source: text that candidates are compared on, and how many sequences of it. folder: for everything that is made.
+    """
+
+    def __init__(self, model: str, levels: Path, source: str, sequences: int, folder: Path) -> None:
+        from hasten.accel.compression.levels.database import LevelDatabase
+        from hasten.accel.compression.levels.units import make_units
+        from hasten.accel.models.architecture import Architecture
+        from hasten.accel.models.checkpoint import Checkpoint
+        from hasten.jobs.common.calibration import original
+        from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+
+        self._path = original(model)
+        self._tokenizer, self._vocabulary = load_tokenizer(self._path), vocabulary_size(self._path)
+        self._architecture = Architecture(Checkpoint(self._path))
+        self._database = LevelDatabase.read(levels.absolute(), self._architecture)
+        self._units = make_units(self._database, "none")
+        self._source, self._sequences, self._folder = source, sequences, folder
+
+    def run(self, python: str, checkout: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
+        """CPU seconds, bits of every layer, and bytes a weight of the peer's database."""
+        import numpy as np
+
+        from hasten.accel.data.tokens import load_tokens
+        from hasten.jobs.common.schema import SearchTokens
+
+        chosen = SearchTokens()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / "tokens.npy"
+        size = self._sequences, chosen.sequence_length
+        drawn = load_tokens(self._source, self._tokenizer, *size, "train", chosen.seed, self._vocabulary)
+        np.save(file, drawn.numpy())
+        place = self._folder / "database"
+        written = self._write(place)
+        fixed = {"checkout": checkout, "model": self._path, "database": place, "tokens": file}
+        found = peer_search(python, self._folder, {**fixed, **schedule})
+        return found | {"bytes_per_weight": written / sum(unit.weights for unit in self._units)}
+
+    def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
+        """KL divergence from the original, on held-out text, of the layers at these bits."""
+        from hasten.accel.compression.search.candidates import Candidates
+        from hasten.accel.compression.search.evopress import Sample
+        from hasten.accel.compression.search.fitness import KL
+        from hasten.jobs.common.quality import held_out_windows
+        from hasten.jobs.common.schema import Evaluation
+
+        asked = Evaluation(source=source, sequences=windows)
+        tokens = held_out_windows(asked, self._tokenizer, self._path).tokens
+        candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)
+        genome = tuple(unit.index(self._level(bits[unit.name])) for unit in self._units)
+        whole = Sample(tuple((number, tokens.shape[1]) for number in range(len(tokens))))
+        return candidates.evaluate([genome], whole)[0]
+
+    def _write(self, place: Path) -> int:
+        """Writes the levels as the peer reads them, weights of float32 in a file each; returns their bytes."""
+        import torch
+
+        written = 0
+        for unit in self._units:
+            folder = place / unit.name
+            folder.mkdir(parents=True, exist_ok=True)
+            for choice in unit.choices:
+                file = folder / f"{_bits(choice.level)}.pth"
+                torch.save(self._database.weight(unit.name, choice.level).float(), file)
+                written += file.stat().st_size
+        return written
+
+    def _level(self, bits: int) -> str:
+        return next(choice.level for choice in self._units[0].choices if _bits(choice.level) == bits)
+
+
+def _bits(level: str) -> int:
+    from hasten.accel.compression.levels.level import parse_level
+    from hasten.accel.compression.quantizers.base import Scheme
+
+    found = parse_level(level)
+    if not isinstance(found, Scheme):
+        raise TypeError(f"level {level} is not quantized")
+    return found.bits

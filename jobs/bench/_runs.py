@@ -1,0 +1,170 @@
+"""One job of hasten, or a peer's compression, in processes of its own, with what it cost and the bytes it wrote."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.bench._watch import Peak, Usage, watched
+
+_PEERS = Path(__file__).parent / "peers"
+# Neither the machine's cluster nor its number of cores may change what is compared.
+_ENVIRONMENT = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A compressed folder and its cost.
+
+    seconds, cpu_seconds: of the calibration pass, by whoever made it. whole_seconds, whole_cpu_seconds: of all its
+    processes from start to end, imports among them. peak_rss_bytes: of the largest process. digest: of the bytes
+    written. peaks: memory by process kind.
+    """
+
+    folder: Path
+    seconds: float
+    cpu_seconds: float
+    whole_seconds: float
+    whole_cpu_seconds: float
+    peak_rss_bytes: int
+    bytes: int
+    digest: str
+    version: str = ""
+    peaks: Mapping[str, Peak] = field(default_factory=dict)
+
+
+def hasten_compress(folder: Path, options: Mapping[str, Any], interval: float = 2.0) -> Outcome:
+    """Outcome of `hasten compress` with these options, which writes folder/model and keeps its run in folder/run.
+
+    A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
+    """
+    report, usage = hasten_job(
+        "compress", folder, {"evaluation.sequences": 0, "overwrite": "true", **options}, interval
+    )
+    metrics = report["metrics"]
+    return Outcome(
+        folder=folder / "model",
+        seconds=metrics.get("calibration_seconds") or metrics["seconds"],
+        cpu_seconds=metrics["cpu_seconds"],
+        whole_seconds=usage.seconds,
+        whole_cpu_seconds=usage.cpu_seconds,
+        peak_rss_bytes=max(metrics["peak_rss_bytes"], *(peak.rss_bytes for peak in usage.peaks.values())),
+        bytes=_bytes(folder / "model"),
+        digest=digest(folder / "model"),
+        peaks=usage.peaks,
+    )
+
+
+def hasten_job(
+    job: str, folder: Path, options: Mapping[str, Any], interval: float = 2.0
+) -> tuple[dict[str, Any], Usage]:
+    """Report and use of `hasten JOB` with these options, which writes folder/model and keeps its run in folder/run.
+
+    A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = {
+        "output": folder / "model",
+        "run_dir": folder / "run",
+        "tracking.uri": f"sqlite:///{folder.resolve() / 'mlflow.db'}",
+    }
+    words = [f"{key}={value}" for key, value in {**fixed, **options}.items()]
+    log = folder / "hasten.out"
+    usage = watched([sys.executable, "-m", "hasten", job, *words], log, _ENVIRONMENT, interval)
+    _check(usage, f"hasten {job}", log)
+    report: dict[str, Any] = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    return report, usage
+
+
+def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outcome:
+    """Outcome of llm-compressor's GPTQ, run by the Python of its environment; options are those of the peer script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    measured, usage = _peer("llm_compressor", python, folder, {"output": folder / "model", **options})
+    return Outcome(
+        folder=folder / "model",
+        seconds=measured["wall_seconds"],
+        cpu_seconds=measured["cpu_seconds"],
+        whole_seconds=usage.seconds,
+        whole_cpu_seconds=usage.cpu_seconds,
+        peak_rss_bytes=measured["peak_rss_bytes"],
+        bytes=_bytes(folder / "model"),
+        digest=digest(folder / "model"),
+        version=measured["version"],
+        peaks=usage.peaks,
+    )
+
+
+def peer_search(python: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """CPU seconds and levels of EvoPress's published search; options are those of the peer script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _peer("evopress", python, folder, options)[0]
+
+
+def _peer(name: str, python: str, folder: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], Usage]:
+    """What a peer script wrote as its result, and what its process used."""
+    result, log = folder / "result.json", folder / "peer.out"
+    words = [word for key, value in {"result": result, **options}.items() for word in _flag(key, value)]
+    # Our own packages, `kernels` above all, must not be found by the peer's transformers.
+    usage = watched([python, str(_PEERS / f"{name}.py"), *words], log, {**_ENVIRONMENT, "PYTHONPATH": ""}, 2.0)
+    _check(usage, name, log)
+    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return measured, usage
+
+
+def check_peer(python: str) -> None:
+    """UserError where the peer's Python cannot be run or has no llm-compressor."""
+    if not Path(python).is_file():
+        raise UserError(f"peer_python={python}: no such file; give the bin/python of an environment with llmcompressor")
+    script = "import importlib.metadata as metadata; metadata.version('llmcompressor')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        # -P: without the current folder, which may hold anything.
+        subprocess.run([python, "-P", "-c", script], env=environment, capture_output=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        raise UserError(f"peer_python={python} has no llm-compressor: pip install llmcompressor there") from None
+
+
+def digest(folder: Path) -> str:
+    """SHA-256, in hexadecimal, over names and bytes of all files of a folder.
+
+    Hidden ones are left out: hasten's own notes on a run are not part of the checkpoint.
+    """
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        with path.open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [name] if value else []
+    return [name, str(value)]
+
+
+def _bytes(folder: Path) -> int:
+    from hasten.accel.evaluation.sizes import disk_bytes
+
+    return disk_bytes(folder)
+
+
+def _check(usage: Usage, name: str, log: Path) -> None:
+    if usage.status == 0:
+        return
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    mistakes = [line for line in lines if line.startswith("hasten: error: ")]
+    if usage.status == 2 and mistakes:
+        raise UserError(mistakes[-1].removeprefix("hasten: error: "))
+    end = "\n".join(lines[-_LINES_SHOWN:])
+    raise RuntimeError(f"{name} ended with status {usage.status}; the end of {log}:\n{end}")

@@ -1,0 +1,79 @@
+"""A run that takes so many seconds and logs so many steps: what a sweep itself costs, `hasten bench wait --multirun`.
+
+Nothing goes to docs/benchmarks.md: `hasten bench sweep` measures sweeps of it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import Run, option
+
+
+@dataclass
+class Config(Run):
+    """Wait, or compute, and log."""
+
+    point: int = option(0, "number that tells a run from others", at_least=0)
+    wait_seconds: float = option(1.0, "how long it takes", at_least=0)
+    busy: bool = option(False, "compute all the time, which takes a CPU; else sleep")
+    steps: int = option(0, "metric steps that are logged, evenly over the time", at_least=0)
+    actor: bool = option(False, "let a Ray actor do the waiting")
+    fail: bool = option(False, "end with an error")
+    threads: int = option(1, "CPUs that a run takes of the cluster", at_least=1)
+    done: str | None = option(None, "file to which every run that came to its end adds a line", path="state")
+
+
+def run(config: Config) -> Path:
+    """Path of the report."""
+    from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.run import start, tracked
+
+    folder = start(config)
+    with tracked(config, "bench wait", folder) as tracker:
+        tracker.params(plain(config))
+        wait = _actor() if config.actor else _wait
+        begun = time.perf_counter()
+        for step in range(max(1, config.steps)):
+            wait(begun + config.wait_seconds * (step + 1) / max(1, config.steps) - time.perf_counter(), config.busy)
+            if config.steps:
+                tracker.metrics({"step": step, "square": step * step}, step)
+        if config.fail:
+            raise UserError("fail=true was asked for")
+        if config.done:
+            with Path(config.done).open("a") as file:
+                file.write(f"{config.point}\n")
+        metrics = {"point": config.point, "seconds": time.perf_counter() - begun}
+        return tracker.report(
+            {"job": "bench", "config": plain(config), "metrics": metrics, "layers": [], "output": None}
+        )
+
+
+def _wait(seconds: float, busy: bool) -> None:
+    until = time.perf_counter() + seconds
+    if not busy:
+        time.sleep(max(0.0, seconds))
+    while time.perf_counter() < until:
+        pass
+
+
+class Waiter:
+    """The actor of `actor=true`; another takes its place when it is killed."""
+
+    def wait(self, seconds: float, busy: bool) -> None:
+        """Wait in the actor's process."""
+        _wait(seconds, busy)
+
+
+def _actor() -> Callable[[float, bool], None]:
+    import ray
+
+    waiter: Any = ray.remote(Waiter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+
+    def wait(seconds: float, busy: bool) -> None:
+        ray.get(waiter.wait.remote(seconds, busy))
+
+    return wait

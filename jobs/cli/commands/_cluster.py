@@ -1,0 +1,50 @@
+"""What the commands about jobs on a cluster share: their --address, and how a job's output is followed."""
+
+import sys
+from datetime import datetime
+from typing import Any
+
+from hasten.jobs.cli.commands._arguments import Parser
+
+ADDRESS = "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's"
+
+
+def parser(command: str, description: str) -> Parser:
+    """Parser that has --address."""
+    found = Parser(command, description)
+    found.add_argument("--address", metavar="URL", help=ADDRESS)
+    return found
+
+
+def follow(server: Any, name: str) -> int:
+    """Print a job's output until it is over; exit code of the job, or 130 after Ctrl-C, which leaves it running."""
+    try:
+        job = server.follow(name, _print)
+    except KeyboardInterrupt:
+        where = f"--address {server.url} {name}"
+        print(
+            f"\n{name} goes on: hasten logs --follow {where} looks again, hasten stop {where} ends it", file=sys.stderr
+        )
+        return 130
+    if job.status != "SUCCEEDED" and job.exit_code is None:
+        print(f"{name} {ending(job)}", file=sys.stderr)
+    return int(job.code)
+
+
+def ending(job: Any) -> str:
+    """How a job stands, in one line."""
+    if job.status == "FAILED":
+        text = job.message.strip().splitlines() or [""]
+        return f"failed with exit code {job.exit_code}" if job.exit_code is not None else f"failed: {text[-1][-300:]}"
+    known = {"PENDING": "is waiting", "RUNNING": "is running", "SUCCEEDED": "has finished", "STOPPED": "was stopped"}
+    return known.get(job.status, job.status)
+
+
+def time_of(seconds: float | None) -> str:
+    """Local time of a moment, empty where it has not come."""
+    return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,166 @@
+"""Run a job on a Ray cluster and follow its output.
+
+The words after JOB are those of `hasten JOB`. They are checked here, then sent with the code to the cluster,
+where the job runs in --workdir. The exit code is the job's, 130 where it was stopped. Ctrl-C leaves it running.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.commands._cluster import follow, parser
+from hasten.jobs.cli.help import benchmark_names, benchmark_schema
+from hasten.jobs.cli.options import MULTIRUN, Option, nearest, options, split_plan
+from hasten.jobs.common.schema import JOBS, Run
+
+
+def main(words: list[str]) -> int:
+    """Exit code of the job; 0 with --no-wait, once the cluster has it."""
+    asked = _parser().parse_args(words)
+    name, job_words = _named(asked.job, asked.words)
+    workdir = _workdir(asked.workdir)
+    _check(asked.job, name, job_words)
+    sent = _words(asked.job, name, job_words, lambda text: str(Path(workdir, text)))
+    from hasten.cluster.submission.code_package import source
+    from hasten.cluster.submission.job_server import JobServer
+    from hasten.jobs.common.run import log_to_terminal
+
+    env = source(asked.env)
+    runtime_env = _runtime_env(asked.runtime_env)
+    log_to_terminal()
+    server = JobServer(asked.address)
+    job = server.submit(sent, workdir, env, runtime_env, asked.name)
+    if asked.no_wait:
+        print(job)
+        return 0
+    print(f"{job} is sent to {server.url}: hasten {shlex.join(sent)}", file=sys.stderr)
+    return follow(server, job)
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = parser("submit", (__doc__ or "").strip())
+    found.add_argument("--no-wait", action="store_true", help="print the job's id and return")
+    found.add_argument(
+        "--workdir",
+        metavar="PATH",
+        help="folder on the cluster that relative paths start from; default: the current one",
+    )
+    found.add_argument(
+        "--env",
+        metavar="tree|installed|none|WHEEL",
+        help="code that the job runs: this checkout's files, the installed packages, a wheel, or what the cluster has; "
+        "default: what this command runs from",
+    )
+    found.add_argument("--runtime-env", metavar="FILE", help="YAML file of Ray's runtime environment: env_vars, pip, …")
+    found.add_argument("--name", metavar="ID", help="the job's id, must be new; default: hasten-JOB-TIME")
+    found.add_argument("job", metavar="JOB", help=f"one of {', '.join(JOBS)}")
+    found.add_argument("words", metavar="key=value", nargs=argparse.REMAINDER, help="options of the job; --multirun")
+    return found
+
+
+def _named(job: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """Name of the benchmark where the job is `bench`, and the words that are left."""
+    if job not in JOBS:
+        near = nearest(job, JOBS)
+        raise UserError(
+            f"unknown job {job!r}: " + (f"did you mean {near}?" if near else f"there are {', '.join(JOBS)}")
+        )
+    if job != "bench":
+        return None, words
+    if not words or words[0] not in benchmark_names():
+        raise UserError(f"hasten submit bench needs the name of a benchmark: {', '.join(benchmark_names())}")
+    return words[0], words[1:]
+
+
+def _schema(job: str, name: str | None) -> type[Run]:
+    return benchmark_schema(name) if name else JOBS[job]
+
+
+def _check(job: str, name: str | None, words: list[str]) -> None:
+    """UserError where the job itself would refuse its words."""
+    from hasten.jobs.cli.compose import compose
+
+    own = {word.partition("=")[0] for word in _parser()._option_string_actions}
+    for word in words:
+        if word.partition("=")[0] in own:
+            raise UserError(f"{word} belongs to submit: it comes before {job}")
+    plans, words = split_plan(words)
+    if set(MULTIRUN) & set(words):
+        from hasten.jobs.sweep.run import check
+
+        check(job, name, _schema(job, name), [word for word in words if word not in MULTIRUN])
+        return
+    if plans:
+        from hasten.jobs.dry_run.run import parse_words
+
+        _, words = parse_words(words)
+    compose(job, _schema(job, name), words)
+
+
+def _words(job: str, name: str | None, words: list[str], absolute: Callable[[str], str]) -> list[str]:
+    """Words of `hasten` on the cluster: paths made absolute, and an address, so that the job joins what it runs on."""
+    known = {item.key: item for item in options(_schema(job, name))}
+    is_sweep = bool(set(MULTIRUN) & set(words))
+    sent = [_absolute(word, known, is_sweep, absolute) for word in words]
+    given = {word.partition("=")[0] for word in words}
+    if is_sweep:
+        if not {"sweep.address", "address"} & given:
+            sent.append("sweep.address=auto")
+    elif "address" in known and "address" not in given:
+        sent.append("address=auto")
+    return [job, *([name] if name else []), *sent]
+
+
+def _absolute(word: str, known: dict[str, Option], is_sweep: bool, absolute: Callable[[str], str]) -> str:
+    key, sign, text = word.partition("=")
+    item = known.get(key)
+    if item is None or item.path is None or not sign:
+        return word
+    # One option may have several paths in a sweep.
+    several = is_sweep and not any(mark in text for mark in "()[]{}'\"\\")
+    parts = text.split(",") if several else [text]
+    return f"{key}={','.join(absolute(part) if _is_relative(part, item) else part for part in parts)}"
+
+
+def _is_relative(text: str, item: Option) -> bool:
+    if not text or "://" in text or text[0] in "/~" or (item.optional and text.lower() in ("null", "none")):
+        return False
+    # What is only read may be a name: embedded:target, library, hub:NAME.
+    return item.path != "in" or Path(text).exists()
+
+
+def _workdir(given: str | None) -> str:
+    """Absolute, and as it was written: its links are the cluster's."""
+    if given is None:
+        return str(Path.cwd())
+    if not Path(given).is_absolute():
+        raise UserError(f"--workdir {given} is wrong: expected an absolute path, of a folder on the cluster")
+    return given
+
+
+def _runtime_env(file: str | None) -> dict[str, Any]:
+    import yaml
+
+    if file is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--runtime-env {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not _are_texts(found.get("env_vars", {})):
+        raise UserError(
+            f"--runtime-env {file} is wrong: expected keys of Ray's runtime environment, env_vars with texts"
+        )
+    return found
+
+
+def _are_texts(env_vars: Any) -> bool:
+    return isinstance(env_vars, dict) and all(isinstance(each, str) for each in _flat(env_vars.items()))
+
+
+def _flat(pairs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
+    return (each for pair in pairs for each in pair)

@@ -1,0 +1,101 @@
+"""From `key=value` words to a job's config: Hydra composes the files, the schemas check them."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.methods import job_file
+from hasten.jobs.cli.options import Option, method_options, nearest, options
+from hasten.jobs.common.schema import Run
+
+CONF_MODULE = "hasten.conf"
+
+
+def compose(job: str, schema: type[Run], words: list[str]) -> Any:
+    """Config of a job, an object of its dataclass; UserError names the first word that is wrong."""
+    known = {item.key: item for item in options(schema)}
+    assigned = _split(words, known)
+    defaults = _defaults(job)
+    groups = {}
+    for key in [key for key, item in known.items() if item.group]:
+        groups[key] = known[key].parse(assigned.pop(key)) if key in assigned else defaults[key]
+        known |= {item.key: item for item in method_options(key, groups[key])}
+    values = {}
+    for key, text in assigned.items():
+        if key not in known:
+            raise UserError(_unknown(job, key, known, groups))
+        values[key] = known[key].parse(text)
+    config = _composed(job, schema, groups, values)
+    _check(config, known.values())
+    return config
+
+
+def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
+    """Keys and texts of `key=value` words; a later word replaces an earlier one of the same key."""
+    found = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            near = nearest(word.lstrip("-"), known)
+            hint = f", did you mean {near}=VALUE?" if near else ""
+            raise UserError(f"{word!r} is no option: options are written key=value{hint}")
+        found[key] = text
+    return found
+
+
+def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str]) -> str:
+    near = nearest(key.lstrip("-+~"), known)
+    group = key.partition(".")[0]
+    if group in groups and not (near and near.startswith(f"{group}.")):
+        return f"unknown option {key!r}: {group}={groups[group]} has no such option"
+    hint = f"did you mean {near}?" if near else f"see hasten {job} --help"
+    return f"unknown option {key!r}: {hint}"
+
+
+def _defaults(job: str) -> dict[str, str]:
+    """Method that the job's file chooses in every group."""
+    entries = job_file(job).get("defaults", [])
+    return {key: name for entry in entries if isinstance(entry, dict) for key, name in entry.items()}
+
+
+def _composed(job: str, schema: type[Run], groups: dict[str, str], values: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    made: Any = _with_groups  # mypy takes a class for no hashable argument
+    composed = copy.deepcopy(made(CONF_MODULE, job, schema, tuple(groups.items())))
+    for key, value in values.items():
+        # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
+        OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
+    return OmegaConf.to_object(composed)
+
+
+@cache
+def _with_groups(folder: str, job: str, schema: Any, groups: tuple[tuple[str, str], ...]) -> Any:
+    """What Hydra makes of a job's file and the chosen groups, which is the same for most points of a sweep."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{job}_schema", node=schema)
+    with hydra.initialize_config_module(folder, version_base="1.3"):
+        return hydra.compose(job, overrides=[f"{key}={name}" for key, name in groups])
+
+
+def _check(config: Any, known: Iterable[Option]) -> None:
+    """Files are held to the same rules as the command line."""
+    for item in known:
+        value: Any = config
+        for name in item.key.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name)
+        if not item.group:
+            item.check(value)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Config as nested dictionaries, for config.yaml, report.json and MLflow; with URIs as they were given."""
+    from hasten.cluster.storage.naming import as_given
+
+    found: dict[str, Any] = as_given(dataclasses.asdict(config))
+    return found

@@ -1,0 +1,131 @@
+"""The hasten command: `hasten JOB [key=value …]`."""
+
+import os
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from hasten.accel.errors import UserError, is_disk_full
+from hasten.jobs.cli.help import benchmark_names, benchmark_schema, command_names, job_help, overview
+from hasten.jobs.cli.options import MULTIRUN, nearest, split_plan
+from hasten.jobs.common.schema import JOBS, Run
+
+_HELP = ("-h", "--help", "help")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 of a sweep with failed points, 2 for a mistake, 130 interrupted."""
+    from hasten.jobs.common.run import log_traceback
+
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        log_traceback(error)
+        print(f"hasten: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (`hasten --help | head`) has seen enough. Python flushes once more at exit: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("hasten: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if is_disk_full(error):
+            where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            again = "make space and run the same command again; what is finished is kept"
+            print(f"hasten: error: the disk is full{where}: {again}", file=sys.stderr)
+            return 2
+        # A mistake of ours: the traceback is what we want to be sent.
+        log_traceback(error)
+        raise
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in _HELP:
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"hasten {metadata.version('hasten')}")
+        return 0
+    if words[0] in command_names():
+        return _command(words[0], words[1:])
+    job, words = _known(words[0], "job", [*JOBS, *command_names()]), words[1:]
+    asks_help = any(word in _HELP for word in words)
+    name = None
+    if job == "bench":
+        if words and words[0] not in _HELP and "=" not in words[0]:
+            name, words = _known(words[0], "benchmark", benchmark_names()), words[1:]
+        elif not asks_help:
+            raise UserError(f"hasten bench needs the name of a benchmark: {', '.join(benchmark_names())}")
+    if asks_help:
+        print(job_help(job, name))
+        return 0
+    plans, words = split_plan(words)
+    if any(word in MULTIRUN for word in words):
+        return _sweep(job, name, [word for word in words if word not in MULTIRUN])
+    if plans:
+        from hasten.jobs.dry_run.run import plan_words
+
+        _print_report(plan_words(job, words))
+        return 0
+    _run(job, name, words)
+    return 0
+
+
+def _command(name: str, words: list[str]) -> int:
+    try:
+        return int(import_module(f"hasten.jobs.cli.commands.{name}").main(words))
+    except SystemExit as stop:  # argparse has printed its help
+        if stop.code:
+            raise
+        return 0
+
+
+def _run(job: str, name: str | None, words: list[str]) -> None:
+    from hasten.jobs.cli.compose import compose
+    from hasten.jobs.common.run import default_folder, execute, log_to_terminal
+
+    config: Any = compose(job, _schema(job, name), words)
+    config.run_dir = config.run_dir or default_folder(f"{job}/{name}" if name else job)
+    log_to_terminal()
+    _print_report(execute(job, name, _schema(job, name), config))
+
+
+def _sweep(job: str, name: str | None, words: list[str]) -> int:
+    from hasten.jobs.common.run import log_to_terminal
+    from hasten.jobs.sweep.run import run
+
+    log_to_terminal()
+    report, code = run(job, name, _schema(job, name), words)
+    _print_report(report)
+    return code
+
+
+def _schema(job: str, name: str | None) -> type[Run]:
+    return benchmark_schema(name) if name else JOBS[job]
+
+
+def _print_report(report: Path | str | None) -> None:
+    if report is not None:
+        sys.stderr.flush()
+        print(f"report: {report}", flush=True)
+
+
+def _known(word: str, what: str, names: list[str]) -> str:
+    if word not in names:
+        near = nearest(word, names)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"unknown {what} {word!r}: {hint}")
+    return word
+
+
+def _one_line(error: UserError) -> str:
+    # Ray raises a copy of an actor's exception whose text is the remote traceback; the exception itself is its cause.
+    cause = getattr(error, "cause", None)
+    return " ".join(str(cause if isinstance(cause, UserError) else error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

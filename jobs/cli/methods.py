@@ -1,0 +1,93 @@
+"""The methods of a config group, read from the folder conf/GROUP without importing any of them."""
+
+import ast
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hasten import conf
+
+CONF = Path(conf.__file__).parent
+_SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
+
+
+@dataclass(frozen=True)
+class MethodField:
+    """A hyper-parameter of a method: its type (object where it is no simple one) and default (its text likewise)."""
+
+    name: str
+    kind: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A file of a config group, with the first sentence of the module behind it."""
+
+    name: str
+    summary: str
+    fields: tuple[MethodField, ...]
+
+
+def job_file(job: str) -> dict[str, Any]:
+    """Content of conf/JOB.yaml."""
+    return yaml.safe_load((CONF / f"{job}.yaml").read_text(encoding="utf-8"))
+
+
+def method_names(group: str) -> list[str]:
+    """Names that GROUP= accepts, in order."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def target_of(group: str, name: str) -> str:
+    """Path of the class that a method's file names."""
+    return str(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"])
+
+
+@cache
+def method(group: str, name: str) -> Method:
+    """One method of a group, which must be there; its module is parsed and not imported."""
+    module, _, class_name = target_of(group, name).rpartition(".")
+    path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    summary = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
+    fields = next(
+        (_fields(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), ()
+    )
+    return Method(name, summary, fields)
+
+
+def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
+    found = []
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+            annotation = ast.unparse(item.annotation)
+            if not annotation.startswith("ClassVar"):
+                found.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
+    return tuple(found)
+
+
+def _value(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def build(settings: dict[str, Any]) -> Any:
+    """The method that a composed group describes; UserError where its hyper-parameters make no sense."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    from hasten.accel.errors import UserError
+
+    try:
+        # Else a list of methods would become one of their hyper-parameters.
+        return instantiate(settings, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,194 @@
+"""Options as the command line sees them: flat keys, their types and what each accepts."""
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.methods import method, method_names
+
+# Words that ask for a sweep, and for a dry run in place of a run.
+MULTIRUN = ("-m", "--multirun")
+PLAN = "plan=true"
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One `key=value`: kind is the type without None, which optional allows; group: value names a method."""
+
+    key: str
+    kind: Any
+    optional: bool = False
+    default: Any = None
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    group: bool = False
+    path: str | None = None
+
+    @property
+    def expected(self) -> str:
+        """What is accepted, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = _EXPECTED.get(self.kind, "a value")
+        if typing.get_origin(self.kind) is list:
+            nested = typing.get_origin(typing.get_args(self.kind)[0]) is list
+            words = "a list such as [[1,100],[2,100]]" if nested else "a list such as [a,b]"
+        if self.at_least is not None and self.at_most is not None:
+            words += f" from {self.at_least:g} to {self.at_most:g}"
+        elif self.at_least is not None:
+            words += f", {self.at_least:g} or more"
+        return words + (", or null" if self.optional else "")
+
+    def parse(self, text: str) -> Any:
+        """Value that the text stands for; UserError names key, text and what is expected."""
+        if self.optional and text.lower() in ("null", "none"):
+            return None
+        try:
+            value = _read(self.kind, text)
+        except (ValueError, yaml.YAMLError):
+            raise self._refusal(text, _several(text)) from None
+        self.check(value)
+        return value
+
+    def check(self, value: Any) -> None:
+        """UserError where a value of the right type is not among the choices or out of range."""
+        if value is None:
+            return
+        low = self.at_least is not None and value < self.at_least
+        high = self.at_most is not None and value > self.at_most
+        if low or high or (self.choices and value not in self.choices):
+            near = nearest(str(value), self.choices)
+            raise self._refusal(value, f" (did you mean {near}?)" if near else "")
+
+    def _refusal(self, value: Any, hint: str = "") -> UserError:
+        return UserError(f"{self.key}={value} is wrong: expected {self.expected}{hint}")
+
+
+def _several(text: str) -> str:
+    """A hint where the text would be several values of a sweep."""
+    several = "," in text.strip("[]") and not text.startswith("[")
+    return "; several values are a sweep, with --multirun" if several else ""
+
+
+def _read(kind: Any, text: str) -> Any:
+    """Text as a value of that kind; ValueError where it is none."""
+    if kind is str:
+        return text
+    if kind in (int, float):
+        value = kind(text)
+        if value != value:
+            raise ValueError(text)
+        return value
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) is not list and not text.lstrip().startswith("["):
+            return [_read(inner, text)]
+        value = yaml.safe_load(text)
+        return _listed(kind, value)
+    return yaml.safe_load(text)
+
+
+def _listed(kind: Any, value: Any) -> Any:
+    if typing.get_origin(kind) is not list:
+        if kind is str and isinstance(value, (int, float)):
+            return str(value)
+        if kind is float and type(value) is int:
+            return float(value)
+        return value if type(value) is kind else _fail(value)
+    if not isinstance(value, list):
+        _fail(value)
+    return [_listed(typing.get_args(kind)[0], item) for item in value]
+
+
+def _fail(value: Any) -> typing.NoReturn:
+    raise ValueError(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is spelled most like this one, None where none is close."""
+    known = list(known)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not found:
+        # `groupsize` for `calibration.group_size`: what comes after the last dot counts, too.
+        last = {key.rpartition(".")[2]: key for key in reversed(known)}
+        found = [last[key] for key in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return found[0] if found else None
+
+
+def options(schema: type, prefix: str = "") -> list[Option]:
+    """Every option of a job's dataclass: the model, its own ones, those of its base, and so on.
+
+    Those of nested dataclasses are `section.key`.
+    """
+    hints = typing.get_type_hints(schema)
+    found: list[Option] = []
+    distance = {name: steps for steps, base in enumerate(schema.__mro__) for name in inspect.get_annotations(base)}
+    for item in sorted(dataclasses.fields(schema), key=lambda item: (item.name != "model", distance[item.name])):
+        kind, optional = _without_none(hints[item.name])
+        if dataclasses.is_dataclass(kind):
+            found += options(typing.cast(type, kind), f"{prefix}{item.name}.")
+            continue
+        rules = dict(item.metadata)
+        text = rules.pop("help", "")
+        if rules.get("group"):
+            rules["choices"] = tuple(method_names(item.name))
+            kind = str
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        found.append(Option(prefix + item.name, kind, optional, default, text, **rules))
+    return found
+
+
+def method_options(group: str, name: str) -> list[Option]:
+    """Options `group.field` of one method's hyper-parameters."""
+    return [Option(f"{group}.{item.name}", item.kind) for item in method(group, name).fields]
+
+
+def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
+    """Whether a dry run is asked for, and the words without that one; UserError for one of a sweep."""
+    words = list(words)
+    if PLAN in words and set(MULTIRUN) & set(words):
+        raise UserError(f"{PLAN} plans one run: leave --multirun and lists of values out")
+    return PLAN in words, [word for word in words if word not in (PLAN, "plan=false")]
+
+
+def split_off(schema: type, prefix: str, words: Iterable[str]) -> tuple[Any, list[str]]:
+    """An object of a dataclass from the `key=value` words whose keys begin with its prefix, and the words left over.
+
+    UserError names the first word that is wrong.
+    """
+    known = {item.key: item for item in options(schema, prefix)}
+    values, rest = {}, []
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not key.startswith(prefix):
+            rest.append(word)
+            continue
+        if key not in known:
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"unknown option {key!r}: {hint}")
+        if not sign:
+            raise UserError(f"{word!r} is no option: options are written key=value")
+        values[key.removeprefix(prefix)] = known[key].parse(text)
+    return schema(**values), rest
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        rest = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return rest[0], True
+    return hint, False

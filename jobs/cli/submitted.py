@@ -1,0 +1,23 @@
+"""What a submitted job runs on the cluster: `python -m hasten.jobs.cli.submitted WORKDIR JOB words…`."""
+
+import os
+import sys
+
+from hasten.jobs.cli.main import main as hasten
+
+
+def main(workdir: str, words: list[str]) -> int:
+    """Exit code of `hasten WORDS` in the folder workdir; 2 where there is none on this machine."""
+    try:
+        os.chdir(workdir)
+    except OSError as error:
+        reason = f"is no folder on the cluster's head ({error.strerror})"
+        print(f"hasten: error: --workdir {workdir} {reason}: name one that the cluster's nodes share", file=sys.stderr)
+        return 2
+    # Processes that this one starts look here for it.
+    os.environ["PWD"] = workdir
+    return hasten(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,122 @@
+"""Results of `hasten decode` in JSON Lines: each is written as it finishes, and a run started again keeps them."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hasten.accel.errors import UserError, is_disk_full
+
+
+class Completions:
+    """A file of results, a context while it is written. Beside it, in FILE.meta.json, stands what decides them."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+        self.path = path
+        self._meta = path.with_name(path.name + ".meta.json")
+        self._settings = json.loads(json.dumps(settings))
+        self._overwrite = overwrite
+        self._file: Any = None
+
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """Results that are there, by id as text; UserError where they are not this run's. Writes nothing."""
+        self._check_place()
+        if self._is_new():
+            return {}
+        if not self._meta.is_file():
+            raise UserError(f"output={self.path} holds something else: give a file that is new or empty")
+        if self._overwrite:
+            return {}
+        try:
+            differing = _differences(json.loads(self._meta.read_bytes()), self._settings)
+        except ValueError:
+            raise UserError(f"{self._meta} is no JSON: give another output, or overwrite=true to start again") from None
+        if differing:
+            raise UserError(
+                f"output={self.path} was begun with other settings ({'; '.join(differing)}): run with those, "
+                "give another output, or overwrite=true to start again"
+            )
+        lines, _ = self._lines()
+        return {str(record["id"]): record for record in lines}
+
+    def __enter__(self) -> Self:
+        """Make the file ready: what an earlier run left half written goes."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(f"another run writes output={self.path}: wait for it, or give another output") from None
+        if self._overwrite or self._is_new():
+            # Emptied first: killed in between, it is a new one.
+            self.path.write_bytes(b"")
+            self._meta.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+        else:
+            _, whole = self._lines()
+            os.truncate(self.path, whole)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError:  # a full disk again, with what could not be written before
+            if error is None:
+                raise
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a result; once this returns it is on the disk."""
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(
+                f"the disk is full while writing {self.path}: make space and run the same command again; "
+                "what is finished is kept"
+            ) from None
+
+    def _is_new(self) -> bool:
+        return not self.path.exists() or self.path.stat().st_size == 0
+
+    def _check_place(self) -> None:
+        here = self.path
+        while not os.path.lexists(here) and here != here.parent:
+            here = here.parent
+        if here == self.path and not here.is_file():
+            raise UserError(f"output={self.path} is no file: give a file that is new or an earlier run's")
+        if here != self.path and not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
+            raise UserError(f"output={self.path} cannot be made: {here} is no folder that can be written to")
+
+    def _lines(self) -> tuple[list[dict[str, Any]], int]:
+        """Results, and the bytes that they take: a last line that was cut off is none."""
+        records = []
+        whole = 0
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if record is None and number == len(lines):
+                break
+            if not isinstance(record, dict) or "id" not in record:
+                raise UserError(f"output={self.path}, line {number} is no result: mend it, or overwrite=true")
+            records.append(record)
+            whole += len(line)
+        return records, whole
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {old.get(key)}, now {new.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,1 @@
+"""`hasten plan`: what a job will hold, move, write and take."""

@@ -1,0 +1,157 @@
+"""`hasten evaluate`: what a checkpoint is worth, what it takes, and how far it is from its original."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import EvaluateConfig
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(config: EvaluateConfig) -> Path:
+    """Measure config.model; returns the path of report.json."""
+    from hasten.accel.evaluation.sizes import sizes
+    from hasten.accel.evaluation.tasks import check_tasks
+    from hasten.accel.models.architecture import Architecture
+    from hasten.accel.models.checkpoint import Checkpoint, resolve
+    from hasten.cluster.programs.evaluation import check_weights
+    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+    from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+    from hasten.jobs.common.cluster import joined
+    from hasten.jobs.common.quality import FIGURES, held_out_windows
+    from hasten.jobs.common.run import start, tracked
+    from hasten.jobs.common.tokenizer import load_tokenizer
+
+    started = perf_counter()
+    # Absolute, as the workers of a cluster have other current folders.
+    folder = resolve(config.model).absolute()
+    checkpoint = Checkpoint(folder)
+    original = _original(config, checkpoint)
+    if config.tasks:
+        check_tasks(config.tasks)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    reads = {"model": folder} | ({} if original is None else {"original": original})
+    folders = list(reads.values())
+    windows = None
+    if config.evaluation.sequences:
+        for path in folders:
+            Architecture(Checkpoint(path))  # reads nothing, but refuses what cannot be run
+        windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
+    with ExitStack() as stack:
+        if windows is not None:
+            stack.enter_context(joined(config, config.workers * config.threads, reads, {}, in_turn=True))
+            check_weights(folders, config.workers, config.threads)
+        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        run_dir = start(config)
+        tracker = stack.enter_context(tracked(config, "evaluate", run_dir))
+        tracker.params(plain(config))
+        metrics: dict[str, Any] = dict.fromkeys(FIGURES)
+        peak = 0
+        if windows is not None:
+            measured, peak = _measure(config, folder, original, windows, dtype, device)
+            metrics |= measured
+        metrics |= sizes(checkpoint).metrics()
+        if original is not None:
+            metrics["bytes_original"] = sizes(Checkpoint(original)).disk_bytes
+        metrics |= _tasks(config, folder, device)
+        metrics |= {
+            "seconds": perf_counter() - started,
+            "cpu_seconds": metrics.pop("workers_cpu_seconds", 0.0) + cpu_seconds(),
+            "peak_rss_bytes": max(peak, peak_rss_bytes()),
+        }
+        report = {
+            "job": "evaluate",
+            "config": plain(config) | {"original": str(original) if original else None},
+            "metrics": metrics,
+            "layers": _layers(checkpoint),
+            "output": str(folder),
+        }
+        tracker.metrics(metrics)
+        path = tracker.report(report)
+    _print_summary(metrics)
+    return path
+
+
+def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
+    from hasten.accel.compression.outputs.resumable import original_of, source_name
+    from hasten.accel.models.checkpoint import resolve
+    from hasten.cluster.storage.remote import is_uri
+    from hasten.jobs.common.storage import copied
+
+    if config.original is not None:
+        return resolve(config.original).absolute()
+    uri = source_name(checkpoint.path)
+    if uri is not None and is_uri(uri):
+        try:
+            found = copied("original", uri, config.cache)
+            noted = found if found.is_dir() else None
+        except UserError as error:  # nobody asked for it
+            _LOG.warning("%s", error)
+            noted = None
+    else:
+        noted = original_of(checkpoint.path)
+    if checkpoint.is_compressed and noted is None:
+        _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)
+    return noted
+
+
+def _measure(
+    config: EvaluateConfig, folder: Path, original: Path | None, windows: Any, dtype: Any, device: str
+) -> tuple[dict[str, Any], int]:
+    from hasten.jobs.common.quality import measured
+
+    workers, threads = config.workers, config.threads
+    arithmetic = {"dtype": dtype, "batch": config.batch, "batch_option": "batch"}
+    found = measured(folder, original, windows, workers, threads, device, **arithmetic)
+    return found.sums.metrics() | {"workers_cpu_seconds": found.cpu_seconds}, found.peak_rss_bytes
+
+
+def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float]:
+    """Metrics of lm-eval's tasks as task.metric."""
+    if not config.tasks:
+        return {}
+    from hasten.accel.evaluation.tasks import run_tasks
+
+    results = run_tasks(folder, config.tasks, batch=config.batch, device=device)
+    return {f"{task}.{metric}": value for task, found in results.items() for metric, value in found.items()}
+
+
+def _layers(checkpoint: Any) -> list[dict[str, Any]]:
+    """Exact size of every quantized layer."""
+    rows = []
+    for name in checkpoint.names:
+        arguments = checkpoint.quantization(name)
+        if arguments is not None:
+            rows_, columns = checkpoint.shape(name)
+            stored = checkpoint.stored_bytes(name) * 8
+            rows.append(
+                {
+                    "layer": name.removesuffix(".weight"),
+                    "bits": arguments.num_bits,
+                    "weights": rows_ * columns,
+                    "stored_bits": stored,
+                    "bits_per_weight": stored / (rows_ * columns),
+                }
+            )
+    return rows
+
+
+def _print_summary(metrics: dict[str, Any]) -> None:
+    print(f"size: {metrics['bytes'] / 2**20:.1f} MiB, {metrics['bits_per_weight']:.3f} bits per weight")
+    if metrics["perplexity"] is not None:
+        print(f"perplexity: {metrics['perplexity']:.4f} over {metrics['tokens']} tokens")
+    if metrics["kl_divergence"] is not None:
+        print(
+            f"against the original: perplexity {metrics['perplexity_original']:.4f}, "
+            f"KL divergence {metrics['kl_divergence']:.5f} nats a token, "
+            f"same first token {metrics['top1_agreement']:.1%}"
+        )
+    for name, value in metrics.items():
+        if "." in name:
+            print(f"{name}: {value:.4f}")

@@ -1,0 +1,171 @@
+"""`hasten levels`: a checkpoint in, a database of all its layers at all levels out."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import LevelOptions, LevelsConfig
+
+_LOG = logging.getLogger(__name__)
+# Of a run that waits for another.
+_SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_TRIES = 0.5
+
+
+def run(config: LevelsConfig) -> Path:
+    """Quantize every layer of config.model at every level; returns the path of report.json."""
+    from hasten.cluster.storage.naming import as_given
+    from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.cluster import joined
+    from hasten.jobs.common.run import start, tracked
+
+    started = perf_counter()
+    if not config.bits and not config.column_bits and not config.sparsities:
+        raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
+    building = Building(config, Path(config.output) if config.output else None, config.overwrite)
+    cpus = config.workers * config.threads
+    with joined(config, cpus, {"model": building.source}, {"output": building.database.path}):
+        building.check()
+        run_dir = start(config)
+        with tracked(config, "levels", run_dir) as tracker:
+            tracker.params(plain(config))
+            building.run(tracker)
+            metrics = building.metrics() | {"seconds": perf_counter() - started}
+            report = {
+                "job": "levels",
+                "config": plain(config),
+                "metrics": metrics,
+                "layers": building.facts(),
+                "blocks": building.report.blocks,
+                "levels": building.database.levels,
+                "output": str(building.database.path),
+            }
+            path = tracker.report(report)
+    print(f"levels: {as_given(building.database.path)}")
+    print(
+        f"size: {metrics['bytes'] / 2**20:.1f} MiB for {len(building.database.levels)} levels, "
+        f"{metrics['bytes_per_weight']:.3f} bytes per weight"
+    )
+    return path
+
+
+class Building:
+    """A level database between its options and its files; output None is the place that its settings name.
+
+    Made before anything is written: UserError where options make no sense together.
+    """
+
+    def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
+        from hasten.accel.compression.levels.database import LevelDatabase
+        from hasten.accel.compression.outputs.resumable import digest, lasting
+        from hasten.accel.models.checkpoint import Checkpoint
+        from hasten.cluster.programs.calibration import CalibrationPass
+        from hasten.jobs.common.calibration import calibration_tokens, original
+        from hasten.jobs.common.tokenizer import load_tokenizer
+
+        self.source = original(config.model)
+        self.settings = make_settings(config, self.source, output)
+        self.tokenizer = load_tokenizer(self.source)
+        tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
+        self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
+        if output is None:
+            # Databases of other levels lie beside it.
+            name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
+            self.settings = replace(self.settings, output=self.settings.output.with_name(name))
+        gpus = 1 if self.settings.device == "cuda" else 0
+        self._pass = CalibrationPass(self.settings, tokens, config.workers, gpus)
+        self._overwrite = overwrite
+        database = self._pass.task.output
+        assert isinstance(database, LevelDatabase)
+        self.database = database
+        database.check(self._fingerprint, overwrite)
+
+    @property
+    def report(self) -> Any:
+        """What the pass cost."""
+        return self._pass.report
+
+    def check(self) -> None:
+        """UserError that names a damaged tensor, unless some blocks were finished before; inside a Ray session."""
+        if self.database.levels and (self._overwrite or not self.database.finished):
+            self._pass.check_weights()
+
+    def run(self, tracker: Any) -> None:
+        """Make the database, or what is missing of it; inside a Ray session."""
+        from hasten.jobs.common.calibration import open_output, run_pass
+
+        self._wait()
+        try:
+            open_output(self.database, self._fingerprint, self._overwrite)
+            if self.database.levels:
+                run_pass(self._pass, "levels", tracker)
+            else:
+                self.database.finish()
+        finally:
+            self.database.release()
+
+    def _wait(self) -> None:
+        """Until no other run makes the same database, which is then there, or to be gone on with."""
+        told = -inf
+        while not self.database.hold():
+            # What a run holds that waits, the other one may need.
+            self._pass.pause()
+            if perf_counter() - told >= _SECONDS_BETWEEN_LINES:
+                told = perf_counter()
+                _LOG.info("another run makes levels=%s: waiting for it", self.database.path)
+            sleep(_SECONDS_BETWEEN_TRIES)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """One row for every layer and level."""
+        return [row for layer in self._layers() for row in self.database.facts(layer.name).values()]
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the database and of what it cost."""
+        weights = sum(layer.rows * layer.columns for layer in self._layers())
+        return {
+            "bytes": self.database.nbytes(),
+            "bytes_per_weight": self.database.nbytes() / weights,
+            "calibration_seconds": self.report.seconds,
+            "cpu_seconds": self.report.cpu_seconds,
+            "peak_rss_bytes": self.report.peak_rss_bytes,
+            "blocks_resumed": self.report.resumed,
+            "calibrator_restarts": self.report.restarts,
+        }
+
+    def _layers(self) -> Sequence[Any]:
+        return [layer for groups in self.database.plan for group in groups for layer in group.layers]
+
+
+def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
+    """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
+    from hasten.accel.compression.levels.level import make_levels
+    from hasten.accel.compression.quantizers.base import Scheme
+    from hasten.jobs.cli.methods import build
+    from hasten.jobs.common.calibration import calibration_settings
+
+    quantizer = build(config.quantizer)
+    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits)
+    if config.bits and config.reference not in config.bits:
+        known = ", ".join(str(bits) for bits in sorted(config.bits))
+        raise UserError(f"reference={config.reference} is none of bits={known}")
+    grids = [level for level in levels if isinstance(level, Scheme)]
+    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise.
+    grid = next((grid for grid in grids if grid.bits == config.reference), None)
+    name = f"{source.name}-{type(quantizer).__name__.lower()}"
+    return calibration_settings(
+        config,
+        source,
+        output or Path("runs", "levels", name),
+        quantizer=quantizer,
+        column_quantizer=build(config.column_quantizer),
+        pruner=build(config.pruner),
+        # Where nothing is quantized, a grid that fits any layer.
+        scheme=grid or Scheme(8, -1, symmetric=True),
+        levels=levels,
+        reference=grid or (levels[-1] if levels else None),
+    )

@@ -1,0 +1,87 @@
+"""`hasten search`: a checkpoint and a budget of bits in, the best mixture of levels of that size out."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hasten.jobs.common.schema import SearchConfig
+from hasten.jobs.search.allocation import Answer, Search
+
+
+def run(config: SearchConfig) -> Path:
+    """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
+    from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.cluster import joined
+    from hasten.jobs.common.run import start, tracked
+
+    started = perf_counter()
+    search = Search(config)
+    with joined(config, config.workers * config.threads, search.reads, search.writes):
+        search.check()
+        run_dir = start(config)
+        with tracked(config, "search", run_dir) as tracker:
+            tracker.params(plain(config))
+            search.prepare(tracker)
+            search.allocate(tracker)
+            found = [search.answer(budget, tracker) for budget in config.budget]
+            table = search.compare(tracker)
+            usage = search.close()
+            report = _report(config, found, table, usage, perf_counter() - started)
+            _figures(report, run_dir, tracker)
+            path = tracker.report(report)
+    _print_summary(report)
+    return path
+
+
+def _report(
+    config: SearchConfig, found: list[Answer], table: list[dict[str, Any]], usage: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.quality import FIGURES
+
+    first = found[0]
+    return {
+        "job": "search",
+        "config": plain(config),
+        "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
+        "layers": [row | {"budget": answer.budget} for answer in found for row in answer.layers],
+        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in found],
+        "pareto": table,
+        "output": str(first.output),
+    }
+
+
+def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
+    from hasten.jobs.common.plots import level_map, pareto
+
+    for answer in report["budgets"]:
+        rows = [row for row in report["layers"] if row["budget"] == answer["budget"]]
+        tracker.figure(level_map(rows, run_dir / f"levels_{answer['budget']:g}.png"))
+    if report["pareto"]:
+        tracker.figure(pareto(report["pareto"], run_dir / "pareto.png"))
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    from hasten.cluster.storage.naming import as_given
+
+    for answer in report["budgets"]:
+        print(f"checkpoint: {as_given(answer['output'])}")
+        quality = (
+            "" if answer.get("kl_divergence") is None else f"; KL divergence {answer['kl_divergence']:.5f} nats a token"
+        )
+        print(
+            f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
+        )
+    if report["pareto"]:
+        from hasten.jobs.bench._markdown import table
+
+        rows = [
+            [
+                row["allocator"],
+                f"{row['budget']:g}",
+                f"{row['bits_per_weight']:.4f}",
+                "" if row["kl_divergence"] is None else f"{row['kl_divergence']:.5f}",
+            ]
+            for row in report["pareto"]
+        ]
+        print(table(["allocator", "budget", "bits per weight", "KL divergence"], rows))

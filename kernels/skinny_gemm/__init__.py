@@ -1,0 +1,1 @@
+"""Products of few float32 rows by a weight in bfloat16."""

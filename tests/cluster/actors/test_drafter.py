@@ -1,0 +1,198 @@
+"""A drafter behind a connection, in this process: what travels, and that it is the same drafter."""
+
+import logging
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.drafters.combined.union import Union
+from hasten.accel.decoding.drafters.model.draft_model import DraftModel
+from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
+from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.targets.transformers import TransformersTarget
+from hasten.cluster.actors.drafter import Address, Connection, DrafterActor, RemoteDrafter, learns
+from tests.models import tiny
+
+REQUESTS = [Request(str(number), row, 24) for number, row in enumerate(tiny.tokens(4, 10).tolist())]
+BOTH = Union((PromptLookup(), TokenRecycling()))
+
+
+class Line:
+    """The actor as its handle: calls go through pickle. dead: whether it is lost; still: whether it does nothing."""
+
+    def __init__(self, drafter):
+        memory = drafter.new_memory(Models(tiny.VOCABULARY))
+        self.actor = DrafterActor(drafter, lambda: memory)
+        self.actor.prepare()
+        self.calls = []
+        self.dead = self.still = False
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            self.calls.append(pickle.dumps(arguments))
+            sent, made = self.calls[-1], []
+
+            def answer():
+                if self.dead:
+                    raise ray.exceptions.ActorDiedError
+                if self.still:
+                    raise ray.exceptions.GetTimeoutError
+                # Once, however often it is asked for.
+                made[:] = made or [getattr(self.actor, name)(*pickle.loads(sent))]
+                return made[0]
+
+            if name == "forget":  # nobody gets what is only said
+                answer()
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """An actor with the union, the one that every connection finds."""
+    found = SimpleNamespace(handle=Line(BOTH))
+    monkeypatch.setattr(ray, "get", lambda call, timeout=None: pickle.loads(pickle.dumps(call())))
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls) if found.handle.still else (calls, []))
+    monkeypatch.setattr(ray, "get_actor", lambda name: found.handle)
+    # Nobody gets what is only said.
+    original = Connection.flush
+
+    def flush(self):
+        events, handle = list(self._events), self._handle
+        original(self)
+        if handle is not None and not handle.dead and not handle.still:
+            handle.actor.serve(self._client, events, [], 0)
+
+    monkeypatch.setattr(Connection, "flush", flush)
+    return found
+
+
+def decoded(drafter, memory=None, policy=None, in_flight=2):
+    torch.set_num_threads(1)
+    engine = Engine(
+        TransformersTarget(tiny.build("llama")),
+        drafter,
+        models=Models(tiny.VOCABULARY),
+        memory=memory,
+        policy=policy or Fixed(8),
+        in_flight=in_flight,
+    )
+    results = {result.id: result for result in engine.decode(REQUESTS)}
+    return {key: result.token_ids for key, result in results.items()}, results, engine.memory
+
+
+def test_a_remote_drafter_drafts_and_learns_what_it_would_in_place(line):
+    here, results, memory = decoded(BOTH)
+    there, remote_results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"))
+    assert there == here
+    for key, result in results.items():
+        assert remote_results[key].figures.acceptance_histogram == result.figures.acceptance_histogram
+        assert remote_results[key].figures.num_draft_tokens == result.figures.num_draft_tokens
+    expected = BOTH.saved(memory)
+    learned = line.handle.actor.learned()
+    assert learned.keys() == expected.keys()
+    assert all(torch.equal(learned[name], expected[name]) for name in expected)
+    assert not line.handle.actor._sequences
+
+
+def test_one_call_a_step_carries_everything_and_no_distribution(line):
+    _, results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"), in_flight=4)
+    steps = max(result.figures.num_spec_steps for result in results.values())
+    assert len(line.handle.calls) == steps + len(REQUESTS)  # an end is said at once
+    assert max(map(len, line.handle.calls[1:])) < 4 * (9 * BOTH.observes * 8 + 1500)
+
+
+class Sometimes(Fixed):
+    """Drafts for every third pass only, and a part of what is proposed."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.asked = 0
+
+    def budget(self, sequences):
+        self.asked += 1
+        return 0 if self.asked % 3 else 8
+
+    def select(self, tree, *_):
+        return tree.first(3)
+
+
+def test_passes_without_drafts_and_trees_that_were_cut_are_observed_as_they_were(line):
+    here, _, memory = decoded(BOTH, policy=Sometimes())
+    there, _, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"), policy=Sometimes())
+    assert there == here
+    expected = BOTH.saved(memory)
+    learned = line.handle.actor.learned()
+    assert all(torch.equal(learned[name], expected[name]) for name in expected)
+
+
+class LosesTheDrafter(Fixed):
+    """Before the sixth pass the drafter is gone or stands still, from the ninth on there is another, or it goes on."""
+
+    def __init__(self, line, fault="dead"):
+        super().__init__(8)
+        self.line, self.fault, self.asked, self.trees = line, fault, 0, []
+
+    def budget(self, sequences):
+        self.asked += 1
+        setattr(self.line.handle, self.fault, 6 <= self.asked < 9)
+        if self.asked == 9 and self.fault == "dead":
+            self.line.handle = Line(BOTH)
+        return 8
+
+    def observe(self, outcome):
+        self.trees.append((self.asked, len(outcome.tree)))
+
+
+def test_without_a_drafter_nothing_is_drafted_and_the_next_one_hears_of_every_sequence(line, monkeypatch):
+    monkeypatch.setattr("hasten.cluster.actors.drafter._SECONDS_BETWEEN_TRIES", 0.0)
+    plain, _, _ = decoded(None, policy=Fixed(0))
+    policy = LosesTheDrafter(line)
+    connection = Connection(Address("name"), "0")
+    found, _, _ = decoded(RemoteDrafter(BOTH), connection, policy)
+    assert found == plain
+    assert connection.lost == 3
+    assert {nodes for asked, nodes in policy.trees if 6 <= asked < 9} == {0}
+    assert any(nodes for asked, nodes in policy.trees if asked >= 9)
+    assert not line.handle.actor._sequences
+
+
+def test_a_drafter_that_stands_still_is_decoded_without_until_it_answers(line, caplog):
+    plain, _, _ = decoded(None, policy=Fixed(0))
+    policy = LosesTheDrafter(line, "still")
+    connection = Connection(Address("name"), "0")
+    with caplog.at_level(logging.WARNING):
+        found, _, _ = decoded(RemoteDrafter(BOTH), connection, policy)
+    assert found == plain
+    assert (connection.lost, connection.number) == (0, 1)
+    assert caplog.text.count("the drafter has not answered for 10 s") == 1
+    assert {nodes for asked, nodes in policy.trees if 6 <= asked < 9} == {0}
+    assert any(nodes for asked, nodes in policy.trees if asked >= 9)
+    assert not line.handle.actor._sequences
+
+
+def test_a_lost_verifiers_sequences_are_forgotten(line):
+    actor = line.handle.actor
+    for client in ("0.0", "1.0"):
+        drafter, connection = RemoteDrafter(BOTH), Connection(Address("name"), client)
+        context = Context.start([3, 4, 5])
+        drafter.begin(context, connection)
+        drafter.propose(context, connection, 4)
+    actor.forget("0.0")
+    assert [client for client, _ in actor._sequences] == ["1.0"]
+
+
+def test_what_learns_is_known_of_combinations_by_their_members():
+    assert learns(TokenRecycling())
+    assert learns(BOTH)
+    assert not learns(PromptLookup())
+    assert not learns(Union((PromptLookup(), PromptLookup(min_ngram=2))))
+    assert not learns(DraftModel())

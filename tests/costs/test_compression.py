@@ -1,0 +1,169 @@
+"""A calibration pass against what the real calibrators hold, send and write, and by hand for a tiny Llama."""
+
+import numpy as np
+import pytest
+import torch
+
+from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.calibration.statistics import SecondMoment, Tree, split
+from hasten.accel.compression.levels.level import make_levels
+from hasten.accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.accel.costs.compression import Pass, estimate, nodes
+from hasten.accel.costs.estimate import Rates
+from hasten.accel.costs.files import checkpoint_files, database_files
+from hasten.accel.costs.solving import moment_bytes
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.actors.calibrator import Calibrator
+from tests.compression.local import compress, settings
+from tests.costs.rates import RATES
+from tests.models import tiny
+
+
+def planned(model, scheme=None, **changes):
+    """The pass that tests.compression.local runs: 8 sequences of 16 tokens."""
+    scheme = scheme or Scheme(4, 32)
+    plan = make_plan(model.architecture, scheme, (), 0, 0)
+    values = {"sequences": 8, "length": 16, "batch": 2, "workers": 1, "methods": [GPTQ()]}
+    return Pass(model=model, plan=plan, scheme=scheme, **(values | changes))
+
+
+def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
+    # Hidden size 64, 128 inside, 4 heads of 16, 2 of them for keys: q, k, v, o, gate, up, down and two norms.
+    block = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    assert model.block_elements(0) == block == 36_992
+    assert model.block_bytes(0) == 4 * block
+    assert model.inner == 128
+    assert model.attention == 64
+    # Two blocks, keys and values, two heads of 16, float32.
+    assert model.token_bytes == 2 * 2 * 2 * 16 * 4
+    assert model.hidden_bytes(8, 16) == 8 * 16 * 64 * 4
+    # Products of 36,864 weights, and 16 keys for each of 64 numbers of the queries, twice.
+    assert model.run(0, 32, 16, 2).flops == 32 * (2 * 36_864 + 4 * 16 * 64)
+
+
+@pytest.mark.parametrize(
+    ("columns", "elements"), [(64, 64 * 64), (200, 128 * 128 + 72 * 200), (600, 256 * (256 + 512) + 88 * 600)]
+)
+def test_sums_take_their_panels_up_to_the_diagonal(columns, elements):
+    moment = SecondMoment(columns)
+    moment.add(torch.ones(1, columns))
+    assert moment_bytes(columns) == 4 * elements == moment.array().nbytes
+
+
+@pytest.mark.parametrize(("chunks", "workers"), [(8, 1), (8, 2), (8, 3), (8, 8), (7, 2), (13, 5)])
+def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
+    sent = 0
+    for part in split(chunks, workers):
+        tree = Tree()
+        for chunk in part:
+            total = SecondMoment(1)
+            total.add(torch.ones(1, 1))
+            tree.add(chunk, 1, total)
+        sent += len(tree.nodes)
+    assert nodes(chunks, workers) == sent
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
+    chosen = settings(folder, tmp_path / "out")
+    chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
+    sent, keys = 0, [group.key for group in Task(chosen).plan[0]]
+    for part in split(8, workers):
+        calibrator = Calibrator(chosen, {number: chunks[number] for number in part})
+        sent += sum(sums.nbytes for found in calibrator.collect(0, keys).values() for *_, sums in found)
+    moved = estimate(planned(model, workers=workers), RATES).moved
+    assert moved["sums of second moments"] == model.blocks * sent
+    assert moved["calibration tokens"] == 8 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", Scheme(4, 32)), ("opt", Scheme(8, -1)), ("mixtral", Scheme(3, 32, symmetric=True))],
+)
+def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(family, scheme, tmp_path):
+    folder = tiny.save(tmp_path / "model", family, dtype=torch.bfloat16)
+    (folder / "tokenizer.json").write_text("x" * 1000)
+    (folder / "README.md").write_text("is not copied")
+    compress(settings(folder, tmp_path / "out", scheme=scheme), tiny.tokens(8, 16))
+    architecture = Architecture(Checkpoint(folder))
+    found = checkpoint_files(architecture, make_plan(architecture, scheme, (), 0, 0))
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    tensors = found["blocks"] + found["embedding and head"]
+    assert tensors == sum(file.stat().st_size for file in shards)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert sum(found.values()) == pytest.approx(written, rel=0.02)
+
+
+def test_a_level_database_is_planned_within_two_percent(folder, model, tmp_path):
+    levels = make_levels([2, 4], [32], True, [0.5])
+    chosen = settings(
+        folder, tmp_path / "out", levels=levels, pruner=Magnitude(), reference=levels[0], scheme=levels[0]
+    )
+    compress(chosen, tiny.tokens(8, 16))
+    found = database_files(model.architecture, make_plan(model.architecture, levels[0], (), 0, 0), levels)
+    written = sum(file.stat().st_size for file in (tmp_path / "out" / "layers").iterdir())
+    assert found["levels"] == pytest.approx(written, rel=0.02)
+
+
+def test_memory_is_added_up_by_parts(model):
+    found = estimate(planned(model), RATES)
+    calibrator = next(each for each in found.processes if each.kind == "calibrator")
+    collect = calibrator.host["collect"]
+    assert collect["process"] == 500
+    assert collect["hidden states"] == 8 * 16 * 64 * 4
+    assert collect["weights of a block"] == 4 * 36_992
+    # Inputs of 64 columns three times, and of 128 once; of 8 chunks four sizes wait for their siblings.
+    sums = 3 * moment_bytes(64) + moment_bytes(128)
+    assert collect["sums of second moments"] == 4 * sums
+    assert calibrator.peak_bytes == max(sum(parts.values()) for parts in calibrator.host.values())
+
+
+def test_more_workers_hold_fewer_hidden_states_each_and_send_more_sums(model):
+    one, four = (estimate(planned(model, workers=workers), RATES) for workers in (1, 4))
+    hidden = [each.processes[0].host["collect"]["hidden states"] for each in (one, four)]
+    assert hidden[0] == 4 * hidden[1]
+    assert four.moved["sums of second moments"] == 4 * one.moved["sums of second moments"]
+    assert four.written == one.written
+
+
+def test_sums_travel_between_nodes_where_there_are_several(model):
+    near, far = (estimate(planned(model, workers=4, nodes=nodes_), RATES) for nodes_ in (1, 2))
+    assert "sums between nodes" not in near.moved
+    # Each of two nodes that solve fetches what the other one has: half of the sums.
+    assert far.moved["sums between nodes"] == near.moved["sums of second moments"]
+    network = next(step for step in far.steps if step.name == "network")
+    assert network.waits == pytest.approx(near.moved["sums of second moments"] / 2 / RATES.network)
+
+
+def test_seconds_are_arithmetic_on_rates(model):
+    work = planned(model, workers=2)
+    slow, quick = (estimate(work, rates) for rates in (RATES, faster(2.0)))
+    assert quick.cpu_seconds == pytest.approx(slow.cpu_seconds / 2)
+    assert slow.seconds(0.5) == pytest.approx(2 * slow.seconds(1.0) - sum(step.waits for step in slow.steps))
+
+
+def faster(times):
+    """Rates of a machine that does everything quicker."""
+    values = vars(RATES)
+    changed = {name: values[name] * times for name in ("flops", "exact_flops", "elements", "memory", "store", "read")}
+    return Rates(**(values | changed | {"launch": RATES.launch / times}))
+
+
+def test_on_a_gpu_states_and_factor_lie_on_the_device_and_sums_on_both(model):
+    calibrator = estimate(planned(model, gpus=1, gpu_memory=80 * 10**9), RATES).processes[0]
+    assert calibrator.device["collect"]["hidden states"] == 8 * 16 * 64 * 4
+    assert "hidden states" not in calibrator.host["collect"]
+    assert calibrator.device["solve"]["factor"] == 4 * 128 * 128 + 2 * moment_bytes(128)
+    assert "sums of second moments" in calibrator.host["collect"]
+
+
+def test_a_method_without_statistics_has_no_sums(model):
+    found = estimate(planned(model, methods=[Magnitude()], sequences=0), RATES)
+    assert set(found.moved) == {"packed layers"}
+    assert "collect" not in found.processes[0].host
+    assert not {"forward", "sums"} & {step.name for step in found.steps}
+    assert np.isfinite(found.seconds())

@@ -1,0 +1,89 @@
+"""Decoding, evaluation, search and trainings: sizes that the real objects have, and what follows from options."""
+
+import pytest
+import torch
+
+from hasten.accel.compression.allocators.exact import Exact
+from hasten.accel.compression.search.evopress import EvoPress
+from hasten.accel.costs import decoding, evaluation, search
+from hasten.accel.costs.training import Training, pretrain
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.training.pretraining import Shape, build
+from tests.costs.rates import RATES
+
+_WEIGHTS = ("qkv", "out", "gate_up", "down")
+
+
+def decoded(model, **changes):
+    values = {"prompts": 4, "prompt_tokens": 8.0, "longest": 24, "new_tokens": 8, "drafted": 7, "in_flight": 3}
+    return decoding.estimate(decoding.Decoding(model, **(values | changes)), RATES)
+
+
+@pytest.mark.parametrize("path", ["llama", "transformers"])
+def test_caches_are_planned_to_the_byte(folder, model, path):
+    target = load_target(folder, torch.float32, path=path)
+    target.reserve(3, 24 + 8)
+    target.forward([0, 1, 2], [[1], [2], [3]], [[-1], [-1], [-1]])
+    verifier = decoded(model).processes[0]
+    assert verifier.host["decode"]["caches"] == target.cache_bytes
+    assert target.token_bytes == model.token_bytes
+
+
+def test_weights_of_two_bytes_are_planned_as_the_target_keeps_them(folder, model):
+    target = load_target(folder, torch.float32)
+    kept = [target._head, *(getattr(layer, name) for layer in target._layers for name in _WEIGHTS)]
+    if kept[0]._panels is None:
+        pytest.skip("there is no C compiler")
+    held = target._embedding.nbytes + sum(weight._panels.nbytes for weight in kept)
+    norms = 2 * (2 * len(target._layers) + 1) * model.hidden
+    assert decoded(model).processes[0].host["decode"]["weights"] == held + norms
+
+
+def test_what_a_search_remembers_is_what_it_looks_at(model):
+    def predictions(*allocators, measured=3):
+        one = search.Search(model, 64, 16, 8, 5, measured, allocators, 1, original_bytes=100)
+        return search.estimate(one, RATES).processes[0].host["search"]["original's predictions"]
+
+    assert predictions(Exact(), EvoPress()) == 64 * 16 * 100
+    assert predictions(Exact()) == 8 * 16 * 100
+    assert predictions(Exact(), measured=0) == 0
+
+
+def test_a_bound_on_memory_cuts_caches_and_logits(model):
+    free, bound = (decoded(model, memory_bytes=limit).processes[0].host["decode"] for limit in (None, 10_000))
+    assert free["caches"] + free["logits"] > 10_000 >= bound["caches"] + bound["logits"]
+    assert bound["weights"] == free["weights"]
+
+
+def test_drafts_save_passes_and_take_a_model(model):
+    plain = decoded(model, draft=None, drafted=0, new_tokens=64)
+    drafting = decoded(model, draft=model, tokens_per_pass=2.0, new_tokens=64)
+    assert "draft model" in drafting.processes[0].host["decode"]
+    assert "draft model" not in plain.processes[0].host["decode"]
+    seconds = [
+        {step.name: step.seconds for step in found.steps}
+        for found in (plain, decoded(model, drafted=0, tokens_per_pass=2.0, new_tokens=64))
+    ]
+    assert seconds[0]["decode"] > seconds[1]["decode"]
+
+
+def test_an_evaluation_holds_the_states_of_both_models(model):
+    windows = evaluation.Windows(8, 16)
+    one, both = (
+        evaluation.estimate(model, windows, RATES, original=original, workers=2).processes[0]
+        for original in (None, model)
+    )
+    assert one.host["run"]["hidden states"] == 4 * 16 * 64 * 4
+    assert both.host["run"]["hidden states"] == 2 * one.host["run"]["hidden states"]
+    assert evaluation.estimate(model, evaluation.Windows(0, 16), RATES).processes == ()
+
+
+def test_a_model_in_training_has_the_parameters_that_it_is_built_with():
+    shape = Shape(32, 48, 3, 4, 2, head_dim=8)
+    training = Training("target", 32, 48, 32, 16, 96, [(1, 64), (3, 128)], batch=4, length=16)
+    built = sum(parameter.numel() for parameter in build(shape, 3, 96).parameters())
+    assert training.elements(3) == built
+    found = pretrain([training], workers=2, threads=1, rates=RATES)
+    assert found.written["target checkpoint"] == 2 * built
+    # Gradients of all parameters go to the other process and back, at each of 1 + 2 steps of 64 tokens.
+    assert found.moved["target gradients"] == 3 * 2 * 4 * built

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+import torch
+
+from hasten.accel.errors import UserError
+from hasten.jobs.common.prompts import load_learned, read_prompts, read_recorded, save_learned
+
+DRAFTER = {"_target_": "hasten.accel.decoding.drafters.retrieval.aded.Aded"}
+
+
+def read(path, content):
+    """Keys and tokens of a file of prompts."""
+    path.write_bytes(content)
+    return {each.key: each.tokens for each in read_prompts(path, None, 9, "prompt", "id")}
+
+
+def test_what_editors_of_windows_write_is_read(tmp_path):
+    content = b'\xef\xbb\xbf{"prompt": [1]}\r\n\r\n{"prompt": [2], "id": "\xc3\xa9"}\r\n'
+    assert read(tmp_path / "prompts.jsonl", content) == {"1": [1], "é": [2]}
+
+
+def test_half_a_character_is_refused_and_a_pair_is_one(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    assert read(path, b'{"prompt": [1], "id": "\\ud83d\\ude00"}\n') == {"\U0001f600": [1]}
+    with pytest.raises(UserError, match="line 1 holds half a character"):
+        read(path, b'{"prompt": [1], "id": "\\uD83D"}\n')
+
+
+def test_a_recording_without_a_prompt_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt_token_ids": [], "token_ids": [1, 2]}) + "\n")
+    with pytest.raises(UserError, match="line 1 has no prompt_token_ids"):
+        read_recorded(path, 9)
+
+
+def test_a_memory_of_another_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    save_learned(path, DRAFTER, 9, {"tokens": torch.arange(3)})
+    assert load_learned(path, DRAFTER, 9)["tokens"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="from a target with a vocabulary of 9, and this one has 8"):
+        load_learned(path, DRAFTER, 8)
