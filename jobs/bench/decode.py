@@ -125,7 +125,7 @@ class _Bench:
         from transformers import AutoModelForCausalLM
 
         from hasten.accel.decoding.drafters.base import Models
-        from hasten.accel.decoding.lengths.sizing import measure_costs
+        from hasten.accel.decoding.lengths.timing import measure_costs
         from hasten.accel.decoding.targets.loading import load_target
         from hasten.accel.models.checkpoint import resolve
         from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
@@ -194,10 +194,10 @@ class _Bench:
 
     def _engine(self, drafter: Any, in_flight: int = 1, policy: Any = None, verifier: Any = None) -> Any:
         from hasten.accel.decoding.engine import Engine
-        from hasten.accel.decoding.lengths.sizing import Adaptive
+        from hasten.accel.decoding.lengths.adaptive import Adaptive
 
         if drafter is not None and policy is None:
-            policy = Adaptive(self.costs, self._config.max_draft_tokens)
+            policy = Adaptive().start(lambda: self.costs, self._config.max_draft_tokens)
         return Engine(self.target, drafter, verifier, models=self._models, policy=policy, in_flight=in_flight)
 
     def _requests(self, prompts: Sequence[list[int]], temperature: float = 0.0) -> list[Any]:
@@ -300,7 +300,7 @@ class _Bench:
 
     def learning(self, prompts: Sequence[list[int]]) -> dict[str, list[float]]:
         """Mean acceptance length of each quarter of the prompts, for drafters that learn; memory starts empty."""
-        from hasten.accel.decoding.lengths.sizing import Fixed
+        from hasten.accel.decoding.lengths.fixed import Fixed
         from hasten.accel.decoding.stats import Figures
 
         found = {}
@@ -318,7 +318,7 @@ class _Bench:
 
     def sampled(self, prompts: Sequence[list[int]]) -> dict[str, tuple[float, float]]:
         """Mean acceptance length and drafted nodes a pass at temperature 1, all with the same budget of nodes."""
-        from hasten.accel.decoding.lengths.sizing import Fixed
+        from hasten.accel.decoding.lengths.fixed import Fixed
         from hasten.accel.decoding.stats import Figures
 
         found = {}

@@ -169,7 +169,7 @@ def _row(
     import torch
 
     from hasten.accel.decoding.engine import Engine
-    from hasten.accel.decoding.lengths.sizing import Fixed
+    from hasten.accel.decoding.lengths.fixed import Fixed
     from hasten.jobs.bench._markov import MarkovTarget, chi_square
 
     verifier, drafter = _made("verifier", names[0]), _made("drafter", names[1])

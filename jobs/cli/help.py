@@ -54,6 +54,7 @@ EXAMPLES = {
     "train_drafter": (
         "hasten train_drafter",
         "hasten train_drafter target=/models/llama draft=/models/llama-1b text.source=text.jsonl text.sequences=2048",
+        "hasten train_drafter head=acceptance head.blocks=4",
     ),
     "bench": ("hasten bench compress",),
 }
@@ -93,7 +94,8 @@ def overview() -> str:
     lines += ["", "commands:"]
     for name in command_names():
         lines += _row(name, _docstring_summary("commands", name))
-    for family in ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier"):
+    families = ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier", "draft_length", "head")
+    for family in families:
         lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
     lines += ["", "benchmarks:", *_benchmarks()]
     lines += [

@@ -241,10 +241,12 @@ def _search(config: Any, setting: Setting) -> Any:
 def _decode(config: Any, setting: Setting) -> Any:
     from hasten.accel.costs import decoding
     from hasten.jobs.cli.methods import build
+    from hasten.jobs.decode.draft_length import chosen_draft_length
 
     target = _model("target", config.target, config, setting.gpus)
-    drafter = build(config.drafter) if config.draft_tokens != 0 else None
-    drafted = 0 if drafter is None else config.draft_tokens or config.max_draft_tokens
+    length = chosen_draft_length(config)
+    drafted = length.max_tokens(config.max_draft_tokens)
+    drafter = build(config.drafter) if drafted else None
     draft = None
     if drafter is not None and drafter.needs_draft_model:
         if config.draft is None:
@@ -261,7 +263,7 @@ def _decode(config: Any, setting: Setting) -> Any:
             new_tokens=config.max_new_tokens,
             draft=draft,
             drafted=drafted,
-            measures=config.draft_tokens is None,
+            measures=length.needs_costs,
             in_flight=1 if alone else config.in_flight,
             prefill_chunk=config.prefill_chunk,
             memory_bytes=config.memory_bytes,
@@ -346,17 +348,19 @@ def _pretrain(config: Any, setting: Setting) -> Any:
 
 def _train_drafter(config: Any, setting: Setting) -> Any:
     from hasten.accel.costs.training import train_drafter
+    from hasten.jobs.train_drafter.head import chosen_head
 
-    text = config.text
+    text, head = config.text, chosen_head(config)
+    draft = _model("draft", config.draft if head.needs_draft_model else config.target, config, setting.gpus)
     return train_drafter(
         _model("target", config.target, config, setting.gpus),
-        _model("draft", config.draft, config, setting.gpus),
+        draft,
         text.sequences + text.held_out,
         text.sequence_length,
         text.batch,
-        config.epochs,
-        config.blocks,
-        1 - config.mixing,
+        head.epochs,
+        head.parameters(draft.hidden),
+        head.examples_per_token,
         setting.rates,
         setting.gpus,
     )
