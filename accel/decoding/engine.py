@@ -4,13 +4,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from hasten.accel.decoding.bounds import bounded
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
 from hasten.accel.decoding.lengths.base import LengthController
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.lengths.timing import clock
@@ -70,7 +69,7 @@ class Engine:
         verifier: Verifier | None = None,
         *,
         models: Models | None = None,
-        memory: Any = None,
+        memory: Memory = None,
         policy: LengthController | None = None,
         stop: Iterable[int] = (),
         in_flight: int = 1,
