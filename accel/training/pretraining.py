@@ -218,7 +218,8 @@ def train(
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if world > 1:
         torch.distributed.barrier()
-    done, model = 0, None
+    done = 0
+    model: LlamaForCausalLM | None = None
     if state:
         done, model = int(state["step"]), build(shape, int(state["layers"]), vocab_size)
         model.load_state_dict(state["model"])
@@ -251,6 +252,7 @@ def train(
                     report(step + 1, (step + 1) * schedule.batch * schedule.sequence, loss.item())
                 if (step + 1) % save_every == 0 or step + 1 == first:
                     _save(state_path, step + 1, layers, model, optimizers)
+    assert model is not None, schedule
     return model
 
 

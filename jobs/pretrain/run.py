@@ -285,7 +285,7 @@ def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str,
     temporary = folder.with_name(f"{model}.tmp")
     for stale in (temporary, folder):
         shutil.rmtree(stale, ignore_errors=True)
-    built.to(torch.bfloat16).save_pretrained(temporary)
+    built.bfloat16().save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     os.replace(temporary, folder)
     return folder
