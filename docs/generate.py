@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hasten.jobs.cli.methods import CONF, method, method_names, target_of
 from hasten.jobs.cli.options import Option, options
-from hasten.jobs.common.schema import JOBS, SweepConfig
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.sweep.options import SweepConfig
 
 PAGE = Path(__file__).parent / "methods.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -83,7 +84,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def _options(name: str) -> list[Option]:
-    return options(SweepConfig, "sweep.") if name == "sweep" else options(JOBS[name])
+    return options(SweepConfig, "sweep.") if name == "sweep" else options(jobs()[name].options)
 
 
 def _source(group: str, name: str) -> str:
