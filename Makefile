@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 # overwrite: the demo shows a whole run each time, also after the code has changed.
 demo: $(VENV)/.installed
@@ -23,6 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+# Warnings are errors. The hook in docs/generate.py reads the options from the code.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python docs/generate.py --check
+	$(VENV)/bin/mkdocs build --quiet
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
 	touch $@
 
 clean:

@@ -34,7 +34,7 @@ class PublishedSearch:
         import numpy as np
 
         from hasten.accel.data.tokens import load_tokens
-        from hasten.jobs.common.schema import SearchTokens
+        from hasten.jobs.search.options import SearchTokens
 
         chosen = SearchTokens()
         self._folder.mkdir(parents=True, exist_ok=True)

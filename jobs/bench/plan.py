@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hasten.jobs.bench._watch import watched
-from hasten.jobs.common.schema import JOBS, MODEL, PlanConfig, Run, option
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.common.schema import MODEL, Run, option
+from hasten.jobs.dry_run.options import PlanConfig
 
 LOG = logging.getLogger(__name__)
 HEADING = "plan: dry runs against what happened"
@@ -113,7 +115,7 @@ def _compared(config: Config, folder: Path, job: str, size: str) -> Compared:
         options["output"] = output
     words = [f"{key}={value}" for key, value in options.items()]
     measure.cache_clear()
-    composed = compose(job, JOBS[job], words)
+    composed = compose(job, jobs()[job].options, words)
     plan = make_plan(job, composed, PlanConfig())
     command = [sys.executable, "-m", "hasten", job, *words]
     environment = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}

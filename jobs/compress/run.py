@@ -4,7 +4,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hasten.jobs.common.schema import CompressConfig
+from hasten.jobs.compress.options import CompressConfig
 
 
 def run(config: CompressConfig) -> Path:

@@ -3,7 +3,7 @@
 from hasten.accel.decoding.lengths.base import DraftLength
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.schema import DecodeConfig
+from hasten.jobs.decode.options import DecodeConfig
 
 
 def chosen_draft_length(config: DecodeConfig) -> DraftLength:

@@ -25,10 +25,10 @@ from hasten.jobs.common.prompts import (
     read_prompts,
     stop_ids,
 )
-from hasten.jobs.common.schema import DecodeConfig
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions, Record
 from hasten.jobs.decode.draft_length import chosen_draft_length
+from hasten.jobs.decode.options import DecodeConfig
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from hasten.jobs.common.plots import acceptance, time_shares
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import Prompt, prompt_seed, save_learned
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import DecodeConfig
 from hasten.jobs.decode.completions import Record
 from hasten.jobs.decode.inputs import Inputs, prepare
+from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.streaming import Printer
 
 _LOG = logging.getLogger(__name__)

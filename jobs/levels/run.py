@@ -9,7 +9,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import LevelOptions, LevelsConfig
+from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)
 # Of a run that waits for another.

@@ -22,8 +22,8 @@ from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import PretrainConfig, Training
 from hasten.jobs.pretrain.model_card import model_card
+from hasten.jobs.pretrain.options import PretrainConfig, Training
 
 if TYPE_CHECKING:
     from hasten.accel.training.pretraining import Schedule, Shape
@@ -274,8 +274,6 @@ def _watched(model: str, log_path: Path, done: int, total: int, tracker: "Tracke
 
 def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str, Any]) -> Path:
     """Folder of the checkpoint, written in bfloat16 and renamed into place."""
-    import torch
-
     from hasten.accel.training.pretraining import build
 
     training: Training = getattr(config, model)

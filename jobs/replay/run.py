@@ -21,8 +21,8 @@ from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.plots import acceptance
 from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder, read_recorded
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import ReplayConfig
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.replay.options import ReplayConfig
 
 
 def run(config: ReplayConfig) -> Path:

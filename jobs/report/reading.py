@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.run import LOG_FILE
+from hasten.jobs.common.logs import LOG_FILE
+from hasten.jobs.common.registry import jobs
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
 # Stands for a job that nothing tells.
@@ -278,9 +279,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _job_of(folder: Path) -> str:
     """What a run without report was of: runs/JOB/DATE_TIME is where runs are unless they were told otherwise."""
-    from hasten.jobs.common.schema import JOBS
-
-    return folder.absolute().parent.name if folder.absolute().parent.name in JOBS else _UNKNOWN
+    return folder.absolute().parent.name if folder.absolute().parent.name in jobs() else _UNKNOWN
 
 
 def _from_log(path: Path) -> Failure | None:

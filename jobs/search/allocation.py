@@ -9,9 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import SearchConfig
 from hasten.jobs.levels.run import Building
 from hasten.jobs.search.measuring import Measuring
+from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hasten.jobs.common.schema import SearchConfig
+from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
 

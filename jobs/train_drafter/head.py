@@ -8,7 +8,7 @@ from torch import nn
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.base import Head
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.schema import TrainDrafterConfig
+from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 # Options that override the hyper-parameter of the same name, from before heads could be chosen.
 _OVERRIDES = ("blocks", "mixing", "reject_weight", "epochs", "lr", "batch")

@@ -20,9 +20,9 @@ from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import check_tokenizers, model_folder
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import DrafterText, TrainDrafterConfig
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.head import chosen_head
+from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
 
 _STEPS_BETWEEN_LOSSES = 10
 
