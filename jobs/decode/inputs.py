@@ -56,7 +56,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     drafter: Drafter | None = build(config.drafter) if draft_length.max_tokens(config.max_draft_tokens) else None
     verifier: Verifier = build(config.verifier)
     if drafter is not None:
-        refusal = verifier.refusal(drafter.draws(sampling), drafter.chains(), sampling.is_greedy)
+        refusal = verifier.refusal(drafter.draft_sampling(sampling), drafter.chains(), sampling.is_greedy)
         if refusal is not None:
             raise UserError(refusal)
     target = model_folder("target", config.target)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hasten.accel.decoding.engine import Request, Result
 from hasten.accel.decoding.replay import distinct_share
-from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.stats import DecodingStats
 from hasten.cluster.programs.decoding import Decoders
 from hasten.cluster.programs.evaluation import check_weights
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
@@ -119,8 +119,8 @@ def _decode(
             completions.write(record)
             records[result.id] = record
             tokens += len(result.token_ids)
-            drafted += result.figures.num_draft_tokens
-            steps += result.figures.num_spec_steps
+            drafted += result.stats.num_draft_tokens
+            steps += result.stats.num_spec_steps
             if not config.stream:
                 progress.update(len(records), f"{tokens / (perf_counter() - started):.0f} tokens/s")
     seconds = perf_counter() - started
@@ -166,7 +166,7 @@ def _check_ties(
 
 def _record(prompt: Prompt, result: Result, tokenizer: PreTrainedTokenizerBase | None) -> Record:
     """A line of the output."""
-    stats = result.figures
+    stats = result.stats
     counts = {key: value for key, value in vars(stats).items() if key != "histogram"}
     return {
         "id": prompt.id,
@@ -183,19 +183,19 @@ def _record(prompt: Prompt, result: Result, tokenizer: PreTrainedTokenizerBase |
     }
 
 
-def _total(records: Sequence[Record]) -> Figures:
+def _total(records: Sequence[Record]) -> DecodingStats:
     """Statistics of all results added up, those of earlier runs among them."""
 
-    def restored() -> Iterator[Figures]:
+    def restored() -> Iterator[DecodingStats]:
         for record in records:
             written = record["figures"]
-            counts = {field.name: written[field.name] for field in fields(Figures) if field.name in written}
-            yield Figures(**counts, histogram=dict(enumerate(written["acceptance_histogram"])))
+            counts = {field.name: written[field.name] for field in fields(DecodingStats) if field.name in written}
+            yield DecodingStats(**counts, histogram=dict(enumerate(written["acceptance_histogram"])))
 
-    return Figures.total(restored())
+    return DecodingStats.total(restored())
 
 
-def _metrics(total: Figures, records: Sequence[Record]) -> dict[str, float | None]:
+def _metrics(total: DecodingStats, records: Sequence[Record]) -> dict[str, float | None]:
     return {**total.metrics(), "distinct_share": distinct_share([record["token_ids"] for record in records])}
 
 
@@ -219,7 +219,7 @@ def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Decoders) -> 
         _LOG.warning("memory=%s is not written, as this drafter learns nothing", config.memory)
 
 
-def _plots(total: Figures, run_dir: Path, tracker: Tracker) -> None:
+def _plots(total: DecodingStats, run_dir: Path, tracker: Tracker) -> None:
     if total.acceptance_histogram:
         tracker.figure(acceptance(total.acceptance_histogram, run_dir / "acceptance.png"))
     seconds = {

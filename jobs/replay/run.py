@@ -10,7 +10,7 @@ import torch
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.replay import distinct_share, replay
-from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
@@ -82,7 +82,7 @@ def run(config: ReplayConfig) -> Path:
     return path
 
 
-def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callable[[int], Figures]]:
+def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callable[[int], DecodingStats]]:
     """The sequences with the lengths of their prompts, and a function from a budget to the statistics of them all."""
     drafter: Drafter = build(config.drafter)
     if not config.budgets or min(config.budgets) < 1 or len(set(config.budgets)) < len(config.budgets):
@@ -99,12 +99,12 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callab
     learned = load_learned(Path(config.memory), config.drafter, vocabulary) if config.memory else {}
     sequences = _sequences(config, target, vocabulary)
 
-    def replayed(budget: int) -> Figures:
+    def replayed(budget: int) -> DecodingStats:
         # A memory of its own for every budget: what was learned at one would flatter the next.
         memory = drafter.new_memory(models)
         if learned:
             drafter.load(memory, learned)
-        return Figures.total(replay(drafter, memory, sequences, budget))
+        return DecodingStats.total(replay(drafter, memory, sequences, budget))
 
     return sequences, replayed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.sampling import Sampling, most_probable
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 # What a drafter learned. Its type is the drafter's own; everybody else only passes it on.
@@ -22,8 +22,8 @@ Memory: TypeAlias = Any
 class Models:
     """What drafters may ask for: the size of the vocabulary, and a small model of the same tokenizer.
 
-    draft: makes that model, with room for so many sequences; None where no draft model was given. draft_path: where
-    its checkpoint is; files trained for it lie beside it.
+    draft: loads that model; None where no draft model was given. draft_path: folder of its checkpoint, which also holds
+    the files that were trained for it.
     """
 
     vocabulary: int
@@ -84,9 +84,9 @@ class Drafter(ABC):
     needs_hidden: ClassVar[bool] = False
     is_elsewhere: ClassVar[bool] = False
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """How the children of a node are chosen."""
-        return Draws.DETERMINISTIC
+        return DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """Whether no node ever has two children."""

@@ -50,9 +50,9 @@ class _Node:
 class Aded(Drafter):
     """Drafter without a model; `learn` builds its matrix from text, decoding goes on with it.
 
-    search: `mcts`, the paper's, runs so many iterations with exploration weights c1 and c2; `best_first` takes the
-    nodes whose scores' shares multiply to most. length: tokens of the longest path. window, step, cap: after every pass
-    each trigram among the last so many tokens gains a step, up to the cap. learns_prompt: whether prompts count as
+    search: `mcts`, the paper's, runs `iterations` iterations with exploration weights c1 and c2; `best_first` takes the
+    nodes with the largest product of score shares. length: tokens of the longest path. window, step, cap: after every
+    pass each trigram of the last `window` tokens gains a step, up to the cap. learns_prompt: whether prompts count as
     decoded. successors, max_pairs: what is kept of each pair, and pairs at all; the weakest and those not seen for
     longest go.
     """
