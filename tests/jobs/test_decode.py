@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from hasten.accel.decoding.lengths.adaptive import Adaptive
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.models.checkpoint import resolve
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
+from hasten.jobs.decode.draft_length import chosen_draft_length
+from hasten.jobs.decode.options import DecodeConfig
 from tests.jobs.report import last_report
 from tests.models import tiny
 
@@ -129,6 +134,20 @@ def test_what_a_drafter_learned_is_kept_and_drawn_tokens_depend_on_the_seed_and_
     assert "memory.safetensors was learned by TokenRecycling, and the drafter is Prompt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], Adaptive()),
+        (["draft_length.explore_every=8"], Adaptive(explore_every=8)),
+        (["draft_length=fixed", "draft_length.tokens=4"], Fixed(4)),
+        (["draft_tokens=6"], Fixed(6)),
+        (["draft_length=fixed", "draft_tokens=0"], Fixed(0)),
+    ],
+)
+def test_draft_tokens_is_short_for_a_fixed_length_and_wins(words, expected):
+    assert chosen_draft_length(compose("decode", DecodeConfig, words)) == expected
+
+
 @pytest.fixture
 def other(folder):
     """The embedded draft model with another tokenizer: two entries changed places, one is gone."""
@@ -160,6 +179,12 @@ WRONG = {
     "temperature": (GOOD, {"temperature": "-1"}, ["temperature=-1", "0 or more"]),
     "top_p": (GOOD, {"top_p": "0"}, ["top_p=0.0 is wrong", "above 0 and at most 1"]),
     "penalty": (GOOD, {"repetition_penalty": "0"}, ["repetition_penalty=0.0 is wrong", "above 0"]),
+    "a negative length": (
+        GOOD,
+        {"draft_length": "fixed", "draft_length.tokens": "-1"},
+        ["tokens=-1 is wrong", "expected 0 or more"],
+    ),
+    "no such length": (GOOD, {"draft_length": "fixd"}, ["draft_length=fixd is wrong", "did you mean fixed?"]),
     "a stop outside": (GOOD, {"stop": "[4096]"}, ["stop=[4096] holds 4096", "(0 to 4095)"]),
     "trees for a chain's verifier": (
         GOOD,
