@@ -12,20 +12,20 @@ def ordered(paths: Iterable[Path], rates: Sequence[float]) -> list[tuple[int, Pa
 
     rates: by rank, how often such a node is accepted if its parent is; falling, below one.
     """
-    found = sorted(paths, key=lambda path: -prod(rates[rank] for rank in path))
-    places = {(): -1} | {path: place for place, path in enumerate(found)}
-    return [(places[path[:-1]], path) for path in found]
+    ordered = sorted(paths, key=lambda path: -prod(rates[rank] for rank in path))
+    places = {(): -1} | {path: place for place, path in enumerate(ordered)}
+    return [(places[path[:-1]], path) for path in ordered]
 
 
 def likeliest(count: int, rates: Sequence[float], depth: int) -> list[Path]:
     """The `count` paths of at most `depth` ranks that are accepted most often."""
-    found: list[Path] = []
+    chosen: list[Path] = []
     heap: list[tuple[float, Path]] = [(-rate, (rank,)) for rank, rate in enumerate(rates)]
     heapify(heap)
-    while heap and len(found) < count:
+    while heap and len(chosen) < count:
         value, path = heappop(heap)
-        found.append(path)
+        chosen.append(path)
         if len(path) < depth:
             for rank, rate in enumerate(rates):
                 heappush(heap, (value * rate, (*path, rank)))
-    return found
+    return chosen

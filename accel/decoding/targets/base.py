@@ -141,7 +141,7 @@ class Target(ABC):
             allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
             for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
                 self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
-        ids, positions, allowed = (each.to(self.device) for each in (ids, positions, allowed))
+        ids, positions, allowed = (tensor.to(self.device) for tensor in (ids, positions, allowed))
         return self._run(slots, starts, ids, positions, allowed, logits)
 
     def _place(

@@ -117,13 +117,13 @@ class LlamaTarget(Target):
     def _fused_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        weights = [each.weight.detach() for each in projections]
-        biases = [None if each.bias is None else each.bias.detach() for each in projections]
+        weights = [projection.weight.detach() for projection in projections]
+        biases = [None if projection.bias is None else projection.bias.detach() for projection in projections]
         # Rotary pairs (i, i + D/2) become neighbours, so that a rotation is one complex product. Scores stay the same.
         weights = [self._paired(weights[0], 0), self._paired(weights[1], 0), weights[2]]
         bias = None
-        if all(each is not None for each in biases):
-            query, key, value = (torch.as_tensor(each) for each in biases)
+        if all(part is not None for part in biases):
+            query, key, value = (torch.as_tensor(part) for part in biases)
             bias = torch.cat([self._paired(query, 0), self._paired(key, 0), value])
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         return _Layer(
@@ -182,7 +182,7 @@ class LlamaTarget(Target):
             hidden = forward(ids, positions, mask, where)
             if not logits:
                 return Pass(hidden[:0, None], hidden[:0, None])
-            return Pass(*(each.unflatten(0, (count, width)) for each in (self._head(hidden), hidden)))
+            return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)))
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """Additive mask (B, 1, G * N, L): query heads of one key head stand as rows of their own below each other."""

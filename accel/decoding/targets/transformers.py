@@ -159,12 +159,12 @@ class TransformersTarget(Target):
 
     def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
         """Position of what lies at each place of the slots, (B, 1, L)."""
-        found = torch.arange(total).repeat(len(slots), 1)
+        key_positions = torch.arange(total).repeat(len(slots), 1)
         for row, slot in enumerate(slots):
             depths = self.depths(slot)
             start = len(self.committed(slot))
-            found[row, start : start + len(depths)] = torch.tensor(depths) + start
-        return found[:, None].to(self.device)
+            key_positions[row, start : start + len(depths)] = torch.tensor(depths) + start
+        return key_positions[:, None].to(self.device)
 
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
         for layer in self._layers:

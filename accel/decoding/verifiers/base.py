@@ -54,8 +54,8 @@ class TargetRows:
 
     @cached_property
     def _best(self) -> list[int]:
-        found: list[int] = self._logits.argmax(-1).tolist()  # all at once: one op, one copy from the device
-        return found
+        tokens: list[int] = self._logits.argmax(-1).tolist()  # all at once: one op, one copy from the device
+        return tokens
 
     @cached_property
     def _seen(self) -> Tensor:
@@ -65,7 +65,7 @@ class TargetRows:
         row, sampling = self._logits[node + 1], self._context.sampling
         if not sampling.has_penalty:
             return row
-        path = [self._tree.tokens[each] for each in self._tree.path(node)]
+        path = [self._tree.tokens[above] for above in self._tree.path(node)]
         return sampling.penalised(row, torch.cat([self._seen, self._seen.new_tensor(path)]))
 
 

@@ -47,17 +47,17 @@ def walk(
 
 def distribution(probs: Tensor) -> Array:
     """A distribution (V,) that adds up to one, whatever a softmax in float32 left."""
-    found: Array = probs.numpy(force=True).astype(np.float64)
-    found /= found.sum()
-    return found
+    normalised: Array = probs.numpy(force=True).astype(np.float64)
+    normalised /= normalised.sum()
+    return normalised
 
 
 def draft_distribution(tree: DraftTree, node: int, child: int, vocabulary: int) -> Array:
     """Distribution (V,) that the first child of a node was drawn from; one-hot at a child that was not drawn."""
     if tree.draft_sampling is DraftSampling.DETERMINISTIC:
-        found = np.zeros(vocabulary)
-        found[tree.tokens[child]] = 1
-        return found
+        one_hot = np.zeros(vocabulary)
+        one_hot[tree.tokens[child]] = 1
+        return one_hot
     assert tree.draft_probs is not None
     return distribution(tree.draft_probs[node])
 
@@ -71,11 +71,11 @@ def drawn(tree: DraftTree, node: int, generator: torch.Generator) -> list[int]:
     children, counts = tree.children.get(node, []), tree.counts
     if counts is None or tree.draft_sampling is not DraftSampling.INDEPENDENT:
         return children
-    each = [child for child in children for _ in range(counts[child])]
-    if len(each) == len(children) or len(children) == 1:
-        return each
-    order: list[int] = torch.randperm(len(each), generator=generator, device=generator.device).tolist()
-    return [each[index] for index in order]
+    draws = [child for child in children for _ in range(counts[child])]
+    if len(draws) == len(children) or len(children) == 1:
+        return draws
+    order: list[int] = torch.randperm(len(draws), generator=generator, device=generator.device).tolist()
+    return [draws[index] for index in order]
 
 
 def recovered(target: Array, draft: Array) -> Array:
@@ -87,8 +87,8 @@ def recovered(target: Array, draft: Array) -> Array:
 
 
 def _points(count: int, generator: torch.Generator) -> list[float]:
-    found: list[float] = torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device).tolist()
-    return found
+    points: list[float] = torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device).tolist()
+    return points
 
 
 def _inverse(probs: Array, point: float) -> int:

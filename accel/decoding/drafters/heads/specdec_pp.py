@@ -36,7 +36,7 @@ class HeadedModel(SmallModel):
         self, contexts: Sequence[Context], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         """As ever; the head runs over all sequences at once."""
-        found = super().extend_all(contexts, tokens, parents)
+        logits = super().extend_all(contexts, tokens, parents)
         assert self.last is not None
         width = self.last.hidden.shape[-1]
         assert width, "the draft model must be loaded with keeps_hidden=True"
@@ -48,7 +48,7 @@ class HeadedModel(SmallModel):
         # Chains grow by one node in every pass.
         probs = self.head.accepts(self.last.hidden[:, 0]).tolist()
         self.accepts = {id(context): prob for context, prob in zip(contexts, probs, strict=True)}
-        return found
+        return logits
 
 
 @dataclass(frozen=True)

@@ -126,13 +126,13 @@ class SmallModel:
     def _forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
         # Slots that are neighbours and in order are a view of the caches, others are copied.
         order = sorted(range(len(slots)), key=slots.__getitem__)
-        found = self.target.forward(
+        rows = self.target.forward(
             [slots[row] for row in order], [tokens[row] for row in order], [parents[row] for row in order]
         )
         if order == list(range(len(slots))):
-            return found
+            return rows
         back = sorted(range(len(slots)), key=order.__getitem__)
-        return Pass(found.logits[back], found.hidden[back])
+        return Pass(rows.logits[back], rows.hidden[back])
 
     def _slot(self, context: Context) -> int:
         key = id(context)
@@ -163,10 +163,10 @@ class SmallModel:
 
 def _forget(memory: "weakref.ref[SmallModel]", key: int) -> None:
     """Free the slot of a context that is gone without `end`. The memory is held weakly: it may go first."""
-    found = memory()
-    if found is not None:
-        found._finalizers.pop(key, None)
-        found._release(key)
+    owner = memory()
+    if owner is not None:
+        owner._finalizers.pop(key, None)
+        owner._release(key)
 
 
 class GrowingTree:

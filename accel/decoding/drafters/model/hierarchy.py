@@ -111,7 +111,9 @@ class Hierarchy(Drafter):
         if not fitting:
             return [DraftTree()] * len(contexts)
         missing = memory.catch_up(fitting, count + self.nodes)
-        chains = {id(each): _Chain(self._inner(each), lacks) for each, lacks in zip(fitting, missing, strict=True)}
+        chains = {
+            id(context): _Chain(self._inner(context), lacks) for context, lacks in zip(fitting, missing, strict=True)
+        }
         growing = fitting
         while growing:
             self._grow(growing, [chains[id(context)] for context in growing], memory, count)

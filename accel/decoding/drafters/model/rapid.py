@@ -107,5 +107,5 @@ def relevance(chunks: np.ndarray, query: np.ndarray) -> np.ndarray:
     np.add.at(counts, (row, places[row, column]), 1)
     holding = (counts > 0).sum(0)
     rarity = np.log1p((len(chunks) - holding + 0.5) / (holding + 0.5))
-    found: np.ndarray = (counts * (_SATURATION + 1) / (counts + _SATURATION)) @ rarity
-    return found
+    scores: np.ndarray = (counts * (_SATURATION + 1) / (counts + _SATURATION)) @ rarity
+    return scores

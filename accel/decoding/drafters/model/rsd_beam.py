@@ -69,7 +69,7 @@ class RSDBeam(SmallModelDrafter):
                 else _perturbed(node, tree.probs[node.index], context.draft_generator)
                 for node in beam
             ]
-            heads = heapq.merge(*(_of(node, each) for node, each in zip(beam, below, strict=True)))
+            heads = heapq.merge(*(_of(node, candidates) for node, candidates in zip(beam, below, strict=True)))
             beam = [
                 _Node(tree.add(parent, token), log_prob, -negative)
                 for negative, parent, token, log_prob in islice(heads, width)

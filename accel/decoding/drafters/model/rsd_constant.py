@@ -51,19 +51,21 @@ class RSDConstant(SmallModelDrafter):
             # A distribution with fewer tokens than were planned leaves a part of the tree out.
             above = [ranks for ranks in children if ranks in nodes]
             yield from tree.show([nodes[ranks] for ranks in above])
-            found: dict[tuple[int, ...], int] = {}
+            drawn_tokens: dict[tuple[int, ...], int] = {}
             for ranks in above:
                 probs, count = tree.probs[nodes[ranks]], children[ranks]
-                each = ranked(probs, count) if context.sampling.is_greedy else drawn(probs, context.draft_generator)
-                found |= {(*ranks, rank): candidate.token for rank, candidate in enumerate(islice(each, count))}
+                greedy = context.sampling.is_greedy
+                candidates = ranked(probs, count) if greedy else drawn(probs, context.draft_generator)
+                for rank, candidate in enumerate(islice(candidates, count)):
+                    drawn_tokens[*ranks, rank] = candidate.token
             for ranks in level:
-                if ranks in found:
-                    nodes[ranks] = tree.add(nodes[ranks[:-1]], found[ranks])
+                if ranks in drawn_tokens:
+                    nodes[ranks] = tree.add(nodes[ranks[:-1]], drawn_tokens[ranks])
         return tree.done(self.draft_sampling(context.sampling))
 
     def _planned(self, budget: int) -> list[list[tuple[int, ...]]]:
         """Nodes of every level, as the ranks of their draws from the top."""
-        found: list[list[tuple[int, ...]]] = []
+        levels: list[list[tuple[int, ...]]] = []
         above: Sequence[tuple[int, ...]] = [()]
         for children in self.branching:
             level = [(*ranks, rank) for ranks in above for rank in range(children)]
@@ -71,5 +73,5 @@ class RSDConstant(SmallModelDrafter):
             budget -= len(above)
             if not above:
                 break
-            found.append(list(above))
-        return found
+            levels.append(list(above))
+        return levels

@@ -51,14 +51,14 @@ class SpecTr(SmallModelDrafter):
             yield from tree.show(list(dict.fromkeys(ends)))
             probs = torch.stack([tree.probs[end] for end in ends])
             tokens = probs.argmax(-1) if greedy else _draw_each(probs, context.draft_generator)
-            found: dict[tuple[int, int], int] = {}
+            nodes_by_step: dict[tuple[int, int], int] = {}
             for chain, token in enumerate(tokens.tolist()):
                 step = ends[chain], token
-                if step not in found:
-                    found[step] = tree.add(*step)
+                if step not in nodes_by_step:
+                    nodes_by_step[step] = tree.add(*step)
                     counts.append(0)
-                counts[found[step]] += 1
-                ends[chain] = found[step]
+                counts[nodes_by_step[step]] += 1
+                ends[chain] = nodes_by_step[step]
         return tree.done(self.draft_sampling(context.sampling), None if greedy else counts)
 
 
@@ -66,5 +66,5 @@ def _draw_each(probs: Tensor, generator: torch.Generator) -> Tensor:
     """One id for each distribution (N, V), as `sampling.draw` draws one."""
     cumulative = probs.double().cumsum(-1)
     points = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(probs.device)
-    found = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
-    return found[:, 0].clamp(max=probs.shape[-1] - 1)
+    ids = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
+    return ids[:, 0].clamp(max=probs.shape[-1] - 1)

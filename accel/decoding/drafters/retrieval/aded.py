@@ -88,9 +88,9 @@ class Aded(Drafter):
         counts: dict[Pair, Counter[int]] = {}
         for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
             counts.setdefault((first, second), Counter())[third] += 1
-        for pair, found in counts.items():
-            total = found.total()
-            for token, count in found.most_common(self.successors):
+        for pair, successors in counts.items():
+            total = successors.total()
+            for token, count in successors.most_common(self.successors):
                 self._raise(memory, pair, token, count / total, inf)
 
     def begin(self, context: Context, memory: Trigrams) -> None:
@@ -148,7 +148,7 @@ class Aded(Drafter):
         row[token] = max(before, min(before + step, cap))
         if len(row) > self.successors:
             # Never the newest, which would have no chance to gain on the others.
-            del row[min((each for each in row if each != token), key=row.__getitem__)]
+            del row[min((other for other in row if other != token), key=row.__getitem__)]
 
     def _best_first(self, memory: Trigrams, pair: Pair, budget: int) -> DraftTree:
         tokens: list[int] = []
@@ -194,7 +194,7 @@ class Aded(Drafter):
         for node, path in prefixes:  # grows while it is walked through: level by level
             prefixes += [(child, (*path, child.pair[1])) for child in node.children]
         # Sorting is stable, and no node is visited more often than its parent: parents stay before children.
-        for node, path in sorted(prefixes, key=lambda each: -each[0].visits):
+        for node, path in sorted(prefixes, key=lambda item: -item[0].visits):
             if len(tokens) == budget:
                 break
             if node.parent is not None:
@@ -258,8 +258,8 @@ def _shares(memory: Trigrams, pair: Pair) -> list[tuple[int, float]]:
     return sorted([(token, score / total) for token, score in row.items()], key=_share, reverse=True)
 
 
-def _share(each: tuple[int, float]) -> float:
-    return each[1]
+def _share(item: tuple[int, float]) -> float:
+    return item[1]
 
 
 def _label(share: float, rank: int, depth: int) -> tuple[str, int, int, int]:

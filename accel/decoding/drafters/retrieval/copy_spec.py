@@ -50,10 +50,10 @@ class CopySpec(Drafter):
         start = index.ends.get(tuple(tokens[-self.gamma :]))
         if start is None:
             return DraftTree()
-        found = tokens[start : start + min(budget, self.length)]
+        draft = tokens[start : start + min(budget, self.length)]
         match = self.gamma
         while match < min(start, _LONGEST) and tokens[start - match - 1] == tokens[-match - 1]:
             match += 1
         # The longer the match, the surer the copy.
-        labels = [("copy_spec", match.bit_length(), depth) for depth in range(len(found))]
-        return DraftTree.chain(found, labels=labels)
+        labels = [("copy_spec", match.bit_length(), depth) for depth in range(len(draft))]
+        return DraftTree.chain(draft, labels=labels)

@@ -50,6 +50,6 @@ class PromptLookup(Drafter):
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             start = index.ends.get(tuple(tokens[-n:]))
             if start is not None:
-                found = tokens[start : start + min(budget, self.length)]
-                return DraftTree.chain(found, labels=[("prompt_lookup", n, depth) for depth in range(len(found))])
+                draft = tokens[start : start + min(budget, self.length)]
+                return DraftTree.chain(draft, labels=[("prompt_lookup", n, depth) for depth in range(len(draft))])
         return DraftTree()

@@ -104,16 +104,16 @@ class Stand(Drafter):
                     below[above] = n, _drawn(row, noise[start : start + _KEPT])
                 else:
                     below[above] = n, list(row)
-            n, found = below[above]
-            if rank >= len(found):
+            n, candidates = below[above]
+            if rank >= len(candidates):
                 nodes.append(ROOT)
                 continue
             node = len(tokens)
             nodes.append(node)
-            tokens.append(found[rank])
+            tokens.append(candidates[rank])
             parents.append(above)
             labels.append(("stand", n, rank, min(len(path), 4)))
-            tails[node] = (*tails[above], found[rank])[-self.max_ngram :]
+            tails[node] = (*tails[above], candidates[rank])[-self.max_ngram :]
             if len(tokens) == budget:
                 break
         if greedy:
@@ -163,10 +163,10 @@ class Stand(Drafter):
         memory.seen.move_to_end(ngram)
         row.visits += 1
         share = 1 / row.visits
-        found = {token: prob * (1 - share) for token, prob in row.probs.items()}
+        mixed = {token: prob * (1 - share) for token, prob in row.probs.items()}
         for token, prob in zip(ids, probs, strict=True):
-            found[token] = found.get(token, 0.0) + prob * share
-        row.probs = dict(sorted(found.items(), key=itemgetter(1), reverse=True)[:_KEPT])
+            mixed[token] = mixed.get(token, 0.0) + prob * share
+        row.probs = dict(sorted(mixed.items(), key=itemgetter(1), reverse=True)[:_KEPT])
 
     def _known(self, memory: NGrams, tail: NGram) -> tuple[int, dict[int, float]]:
         """Length of the longest n-gram that was seen, and what followed it; nothing where none was."""
