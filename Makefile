@@ -20,7 +20,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/pytest
 
-# Useful while working: no Ray, no trained models to compare, no GPU; under two minutes on two cores.
+# Useful while working: folders whose tests start no job and no Ray; under two minutes on two cores.
+QUICK ?= tests/costs tests/data tests/evaluation tests/models tests/kernels tests/training tests/decoding/lengths \
+	tests/decoding/verifiers tests/decoding/targets $(wildcard tests/decoding/test_*.py) tests/compression/quantizers \
+	tests/compression/pruners tests/compression/allocators tests/compression/formats tests/compression/calibration
+
 quick: $(VENV)/.installed-test
 	$(VENV)/bin/pytest -m "not slow and not ray and not faults and not gpu" $(QUICK)
 
