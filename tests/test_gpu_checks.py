@@ -14,13 +14,15 @@ import sys
 for name in {FORBIDDEN}:
     sys.modules[name] = None  # importing it raises ImportError
 import pytest
-sys.exit(pytest.main(["-n", "0", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests"]))
+plugins = ["-p", "xdist.plugin", "-p", "no:cacheprovider"]
+sys.exit(pytest.main([*plugins, "-n", "0", "-q", "--collect-only", "-m", "gpu", "tests"]))
 """
 
 
 @pytest.mark.slow
 def test_gpu_checks_are_collected_without_ray_hydra_and_mlflow():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Hydra brings a plugin for pytest.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", COLLECT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
