@@ -38,6 +38,7 @@ from tests.compression import local
 from tests.faults import two_nodes
 from tests.models import tiny
 
+pytestmark = pytest.mark.faults
 TOKENS = tiny.tokens(9)
 SAMPLE = Sample(tuple((number, 24) for number in range(6)))
 REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enumerate(tiny.tokens(12, 8).tolist())]

@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
-from hasten.kernels.dequantize.op import dequantize
+from hasten.kernels.dequantize import dequantize
 
 MIN_BITS, MAX_BITS = 2, 8
 
