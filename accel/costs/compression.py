@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import split
@@ -11,8 +10,9 @@ from hasten.accel.compression.levels.level import Level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
+from hasten.accel.costs.method import CostedMethod, moment_bytes
 from hasten.accel.costs.model import Model, with_kept_back
-from hasten.accel.costs.solving import collect_work, factor_work, moment_bytes, solve_bytes, solve_work
+from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
 _TOKEN_BYTES = 8
@@ -32,7 +32,7 @@ class Pass:
 
     model: Model
     plan: Sequence[Sequence[Group]]
-    methods: Sequence[Any]
+    methods: Sequence[CostedMethod]
     scheme: Scheme
     sequences: int
     length: int
@@ -78,6 +78,7 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         moved=_moved(work),
         store=sums + (packed if work.levels is None else 0),
         written=written,
+        notes=_guesses(work),
     )
 
 
@@ -163,7 +164,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         else:
             host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
-        found = solve_bytes(group, work.methods, work.gpu_memory)
+        found = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
         reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
@@ -233,7 +234,8 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
             busy[busy.index(min(busy))] += seconds
         wall["solve"] += max(busy)
         cpu["solve"] += sum(busy)
-    steps += [Step(name, wall[name], cpu[name]) for name in wall if cpu[name]]
+    guess = "; ".join(_guesses(work))
+    steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
     here = sum(moved.values()) - moved.get(BETWEEN, 0)
     steps.append(Step("move and write", here / workers / rates.store, 2 * here / rates.store, written / rates.disk))
@@ -263,14 +265,22 @@ def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
 
 
 def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
-    levels = [group.scheme] if work.levels is None else list(work.levels)
-    found = factor_work(group, work.methods) if work.sequences else Work()
-    for level in levels:
-        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
-    return found.seconds(rates)
+    return group_work(stack_of(group, work.gpu_memory), _solves(work, group)).seconds(rates)
 
 
-def _method_of(work: Pass, level: Level) -> Any:
+def _solves(work: Pass, group: Group) -> list[tuple[CostedMethod, Level]]:
+    """The levels that a group is compressed to, each with the method that does it."""
+    levels = [group.scheme] if work.levels is None else work.levels
+    return [(_method_of(work, level), level) for level in levels]
+
+
+def _guesses(work: Pass) -> tuple[str, ...]:
+    """A note for every method that states no cost."""
+    group = next((group for groups in work.plan for group in groups), None)
+    return () if group is None else guess_notes(_solves(work, group), stack_of(group, work.gpu_memory))
+
+
+def _method_of(work: Pass, level: Level) -> CostedMethod:
     """What solves a level: quantizers come first, the others in the order of their kinds of level."""
     if work.levels is None or len(work.methods) == 1:
         return work.methods[0]

@@ -122,13 +122,20 @@ def _largest(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
 class Step:
     """A part of a job: wall seconds with whole processors, CPU seconds of all processes, seconds that are only waited.
 
-    waits: seconds of wall time in which nothing is computed: disks, networks, other programs.
+    waits: seconds of wall time in which nothing is computed: disks, networks, other programs. guess: what of it is
+    guessed, as for a method that states no cost; empty where nothing is.
     """
 
     name: str
     seconds: float
     cpu_seconds: float
     waits: float = 0.0
+    guess: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, and what is guessed."""
+        return f"{self.name} ({self.guess})" if self.guess else self.name
 
     def wall(self, share: float = 1.0, processors: float = inf) -> float:
         """Seconds on so many processors, of which a busy process gets this share."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
@@ -134,7 +133,7 @@ class Model:
         """Share of a block's experts that a token goes through; 1 where there are none."""
         config = self.architecture.config
         number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        used: Any = getattr(config, "num_experts_per_tok", None)
+        used: int | None = getattr(config, "num_experts_per_tok", None)
         return min(1.0, used / number) if number and used else 1.0
 
     def _used(self, layer: Layer, share: float) -> float:

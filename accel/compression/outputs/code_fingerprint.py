@@ -10,7 +10,7 @@ import ast
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 _PACKAGE = __name__.partition(".")[0]
+# What methods state of their cost decides plans, and no results.
+_PLANNING = f"{_PACKAGE}.accel.costs"
 # Sources that a kernel's module names and compiles, and what these include from beside them.
 _NATIVE = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"\n]+)"', re.MULTILINE)
@@ -58,7 +60,7 @@ def _reachable(names: frozenset[str]) -> dict[str, str]:
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in found or _top(name) not in packages:
+        if name in found or _top(name) not in packages or f"{name}.".startswith(f"{_PLANNING}."):
             continue
         module = _read(name)
         if module is not None:
@@ -81,11 +83,16 @@ def _defined_in(root: object) -> Iterator[str]:
     elif is_dataclass(root):
         # Bases from torch and the standard library have versions of their own.
         packages = (_PACKAGE, _top(type(root).__module__))
-        yield from (cls.__module__ for cls in type(root).__mro__ if _top(cls.__module__) in packages)
+        yield from _classes(root, packages)
         for field in fields(root):
             yield from _defined_in(getattr(root, field.name))
     elif _top(type(root).__module__) == _PACKAGE:
-        yield from (cls.__module__ for cls in type(root).__mro__ if _top(cls.__module__) == _PACKAGE)
+        yield from _classes(root, (_PACKAGE,))
+
+
+def _classes(root: object, packages: Collection[str]) -> Iterator[str]:
+    """Modules of an object's class and of its bases, as far as they lie in some packages."""
+    yield from (cls.__module__ for cls in type(root).__mro__ if _top(cls.__module__) in packages)
 
 
 def _top(name: str) -> str:

@@ -175,7 +175,7 @@ def test_a_compression_is_made_of_its_own_methods_and_of_the_pass():
     found = names()
     assert {"gptq", "grid", "factor", "solve", "shard", "statistics", "architecture", "settings"} <= found
     assert {"pack_quantized", "op", "triton_kernel"} <= found
-    assert not {"baq", "sparsegpt", "wanda", "evopress", "costs"} & found
+    assert not {"baq", "sparsegpt", "wanda", "evopress", "costs", "estimate"} & found
     # Experts that see few tokens are rounded to nearest, so this counts in every run; gptq does not.
     assert "gptq" not in names(quantizer=RoundToNearest())
     assert "gptq" in names(quantizer=OfAnotherPackage())
