@@ -1,4 +1,4 @@
-"""The calibration pass of compress and levels: hidden states, sums of second moments, solves, and the files written."""
+"""Cost of the calibration pass of compress and levels: hidden states, sums of second moments, solves, and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,22 +48,22 @@ class Pass:
 
     @property
     def chunks(self) -> int:
-        """Chunks that there are: no more than sequences."""
+        """Number of chunks: at most one for each sequence."""
         return min(self.shards, self.sequences)
 
     @property
-    def most_chunks(self) -> int:
-        """Chunks of the worker that has most."""
+    def max_chunks(self) -> int:
+        """Most chunks that one worker has."""
         return max((len(part) for part in split(self.chunks, self.workers)), default=0)
 
     @property
-    def most_sequences(self) -> int:
-        """Sequences of the worker that has most."""
-        return self.most_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
+    def max_sequences(self) -> int:
+        """Most sequences that one worker has."""
+        return self.max_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
 
 
 def estimate(work: Pass, rates: Rates) -> Estimate:
-    """All that the pass takes, from the start of the calibrators to the last file."""
+    """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = (
         checkpoint_files(work.model.architecture, work.plan)
         if work.levels is None
@@ -140,8 +140,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     block = model.largest_block()
     groups = max(work.plan, key=_sums_bytes)
     on_device = work.gpus > 0
-    always = {"process": rates.worker_bytes, "calibration tokens": work.most_sequences * work.length * _TOKEN_BYTES}
-    hidden = {"hidden states": model.hidden_bytes(work.most_sequences, work.length)}
+    always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
+    hidden = {"hidden states": model.hidden_bytes(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
@@ -156,8 +156,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # A layer's input once more in float32, where it is not.
         wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += wide
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.most_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * nodes(work.most_chunks, 1)}
+        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
+        sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
@@ -182,7 +182,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
 
 
 def _checked(model: Model) -> dict[str, int]:
-    """The largest tensor while it is looked through."""
+    """The largest tensor, which is read whole to be checked for values that are not finite."""
     checkpoint = model.architecture.checkpoint
     return {"largest tensor": max(checkpoint.nbytes(name) for name in checkpoint.names)}
 
@@ -202,7 +202,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     check = Work(elements=model.elements(), file_bytes=model.stored_bytes()).seconds(rates)
     workers = work.workers
     steps = [Step("check weights", check / workers, check)]
-    share = work.most_sequences / work.sequences if work.sequences else 0.0
+    share = work.max_sequences / work.sequences if work.sequences else 0.0
     tokens = work.sequences * work.length
     wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
     cpu = dict(wall)
@@ -255,7 +255,7 @@ def _network_bytes(work: Pass) -> float:
 
 
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
-    """Adding up what all layers of a block see; an expert sees the tokens that are routed to it."""
+    """Accumulating the second moments of a block; an expert sees the tokens that are routed to it."""
     found = Work()
     for group in groups:
         share = work.model.active_share(group.block) if group.is_expert else 1.0

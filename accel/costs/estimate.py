@@ -1,17 +1,17 @@
-"""What a dry run says of a job: what its processes hold, what travels, what is written, how long its steps take."""
+"""Estimate of a job for a dry run: memory of its processes, bytes moved and written, and seconds of its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
 DRIVER = "driver"
-# A part of memory that all processes of a node map, and that is there once.
+# Memory that all processes of a node map and that is counted once.
 SHARED = "sums in the object store"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second, by one process with its threads, and what a process holds that does nothing yet.
+    """Throughput of one process with its threads, and memory of a process that has only imported what it needs.
 
     flops: FLOP/s of matrix products in the job's dtype; exact_flops: in float32. elements: float32 numbers a second
     through a small operation. launch: seconds of an operation on next to nothing. memory, store, read, disk, network:
@@ -144,7 +144,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that a dry run knows of a job.
+    """Resources that a job needs.
 
     moved: bytes that travel between processes, by what they are. store: bytes that lie in the object store at most.
     written: bytes of files, by what they are. notes: what the estimate does not know.
