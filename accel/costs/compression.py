@@ -1,9 +1,8 @@
-"""The calibration pass of compress and levels: hidden states, sums of second moments, solves, and the files written."""
+"""Cost of the calibration pass of compress and levels: hidden states, sums of second moments, solves, and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import split
@@ -11,8 +10,9 @@ from hasten.accel.compression.levels.level import Level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
+from hasten.accel.costs.method import CostedMethod, moment_bytes
 from hasten.accel.costs.model import Model, with_kept_back
-from hasten.accel.costs.solving import collect_work, factor_work, moment_bytes, solve_bytes, solve_work
+from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
 _TOKEN_BYTES = 8
@@ -32,7 +32,7 @@ class Pass:
 
     model: Model
     plan: Sequence[Sequence[Group]]
-    methods: Sequence[Any]
+    methods: Sequence[CostedMethod]
     scheme: Scheme
     sequences: int
     length: int
@@ -48,22 +48,22 @@ class Pass:
 
     @property
     def chunks(self) -> int:
-        """Chunks that there are: no more than sequences."""
+        """Number of chunks: at most one for each sequence."""
         return min(self.shards, self.sequences)
 
     @property
-    def most_chunks(self) -> int:
-        """Chunks of the worker that has most."""
+    def max_chunks(self) -> int:
+        """Most chunks that one worker has."""
         return max((len(part) for part in split(self.chunks, self.workers)), default=0)
 
     @property
-    def most_sequences(self) -> int:
-        """Sequences of the worker that has most."""
-        return self.most_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
+    def max_sequences(self) -> int:
+        """Most sequences that one worker has."""
+        return self.max_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
 
 
 def estimate(work: Pass, rates: Rates) -> Estimate:
-    """All that the pass takes, from the start of the calibrators to the last file."""
+    """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = (
         checkpoint_files(work.model.architecture, work.plan)
         if work.levels is None
@@ -78,6 +78,7 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         moved=_moved(work),
         store=sums + (packed if work.levels is None else 0),
         written=written,
+        notes=_guesses(work),
     )
 
 
@@ -139,8 +140,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     block = model.largest_block()
     groups = max(work.plan, key=_sums_bytes)
     on_device = work.gpus > 0
-    always = {"process": rates.worker_bytes, "calibration tokens": work.most_sequences * work.length * _TOKEN_BYTES}
-    hidden = {"hidden states": model.hidden_bytes(work.most_sequences, work.length)}
+    always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
+    hidden = {"hidden states": model.hidden_bytes(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
@@ -155,15 +156,15 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # A layer's input once more in float32, where it is not.
         wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += wide
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.most_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * nodes(work.most_chunks, 1)}
+        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
+        sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
             host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
-        found = solve_bytes(group, work.methods, work.gpu_memory)
+        found = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
         reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
@@ -181,7 +182,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
 
 
 def _checked(model: Model) -> dict[str, int]:
-    """The largest tensor while it is looked through."""
+    """The largest tensor, which is read whole to be checked for values that are not finite."""
     checkpoint = model.architecture.checkpoint
     return {"largest tensor": max(checkpoint.nbytes(name) for name in checkpoint.names)}
 
@@ -201,7 +202,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     check = Work(elements=model.elements(), file_bytes=model.stored_bytes()).seconds(rates)
     workers = work.workers
     steps = [Step("check weights", check / workers, check)]
-    share = work.most_sequences / work.sequences if work.sequences else 0.0
+    share = work.max_sequences / work.sequences if work.sequences else 0.0
     tokens = work.sequences * work.length
     wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
     cpu = dict(wall)
@@ -233,7 +234,8 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
             busy[busy.index(min(busy))] += seconds
         wall["solve"] += max(busy)
         cpu["solve"] += sum(busy)
-    steps += [Step(name, wall[name], cpu[name]) for name in wall if cpu[name]]
+    guess = "; ".join(_guesses(work))
+    steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
     here = sum(moved.values()) - moved.get(BETWEEN, 0)
     steps.append(Step("move and write", here / workers / rates.store, 2 * here / rates.store, written / rates.disk))
@@ -253,7 +255,7 @@ def _network_bytes(work: Pass) -> float:
 
 
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
-    """Adding up what all layers of a block see; an expert sees the tokens that are routed to it."""
+    """Accumulating the second moments of a block; an expert sees the tokens that are routed to it."""
     found = Work()
     for group in groups:
         share = work.model.active_share(group.block) if group.is_expert else 1.0
@@ -263,14 +265,22 @@ def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
 
 
 def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
-    levels = [group.scheme] if work.levels is None else list(work.levels)
-    found = factor_work(group, work.methods) if work.sequences else Work()
-    for level in levels:
-        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
-    return found.seconds(rates)
+    return group_work(stack_of(group, work.gpu_memory), _solves(work, group)).seconds(rates)
 
 
-def _method_of(work: Pass, level: Level) -> Any:
+def _solves(work: Pass, group: Group) -> list[tuple[CostedMethod, Level]]:
+    """The levels that a group is compressed to, each with the method that does it."""
+    levels = [group.scheme] if work.levels is None else work.levels
+    return [(_method_of(work, level), level) for level in levels]
+
+
+def _guesses(work: Pass) -> tuple[str, ...]:
+    """A note for every method that states no cost."""
+    group = next((group for groups in work.plan for group in groups), None)
+    return () if group is None else guess_notes(_solves(work, group), stack_of(group, work.gpu_memory))
+
+
+def _method_of(work: Pass, level: Level) -> CostedMethod:
     """What solves a level: quantizers come first, the others in the order of their kinds of level."""
     if work.levels is None or len(work.methods) == 1:
         return work.methods[0]

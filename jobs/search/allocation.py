@@ -307,12 +307,14 @@ class Search:
 
     def _key(self, allocator: Any, budget: float, start: Sequence[int]) -> dict[str, Any]:
         """Everything that a search depends on besides the levels that its state is kept beside."""
-        from hasten.accel.compression.calibration.settings import code_version
+        from hasten.accel.compression.levels import units
+        from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+        from hasten.accel.compression.search import candidates
         from hasten.accel.data.tokens import fingerprint
 
         config = self._config
         return {
-            "code": code_version(),
+            "code": code_fingerprint(allocator, self._fitness, units, candidates),
             "budget": budget,
             "allocator": repr(replace(allocator, generations=1)),
             "grouping": config.grouping,

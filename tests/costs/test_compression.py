@@ -14,7 +14,7 @@ from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.costs.compression import Pass, estimate, nodes
 from hasten.accel.costs.estimate import Rates
 from hasten.accel.costs.files import checkpoint_files, database_files
-from hasten.accel.costs.solving import moment_bytes
+from hasten.accel.costs.method import moment_bytes
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.actors.calibrator import Calibrator

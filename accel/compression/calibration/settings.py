@@ -1,19 +1,19 @@
 """Everything that decides the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration import shard, solve
 from hasten.accel.compression.calibration.layer_groups import Group, make_plan, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import Level, level_name, names
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
+from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.pruners.base import Pruner, Sparsity
 from hasten.accel.compression.quantizers.base import Quantizer, Scheme
 from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnQuantizer
@@ -112,8 +112,13 @@ class Settings:
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
             "torch": torch.__version__,
-            "code": code_version(),
+            "code": self.code(),
         }
+
+    def code(self) -> dict[str, str]:
+        """Digests of the modules that the bytes depend on: of the calibration pass and of the methods that it runs."""
+        levels = self.levels or (self.scheme,)
+        return code_fingerprint(shard, solve, Task, self.methods, self.format, levels, self.propagated)
 
 
 class Task:
@@ -156,14 +161,3 @@ class Task:
                 f"ignore, skip_first or skip_last leave {len(plain)} of {len(experts)} expert layers plain, first "
                 f"{min(plain)}: transformers loads experts only if those of all blocks are quantized"
             )
-
-
-@cache
-def code_version() -> str:
-    """Hash of the sources that the bytes depend on: any change of an algorithm is a change of version."""
-    root = Path(__file__).resolve().parents[3]
-    digest = hashlib.sha256()
-    for folder in ("accel/compression", "accel/models", "kernels"):
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()

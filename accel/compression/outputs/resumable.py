@@ -28,6 +28,8 @@ _LOCK = "lock"
 _MAY_CHANGE = ("batch", "threads")
 # A run that was just killed may take so long to end.
 _SECONDS_TO_END = 5.0
+# Names of changed modules in a message.
+_NAMED = 3
 
 
 class ResumableFolder:
@@ -238,12 +240,18 @@ def guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old value, now new value` for every entry that differs."""
-    return [
-        f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
+    """`key: old value, now new value` for every entry that differs; of digests by name, the names that differ."""
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                found.append(f"{key} of {', '.join(names[:_NAMED])}{more}")
+        elif before != now:
+            found.append(f"{key}: {_short(before)}, now {_short(now)}")
+    return found
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 
 
@@ -98,6 +99,10 @@ class Pruner(ABC):
         if moment is not None and not bool(torch.isfinite(moment.diagonal()).all()):
             return Inputs(None, ("second moment is not finite: weights alone were looked at",))
         return Inputs(moment)
+
+    def cost(self, layers: LayerStack, sparsity: Sparsity) -> MethodCost | None:
+        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        return None
 
     @abstractmethod
     def prune(self, weight: Tensor, prepared: Any, sparsity: Sparsity) -> Result[PrunedWeight]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, rounding
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,7 @@ class Magnitude(Pruner):
     def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
         """Weight (R, C) without its smallest entries in each row."""
         return prune_lowest(weight, weight.float().abs(), prepared, sparsity)
+
+    def cost(self, layers: LayerStack, sparsity: Sparsity) -> MethodCost:
+        """Every weight is compared and kept or not."""
+        return MethodCost(rounding(layers))

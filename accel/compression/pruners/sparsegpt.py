@@ -19,6 +19,7 @@ from hasten.accel.compression.calibration.factor import Factor, check_factor, fa
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity, lowest
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, column_visits, factored_cost, rounding
 from hasten.accel.errors import UserError
 
 # Columns, at least, before their error goes to all columns to come in one matrix product.
@@ -82,6 +83,10 @@ class SparseGPT(Pruner):
         back = prepared.back()
         pruned = PrunedWeight(left[back].T.contiguous(), mask[back].T.contiguous())
         return Result(pruned, error.clamp_(min=0), power.clamp_(min=0), prepared.notes)
+
+    def cost(self, layers: LayerStack, sparsity: Sparsity) -> MethodCost:
+        """One visit of all columns against the factor."""
+        return factored_cost(layers, rounding(layers) + column_visits(layers, 1))
 
 
 def _visit(corner: Tensor, target: Tensor, mask: Tensor, carried: Tensor, residual: Tensor, left: Tensor) -> None:

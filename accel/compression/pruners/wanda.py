@@ -8,8 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from hasten.accel.compression.calibration.slabs import SOLVE_BYTES
 from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.estimate import Work
+from hasten.accel.costs.method import LayerStack, MethodCost, moment_bytes, moment_elements, rounding
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,14 @@ class Wanda(Pruner):
         if prepared.moment is not None:
             score.mul_(prepared.moment.diagonal().sqrt())
         return prune_lowest(weight, score, prepared, sparsity)
+
+    def cost(self, layers: LayerStack, sparsity: Sparsity) -> MethodCost:
+        """Weights are compared as they are, without a factorisation.
+
+        What is left and what is lost of the output is told by a product with the second moment each.
+        """
+        products = Work(exact_flops=4 * layers.rows * moment_elements(layers.columns))
+        # The k-th smallest score takes a copy of all scores and their places. On a GPU the sums lie there once more
+        # while they are put together.
+        sums = moment_bytes(layers.columns) * (2 if layers.gpu_memory else 1)
+        return MethodCost(rounding(layers) + products, SOLVE_BYTES, prepared_bytes=sums)

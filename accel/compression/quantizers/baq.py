@@ -33,6 +33,15 @@ from hasten.accel.compression.quantizers.columns import (
     steps,
 )
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import (
+    LayerStack,
+    MethodCost,
+    column_visits,
+    factored_cost,
+    range_search,
+    rounding,
+    scale_fits,
+)
 from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
@@ -111,6 +120,12 @@ class ColumnwiseBAQ(ColumnQuantizer):
         if moment is None:
             return None
         return factorise(moment, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
+
+    def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost:
+        """A search of the rows' scales, and a solve for each fit of them."""
+        solve = rounding(layers) + range_search(layers, self.search)
+        solve += column_visits(layers, max(1, self.refits)) + scale_fits(layers, self.refits, groups=1)
+        return factored_cost(layers, solve)
 
     def losses(self, weight: Tensor, prepared: Factor | None, level: ColumnBits) -> Tensor:
         """Output error that every column of weight (R, C) adds at equal bits, the nearest to the mean, (C,) float64."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 from hasten.kernels.dequantize import dequantize
 
@@ -101,6 +102,10 @@ class Quantizer(ABC):
         moment: second moment of the layers' input over the calibration tokens, None where it was not asked for.
         """
         return moment
+
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost | None:
+        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        return None
 
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 
 MIN_WIDTH, MAX_WIDTH = 1, 8
@@ -98,6 +99,10 @@ class ColumnQuantizer(ABC):
 
     def check(self, level: ColumnBits) -> None:
         """UserError where the method cannot end at this level; known before anything is solved."""
+        return None
+
+    def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost | None:
+        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
         return None
 
     @abstractmethod

@@ -20,6 +20,15 @@ from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import (
+    LayerStack,
+    MethodCost,
+    column_visits,
+    factored_cost,
+    range_search,
+    rounding,
+    scale_fits,
+)
 from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
@@ -108,6 +117,14 @@ class GPTQ(Quantizer):
             scheme,
         )
         return Result(quantized, best.error.square_().sum(0), best.power, prepared.notes)
+
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+        """A search of the ranges, a factorisation, and a solve of all columns for each fit of the scales."""
+        # Symmetric grids are tried with both signs of the scale.
+        solve = rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1))
+        solve += column_visits(layers, max(1, self.refits))
+        solve += scale_fits(layers, self.refits, layers.columns // scheme.columns(layers.columns))
+        return factored_cost(layers, solve)
 
     def _solve(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
 from hasten.accel.errors import UserError
 
 
@@ -38,3 +39,8 @@ class RoundToNearest(Quantizer):
         quantized = QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), scheme)
         power, error = power_and_error(weight, quantized.dequantize())
         return Result(quantized, error, power)
+
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+        """A search of the ranges, and rounding."""
+        # Symmetric grids are tried with both signs of the scale.
+        return MethodCost(rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1)))
