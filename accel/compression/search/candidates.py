@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import Fitness
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models.architecture import Architecture
 
 # In place of a choice's index: the unit as the checkpoint has it.
