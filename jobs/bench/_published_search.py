@@ -4,22 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.levels.units import make_units
-from hasten.accel.compression.search.candidates import Candidates
-from hasten.accel.compression.search.fitness import KL
-from hasten.accel.compression.search.samples import Sample
-from hasten.accel.data.tokens import load_tokens
-from hasten.accel.models.architecture import Architecture
-from hasten.accel.models.checkpoint import Checkpoint
 from hasten.jobs.bench._runs import peer_search
-from hasten.jobs.common.calibration import original
-from hasten.jobs.common.quality import held_out_windows
-from hasten.jobs.common.schema import Evaluation, SearchTokens
-from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 
 
 class PublishedSearch:
@@ -30,6 +15,13 @@ class PublishedSearch:
     """
 
     def __init__(self, model: str, levels: Path, source: str, sequences: int, folder: Path) -> None:
+        from hasten.accel.compression.levels.database import LevelDatabase
+        from hasten.accel.compression.levels.units import make_units
+        from hasten.accel.models.architecture import Architecture
+        from hasten.accel.models.checkpoint import Checkpoint
+        from hasten.jobs.common.calibration import original
+        from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+
         self._path = original(model)
         self._tokenizer, self._vocabulary = load_tokenizer(self._path), vocabulary_size(self._path)
         self._architecture = Architecture(Checkpoint(self._path))
@@ -39,6 +31,11 @@ class PublishedSearch:
 
     def run(self, python: str, checkout: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
         """CPU seconds, bits of every layer, and bytes a weight of the peer's database."""
+        import numpy as np
+
+        from hasten.accel.data.tokens import load_tokens
+        from hasten.jobs.common.schema import SearchTokens
+
         chosen = SearchTokens()
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "tokens.npy"
@@ -53,6 +50,12 @@ class PublishedSearch:
 
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
+        from hasten.accel.compression.search.candidates import Candidates
+        from hasten.accel.compression.search.fitness import KL
+        from hasten.accel.compression.search.samples import Sample
+        from hasten.jobs.common.quality import held_out_windows
+        from hasten.jobs.common.schema import Evaluation
+
         asked = Evaluation(source=source, sequences=windows)
         tokens = held_out_windows(asked, self._tokenizer, self._path).tokens
         candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)
@@ -62,6 +65,8 @@ class PublishedSearch:
 
     def _write(self, place: Path) -> int:
         """Writes the levels as the peer reads them, weights of float32 in a file each; returns their bytes."""
+        import torch
+
         written = 0
         for unit in self._units:
             folder = place / unit.name
