@@ -14,7 +14,7 @@ from hasten.accel.errors import UserError
 # Index of the choice of every unit.
 Genome = tuple[int, ...]
 
-# Attempts at a new genome for each that is wanted; then there are fewer: small problems run out of them.
+# Attempts at a new genome, per genome that is wanted. After them there are fewer: small problems run out of genomes.
 TRIES = 20
 
 
