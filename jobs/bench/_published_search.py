@@ -51,8 +51,8 @@ class PublishedSearch:
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
         from hasten.accel.compression.search.candidates import Candidates
-        from hasten.accel.compression.search.evopress import Sample
         from hasten.accel.compression.search.fitness import KL
+        from hasten.accel.compression.search.samples import Sample
         from hasten.jobs.common.quality import held_out_windows
         from hasten.jobs.common.schema import Evaluation
 

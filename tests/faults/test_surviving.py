@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
-from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.targets.loading import load_target

@@ -16,8 +16,8 @@ from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.search.candidates import Candidates
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import Perplexity
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.models.architecture import Architecture
