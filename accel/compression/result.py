@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 
-class Rows(Protocol):
+class CompressedWeight(Protocol):
     """A compressed weight (R, C) that can be cut and joined by rows."""
+
+    @property
+    def bits(self) -> int:
+        """Exact size."""
 
     def rows(self, start: int, stop: int) -> Self:
         """The rows of one of several layers that were solved together."""
@@ -18,7 +22,7 @@ class Rows(Protocol):
         """Consecutive rows as one weight."""
 
 
-W = TypeVar("W", bound=Rows)
+W = TypeVar("W", bound=CompressedWeight, covariant=True)
 
 
 @dataclass(frozen=True)

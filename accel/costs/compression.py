@@ -7,10 +7,9 @@ from typing import Any
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import split
-from hasten.accel.compression.levels.level import Level
-from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
+from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
 from hasten.accel.costs.model import Model, with_kept_back
 from hasten.accel.costs.solving import collect_work, factor_work, moment_bytes, solve_bytes, solve_work
 
@@ -33,7 +32,6 @@ class Pass:
     model: Model
     plan: Sequence[Sequence[Group]]
     methods: Sequence[Any]
-    scheme: Scheme
     sequences: int
     length: int
     levels: Sequence[Level] | None = None
@@ -114,7 +112,7 @@ def _packed_bytes(work: Pass, group: Group) -> int:
     for layer in group.layers:
         itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
         if work.levels is None:
-            total += sum(size for *_, size in grid_tensors(layer, group.scheme, itemsize))
+            total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
             total += sum(size for level in work.levels for *_, size in level_tensors(layer, level, itemsize))
     return total
@@ -263,16 +261,8 @@ def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
 
 
 def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
-    levels = [group.scheme] if work.levels is None else list(work.levels)
+    levels = [group.level] if work.levels is None else list(work.levels)
     found = factor_work(group, work.methods) if work.sequences else Work()
     for level in levels:
-        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
+        found += solve_work(group, level.method_of(work.methods), level, work.gpu_memory)
     return found.seconds(rates)
-
-
-def _method_of(work: Pass, level: Level) -> Any:
-    """What solves a level: quantizers come first, the others in the order of their kinds of level."""
-    if work.levels is None or len(work.methods) == 1:
-        return work.methods[0]
-    kinds = list(dict.fromkeys(type(each) for each in work.levels))
-    return work.methods[min(kinds.index(type(level)), len(work.methods) - 1)]

@@ -7,8 +7,7 @@ from typing import Any
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, searched_weights, slab_weights
 from hasten.accel.compression.calibration.statistics import panel_bounds
-from hasten.accel.compression.levels.level import Level
-from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.costs.estimate import Work
 
 # Small operations on every weight for each range that a grid is searched among, and for one visit of its column: the
@@ -55,7 +54,8 @@ def solve_work(group: Group, method: Any, level: Level, gpu_memory: int = 0) -> 
     columns, rows = group.columns, sum(layer.rows for layer in group.layers)
     weights = rows * columns
     slabs = ceil(weights / slab_weights(gpu_memory))
-    tried = getattr(method, "search", 0) * (2 if isinstance(level, Scheme) and level.symmetric else 1)
+    grid = level.loader_scheme
+    tried = getattr(method, "search", 0) * (2 if grid and grid.symmetric else 1)
     found = Work(elements=weights * _ROUNDED, launches=100 * slabs, file_bytes=2 * weights)
     found += Work(
         elements=weights * _TRIED * tried, launches=30 * tried * ceil(weights / searched_weights(gpu_memory > 0))
@@ -69,7 +69,7 @@ def solve_work(group: Group, method: Any, level: Level, gpu_memory: int = 0) -> 
     found += Work(exact_flops=(solves + 1) * weights * columns)
     found += Work(elements=solves * weights * _VISITED, launches=solves * slabs * columns * _LAUNCHES_OF_A_COLUMN)
     if refits:
-        groups = columns // level.columns(columns) if isinstance(level, Scheme) else 1
+        groups = columns // grid.columns(columns) if grid else 1
         found += Work(exact_flops=2 * refits * weights * columns, elements=refits * 6 * weights * groups)
         found += Work(launches=refits * slabs * groups * 20)
     return found

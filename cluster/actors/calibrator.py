@@ -70,7 +70,7 @@ class Calibrator:
         """
         from time import perf_counter
 
-        from hasten.accel.compression.calibration.solve import prepare_group, solve_group, solve_levels
+        from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
         from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
         from hasten.accel.compression.levels.database import LevelDatabase
 
@@ -95,9 +95,9 @@ class Calibrator:
             if isinstance(task.output, LevelDatabase):
                 facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
             else:
-                solved = solve_group(group, task.checkpoint, ready[0], group.scheme, settings.device)
-                packed |= {name: task.output.pack(weight) for name, weight in solved.weights.items()}
-                facts += solved.facts
+                tensors, rows = solve_for_checkpoint(group, task.checkpoint, ready, settings.device)
+                packed |= tensors
+                facts += rows
         return packed, facts, perf_counter() - started
 
     def usage(self) -> tuple[float, int]:

@@ -49,6 +49,7 @@ def run(config: CompressConfig) -> Path:
 
 def make_settings(config: CompressConfig, source: Path) -> Any:
     """Settings of the calibration pass that compresses a checkpoint."""
+    from hasten.accel.compression.levels.kinds.grid import GridLevel
     from hasten.accel.compression.quantizers.base import Scheme
     from hasten.jobs.cli.methods import build
     from hasten.jobs.common.calibration import calibration_settings
@@ -60,7 +61,7 @@ def make_settings(config: CompressConfig, source: Path) -> Any:
         source,
         Path(config.output or Path("runs", "models", name)),
         quantizer=quantizer,
-        scheme=Scheme(config.bits, config.group_size, config.symmetric),
+        level=GridLevel(Scheme(config.bits, config.group_size, config.symmetric)),
     )
 
 

@@ -102,14 +102,13 @@ def _levels_pass(config: Any, setting: Setting) -> Any:
 
 def _pass(model: Any, settings: Any, config: Any, setting: Setting) -> Any:
     from hasten.accel.compression.calibration.layer_groups import make_plan
-    from hasten.accel.compression.quantizers.base import Scheme
     from hasten.accel.costs.compression import Pass
 
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={config.model} is compressed already: give the original checkpoint")
-    plan = make_plan(model.architecture, settings.scheme, config.ignore, config.skip_first, config.skip_last)
+    plan = make_plan(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
     for level in settings.levels or ():
-        for groups in plan if isinstance(level, Scheme) else ():
+        for groups in plan:
             for group in groups:
                 level.check(group.key, group.columns)
     sequences = config.calibration.sequences if settings.needs_second_moment else 0
@@ -123,7 +122,6 @@ def _pass(model: Any, settings: Any, config: Any, setting: Setting) -> Any:
         model=model,
         plan=plan,
         methods=settings.methods,
-        scheme=settings.scheme,
         sequences=sequences,
         length=config.calibration.sequence_length,
         levels=settings.levels,
@@ -189,7 +187,6 @@ def _evaluate(config: Any, setting: Setting) -> Any:
 def _search(config: Any, setting: Setting) -> Any:
     import torch
 
-    from hasten.accel.compression.formats.pack_quantized import PackQuantized
     from hasten.accel.compression.levels.database import LevelDatabase
     from hasten.accel.compression.levels.units import make_units
     from hasten.accel.costs import compression, search
@@ -199,7 +196,7 @@ def _search(config: Any, setting: Setting) -> Any:
     work = _levels_pass(config, setting)
     model, budgets = work.model, config.budget
     checkpoint = model.architecture.checkpoint
-    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels, None, PackQuantized())
+    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels, None)
     units = make_units(database, config.grouping, config.keep, config.drop, solved=False)
     names = config.compare or method_names("allocator")
     allocators = [build(config.allocator)]

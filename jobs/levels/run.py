@@ -143,8 +143,7 @@ class Building:
 
 def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
     """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
-    from hasten.accel.compression.levels.level import make_levels
-    from hasten.accel.compression.quantizers.base import Scheme
+    from hasten.accel.compression.levels.level import make_levels, parse_level
     from hasten.jobs.cli.methods import build
     from hasten.jobs.common.calibration import calibration_settings
 
@@ -153,9 +152,9 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> An
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
-    grids = [level for level in levels if isinstance(level, Scheme)]
     # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise.
-    grid = next((grid for grid in grids if grid.bits == config.reference), None)
+    schemes = {level: level.loader_scheme for level in levels}
+    grid = next((level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference), None)
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(
         config,
@@ -164,8 +163,7 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> An
         quantizer=quantizer,
         column_quantizer=build(config.column_quantizer),
         pruner=build(config.pruner),
-        # Where nothing is quantized, a grid that fits any layer.
-        scheme=grid or Scheme(8, -1, symmetric=True),
+        # Where there is no level at all, one that fits any layer.
+        level=grid or (levels[-1] if levels else parse_level("w8")),
         levels=levels,
-        reference=grid or (levels[-1] if levels else None),
     )

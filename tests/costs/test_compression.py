@@ -7,7 +7,8 @@ import torch
 from hasten.accel.compression.calibration.layer_groups import make_plan
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.calibration.statistics import SecondMoment, Tree, split
-from hasten.accel.compression.levels.level import make_levels
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
@@ -23,12 +24,11 @@ from tests.costs.rates import RATES
 from tests.models import tiny
 
 
-def planned(model, scheme=None, **changes):
+def planned(model, level=None, **changes):
     """The pass that tests.compression.local runs: 8 sequences of 16 tokens."""
-    scheme = scheme or Scheme(4, 32)
-    plan = make_plan(model.architecture, scheme, (), 0, 0)
+    plan = make_plan(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
     values = {"sequences": 8, "length": 16, "batch": 2, "workers": 1, "methods": [GPTQ()]}
-    return Pass(model=model, plan=plan, scheme=scheme, **(values | changes))
+    return Pass(model=model, plan=plan, **(values | changes))
 
 
 def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(
     (folder / "README.md").write_text("is not copied")
     compress(settings(folder, tmp_path / "out", scheme=scheme), tiny.tokens(8, 16))
     architecture = Architecture(Checkpoint(folder))
-    found = checkpoint_files(architecture, make_plan(architecture, scheme, (), 0, 0))
+    found = checkpoint_files(architecture, make_plan(architecture, GridLevel(scheme), (), 0, 0))
     shards = list((tmp_path / "out").glob("*.safetensors"))
     tensors = found["blocks"] + found["embedding and head"]
     assert tensors == sum(file.stat().st_size for file in shards)
@@ -100,9 +100,7 @@ def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(
 
 def test_a_level_database_is_planned_within_two_percent(folder, model, tmp_path):
     levels = make_levels([2, 4], [32], True, [0.5])
-    chosen = settings(
-        folder, tmp_path / "out", levels=levels, pruner=Magnitude(), reference=levels[0], scheme=levels[0]
-    )
+    chosen = settings(folder, tmp_path / "out", levels=levels, pruner=Magnitude(), level=levels[0])
     compress(chosen, tiny.tokens(8, 16))
     found = database_files(model.architecture, make_plan(model.architecture, levels[0], (), 0, 0), levels)
     written = sum(file.stat().st_size for file in (tmp_path / "out" / "layers").iterdir())
@@ -162,7 +160,7 @@ def test_on_a_gpu_states_and_factor_lie_on_the_device_and_sums_on_both(model):
 
 
 def test_a_method_without_statistics_has_no_sums(model):
-    found = estimate(planned(model, methods=[Magnitude()], sequences=0), RATES)
+    found = estimate(planned(model, parse_level("s50"), methods=[Magnitude()], sequences=0), RATES)
     assert set(found.moved) == {"packed layers"}
     assert "collect" not in found.processes[0].host
     assert not {"forward", "sums"} & {step.name for step in found.steps}

@@ -13,15 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
-from hasten.accel.compression.pruners.base import PrunedWeight
-from hasten.accel.compression.quantizers.base import QuantizedWeight
-from hasten.accel.compression.quantizers.columns import ColumnWeight
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.families import family_of
 
@@ -38,8 +36,8 @@ _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 class OutputFolder(ResumableFolder):
     """A compressed checkpoint in the making.
 
-    plan: layers that are quantized, by block. kept: numbers of the blocks that are written, rising; None for all. Every
-    block goes by its number in the original, and by its place among the kept ones in the files.
+    plan: layers that are compressed, by block. kept: numbers of the blocks that are written, rising; None for all.
+    Every block goes by its number in the original, and by its place among the kept ones in the files.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class OutputFolder(ResumableFolder):
         super().__init__(path, architecture.checkpoint.path)
         self._architecture = architecture
         self._plan = plan
-        self._format = form
+        self.format = form
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
         self._places = {block: place for place, block in enumerate(self._kept)}
         self._outer = list(outer_shards(architecture))
@@ -82,14 +80,6 @@ class OutputFolder(ResumableFolder):
         """Blocks whose shards stand."""
         return [block for block in self._kept if self.is_finished(block)]
 
-    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
-        """What write_block stores of a compressed weight."""
-        if isinstance(weight, PrunedWeight):
-            return {"weight": weight.weight.cpu().contiguous()}
-        if isinstance(weight, ColumnWeight):
-            return {"weight": weight.dequantize().cpu()}
-        return self._format.pack(weight)
-
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
         """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
 
@@ -103,21 +93,23 @@ class OutputFolder(ResumableFolder):
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
     def read_block(self, block: int) -> dict[str, Tensor]:
-        """Weights that a loader makes of a finished block's quantized layers, by their path in the block."""
-        from safetensors import safe_open
-
+        """Weights that a loader makes of a finished block's compressed layers, by their path in the block."""
         weights: dict[str, Tensor] = {}
         with safe_open(self.shard(block), framework="pt") as file:
             stored = set(file.keys())
             for group in self._plan[block]:
+                scheme = group.level.loader_scheme
                 for layer in group.layers:
                     name = self._renamed(layer.name)
+                    if scheme is None:
+                        weights[layer.module] = file.get_tensor(f"{name}.weight")
+                        continue
                     parts = {
                         part: file.get_tensor(f"{name}.{part}")
                         for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
                         if f"{name}.{part}" in stored
                     }
-                    weights[layer.module] = self._format.unpack(parts, group.scheme)
+                    weights[layer.module] = self.format.unpack(parts, scheme)
         return weights
 
     def finish(self) -> None:
@@ -154,7 +146,7 @@ class OutputFolder(ResumableFolder):
         ]
         experts = any(group.is_expert for groups in self._plan for group in groups)
         renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
-        described = self._format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
+        described = self.format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
         return config | {"quantization_config": described}
 
     def _as_module(self, name: str) -> str:

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 
@@ -27,7 +28,7 @@ class Sparsity:
         # 0.3 of 10 columns are 3, whatever the last bit of the product says.
         return int(self.fraction * columns + 1e-9)
 
-    def bits(self, rows: int, columns: int, itemsize: int) -> int:
+    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
         """Exact size of a layer: a bit of mask for every weight, and itemsize bytes for every one that is kept."""
         return rows * columns + rows * (columns - self.pruned(columns)) * 8 * itemsize
 
@@ -79,21 +80,15 @@ class Inputs:
         return total.div_(self.moment.tokens).clamp_(min=0)
 
 
-class Pruner(ABC):
+class Pruner(Method, ABC):
     """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
 
     Every method sets exactly Sparsity.pruned(columns) weights of every row to zero: layers of equal shape have equal
     size, and no row depends on those that are stacked with it.
     """
 
-    needs_second_moment: ClassVar[bool] = False
-
     def prepare(self, moment: SecondMoment | None) -> Any:
-        """What depends on the inputs alone, made once for every layer and sparsity that shares them.
-
-        moment: second moment of the layers' input over the calibration tokens, None where there is none. Methods that
-        do not need it tell errors of the output by it.
-        """
+        """What is known of the input; methods that need no statistics tell errors of the output by them."""
         # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
         if moment is not None and not bool(torch.isfinite(moment.diagonal()).all()):
             return Inputs(None, ("second moment is not finite: weights alone were looked at",))

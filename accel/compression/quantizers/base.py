@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 from hasten.kernels.dequantize.op import dequantize
@@ -90,17 +90,8 @@ class QuantizedWeight:
         )
 
 
-class Quantizer(ABC):
+class Quantizer(Method, ABC):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
-
-    needs_second_moment: ClassVar[bool] = False
-
-    def prepare(self, moment: SecondMoment | None) -> Any:
-        """What depends on the inputs alone, made once for every layer and scheme that shares them.
-
-        moment: second moment of the layers' input over the calibration tokens, None where it was not asked for.
-        """
-        return moment
 
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:

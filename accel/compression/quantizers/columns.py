@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 
@@ -80,21 +80,13 @@ class ColumnWeight:
         return cls(codes, parts[0].widths, scale)
 
 
-class ColumnQuantizer(ABC):
+class ColumnQuantizer(Method, ABC):
     """A way to give every column of one layer its bits, and every weight its code.
 
     Widths are a layer's own, so layers are not stacked. Rows may come in pieces: losses() of the pieces add up,
-    widths() are chosen once for all of them, and encode() takes them piece by piece.
+    widths() are chosen once for all of them, and encode() takes them piece by piece. Without statistics, prepare(None),
+    a method goes by the weights alone.
     """
-
-    needs_second_moment: ClassVar[bool] = False
-
-    def prepare(self, moment: SecondMoment | None) -> Any:
-        """What depends on the inputs alone, made once for every layer and level that shares them.
-
-        moment: second moment of the layers' input over the calibration tokens; None goes by the weights alone.
-        """
-        return moment
 
     def check(self, level: ColumnBits) -> None:
         """UserError where the method cannot end at this level; known before anything is solved."""

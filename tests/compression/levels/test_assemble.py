@@ -9,11 +9,9 @@ from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import dropped_bits, part_of
-from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.levels.level import KEEP, make_levels
 from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
-from hasten.accel.compression.pruners.base import Sparsity
 from hasten.accel.compression.pruners.magnitude import Magnitude
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.search.candidates import Candidates
 from hasten.accel.compression.search.evopress import Sample
@@ -25,14 +23,14 @@ from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
+LEVELS = make_levels([2, 3, 4], [32], True)
 TOKENS = tiny.tokens(4, 16)
 
 
 def make(folder, family):
     """Architecture and finished level database of a tiny checkpoint."""
     source = tiny.save(folder / "original", family, dtype=torch.bfloat16)
-    chosen = local.settings(source, folder / "levels", levels=LEVELS, scheme=LEVELS[1])
+    chosen = local.settings(source, folder / "levels", levels=LEVELS, level=LEVELS[1])
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     return architecture, LevelDatabase.read(chosen.output, architecture)
@@ -148,7 +146,7 @@ def six_blocks(folder, family, ignore=(), **changes):
     """Architecture and level database, rounded to nearest, of a checkpoint of six blocks."""
     changes = {"num_hidden_layers": 6} | CHANGES.get(family, {}) | changes
     source = tiny.save(folder / "original", family, dtype=torch.bfloat16, **changes)
-    chosen = local.settings(source, folder / "levels", RoundToNearest(), levels=LEVELS, scheme=LEVELS[1], ignore=ignore)
+    chosen = local.settings(source, folder / "levels", RoundToNearest(), levels=LEVELS, level=LEVELS[1], ignore=ignore)
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     return architecture, LevelDatabase.read(chosen.output, architecture)
@@ -337,9 +335,9 @@ def test_a_stopped_writing_of_what_is_left_goes_on_and_gives_the_same_bytes(tmp_
 
 def test_pruned_layers_are_stored_dense_and_count_as_untouched(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
-    both = (LEVELS[1], Sparsity(0.5))
+    both = make_levels([3], [32], True, [0.5])
     chosen = local.settings(
-        source, tmp_path / "levels", RoundToNearest(), levels=both, scheme=LEVELS[1], pruner=Magnitude()
+        source, tmp_path / "levels", RoundToNearest(), levels=both, level=LEVELS[1], pruner=Magnitude()
     )
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
@@ -368,8 +366,8 @@ def test_experts_of_which_some_stay_plain_are_refused(tmp_path):
 
 def test_zeros_next_to_zero_points_are_refused_and_fewer_blocks_are_not(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
-    scheme = Scheme(4, 32)
-    chosen = local.settings(source, tmp_path / "levels", RoundToNearest(), levels=(scheme,), scheme=scheme)
+    levels = make_levels([4], [32], False)
+    chosen = local.settings(source, tmp_path / "levels", RoundToNearest(), levels=levels, level=levels[0])
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     database = LevelDatabase.read(chosen.output, architecture)

@@ -44,7 +44,7 @@ def test_every_row_loses_exactly_its_number_of_weights_and_keeps_shape_and_dtype
 
 def test_bits_are_a_mask_and_the_kept_weights_and_known_before(pruner, sparsity, weight, moment):
     pruned = pruner.prune(weight, pruner.prepare(moment), sparsity).weight
-    assert pruned.bits == sparsity.bits(ROWS, COLUMNS, 2)
+    assert pruned.bits == sparsity.stored_bits(ROWS, COLUMNS, 2)
     assert pruned.bits == ROWS * COLUMNS + ROWS * (COLUMNS - int(sparsity.fraction * COLUMNS)) * 16
 
 
@@ -94,7 +94,7 @@ def test_the_same_input_gives_the_same_bits(pruner, sparsity, weight, moment):
 def test_a_weight_of_zeros_stays_zeros_and_loses_as_many(pruner, sparsity, weight, moment):
     result = pruner.prune(torch.zeros_like(weight), pruner.prepare(moment), sparsity)
     assert not bool(result.weight.weight.any())
-    assert result.weight.bits == sparsity.bits(ROWS, COLUMNS, 2)
+    assert result.weight.bits == sparsity.stored_bits(ROWS, COLUMNS, 2)
     assert not bool(result.error.any())
 
 
