@@ -9,19 +9,42 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import SecondMoment
 from hasten.accel.compression.method import Method
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 
 
+class Pattern(ABC):
+    """How many weights of which columns are set to zero, the same in every row; methods score the weights."""
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int | None:
+        """Consecutive columns of which a fixed number goes, None where that is so of a whole row alone."""
+
+    @abstractmethod
+    def lowest(self, score: Tensor) -> Tensor:
+        """The weights that go, (R, C) bool: those of the lowest score (R, C), of equal ones the first."""
+
+
 @dataclass(frozen=True)
-class Sparsity:
-    """Share of a layer's weights that are set to zero, the same in every row."""
+class Sparsity(Pattern):
+    """Share of a layer's weights that are set to zero, the same in every row, wherever in the row."""
 
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise UserError(f"sparsity={self.fraction} is out of range: above 0 and below 1")
+
+    @property
+    def group_size(self) -> None:
+        """Rows alone count."""
+        return None
+
+    def lowest(self, score: Tensor) -> Tensor:
+        """Exactly pruned(C) weights of every row."""
+        return lowest(score, self.pruned(score.shape[1]))
 
     def pruned(self, columns: int) -> int:
         """Weights set to zero in every row of so many columns, rounded down."""
@@ -83,7 +106,7 @@ class Inputs:
 class Pruner(Method, ABC):
     """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
 
-    Every method sets exactly Sparsity.pruned(columns) weights of every row to zero: layers of equal shape have equal
+    Every method sets exactly as many weights of every row to zero as the pattern says: layers of equal shape have equal
     size, and no row depends on those that are stacked with it.
     """
 
@@ -95,8 +118,11 @@ class Pruner(Method, ABC):
         return Inputs(moment)
 
     @abstractmethod
-    def prune(self, weight: Tensor, prepared: Any, sparsity: Sparsity) -> Result[PrunedWeight]:
-        """Prune weight (R, C), whose dtype stays; prepared comes from prepare()."""
+    def prune(self, weight: Tensor, prepared: Any, pattern: Pattern, grid: Grid | None = None) -> Result[PrunedWeight]:
+        """Prune weight (R, C), whose dtype stays; prepared comes from prepare().
+
+        grid: what the kept weights are rounded to; None leaves them where they are, or the method puts them.
+        """
 
 
 def lowest(score: Tensor, number: int | Tensor) -> Tensor:
@@ -114,8 +140,11 @@ def lowest(score: Tensor, number: int | Tensor) -> Tensor:
     return below | (equal & (equal.cumsum(1, dtype=torch.int32) <= number - below.sum(1, keepdim=True)))
 
 
-def prune_lowest(weight: Tensor, score: Tensor, inputs: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
-    """Weight (R, C) without those of the lowest score (R, C) in every row, the others as they are."""
-    pruned = lowest(score, sparsity.pruned(weight.shape[1]))
-    left = PrunedWeight(weight.masked_fill(pruned, 0.0), ~pruned)
+def prune_lowest(
+    weight: Tensor, score: Tensor, inputs: Inputs, pattern: Pattern, grid: Grid | None
+) -> Result[PrunedWeight]:
+    """Weight (R, C) without those of the lowest score (R, C), the others as they are or as grid has them."""
+    pruned = pattern.lowest(score)
+    kept = weight.masked_fill(pruned, 0.0)
+    left = PrunedWeight(kept if grid is None else grid.quantize(kept).dequantize(), ~pruned)
     return Result(left, inputs.power(weight - left.weight), inputs.power(weight), inputs.notes)

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, Pruner, prune_lowest
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 
 
@@ -18,9 +19,11 @@ class Wanda(Pruner):
 
     needs_second_moment: ClassVar[bool] = True
 
-    def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
-        """Weight (R, C) without the entries of the lowest product in each row."""
+    def prune(
+        self, weight: Tensor, prepared: Inputs, pattern: Pattern, grid: Grid | None = None
+    ) -> Result[PrunedWeight]:
+        """Weight (R, C) without the entries of the lowest product."""
         score = weight.float().abs()
         if prepared.moment is not None:
             score.mul_(prepared.moment.diagonal().sqrt())
-        return prune_lowest(weight, score, prepared, sparsity)
+        return prune_lowest(weight, score, prepared, pattern, grid)

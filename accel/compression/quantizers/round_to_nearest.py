@@ -6,11 +6,10 @@ Source: Nagel et al. 2021, arXiv:2106.08295. The baseline every quantizer here i
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
-from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 
@@ -32,9 +31,6 @@ class RoundToNearest(Quantizer):
 
     def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C); prepared is not read."""
-        scale, zero = find_grid(weight, scheme, self.search, self.shrink)
-        groups = weight.float().unflatten(1, (scale.shape[1], -1))
-        codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, scheme.top)
-        quantized = QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), scheme)
+        quantized = Grid.of(weight, scheme, self.search, self.shrink).quantize(weight)
         power, error = power_and_error(weight, quantized.dequantize())
         return Result(quantized, error, power)
