@@ -129,7 +129,14 @@ class CompressConfig(Calibrated):
     """Quantize a checkpoint on a local or remote Ray cluster; started again, it goes on where it was stopped."""
 
     model: str = option("embedded:target", f"what to compress: {MODEL}", path="in")
+    level: str | None = option(
+        None,
+        "name of a level of any kind, such as w4g128, c2.5 or s50; what no loader reads packed lies dense in the "
+        "checkpoint, and bits_per_weight counts the level; null is bits, group_size and symmetric",
+    )
     quantizer: dict[str, Any] = group("how the codes of a layer are chosen")
+    column_quantizer: dict[str, Any] = group("how a layer's bits are spread over its columns, for levels like c2.5")
+    pruner: dict[str, Any] = group("which weights of a layer are zeroed, for levels like s50")
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
     group_size: int = option(128, "input columns that share a scale; -1 is one scale a row", at_least=-1)
     symmetric: bool = option(False, "no zero points")
@@ -159,10 +166,11 @@ class LevelOptions(Calibrated):
     )
     pruner: dict[str, Any] = group("which weights of a layer are zeroed, where there are sparsities")
     sparsities: list[float] = option([], "shares of a layer's weights that are zeroed, each a level")
+    extra_levels: list[str] = option([], "names of further levels, of any kind, such as w4g64a, c2.5 or s50")
     reference: int = option(
         3,
         "bits of the level whose output the next block is calibrated on; without bits it is the lowest sparsity, "
-        "without those the most column_bits",
+        "without those the most column_bits, without these the last of extra_levels",
         at_least=2,
         at_most=8,
     )

@@ -94,7 +94,7 @@ def _levels_pass(config: Any, setting: Setting) -> Any:
     from hasten.jobs.levels.run import make_settings
 
     model = _model("model", config.model, config, setting.gpus)
-    if not config.bits and not config.column_bits and not config.sparsities:
+    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     settings = make_settings(_resolved(config), model.architecture.checkpoint.path, Path("runs", "levels", "planned"))
     return _pass(model, settings, config, setting)

@@ -25,7 +25,7 @@ def run(config: LevelsConfig) -> Path:
     from hasten.jobs.common.run import start, tracked
 
     started = perf_counter()
-    if not config.bits and not config.column_bits and not config.sparsities:
+    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     building = Building(config, Path(config.output) if config.output else None, config.overwrite)
     cpus = config.workers * config.threads
@@ -148,11 +148,15 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> An
     from hasten.jobs.common.calibration import calibration_settings
 
     quantizer = build(config.quantizer)
-    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits)
+    levels = make_levels(
+        config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels
+    )
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
-    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise.
+    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise. Levels
+    # that are given by name come into question where there are no others.
+    usual = [level for level in levels if level.name not in config.extra_levels] or levels
     schemes = {level: level.loader_scheme for level in levels}
     grid = next((level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference), None)
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
@@ -164,6 +168,6 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> An
         column_quantizer=build(config.column_quantizer),
         pruner=build(config.pruner),
         # Where there is no level at all, one that fits any layer.
-        level=grid or (levels[-1] if levels else parse_level("w8")),
+        level=grid or (usual[-1] if usual else parse_level("w8")),
         levels=levels,
     )
