@@ -2,20 +2,20 @@
 
 from typing import Any, ClassVar
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 
 
 class Method:
     """A quantizer, column quantizer or pruner of one linear layer.
 
-    needs_second_moment: whether the calibration pass must collect the second moment of the layers' inputs.
+    needs_hessian: whether the calibration pass must collect the Hessian of the layers' inputs.
     """
 
-    needs_second_moment: ClassVar[bool] = False
+    needs_hessian: ClassVar[bool] = False
 
-    def prepare(self, moment: SecondMoment | None) -> Any:
+    def prepare(self, hessian: Hessian | None) -> Any:
         """What depends on the inputs alone, made once for every layer and level that shares them.
 
-        moment: second moment of the layers' input over the calibration tokens, None where there is none.
+        hessian: Hessian of the layers' input over the calibration tokens, None where there is none.
         """
-        return moment
+        return hessian

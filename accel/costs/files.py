@@ -65,7 +65,7 @@ def _dtype(itemsize: int) -> torch.dtype:
     return torch.bfloat16 if itemsize == 2 else torch.float32
 
 
-def checkpoint_files(architecture: Architecture, plan: Sequence[Sequence[Group]]) -> dict[str, int]:
+def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> dict[str, int]:
     """Bytes of a compressed checkpoint: tensors of blocks, tensors outside them, and small files."""
     checkpoint = architecture.checkpoint
     outer = [_plain(architecture, names) for names in outer_shards(architecture)]
@@ -73,7 +73,7 @@ def checkpoint_files(architecture: Architecture, plan: Sequence[Sequence[Group]]
     blocks = 0
     shards = len(outer) + architecture.num_blocks
     index = list(outer)
-    for block, groups in enumerate(plan):
+    for block, groups in enumerate(layer_groups):
         tensors = [
             tensor
             for group in groups
@@ -87,16 +87,16 @@ def checkpoint_files(architecture: Architecture, plan: Sequence[Sequence[Group]]
         small += _FACTS_BYTES * len(quantized)
     file = len(f"model-{shards:05d}-of-{shards:05d}.safetensors")
     small += sum(len(name) + file + len('    "": "",\n') for tensors in index for name, *_ in tensors)
-    small += _config_bytes(architecture, plan) + copied_bytes(checkpoint.path)
+    small += _config_bytes(architecture, layer_groups) + copied_bytes(checkpoint.path)
     return {"blocks": blocks, "embedding and head": sum(map(safetensors_bytes, outer)), "small files": small}
 
 
 def database_files(
-    architecture: Architecture, plan: Sequence[Sequence[Group]], levels: Sequence[Level]
+    architecture: Architecture, layer_groups: Sequence[Sequence[Group]], levels: Sequence[Level]
 ) -> dict[str, int]:
     """Bytes of a level database: a file a layer."""
     total = 0
-    for groups in plan:
+    for groups in layer_groups:
         for group in groups:
             for layer in group.layers:
                 itemsize = architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize
@@ -127,10 +127,10 @@ def _plain(architecture: Architecture, names: Iterable[str]) -> Tensors:
     ]
 
 
-def _config_bytes(architecture: Architecture, plan: Sequence[Sequence[Group]]) -> int:
+def _config_bytes(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> int:
     """Bytes of config.json, with what is added on the quantization, and of what a run notes about itself."""
     known: Mapping[str, object] = architecture.checkpoint.config
-    names = {layer.name for groups in plan for group in groups for layer in group.layers}
+    names = {layer.name for groups in layer_groups for group in groups for layer in group.layers}
     untouched = sum(
         len(layer.name) + len('      "",\n')
         for block in range(architecture.num_blocks)

@@ -41,7 +41,7 @@ def collect_work(groups: Sequence[Group], tokens: float) -> Work:
 
 def factor_work(group: Group, methods: Sequence[Any]) -> Work:
     """The factorisations of a group's second moment, one a method that needs it."""
-    needed = sum(bool(method.needs_second_moment) for method in methods)
+    needed = sum(bool(method.needs_hessian) for method in methods)
     columns = group.columns
     # Of few columns a factorisation waits for itself; and numbers are put in their places one by one.
     flops = columns**3 / 3 * max(1.0, _FAST_COLUMNS / columns)
@@ -60,7 +60,7 @@ def solve_work(group: Group, method: Any, level: Level, gpu_memory: int = 0) -> 
     found += Work(
         elements=weights * _TRIED * tried, launches=30 * tried * ceil(weights / searched_weights(gpu_memory > 0))
     )
-    if not method.needs_second_moment:
+    if not method.needs_hessian:
         return found
     # Refitting ends with a fit: of two fits the first is of the first solve.
     refits = getattr(method, "refits", 0)
@@ -78,7 +78,7 @@ def solve_work(group: Group, method: Any, level: Level, gpu_memory: int = 0) -> 
 def solve_bytes(group: Group, methods: Sequence[Any], gpu_memory: int) -> dict[str, int]:
     """Memory of the solve of a group, by part: factor and slab of weights; the sums that it reads are counted apart."""
     columns, rows = group.columns, sum(layer.rows for layer in group.layers)
-    swept = any(method.needs_second_moment for method in methods)
+    swept = any(method.needs_hessian for method in methods)
     slab = min(slab_weights(gpu_memory), rows * columns)
     parts = {"slab of weights": slab * (SOLVE_BYTES if swept else _ROUNDED_BYTES)}
     if swept:

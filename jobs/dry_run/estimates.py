@@ -101,17 +101,17 @@ def _levels_pass(config: Any, setting: Setting) -> Any:
 
 
 def _pass(model: Any, settings: Any, config: Any, setting: Setting) -> Any:
-    from hasten.accel.compression.calibration.layer_groups import make_plan
+    from hasten.accel.compression.calibration.layer_groups import make_layer_groups
     from hasten.accel.costs.compression import Pass
 
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={config.model} is compressed already: give the original checkpoint")
-    plan = make_plan(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
+    plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
     for level in settings.levels or ():
         for groups in plan:
             for group in groups:
                 level.check(group.key, group.columns)
-    sequences = config.calibration.sequences if settings.needs_second_moment else 0
+    sequences = config.calibration.sequences if settings.needs_hessian else 0
     if sequences and config.workers > min(config.calibration.shards, sequences):
         chunks = min(config.calibration.shards, sequences)
         raise UserError(

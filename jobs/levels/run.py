@@ -138,7 +138,7 @@ class Building:
         }
 
     def _layers(self) -> Sequence[Any]:
-        return [layer for groups in self.database.plan for group in groups for layer in group.layers]
+        return [layer for groups in self.database.layer_groups for group in groups for layer in group.layers]
 
 
 def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:

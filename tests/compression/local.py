@@ -24,13 +24,13 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Compress and return the facts of all layers."""
     task = Task(chosen)
     task.output.open(chosen.fingerprint(task.checkpoint, tokens), overwrite=False)
-    needed = chosen.needs_second_moment
+    needed = chosen.needs_hessian
     calibrator = Calibrator(
         chosen, dict(enumerate(tokens.tensor_split(min(chosen.shards, len(tokens))))) if needed else {}
     )
     rows = []
     with torch.no_grad():
-        for block in sorted(set(range(len(task.plan))) - set(task.output.finished)):
+        for block in sorted(set(range(len(task.layer_groups))) - set(task.output.finished)):
             groups = task.output.unfinished(block)
             keys = [group.key for group in groups]
             collected = [calibrator.collect(block, keys)] if needed else []

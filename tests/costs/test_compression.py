@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.settings import Task
-from hasten.accel.compression.calibration.statistics import SecondMoment, Tree, split
+from hasten.accel.compression.calibration.statistics import Hessian, Tree, split
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
@@ -26,7 +26,7 @@ from tests.models import tiny
 
 def planned(model, level=None, **changes):
     """The pass that tests.compression.local runs: 8 sequences of 16 tokens."""
-    plan = make_plan(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
+    plan = make_layer_groups(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
     values = {"sequences": 8, "length": 16, "batch": 2, "workers": 1, "methods": [GPTQ()]}
     return Pass(model=model, plan=plan, **(values | changes))
 
@@ -49,7 +49,7 @@ def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
     ("columns", "elements"), [(64, 64 * 64), (200, 128 * 128 + 72 * 200), (600, 256 * (256 + 512) + 88 * 600)]
 )
 def test_sums_take_their_panels_up_to_the_diagonal(columns, elements):
-    moment = SecondMoment(columns)
+    moment = Hessian(columns)
     moment.add(torch.ones(1, columns))
     assert moment_bytes(columns) == 4 * elements == moment.array().nbytes
 
@@ -60,7 +60,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
     for part in split(chunks, workers):
         tree = Tree()
         for chunk in part:
-            total = SecondMoment(1)
+            total = Hessian(1)
             total.add(torch.ones(1, 1))
             tree.add(chunk, 1, total)
         sent += len(tree.nodes)
@@ -71,7 +71,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
 def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
     chosen = settings(folder, tmp_path / "out")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
-    sent, keys = 0, [group.key for group in Task(chosen).plan[0]]
+    sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
     for part in split(8, workers):
         calibrator = Calibrator(chosen, {number: chunks[number] for number in part})
         sent += sum(sums.nbytes for found in calibrator.collect(0, keys).values() for *_, sums in found)
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(
     (folder / "README.md").write_text("is not copied")
     compress(settings(folder, tmp_path / "out", scheme=scheme), tiny.tokens(8, 16))
     architecture = Architecture(Checkpoint(folder))
-    found = checkpoint_files(architecture, make_plan(architecture, GridLevel(scheme), (), 0, 0))
+    found = checkpoint_files(architecture, make_layer_groups(architecture, GridLevel(scheme), (), 0, 0))
     shards = list((tmp_path / "out").glob("*.safetensors"))
     tensors = found["blocks"] + found["embedding and head"]
     assert tensors == sum(file.stat().st_size for file in shards)
@@ -102,7 +102,7 @@ def test_a_level_database_is_planned_within_two_percent(folder, model, tmp_path)
     levels = make_levels([2, 4], [32], True, [0.5])
     chosen = settings(folder, tmp_path / "out", levels=levels, pruner=Magnitude(), level=levels[0])
     compress(chosen, tiny.tokens(8, 16))
-    found = database_files(model.architecture, make_plan(model.architecture, levels[0], (), 0, 0), levels)
+    found = database_files(model.architecture, make_layer_groups(model.architecture, levels[0], (), 0, 0), levels)
     written = sum(file.stat().st_size for file in (tmp_path / "out" / "layers").iterdir())
     assert found["levels"] == pytest.approx(written, rel=0.02)
 

@@ -42,7 +42,7 @@ class Group:
         return self.columns**3 / 3 + sum(layer.rows for layer in self.layers) * self.columns**2
 
 
-def make_plan(
+def make_layer_groups(
     architecture: Architecture, level: Level, ignore: Iterable[str], skip_first: int, skip_last: int
 ) -> list[list[Group]]:
     """Groups of every block.
@@ -88,11 +88,11 @@ def _example(architecture: Architecture) -> str:
     return architecture.linears(0)[0].name
 
 
-def schemes(plan: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
+def schemes(layer_groups: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
     """Scheme of every layer that loaders read as codes on a grid, by its name, in the order of the model."""
     return {
         layer.name: group.level.loader_scheme
-        for block in plan
+        for block in layer_groups
         for group in block
         for layer in group.layers
         if group.level.loader_scheme is not None

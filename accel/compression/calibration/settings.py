@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.layer_groups import Group, make_plan, schemes
+from hasten.accel.compression.calibration.layer_groups import Group, make_layer_groups, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -32,10 +32,10 @@ class Settings:
 
     level: of every layer. levels: where they are not None, output becomes a database of all layers at all of them, and
     level is the one whose outputs are propagated. Levels are made by that of quantizer, column_quantizer and pruner
-    which is of their kind. ignore, skip_first, skip_last: see layer_groups.make_plan. propagate: whose outputs the next
-    block is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a block at once.
-    shards: chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens: experts that
-    saw fewer are compressed without statistics.
+    which is of their family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate: whose
+    outputs the next block is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a
+    block at once. shards: chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens:
+    experts that saw fewer are compressed without statistics.
     """
 
     checkpoint: Path
@@ -75,9 +75,9 @@ class Settings:
         return (self.level,) if self.levels is None else self.levels
 
     @property
-    def needs_second_moment(self) -> bool:
+    def needs_hessian(self) -> bool:
         """Whether a method asks for statistics of the layers' inputs."""
-        return any(method.needs_second_moment for method in self.methods)
+        return any(method.needs_hessian for method in self.methods)
 
     @property
     def methods(self) -> list[Method]:
@@ -118,7 +118,7 @@ class Settings:
 
 
 class Task:
-    """The opened checkpoint of some settings, its plan and its output folder; every process makes its own."""
+    """The opened checkpoint of some settings, its layer groups and its output folder; every process makes its own."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -126,19 +126,21 @@ class Task:
         if self.checkpoint.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
-        self.plan: list[list[Group]] = make_plan(
+        self.layer_groups: list[list[Group]] = make_layer_groups(
             self.architecture, settings.level, settings.ignore, settings.skip_first, settings.skip_last
         )
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
-            for groups in self.plan:
+            for groups in self.layer_groups:
                 for group in groups:
                     for level in settings.levels:
                         level.check(group.key, group.columns)
-            self.output = LevelDatabase(settings.output, self.checkpoint, self.plan, settings.levels, settings.level)
+            self.output = LevelDatabase(
+                settings.output, self.checkpoint, self.layer_groups, settings.levels, settings.level
+            )
         else:
             self._check_experts()
-            self.output = OutputFolder(settings.output, self.architecture, self.plan, settings.format)
+            self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for those of all blocks."""
@@ -148,7 +150,7 @@ class Task:
             for layer in self.architecture.linears(block)
             if layer.expert is not None
         }
-        loaded = schemes(self.plan)
+        loaded = schemes(self.layer_groups)
         plain = experts - loaded.keys()
         if loaded and plain:
             raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
@@ -39,17 +39,17 @@ class Ready:
 
 
 def prepare_group(
-    group: Group, method: Method, moment: SecondMoment | None, expert_tokens: int, device: str = "cpu"
+    group: Group, method: Method, hessian: Hessian | None, expert_tokens: int, device: str = "cpu"
 ) -> Ready:
     """The one factorisation for all layers and levels of a group.
 
-    moment: of their input; None if no token came by, or no method needs it. For experts that saw fewer than
+    hessian: of their input; None if no token came by, or no method needs it. For experts that saw fewer than
     expert_tokens the level's stand-in for the method is taken, as statistics of so few would fit noise.
     """
-    tokens = moment.tokens if moment is not None else 0
-    if method.needs_second_moment and (not tokens or (group.is_expert and tokens < expert_tokens)):
+    tokens = hessian.tokens if hessian is not None else 0
+    if method.needs_hessian and (not tokens or (group.is_expert and tokens < expert_tokens)):
         return Ready(method, None, tokens, max(1, expert_tokens))
-    return Ready(method, method.prepare(None if moment is None else moment.to(device)), tokens)
+    return Ready(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
 
 
 def solve_group(

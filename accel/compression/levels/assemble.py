@@ -28,9 +28,14 @@ class MixedOutput(OutputFolder):
     """Folder of a mixture. depth: the blocks that are written. zeros: what stands for layers of dropped parts."""
 
     def __init__(
-        self, path: Path, architecture: Architecture, plan: list[list[Group]], depth: Depth, zeros: Sequence[Zeros]
+        self,
+        path: Path,
+        architecture: Architecture,
+        layer_groups: list[list[Group]],
+        depth: Depth,
+        zeros: Sequence[Zeros],
     ) -> None:
-        super().__init__(path, architecture, plan, PackQuantized(), depth.kept)
+        super().__init__(path, architecture, layer_groups, PackQuantized(), depth.kept)
         self.architecture = architecture
         self.depth = depth
         self.zeros = {each.layer.name: each for each in zeros}
@@ -53,23 +58,23 @@ def mixed_output(
     experts = _grid_of_experts(architecture, grids, depth)
     zeros = _zeros(architecture, database, depth, experts)
     loaded = grids | {each.layer.name: GridLevel(each.scheme) for each in zeros if each.scheme is not None}
-    plan: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
+    layer_groups: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
     for block in depth.kept:
         cut: dict[tuple[str, Level], list[Layer]] = {}
         for layer in architecture.linears(block):
             if layer.name in loaded:
                 cut.setdefault((layer.group, loaded[layer.name]), []).append(layer)
-        plan[block] = [Group(block, tuple(layers), level) for (_, level), layers in cut.items()]
-    if experts is None and any(plan):
+        layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in cut.items()]
+    if experts is None and any(layer_groups):
         raise UserError(
             "experts got no level of quantization, and other layers did: transformers cannot load such a mixture"
         )
-    if zeros and not all(scheme.symmetric for scheme in schemes(plan).values()):
+    if zeros and not all(scheme.symmetric for scheme in schemes(layer_groups).values()):
         raise UserError(
             "attention and MLP parts cannot be dropped next to levels with zero points, which transformers reads only "
             "where all layers have the same bits: use symmetric levels, or drop whole blocks"
         )
-    return MixedOutput(path, architecture, plan, depth, zeros)
+    return MixedOutput(path, architecture, layer_groups, depth, zeros)
 
 
 def write_mixed(
@@ -83,7 +88,7 @@ def write_mixed(
     Facts go by blocks and layers of the original. A layer of a dropped part has the level `drop`.
     """
     found = []
-    for block, groups in enumerate(database.plan):
+    for block, groups in enumerate(database.layer_groups):
         layers = [layer for group in groups for layer in group.layers]
         if block not in output.depth.kept:
             found += [_dropped(block, layer, None) for layer in layers]
@@ -136,7 +141,7 @@ def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> dict[str, Any]:
 def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Level]:
     """Levels of the layers that loaders read as codes; ValueError names a level that the database does not have."""
     found: dict[str, Level] = {}
-    for groups in database.plan:
+    for groups in database.layer_groups:
         for group in groups:
             known: dict[str, Level | None] = {KEEP: None, **dict(database.levels_of(group))}
             for layer in group.layers:
@@ -152,7 +157,7 @@ def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Leve
 
 def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, experts: Scheme | None) -> list[Zeros]:
     """What stands for layers of dropped parts; those that the database lacks stay where that makes no difference."""
-    known = {layer.name for groups in database.plan for group in groups for layer in group.layers}
+    known = {layer.name for groups in database.layer_groups for group in groups for layer in group.layers}
     found = []
     for block in depth.zeros:
         for layer in architecture.linears(block):

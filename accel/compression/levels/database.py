@@ -40,12 +40,12 @@ class LevelDatabase(ResumableFolder):
         self,
         path: Path,
         checkpoint: Checkpoint,
-        plan: Sequence[Sequence[Group]],
+        layer_groups: Sequence[Sequence[Group]],
         levels: Sequence[Level],
         propagated: Level | None,
     ) -> None:
         super().__init__(path, checkpoint.path)
-        self.plan = plan
+        self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
@@ -63,14 +63,14 @@ class LevelDatabase(ResumableFolder):
         levels = [parse_level(name) for name in content["levels"]]
         level = levels[0] if levels else parse_level(_UNUSED)
         layers = set(content["layers"])
-        plan = []
+        layer_groups = []
         for block in range(architecture.num_blocks):
             shared: dict[str, list[Layer]] = {}
             for layer in architecture.linears(block):
                 if layer.name in layers:
                     shared.setdefault(layer.group, []).append(layer)
-            plan.append([Group(block, tuple(group), level) for group in shared.values()])
-        return cls(path, checkpoint, plan, levels, None)
+            layer_groups.append([Group(block, tuple(group), level) for group in shared.values()])
+        return cls(path, checkpoint, layer_groups, levels, None)
 
     @property
     def levels(self) -> list[str]:
@@ -89,13 +89,15 @@ class LevelDatabase(ResumableFolder):
     def unfinished(self, block: int) -> list[Group]:
         """Groups of a block of which a layer is missing."""
         return [
-            group for group in self.plan[block] if not all(self._file(layer.name).exists() for layer in group.layers)
+            group
+            for group in self.layer_groups[block]
+            if not all(self._file(layer.name).exists() for layer in group.layers)
         ]
 
     @property
     def finished(self) -> list[int]:
         """Blocks of which nothing is missing."""
-        return [block for block in range(len(self.plan)) if not self.unfinished(block)]
+        return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
 
     def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
         """Write a layer's tensors and facts, both by level."""
@@ -129,7 +131,9 @@ class LevelDatabase(ResumableFolder):
         """Weights of a finished block's layers at the propagated level, by their path in the block."""
         assert self._propagated is not None
         level = self._propagated.name
-        return {layer.module: self.weight(layer.name, level) for group in self.plan[block] for layer in group.layers}
+        return {
+            layer.module: self.weight(layer.name, level) for group in self.layer_groups[block] for layer in group.layers
+        }
 
     def write_block(self, block: int, packed: Mapping[str, Any], facts: list[dict[str, Any]]) -> None:
         """Nothing is left to write when a block is done: its layers stand."""
@@ -142,7 +146,7 @@ class LevelDatabase(ResumableFolder):
         content = {
             "checkpoint": self.checkpoint.fingerprint(),
             "levels": self.levels,
-            "layers": [layer.name for groups in self.plan for group in groups for layer in group.layers],
+            "layers": [layer.name for groups in self.layer_groups for group in groups for layer in group.layers],
         }
         self.write_json(self.path / self.last_file, content)
 

@@ -36,21 +36,21 @@ _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 class OutputFolder(ResumableFolder):
     """A compressed checkpoint in the making.
 
-    plan: layers that are compressed, by block. kept: numbers of the blocks that are written, rising; None for all.
-    Every block goes by its number in the original, and by its place among the kept ones in the files.
+    layer_groups: layers that are compressed, by block. kept: numbers of the blocks that are written, rising; None for
+    all. Every block goes by its number in the original, and by its place among the kept ones in the files.
     """
 
     def __init__(
         self,
         path: Path,
         architecture: Architecture,
-        plan: list[list[Group]],
+        layer_groups: list[list[Group]],
         form: Format,
         kept: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, architecture.checkpoint.path)
         self._architecture = architecture
-        self._plan = plan
+        self._layer_groups = layer_groups
         self.format = form
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
         self._places = {block: place for place, block in enumerate(self._kept)}
@@ -73,7 +73,7 @@ class OutputFolder(ResumableFolder):
 
     def unfinished(self, block: int) -> list[Group]:
         """Groups of a block that are still to be solved: all of them until its shard stands."""
-        return [] if self.is_finished(block) else list(self._plan[block])
+        return [] if self.is_finished(block) else list(self._layer_groups[block])
 
     @property
     def finished(self) -> list[int]:
@@ -97,7 +97,7 @@ class OutputFolder(ResumableFolder):
         weights: dict[str, Tensor] = {}
         with safe_open(self.shard(block), framework="pt") as file:
             stored = set(file.keys())
-            for group in self._plan[block]:
+            for group in self._layer_groups[block]:
                 scheme = group.level.loader_scheme
                 for layer in group.layers:
                     name = self._renamed(layer.name)
@@ -135,7 +135,7 @@ class OutputFolder(ResumableFolder):
     def _config(self) -> dict[str, Any]:
         """Content of config.json."""
         config = shorten(self._architecture, self._kept)
-        quantized = schemes(self._plan)
+        quantized = schemes(self._layer_groups)
         if not quantized:
             return config
         untouched = [
@@ -144,7 +144,7 @@ class OutputFolder(ResumableFolder):
             for layer in self._architecture.linears(block)
             if layer.name not in quantized
         ]
-        experts = any(group.is_expert for groups in self._plan for group in groups)
+        experts = any(group.is_expert for groups in self._layer_groups for group in groups)
         renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
         described = self.format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
         return config | {"quantization_config": described}

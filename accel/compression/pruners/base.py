@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
@@ -83,24 +83,24 @@ class PrunedWeight:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the input of layers. moment: None where that is nothing, or nothing that can be used."""
+    """What is known of the input of layers. hessian: None where that is nothing, or nothing that can be used."""
 
-    moment: SecondMoment | None
+    hessian: Hessian | None
     notes: tuple[str, ...] = ()
 
     def power(self, weight: Tensor) -> Tensor:
         """Mean squared output of every row of weight (R, C), or its squared weights, (R,) float32."""
         weight = weight.float()
-        if self.moment is None:
+        if self.hessian is None:
             return weight.square().sum(1)
         # Only the panels up to the diagonal are kept: what they have left of their square counts twice.
         total = weight.new_zeros(len(weight))
-        for panel in self.moment.panels():
+        for panel in self.hessian.panels():
             size, stop = panel.shape
             outputs = weight[:, stop - size : stop] @ panel
             outputs[:, : stop - size] *= 2
             total += outputs.mul_(weight[:, :stop]).sum(1)
-        return total.div_(self.moment.tokens).clamp_(min=0)
+        return total.div_(self.hessian.tokens).clamp_(min=0)
 
 
 class Pruner(Method, ABC):
@@ -110,12 +110,12 @@ class Pruner(Method, ABC):
     size, and no row depends on those that are stacked with it.
     """
 
-    def prepare(self, moment: SecondMoment | None) -> Any:
+    def prepare(self, hessian: Hessian | None) -> Any:
         """What is known of the input; methods that need no statistics tell errors of the output by them."""
         # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
-        if moment is not None and not bool(torch.isfinite(moment.diagonal()).all()):
-            return Inputs(None, ("second moment is not finite: weights alone were looked at",))
-        return Inputs(moment)
+        if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
+            return Inputs(None, ("Hessian is not finite: weights alone were looked at",))
+        return Inputs(hessian)
 
     @abstractmethod
     def prune(self, weight: Tensor, prepared: Any, pattern: Pattern, grid: Grid | None = None) -> Result[PrunedWeight]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.pruners.base import Pattern, PrunedWeight, Pruner, lowest
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
@@ -32,7 +32,7 @@ _WIDTH = 128
 class SparseGPT(Pruner):
     """Pruner that minimises the layer's output error on the calibration tokens.
 
-    damping: added to the diagonal of the second moment, as a share of its mean; raised tenfold, up to max_damping,
+    damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping,
     where it cannot be factored, and past that weights are pruned by magnitude. block: columns whose mask is chosen at
     once, where the pattern has no groups.
     """
@@ -41,17 +41,17 @@ class SparseGPT(Pruner):
     max_damping: float = 1.0
     block: int = 32
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping)
         if self.block < 1:
             raise UserError(f"block={self.block} is out of range: 1 or more")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor:
-        """Factor of the second moment of the layers' input."""
-        assert moment is not None
-        return factorise(moment, self.damping, self.max_damping, "none", "pruned by magnitude")
+    def prepare(self, hessian: Hessian | None) -> Factor:
+        """Factor of the Hessian of the layers' input."""
+        assert hessian is not None
+        return factorise(hessian, self.damping, self.max_damping, "none", "pruned by magnitude")
 
     def prune(
         self, weight: Tensor, prepared: Factor, pattern: Pattern, grid: Grid | None = None

@@ -17,13 +17,13 @@ from hasten.accel.compression.result import Result
 class Wanda(Pruner):
     """Pruner by weight and input norm; the weights that are kept stay as they are."""
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def prune(
         self, weight: Tensor, prepared: Inputs, pattern: Pattern, grid: Grid | None = None
     ) -> Result[PrunedWeight]:
         """Weight (R, C) without the entries of the lowest product."""
         score = weight.float().abs()
-        if prepared.moment is not None:
-            score.mul_(prepared.moment.diagonal().sqrt())
+        if prepared.hessian is not None:
+            score.mul_(prepared.hessian.diagonal().sqrt())
         return prune_lowest(weight, score, prepared, pattern, grid)

@@ -23,7 +23,7 @@ from torch import Tensor
 from hasten.accel.compression.allocators.baq import column_bits
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.columns import (
     MAX_WIDTH,
     MIN_WIDTH,
@@ -90,7 +90,7 @@ class ColumnwiseBAQ(ColumnQuantizer):
     search: int = 32
     refits: int = 2
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping, self.act_order)
@@ -106,11 +106,11 @@ class ColumnwiseBAQ(ColumnQuantizer):
         if not self.lowest <= level.mean <= self.highest:
             raise UserError(f"column_bits={level.mean:g} is out of range: {self.lowest} to {self.highest}")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor | None:
-        """Factor of the second moment of the layers' input."""
-        if moment is None:
+    def prepare(self, hessian: Hessian | None) -> Factor | None:
+        """Factor of the Hessian of the layers' input."""
+        if hessian is None:
             return None
-        return factorise(moment, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
+        return factorise(hessian, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
 
     def losses(self, weight: Tensor, prepared: Factor | None, level: ColumnBits) -> Tensor:
         """Output error that every column of weight (R, C) adds at equal bits, the nearest to the mean, (C,) float64."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.level import level_kinds, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
@@ -26,10 +26,10 @@ def level(request):
 
 
 @pytest.fixture(scope="module")
-def moment():
+def hessian():
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(COLUMNS, COLUMNS, generator=generator)
-    found = SecondMoment(COLUMNS)
+    found = Hessian(COLUMNS)
     found.add(torch.randn(1024, COLUMNS, generator=generator) @ mix)
     return found
 
@@ -42,10 +42,10 @@ def methods_of(level):
     return [method for method in METHODS if isinstance(method, level.family)] or [level.default_method()]
 
 
-def solved(level, weights, moment, method=None):
+def solved(level, weights, hessian, method=None):
     method = method or methods_of(level)[0]
     layers = [Layer(name, name, len(weight), COLUMNS, "group", None) for name, weight in weights.items()]
-    return level.solve(method, layers, lambda layer: weights[layer.name], method.prepare(moment), "cpu")
+    return level.solve(method, layers, lambda layer: weights[layer.name], method.prepare(hessian), "cpu")
 
 
 def packed_bits(stored):
@@ -67,9 +67,9 @@ def test_a_wrong_name_is_refused_with_the_names_that_there_are(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_packed_form_is_what_was_announced_and_has_the_exact_bits(level, moment, dtype):
+def test_the_packed_form_is_what_was_announced_and_has_the_exact_bits(level, hessian, dtype):
     # 16 rows and 256 columns: nothing is padded.
-    weight = solved(level, {"a": weight_of(16, dtype)}, moment)["a"].weight
+    weight = solved(level, {"a": weight_of(16, dtype)}, hessian)["a"].weight
     stored = level.pack(weight)
     assert weight.bits == level.stored_bits(16, COLUMNS, dtype.itemsize) == packed_bits(stored)
     announced = level.stored_tensors(16, COLUMNS, dtype)
@@ -79,15 +79,15 @@ def test_the_packed_form_is_what_was_announced_and_has_the_exact_bits(level, mom
             assert (stored[tensor.name].dtype, tuple(stored[tensor.name].shape)) == (tensor.dtype, tensor.shape)
 
 
-def test_padding_is_less_than_a_word_for_every_row_or_column_of_a_tensor(level, moment):
-    weight = solved(level, {"a": weight_of(19)}, moment)["a"].weight
+def test_padding_is_less_than_a_word_for_every_row_or_column_of_a_tensor(level, hessian):
+    weight = solved(level, {"a": weight_of(19)}, hessian)["a"].weight
     stored = level.pack(weight)
     assert 0 <= packed_bits(stored) - weight.bits < 32 * COLUMNS * len(stored)
     assert weight.bits == level.stored_bits(19, COLUMNS, 2)
 
 
-def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, moment):
-    stored = level.pack(solved(level, {"a": weight_of(16)}, moment)["a"].weight)
+def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, hessian):
+    stored = level.pack(solved(level, {"a": weight_of(16)}, hessian)["a"].weight)
     dense, scheme = level.unpack(stored), level.loader_scheme
     tensors = level.checkpoint_tensors(stored)
     assert dense.shape == (16, COLUMNS)
@@ -98,27 +98,27 @@ def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, moment):
         assert all(torch.equal(tensors[name], tensor) for name, tensor in stored.items())
 
 
-def test_the_error_is_that_of_the_weight_that_is_unpacked(level, moment):
+def test_the_error_is_that_of_the_weight_that_is_unpacked(level, hessian):
     given = weight_of(16)
     for method in methods_of(level):
-        if method.needs_second_moment:
-            result = solved(level, {"a": given}, moment, method)["a"]
+        if method.needs_hessian:
+            result = solved(level, {"a": given}, hessian, method)["a"]
             lost = given.float() - level.unpack(level.pack(result.weight)).float()
-            hessian = moment.mean(torch.arange(COLUMNS))
+            mean = hessian.mean(torch.arange(COLUMNS))
             # GPTQ and BAQ count the damping of 1 % as well, which is up to a sixth of so small an error.
-            torch.testing.assert_close(result.error, ((lost @ hessian) * lost).sum(1), rtol=0.2, atol=0)
+            torch.testing.assert_close(result.error, ((lost @ mean) * lost).sum(1), rtol=0.2, atol=0)
 
 
-def test_layers_that_are_solved_together_get_what_each_gets_alone(level, moment):
+def test_layers_that_are_solved_together_get_what_each_gets_alone(level, hessian):
     weights = {"a": weight_of(16), "b": weight_of(24, seed=2)}
-    together = solved(level, weights, moment)
+    together = solved(level, weights, hessian)
     for name, weight in weights.items():
-        alone = solved(level, {name: weight}, moment)[name]
+        alone = solved(level, {name: weight}, hessian)[name]
         torch.testing.assert_close(together[name].error, alone.error, rtol=1e-3, atol=0)
 
 
-def test_the_same_input_gives_the_same_bytes(level, moment):
-    first, second = (level.pack(solved(level, {"a": weight_of(16)}, moment)["a"].weight) for _ in range(2))
+def test_the_same_input_gives_the_same_bytes(level, hessian):
+    first, second = (level.pack(solved(level, {"a": weight_of(16)}, hessian)["a"].weight) for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
@@ -131,13 +131,13 @@ def test_where_there_are_no_statistics_a_stand_in_makes_the_level_and_says_so(le
         assert result.weight.bits == level.stored_bits(16, COLUMNS, 2)
 
 
-def test_facts_are_plain_and_name_the_bits(level, moment):
-    facts = level.facts(solved(level, {"a": weight_of(16)}, moment)["a"].weight)
+def test_facts_are_plain_and_name_the_bits(level, hessian):
+    facts = level.facts(solved(level, {"a": weight_of(16)}, hessian)["a"].weight)
     assert float(facts["bits"]) > 0
     assert not any(isinstance(value, torch.Tensor) for value in facts.values())
 
 
-def test_an_expert_gets_a_level_of_its_own_name_or_one_that_can_be_read_by_it(level, moment):
+def test_an_expert_gets_a_level_of_its_own_name_or_one_that_can_be_read_by_it(level, hessian):
     own = level.of_expert()
-    stored = own.pack(solved(own, {"a": weight_of(16)}, moment)["a"].weight)
+    stored = own.pack(solved(own, {"a": weight_of(16)}, hessian)["a"].weight)
     assert torch.equal(level.unpack(stored), own.unpack(stored))

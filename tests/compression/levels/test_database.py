@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hasten.accel.compression.calibration import slabs as pieces
+from hasten.accel.compression.calibration import slabs
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.formats import columns
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
@@ -46,7 +46,7 @@ def database(source, tmp_path_factory):
 
 
 def layers(database):
-    return [layer.name for groups in database.plan for group in groups for layer in group.layers]
+    return [layer.name for groups in database.layer_groups for group in groups for layer in group.layers]
 
 
 def test_the_propagated_level_is_what_compress_makes_at_that_level(database, source, tmp_path):
@@ -61,7 +61,7 @@ def test_the_first_block_is_what_compress_makes_at_every_level(database, source,
         output = tmp_path / level.name
         local.compress(local.settings(source, output, level=level), TOKENS)
         compressed = Checkpoint(output)
-        for group in database.plan[0]:
+        for group in database.layer_groups[0]:
             for layer in group.layers:
                 weight = database.weight(layer.name, level.name)
                 assert torch.equal(weight, compressed.tensor(f"{layer.name}.weight"))
@@ -94,7 +94,7 @@ def test_layers_that_are_missing_are_made_again_and_no_others(source, tmp_path):
     local.compress(chosen, TOKENS)
     assert local.contents(tmp_path / "levels") == whole
     # The layers that share an input with it are solved with it.
-    group = next(group for group in task.plan[0] if any(layer.name == files[3].stem for layer in group.layers))
+    group = next(group for group in task.layer_groups[0] if any(layer.name == files[3].stem for layer in group.layers))
     again = {layer.name for layer in group.layers}
     assert {file.stem for file, time in kept.items() if file.stat().st_mtime_ns != time} == again - {files[3].stem}
 
@@ -138,7 +138,7 @@ def test_sparse_levels_stand_beside_quantized_ones(source, tmp_path):
     local.compress(chosen, TOKENS)
     found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
     assert found.levels == ["w3g32", "s50"]
-    for group in found.plan[0]:
+    for group in found.layer_groups[0]:
         for layer in group.layers:
             weight = found.weight(layer.name, "s50")
             assert weight.dtype == torch.bfloat16
@@ -192,7 +192,7 @@ def three(source, tmp_path_factory):
 
 def test_bits_by_column_stand_beside_grids_and_sparsities(three):
     assert three.levels == ["w3g32", "c3", "s50"]
-    for group in three.plan[0] + three.plan[1]:
+    for group in three.layer_groups[0] + three.layer_groups[1]:
         for layer in group.layers:
             facts = three.facts(layer.name)
             for name, level in three.levels_of(group):
@@ -230,7 +230,7 @@ def test_a_mixture_with_bits_by_column_is_loaded_by_transformers(three, source, 
 
 
 def test_layers_that_share_an_input_have_maps_of_their_own_columns(three):
-    maps = [columns.unpack(three.parts(layer.name, "c3")).widths for layer in three.plan[0][0].layers]
+    maps = [columns.unpack(three.parts(layer.name, "c3")).widths for layer in three.layer_groups[0][0].layers]
     assert len(maps) == 3
     assert not torch.equal(maps[0], maps[1])
     assert all(int(one.sum()) == 3 * 64 for one in maps)
@@ -240,7 +240,7 @@ def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_
     chosen = by_columns(source, tmp_path / "levels", levels=THREE[1:2], level=THREE[1], ignore=("q_proj",))
     local.compress(chosen, TOKENS)
     alone = LevelDatabase.read(chosen.output, Task(chosen).architecture)
-    for group in alone.plan[0]:
+    for group in alone.layer_groups[0]:
         for layer in group.layers:
             together = three.parts(layer.name, "c3")
             for name, tensor in alone.parts(layer.name, "c3").items():
@@ -248,11 +248,11 @@ def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_
 
 
 def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "_SLAB", 20 * 64)
+    monkeypatch.setattr(slabs, "_SLAB", 20 * 64)
     chosen = by_columns(source, tmp_path / "levels")
     local.compress(chosen, TOKENS)
     found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
-    for layer in three.plan[0][0].layers:
+    for layer in three.layer_groups[0][0].layers:
         cut, whole = (columns.unpack(one.parts(layer.name, "c3")) for one in (found, three))
         assert torch.equal(cut.widths, whole.widths)
         # Matrix products of other shapes may round the last bit another way.
