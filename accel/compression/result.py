@@ -1,10 +1,13 @@
 """What a quantizer or a pruner gives back for the rows of one or several layers."""
 
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+# What a report says of a layer at a level; every kind of level adds entries of its own.
+Facts = dict[str, Any]
 
 
 class CompressedWeight(Protocol):

@@ -147,9 +147,9 @@ def test_layers_solved_in_slabs_of_rows_come_out_as_in_one_piece(tmp_path, monke
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
     whole = local.compress(local.settings(source, tmp_path / "whole"), tiny.tokens(4))
     monkeypatch.setattr(slabs, "_SLAB", 64 * 24)  # cuts through layers, and packs the end of one with the next
-    slabs = local.compress(local.settings(source, tmp_path / "slabs"), tiny.tokens(4))
-    assert [row["layer"] for row in slabs] == [row["layer"] for row in whole]
-    for one, other in zip(slabs, whole, strict=True):
+    cut = local.compress(local.settings(source, tmp_path / "slabs"), tiny.tokens(4))
+    assert [row["layer"] for row in cut] == [row["layer"] for row in whole]
+    for one, other in zip(cut, whole, strict=True):
         assert one["stored_bits"] == other["stored_bits"]
         # Matrix products of other shapes round the last bit another way, which can move single codes.
         assert one["error"] == pytest.approx(other["error"], rel=0.02)

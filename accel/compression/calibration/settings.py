@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +89,7 @@ class Settings:
     def _given(self) -> list[Method]:
         return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
 
-    def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
+    def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, object]:
         """What must be equal for a run to go on where another stopped, as plain values."""
         return {
             "checkpoint": checkpoint.fingerprint(),

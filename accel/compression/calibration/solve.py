@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
-from hasten.accel.compression.result import CompressedWeight, Result
+from hasten.accel.compression.result import CompressedWeight, Facts, Result
 from hasten.accel.models.architecture import Layer
 from hasten.accel.models.checkpoint import Checkpoint
 
@@ -21,7 +20,7 @@ class Solved:
     """Compressed layers of a group by name, and one row of facts for each."""
 
     weights: Mapping[str, CompressedWeight]
-    facts: list[dict[str, Any]]
+    facts: list[Facts]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def solve_group(
 
 def solve_for_checkpoint(
     group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
-) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
     """Tensors in a checkpoint of the layers of a group at its level, by layer and by what follows its name; facts."""
     solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
     packed = {name: level.checkpoint_tensors(level.pack(weight)) for name, weight in solved.weights.items()}
@@ -86,10 +85,10 @@ def solve_for_checkpoint(
 
 def solve_levels(
     database: LevelDatabase, group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
-) -> list[dict[str, Any]]:
+) -> list[Facts]:
     """Write the layers of a group at every level into a database; returns their facts, one row a layer and level."""
     packed: dict[str, dict[str, dict[str, Tensor]]] = {layer.name: {} for layer in group.layers}
-    facts: dict[str, dict[str, Any]] = {layer.name: {} for layer in group.layers}
+    facts: dict[str, Facts] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
         solved = solve_group(group, checkpoint, methods, level, device)
         for row in solved.facts:
@@ -101,7 +100,7 @@ def solve_levels(
     return [row for by_level in facts.values() for row in by_level.values()]
 
 
-def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWeight]) -> dict[str, Any]:
+def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWeight]) -> Facts:
     power, error = float(result.power.double().sum()), float(result.error.double().sum())
     weights = layer.rows * layer.columns
     return {

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 
@@ -82,7 +82,7 @@ def write_mixed(
     database: LevelDatabase,
     levels: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Facts]:
     """Write every block that is not there yet and finish; returns the facts of all layers. progress(blocks done).
 
     Facts go by blocks and layers of the original. A layer of a dropped part has the level `drop`.
@@ -118,7 +118,7 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
     output.write_block(block, packed, facts)
 
 
-def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> dict[str, Any]:
+def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:
     """Facts of a layer of a dropped part; zeros is None in a block that is left out."""
     weights = layer.rows * layer.columns
     bits, stored = 0, 0

@@ -7,7 +7,6 @@ that have none. Files are read by memory map, so that a search touches only the 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -16,6 +15,7 @@ from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
+from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
@@ -99,18 +99,18 @@ class LevelDatabase(ResumableFolder):
         """Blocks of which nothing is missing."""
         return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
 
-    def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Facts]) -> None:
         """Write a layer's tensors and facts, both by level."""
         tensors = {f"{level}.{part}": tensor for level, parts in packed.items() for part, tensor in parts.items()}
         self._file(layer).parent.mkdir(exist_ok=True)
         self.write_tensors(self._file(layer), tensors, {_FACTS: json.dumps(facts)})
 
-    def facts(self, layer: str) -> dict[str, dict[str, Any]]:
+    def facts(self, layer: str) -> dict[str, Facts]:
         """Rows of facts of a layer, by level."""
         if not self._levels:
             return {}
         with safe_open(self._file(layer), framework="pt") as file:
-            found: dict[str, dict[str, Any]] = json.loads(file.metadata()[_FACTS])
+            found: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
         return found
 
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class LevelDatabase(ResumableFolder):
             layer.module: self.weight(layer.name, level) for group in self.layer_groups[block] for layer in group.layers
         }
 
-    def write_block(self, block: int, packed: Mapping[str, Any], facts: list[dict[str, Any]]) -> None:
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Nothing is left to write when a block is done: its layers stand."""
         assert not packed
         missing = self.unfinished(block)

@@ -20,6 +20,7 @@ from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
+from hasten.accel.compression.result import Facts
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.families import family_of
 
@@ -62,9 +63,9 @@ class OutputFolder(ResumableFolder):
         number = len(self._outer) + self._places[block] + 1
         return self.path / f"model-{number:05d}-of-{self._shards:05d}.safetensors"
 
-    def facts(self, block: int) -> list[dict[str, Any]]:
+    def facts(self, block: int) -> list[Facts]:
         """What was noted about each compressed layer of a finished block."""
-        layers: list[dict[str, Any]] = json.loads(self._facts_file(block).read_text())
+        layers: list[Facts] = json.loads(self._facts_file(block).read_text())
         return layers
 
     def is_finished(self, block: int) -> bool:
@@ -80,7 +81,7 @@ class OutputFolder(ResumableFolder):
         """Blocks whose shards stand."""
         return [block for block in self._kept if self.is_finished(block)]
 
-    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
 
         packed: tensors of a layer by what follows its name; a `bias` among them stands for the layer's own.

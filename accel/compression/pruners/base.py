@@ -2,13 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.method import Method
+from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
@@ -103,26 +102,30 @@ class Inputs:
         return total.div_(self.hessian.tokens).clamp_(min=0)
 
 
-class Pruner(Method, ABC):
+class Pruner(Method[P]):
     """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
 
     Every method sets exactly as many weights of every row to zero as the pattern says: layers of equal shape have equal
     size, and no row depends on those that are stacked with it.
     """
 
-    def prepare(self, hessian: Hessian | None) -> Any:
+    @abstractmethod
+    def prune(self, weight: Tensor, prepared: P, pattern: Pattern, grid: Grid | None = None) -> Result[PrunedWeight]:
+        """Prune weight (R, C), whose dtype stays; prepared comes from prepare().
+
+        grid: what the kept weights are rounded to; None leaves them where they are, or the method puts them.
+        """
+
+
+class ScoredPruner(Pruner[Inputs]):
+    """A pruner that scores every weight for itself; without statistics it tells errors of the weights."""
+
+    def prepare(self, hessian: Hessian | None) -> Inputs:
         """What is known of the input; methods that need no statistics tell errors of the output by them."""
         # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
         if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
             return Inputs(None, ("Hessian is not finite: weights alone were looked at",))
         return Inputs(hessian)
-
-    @abstractmethod
-    def prune(self, weight: Tensor, prepared: Any, pattern: Pattern, grid: Grid | None = None) -> Result[PrunedWeight]:
-        """Prune weight (R, C), whose dtype stays; prepared comes from prepare().
-
-        grid: what the kept weights are rounded to; None leaves them where they are, or the method puts them.
-        """
 
 
 def lowest(score: Tensor, number: int | Tensor) -> Tensor:

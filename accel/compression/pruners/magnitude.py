@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, Pruner, prune_lowest
+from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 
 
 @dataclass(frozen=True)
-class Magnitude(Pruner):
+class Magnitude(ScoredPruner):
     """Pruner that needs no calibration data."""
 
     def prune(

@@ -29,7 +29,7 @@ _WIDTH = 128
 
 
 @dataclass(frozen=True)
-class SparseGPT(Pruner):
+class SparseGPT(Pruner[Factor]):
     """Pruner that minimises the layer's output error on the calibration tokens.
 
     damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping,

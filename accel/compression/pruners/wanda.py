@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, Pruner, prune_lowest
+from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 
 
 @dataclass(frozen=True)
-class Wanda(Pruner):
+class Wanda(ScoredPruner):
     """Pruner by weight and input norm; the weights that are kept stay as they are."""
 
     needs_hessian: ClassVar[bool] = True

@@ -74,7 +74,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class ColumnwiseBAQ(ColumnQuantizer):
+class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
     """Quantizer that gives the columns of a layer bits of their own, by their share of the output error.
 
     damping, max_damping, act_order: see quantizers.gptq.GPTQ. lowest, highest: bounds of a column's bits. search:

@@ -1,13 +1,12 @@
 """What every weight quantizer takes and gives back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.method import Method
+from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
 from hasten.kernels.dequantize.op import dequantize
@@ -90,11 +89,11 @@ class QuantizedWeight:
         )
 
 
-class Quantizer(Method, ABC):
+class Quantizer(Method[P]):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
+    def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
 
 

@@ -53,7 +53,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class GPTQ(Quantizer):
+class GPTQ(Quantizer[Factor]):
     """Quantizer that minimises the layer's output error on the calibration tokens.
 
     damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where H cannot be

@@ -4,10 +4,10 @@ Source: Nagel et al. 2021, arXiv:2106.08295. The baseline every quantizer here i
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
@@ -15,7 +15,7 @@ from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class RoundToNearest(Quantizer):
+class RoundToNearest(Quantizer[None]):
     """Quantizer that needs no calibration data.
 
     search: ranges tried for each scale by mean squared error, between shrink times the full range and the full
@@ -29,8 +29,11 @@ class RoundToNearest(Quantizer):
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
-        """Codes of weight (R, C); prepared is not read."""
+    def prepare(self, hessian: Hessian | None) -> None:
+        """Nothing."""
+
+    def quantize(self, weight: Tensor, prepared: None, scheme: Scheme) -> Result[QuantizedWeight]:
+        """Codes of weight (R, C)."""
         quantized = Grid.of(weight, scheme, self.search, self.shrink).quantize(weight)
         power, error = power_and_error(weight, quantized.dequantize())
         return Result(quantized, error, power)
