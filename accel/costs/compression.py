@@ -1,4 +1,4 @@
-"""Cost of the calibration pass of compress and levels: hidden states, sums of second moments, solves, and files."""
+"""Cost of the calibration pass of compress and levels: hidden states, sums of Hessians, solves, and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from math import ceil
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import split
-from hasten.accel.compression.levels.level import Level
-from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.method import Method
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
-from hasten.accel.costs.method import CostedMethod, moment_bytes
+from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
+from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.costs.model import Model, with_kept_back
 from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
@@ -32,8 +32,7 @@ class Pass:
 
     model: Model
     plan: Sequence[Sequence[Group]]
-    methods: Sequence[CostedMethod]
-    scheme: Scheme
+    methods: Sequence[Method]
     sequences: int
     length: int
     levels: Sequence[Level] | None = None
@@ -101,7 +100,7 @@ def _held_nodes(chunks: int) -> int:
 
 
 def _sums_bytes(groups: Sequence[Group]) -> int:
-    return sum(moment_bytes(group.columns) for group in groups)
+    return sum(hessian_bytes(group.columns) for group in groups)
 
 
 def _weights(group: Group) -> int:
@@ -115,7 +114,7 @@ def _packed_bytes(work: Pass, group: Group) -> int:
     for layer in group.layers:
         itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
         if work.levels is None:
-            total += sum(size for *_, size in grid_tensors(layer, group.scheme, itemsize))
+            total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
             total += sum(size for level in work.levels for *_, size in level_tensors(layer, level, itemsize))
     return total
@@ -126,7 +125,7 @@ def _moved(work: Pass) -> dict[str, int]:
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
         count = nodes(work.chunks, work.workers)
-        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.plan)
+        moved["sums of Hessians"] = count * sum(_sums_bytes(groups) for groups in work.plan)
         if work.nodes > 1:
             away = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.plan)
             moved[BETWEEN] = int(count * away * (1 - 1 / work.nodes))
@@ -156,7 +155,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # A layer's input once more in float32, where it is not.
         wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += wide
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
+        sums = {"sums of Hessians": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
         sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
@@ -165,7 +164,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
         found = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
-        reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
+        reads = {SHARED: hessian_bytes(group.columns) * nodes(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
             "codes": _weights(group),
@@ -255,7 +254,7 @@ def _network_bytes(work: Pass) -> float:
 
 
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
-    """Accumulating the second moments of a block; an expert sees the tokens that are routed to it."""
+    """Accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
     found = Work()
     for group in groups:
         share = work.model.active_share(group.block) if group.is_expert else 1.0
@@ -268,21 +267,13 @@ def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
     return group_work(stack_of(group, work.gpu_memory), _solves(work, group)).seconds(rates)
 
 
-def _solves(work: Pass, group: Group) -> list[tuple[CostedMethod, Level]]:
+def _solves(work: Pass, group: Group) -> list[tuple[Method, Level]]:
     """The levels that a group is compressed to, each with the method that does it."""
-    levels = [group.scheme] if work.levels is None else work.levels
-    return [(_method_of(work, level), level) for level in levels]
+    levels = [group.level] if work.levels is None else work.levels
+    return [(level.method_of(work.methods), level) for level in levels]
 
 
 def _guesses(work: Pass) -> tuple[str, ...]:
     """A note for every method that states no cost."""
     group = next((group for groups in work.plan for group in groups), None)
     return () if group is None else guess_notes(_solves(work, group), stack_of(group, work.gpu_memory))
-
-
-def _method_of(work: Pass, level: Level) -> CostedMethod:
-    """What solves a level: quantizers come first, the others in the order of their kinds of level."""
-    if work.levels is None or len(work.methods) == 1:
-        return work.methods[0]
-    kinds = list(dict.fromkeys(type(each) for each in work.levels))
-    return work.methods[min(kinds.index(type(level)), len(work.methods) - 1)]

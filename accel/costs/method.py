@@ -6,7 +6,6 @@ planned by `guessed_cost`, and the plan says so.
 
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, ClassVar, Protocol
 
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, searched_weights, slab_weights
 from hasten.accel.compression.calibration.statistics import panel_bounds
@@ -64,25 +63,16 @@ class MethodCost:
     prepared_bytes: int = 0
 
 
-class CostedMethod(Protocol):
-    """What plans read of a quantizer, a column quantizer or a pruner."""
-
-    needs_second_moment: ClassVar[bool]
-
-    def cost(self, layers: LayerStack, level: Any, /) -> MethodCost | None:
-        """Cost of the layers at a level of the method's own kind; None where the method states none."""
-
-
 def factored_cost(layers: LayerStack, solve: Work) -> MethodCost:
-    """Cost of a method that factors the second moment of its input and solves all columns of a slab against it."""
+    """Cost of a method that factors the Hessian of its input and solves all columns of a slab against it."""
     # The sums come to a GPU panel by panel, and lie there once more while they are put together.
-    copies = 2 * moment_bytes(layers.columns) if layers.gpu_memory else 0
+    copies = 2 * hessian_bytes(layers.columns) if layers.gpu_memory else 0
     return MethodCost(solve, SOLVE_BYTES, factorisation(layers.columns), 4 * layers.columns**2 + copies)
 
 
-def guessed_cost(layers: LayerStack, needs_second_moment: bool) -> MethodCost:
+def guessed_cost(layers: LayerStack, needs_hessian: bool) -> MethodCost:
     """Cost of a method that states none: of rounding to nearest, or of one visit of all columns, as GPTQ's."""
-    if not needs_second_moment:
+    if not needs_hessian:
         return MethodCost(rounding(layers))
     return factored_cost(layers, rounding(layers) + column_visits(layers, 1))
 
@@ -120,17 +110,17 @@ def scale_fits(layers: LayerStack, fits: int, groups: int) -> Work:
 
 
 def factorisation(columns: int) -> Work:
-    """Cholesky factorisation of a second moment, its columns put in the order of the solve."""
+    """Cholesky factorisation of a Hessian, its columns put in the order of the solve."""
     # Small matrices are bound by latency; and elements are put in their places one by one.
     flops = columns**3 / 3 * max(1.0, _FAST_COLUMNS / columns)
     return Work(exact_flops=flops, elements=_PLACED * columns**2, launches=8 * len(panel_bounds(columns)))
 
 
-def moment_elements(columns: int) -> int:
-    """Elements of the sums of a second moment, of which panels up to the diagonal are kept."""
+def hessian_elements(columns: int) -> int:
+    """Elements of the sums of a Hessian, of which panels up to the diagonal are kept."""
     return sum((stop - start) * stop for start, stop in panel_bounds(columns))
 
 
-def moment_bytes(columns: int) -> int:
+def hessian_bytes(columns: int) -> int:
     """Bytes of these sums."""
-    return 4 * moment_elements(columns)
+    return 4 * hessian_elements(columns)

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import panel_bounds
-from hasten.accel.compression.levels.level import Level
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.method import Method
 from hasten.accel.costs.estimate import Work
-from hasten.accel.costs.method import CostedMethod, LayerStack, MethodCost, guessed_cost, moment_elements
+from hasten.accel.costs.method import LayerStack, MethodCost, guessed_cost, hessian_elements
 
 
 def collect_work(groups: Sequence[Group], tokens: float) -> Work:
-    """Accumulating the second moments of the groups' inputs over `tokens` tokens."""
+    """Accumulating the Hessians of the groups' inputs over `tokens` tokens."""
     total = Work()
     for group in groups:
-        total += Work(flops=2 * tokens * moment_elements(group.columns), launches=4 * len(panel_bounds(group.columns)))
+        total += Work(flops=2 * tokens * hessian_elements(group.columns), launches=4 * len(panel_bounds(group.columns)))
     return total
 
 
@@ -22,18 +23,18 @@ def stack_of(group: Group, gpu_memory: int = 0) -> LayerStack:
     return LayerStack(sum(layer.rows for layer in group.layers), group.columns, gpu_memory)
 
 
-def method_cost(layers: LayerStack, method: CostedMethod, level: Level) -> MethodCost:
+def method_cost(layers: LayerStack, method: Method, level: Level) -> MethodCost:
     """What the method states, or a guess where it states nothing."""
-    return method.cost(layers, level) or guessed_cost(layers, method.needs_second_moment)
+    return level.cost(method, layers) or guessed_cost(layers, method.needs_hessian)
 
 
-def guess_notes(solves: Sequence[tuple[CostedMethod, Level]], layers: LayerStack) -> tuple[str, ...]:
+def guess_notes(solves: Sequence[tuple[Method, Level]], layers: LayerStack) -> tuple[str, ...]:
     """`guess: METHOD states no cost` for every method that does not."""
-    guessed = dict.fromkeys(type(method).__name__ for method, level in solves if method.cost(layers, level) is None)
+    guessed = dict.fromkeys(type(method).__name__ for method, level in solves if level.cost(method, layers) is None)
     return tuple(f"guess: {name} states no cost" for name in guessed)
 
 
-def group_work(layers: LayerStack, solves: Sequence[tuple[CostedMethod, Level]]) -> Work:
+def group_work(layers: LayerStack, solves: Sequence[tuple[Method, Level]]) -> Work:
     """Solving a group at levels, each by its method: what methods prepare, once each, and the solves themselves.
 
     The statistics are there.
@@ -48,7 +49,7 @@ def group_work(layers: LayerStack, solves: Sequence[tuple[CostedMethod, Level]])
     return total
 
 
-def group_bytes(layers: LayerStack, solves: Sequence[tuple[CostedMethod, Level]]) -> dict[str, int]:
+def group_bytes(layers: LayerStack, solves: Sequence[tuple[Method, Level]]) -> dict[str, int]:
     """Memory of the solve of a group, by part: slab of weights and factor; the sums that it reads are counted apart."""
     costs = [method_cost(layers, method, level) for method, level in solves]
     parts = {"slab of weights": layers.slab * max(cost.weight_bytes for cost in costs)}

@@ -83,9 +83,8 @@ class PublishedSearch:
 
 def _bits(level: str) -> int:
     from hasten.accel.compression.levels.level import parse_level
-    from hasten.accel.compression.quantizers.base import Scheme
 
-    found = parse_level(level)
-    if not isinstance(found, Scheme):
+    scheme = parse_level(level).loader_scheme
+    if scheme is None:
         raise TypeError(f"level {level} is not quantized")
-    return found.bits
+    return scheme.bits

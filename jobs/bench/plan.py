@@ -160,7 +160,7 @@ def moved_bytes(config: Any) -> int:
     tokens = torch.zeros(config.calibration.sequences, length, dtype=torch.long)
     chunks = dict(enumerate(tokens.tensor_split(min(settings.shards, len(tokens)))))
     task = Task(settings)
-    total, keys = 0, [group.key for group in task.plan[0]]
+    total, keys = 0, [group.key for group in task.layer_groups[0]]
     for part in split(len(chunks), config.workers):
         calibrator = Calibrator(settings, {number: chunks[number] for number in part})
         total += sum(sums.nbytes for nodes in calibrator.collect(0, keys).values() for *_, sums in nodes)

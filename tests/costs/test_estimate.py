@@ -2,7 +2,7 @@
 
 import pytest
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
@@ -39,7 +39,7 @@ def test_a_step_takes_longer_where_processors_are_shared():
 def test_methods_cost_by_their_hyperparameters(tmp_path):
     folder = tiny.save(tmp_path / "model", "llama")
     (level,) = make_levels([4], [32], True)
-    group = make_plan(Architecture(Checkpoint(folder)), level, (), 0, 0)[0][0]
+    group = make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0][0]
     weights, columns = (64 + 2 * 32) * 64, 64
     layers = stack_of(group)
     nearest = RoundToNearest().cost(layers, level)
@@ -57,7 +57,9 @@ def test_a_gpu_solves_larger_pieces_in_fewer_launches(tmp_path):
     folder = tiny.save(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=8192)
     (level,) = make_levels([4], [32], True)
     group = next(
-        group for group in make_plan(Architecture(Checkpoint(folder)), level, (), 0, 0)[0] if group.columns == 8192
+        group
+        for group in make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0]
+        if group.columns == 8192
     )
     here, there = (GPTQ().cost(stack_of(group, memory), level).solve for memory in (0, 80 * 10**9))
     assert there.launches < 0.6 * here.launches, "8 million weights are two slabs of a processor and one of a GPU"

@@ -16,7 +16,7 @@ from hasten.accel.compression.quantizers.columns import ColumnBits
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.costs.compression import estimate
-from hasten.accel.costs.method import ROUNDED_BYTES, LayerStack, moment_bytes
+from hasten.accel.costs.method import ROUNDED_BYTES, LayerStack, hessian_bytes
 from hasten.accel.costs.solving import group_bytes, group_work, method_cost
 from hasten.jobs.cli.main import main
 from tests.costs.rates import RATES
@@ -38,7 +38,7 @@ class Unstated(Pruner):
 
 @dataclass(frozen=True)
 class UnstatedWithStatistics(Unstated):
-    needs_second_moment = True
+    needs_hessian = True
 
 
 @pytest.mark.parametrize(("family", "path"), CONFIGS, ids=lambda value: getattr(value, "stem", value))
@@ -50,7 +50,7 @@ def test_every_method_states_its_cost(family, path):
     assert more.prepare == cost.prepare
     assert cost.weight_bytes >= ROUNDED_BYTES
     # What is prepared is made of statistics alone.
-    assert method.needs_second_moment or cost.prepared_bytes == cost.prepare.exact_flops == 0
+    assert method.needs_hessian or cost.prepared_bytes == cost.prepare.exact_flops == 0
 
 
 def test_rounding_to_nearest_is_worked_by_hand():
@@ -79,8 +79,8 @@ def test_gptq_is_worked_by_hand():
 def test_wanda_factors_nothing_and_reads_the_second_moment():
     cost = Wanda().cost(LAYERS, Sparsity(0.5))
     assert cost.prepare.seconds(RATES) == 0
-    assert cost.prepared_bytes == moment_bytes(64) == 4 * 64 * 64
-    assert Wanda().cost(replace(LAYERS, gpu_memory=8 * 10**9), Sparsity(0.5)).prepared_bytes == 2 * moment_bytes(64)
+    assert cost.prepared_bytes == hessian_bytes(64) == 4 * 64 * 64
+    assert Wanda().cost(replace(LAYERS, gpu_memory=8 * 10**9), Sparsity(0.5)).prepared_bytes == 2 * hessian_bytes(64)
 
 
 def test_what_a_method_prepares_is_counted_once_for_all_its_levels():

@@ -23,7 +23,7 @@ from torch import Tensor
 from hasten.accel.compression.allocators.baq import column_bits
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.columns import (
     MAX_WIDTH,
     MIN_WIDTH,
@@ -83,7 +83,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class ColumnwiseBAQ(ColumnQuantizer):
+class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
     """Quantizer that gives the columns of a layer bits of their own, by their share of the output error.
 
     damping, max_damping, act_order: see quantizers.gptq.GPTQ. lowest, highest: bounds of a column's bits. search:
@@ -99,7 +99,7 @@ class ColumnwiseBAQ(ColumnQuantizer):
     search: int = 32
     refits: int = 2
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping, self.act_order)
@@ -115,11 +115,11 @@ class ColumnwiseBAQ(ColumnQuantizer):
         if not self.lowest <= level.mean <= self.highest:
             raise UserError(f"column_bits={level.mean:g} is out of range: {self.lowest} to {self.highest}")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor | None:
-        """Factor of the second moment of the layers' input."""
-        if moment is None:
+    def prepare(self, hessian: Hessian | None) -> Factor | None:
+        """Factor of the Hessian of the layers' input."""
+        if hessian is None:
             return None
-        return factorise(moment, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
+        return factorise(hessian, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
 
     def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost:
         """A search of the rows' scales, and a solve for each fit of them."""
