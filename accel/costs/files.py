@@ -27,6 +27,8 @@ _NAMES = {
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8")
 # A row of facts, of a layer at a level, in JSON: in a file of its own with indents, and within a header.
 _FACTS_BYTES, _LEVEL_FACTS_BYTES = 350, 340
+# Digests of the modules that a run is made of, in its fingerprint.
+_CODE_BYTES = 3400
 
 
 def safetensors_bytes(tensors: Tensors, note: int = len('"format":"pt"')) -> int:
@@ -69,7 +71,7 @@ def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence
     """Bytes of a compressed checkpoint: tensors of blocks, tensors outside them, and small files."""
     checkpoint = architecture.checkpoint
     outer = [_plain(architecture, names) for names in outer_shards(architecture)]
-    small = 0
+    small = _CODE_BYTES
     blocks = 0
     shards = len(outer) + architecture.num_blocks
     index = list(outer)
