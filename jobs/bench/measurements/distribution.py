@@ -36,11 +36,11 @@ def pairs(config: Config) -> list[tuple[str, str]]:
     Unless asked for by name, verifiers that are not lossless are tested with one drafter only, as a control.
     """
     drafters = _chosen("drafter", config.drafters)
-    found = []
+    tested = []
     for verifier in _chosen("verifier", config.verifiers):
         control = not config.verifiers and not methods.verifier(verifier).lossless
-        found += [(verifier, drafter) for drafter in (drafters[:1] if control else drafters)]
-    return found
+        tested += [(verifier, drafter) for drafter in (drafters[:1] if control else drafters)]
+    return tested
 
 
 def _chosen(group: str, names: list[str]) -> list[str]:

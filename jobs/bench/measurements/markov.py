@@ -47,9 +47,9 @@ class MarkovTarget(Target):
                 held.parents.append(parent)
                 rows.append(before * self.vocabulary + token)
             rows += [0] * (width - len(new))
-        found = self._table[torch.tensor(rows)].view(len(slots), width, -1)
+        looked_up = self._table[torch.tensor(rows)].view(len(slots), width, -1)
         # Hidden states are not defined; drafters that ask for them get the logits.
-        return Pass(found, found)
+        return Pass(looked_up, looked_up)
 
     def _allocate(self, slots: int, capacity: int) -> None:
         return
@@ -69,7 +69,7 @@ class MarkovTarget(Target):
 def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int) -> Tensor:
     """Probability of every sequence of `length` tokens after a prompt of at least two, (V,) * length float64."""
     size = logits.shape[-1]
-    found = torch.ones(1, dtype=torch.float64)
+    probs = torch.ones(1, dtype=torch.float64)
     for done in range(length):
         rows = []
         for path in product(range(size), repeat=done):
@@ -77,8 +77,8 @@ def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int
             row = sampling.penalised(logits[seen[-2], seen[-1]], torch.tensor(seen))
             rows.append(sampling.probs(row).double())
         after = torch.stack(rows)
-        found = (found[:, None] * after / after.sum(-1, keepdim=True)).flatten()
-    return found.view([size] * length)
+        probs = (probs[:, None] * after / after.sum(-1, keepdim=True)).flatten()
+    return probs.view([size] * length)
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> tuple[float, int, float]:

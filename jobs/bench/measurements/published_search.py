@@ -24,7 +24,7 @@ from hasten.jobs.common.schema import Evaluation, SearchTokens
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 
 
-class Found(TypedDict):
+class PeerResult(TypedDict):
     """What the published search found and cost; levels: bits by layer name."""
 
     cpu_seconds: float
@@ -47,7 +47,7 @@ class PublishedSearch:
         self._units = make_units(self._database, "none")
         self._source, self._sequences, self._folder = source, sequences, folder
 
-    def run(self, python: str, checkout: str, schedule: Mapping[str, object]) -> Found:
+    def run(self, python: str, checkout: str, schedule: Mapping[str, object]) -> PeerResult:
         """Run the search; bytes_per_weight is of the peer's level database. schedule: options of the peer script."""
         chosen = SearchTokens()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +58,9 @@ class PublishedSearch:
         place = self._folder / "database"
         written = self._write(place)
         fixed = {"checkout": checkout, "model": self._path, "database": place, "tokens": file}
-        found = peer_search(python, self._folder, {**fixed, **schedule})
+        peer = peer_search(python, self._folder, {**fixed, **schedule})
         weights = sum(unit.weights for unit in self._units)
-        return Found(cpu_seconds=found["cpu_seconds"], levels=found["levels"], bytes_per_weight=written / weights)
+        return PeerResult(cpu_seconds=peer["cpu_seconds"], levels=peer["levels"], bytes_per_weight=written / weights)
 
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
@@ -88,7 +88,7 @@ class PublishedSearch:
 
 
 def _bits(level: str) -> int:
-    found = parse_level(level)
-    if not isinstance(found, Scheme):
+    scheme = parse_level(level)
+    if not isinstance(scheme, Scheme):
         raise TypeError(f"level {level} is not quantized")
-    return found.bits
+    return scheme.bits

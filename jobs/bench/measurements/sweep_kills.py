@@ -81,22 +81,22 @@ def _running(place: Path) -> list[int]:
 
 def _actors() -> list[int]:
     """Process ids of the points' actors, on the cluster that this process started."""
-    found = []
+    pids = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if any("Waiter" in word for word in process.cmdline()[:1]):
-                found.append(process.pid)
-    return found
+                pids.append(process.pid)
+    return pids
 
 
-def _kill_one(processes: Sequence[int], chance: random.Random) -> bool:
+def _kill_one(pids: Sequence[int], chance: random.Random) -> bool:
     """Send SIGKILL to one of these processes; False if none is alive."""
-    for process in chance.sample(processes, len(processes)):
+    for pid in chance.sample(pids, len(pids)):
         with contextlib.suppress(psutil.Error):
-            found = psutil.Process(process)
+            process = psutil.Process(pid)
             # A killed driver leaves points marked as running, whose process ids may have been reused.
-            if found.cmdline()[:1] and found.cmdline()[0].startswith("ray::"):
-                found.kill()
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                process.kill()
                 return True
     return False
 

@@ -136,8 +136,8 @@ def peer_search(python: str, folder: Path, options: Mapping[str, object]) -> Pee
     """CPU seconds and levels of EvoPress's published search; options are those of the peer script."""
     folder.mkdir(parents=True, exist_ok=True)
     result, _ = _run_peer("evopress", python, folder, options)
-    found: PeerSearch = json.loads(result.read_text(encoding="utf-8"))
-    return found
+    measured: PeerSearch = json.loads(result.read_text(encoding="utf-8"))
+    return measured
 
 
 def _run_peer(name: str, python: str, folder: Path, options: Mapping[str, object]) -> tuple[Path, Usage]:
