@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,10 +25,15 @@ def check_output(*command, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """The wheel, built in a copy: setuptools leaves a folder `build` whose old files would get into later wheels."""
     folder = tmp_path_factory.mktemp("wheel")
+    for name in ("accel", "cluster", "conf", "hasten", "jobs", "kernels"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder / "source")
     check_output(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--wheel-dir", folder, ROOT),
+        *("--wheel-dir", folder, folder / "source"),
         cwd=folder,
     )
     [found] = folder.glob("hasten-*.whl")
@@ -97,3 +103,49 @@ def test_the_installed_command_compresses_the_embedded_model(installed, tmp_path
     assert report["job"] == "compress"
     settings = json.loads((tmp_path / "compressed" / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == "compressed-tensors"
+
+
+@pytest.fixture
+def beside_kernels(installed):
+    """The same environment with Hugging Face's `kernels` from the registry, which transformers imports where it is."""
+    command = [sys.executable, "-m", "pip", "--python", str(installed / "python"), "install", "--quiet", "kernels"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no registry of packages can be reached: {done.stderr.strip().splitlines()[-1]}")
+    return installed
+
+
+# Reads a file of each, so that an overwritten one shows.
+BOTH = """
+import importlib.metadata, kernels
+print(kernels.__file__)
+files = [file for file in importlib.metadata.files("kernels") if file.hash is not None]
+import base64, hashlib
+for file in files:
+    digest = hashlib.new(file.hash.mode, file.locate().read_bytes()).digest()
+    assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == file.hash.value, file
+print(len(files))
+"""
+
+
+def test_hugging_faces_kernels_and_ours_live_beside_each_other(beside_kernels, wheel, tmp_path):
+    theirs = check_output(beside_kernels / "python", "-c", BOTH, cwd=tmp_path)
+    where = "import hasten.kernels, kernels, sys; print(hasten.kernels.__file__); assert hasten.kernels is not kernels"
+    ours = Path(check_output(beside_kernels / "python", "-c", where, cwd=tmp_path).strip())
+    assert ours.parts[-3:] == ("hasten", "kernels", "__init__.py")
+    # A job runs with both, and so does the module of transformers that imports theirs.
+    words = ("replay", "drafter=prompt_lookup", "budgets=[8]", "sequences=1")
+    out = check_output(beside_kernels / "hasten", *words, cwd=tmp_path)
+    assert out.splitlines()[-1].startswith("report: ")
+    check_output(beside_kernels / "python", "-c", "import transformers.integrations.hub_kernels", cwd=tmp_path)
+
+    pip = (sys.executable, "-m", "pip", "--python", beside_kernels / "python")
+    check_output(*pip, "uninstall", "--yes", "hasten", cwd=tmp_path)
+    assert not ours.parents[1].exists()
+    assert check_output(beside_kernels / "python", "-c", BOTH, cwd=tmp_path) == theirs
+
+    check_output(*pip, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    check_output(*pip, "uninstall", "--yes", "kernels", cwd=tmp_path)
+    check_output(beside_kernels / "hasten", "compress", "--help", cwd=tmp_path)
+    gone = "import importlib.util, hasten.kernels; assert importlib.util.find_spec('kernels') is None"
+    check_output(beside_kernels / "python", "-c", gone, cwd=tmp_path)

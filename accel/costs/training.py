@@ -109,5 +109,7 @@ def train_drafter(
         work += model.logits(tokens) * times
     work += Work(elements=20 * tokens * target.vocabulary)
     fit = Work(flops=6.0 * epochs * tokens * kept * head, launches=epochs * tokens * kept / 256 * 120)
-    steps = (Step("read", *[work.seconds(rates)] * 2), Step("train", *[fit.seconds(rates)] * 2))
+    steps = tuple(
+        Step(name, part.seconds(rates), part.seconds(rates)) for name, part in (("read", work), ("train", fit))
+    )
     return Estimate((Process("driver", 1, 1, host, gpus, device),), steps, {}, 0, {"head": 4 * head})

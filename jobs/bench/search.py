@@ -12,6 +12,7 @@ from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import ParetoRow, Report, hasten_job
 from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import MODEL, SOURCE, Run, option
@@ -19,6 +20,8 @@ from hasten.jobs.common.schema import MODEL, SOURCE, Run, option
 _LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"
 _SEQUENCES = 8
+_SEQUENCE_LENGTH = 512
+_BASELINE = "random_search"
 # The search whose cost the peer published, with its schedule; five levels.
 _PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": _SEQUENCES}
 _SCHEDULE = {
@@ -116,7 +119,9 @@ def _measure(config: Config, folder: Path) -> Measured:
         shutil.rmtree(folder / "five" / "model" / "searches", ignore_errors=True)
         options = {**published, **_SCHEDULE, "workers": workers}
         runs[workers], _ = hasten_job("search", folder / f"published-{workers}", options)
-    others = {}
+    _LOG.info("random search of as many measured tokens")
+    baseline = {**published, **_baseline(_SCHEDULE, _SEQUENCES), "workers": 1}
+    others = {_BASELINE: hasten_job("search", folder / _BASELINE, baseline)[0]}
     for name in ("uniform", "exact"):
         measured = {"allocator": name, "errors": "kl_scaled", "search.error_sequences": 1, "workers": 1}
         others[name], _ = hasten_job("search", folder / name, {**published, **measured})
@@ -148,21 +153,37 @@ def _peer(config: Config, folder: Path) -> dict[str, float]:
 
 def _table(config: Config, folder: Path, options: Mapping[str, object], grouping: str) -> list[ParetoRow]:
     _LOG.info("all allocators, grouping=%s", grouping)
+    others = ",".join(name for name in method_names("allocator") if name != _BASELINE)
     chosen = {
         "budget": f"[{','.join(f'{budget:g}' for budget in config.budgets)}]",
         "grouping": grouping,
         "allocator.generations": config.generations,
         "allocator.tokens": f"[{','.join(map(str, config.tokens))}]",
         "workers": 2,
+        "compare": f"[{others}]",
     }
     report, _ = hasten_job("search", folder, {**options, **chosen})
-    return report["pareto"]
+    rows = report["pareto"]
+    _LOG.info("random search of as many measured tokens, grouping=%s", grouping)
+    asked = {name: value for name, value in chosen.items() if not name.startswith("allocator.")}
+    asked |= _baseline(chosen, config.search_sequences) | {"compare": f"[{_BASELINE}]"}
+    report, _ = hasten_job("search", folder / _BASELINE, {**options, **asked})
+    return rows + report["pareto"]
+
+
+def _baseline(evopress: Mapping[str, object], sequences: int) -> dict[str, object]:
+    """Options of a random search of as many measured tokens as EvoPress by these options takes."""
+    # torch: `hasten bench search --help` must not wait for it.
+    from hasten.jobs.bench.measurements.random_baseline import random_search_options
+
+    return random_search_options(evopress, sequences * _SEQUENCE_LENGTH)
 
 
 def _metrics(
     once: Report, levels: Mapping[str, Report], runs: Mapping[int, Report], others: Mapping[str, Report]
 ) -> dict[str, float]:
     one, two, made = runs[1]["metrics"], runs[2]["metrics"], levels["levels"]["metrics"]
+    random = others[_BASELINE]["metrics"]
     uniform, exact = others["uniform"]["metrics"]["kl_divergence"], others["exact"]["metrics"]
     return {
         "gptq_cpu_seconds": once["metrics"]["cpu_seconds"],
@@ -176,6 +197,9 @@ def _metrics(
         "exact_cpu_seconds": exact["cpu_seconds"],
         "kl_exact": exact["kl_divergence"],
         "exact_kl_cut": 1 - exact["kl_divergence"] / uniform,
+        "random_search_cpu_seconds": random["cpu_seconds"],
+        "kl_random_search": random["kl_divergence"],
+        "random_search_kl_cut": 1 - random["kl_divergence"] / uniform,
         "candidates_per_second": one["candidates_per_second"],
         "two_evaluators": two["candidates_per_second"] / one["candidates_per_second"],
         "swap_share": one["search_swap_seconds"] / one["search_seconds"],
@@ -206,6 +230,11 @@ def _section(config: Config, found: Measured) -> str:
         ["KL cut by it (the peer: 30 %)", f"{metrics['kl_cut']:.1%}"],
         ["CPU s of the exact optimum by errors=kl_scaled on 512 tokens", f"{metrics['exact_cpu_seconds']:.1f}"],
         ["KL cut by that", f"{metrics['exact_kl_cut']:.1%}"],
+        ["CPU s of random search of as many measured tokens", f"{metrics['random_search_cpu_seconds']:.1f}"],
+        [
+            "KL of random search, its cut",
+            f"{metrics['kl_random_search']:.5f}, {metrics['random_search_kl_cut']:.1%}",
+        ],
         ["candidates a second, two evaluators over one", f"{metrics['two_evaluators']:.2f}"],
         ["share of an evaluation that swapping takes", f"{metrics['swap_share']:.1%}"],
     ]
@@ -222,7 +251,8 @@ def _section(config: Config, found: Measured) -> str:
         f"on {', '.join(map(str, config.tokens))} of {512 * config.search_sequences} tokens.",
         "KL(original || compressed) in nats per token, in brackets the bits per weight that were spent, with scales. "
         "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by the KL divergence "
-        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter.",
+        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter. So "
+        "does random search, which makes the same moves and measures as many tokens.",
         provenance(),
         table(head, rows),
         "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "

@@ -2,19 +2,25 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from hasten.accel.errors import UserError
+from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cli.methods import job_file
-from hasten.jobs.cli.options import Option, method_options, nearest, options
+from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
 from hasten.jobs.common.schema import Run
 
 CONF_MODULE = "hasten.conf"
+C = TypeVar("C", bound=Run)
 
 
-def compose(job: str, schema: type[Run], words: list[str]) -> Any:
+def compose(job: str, schema: type[C], words: list[str]) -> C:
     """Config of a job, an object of its dataclass; UserError names the first word that is wrong."""
     known = {item.key: item for item in options(schema)}
     assigned = _split(words, known)
@@ -61,41 +67,30 @@ def _defaults(job: str) -> dict[str, str]:
     return {key: name for entry in entries if isinstance(entry, dict) for key, name in entry.items()}
 
 
-def _composed(job: str, schema: type[Run], groups: dict[str, str], values: dict[str, Any]) -> Any:
-    from omegaconf import OmegaConf
-
-    made: Any = _with_groups  # mypy takes a class for no hashable argument
-    composed = copy.deepcopy(made(CONF_MODULE, job, schema, tuple(groups.items())))
+def _composed(job: str, schema: type[C], groups: dict[str, str], values: dict[str, Any]) -> C:
+    composed = copy.deepcopy(_with_groups(CONF_MODULE, job, cast(Hashable, schema), tuple(groups.items())))
     for key, value in values.items():
         # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
         OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
-    return OmegaConf.to_object(composed)
+    return cast(C, OmegaConf.to_object(composed))
 
 
 @cache
-def _with_groups(folder: str, job: str, schema: Any, groups: tuple[tuple[str, str], ...]) -> Any:
+def _with_groups(folder: str, job: str, schema: Hashable, groups: tuple[tuple[str, str], ...]) -> DictConfig:
     """What Hydra makes of a job's file and the chosen groups, which is the same for most points of a sweep."""
-    import hydra
-    from hydra.core.config_store import ConfigStore
-
     ConfigStore.instance().store(name=f"{job}_schema", node=schema)
     with hydra.initialize_config_module(folder, version_base="1.3"):
         return hydra.compose(job, overrides=[f"{key}={name}" for key, name in groups])
 
 
-def _check(config: Any, known: Iterable[Option]) -> None:
+def _check(config: Run, known: Iterable[Option]) -> None:
     """Files are held to the same rules as the command line."""
     for item in known:
-        value: Any = config
-        for name in item.key.split("."):
-            value = value.get(name) if isinstance(value, dict) else getattr(value, name)
         if not item.group:
-            item.check(value)
+            item.check(value_at(config, item.key))
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: Run) -> dict[str, Any]:
     """Config as nested dictionaries, for config.yaml, report.json and MLflow; with URIs as they were given."""
-    from hasten.cluster.storage.naming import as_given
-
-    found: dict[str, Any] = as_given(dataclasses.asdict(config))
-    return found
+    given: dict[str, Any] = as_given(dataclasses.asdict(config))
+    return given

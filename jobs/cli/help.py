@@ -3,79 +3,22 @@
 import ast
 import shutil
 import textwrap
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hasten.jobs.cli.methods import job_file, method, method_names
 from hasten.jobs.cli.options import Option, options
-from hasten.jobs.common.schema import JOBS, Run, SweepConfig
+from hasten.jobs.common.descriptor import Job, Variants
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.sweep.options import PREFIX, SweepConfig
 
-EXAMPLES = {
-    "compress": (
-        "hasten compress",
-        "hasten compress model=/models/llama quantizer=gptq bits=3 output=/models/llama-w3 workers=8",
-        "hasten compress quantizer=round_to_nearest bits=8 group_size=-1 symmetric=true",
-        "hasten compress quantizer.act_order=none ignore='[.*down_proj]' calibration.source=text.jsonl",
-        "hasten compress --multirun bits=2,3,4 'quantizer=glob(*)' group_size=64,128",
-        "hasten compress --multirun bits=3,4 'quantizer.damping=tag(log,interval(0.001,0.1))' sweep.trials=30",
-    ),
-    "levels": (
-        "hasten levels",
-        "hasten levels model=/models/llama bits=[2,3,4,5,6,8] output=/models/llama-levels workers=8",
-        "hasten levels bits=[] sparsities=[0.25,0.5,0.75] pruner=wanda",
-        "hasten levels bits=[3,4] column_bits=[2.5,3]",
-    ),
-    "search": (
-        "hasten search budget=3.2",
-        "hasten search model=/models/llama levels=/models/llama-levels budget=3.2 output=/models/llama-3.2 workers=8",
-        "hasten search budget=[2.5,3,4] allocator=exact compare=[uniform,baq]",
-        "hasten search budget=4 sparsities=[0.5,0.75] drop=[block]",
-    ),
-    "evaluate": (
-        "hasten evaluate",
-        "hasten evaluate model=/models/llama-w3 original=/models/llama evaluation.stride=256",
-        "hasten evaluate model=/models/llama-w3 tasks=[arc_easy,hellaswag]",
-    ),
-    "decode": (
-        "hasten decode",
-        "hasten decode target=/models/llama draft=/models/llama-small drafter=draft_model prompts=prompts.jsonl "
-        "output=completions.jsonl",
-        "hasten decode prompts=gsm8k.jsonl prompt_field=question temperature=0.8 top_p=0.95 workers=8",
-        "hasten decode draft_tokens=0 stream=true",
-    ),
-    "replay": (
-        "hasten replay",
-        "hasten replay drafter=token_recycling recorded=completions.jsonl budgets=[16,64]",
-        "hasten replay text=text.jsonl target=/models/llama drafter=prompt_lookup",
-    ),
-    "pretrain": ("hasten pretrain", "hasten pretrain models=[draft] output=/models/mine workers=8"),
-    "train_drafter": (
-        "hasten train_drafter",
-        "hasten train_drafter target=/models/llama draft=/models/llama-1b text.source=text.jsonl text.sequences=2048",
-    ),
-    "bench": ("hasten bench compress",),
-}
 _INDENT = "  "
-_HERE = Path(__file__).parent
-_FOLDERS = {"benchmarks": _HERE.parent / "bench", "commands": _HERE / "commands"}
-
-
-def benchmark_names() -> list[str]:
-    """Names that `hasten bench NAME` accepts: the files of jobs/benchmarks."""
-    return _files("benchmarks")
+_COMMANDS = Path(__file__).parent / "commands"
 
 
 def command_names() -> list[str]:
-    """Commands beside the jobs: the files of jobs/commands."""
-    return _files("commands")
-
-
-@cache
-def benchmark_schema(name: str) -> type[Run]:
-    """Options of a benchmark: the class `Config` of its file, or the common ones."""
-    return getattr(import_module(f"hasten.jobs.bench.{name}"), "Config", JOBS["bench"])
+    """Commands beside the jobs: the files of jobs/cli/commands."""
+    return sorted(path.stem for path in _COMMANDS.glob("*.py") if not path.stem.startswith("_"))
 
 
 def overview() -> str:
@@ -88,14 +31,15 @@ def overview() -> str:
         "",
         "jobs:",
     ]
-    for job, schema in JOBS.items():
-        lines += _row("bench NAME" if job == "bench" else job, _summary(schema))
+    for job in jobs().values():
+        lines += _row(f"{job.name} NAME" if job.variants else job.name, job.summary.removesuffix("."))
     lines += ["", "commands:"]
     for name in command_names():
-        lines += _row(name, _docstring_summary("commands", name))
+        lines += _row(name, _command_summary(name))
     for family in ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier"):
         lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
-    lines += ["", "benchmarks:", *_benchmarks()]
+    for variants in [job.variants for job in jobs().values() if job.variants]:
+        lines += ["", f"{variants.kind}s:", *_variants(variants)]
     lines += [
         "",
         "hasten JOB --help lists the options of a job, hasten COMMAND --help those of a command.",
@@ -105,18 +49,17 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def job_help(job: str, name: str | None = None) -> str:
-    """Text of `hasten JOB --help`, or of `hasten bench NAME --help`."""
-    schema = benchmark_schema(name) if name else JOBS[job]
-    command = f"hasten {job}" + (f" {name or 'NAME'}" if job == "bench" else "")
-    summary = _docstring_summary("benchmarks", name) + "." if name else " ".join((schema.__doc__ or "").split())
-    lines = [f"usage: {command} [--multirun] [key=value …]", "", *_wrap(summary, "")]
-    if job == "bench" and not name:
-        lines += ["", "benchmarks (NAME):", *_benchmarks()]
+def job_help(job: Job) -> str:
+    """Text of `hasten JOB --help`, of a job or one of its variants."""
+    variants = None if job.variant else job.variants
+    command = " ".join(["hasten", *job.words, *(["NAME"] if variants else [])])
+    lines = [f"usage: {command} [--multirun] [key=value …]", "", *_wrap(job.summary, "")]
+    if variants:
+        lines += ["", f"{variants.kind}s (NAME):", *_variants(variants)]
     lines += ["", "options, with their defaults:"]
-    chosen = _flat(job_file(job))
+    chosen = _flat(job_file(job.name))
     groups = []
-    for item in options(schema):
+    for item in options(job.options):
         if item.group:
             groups.append(item.key)
         lines += _option(item, chosen.get(item.key, item.default))
@@ -126,30 +69,20 @@ def job_help(job: str, name: str | None = None) -> str:
         "",
         "of a sweep, with --multirun, where options may be bits=2,3,4, range(2,5), choice(a,b) or interval(0,1):",
     ]
-    for item in options(SweepConfig, "sweep."):
+    for item in options(SweepConfig, PREFIX):
         lines += _option(item, item.default)
-    examples = () if name else EXAMPLES.get(job, ())
-    if examples:
-        lines += ["", "examples:", *(_INDENT + line for line in examples)]
+    if job.examples:
+        lines += ["", "examples:", *(_INDENT + line for line in job.examples)]
     return "\n".join(lines)
 
 
-def _summary(schema: type[Run]) -> str:
-    return " ".join((schema.__doc__ or "").split()).removesuffix(".")
-
-
-def _files(folder: str) -> list[str]:
-    found = (_FOLDERS[folder]).glob("*.py")
-    return sorted(path.stem for path in found if not path.stem.startswith("_"))
-
-
-def _docstring_summary(folder: str, name: str) -> str:
-    tree = ast.parse((_FOLDERS[folder] / f"{name}.py").read_text(encoding="utf-8"))
+def _command_summary(name: str) -> str:
+    tree = ast.parse((_COMMANDS / f"{name}.py").read_text(encoding="utf-8"))
     return " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
 
 
-def _benchmarks() -> list[str]:
-    return [line for name in benchmark_names() for line in _row(name, _docstring_summary("benchmarks", name))]
+def _variants(variants: Variants) -> list[str]:
+    return [line for name in variants.names() for line in _row(name, variants.summary(name))]
 
 
 def _methods(group: str, with_fields: bool = False) -> list[str]:

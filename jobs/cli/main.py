@@ -4,20 +4,19 @@ import os
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
 
 from hasten.accel.errors import UserError, is_disk_full
-from hasten.jobs.cli.help import benchmark_names, benchmark_schema, command_names, job_help, overview
+from hasten.jobs.cli.help import command_names, job_help, overview
 from hasten.jobs.cli.options import MULTIRUN, nearest, split_plan
-from hasten.jobs.common.schema import JOBS, Run
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.logs import default_folder, log_to_terminal, log_traceback
+from hasten.jobs.common.registry import jobs
 
 _HELP = ("-h", "--help", "help")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 of a sweep with failed points, 2 for a mistake, 130 interrupted."""
-    from hasten.jobs.common.run import log_traceback
-
     try:
         return _main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -51,26 +50,26 @@ def _main(words: list[str]) -> int:
         return 0
     if words[0] in command_names():
         return _command(words[0], words[1:])
-    job, words = _known(words[0], "job", [*JOBS, *command_names()]), words[1:]
+    job, words = jobs()[_known(words[0], "job", [*jobs(), *command_names()])], words[1:]
     asks_help = any(word in _HELP for word in words)
-    name = None
-    if job == "bench":
+    variants = job.variants
+    if variants is not None:
         if words and words[0] not in _HELP and "=" not in words[0]:
-            name, words = _known(words[0], "benchmark", benchmark_names()), words[1:]
+            job, words = variants.find(_known(words[0], variants.kind, variants.names())), words[1:]
         elif not asks_help:
-            raise UserError(f"hasten bench needs the name of a benchmark: {', '.join(benchmark_names())}")
+            raise UserError(variants.missing(job.name))
     if asks_help:
-        print(job_help(job, name))
+        print(job_help(job))
         return 0
     plans, words = split_plan(words)
     if any(word in MULTIRUN for word in words):
-        return _sweep(job, name, [word for word in words if word not in MULTIRUN])
+        return _sweep(job, [word for word in words if word not in MULTIRUN])
     if plans:
         from hasten.jobs.dry_run.run import plan_words
 
-        _print_report(plan_words(job, words))
+        _print_report(plan_words(job.name, words))
         return 0
-    _run(job, name, words)
+    _run(job, words)
     return 0
 
 
@@ -83,28 +82,23 @@ def _command(name: str, words: list[str]) -> int:
         return 0
 
 
-def _run(job: str, name: str | None, words: list[str]) -> None:
+def _run(job: Job, words: list[str]) -> None:
     from hasten.jobs.cli.compose import compose
-    from hasten.jobs.common.run import default_folder, execute, log_to_terminal
+    from hasten.jobs.common.execute import execute
 
-    config: Any = compose(job, _schema(job, name), words)
-    config.run_dir = config.run_dir or default_folder(f"{job}/{name}" if name else job)
+    config = compose(job.name, job.options, words)
+    config.run_dir = config.run_dir or default_folder("/".join(job.words))
     log_to_terminal()
-    _print_report(execute(job, name, _schema(job, name), config))
+    _print_report(execute(job, config))
 
 
-def _sweep(job: str, name: str | None, words: list[str]) -> int:
-    from hasten.jobs.common.run import log_to_terminal
+def _sweep(job: Job, words: list[str]) -> int:
     from hasten.jobs.sweep.run import run
 
     log_to_terminal()
-    report, code = run(job, name, _schema(job, name), words)
+    report, code = run(job, words)
     _print_report(report)
     return code
-
-
-def _schema(job: str, name: str | None) -> type[Run]:
-    return benchmark_schema(name) if name else JOBS[job]
 
 
 def _print_report(report: Path | str | None) -> None:

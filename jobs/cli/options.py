@@ -152,6 +152,19 @@ def options(schema: type, prefix: str = "") -> list[Option]:
     return found
 
 
+def value_at(config: object, key: str) -> Any:
+    """Value of an option in an object of the job's dataclass; dots in the key lead into sections."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def set_value(config: object, key: str, value: object) -> None:
+    """Change an option of an object of the job's dataclass."""
+    section, _, name = key.rpartition(".")
+    setattr(value_at(config, section) if section else config, name, value)
+
+
 def method_options(group: str, name: str) -> list[Option]:
     """Options `group.field` of one method's hyper-parameters."""
     return [Option(f"{group}.{item.name}", item.kind) for item in method(group, name).fields]

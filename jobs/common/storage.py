@@ -10,11 +10,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from hasten.accel.errors import UserError
-from hasten.jobs.cli.options import options
+from hasten.cluster.storage.mirror import Mirror
+from hasten.cluster.storage.naming import as_given, called
+from hasten.cluster.storage.remote import in_place, is_uri, localized
+from hasten.jobs.cli.options import options, set_value, value_at
+from hasten.jobs.common.logs import log_traceback
+from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.schema import Run
+from hasten.kernels.cache import default_cache
+
+C = TypeVar("C", bound=Run)
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_SENDS = 60.0
@@ -22,7 +30,7 @@ _MEGABYTE = 10**6
 
 
 @contextmanager
-def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
+def local_paths(schema: type[Run], config: C) -> Iterator[C]:
     """Config with local paths in place of URIs; when the block is left, what the run made is sent.
 
     Config, report and messages name the URIs all the same. A run that ended well leaves nothing of its
@@ -33,10 +41,6 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
     if not given:
         yield config
         return
-    from hasten.cluster.storage.mirror import Mirror
-    from hasten.cluster.storage.naming import called
-    from hasten.cluster.storage.remote import in_place
-
     cache = _cache(config.cache)
     local = copy.deepcopy(config)
     names: dict[Path, str] = {}
@@ -51,7 +55,7 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
                 stack.enter_context(mirrors[key].held())
                 path = mirrors[key].path
             names[path] = uri
-            _set(local, key, str(path))
+            set_value(local, key, str(path))
         for key, mirror in mirrors.items():
             with _progress(f"fetch {key}") as progress:
                 mirror.fetch(progress)
@@ -67,41 +71,26 @@ def local_paths(schema: type[Run], config: Any) -> Iterator[Any]:
 
 def copied(key: str, uri: str, cache: str | None) -> Path:
     """Local copy of what a job reads at a URI; key: the option. UserError where it cannot be copied."""
-    from hasten.cluster.storage.remote import localized
-
     with _progress(f"copy {key}") as progress:
         return localized(uri, _cache(cache), key, progress)
 
 
 def _cache(given: str | None) -> Path:
-    from hasten.kernels.cache import default_cache
-
     return Path(given) if given else default_cache()
 
 
-def _given(schema: type[Run], config: Any) -> dict[str, tuple[str, str]]:
+def _given(schema: type[Run], config: Run) -> dict[str, tuple[str, str]]:
     """URI and kind (`in`, `out`, `state`) by the key of the option; without what is no URI."""
-    from hasten.cluster.storage.remote import is_uri
-
     found = {}
     for item in options(schema):
-        value = config
-        for name in item.key.split("."):
-            value = getattr(value, name)
+        value = value_at(config, item.key)
         if item.path and isinstance(value, str) and is_uri(value):
             found[item.key] = (value, item.path)
     return found
 
 
-def _set(config: Any, key: str, value: str) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        config = getattr(config, section)
-    setattr(config, name, value)
-
-
 @contextmanager
-def _sending(mirrors: Mapping[str, Any]) -> Iterator[None]:
+def _sending(mirrors: Mapping[str, Mirror]) -> Iterator[None]:
     """Send what is finished from time to time, in a thread, while the block runs."""
     if not mirrors:
         yield
@@ -128,7 +117,7 @@ def _sending(mirrors: Mapping[str, Any]) -> Iterator[None]:
         thread.join()
 
 
-def _send(mirrors: Mapping[str, Any]) -> None:
+def _send(mirrors: Mapping[str, Mirror]) -> None:
     """Send what is not sent yet, all that can be; UserError of the first that cannot."""
     refusals = []
     for key, mirror in mirrors.items():
@@ -143,11 +132,8 @@ def _send(mirrors: Mapping[str, Any]) -> None:
         raise refusals[0]
 
 
-def _failed(error: BaseException, mirrors: Mapping[str, Any]) -> None:
+def _failed(error: BaseException, mirrors: Mapping[str, Mirror]) -> None:
     """Have the error name URIs, and send what is finished; of a run that the user interrupted its folder alone."""
-    from hasten.cluster.storage.naming import as_given
-    from hasten.jobs.common.run import log_traceback
-
     # Ray raises a copy of an actor's exception, whose cause is the exception itself.
     mistake = getattr(error, "cause", None) if isinstance(getattr(error, "cause", None), UserError) else error
     if isinstance(mistake, UserError):
@@ -167,8 +153,6 @@ def _failed(error: BaseException, mirrors: Mapping[str, Any]) -> None:
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that begins when the first file has come or gone."""
-    from hasten.jobs.common.progress import Progress
-
     with ExitStack() as stack:
         bars: list[Progress] = []
 

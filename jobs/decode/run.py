@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from hasten.jobs.common.prompts import Prompt
-from hasten.jobs.common.schema import DecodeConfig
 from hasten.jobs.decode.completions import Completions
+from hasten.jobs.decode.options import DecodeConfig
 
 _LOG = logging.getLogger(__name__)
 # Prompts whose figures go to MLflow, a call each; the report has all of them.

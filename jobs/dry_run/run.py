@@ -8,9 +8,9 @@ from time import perf_counter
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import BYTES, JOBS, PlanConfig
+from hasten.jobs.dry_run.options import BYTES, PREFIX, PlanConfig
+from hasten.jobs.dry_run.planned import planned_job
 
-PREFIX = "plan."
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?)b?|b)?", re.IGNORECASE)
 _POWERS = "kmgtp"
 _GPU_MEMORY = 80 * 10**9
@@ -54,7 +54,7 @@ def plan(job: str, config: Any, plan_config: PlanConfig) -> Path:
     UserError for a job without a plan, for sizes that are none, and for what the job itself would refuse.
     """
     from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import default_folder
+    from hasten.jobs.common.logs import default_folder
 
     started = perf_counter()
     found = make_plan(job, config, plan_config)
@@ -79,13 +79,15 @@ def plan(job: str, config: Any, plan_config: PlanConfig) -> Path:
     return path
 
 
-def make_plan(job: str, config: Any, plan_config: PlanConfig, rates: Any = None) -> Planned:
+def make_plan(name: str, config: Any, plan_config: PlanConfig, rates: Any = None) -> Planned:
     """The plan of a composed job; rates: None measures those of this machine."""
     from hasten.jobs.dry_run.advice import advise
-    from hasten.jobs.dry_run.estimates import Setting, estimate, shapes
+    from hasten.jobs.dry_run.estimates import estimate
+    from hasten.jobs.dry_run.setting import Setting
 
     nodes, gpus = _nodes(config, plan_config)
-    dtype, hidden, inner = shapes(job, config, gpus)
+    job = planned_job(name)
+    dtype, hidden, inner = job.shapes_of(config, gpus)
     rates = _rates(plan_config, gpus, dtype, hidden, inner, config, rates)
     free = _disk(plan_config, config)
 
@@ -126,15 +128,13 @@ def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:
     return found, rest
 
 
-def plan_words(job: str, words: list[str]) -> Path:
+def plan_words(name: str, words: list[str]) -> Path:
     """The plan of a job by the words of a command line, those of the plan among them."""
     from hasten.jobs.cli.compose import compose
 
-    if job not in JOBS or job == "bench":
-        known = ", ".join(name for name in JOBS if name != "bench")
-        raise UserError(f"{job} has no plan: there are plans of {known}")
+    job = planned_job(name)
     plan_config, rest = parse_words(words)
-    return plan(job, compose(job, JOBS[job], rest), plan_config)
+    return plan(name, compose(name, job.options, rest), plan_config)
 
 
 def metrics(found: Planned) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def tables(job: str, found: Planned) -> list[str]:
     sizes += [["written", name, readable(size)] for name, size in estimate.written.items()]
     sizes.append(["written", "together", readable(estimate.written_bytes)])
     text.append(table(["bytes", "of", "size"], sizes))
-    times = [[step.name, f"{found.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
+    times = [[step.label, f"{found.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
     times.append(["together", f"{found.seconds:.3g}", f"{estimate.cpu_seconds:.3g}"])
     text.append(table(["step", "seconds", "seconds of all processes"], times))
     text += [f"note: {note}" for note in estimate.notes]

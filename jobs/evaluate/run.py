@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import EvaluateConfig
+from hasten.jobs.evaluate.options import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import platform
 from typing import Any
 
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.schema import PretrainConfig, Training
+from hasten.jobs.pretrain.options import PretrainConfig, Training
 
 _CARD = """---
 license: apache-2.0

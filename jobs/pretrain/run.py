@@ -22,8 +22,8 @@ from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import PretrainConfig, Training
 from hasten.jobs.pretrain.model_card import model_card
+from hasten.jobs.pretrain.options import PretrainConfig, Training
 
 if TYPE_CHECKING:
     from hasten.accel.training.pretraining import Schedule, Shape

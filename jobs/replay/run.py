@@ -4,7 +4,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hasten.jobs.common.schema import ReplayConfig
+from hasten.jobs.replay.options import ReplayConfig
 
 
 def run(config: ReplayConfig) -> Path:

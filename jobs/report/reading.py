@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.run import LOG_FILE
+from hasten.jobs.common.logs import LOG_FILE
+from hasten.jobs.common.registry import jobs
 from hasten.jobs.report.metrics import number
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
@@ -290,9 +291,7 @@ def _config(folder: Path) -> dict[str, object]:
 
 def _job_of(folder: Path) -> str:
     """Job of a run without a report, from the default folder runs/JOB/DATE_TIME."""
-    from hasten.jobs.common.schema import JOBS
-
-    return folder.absolute().parent.name if folder.absolute().parent.name in JOBS else _UNKNOWN
+    return folder.absolute().parent.name if folder.absolute().parent.name in jobs() else _UNKNOWN
 
 
 def _from_log(path: Path) -> Failure | None:

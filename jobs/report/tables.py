@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hasten.jobs.common.run import LOG_FILE
+from hasten.jobs.common.logs import LOG_FILE
+from hasten.jobs.common.metrics import texts
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Group, Row
 
@@ -131,9 +132,9 @@ def _setting(rows: Sequence[Row], key: str) -> tuple[Column, list[Cell]]:
 
 def _numbers(name: str, values: Sequence[float | None]) -> tuple[Column, list[Cell]]:
     metric = known.fitted(name, values)
-    texts = known.texts([None if value is None else value / metric.scale for value in values])
+    shown = texts([None if value is None else value / metric.scale for value in values])
     return Column(metric.title, "number", metric.unit), [
-        Cell(text, value) for text, value in zip(texts, values, strict=True)
+        Cell(text, value) for text, value in zip(shown, values, strict=True)
     ]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hasten.jobs.common.schema import SearchConfig
 from hasten.jobs.search.allocation import Answer, Search
+from hasten.jobs.search.options import SearchConfig
 
 
 def run(config: SearchConfig) -> Path:

@@ -5,25 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import SweepConfig
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.registry import metrics as known_metrics
+from hasten.jobs.sweep.options import SweepConfig
 
-# Shown where the user names nothing; the first is what Optuna optimises then.
-_USUAL = {
-    "compress": ("kl_divergence", "bytes"),
-    "search": ("kl_divergence", "bytes"),
-    "evaluate": ("kl_divergence", "bytes"),
-    "decode": ("tokens_per_second", "mean_acceptance_length"),
-    "replay": ("tokens_per_step",),
-}
-_MORE_IS_BETTER = (
-    "tokens_per_second",
-    "top1_agreement",
-    "mean_acceptance_length",
-    "tokens_per_step",
-    "draft_acceptance_rate",
-    "target_efficiency",
-    "accuracy",
-)
 DIRECTIONS = ("minimize", "maximize")
 
 
@@ -52,15 +37,13 @@ class Objectives:
         return [{"metric": metric, "direction": direction} for metric, direction in pairs]
 
 
-def objectives(job: str, settings: SweepConfig, searches: bool) -> Objectives:
+def objectives(job: Job, settings: SweepConfig, searches: bool) -> Objectives:
     """What the sweep's options name, or what is usual for the job; searches: Optuna needs something to go by."""
-    usual = _USUAL.get(job, ())
+    usual = job.objectives
     metrics = tuple(settings.metrics) or usual[:1]
     if searches and not metrics:
-        raise UserError(f"sweep.metrics is needed: which metric of {job}'s report.json is to be optimised")
-    directions = tuple(settings.directions) or tuple(
-        "maximize" if metric.rpartition(".")[2] in _MORE_IS_BETTER else "minimize" for metric in metrics
-    )
+        raise UserError(f"sweep.metrics is needed: which metric of {job.name}'s report.json is to be optimised")
+    directions = tuple(settings.directions) or tuple(_usual_direction(metric) for metric in metrics)
     if len(directions) != len(metrics):
         raise UserError(
             f"sweep.directions has {len(directions)} entries and sweep.metrics {len(metrics)}: give one each"
@@ -69,6 +52,12 @@ def objectives(job: str, settings: SweepConfig, searches: bool) -> Objectives:
         if direction not in DIRECTIONS:
             raise UserError(f"sweep.directions={direction} is wrong: expected {' or '.join(DIRECTIONS)}")
     return Objectives(metrics, directions, tuple(dict.fromkeys([*metrics, *usual])))
+
+
+def _usual_direction(metric: str) -> str:
+    """As the descriptors say it, of TASK.METRIC by its last part; of a metric that none of them lists: minimize."""
+    known = known_metrics().get(metric.rpartition(".")[2])
+    return "minimize" if known is None or known.better is None else known.better
 
 
 def sampler(settings: SweepConfig, is_discrete: bool) -> str:

@@ -26,7 +26,7 @@ class Row:
         """For report.json; folder: of the sweep."""
         return {
             "name": self.point.name,
-            "folder": str(Path(self.point.config.run_dir).relative_to(folder)),
+            "folder": str(self.point.folder.relative_to(folder)),
             "values": {key: _value(text) for key, text in self.point.values.items()},
             "fingerprint": self.point.fingerprint,
             "status": self.status,
@@ -72,7 +72,7 @@ def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[st
 def failures(rows: Sequence[Row]) -> list[str]:
     """Lines that say of each failed point what went wrong and where it is written."""
     return [
-        f"  {row.point.name}: {row.error['type']}: {row.error['message']} ({row.point.config.run_dir}/output.txt)"
+        f"  {row.point.name}: {row.error['type']}: {row.error['message']} ({row.point.folder}/output.txt)"
         for row in rows
         if row.status == "failed" and row.error
     ]

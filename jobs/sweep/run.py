@@ -15,31 +15,31 @@ from typing import Any
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.options import options, split_off
-from hasten.jobs.common.schema import Run, SweepConfig
+from hasten.jobs.common.descriptor import Job
 from hasten.jobs.sweep.dimensions import Words, read
 from hasten.jobs.sweep.grid import grid
 from hasten.jobs.sweep.objectives import objectives, sampler
+from hasten.jobs.sweep.options import PREFIX, SweepConfig
 from hasten.jobs.sweep.points import Point, Points
 from hasten.jobs.sweep.results import Row, failures, table
 
 _LOG = logging.getLogger(__name__)
-PREFIX = "sweep."
 STATE = "sweep.json"
 # A report of a sweep that is going on is not written more often.
 _REPORT_SECONDS = 5.0
 
 
-def run(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> tuple[Path, int]:
+def run(job: Job, words: Sequence[str]) -> tuple[Path, int]:
     """Run a sweep: path of its report, and an exit code, 1 where a point failed and 130 where it was interrupted.
 
-    name: of a benchmark, None for other jobs. UserError for what is wrong with any point, before one starts.
+    UserError for what is wrong with any point, before one starts.
     """
-    return Sweep(job, name, schema, words).run()
+    return Sweep(job, words).run()
 
 
-def check(job: str, name: str | None, schema: type[Run], words: Sequence[str]) -> None:
+def check(job: Job, words: Sequence[str]) -> None:
     """UserError for what is wrong with any point of a sweep, as far as a machine outside of its cluster can tell."""
-    Sweep(job, name, schema, words, looks=False).check()
+    Sweep(job, words, looks=False).check()
 
 
 class Sweep:
@@ -48,20 +48,20 @@ class Sweep:
     looks: whether stores are asked about what points read by URI, which tells one version of it from another.
     """
 
-    def __init__(self, job: str, name: str | None, schema: type[Run], words: Sequence[str], looks: bool = True) -> None:
-        self._job, self._name, self._given = job, name, list(words)
+    def __init__(self, job: Job, words: Sequence[str], looks: bool = True) -> None:
+        self._job, self._given = job, list(words)
         self._settings, words = split_off(SweepConfig, PREFIX, words)
-        self._words = read(words, [item.key for item in options(schema) if item.group])
+        self._words = read(words, [item.key for item in options(job.options) if item.group])
         for dimension in self._words.dimensions:
             if dimension.key in ("run_dir", "address") or dimension.key.startswith("tracking."):
                 raise UserError(f"{dimension.key} is the whole sweep's: give it one value")
         if "://" in (_value(self._words, "run_dir") or ""):
             raise UserError("run_dir of a sweep must be a folder; what points make may go to output=URI/{point}")
-        self.folder = Path(_value(self._words, "run_dir") or _default_folder(job, name, words)).expanduser().absolute()
+        self.folder = Path(_value(self._words, "run_dir") or _default_folder(job.title, words)).expanduser().absolute()
         self._sampler = sampler(self._settings, self._words.is_discrete)
         self._objectives = objectives(job, self._settings, self._sampler != "grid")
         fixed = [word for word in self._words.fixed if word.partition("=")[0] not in ("run_dir", "address")]
-        self._points = Points(job, name, schema, fixed, self.folder, looks)
+        self._points = Points(job, fixed, self.folder, looks)
         self._rows: dict[str, Row] = {}
         self._waiting: list[Point] = []
         # All points of a grid; else one for every value and bound.
@@ -77,8 +77,8 @@ class Sweep:
     def run(self) -> tuple[Path, int]:
         """Path of the sweep's report, and the exit code."""
         from hasten.cluster.runtime.session import session
+        from hasten.jobs.common.logs import log_to_folder
         from hasten.jobs.common.progress import Progress
-        from hasten.jobs.common.run import log_to_folder
         from hasten.jobs.sweep.launcher import RayLauncher
 
         self.check()
@@ -94,7 +94,7 @@ class Sweep:
                 log_to_folder(self.folder)
                 key = self._state()["key"]
                 self._open_study()
-                title = f"{self._name or self._job} sweep"
+                title = f"{self._job.title} sweep"
                 with (
                     self._tracked(example.config.tracking, title, key) as self._tracker,
                     Progress(title, self._total(), "point") as self._progress,
@@ -102,9 +102,8 @@ class Sweep:
                     self._tracker.params(dict(word.split("=", 1) for word in self._words.fixed))
                     self._skip_finished()
                     if self._waiting or self._study:
-                        modules = [f"hasten.jobs.bench.{self._name}" if self._name else f"hasten.jobs.{self._job}.run"]
                         count = self._launcher.pool.warm_up(
-                            work, [*modules, "hasten.jobs.common.run", "hasten.cluster.tracking.tracker"]
+                            work, [self._job.module, "hasten.jobs.common.run", "hasten.cluster.tracking.tracker"]
                         )
                         _LOG.info("%d point%s at once", count, "s" * (count != 1))
                     self._begun = perf_counter()
@@ -229,7 +228,7 @@ class Sweep:
     def _state(self) -> dict[str, Any]:
         """What sweep.json holds: the sweep's key, made once, and its words; UserError for another job's folder."""
         path = self.folder / STATE
-        what = self._name or self._job
+        what = self._job.title
         state: dict[str, Any] = {"job": what, "key": uuid.uuid4().hex, "words": self._given}
         if path.exists():
             try:
@@ -281,7 +280,7 @@ class Sweep:
     def _has_finished(self, row: Row) -> bool:
         from hasten.cluster.programs.sweep_points import is_finished, metrics_of, read_point
 
-        folder = Path(row.point.config.run_dir)
+        folder = row.point.folder
         if not is_finished(folder, self._points.sends(row.point)):
             return False
         row.status, row.repeated = "finished", True
@@ -316,7 +315,7 @@ class Sweep:
     def _track_end(self, row: Row) -> None:
         error = f"{row.error['type']}: {row.error['message']}" if row.error else None
         status = "FAILED" if row.status == "failed" else "FINISHED"
-        self._tracker.end(row.point.name, Path(row.point.config.run_dir), status, error)
+        self._tracker.end(row.point.name, row.point.folder, status, error)
 
     def _metrics(self) -> dict[str, float]:
         """Figures of the sweep itself; seconds: from the first point's start."""
@@ -337,7 +336,7 @@ class Sweep:
             self.folder,
             {
                 "job": "sweep",
-                "sweep_of": self._name or self._job,
+                "sweep_of": self._job.title,
                 "config": {"words": self._given, "sweep": vars(self._settings), "sampler": self._sampler},
                 "varied": [dimension.key for dimension in self._words.dimensions],
                 "objectives": self._objectives.plain,
@@ -389,7 +388,7 @@ def _value(words: Words, key: str) -> str | None:
     return next((text for name, _, text in (word.partition("=") for word in words.fixed) if name == key), None)
 
 
-def _default_folder(job: str, name: str | None, words: Sequence[str]) -> Path:
+def _default_folder(title: str, words: Sequence[str]) -> Path:
     """The same folder for the same words, so that the command typed again goes on."""
     mark = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
-    return Path("runs", "sweeps", f"{name or job}-{mark}")
+    return Path("runs", "sweeps", f"{title}-{mark}")

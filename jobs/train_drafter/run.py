@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import DrafterText, TrainDrafterConfig
+from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
 
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_FIGURES = 10

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.search.evopress import Genome, Sample
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.engine import Request
 from hasten.accel.evaluation.divergence import Sums
 from hasten.accel.evaluation.perplexity import Windows
@@ -79,11 +80,11 @@ def second_node() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     _nodes.append(_patiently(lambda: _nodes[0].add_node(num_cpus=1)))
-    logging.getLogger("cluster").addHandler(handler)
+    logging.getLogger("hasten.cluster").addHandler(handler)
     try:
         yield lines
     finally:
-        logging.getLogger("cluster").removeHandler(handler)
+        logging.getLogger("hasten.cluster").removeHandler(handler)
         while len(_nodes) > 1:
             _nodes[0].remove_node(_nodes.pop(), allow_graceful=True)
 

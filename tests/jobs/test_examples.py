@@ -9,7 +9,7 @@ import yaml
 
 from hasten.jobs.cli.commands import submit
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.schema import JOBS
+from hasten.jobs.common.registry import jobs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RAY_JOB = EXAMPLES / "kuberay" / "rayjob.yaml"
@@ -38,7 +38,7 @@ def test_the_ray_job_has_what_kuberay_asks_for():
         assert {"name", "image", "resources"} <= set(container)
         assert [each["name"] for each in container["volumeMounts"]] == [each["name"] for each in pod["volumes"]]
     [workers] = cluster["workerGroupSpecs"]
-    config = compose("compress", JOBS["compress"], kuberay_words()[2:])
+    config = compose("compress", jobs()["compress"].options, kuberay_words()[2:])
     asked = config.workers * config.threads
     cpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert asked <= workers["replicas"] * cpus, "the cluster has room for all workers"
@@ -59,9 +59,9 @@ def test_both_start_the_same_job():
     hasten, *words = kuberay_words()
     assert hasten == "hasten"
     asked = submit._parser().parse_args(slurm_words()[2:])
-    sent = submit._words(asked.job, None, asked.words, lambda text: f"{asked.workdir}/{text}")
+    sent = submit._words(jobs()[asked.job], asked.words, lambda text: f"{asked.workdir}/{text}")
     assert sorted(sent) == sorted(words)
-    assert compose("compress", JOBS["compress"], sent[1:]).bits == 3
+    assert compose("compress", jobs()["compress"].options, sent[1:]).bits == 3
 
 
 @pytest.mark.parametrize("words", [kuberay_words(), slurm_words()], ids=["kuberay", "slurm"])

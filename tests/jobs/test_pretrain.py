@@ -5,9 +5,9 @@ import pytest
 from hasten.accel.data.library import is_held_out
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.schema import PretrainConfig
 from hasten.jobs.pretrain import run as pretrain
 from hasten.jobs.pretrain.model_card import model_card
+from hasten.jobs.pretrain.options import PretrainConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "return", "yield", "class", "import", "lambda", "assert", "while", "break"]
 TINY = [

@@ -17,8 +17,10 @@ from hasten.jobs.bench.plan import NORMAL, SMALL, Compared
 from hasten.jobs.bench.processes.watch import watched
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.common.calibration import original
-from hasten.jobs.common.schema import JOBS, CompressConfig, PlanConfig
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.compress.options import CompressConfig
 from hasten.jobs.compress.run import make_settings
+from hasten.jobs.dry_run.options import PlanConfig
 from hasten.jobs.dry_run.run import make_plan
 
 _INTERVAL_SECONDS = 1.0
@@ -46,7 +48,7 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
         options["output"] = output
     words = [f"{key}={value}" for key, value in options.items()]
     measure.cache_clear()
-    composed = compose(job, JOBS[job], words)
+    composed = compose(job, jobs()[job].options, words)
     plan = make_plan(job, composed, PlanConfig())
     command = [sys.executable, "-m", "hasten", job, *words]
     environment = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
@@ -63,7 +65,7 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
             if _KINDS[process.kind] in usage.peaks
         },
         # Only `compress`: the settings of other jobs are not at hand here.
-        (estimate.moved["sums of second moments"], moved_bytes(composed)) if job == "compress" else None,
+        (estimate.moved["sums of Hessians"], moved_bytes(composed)) if job == "compress" else None,
         None if output is None else (estimate.written_bytes, _bytes(output) + _bytes(place / "runs")),
         (plan.seconds, usage.seconds),
         (estimate.cpu_seconds, usage.cpu_seconds),
@@ -81,7 +83,7 @@ def moved_bytes(config: CompressConfig) -> int:
     tokens = torch.zeros(config.calibration.sequences, length, dtype=torch.long)
     chunks = dict(enumerate(tokens.tensor_split(min(settings.shards, len(tokens)))))
     task = Task(settings)
-    total, keys = 0, [group.key for group in task.plan[0]]
+    total, keys = 0, [group.key for group in task.layer_groups[0]]
     for part in split(len(chunks), config.workers):
         calibrator = Calibrator(settings, {number: chunks[number] for number in part})
         total += sum(sums.nbytes for nodes in calibrator.collect(0, keys).values() for *_, sums in nodes)

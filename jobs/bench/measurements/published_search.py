@@ -10,18 +10,18 @@ import torch
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.levels.units import make_units
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.search.candidates import Candidates
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import KL
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.jobs.bench.processes.runs import peer_search
 from hasten.jobs.common.calibration import original
 from hasten.jobs.common.quality import held_out_windows
-from hasten.jobs.common.schema import Evaluation, SearchTokens
+from hasten.jobs.common.schema import Evaluation
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.search.options import SearchTokens
 
 
 class PeerResult(TypedDict):
@@ -88,7 +88,7 @@ class PublishedSearch:
 
 
 def _bits(level: str) -> int:
-    scheme = parse_level(level)
-    if not isinstance(scheme, Scheme):
+    scheme = parse_level(level).loader_scheme
+    if scheme is None:
         raise TypeError(f"level {level} is not quantized")
     return scheme.bits

@@ -1,7 +1,9 @@
 """Say what a job would hold, move, write and take, on this machine or on a cluster that is not there."""
 
 from hasten.jobs.cli.commands._arguments import Parser
-from hasten.jobs.common.schema import JOBS
+from hasten.jobs.cli.options import options
+from hasten.jobs.dry_run.options import PREFIX, PlanConfig
+from hasten.jobs.dry_run.planned import planned_jobs
 
 _EXAMPLES = """examples:
   hasten plan compress model=/models/llama
@@ -13,15 +15,13 @@ A model's folder needs nothing but config.json. plan=true among the words of a j
 
 def main(words: list[str]) -> int:
     """Plan a job and print it; returns 0 whether it fits or not."""
-    from hasten.jobs.cli.options import options
-    from hasten.jobs.common.schema import PlanConfig
-    from hasten.jobs.dry_run.run import PREFIX, plan_words
-
     shown = "\n".join(f"  {item.key:<22} {item.help}" for item in options(PlanConfig, PREFIX))
     parser = Parser("plan", f"{__doc__}\n\noptions of the plan:\n{shown}\n\n{_EXAMPLES}")
-    jobs = ", ".join(job for job in JOBS if job != "bench")
-    parser.add_argument("job", help=f"one of {jobs}")
+    parser.add_argument("job", help=f"one of {', '.join(planned_jobs())}")
     parser.add_argument("words", nargs="*", metavar="key=value", help="options of the job, and of the plan")
     arguments = parser.parse_args(words)
+    # The help needs nothing of it.
+    from hasten.jobs.dry_run.run import plan_words
+
     print(f"report: {plan_words(arguments.job, arguments.words)}", flush=True)
     return 0

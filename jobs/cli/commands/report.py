@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--open", action="store_true", help="show the page in a browser")
     arguments = parser.parse_args(words)
 
-    from hasten.jobs.common.run import default_folder
+    from hasten.jobs.common.logs import default_folder
     from hasten.jobs.report.comparison import compare, with_quality_of_checkpoints
     from hasten.jobs.report.page import write
     from hasten.jobs.report.reading import read

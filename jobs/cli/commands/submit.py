@@ -13,32 +13,32 @@ from typing import Any
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.commands._cluster import follow, parser
-from hasten.jobs.cli.help import benchmark_names, benchmark_schema
 from hasten.jobs.cli.options import MULTIRUN, Option, nearest, options, split_plan
-from hasten.jobs.common.schema import JOBS, Run
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.logs import log_to_terminal
+from hasten.jobs.common.registry import jobs
 
 
 def main(words: list[str]) -> int:
     """Exit code of the job; 0 with --no-wait, once the cluster has it."""
     asked = _parser().parse_args(words)
-    name, job_words = _named(asked.job, asked.words)
+    job, job_words = _named(asked.job, asked.words)
     workdir = _workdir(asked.workdir)
-    _check(asked.job, name, job_words)
-    sent = _words(asked.job, name, job_words, lambda text: str(Path(workdir, text)))
+    _check(job, job_words)
+    sent = _words(job, job_words, lambda text: str(Path(workdir, text)))
     from hasten.cluster.submission.code_package import source
     from hasten.cluster.submission.job_server import JobServer
-    from hasten.jobs.common.run import log_to_terminal
 
     env = source(asked.env)
     runtime_env = _runtime_env(asked.runtime_env)
     log_to_terminal()
     server = JobServer(asked.address)
-    job = server.submit(sent, workdir, env, runtime_env, asked.name)
+    submitted = server.submit(sent, workdir, env, runtime_env, asked.name)
     if asked.no_wait:
-        print(job)
+        print(submitted)
         return 0
-    print(f"{job} is sent to {server.url}: hasten {shlex.join(sent)}", file=sys.stderr)
-    return follow(server, job)
+    print(f"{submitted} is sent to {server.url}: hasten {shlex.join(sent)}", file=sys.stderr)
+    return follow(server, submitted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,53 +57,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--runtime-env", metavar="FILE", help="YAML file of Ray's runtime environment: env_vars, pip, …")
     found.add_argument("--name", metavar="ID", help="the job's id, must be new; default: hasten-JOB-TIME")
-    found.add_argument("job", metavar="JOB", help=f"one of {', '.join(JOBS)}")
+    found.add_argument("job", metavar="JOB", help=f"one of {', '.join(jobs())}")
     found.add_argument("words", metavar="key=value", nargs=argparse.REMAINDER, help="options of the job; --multirun")
     return found
 
 
-def _named(job: str, words: list[str]) -> tuple[str | None, list[str]]:
-    """Name of the benchmark where the job is `bench`, and the words that are left."""
-    if job not in JOBS:
-        near = nearest(job, JOBS)
+def _named(name: str, words: list[str]) -> tuple[Job, list[str]]:
+    """The job, or the variant that the first word names, and the words that are left."""
+    if name not in jobs():
+        near = nearest(name, jobs())
         raise UserError(
-            f"unknown job {job!r}: " + (f"did you mean {near}?" if near else f"there are {', '.join(JOBS)}")
+            f"unknown job {name!r}: " + (f"did you mean {near}?" if near else f"there are {', '.join(jobs())}")
         )
-    if job != "bench":
-        return None, words
-    if not words or words[0] not in benchmark_names():
-        raise UserError(f"hasten submit bench needs the name of a benchmark: {', '.join(benchmark_names())}")
-    return words[0], words[1:]
+    job = jobs()[name]
+    if job.variants is None:
+        return job, words
+    if not words or words[0] not in job.variants.names():
+        raise UserError(job.variants.missing(f"submit {name}"))
+    return job.variants.find(words[0]), words[1:]
 
 
-def _schema(job: str, name: str | None) -> type[Run]:
-    return benchmark_schema(name) if name else JOBS[job]
-
-
-def _check(job: str, name: str | None, words: list[str]) -> None:
+def _check(job: Job, words: list[str]) -> None:
     """UserError where the job itself would refuse its words."""
     from hasten.jobs.cli.compose import compose
 
     own = {word.partition("=")[0] for word in _parser()._option_string_actions}
     for word in words:
         if word.partition("=")[0] in own:
-            raise UserError(f"{word} belongs to submit: it comes before {job}")
+            raise UserError(f"{word} belongs to submit: it comes before {job.name}")
     plans, words = split_plan(words)
     if set(MULTIRUN) & set(words):
         from hasten.jobs.sweep.run import check
 
-        check(job, name, _schema(job, name), [word for word in words if word not in MULTIRUN])
+        check(job, [word for word in words if word not in MULTIRUN])
         return
     if plans:
         from hasten.jobs.dry_run.run import parse_words
 
         _, words = parse_words(words)
-    compose(job, _schema(job, name), words)
+    compose(job.name, job.options, words)
 
 
-def _words(job: str, name: str | None, words: list[str], absolute: Callable[[str], str]) -> list[str]:
+def _words(job: Job, words: list[str], absolute: Callable[[str], str]) -> list[str]:
     """Words of `hasten` on the cluster: paths made absolute, and an address, so that the job joins what it runs on."""
-    known = {item.key: item for item in options(_schema(job, name))}
+    known = {item.key: item for item in options(job.options)}
     is_sweep = bool(set(MULTIRUN) & set(words))
     sent = [_absolute(word, known, is_sweep, absolute) for word in words]
     given = {word.partition("=")[0] for word in words}
@@ -112,7 +109,7 @@ def _words(job: str, name: str | None, words: list[str], absolute: Callable[[str
             sent.append("sweep.address=auto")
     elif "address" in known and "address" not in given:
         sent.append("address=auto")
-    return [job, *([name] if name else []), *sent]
+    return [*job.words, *sent]
 
 
 def _absolute(word: str, known: dict[str, Option], is_sweep: bool, absolute: Callable[[str], str]) -> str:

@@ -1,13 +1,13 @@
 import subprocess
 import sys
 
-from hasten.jobs.cli.help import benchmark_names
+from hasten.jobs.bench.job import names
 
 SCRIPT = """
 import sys
-from hasten.jobs.cli.help import benchmark_names, benchmark_schema
-for name in benchmark_names():
-    assert benchmark_schema(name).__module__ == f"hasten.jobs.bench.{name}", name
+from hasten.jobs.bench.job import find, names
+for name in names():
+    assert find(name).options.__module__ == f"hasten.jobs.bench.{name}", name
 print(*({"torch", "transformers", "ray", "mlflow", "matplotlib"} & sys.modules.keys()))
 """
 
@@ -18,6 +18,5 @@ def test_options_of_benchmarks_are_read_without_heavy_imports():
 
 
 def test_parts_of_benchmarks_are_no_benchmarks():
-    names = benchmark_names()
-    assert {"compress", "decode", "wait"} <= set(names)
-    assert not {"measurements", "decoding", "processes", "peers"} & set(names)
+    assert {"compress", "decode", "wait"} <= set(names())
+    assert not {"measurements", "decoding", "processes", "peers"} & set(names())

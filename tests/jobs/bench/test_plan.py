@@ -6,7 +6,7 @@ from hasten.accel.errors import UserError
 from hasten.jobs.bench.measurements.planned import moved_bytes
 from hasten.jobs.bench.plan import Compared, Config, _section, _worst, run
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.schema import JOBS
+from hasten.jobs.common.registry import jobs
 from tests.models import tiny
 
 FOUND = [
@@ -44,7 +44,7 @@ def test_what_calibrators_send_is_counted_for_all_blocks(tmp_path):
         "workers=2",
     ]
     # Two workers, two blocks, inputs of 64 columns three times and of 128 once, float32.
-    assert moved_bytes(compose("compress", JOBS["compress"], words)) == 2 * 2 * 4 * (3 * 64 * 64 + 128 * 128)
+    assert moved_bytes(compose("compress", jobs()["compress"].options, words)) == 2 * 2 * 4 * (3 * 64 * 64 + 128 * 128)
     assert not (tmp_path / "out").exists()
 
 

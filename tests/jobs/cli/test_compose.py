@@ -5,13 +5,15 @@ from hasten.jobs.cli import methods
 from hasten.jobs.cli.compose import compose, plain
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.cli.options import Option, nearest, options
-from hasten.jobs.common.schema import JOBS, CompressConfig, PretrainConfig
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.pretrain.options import PretrainConfig
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", jobs())
 def test_a_job_without_words_has_the_defaults_that_its_schema_and_its_file_give(job):
-    config = compose(job, JOBS[job], [])
-    assert type(config) is JOBS[job]
+    config = compose(job, jobs()[job].options, [])
+    assert type(config) is jobs()[job].options
     assert config.tracking.experiment == "hasten"
 
 

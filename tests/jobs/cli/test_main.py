@@ -4,11 +4,10 @@ import sys
 
 import pytest
 
-from hasten.jobs.cli.help import benchmark_names
 from hasten.jobs.cli.main import main
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.cli.options import options
-from hasten.jobs.common.schema import JOBS
+from hasten.jobs.common.registry import jobs
 
 HEAVY = ("torch", "transformers", "ray", "hydra", "omegaconf", "mlflow", "deepspeed", "numpy", "matplotlib")
 
@@ -20,8 +19,8 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-WITHOUT_WORK = ["--help", "--version", *(f"{job} --help" for job in JOBS)]
-WITHOUT_WORK += [f"bench {name} --help" for name in benchmark_names()]
+WITHOUT_WORK = ["--help", "--version", *(f"{job} --help" for job in jobs())]
+WITHOUT_WORK += [f"bench {name} --help" for name in jobs()["bench"].variants.names()]
 
 
 @pytest.mark.parametrize("words", WITHOUT_WORK)
@@ -37,15 +36,15 @@ def test_help_and_version_import_nothing_heavy(words):
 def test_help_lists_every_job_and_every_quantizer(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for name in [*JOBS, *method_names("quantizer")]:
+    for name in [*jobs(), *method_names("quantizer")]:
         assert name in out
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", jobs())
 def test_help_of_a_job_lists_each_option_with_its_explanation(capsys, job):
     code, out, _ = run(capsys, job, "--help")
     assert code == 0
-    for item in options(JOBS[job]):
+    for item in options(jobs()[job].options):
         assert f"  {item.key}=" in out
         assert item.help, item.key
 

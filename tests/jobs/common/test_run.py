@@ -10,8 +10,9 @@ from hasten.accel.errors import UserError
 from hasten.cluster.storage.naming import called
 from hasten.jobs.cli.main import main
 from hasten.jobs.common import run as runs
+from hasten.jobs.common.logs import LOG_FILE
 from hasten.jobs.common.progress import Progress
-from hasten.jobs.common.run import LOG_FILE, start
+from hasten.jobs.common.run import start
 
 
 @pytest.fixture

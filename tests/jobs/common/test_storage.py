@@ -17,11 +17,14 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.common import storage
-from hasten.jobs.common.run import log_to_terminal, start
-from hasten.jobs.common.schema import CompressConfig, DecodeConfig, EvaluateConfig
+from hasten.jobs.common.logs import log_to_terminal
+from hasten.jobs.common.run import start
 from hasten.jobs.common.storage import local_paths
 from hasten.jobs.compress import run as compress
+from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.evaluate import run as evaluate
+from hasten.jobs.evaluate.options import EvaluateConfig
 from tests.compression.local import contents
 from tests.models import tiny
 

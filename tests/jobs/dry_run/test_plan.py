@@ -9,8 +9,10 @@ from hasten.accel.costs.estimate import Rates
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
-from hasten.jobs.common.schema import JOBS, PlanConfig
+from hasten.jobs.common.registry import jobs
 from hasten.jobs.dry_run.advice import with_options
+from hasten.jobs.dry_run.options import PlanConfig
+from hasten.jobs.dry_run.planned import planned_jobs
 from hasten.jobs.dry_run.run import make_plan, parse_bytes, parse_words, plan
 from tests.jobs.report import last_report
 
@@ -38,7 +40,7 @@ RATES = Rates(
 def planned(job, *words):
     """Config and plan of a job by the words of a command line."""
     plan_config, rest = parse_words(list(words))
-    config = compose(job, JOBS[job], rest)
+    config = compose(job, jobs()[job].options, rest)
     return config, plan_config, make_plan(job, config, plan_config, RATES)
 
 
@@ -59,7 +61,7 @@ def test_a_plan_of_the_embedded_model_is_what_happens(tmp_path, ray_session, mon
         f"run_dir={tmp_path / 'run'}",
         f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
     ]
-    config = compose("compress", JOBS["compress"], words)
+    config = compose("compress", jobs()["compress"].options, words)
     found = make_plan("compress", config, PlanConfig())  # with this machine's own rates
     assert main(["compress", *words]) == 0
     metrics = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
@@ -70,7 +72,7 @@ def test_a_plan_of_the_embedded_model_is_what_happens(tmp_path, ray_session, mon
     assert found.estimate.written_bytes == pytest.approx(written, rel=0.02)
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job != "bench"])
+@pytest.mark.parametrize("job", planned_jobs())
 def test_every_job_but_benchmarks_has_a_plan(job):
     _, _, found = planned(job, "plan.memory=64GB", "plan.disk=1TB")
     assert found.fits
@@ -134,7 +136,7 @@ def test_every_advice_makes_the_job_fit(job, words, knob):
 
 
 def test_what_no_option_can_change_is_said(capsys, folder):
-    config = compose("compress", JOBS["compress"], [])
+    config = compose("compress", jobs()["compress"].options, [])
     plan_config, _ = parse_words(["plan.memory=600MB"])
     plan_with_rates = make_plan("compress", config, plan_config, RATES)
     assert not plan_with_rates.fits
@@ -180,4 +182,4 @@ def test_wrong_input_is_one_line_and_leaves_nothing(words, message, folder, caps
 
 def test_a_job_without_plan_is_refused_from_its_config_too():
     with pytest.raises(UserError, match="bench has no plan"):
-        plan("bench", JOBS["bench"](), PlanConfig())
+        plan("bench", jobs()["bench"].options(), PlanConfig())

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from hasten.jobs.common.metrics import texts
 from hasten.jobs.report.comparison import compare, with_quality_of_checkpoints
-from hasten.jobs.report.metrics import texts
 from hasten.jobs.report.reading import read
 from hasten.jobs.report.sentences import summary
 from hasten.jobs.report.settings import flat, shown

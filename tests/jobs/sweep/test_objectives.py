@@ -3,8 +3,9 @@
 import pytest
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.schema import SweepConfig
+from hasten.jobs.common.registry import jobs
 from hasten.jobs.sweep.objectives import Objectives, objectives, sampler
+from hasten.jobs.sweep.options import SweepConfig
 
 
 @pytest.mark.parametrize(
@@ -22,18 +23,20 @@ from hasten.jobs.sweep.objectives import Objectives, objectives, sampler
     ],
 )
 def test_each_job_has_what_is_usual_for_it(job, metrics, directions, shown):
-    assert objectives(job, SweepConfig(), searches=False) == Objectives(metrics, directions, shown)
+    assert objectives(jobs()[job], SweepConfig(), searches=False) == Objectives(metrics, directions, shown)
 
 
 def test_named_metrics_come_first_each_in_its_usual_direction():
-    found = objectives("compress", SweepConfig(metrics=["bytes", "top1_agreement", "arc.accuracy"]), searches=True)
+    found = objectives(
+        jobs()["compress"], SweepConfig(metrics=["bytes", "top1_agreement", "arc.accuracy"]), searches=True
+    )
     assert found.directions == ("minimize", "maximize", "maximize")
     assert found.shown == ("bytes", "top1_agreement", "arc.accuracy", "kl_divergence")
     assert found.plain[1] == {"metric": "top1_agreement", "direction": "maximize"}
 
 
 def test_directions_that_are_given_count():
-    found = objectives("compress", SweepConfig(metrics=["bytes"], directions=["maximize"]), searches=True)
+    found = objectives(jobs()["compress"], SweepConfig(metrics=["bytes"], directions=["maximize"]), searches=True)
     assert found.directions == ("maximize",)
 
 
@@ -53,17 +56,17 @@ def test_directions_that_are_given_count():
 )
 def test_what_cannot_be_optimised_is_named(settings, message):
     with pytest.raises(UserError, match=message):
-        objectives("bench", settings, searches=True)
+        objectives(jobs()["bench"], settings, searches=True)
 
 
 def test_values_come_in_the_order_of_the_metrics():
-    found = objectives("compress", SweepConfig(metrics=["bytes", "kl_divergence"]), searches=True)
+    found = objectives(jobs()["compress"], SweepConfig(metrics=["bytes", "kl_divergence"]), searches=True)
     assert found.values({"kl_divergence": 0.5, "other": None, "bytes": 12}) == [12.0, 0.5]
 
 
 @pytest.mark.parametrize("there", [{}, {"kl_divergence": None}, {"kl_divergence": [0.1]}])
 def test_a_metric_that_a_report_lacks_is_named_with_those_that_it_has(there):
-    found = objectives("compress", SweepConfig(), searches=True)
+    found = objectives(jobs()["compress"], SweepConfig(), searches=True)
     with pytest.raises(UserError, match=r"the report has no number for kl_divergence; it has bytes, seconds$"):
         found.values({**there, "seconds": 1.5, "bytes": 3, "name": "x"})
 

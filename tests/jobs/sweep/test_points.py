@@ -1,21 +1,20 @@
 """What tells points from each other, where each puts what it makes, and what it takes of a cluster."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hasten.accel.errors import UserError
 from hasten.cluster.programs.sweep_points import is_finished
-from hasten.jobs.bench.wait import Config
-from hasten.jobs.cli.options import options
-from hasten.jobs.common.schema import JOBS, ReplayConfig
+from hasten.jobs.common.registry import job_of, jobs
 from hasten.jobs.sweep import points as sweep_points
-from hasten.jobs.sweep.points import Points, needs
+from hasten.jobs.sweep.points import Points
 
 
 def points(job="compress", *fixed, folder=Path("/sweep")):
-    return Points(job, None, JOBS[job], fixed, folder)
+    return Points(jobs()[job], fixed, folder)
 
 
 def fingerprint(*fixed, job="compress"):
@@ -35,12 +34,12 @@ def test_any_option_makes_another_fingerprint(usual, word):
 
 
 def test_the_job_and_the_benchmark_make_another_fingerprint():
-    found = [Points("bench", name, Config, [], Path("/sweep")).make({}).fingerprint for name in ("a", "b")]
+    wait = job_of("bench", "wait")
+    found = [Points(job, [], Path("/sweep")).make({}).fingerprint for job in (wait, replace(wait, variant="other"))]
     assert found[0] != found[1]
-    made = points("replay").make({})
-    known = options(ReplayConfig)
-    assert sweep_points.fingerprint("replay", None, made.config, known) == made.fingerprint
-    assert sweep_points.fingerprint("decode", None, made.config, known) != made.fingerprint
+    replay, made = job_of("replay"), points("replay").make({})
+    assert sweep_points.fingerprint(replay, made.config) == made.fingerprint
+    assert sweep_points.fingerprint(replace(replay, name="decode"), made.config) != made.fingerprint
 
 
 def test_where_and_how_a_run_is_kept_does_not_change_the_fingerprint(usual):
@@ -176,13 +175,13 @@ def test_outputs_may_be_swept_but_not_shared():
 )
 def test_a_job_takes_threads_for_itself_or_for_each_of_its_workers(job, words, expected, monkeypatch):
     monkeypatch.setattr("hasten.jobs.common.arithmetic.resolve_device", lambda name: "cpu")
-    assert needs(job, points(job, *words).make({}).config) == expected
+    assert jobs()[job].needs_of(points(job, *words).make({}).config) == expected
 
 
 def test_each_worker_and_each_job_that_computes_itself_takes_a_gpu(monkeypatch):
     monkeypatch.setattr("hasten.jobs.common.arithmetic.resolve_device", lambda name: "cuda")
-    assert needs("compress", points().make({}).config)[3] == ({"CPU": 1.0, "GPU": 1.0},) * 2
-    assert needs("replay", points("replay").make({}).config)[:2] == (1.0, 1.0)
+    assert jobs()["compress"].needs_of(points().make({}).config)[3] == ({"CPU": 1.0, "GPU": 1.0},) * 2
+    assert jobs()["replay"].needs_of(points("replay").make({}).config)[:2] == (1.0, 1.0)
 
 
 def test_a_points_work_knows_its_folder_values_and_needs():

@@ -108,8 +108,11 @@ def test_drafts_of_several_kinds_pass_for_deterministic_ones():
 
 def test_a_config_gives_its_members_as_a_list():
     path = "hasten.accel.decoding.drafters"
-    members = [{"_target_": f"{path}.prompt_lookup.PromptLookup"}, {"_target_": f"{path}.aded.Aded", "search": "mcts"}]
-    config = {"_target_": f"{path}.first_of.FirstOf", "drafters": members}
+    members = [
+        {"_target_": f"{path}.retrieval.prompt_lookup.PromptLookup"},
+        {"_target_": f"{path}.retrieval.aded.Aded", "search": "mcts"},
+    ]
+    config = {"_target_": f"{path}.combined.first_of.FirstOf", "drafters": members}
     drafter = instantiate(config, _convert_="all")
     assert isinstance(drafter.drafters, tuple)
     assert drafter.drafters[1].search == "mcts"

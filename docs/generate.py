@@ -1,0 +1,126 @@
+"""What the documentation takes from the code: the page of methods, their counts in the README, and the jobs' options.
+
+`python docs/generate.py` writes docs/methods.md and the table in README.md from conf; `--check` compares and writes
+nothing. MkDocs loads this file as a hook, which puts a table of options in place of `<!-- options: JOB -->`.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+from hasten.jobs.cli.methods import CONF, method, method_names, target_of
+from hasten.jobs.cli.options import Option, options
+from hasten.jobs.common.registry import jobs
+from hasten.jobs.sweep.options import SweepConfig
+
+PAGE = Path(__file__).parent / "methods.md"
+README = Path(__file__).parents[1] / "README.md"
+TABLE = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- options: (\w+) -->")
+# In the order of the page; a family that is not named here comes after these, by its own name.
+TITLES = {
+    "quantizer": "Quantizers",
+    "column_quantizer": "Column quantizers",
+    "pruner": "Pruners",
+    "level": "Level kinds",
+    "allocator": "Allocators and searchers",
+    "fitness": "Fitness of a candidate",
+    "drafter": "Drafters",
+    "verifier": "Verifiers",
+    "draft_length": "Draft lengths",
+    "head": "Trained heads",
+}
+
+
+def families() -> list[str]:
+    """Config groups: the folders of conf that hold methods."""
+    found = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
+    return sorted(found, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
+
+
+def methods_page() -> str:
+    """Markdown of docs/methods.md."""
+    groups = families()
+    total = sum(len(method_names(group)) for group in groups)
+    lines = [
+        "# Methods",
+        "",
+        f"{total} methods in {len(groups)} families. This page is generated from `conf/` by `python docs/generate.py`.",
+        "Each method is one file; its hyper-parameters are set as `FAMILY.NAME=VALUE`.",
+    ]
+    for group in groups:
+        lines += ["", f"## {TITLES.get(group, group)}", "", f"`{group}=NAME`", ""]
+        lines += ["| name | method | source | hyper-parameters |", "| --- | --- | --- | --- |"]
+        for name in method_names(group):
+            found = method(group, name)
+            fields = ", ".join(f"`{item.name}={_shown(item.default)}`" for item in found.fields)
+            lines.append(f"| `{name}` | {_cell(found.summary)} | {_cell(_source(group, name))} | {_cell(fields)} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme() -> str:
+    """README.md with the table of families as conf has them."""
+    rows = ["| family | methods | names |", "| --- | --: | --- |"]
+    for group in families():
+        names = method_names(group)
+        rows.append(f"| {TITLES.get(group, group)} | {len(names)} | {', '.join(f'`{name}`' for name in names)} |")
+    return TABLE.sub("\n".join(["", *rows, ""]) + "\n", README.read_text(encoding="utf-8"))
+
+
+def options_table(rows: list[Option]) -> str:
+    """Markdown table of options with their defaults."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for item in rows:
+        text = item.help or "chosen by name, see [methods](../methods.md)"
+        accepted = f" ({item.expected})" if item.choices and not item.group else ""
+        lines.append(f"| `{item.key}` | `{_shown(item.default)}` | {_cell(text + accepted)} |")
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """MkDocs: the page with tables of options in it."""
+    return MARKER.sub(lambda found: options_table(_options(found[1])), markdown)
+
+
+def _options(name: str) -> list[Option]:
+    return options(SweepConfig, "sweep.") if name == "sweep" else options(jobs()[name].options)
+
+
+def _source(group: str, name: str) -> str:
+    """The `Source:` of a method's module, its first sentence."""
+    path = CONF.parent.joinpath(*target_of(group, name).split(".")[1:-1]).with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    found = re.search(r"Source: (.+?)(?:\.\s|\.$|\n\n|$)", " ".join(docstring.split()))
+    return found[1] if found else "–"
+
+
+def _shown(value: object) -> str:
+    if value is None or value == {}:
+        return "null" if value is None else "see conf"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_shown(item) for item in value)}]"
+    return str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(words: list[str]) -> int:
+    """Write both files, or with --check say which differ from conf; exit code 1 where one does."""
+    pages = {PAGE: methods_page(), README: readme()}
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" in words:
+        for path in stale:
+            print(f"{path.name} is not what conf says: run python docs/generate.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""`hasten bench NAME`: the descriptor, and one of every benchmark, which is a file of this folder."""
+
+import ast
+import dataclasses
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from hasten.jobs.bench.options import BenchConfig
+from hasten.jobs.common.descriptor import Job, Needs, Variants
+from hasten.jobs.common.schema import Run
+
+_FOLDER = Path(__file__).parent
+_NO_BENCHMARKS = ("job", "options")
+
+
+def needs(config: BenchConfig) -> Needs:
+    """Of a benchmark, which starts what it measures by itself."""
+    return Needs(float(getattr(config, "threads", 1)), 0.0, getattr(config, "threads", 1))
+
+
+def names() -> list[str]:
+    """Names that `hasten bench NAME` accepts, in order."""
+    found = sorted(path.stem for path in _FOLDER.glob("*.py"))
+    return [name for name in found if not name.startswith("_") and name not in _NO_BENCHMARKS]
+
+
+def summary(name: str) -> str:
+    """First sentence of a benchmark's file, without its full stop."""
+    tree = ast.parse((_FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    return " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
+
+
+@cache
+def find(name: str) -> Job:
+    """Descriptor of one benchmark, whose options are the class `Config` of its file, or the common ones."""
+    module = f"hasten.jobs.bench.{name}"
+    options: type[Run] = getattr(import_module(module), "Config", BenchConfig)
+    return dataclasses.replace(JOB, variant=name, options=options, run=f"{module}:run", examples=())
+
+
+JOB = Job(
+    name="bench",
+    position=90,
+    options=BenchConfig,
+    needs="hasten.jobs.bench.job:needs",
+    not_planned="a benchmark is run to be measured",
+    in_ray=False,
+    examples=("hasten bench compress",),
+    shares_state=True,
+    variants=Variants("benchmark", names, summary, find),
+)

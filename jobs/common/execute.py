@@ -1,0 +1,25 @@
+"""Running a job: its options composed, URIs made local paths, and its run function called."""
+
+from hasten.cluster.storage.naming import as_given
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.logs import log_to_terminal, log_traceback
+from hasten.jobs.common.registry import job_of
+from hasten.jobs.common.schema import Run
+from hasten.jobs.common.storage import local_paths
+
+
+def execute(job: Job, config: Run) -> str | None:
+    """Run a job; path or URI of its report, None where it has none. Options that are URIs are local paths to it."""
+    with local_paths(job.options, config) as local:
+        report = job.start(local)
+        return None if report is None else str(as_given(str(report)))
+
+
+def run_job(name: str, variant: str | None, config: Run) -> None:
+    """Run a job in this process as the command line would."""
+    log_to_terminal()
+    try:
+        execute(job_of(name, variant), config)
+    except BaseException as error:
+        log_traceback(error)
+        raise

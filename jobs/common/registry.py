@@ -1,0 +1,33 @@
+"""Every job there is: the folders of jobs/ that hold a descriptor, and what all of them report."""
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import hasten.jobs
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.metrics import PEAK_RSS_BYTES, SECONDS, Metric
+
+
+@cache
+def jobs() -> dict[str, Job]:
+    """Jobs by name, in the order of `hasten --help`."""
+    names = sorted(path.parent.name for folder in hasten.jobs.__path__ for path in Path(folder).glob("*/job.py"))
+    found: list[Job] = [import_module(f"hasten.jobs.{name}.job").JOB for name in names]
+    return {job.name: job for job in sorted(found, key=lambda job: (job.position, job.name))}
+
+
+def job_of(name: str, variant: str | None = None) -> Job:
+    """The descriptor of a job, or of one of its variants."""
+    job = jobs()[name]
+    if variant is None:
+        return job
+    assert job.variants is not None, f"{name} has no variants"
+    return job.variants.find(variant)
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """Metrics of all jobs by name, in the order of a table's columns."""
+    listed = [metric for job in jobs().values() for metric in job.metrics]
+    return {metric.name: metric for metric in (*listed, PEAK_RSS_BYTES, SECONDS)}

@@ -1,0 +1,18 @@
+"""What `hasten compress` will take."""
+
+from hasten.accel.costs import compression
+from hasten.accel.costs.estimate import Estimate
+from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.compress.run import make_settings
+from hasten.jobs.dry_run.calibration import calibration_pass
+from hasten.jobs.dry_run.evaluation import quality
+from hasten.jobs.dry_run.models import model_of, with_local_arithmetic
+from hasten.jobs.dry_run.setting import Setting
+
+
+def estimate(config: CompressConfig, setting: Setting) -> Estimate:
+    """The calibration pass, and measuring what came out."""
+    model = model_of("model", config.model, config.dtype, setting.gpus)
+    settings = make_settings(with_local_arithmetic(config), model.architecture.checkpoint.path)
+    found = compression.estimate(calibration_pass(config.model, model, settings, config, setting), setting.rates)
+    return found.joined(quality(config.evaluation, config.workers, config.threads, model, setting))

@@ -1,0 +1,67 @@
+"""What `hasten decode` will take."""
+
+from pathlib import Path
+
+from hasten.accel.costs import decoding
+from hasten.accel.costs.estimate import Estimate
+from hasten.accel.costs.model import Model
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.prompts import read_prompts
+from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.dry_run.models import is_fast, model_of, shapes_of
+from hasten.jobs.dry_run.setting import Setting, Shapes
+
+# Of the library's own prompts: how many, their mean and their greatest length.
+_LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 94, 128
+
+
+def shapes(config: DecodeConfig, gpus: int) -> Shapes:
+    """Those of the target."""
+    return shapes_of(model_of("target", config.target, config.dtype, gpus))
+
+
+def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
+    """The prompts decoded, at the tokens a pass that the plan names."""
+    target = model_of("target", config.target, config.dtype, setting.gpus)
+    drafter = build(config.drafter) if config.draft_tokens != 0 else None
+    drafted = 0 if drafter is None else config.draft_tokens or config.max_draft_tokens
+    draft = None
+    if drafter is not None and drafter.needs_draft_model:
+        if config.draft is None:
+            raise UserError(f"drafter={type(drafter).__name__} needs a draft model: give draft=PATH")
+        draft = model_of("draft", config.draft, config.dtype, setting.gpus)
+    prompts, mean, longest = _prompt_lengths(config, target)
+    alone = config.stream
+    return decoding.estimate(
+        decoding.Decoding(
+            target=target,
+            prompts=prompts,
+            prompt_tokens=mean,
+            longest=longest + config.max_new_tokens,
+            new_tokens=config.max_new_tokens,
+            draft=draft,
+            drafted=drafted,
+            measures=config.draft_tokens is None,
+            in_flight=1 if alone else config.in_flight,
+            prefill_chunk=config.prefill_chunk,
+            memory_bytes=config.memory_bytes,
+            fast=is_fast(config.path, target),
+            workers=1 if alone else config.workers,
+            threads=config.threads,
+            gpus=setting.gpus,
+            tokens_per_pass=setting.tokens_per_pass,
+        ),
+        setting.rates,
+    )
+
+
+def _prompt_lengths(config: DecodeConfig, target: Model) -> tuple[int, float, int]:
+    """Number of prompts, their mean and their greatest length in tokens."""
+    if config.prompts is None:
+        return _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT
+    tokenizer = load_tokenizer(target.architecture.checkpoint.path)
+    found = read_prompts(Path(config.prompts), tokenizer, target.vocabulary, config.prompt_field, config.id_field)
+    lengths = [len(each.tokens) for each in found]
+    return len(lengths), sum(lengths) / len(lengths), max(lengths)

@@ -1,0 +1,42 @@
+"""The calibration pass of a job as a plan sees it."""
+
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
+from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.costs.compression import Pass
+from hasten.accel.costs.model import Model
+from hasten.accel.errors import UserError
+from hasten.jobs.common.schema import Calibrated
+from hasten.jobs.dry_run.setting import Setting
+
+
+def calibration_pass(name: str, model: Model, settings: Settings, config: Calibrated, setting: Setting) -> Pass:
+    """What the pass costs; name: of the checkpoint. UserError for what the job itself would refuse."""
+    if model.architecture.checkpoint.is_compressed:
+        raise UserError(f"model={name} is compressed already: give the original checkpoint")
+    plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
+    for level in settings.levels or ():
+        for group in [group for groups in plan for group in groups]:
+            level.check(group.key, group.columns)
+    sequences = config.calibration.sequences if settings.needs_hessian else 0
+    if sequences and config.workers > min(config.calibration.shards, sequences):
+        chunks = min(config.calibration.shards, sequences)
+        raise UserError(
+            f"workers={config.workers} is more than the {chunks} chunks of the calibration sequences: "
+            f"use workers={chunks}, or more calibration.shards"
+        )
+    return Pass(
+        model=model,
+        plan=plan,
+        methods=settings.methods,
+        sequences=sequences,
+        length=config.calibration.sequence_length,
+        levels=settings.levels,
+        batch=config.calibration.batch,
+        shards=config.calibration.shards,
+        workers=config.workers,
+        threads=config.threads,
+        gpus=setting.gpus,
+        gpu_memory=setting.gpu_memory if setting.gpus else 0,
+        nodes=min(setting.nodes, config.workers),
+        propagates=config.propagate == "quantized",
+    )

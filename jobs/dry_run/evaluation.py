@@ -1,0 +1,33 @@
+"""Measuring quality as a plan sees it."""
+
+import dataclasses
+
+import torch
+
+from hasten.accel.costs import evaluation
+from hasten.accel.costs.estimate import Estimate
+from hasten.accel.costs.evaluation import Windows
+from hasten.accel.costs.model import Model
+from hasten.jobs.common.schema import Evaluation
+from hasten.jobs.dry_run.setting import Setting
+
+
+def quality(options: Evaluation, workers: int, threads: int, model: Model, setting: Setting) -> Estimate:
+    """Measuring the checkpoint that comes out, in float32 and beside the original."""
+    exact = dataclasses.replace(model, dtype=torch.float32)
+    return evaluation.estimate(
+        exact,
+        windows(options),
+        setting.rates,
+        original=exact,
+        packed=True,
+        workers=workers,
+        threads=threads,
+        gpus=setting.gpus,
+    )
+
+
+def windows(options: Evaluation) -> Windows:
+    """Windows of the text that quality is measured on."""
+    length, stride = options.sequence_length, options.stride or options.sequence_length
+    return Windows(-(-options.sequences * length // stride), length)

@@ -1,0 +1,57 @@
+"""Models of a config as plans see them: outlines of checkpoints, of which no weight is read."""
+
+import dataclasses
+from functools import cache
+from typing import Protocol, TypeVar
+
+from hasten.accel.costs.model import Model
+from hasten.accel.costs.outline import open_checkpoint
+from hasten.accel.decoding.targets.llama import refusal
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import resolve
+from hasten.jobs.common.arithmetic import resolve_dtype
+from hasten.jobs.common.schema import Calibrated
+from hasten.jobs.dry_run.setting import Shapes
+
+C = TypeVar("C", bound=Calibrated)
+
+
+class OfOneModel(Protocol):
+    """Options of a job that computes with one model."""
+
+    model: str
+    dtype: str
+
+
+def shapes(config: OfOneModel, gpus: int) -> Shapes:
+    """Those of the option `model`."""
+    return shapes_of(model_of("model", config.model, config.dtype, gpus))
+
+
+def shapes_of(model: Model) -> Shapes:
+    """Those of a model."""
+    return Shapes(model.dtype, model.hidden, model.inner)
+
+
+def model_of(option: str, name: str, dtype: str, gpus: int) -> Model:
+    """The outline of an option's checkpoint, in the dtype that an option asks for; UserError names the option."""
+    return Model(_architecture(option, name), resolve_dtype(dtype, "cuda" if gpus else "cpu"))
+
+
+@cache
+def _architecture(option: str, name: str) -> Architecture:
+    try:
+        return Architecture(open_checkpoint(resolve(name, weights=False).absolute()))
+    except UserError as error:
+        raise UserError(str(error).replace("model=", f"{option}=", 1)) from None
+
+
+def is_fast(path: str, model: Model) -> bool:
+    """Whether decoding runs the model itself, and not transformers; path: the option."""
+    return path != "transformers" and refusal(model.architecture.config) is None
+
+
+def with_local_arithmetic(config: C) -> C:
+    """The config with arithmetic that is there: settings are checked on this machine, which may have no GPU."""
+    return dataclasses.replace(config, device="cpu", dtype="float32")

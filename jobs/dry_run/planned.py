@@ -1,0 +1,17 @@
+"""Which jobs have plans."""
+
+from hasten.accel.errors import UserError
+from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.registry import jobs
+
+
+def planned_jobs() -> list[str]:
+    """Names of the jobs that have an estimate."""
+    return [job.name for job in jobs().values() if job.estimate is not None]
+
+
+def planned_job(name: str) -> Job:
+    """The job of that name; UserError where it has no plan or is none."""
+    if name not in planned_jobs():
+        raise UserError(f"{name} has no plan: there are plans of {', '.join(planned_jobs())}")
+    return jobs()[name]

@@ -1,0 +1,30 @@
+"""What a plan is made for, and what it asks of a job before rates are measured."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hasten.accel.costs.estimate import Rates
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for beside the config.
+
+    gpus: of every worker, gpu_memory: bytes of each; nodes: of the cluster; rates: of a process.
+    """
+
+    rates: Rates
+    gpus: int = 0
+    gpu_memory: int = 0
+    nodes: int = 1
+    tokens_per_pass: float = 1.0
+
+
+class Shapes(NamedTuple):
+    """Dtype, hidden size and widest input of the model that a job computes most with: what rates are measured at."""
+
+    dtype: torch.dtype
+    hidden: int
+    inner: int

@@ -1,0 +1,30 @@
+"""What `hasten evaluate` will take."""
+
+from hasten.accel.compression.outputs.resumable import original_of
+from hasten.accel.costs import evaluation
+from hasten.accel.costs.estimate import Estimate
+from hasten.accel.errors import UserError
+from hasten.jobs.dry_run.evaluation import windows
+from hasten.jobs.dry_run.models import model_of
+from hasten.jobs.dry_run.setting import Setting
+from hasten.jobs.evaluate.options import EvaluateConfig
+
+
+def estimate(config: EvaluateConfig, setting: Setting) -> Estimate:
+    """Measuring the checkpoint; UserError for tasks of lm-eval."""
+    if config.tasks:
+        raise UserError(f"tasks=[{','.join(config.tasks)}] have no plan: lm-eval runs them; leave tasks out")
+    model = model_of("model", config.model, config.dtype, setting.gpus)
+    folder = model.architecture.checkpoint.path
+    original = config.original or original_of(folder)
+    return evaluation.estimate(
+        model,
+        windows(config.evaluation),
+        setting.rates,
+        original=None if original is None else model_of("original", str(original), config.dtype, setting.gpus),
+        packed=model.architecture.checkpoint.is_compressed,
+        batch=config.batch,
+        workers=config.workers,
+        threads=config.threads,
+        gpus=setting.gpus,
+    )

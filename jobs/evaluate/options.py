@@ -1,0 +1,23 @@
+"""Options of `hasten evaluate`."""
+
+from dataclasses import dataclass
+
+from hasten.jobs.common.schema import ADDRESS, DEVICES, DTYPES, MODEL, Evaluation, Run, option, section
+
+
+@dataclass
+class EvaluateConfig(Run):
+    """Measure a checkpoint: perplexity, divergence from the original, exact bits per weight, bytes."""
+
+    model: str = option("embedded:target", f"what to measure, compressed or not: {MODEL}", path="in")
+    original: str | None = option(
+        None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names", path="in"
+    )
+    tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
+    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
+    device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)
+    batch: int = option(8, "sequences that are run at once", at_least=1)
+    workers: int = option(2, "processes that share the sequences", at_least=1)
+    threads: int = option(1, "threads of every process", at_least=1)
+    address: str | None = option(None, ADDRESS)
+    evaluation: Evaluation = section(Evaluation)

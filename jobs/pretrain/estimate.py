@@ -1,0 +1,38 @@
+"""What `hasten pretrain` will take."""
+
+import torch
+
+from hasten.accel.costs.estimate import Estimate
+from hasten.accel.costs.training import Training, pretrain
+from hasten.accel.errors import UserError
+from hasten.jobs.dry_run.setting import Setting, Shapes
+from hasten.jobs.pretrain.options import PretrainConfig
+
+
+def shapes(config: PretrainConfig, gpus: int) -> Shapes:
+    """Those of the first model, which is trained in float32."""
+    training = getattr(config, config.models[0])
+    return Shapes(torch.float32, training.hidden_size, training.intermediate_size)
+
+
+def estimate(config: PretrainConfig, setting: Setting) -> Estimate:
+    """Every stage of every model."""
+    trainings = []
+    for name in config.models:
+        one = getattr(config, name)
+        if not one.depths:
+            raise UserError(f"{name}.depths=[] is wrong: expected stages [layers, tokens], each 1 or more")
+        trainings.append(
+            Training(
+                name=name,
+                hidden=one.hidden_size,
+                inner=one.intermediate_size,
+                attention=one.heads * one.head_dim,
+                key_values=one.kv_heads * one.head_dim,
+                vocabulary=config.vocab_size,
+                stages=[(layers, tokens) for layers, tokens in one.depths],
+                batch=one.batch,
+                length=one.sequence_length,
+            )
+        )
+    return pretrain(trainings, config.workers, config.threads, setting.rates)

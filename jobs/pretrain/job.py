@@ -1,0 +1,25 @@
+"""`hasten pretrain`: the descriptor."""
+
+from hasten.jobs.common.descriptor import Job, Needs
+from hasten.jobs.pretrain.options import PretrainConfig
+
+
+def needs(config: PretrainConfig) -> Needs:
+    """Of a run, whose workers are processes of its own, beside Ray's."""
+    return Needs(float(config.workers * config.threads), 0.0, config.threads)
+
+
+JOB = Job(
+    name="pretrain",
+    position=70,
+    options=PretrainConfig,
+    run="hasten.jobs.pretrain.run:run",
+    estimate="hasten.jobs.pretrain.estimate:estimate",
+    needs="hasten.jobs.pretrain.job:needs",
+    shapes="hasten.jobs.pretrain.estimate:shapes",
+    in_ray=False,
+    examples=(
+        "hasten pretrain",
+        "hasten pretrain models=[draft] output=/models/mine workers=8",
+    ),
+)

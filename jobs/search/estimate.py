@@ -1,0 +1,60 @@
+"""What `hasten search` will take."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.units import make_units
+from hasten.accel.costs import compression, search
+from hasten.accel.costs.estimate import Estimate
+from hasten.jobs.cli.methods import build, method_names, target_of
+from hasten.jobs.dry_run.evaluation import quality
+from hasten.jobs.dry_run.setting import Setting
+from hasten.jobs.levels.estimate import levels_pass
+from hasten.jobs.search.options import SearchConfig
+
+
+def estimate(config: SearchConfig, setting: Setting) -> Estimate:
+    """The level database unless it is there, the search, and every checkpoint that it writes and measures."""
+    work = levels_pass(config, setting)
+    model, budgets = work.model, config.budget
+    checkpoint = model.architecture.checkpoint
+    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels or (), None)
+    units = make_units(database, config.grouping, config.keep, config.drop, solved=False)
+    names = config.compare or method_names("allocator")
+    allocators = [build(config.allocator)]
+    if len(budgets) > 1:
+        allocators += [build({"_target_": target_of("allocator", name)}) for name in names]
+    allocators = list({type(each): each for each in reversed(allocators)}.values())
+    measured = {"output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
+    logits = torch.zeros(1, model.vocabulary)
+    kept = build(config.fitness).reference(logits, torch.zeros(1, dtype=torch.long))
+    of_search = search.estimate(
+        search.Search(
+            model=model,
+            sequences=config.search.sequences,
+            length=config.search.sequence_length,
+            error_sequences=config.search.error_sequences,
+            levels=max(len(unit.choices) for unit in units),
+            measured=measured[config.errors],
+            allocators=tuple(allocators),
+            budgets=len(budgets),
+            original_bytes=sum(tensor.nbytes for tensor in kept.values()),
+            batch=config.search.batch,
+            workers=config.workers,
+            threads=config.threads,
+            gpus=setting.gpus,
+        ),
+        setting.rates,
+    )
+    levels = Estimate((), ()) if config.levels else compression.estimate(work, setting.rates)
+    weights = sum(unit.weights for unit in units)
+    names_ = [layer.name for groups in work.plan for group in groups for layer in group.layers]
+    rest = model.stored_bytes() - sum(checkpoint.stored_bytes(f"{name}.weight") for name in names_)
+    written = {f"checkpoint of {budget:g} bits": int(budget * weights / 8) + rest for budget in budgets}
+    found = levels.joined(of_search).joined(dataclasses.replace(Estimate((), ()), written=written))
+    for _ in budgets:
+        found = found.joined(quality(config.evaluation, config.workers, config.threads, model, setting))
+    return found
