@@ -153,7 +153,7 @@ def metrics(found: Planned) -> dict[str, Any]:
 
 def tables(job: str, found: Planned) -> list[str]:
     """What is printed: memory, placement, bytes, time, and what does not fit."""
-    from hasten.jobs.bench._markdown import table
+    from hasten.jobs.common.markdown import table
 
     estimate = found.estimate
     memory = []

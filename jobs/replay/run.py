@@ -13,8 +13,8 @@ def run(config: ReplayConfig) -> Path:
 
     from hasten.accel.decoding.replay import distinct_share
     from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.bench._markdown import table
     from hasten.jobs.cli.compose import plain
+    from hasten.jobs.common.markdown import table
     from hasten.jobs.common.plots import acceptance
     from hasten.jobs.common.run import start, tracked
 
