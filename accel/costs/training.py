@@ -80,21 +80,23 @@ def train_drafter(
     length: int,
     batch: int,
     epochs: int,
-    blocks: int,
-    kept: float,
+    parameters: int,
+    examples_per_token: float,
     rates: Rates,
     gpus: int = 0,
 ) -> Estimate:
-    """What reading the texts with both models and training the head takes; kept: share of tokens that are examples."""
+    """What reading the texts with both models and training a head takes.
+
+    parameters: of the head. examples_per_token: share of the tokens that become examples.
+    """
     models = {
         "target": target.elements() * target.dtype.itemsize,
         "draft model": draft.elements() * draft.dtype.itemsize,
     }
     logits = batch * length * target.vocabulary * 4 * _HEAD_LOGIT_COPIES
-    examples = int(sequences * length * kept * draft.hidden * draft.dtype.itemsize)
-    head = blocks * (draft.hidden + 1) * draft.hidden + 2 * draft.hidden
+    examples = int(sequences * length * examples_per_token * draft.hidden * draft.dtype.itemsize)
     read = {**models, "logits": logits, "examples": 2 * examples, "activations": target.activation_bytes(batch, length)}
-    train = {"examples": examples, "head": 16 * head}
+    train = {"examples": examples, "head": 16 * parameters}
     if gpus:
         host = {"read": {"process": rates.driver_bytes, "examples": 2 * examples}}
         device = {"read": {"context": rates.device_bytes, **read}}
@@ -108,8 +110,7 @@ def train_drafter(
             work += model.run(index, tokens, length, batch) * times
         work += model.logits(tokens) * times
     work += Work(elements=20 * tokens * target.vocabulary)
-    fit = Work(flops=6.0 * epochs * tokens * kept * head, launches=epochs * tokens * kept / 256 * 120)
-    steps = tuple(
-        Step(name, part.seconds(rates), part.seconds(rates)) for name, part in (("read", work), ("train", fit))
-    )
-    return Estimate((Process("driver", 1, 1, host, gpus, device),), steps, {}, 0, {"head": 4 * head})
+    trained = epochs * tokens * examples_per_token
+    fit = Work(flops=6.0 * trained * parameters, launches=trained / 256 * 120)
+    steps = (Step("read", *[work.seconds(rates)] * 2), Step("train", *[fit.seconds(rates)] * 2))
+    return Estimate((Process("driver", 1, 1, host, gpus, device),), steps, {}, 0, {"head": 4 * parameters})

@@ -4,14 +4,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from hasten.accel.decoding.bounds import bounded
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
-from hasten.accel.decoding.lengths.sizing import Fixed, Policy, clock
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
+from hasten.accel.decoding.lengths.base import LengthController
+from hasten.accel.decoding.lengths.fixed import Fixed
+from hasten.accel.decoding.lengths.timing import clock
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stats import Figures
 from hasten.accel.decoding.targets.base import Target
@@ -68,8 +69,8 @@ class Engine:
         verifier: Verifier | None = None,
         *,
         models: Models | None = None,
-        memory: Any = None,
-        policy: Policy | None = None,
+        memory: Memory = None,
+        policy: LengthController | None = None,
         stop: Iterable[int] = (),
         in_flight: int = 1,
         prefill_chunk: int = 512,
@@ -83,7 +84,7 @@ class Engine:
             self.memory = drafter.new_memory(models or Models(target.vocabulary))
         self._stop = frozenset(stop)
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
-        self._memory_bytes, self._most = memory_bytes, self.policy.most
+        self._memory_bytes, self._most = memory_bytes, self.policy.max_nodes
         # This process's own time would leave out what a drafter elsewhere takes.
         self._clock = perf_counter if drafter is not None and drafter.is_elsewhere else clock(target)
         self._running: list[_Running] = []
@@ -103,7 +104,7 @@ class Engine:
             return
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
-        bound = bounded(self.target, slots, longest, self.policy.most, self._memory_bytes)
+        bound = bounded(self.target, slots, longest, self.policy.max_nodes, self._memory_bytes)
         slots, self._most = bound.in_flight, bound.most
         self.target.reserve(slots, longest + self._most + 1)
         self._running = []
@@ -161,7 +162,7 @@ class Engine:
             torch.cuda.synchronize(rows.logits.device)  # else the pass would be counted where its result is read
         passed = perf_counter()
         shares = (drafted - started) / len(running), (passed - drafted) / len(running)
-        self.policy.drafted(sum(map(len, trees)), draft_seconds)
+        self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
         for slot, (each, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
             verdict = self.verifier.verify(

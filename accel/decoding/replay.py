@@ -7,18 +7,19 @@ such tokens is flattered by none of this, and mostly loses.
 
 from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Outcome
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Outcome
 from hasten.accel.decoding.stats import Figures
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.decoding.verifiers.base import descend
 
 
-def replay(drafter: Drafter, memory: Any, sequences: Iterable[tuple[Sequence[int], int]], budget: int) -> list[Figures]:
+def replay(
+    drafter: Drafter, memory: Memory, sequences: Iterable[tuple[Sequence[int], int]], budget: int
+) -> list[Figures]:
     """Figures of every sequence (ids, and how many of them are the prompt), one after the other.
 
     At each step at most `budget` tokens are drafted; the longest path that the text goes along is accepted, and the
@@ -40,7 +41,7 @@ def distinct_share(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
     return different / number if number else 1.0
 
 
-def _replayed(drafter: Drafter, memory: Any, tokens: Sequence[int], prompt: int, budget: int) -> Figures:
+def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: int, budget: int) -> Figures:
     context = Context.start(list(tokens[:prompt]))
     figures = Figures()
     drafter.begin(context, memory)

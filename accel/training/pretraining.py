@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hasten.accel.training.muon import Muon
 
@@ -78,11 +81,8 @@ class Schedule:
         return min(1.0, (step + 1) / self.warmup_steps, left)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE tokenizer of vocab_size entries, as transformers' PreTrainedTokenizerFast."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,9 +99,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def encode_documents(tokenizer: Any, texts: Iterable[str]) -> np.ndarray:
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    token = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    assert isinstance(token, int)
+    return token
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> np.ndarray:
     """One stream (N,) uint16: every document after an end-of-text token."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end = _end_of_text(tokenizer)
     stream: list[int] = []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         stream.append(end)
@@ -122,10 +128,8 @@ def windows(stream: np.ndarray, length: int, seed: int) -> Iterable[np.ndarray]:
         epoch += 1
 
 
-def build(shape: Shape, layers: int, vocab_size: int) -> Any:
+def build(shape: Shape, layers: int, vocab_size: int) -> LlamaForCausalLM:
     """Untrained Llama of that shape with the given number of layers, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -141,19 +145,20 @@ def build(shape: Shape, layers: int, vocab_size: int) -> Any:
         eos_token_id=0,
         pad_token_id=1,
     )
-    model: Any = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     for layer in model.model.layers:
+        assert isinstance(layer, LlamaDecoderLayer)
         _make_identity(layer)
     return model
 
 
-def _make_identity(layer: Any) -> None:
+def _make_identity(layer: LlamaDecoderLayer) -> None:
     """Zero what a layer adds to the residual stream."""
     torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
-def grow(model: Any, shape: Shape, layers: int) -> Any:
+def grow(model: LlamaForCausalLM, shape: Shape, layers: int) -> LlamaForCausalLM:
     """Deeper copy of model: its layers spread evenly, identity layers behind each of them."""
     deeper = build(shape, layers, model.config.vocab_size)
     old = len(model.model.layers)
@@ -164,7 +169,7 @@ def grow(model: Any, shape: Shape, layers: int) -> Any:
     return deeper
 
 
-def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
     hidden: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
@@ -175,13 +180,13 @@ def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _loss(model: Any, tokens: Tensor) -> Tensor:
+def _loss(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _average_gradients(model: Any, world: int) -> None:
+def _average_gradients(model: LlamaForCausalLM, world: int) -> None:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
@@ -200,7 +205,7 @@ def train(
     world: int = 1,
     report: Callable[[int, int, float], None] | None = None,
     save_every: int = 50,
-) -> Any:
+) -> LlamaForCausalLM:
     """Train a model on a token stream; returns it in float32.
 
     With world > 1 every rank calls this inside an initialised process group and takes its share of each
@@ -213,7 +218,8 @@ def train(
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if world > 1:
         torch.distributed.barrier()
-    done, model = 0, None
+    done = 0
+    model: LlamaForCausalLM | None = None
     if state:
         done, model = int(state["step"]), build(shape, int(state["layers"]), vocab_size)
         model.load_state_dict(state["model"])
@@ -246,6 +252,7 @@ def train(
                     report(step + 1, (step + 1) * schedule.batch * schedule.sequence, loss.item())
                 if (step + 1) % save_every == 0 or step + 1 == first:
                     _save(state_path, step + 1, layers, model, optimizers)
+    assert model is not None, schedule
     return model
 
 
@@ -257,7 +264,7 @@ def _step(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int
         optimizer.zero_grad()
 
 
-def _save(path: Path, step: int, layers: int, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+def _save(path: Path, step: int, layers: int, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(
         {
@@ -271,12 +278,18 @@ def _save(path: Path, step: int, layers: int, model: Any, optimizers: list[torch
     os.replace(temporary, path)
 
 
-def bits_per_byte(model: Any, tokenizer: Any, texts: Iterable[str], sequence: int = 512, stride: int = 256) -> float:
+def bits_per_byte(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sequence: int = 512,
+    stride: int = 256,
+) -> float:
     """Bits per UTF-8 byte of the texts: every token is scored once, with at least sequence - stride tokens before it.
 
     Each text starts after an end-of-text token, which is not scored.
     """
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end = _end_of_text(tokenizer)
     rows: list[tuple[list[int], int]] = []
     total_bytes = 0
     for text in texts:

@@ -4,7 +4,7 @@ import queue
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Adaptive, Costs, Fixed, Policy, expected_rate, measure_costs
+from hasten.accel.decoding.lengths.acceptance import expected_rate
+from hasten.accel.decoding.lengths.base import DraftLength, LengthController
+from hasten.accel.decoding.lengths.timing import PassCosts, measure_costs
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.ties import Ties, check_ties
@@ -34,10 +36,10 @@ class Spec:
 
     target, draft: checkpoint folders; draft may be None where the drafter needs none. vocabulary: of the target.
     drafter: None decodes plainly. path: see hasten.accel.decoding.targets.loading. stop: ids that end a sequence.
-    draft_tokens: of every draft; None sizes them by measurement, up to max_draft_tokens. memory_bytes: bound of what
-    caches take. other_dtypes: of the arithmetic, too, among which the quickest is chosen. compiled: the fast path is.
-    learned: what the drafter learned before. snapshot_seconds: how often a shared drafter's memory is kept, from which
-    its successor starts.
+    draft_length: how many tokens are drafted for a pass, where it adapts at most max_draft_tokens. memory_bytes: bound
+    of what caches take. other_dtypes: of the arithmetic, too, among which the quickest is chosen. compiled: the fast
+    path is. learned: what the drafter learned before. snapshot_seconds: how often a shared drafter's memory is kept,
+    from which its successor starts.
     """
 
     target: Path
@@ -54,7 +56,7 @@ class Spec:
     in_flight: int = 8
     prefill_chunk: int = 512
     stop: tuple[int, ...] = ()
-    draft_tokens: int | None = None
+    draft_length: DraftLength = field(kw_only=True)
     max_draft_tokens: int = 32
     memory_bytes: int | None = None
     learned: Mapping[str, Tensor] | None = None
@@ -99,8 +101,8 @@ class VerifierActor:
         self._target: Target | None = None
         self._drafter: Drafter | None = None
         self._memory: Any = None
-        self._costs: Costs | None = None
-        self._policy: Policy | None = None
+        self._costs: PassCosts | None = None
+        self._policy: LengthController | None = None
         self._cpu_before = cpu_seconds()
 
     def prepare(self) -> Target:
@@ -160,7 +162,8 @@ class VerifierActor:
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
         """The decoding loop; what sizing learned goes on from one lot of prompts to the next."""
         spec, target = self._spec, self.prepare()
-        self._policy = self._policy or self._make_policy()
+        if self._policy is None and self._drafter is not None:
+            self._policy = spec.draft_length.start(self._passes, spec.max_draft_tokens)
         return Engine(
             target,
             self._drafter,
@@ -174,19 +177,11 @@ class VerifierActor:
             on_tokens=on_tokens,
         )
 
-    def _make_policy(self) -> Policy:
-        """How many tokens are drafted; the target's passes are timed where that is to be measured."""
-        if self._drafter is None:
-            return Fixed(0)
-        if self._spec.draft_tokens is not None:
-            return Fixed(self._spec.draft_tokens)
-        return Adaptive(self._passes(), self._spec.max_draft_tokens)
-
-    def _passes(self) -> Costs:
+    def _passes(self) -> PassCosts:
         """Costs of the target's passes, measured at the first call; what its caches held is gone then."""
         if self._costs is None:
             spec = self._spec
-            most = spec.max_draft_tokens if spec.draft_tokens is None else spec.draft_tokens
+            most = spec.draft_length.max_tokens(spec.max_draft_tokens)
             widths = [1 << power for power in range((most + 1).bit_length())]
             self._costs = measure_costs(self.prepare(), [*widths, most + 1], spec.in_flight)
         return self._costs

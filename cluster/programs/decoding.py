@@ -357,7 +357,9 @@ class Decoders:
 
     def _pays(self) -> bool:
         spec = self._spec
-        nodes = min(_DRAFT_TOKENS, spec.max_draft_tokens) if spec.draft_tokens is None else spec.draft_tokens
+        nodes = spec.draft_length.max_tokens(spec.max_draft_tokens)
+        if spec.draft_length.needs_costs:
+            nodes = min(_DRAFT_TOKENS, nodes)
         costs = self._verifiers.actors[0].costs.remote(self._addresses[0], spec.in_flight, nodes)
         trip, one_pass = self._all([costs])[0]
         pays = trip <= _WORTH * one_pass

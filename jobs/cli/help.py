@@ -36,7 +36,8 @@ def overview() -> str:
     lines += ["", "commands:"]
     for name in command_names():
         lines += _row(name, _command_summary(name))
-    for family in ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier"):
+    families = ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier", "draft_length", "head")
+    for family in families:
         lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
     for variants in [job.variants for job in jobs().values() if job.variants]:
         lines += ["", f"{variants.kind}s:", *_variants(variants)]

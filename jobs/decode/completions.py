@@ -6,22 +6,33 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, TypedDict, cast
 
 from hasten.accel.errors import UserError, is_disk_full
+
+
+class Record(TypedDict):
+    """A line of the file. completion: None where the target has no tokenizer. figures: counts and metrics by name."""
+
+    id: object
+    completion: str | None
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    ended: str
+    figures: dict[str, Any]
 
 
 class Completions:
     """A file of results, a context while it is written. Beside it, in FILE.meta.json, stands what decides them."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, object], overwrite: bool) -> None:
         self.path = path
         self._meta = path.with_name(path.name + ".meta.json")
         self._settings = json.loads(json.dumps(settings))
         self._overwrite = overwrite
-        self._file: Any = None
+        self._file: BinaryIO | None = None
 
-    def kept(self) -> dict[str, dict[str, Any]]:
+    def kept(self) -> dict[str, Record]:
         """Results that are there, by id as text; UserError where they are not this run's. Writes nothing."""
         self._check_place()
         if self._is_new():
@@ -45,12 +56,13 @@ class Completions:
     def __enter__(self) -> Self:
         """Make the file ready: what an earlier run left half written goes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        file = self.path.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
+            file.close()
             raise UserError(f"another run writes output={self.path}: wait for it, or give another output") from None
+        self._file = file
         if self._overwrite or self._is_new():
             # Emptied first: killed in between, it is a new one.
             self.path.write_bytes(b"")
@@ -63,14 +75,16 @@ class Completions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        assert self._file is not None
         try:
             self._file.close()
         except OSError:  # a full disk again, with what could not be written before
             if error is None:
                 raise
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Add a result; once this returns it is on the disk."""
+        assert self._file is not None
         try:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
@@ -95,9 +109,9 @@ class Completions:
         if here != self.path and not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
             raise UserError(f"output={self.path} cannot be made: {here} is no folder that can be written to")
 
-    def _lines(self) -> tuple[list[dict[str, Any]], int]:
+    def _lines(self) -> tuple[list[Record], int]:
         """Results, and the bytes that they take: a last line that was cut off is none."""
-        records = []
+        records: list[Record] = []
         whole = 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
@@ -109,12 +123,12 @@ class Completions:
                 break
             if not isinstance(record, dict) or "id" not in record:
                 raise UserError(f"output={self.path}, line {number} is no result: mend it, or overwrite=true")
-            records.append(record)
+            records.append(cast(Record, record))
             whole += len(line)
         return records, whole
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     return [
         f"{key}: {old.get(key)}, now {new.get(key)}"
         for key in dict.fromkeys([*old, *new])

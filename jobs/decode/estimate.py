@@ -9,6 +9,7 @@ from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.prompts import read_prompts
 from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.decode.draft_length import chosen_draft_length
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.dry_run.models import is_fast, model_of, shapes_of
 from hasten.jobs.dry_run.setting import Setting, Shapes
@@ -25,8 +26,9 @@ def shapes(config: DecodeConfig, gpus: int) -> Shapes:
 def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
     """The prompts decoded, at the tokens a pass that the plan names."""
     target = model_of("target", config.target, config.dtype, setting.gpus)
-    drafter = build(config.drafter) if config.draft_tokens != 0 else None
-    drafted = 0 if drafter is None else config.draft_tokens or config.max_draft_tokens
+    length = chosen_draft_length(config)
+    drafted = length.max_tokens(config.max_draft_tokens)
+    drafter = build(config.drafter) if drafted else None
     draft = None
     if drafter is not None and drafter.needs_draft_model:
         if config.draft is None:
@@ -43,7 +45,7 @@ def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
             new_tokens=config.max_new_tokens,
             draft=draft,
             drafted=drafted,
-            measures=config.draft_tokens is None,
+            measures=length.needs_costs,
             in_flight=1 if alone else config.in_flight,
             prefill_chunk=config.prefill_chunk,
             memory_bytes=config.memory_bytes,

@@ -32,10 +32,13 @@ class DecodeConfig(Run):
     repetition_penalty: float = option(1.0, "above 1 makes tokens that were there before less probable", at_least=0)
     stop: list[int] = option([], "token ids that end a completion, beside the model's own")
     ignore_eos: bool = option(False, "the model's own ids do not end a completion")
+    draft_length: dict[str, Any] = group("how many tokens are drafted for a pass of the target")
     draft_tokens: int | None = option(
-        None, "tokens drafted for a pass; 0 decodes without drafts, null sizes drafts by measurement", at_least=0
+        None,
+        "short for draft_length=fixed draft_length.tokens=N; 0 decodes without drafts, null is what draft_length says",
+        at_least=0,
     )
-    max_draft_tokens: int = option(32, "tokens drafted for a pass at most, where they are measured", at_least=1)
+    max_draft_tokens: int = option(32, "tokens drafted for a pass at most, where draft_length adapts", at_least=1)
     in_flight: int = option(8, "prompts that a worker decodes at once; 1 is fastest for each of them", at_least=1)
     prefill_chunk: int = option(512, "tokens of a prompt that are read at once", at_least=1)
     memory_bytes: int | None = option(

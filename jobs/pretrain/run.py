@@ -274,8 +274,6 @@ def _watched(model: str, log_path: Path, done: int, total: int, tracker: "Tracke
 
 def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str, Any]) -> Path:
     """Folder of the checkpoint, written in bfloat16 and renamed into place."""
-    import torch
-
     from hasten.accel.training.pretraining import build
 
     training: Training = getattr(config, model)
@@ -285,7 +283,7 @@ def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str,
     temporary = folder.with_name(f"{model}.tmp")
     for stale in (temporary, folder):
         shutil.rmtree(stale, ignore_errors=True)
-    built.to(torch.bfloat16).save_pretrained(temporary)
+    built.bfloat16().save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     os.replace(temporary, folder)
     return folder

@@ -4,6 +4,7 @@ from hasten.accel.costs import training
 from hasten.accel.costs.estimate import Estimate
 from hasten.jobs.dry_run.models import model_of, shapes_of
 from hasten.jobs.dry_run.setting import Setting, Shapes
+from hasten.jobs.train_drafter.head import chosen_head
 from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 
@@ -13,17 +14,19 @@ def shapes(config: TrainDrafterConfig, gpus: int) -> Shapes:
 
 
 def estimate(config: TrainDrafterConfig, setting: Setting) -> Estimate:
-    """Both models over the texts, and the training of the network."""
-    text = config.text
+    """Both models over the texts, and the training of the head."""
+    text, head = config.text, chosen_head(config)
+    name = config.draft if head.needs_draft_model else config.target
+    draft = model_of("draft", name, config.dtype, setting.gpus)
     return training.train_drafter(
         model_of("target", config.target, config.dtype, setting.gpus),
-        model_of("draft", config.draft, config.dtype, setting.gpus),
+        draft,
         text.sequences + text.held_out,
         text.sequence_length,
         text.batch,
-        config.epochs,
-        config.blocks,
-        1 - config.mixing,
+        head.epochs,
+        head.parameters(draft.hidden),
+        head.examples_per_token,
         setting.rates,
         setting.gpus,
     )

@@ -18,5 +18,6 @@ JOB = Job(
     examples=(
         "hasten train_drafter",
         "hasten train_drafter target=/models/llama draft=/models/llama-1b text.source=text.jsonl text.sequences=2048",
+        "hasten train_drafter head=acceptance head.blocks=4",
     ),
 )

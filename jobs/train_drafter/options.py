@@ -1,8 +1,9 @@
 """Options of `hasten train_drafter`."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, Run, option, section
+from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, Run, group, option, section
 
 
 @dataclass
@@ -19,25 +20,26 @@ class DrafterText:
 
 @dataclass
 class TrainDrafterConfig(Run):
-    """Train the network that a drafter needs, for one target and one draft model."""
+    """Train the head that a drafter needs, for one target and one draft model."""
 
     target: str = option("embedded:target", f"model that is to be sped up: {MODEL}", path="in")
     draft: str = option("embedded:draft", f"smaller model of the same tokenizer: {MODEL}", path="in")
-    drafter: str = option(
-        "specdec_pp", "what to train: of specdec_pp the head that predicts acceptance", choices=("specdec_pp",)
+    head: dict[str, Any] = group("what is trained")
+    drafter: str | None = option(None, "drafter that the head is for, checked against head; null is any")
+    blocks: int | None = option(None, "head.blocks, where the head has them; null is head's own", at_least=0)
+    mixing: float | None = option(
+        None, "head.mixing, where the head has it; null is head's own", at_least=0, at_most=0.99
     )
-    blocks: int = option(3, "residual blocks of the head", at_least=0)
-    mixing: float = option(
-        0.15, "share of the text's own tokens that stay, all others are the draft model's", at_least=0, at_most=0.99
+    reject_weight: float | None = option(
+        None, "head.reject_weight, where the head has it; null is head's own", at_least=0.01
     )
-    reject_weight: float = option(6.0, "weight of the loss on rejections", at_least=0.01)
-    epochs: int = option(3, "passes over the tokens", at_least=1)
-    lr: float = option(1e-3, "learning rate, which rises at first and falls as a cosine", at_least=1e-9)
-    batch: int = option(256, "tokens a step", at_least=1)
+    epochs: int | None = option(None, "head.epochs, passes over the tokens; null is head's own", at_least=1)
+    lr: float | None = option(None, "head.lr, the learning rate; null is head's own", at_least=1e-9)
+    batch: int | None = option(None, "head.batch, tokens a step; null is head's own", at_least=1)
     dtype: str = option("float32", "dtype of the models' arithmetic", choices=DTYPES)
     device: str = option("auto", "where the models compute; auto is cuda where there is one", choices=DEVICES)
     threads: int = option(1, "threads", at_least=1)
     output: str | None = option(
-        None, "file of the trained network, must be new; null is acceptance_head.safetensors in run_dir", path="out"
+        None, "file of the trained network, must be new; null is the head's usual name in run_dir", path="out"
     )
     text: DrafterText = section(DrafterText)

@@ -1,16 +1,30 @@
-"""`hasten train_drafter`: train the network that a drafter needs, on texts that a target and a draft model read."""
+"""`hasten train_drafter`: train the head that a drafter needs, on texts that a target and a draft model read."""
 
-import dataclasses
-import logging
+from collections.abc import Sized
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hasten.accel.data.tokens import LIBRARY, load_tokens
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.base import Head, HeadModels
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.prompts import check_tokenizers, model_folder
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.train_drafter.head import chosen_head
 from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
 
-_LOG = logging.getLogger(__name__)
-_STEPS_BETWEEN_FIGURES = 10
+_STEPS_BETWEEN_LOSSES = 10
 
 
 def run(config: TrainDrafterConfig) -> Path:
@@ -18,41 +32,29 @@ def run(config: TrainDrafterConfig) -> Path:
 
     Raises UserError, with nothing written, for models, texts and outputs that do not fit.
     """
-    import torch
-
-    from hasten.accel.models.checkpoint import Checkpoint
-    from hasten.accel.training.heads.acceptance import FILE
-    from hasten.accel.training.heads.acceptance_training import AcceptanceTraining
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-    from hasten.jobs.common.prompts import check_tokenizers, model_folder
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
-    target, draft = (model_folder(name, getattr(config, name)) for name in ("target", "draft"))
-    check_tokenizers(target, draft, reads_draft_probs=False)
-    fingerprint = Checkpoint(draft).fingerprint()
-    training = AcceptanceTraining(
-        config.blocks, config.mixing, config.reject_weight, config.epochs, config.lr, batch=config.batch
-    )
+    head = chosen_head(config)
+    folders = {"target": model_folder("target", config.target)}
+    if head.needs_draft_model:
+        folders["draft"] = model_folder("draft", config.draft)
+        check_tokenizers(folders["target"], folders["draft"], reads_draft_probs=False)
+    fingerprint = Checkpoint(folders[head.reads]).fingerprint()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    texts = _texts(config.text, target, draft)
+    texts = _texts(config.text, folders)
     if config.output is not None:
         _check_output(Path(config.output))
     torch.set_num_threads(config.threads)
 
     run_dir = start(config)
-    output = Path(config.output).absolute() if config.output else run_dir.absolute() / FILE
+    output = Path(config.output).absolute() if config.output else run_dir.absolute() / head.file
     with tracked(config, "train_drafter", run_dir) as tracker:
         tracker.params(plain(config))
-        train, held_out = _examples(config, training, (target, draft), texts, dtype, device)
-        head = _fit(training, train, config.seed, device, tracker)
-        quality = dataclasses.asdict(training.measure(head, held_out))
-        head.save(output, fingerprint)
-        calibration = quality.pop("calibration")
-        metrics: dict[str, Any] = quality | {
+        train, held_out = _examples(config, head, folders, texts, dtype, device)
+        network = _fit(head, train, config.seed, device, tracker)
+        quality = head.measure(network, held_out)
+        head.save(network, output, fingerprint)
+        metrics = quality.metrics() | {
             "tokens": len(train),
             "held_out_tokens": len(held_out),
             "bytes": output.stat().st_size,
@@ -65,22 +67,20 @@ def run(config: TrainDrafterConfig) -> Path:
             "config": plain(config),
             "metrics": metrics,
             "layers": [],
-            "calibration": calibration,
+            **quality.tables(),
             "output": str(output),
         }
-        path = tracker.report(report)
-    _print_summary(metrics, calibration, output)
+        path: Path = tracker.report(report)
+    print("\n".join(quality.summary()))
+    print(f"to use it: drafter={head.drafter} drafter.head={as_given(output)}")
     return path
 
 
-def _texts(text: DrafterText, target: Path, draft: Path) -> tuple[Any, Any]:
-    """Token ids to train on and to measure on."""
-    from hasten.accel.data.tokens import LIBRARY, load_tokens
-    from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-
-    tokenizer = load_tokenizer(target)
+def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
+    """Token ids (S, T) to train on and to measure on."""
+    tokenizer = load_tokenizer(folders["target"])
     # A model may have rows for ids that no tokenizer makes, and the other fewer of them.
-    vocabulary = min(vocabulary_size(target), vocabulary_size(draft))
+    vocabulary = min(vocabulary_size(folder) for folder in folders.values())
     if text.source == LIBRARY:
         train, held_out = (
             load_tokens(LIBRARY, tokenizer, count, text.sequence_length, split, text.seed, vocabulary)
@@ -89,8 +89,8 @@ def _texts(text: DrafterText, target: Path, draft: Path) -> tuple[Any, Any]:
         return train, held_out
     # Only the library has a split of its own.
     count = text.sequences + text.held_out
-    found = load_tokens(text.source, tokenizer, count, text.sequence_length, "train", text.seed, vocabulary)
-    return found[: text.sequences], found[text.sequences :]
+    tokens = load_tokens(text.source, tokenizer, count, text.sequence_length, "train", text.seed, vocabulary)
+    return tokens[: text.sequences], tokens[text.sequences :]
 
 
 def _check_output(output: Path) -> None:
@@ -102,62 +102,44 @@ def _check_output(output: Path) -> None:
 
 def _examples(
     config: TrainDrafterConfig,
-    training: Any,
-    folders: tuple[Path, Path],
-    texts: tuple[Any, Any],
-    dtype: Any,
+    head: Head[Sized, nn.Module],
+    folders: dict[str, Path],
+    texts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
     device: str,
-) -> tuple[Any, Any]:
-    """What both models say about the texts, to train on and to measure on."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from hasten.jobs.common.progress import Progress
-
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
-    models = [model.to(device).eval() for model in models]
-    found = []
+) -> tuple[Sized, Sized]:
+    """Examples of the head to train on and to measure on."""
+    models = HeadModels(**{name: _loaded(folder, dtype, device) for name, folder in folders.items()})
+    examples: list[Sized] = []
     with Progress("reading", sum(map(len, texts)), "sequence") as progress:
         done = 0
         for number, tokens in enumerate(texts):
             generator = torch.Generator(device).manual_seed(2 * config.seed + number)
-            before = done
-            found.append(
-                training.collect(
-                    *(*models, tokens, generator, config.text.batch),
-                    lambda count, before=before: progress.update(before + count),
-                )
-            )
+
+            def advance(count: int, before: int = done) -> None:
+                progress.update(before + count)
+
+            examples.append(head.collect(models, tokens, generator, config.text.batch, advance))
             done += len(tokens)
-    return found[0], found[1]
+    return examples[0], examples[1]
 
 
-def _fit(training: Any, examples: Any, seed: int, device: str, tracker: Any) -> Any:
-    from hasten.jobs.common.progress import Progress
+def _loaded(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(torch.device(device)).eval()  # type: ignore[arg-type]  # the types of its wrapper are wrong
 
-    steps = training.steps(len(examples))
+
+def _fit(head: Head[Sized, nn.Module], examples: Sized, seed: int, device: str, tracker: Tracker) -> nn.Module:
+    steps = head.steps(len(examples))
     losses: list[float] = []
     with Progress("training", steps, "step") as progress:
 
         def report(step: int, loss: float) -> None:
             losses.append(loss)
-            if step % _STEPS_BETWEEN_FIGURES == 0 or step == steps:
+            if step % _STEPS_BETWEEN_LOSSES == 0 or step == steps:
                 mean = sum(losses) / len(losses)
                 tracker.metrics({"train_loss": mean}, step)
                 progress.update(step, f"loss {mean:.4f}")
                 losses.clear()
 
-        return training.fit(examples, seed, device, report)
-
-
-def _print_summary(metrics: dict[str, Any], calibration: list[dict[str, float]], output: Path) -> None:
-    from hasten.cluster.storage.naming import as_given
-
-    print(
-        f"held-out loss {metrics['loss']:.4f}, AUC {metrics['auc']:.3f} of at most {metrics['auc_best']:.3f}; of the "
-        f"drafted tokens {metrics['accepted']:.1%} are accepted"
-    )
-    print("tokens    predicted  weight out  accepted")
-    for row in calibration:
-        print(f"{row['tokens']:<9} {row['predicted']:<10.3f} {row['unweighted']:<11.3f} {row['accepted']:.3f}")
-    print(f"to use it: drafter=specdec_pp drafter.head={as_given(output)}")
+        return head.fit(examples, seed, device, report)

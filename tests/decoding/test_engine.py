@@ -9,7 +9,9 @@ import torch
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Adaptive, Fixed, measure_costs
+from hasten.accel.decoding.lengths.adaptive import Adaptive
+from hasten.accel.decoding.lengths.fixed import Fixed
+from hasten.accel.decoding.lengths.timing import measure_costs
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftTree
@@ -93,7 +95,7 @@ def test_greedy_tokens_are_those_of_generate(target, requests, expected, drafter
 
 
 def test_sizing_by_measurement_changes_no_token(target, requests, expected):
-    policy = Adaptive(measure_costs(target, [1, 4, 8], 2), 8)
+    policy = Adaptive().start(lambda: measure_costs(target, [1, 4, 8], 2), 8)
     results = decoded(Engine(target, Bush(), policy=policy, in_flight=2), requests)
     assert {name: result.token_ids for name, result in results.items()} == expected
 
@@ -162,7 +164,7 @@ class Elsewhere(Drafter):
 
 def test_the_time_of_a_drafter_in_another_process_counts():
     class Noting(Fixed):
-        def drafted(self, nodes, seconds):
+        def record_drafting(self, nodes, seconds):
             taken.append(seconds)
 
     taken = []

@@ -14,6 +14,7 @@ from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.errors import UserError
@@ -58,7 +59,7 @@ def made(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec(source):
-    return Spec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_tokens=8)
+    return Spec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_length=Fixed(8))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import check_ties

@@ -71,6 +71,17 @@ def test_a_head_is_the_same_from_the_same_seed_and_names_its_draft(source, draft
     assert AcceptanceHead.load(folder / "0.safetensors").hidden_size == 32
 
 
+def test_hyper_parameters_of_the_head_are_given_by_either_name(source, draft, folder, capsys):
+    same = {"draft": draft, "drafter": "specdec_pp"}
+    assert train(**tokens(source, **same, output=folder / "long", head="acceptance", head__blocks=1)) == 0
+    assert train(**tokens(source, **same, output=folder / "short", blocks=1, head__blocks=2)) == 0
+    assert train(**tokens(source, **same, output=folder / "usual")) == 0
+    capsys.readouterr()
+    contents = {name: (folder / name).read_bytes() for name in ("long", "short", "usual")}
+    assert contents["long"] == contents["short"] != contents["usual"]
+    assert len(AcceptanceHead.load(folder / "short").blocks) == 1
+
+
 def test_an_output_that_is_there_is_refused_and_kept(source, draft, folder, capsys):
     mine = folder / "mine.safetensors"
     mine.write_text("mine")
@@ -110,7 +121,9 @@ def test_different_tokenizers_are_refused_with_an_entry_that_differs(folder, cap
         ({"target": "no/such/folder"}, "target='no/such/folder' does not exist"),
         ({"text__source": "missing.jsonl"}, "source=missing.jsonl: no such file"),
         ({"text__sequences": 100}, "holds 8 sequences of 16 tokens, fewer than the 102"),
-        ({"drafter": "draft_model"}, "drafter=draft_model is wrong: expected one of specdec_pp"),
+        ({"drafter": "draft_model"}, "drafter=draft_model is wrong: expected specdec_pp"),
+        ({"head": "medusa_9"}, "head=medusa_9 is wrong: expected one of"),
+        ({"head__blocks": -1}, "blocks=-1 is wrong"),
         ({"epochs": 0}, "epochs=0 is wrong"),
     ],
 )

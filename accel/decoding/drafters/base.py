@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from hasten.accel.decoding.sampling import Sampling, most_probable
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import DraftTree, Draws
 from hasten.accel.errors import UserError
+
+# What a drafter learned. Its type is the drafter's own; everybody else only passes it on.
+Memory: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Models:
 
     vocabulary: int
     draft: Callable[[], Target] | None = None
-    draft_path: Any = None
+    draft_path: Path | None = None
 
     def made_draft(self) -> Target:
         """The draft model; UserError where none was given."""
@@ -88,34 +92,34 @@ class Drafter(ABC):
         """Whether no node ever has two children."""
         return False
 
-    def new_memory(self, models: Models) -> Any:
+    def new_memory(self, models: Models) -> Memory:
         """Memory of a drafter that has seen nothing yet; None where there is nothing to remember."""
         return None
 
-    def begin(self, context: Context, memory: Any) -> None:
+    def begin(self, context: Context, memory: Memory) -> None:
         """A sequence starts; its prompt is context.tokens."""
         return
 
     @abstractmethod
-    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """At most `budget` tokens (one at least) to follow context.tokens; an empty tree where nothing is worth it."""
 
-    def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
+    def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """A tree for each of several sequences."""
         return [self.propose(context, memory, budget) for context in contexts]
 
-    def observe(self, memory: Any, outcome: Outcome) -> None:
+    def observe(self, memory: Memory, outcome: Outcome) -> None:
         """Learn from what the target said; called after every pass, before context.tokens grows."""
         return
 
-    def end(self, context: Context, memory: Any) -> None:
+    def end(self, context: Context, memory: Memory) -> None:
         """A sequence ended; what was held for it can go."""
         return
 
-    def saved(self, memory: Any) -> Mapping[str, Tensor]:
+    def saved(self, memory: Memory) -> Mapping[str, Tensor]:
         """What was learned, as tensors to be saved; nothing for a drafter that does not learn."""
         return {}
 
-    def load(self, memory: Any, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
         """Put what was saved into a new memory."""
         return

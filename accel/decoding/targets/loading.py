@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.errors import UserError
 
 
@@ -23,11 +26,6 @@ def load_target(
     `auto` takes that where it can. keeps_hidden: whether passes come with the last hidden states. compiled: whether the
     fast path is compiled, which takes a while for every size of a tree.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
-    from hasten.accel.decoding.targets.transformers import TransformersTarget
-
     config = AutoConfig.from_pretrained(folder)
     reason = refusal(config)
     if path == "llama" and reason is not None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.decoding.targets.base import Pass, Target
@@ -14,11 +14,11 @@ from hasten.accel.errors import UserError
 
 @dataclass
 class _Place:
-    """Where the running pass writes: rows of the caches (a slice where they are neighbours), and from where in each."""
+    """Where the running pass writes: rows of the caches, and from where in each."""
 
     slots: int
     capacity: int
-    rows: Any = None
+    rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     total: int = 0
 
@@ -49,7 +49,9 @@ class _SlotLayer(CacheLayerMixin):
             setattr(self, name, new.new_zeros(slots, new.shape[1], capacity, new.shape[3]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of the running slots, with the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -73,7 +75,7 @@ class _SlotLayer(CacheLayerMixin):
 class TransformersTarget(Target):
     """A transformers model, unchanged; it may be compressed, sharded over devices, or of any family with a KV cache."""
 
-    def __init__(self, model: Any, keeps_hidden: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, keeps_hidden: bool = False) -> None:
         config = model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(config.vocab_size, limit, model.device)
@@ -130,7 +132,7 @@ class TransformersTarget(Target):
         hidden = out.hidden_states[-1] if self._keeps_hidden else out.logits[..., :0]
         return Pass(out.logits, hidden)
 
-    def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Any:
+    def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
         """What the model takes as attention_mask: one mask, or one for each kind of layer."""
         full = self._mask(allowed)
         if self._window is None:

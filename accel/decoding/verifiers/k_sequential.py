@@ -8,7 +8,7 @@ closed form; a step of the bisection costs no pass over the vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
 from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
 _BISECTIONS = 30  # a rho above rho* is lossless, too, and accepts less by no more than it is above
+Number = TypeVar("Number", float, Array)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def acceptance(target: Array, draft: Array, count: int) -> float:
     return float(_accepted(kept.sum(), count))
 
 
-def _accepted(beta: Any, count: int) -> Any:
+def _accepted(beta: Number, count: int) -> Number:
     return 1 - (1 - beta) ** count
 
 

@@ -7,6 +7,7 @@ The reference for k-SEQ, not a verifier: the programme has 2^V sets of drawn tok
 from itertools import combinations
 
 import numpy as np
+from scipy.optimize import linprog
 from torch import Tensor
 
 from hasten.accel.errors import UserError
@@ -16,8 +17,6 @@ _MOST_TOKENS = 12
 
 def optimal_acceptance(target_probs: Tensor, draft_probs: Tensor, k: int) -> float:
     """Highest probability that the token that comes out is one of k draws; both (V,), of at most 12 tokens."""
-    from scipy.optimize import linprog
-
     size = len(target_probs)
     if not 1 <= size <= _MOST_TOKENS:
         raise UserError(f"target_probs has {size} tokens: the linear programme takes 1 to {_MOST_TOKENS}")

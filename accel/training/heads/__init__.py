@@ -1,1 +1,1 @@
-"""Small networks that are trained on the hidden states of a model and help a drafter; beside each, its training."""
+"""Heads: small networks on the hidden states of a model that help a drafter; beside each network, its training."""

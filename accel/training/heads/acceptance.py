@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
 
 FILE = "acceptance_head.safetensors"
@@ -40,8 +43,8 @@ class AcceptanceHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (…, 2) of rejection and acceptance; hidden: (…, D), the last hidden state of the drafted token."""
-        found: Tensor = self.out(self.blocks(hidden))
-        return found
+        logits: Tensor = self.out(self.blocks(hidden))
+        return logits
 
     @torch.no_grad()
     def accepts(self, hidden: Tensor) -> Tensor:
@@ -64,10 +67,6 @@ class AcceptanceHead(nn.Module):
 
     def save(self, path: Path, draft: str = "") -> None:
         """Write the file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        from hasten.accel.compression.outputs.resumable import write_whole
-
         write_whole(path, lambda temporary: save_file(self.tensors(), temporary, self.note(draft)))
 
     @classmethod
@@ -76,8 +75,6 @@ class AcceptanceHead(nn.Module):
 
         draft: fingerprint of the model that it is to go with; empty where that is not known.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_NOTE])

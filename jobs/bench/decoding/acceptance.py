@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.jobs.bench.decode import Config
 from hasten.jobs.bench.decoding.setup import Setup, mean_acceptance_length, total
 from hasten.jobs.bench.measurements import methods

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
-from hasten.accel.decoding.lengths.sizing import Adaptive, Policy, measure_costs
+from hasten.accel.decoding.lengths.adaptive import Adaptive
+from hasten.accel.decoding.lengths.base import LengthController
+from hasten.accel.decoding.lengths.timing import measure_costs
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stats import Figures
 from hasten.accel.decoding.targets.loading import load_target
@@ -100,12 +102,12 @@ class Setup:
         self,
         drafter: Drafter | None,
         in_flight: int = 1,
-        policy: Policy | None = None,
+        policy: LengthController | None = None,
         verifier: Verifier | None = None,
     ) -> Engine:
         """Engine on the target; without a policy the draft length adapts to the measured costs."""
         if drafter is not None and policy is None:
-            policy = Adaptive(self.costs, self.config.max_draft_tokens)
+            policy = Adaptive().start(lambda: self.costs, self.config.max_draft_tokens)
         return Engine(self._target, drafter, verifier, models=self._models, policy=policy, in_flight=in_flight)
 
     def requests(self, prompts: Sequence[list[int]], temperature: float = 0.0) -> list[Request]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead

@@ -15,7 +15,7 @@ from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.cluster.actors.drafter import Address, Connection, DrafterActor, RemoteDrafter, learns
 from tests.models import tiny

@@ -8,6 +8,7 @@ from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.drafters.model.hierarchy import Hierarchy
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
@@ -27,7 +28,7 @@ REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enu
 def spec(tmp_path_factory):
     """A tiny target with a drafter that learns; drafts of fixed size."""
     source = tiny.save(tmp_path_factory.mktemp("decoding") / "target", "llama")
-    return Spec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_tokens=8)
+    return Spec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_length=Fixed(8))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
-from hasten.accel.decoding.lengths.sizing import Fixed
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, Draws

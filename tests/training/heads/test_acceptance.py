@@ -10,6 +10,8 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.accel.training.heads.acceptance_training import AcceptanceTraining, Examples, auc
+from hasten.accel.training.heads.base import HeadModels
+from hasten.accel.training.heads.fitting import Fitting
 
 
 class Model:
@@ -89,7 +91,8 @@ def test_what_minimises_the_loss_is_the_acceptance_once_the_weight_is_taken_out(
 
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine():
-    rates = [AcceptanceTraining(warmup=0.2).rate(step, 10) for step in range(10)]
+    fitting = Fitting(epochs=1, lr=1.0, batch=1, warmup=0.2)
+    rates = [fitting.rate(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -99,7 +102,8 @@ def test_only_drafted_tokens_are_examples_and_their_labels_are_their_acceptance(
     target, draft = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
     tokens = torch.randint(3, (20, 50), generator=torch.Generator().manual_seed(0))
     # 980 places, of which 85 % are drawn: 833 expected, with a deviation of 11.
-    found = AcceptanceTraining().collect(Model(target), Model(draft), tokens, torch.Generator().manual_seed(0))
+    models = HeadModels(Model(target), Model(draft))
+    found = AcceptanceTraining().collect(models, tokens, torch.Generator().manual_seed(0))
     assert 790 < len(found) < 876
     drawn = found.hidden.argmax(-1)
     torch.testing.assert_close(found.labels, torch.tensor([1.0, 1.0, 1 / 3])[drawn])
@@ -110,7 +114,7 @@ def test_only_drafted_tokens_are_examples_and_their_labels_are_their_acceptance(
 def test_without_mixing_every_token_that_has_one_before_it_is_drafted():
     tokens = torch.zeros(3, 7, dtype=torch.long)
     model = Model([0.5, 0.5])
-    found = AcceptanceTraining(mixing=0).collect(model, model, tokens, torch.Generator(), batch=2)
+    found = AcceptanceTraining(mixing=0).collect(HeadModels(model, model), tokens, torch.Generator(), batch=2)
     assert torch.equal(found.labels, torch.ones(18))
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
 from hasten.accel.errors import UserError
 
 
@@ -44,26 +43,26 @@ class Combined(Drafter):
         """Whether a member does."""
         return any(each.needs_draft_model for each in self.drafters)
 
-    def new_memory(self, models: Models) -> tuple[Any, ...]:
+    def new_memory(self, models: Models) -> tuple[Memory, ...]:
         """A memory of each member."""
         return tuple(each.new_memory(models) for each in self.drafters)
 
-    def begin(self, context: Context, memory: Any) -> None:
+    def begin(self, context: Context, memory: Memory) -> None:
         """Tell every member."""
         for each, its in zip(self.drafters, memory, strict=True):
             each.begin(context, its)
 
-    def observe(self, memory: Any, outcome: Outcome) -> None:
+    def observe(self, memory: Memory, outcome: Outcome) -> None:
         """Every member learns, whoever's draft it was."""
         for each, its in zip(self.drafters, memory, strict=True):
             each.observe(its, _seen_by(each, outcome))
 
-    def end(self, context: Context, memory: Any) -> None:
+    def end(self, context: Context, memory: Memory) -> None:
         """Tell every member."""
         for each, its in zip(self.drafters, memory, strict=True):
             each.end(context, its)
 
-    def saved(self, memory: Any) -> Mapping[str, Tensor]:
+    def saved(self, memory: Memory) -> Mapping[str, Tensor]:
         """What each member learned, each name behind the member's place and a dot."""
         return {
             f"{index}.{name}": tensor
@@ -71,7 +70,7 @@ class Combined(Drafter):
             for name, tensor in each.saved(its).items()
         }
 
-    def load(self, memory: Any, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
         """Give every member its own."""
         for index, (each, its) in enumerate(zip(self.drafters, memory, strict=True)):
             prefix = f"{index}."

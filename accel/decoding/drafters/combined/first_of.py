@@ -6,9 +6,9 @@ Departs from it: for any drafters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Memory
 from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import DraftTree, Draws
@@ -31,11 +31,11 @@ class FirstOf(Combined):
         """Whether all members draft chains."""
         return all(each.chains() for each in self.drafters)
 
-    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The first draft that is not empty."""
         return self.propose_all([context], memory, budget)[0]
 
-    def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
+    def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """For each sequence the first draft that is not empty."""
         found = [DraftTree()] * len(contexts)
         for each, its in zip(self.drafters, memory, strict=True):

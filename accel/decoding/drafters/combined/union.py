@@ -6,9 +6,9 @@ Departs from it: a budget of nodes is shared, by turns; the drafts are determini
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.base import Memory
 from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
@@ -32,11 +32,11 @@ class Union(Combined):
                 )
         return Draws.DETERMINISTIC
 
-    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The merged tree of the members' drafts."""
         return self.propose_all([context], memory, budget)[0]
 
-    def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
+    def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """A merged tree for each sequence."""
         drafts = [each.propose_all(contexts, its, budget) for each, its in zip(self.drafters, memory, strict=True)]
         return [merged(trees, budget) for trees in zip(*drafts, strict=True)]

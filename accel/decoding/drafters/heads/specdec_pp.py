@@ -82,14 +82,18 @@ class SpecDecPlusPlus(SmallModelDrafter):
     def new_memory(self, models: Models) -> HeadedModel:
         """The draft model with its head; UserError where there is no head."""
         draft = models.made_draft()
-        if self.head is None and models.draft_path is None:
+        folder = models.draft_path
+        if self.head is not None:
+            path = Path(self.head).expanduser()
+        elif folder is not None:
+            path = folder / FILE
+        else:
             raise UserError("head=None, and the draft model has no folder: give head=PATH")
-        path = Path(models.draft_path, FILE) if self.head is None else Path(self.head).expanduser()
         if not path.is_file():
             raise UserError(f"there is no acceptance head at {path}: make one with hasten train_drafter")
-        checkpoint = None if models.draft_path is None else Path(models.draft_path, "config.json")
-        known = checkpoint is not None and checkpoint.is_file()
-        head = AcceptanceHead.load(path, Checkpoint(models.draft_path).fingerprint() if known else "")
+        is_checkpoint = folder is not None and (folder / "config.json").is_file()
+        fingerprint = Checkpoint(folder).fingerprint() if folder is not None and is_checkpoint else ""
+        head = AcceptanceHead.load(path, fingerprint)
         return HeadedModel(draft, head, models.vocabulary)
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:

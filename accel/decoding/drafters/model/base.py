@@ -4,13 +4,13 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models
 from hasten.accel.decoding.targets.base import Pass, Target
 from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
 
@@ -268,6 +268,6 @@ class SmallModelDrafter(Drafter):
                 given = dict(zip(wanted, rows, strict=True))
         return trees
 
-    def end(self, context: Context, memory: Any) -> None:
+    def end(self, context: Context, memory: Memory) -> None:
         """Its cache is free for another sequence."""
         memory.end(context)

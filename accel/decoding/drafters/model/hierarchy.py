@@ -7,12 +7,12 @@ verifies them by sample and match, so that the chain has its own distribution.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
 from hasten.accel.decoding.drafters.model.base import TOGETHER, SmallModel
 from hasten.accel.decoding.sampling import Sampling, draw
 from hasten.accel.decoding.targets.base import Target
@@ -24,7 +24,7 @@ from hasten.accel.errors import UserError
 class Middle(SmallModel):
     """The draft model, and the inner drafter's memory."""
 
-    def __init__(self, target: Target, inner: Any, vocabulary: int | None = None) -> None:
+    def __init__(self, target: Target, inner: Memory, vocabulary: int | None = None) -> None:
         super().__init__(target, vocabulary)
         self.inner = inner
 

@@ -6,10 +6,9 @@ back to a draft model there is `FirstOf`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.drafters.base import Drafter, Memory
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
@@ -40,7 +39,7 @@ class CopySpec(Drafter):
         """Every draft is a chain."""
         return True
 
-    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """What stood behind the first occurrence of the last gamma tokens; nothing where they are new."""
         tokens = context.tokens
         index = context.state.setdefault(self, _Index(known=self.gamma))

@@ -5,10 +5,9 @@ Departs from it: among equal matches the latest wins, not the first; positions a
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.drafters.base import Drafter, Memory
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
@@ -39,7 +38,7 @@ class PromptLookup(Drafter):
         """Every draft is a chain."""
         return True
 
-    def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """What stood behind the latest occurrence of the longest suffix; nothing where no suffix repeats."""
         tokens = context.tokens
         index = context.state.setdefault(self, _Index())

@@ -1,32 +1,27 @@
-"""Sizes that pay, with costs and acceptance made up."""
+"""Lengths that pay, with made-up costs and acceptance."""
 
 import random
 
 import pytest
-import torch
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Outcome
-from hasten.accel.decoding.lengths.sizing import Adaptive, Costs, measure_costs
+from hasten.accel.decoding.lengths.adaptive import Adaptive
+from hasten.accel.decoding.lengths.timing import PassCosts
 from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.errors import UserError
 
-FLAT = Costs({1: {1: 1.0, 32: 1.05}})
-STEEP = Costs({1: {1: 1.0, 2: 1.9, 32: 30.0}})
-
-
-def test_costs_between_measured_sizes_are_interpolated():
-    costs = Costs({1: {1: 2.0, 4: 5.0, 8: 6.0}, 4: {1: 3.0, 4: 9.0}})
-    assert costs.seconds(2) == 3.0
-    assert costs.seconds(6) == 5.5
-    assert costs.seconds(12) == 7.0  # the last step goes on
-    assert costs.seconds(4, 4) == 9.0
-    assert costs.seconds(4, 8) == 18.0  # twice as many sequences as were measured
-    assert costs.efficiency(4) == 2 / 5
+FLAT = PassCosts({1: {1: 1.0, 32: 1.05}})
+STEEP = PassCosts({1: {1: 1.0, 2: 1.9, 32: 30.0}})
 
 
-def simulated(costs, chance, drafting, passes=600, most=16, sequences=1):
+def started(costs, max_nodes, **fields):
+    return Adaptive(**fields).start(lambda: costs, max_nodes)
+
+
+def simulated(costs, chance, drafting, passes=600, max_nodes=16, sequences=1):
     """Tokens and seconds of chains whose tokens are accepted with a chance each; drafting: seconds a node."""
-    policy = Adaptive(costs, most)
+    policy = started(costs, max_nodes)
     dice = random.Random(0)
     tokens, seconds, drafted = 0, 0.0, []
     for _ in range(passes):
@@ -35,7 +30,7 @@ def simulated(costs, chance, drafting, passes=600, most=16, sequences=1):
         if budget:
             tree = DraftTree.chain([1] * budget)
             seconds += drafting * budget
-            policy.drafted(budget, drafting * budget)
+            policy.record_drafting(budget, drafting * budget)
             tree = policy.select(tree, sequences, whole=False)
         accepted = 0
         while accepted < len(tree) and dice.random() < chance:
@@ -66,13 +61,13 @@ def test_drafting_stops_where_drafts_cost_more_than_they_give():
 
 
 def test_sequences_of_one_pass_pause_once():
-    policy = Adaptive(STEEP, 8)
+    policy = started(STEEP, 8)
     drafted = []
     for _ in range(40):
         budget = policy.budget(8)
         drafted.append(budget > 0)
         if budget:
-            policy.drafted(8 * budget, 100.0)
+            policy.record_drafting(8 * budget, 100.0)
             for _ in range(8):
                 tree = policy.select(DraftTree.chain([1] * budget), 8, whole=False)
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
@@ -81,12 +76,12 @@ def test_sequences_of_one_pass_pause_once():
 
 
 def test_the_last_sequence_drafts_as_if_it_had_been_alone():
-    policy = Adaptive(Costs({1: {1: 1.0, 17: 2.0}, 8: {1: 2.0, 17: 9.0}}), 16)
+    policy = started(PassCosts({1: {1: 1.0, 17: 2.0}, 8: {1: 2.0, 17: 9.0}}), 16)
     dice = random.Random(0)
     drafted = []
     for sequences in [8] * 200 + [1] * 10:
         budget = policy.budget(sequences)
-        policy.drafted(budget * sequences, 0.0)
+        policy.record_drafting(budget * sequences, 0.0)
         for _ in range(sequences):
             tree = policy.select(DraftTree.chain([1] * budget), sequences, whole=False)
             accepted = next((node for node in range(len(tree)) if dice.random() > 0.8), len(tree))
@@ -98,18 +93,18 @@ def test_the_last_sequence_drafts_as_if_it_had_been_alone():
 
 def test_as_many_as_pay_in_between():
     # One token more costs 0.1 of a plain pass: at a chance of one half the fifth is worth 1/32.
-    costs = Costs({1: {1: 1.0, 17: 2.6}})
+    costs = PassCosts({1: {1: 1.0, 17: 2.6}})
     _, _, drafted = simulated(costs, 0.5, 0.0)
     assert 1 <= sum(drafted[300:]) / 300 <= 4
 
 
 def test_of_a_tree_the_nodes_that_were_accepted_most():
-    policy = Adaptive(FLAT, 8)
+    policy = started(FLAT, 8)
     tree = DraftTree([5, 6, 7], [-1, -1, -1], labels=["often", "never", "never"])
     for _ in range(60):
         policy.budget(1)
         policy.observe(Outcome(Context.start([0]), tree, [0], 2))
-    policy = _with(policy, Costs({1: {1: 1.0, 2: 1.2, 3: 1.6, 9: 4.0}}))
+    policy = _with(policy, PassCosts({1: {1: 1.0, 2: 1.2, 3: 1.6, 9: 4.0}}))
     policy.budget(1)
     assert list(policy.select(tree, 1, whole=False).tokens) == [5]
     assert policy.select(tree, 1, whole=True) is tree
@@ -120,12 +115,21 @@ def _with(policy, costs):
     return policy
 
 
-def test_costs_are_measured_at_every_size():
-    from hasten.accel.decoding.targets.loading import load_target
-    from hasten.accel.models.checkpoint import resolve
+def test_the_maximum_budget_is_requested_at_every_exploring_pass_and_its_first_nodes_are_verified():
+    policy = started(FLAT, 16, explore_every=4, explore_nodes=3, explore_share=1.0)
+    verified = []
+    for _ in range(24):
+        budget = policy.budget(1)
+        policy.record_drafting(budget, 0.0)
+        tree = policy.select(DraftTree.chain([1] * budget), 1, whole=False) if budget else DraftTree()
+        verified.append((budget, len(tree)))
+        policy.observe(Outcome(Context.start([0]), tree, [], 2))
+    assert [verified[index][0] for index in (3, 7)] == [16, 16]
+    assert verified[7][1] >= 3
 
-    target = load_target(resolve("embedded:draft"), torch.float32)
-    costs = measure_costs(target, [4, 16], sequences=2, context=20)
-    assert {count: list(by_width) for count, by_width in costs.measured.items()} == {1: [1, 4, 16], 2: [1, 4, 16]}
-    assert all(seconds > 0 for by_width in costs.measured.values() for seconds in by_width.values())
-    assert costs.seconds(16) == pytest.approx(costs.measured[1][16])
+
+@pytest.mark.parametrize("wrong", [{"explore_every": 0}, {"first_pause": 0}, {"longest_pause": 3}])
+def test_a_wrong_hyper_parameter_is_named(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(UserError, match=f"{name}={value} is wrong"):
+        Adaptive(**wrong)

@@ -1,0 +1,140 @@
+"""What `hasten decode` works on: models, methods, prompts and earlier results, all checked before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.verifiers.base import Verifier
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.actors.verifier import Spec, sharing_refusal
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.arithmetic import dtype_choices, resolve_device
+from hasten.jobs.common.prompts import (
+    Prompt,
+    check_lengths,
+    context_length,
+    draft_folder,
+    library_prompts,
+    load_learned,
+    model_folder,
+    read_prompts,
+    stop_ids,
+)
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.decode.completions import Completions, Record
+from hasten.jobs.decode.draft_length import chosen_draft_length
+from hasten.jobs.decode.options import DecodeConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """kept: results of an earlier run, by id. tokenizer: None where the target has none. placement: of the drafters."""
+
+    spec: Spec
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase | None
+    prompts: list[Prompt]
+    completions: Completions
+    kept: dict[str, Record]
+    placement: str
+
+    @property
+    def missing(self) -> list[Prompt]:
+        """Prompts without a result."""
+        return [prompt for prompt in self.prompts if prompt.key not in self.kept]
+
+
+def prepare(config: DecodeConfig) -> Inputs:
+    """Everything that a run needs; UserError where the options do not fit together."""
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+    draft_length = chosen_draft_length(config)
+    drafter: Drafter | None = build(config.drafter) if draft_length.max_tokens(config.max_draft_tokens) else None
+    verifier: Verifier = build(config.verifier)
+    if drafter is not None:
+        refusal = verifier.refusal(drafter.draws(sampling), drafter.chains(), sampling.is_greedy)
+        if refusal is not None:
+            raise UserError(refusal)
+    target = model_folder("target", config.target)
+    draft = None
+    if drafter is not None:
+        draft = draft_folder(config.draft, drafter, target, verifier.reads_draft_probs and not sampling.is_greedy)
+    device = resolve_device(config.device)
+    tokenizer, vocabulary = load_tokenizer(target), vocabulary_size(target)
+    wrong = [token for token in config.stop if not 0 <= token < vocabulary]
+    if wrong:
+        raise UserError(f"stop={config.stop} holds {wrong[0]}, outside the target's vocabulary (0 to {vocabulary - 1})")
+    if config.prompts is None:
+        prompts = library_prompts(tokenizer, vocabulary)
+    else:
+        prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, config.prompt_field, config.id_field)
+    check_lengths(prompts, config.max_new_tokens, context_length(target))
+    dtype, *other_dtypes = dtype_choices(config.dtype, device)
+    learned = None
+    if config.memory and drafter is not None:
+        learned = load_learned(Path(config.memory), config.drafter, vocabulary)
+    spec = Spec(
+        target=target,
+        vocabulary=vocabulary,
+        verifier=verifier,
+        drafter=drafter,
+        draft=draft,
+        dtype=dtype,
+        other_dtypes=tuple(other_dtypes),
+        device=device,
+        threads=config.threads,
+        path=config.path,
+        compiled=config.compiled,
+        in_flight=config.in_flight,
+        prefill_chunk=config.prefill_chunk,
+        stop=tuple(sorted({*config.stop, *(() if config.ignore_eos else stop_ids(target, tokenizer))})),
+        draft_length=draft_length,
+        max_draft_tokens=config.max_draft_tokens,
+        memory_bytes=config.memory_bytes,
+        learned=learned,
+    )
+    output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
+    completions = Completions(output, _settings(config, spec, sampling), config.overwrite)
+    kept = completions.kept()
+    for prompt in prompts:
+        if prompt.key in kept and kept[prompt.key].get("prompt_token_ids") != prompt.tokens:
+            raise UserError(
+                f"{prompt.where}: output={output} has a result of another prompt with the id {prompt.key!r}: "
+                "give another output, or overwrite=true to start again"
+            )
+    wanted = {prompt.key for prompt in prompts}
+    kept = {key: record for key, record in kept.items() if key in wanted}
+    return Inputs(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
+
+
+def _placement(config: DecodeConfig, spec: Spec, sampling: Sampling) -> str:
+    """Where drafters are, as far as it is known before anything is measured."""
+    refusal = sharing_refusal(spec, sampling)
+    if refusal is not None and config.placement == "shared":
+        raise UserError(refusal)
+    alone = spec.drafter is None or (config.placement == "auto" and config.workers == 1)
+    return "private" if alone or refusal is not None else config.placement
+
+
+def _settings(config: DecodeConfig, spec: Spec, sampling: Sampling) -> dict[str, Any]:
+    """What decides a result, apart from its prompt."""
+    return {
+        "target": Checkpoint(spec.target).fingerprint()[:16],
+        "draft": None if spec.draft is None else Checkpoint(spec.draft).fingerprint()[:16],
+        "drafter": None if spec.drafter is None else config.drafter,
+        "verifier": config.verifier,
+        **vars(sampling),
+        "max_new_tokens": config.max_new_tokens,
+        "stop": list(spec.stop),
+        "draft_length": config.draft_length if config.draft_tokens is None else None,
+        "draft_tokens": config.draft_tokens,
+        "max_draft_tokens": config.max_draft_tokens,
+        # A dtype that every run chooses by measurement is no setting.
+        "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
+        "path": config.path,
+        "seed": config.seed,
+    }
