@@ -3,7 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs clean
+# `make gpu` checks and times on a GPU with PYTHON as it is, whose packages need be no more than torch, transformers,
+# triton, safetensors, accelerate, numpy, pytest and pytest-xdist. DEVICE=cpu makes a trial without a GPU. Reports go to
+# the folder that OUT names, if it does.
+DEVICE ?= cuda
+OUT ?=
+GPU_TEST_SECONDS ?= 330
+GPU_BENCHMARK_SECONDS ?= 120
+
+.PHONY: demo test quick gpu docs clean
 
 # overwrite: the demo shows a whole run each time, also after the code has changed.
 demo: $(VENV)/.installed
@@ -11,6 +19,23 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/pytest
+
+# Useful while working: folders whose tests start no job and no Ray; under two minutes on two cores.
+QUICK ?= tests/costs tests/data tests/evaluation tests/models tests/kernels tests/training tests/decoding/lengths \
+	tests/decoding/verifiers tests/decoding/targets $(wildcard tests/decoding/test_*.py) tests/compression/quantizers \
+	tests/compression/pruners tests/compression/allocators tests/compression/formats tests/compression/calibration
+
+quick: $(VENV)/.installed-test
+	$(VENV)/bin/pytest -m "not slow and not ray and not faults and not gpu" $(QUICK)
+
+# The table comes last, also where a test failed or hung.
+gpu:
+	@status=0; \
+	HASTEN_TEST_DEVICE=$(DEVICE) timeout --kill-after=10 $(GPU_TEST_SECONDS) \
+		$(PYTHON) -m pytest -n 0 -m gpu -p no:cacheprovider $(if $(OUT),--junitxml=$(OUT)/gpu-tests.xml) tests || status=$$?; \
+	OUT=$(OUT) timeout --kill-after=10 $(GPU_BENCHMARK_SECONDS) \
+		$(PYTHON) -m hasten.kernels.benchmark --device $(DEVICE) || status=$$?; \
+	exit $$status
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,1 +1,1 @@
-"""One op per file: torch reference, kernel in Triton or C, one dispatch function."""
+"""One folder per op: torch reference, Triton kernel or C source, and one dispatch function in its `__init__.py`."""

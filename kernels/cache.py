@@ -1,10 +1,10 @@
-"""Where this machine keeps what can be made or fetched again."""
+"""Folder of files that can be built or downloaded again."""
 
 import os
 from pathlib import Path
 
 
 def default_cache() -> Path:
-    """HASTEN_CACHE, or hasten in the user's cache folder."""
-    named = os.environ.get("HASTEN_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hasten")
+    """$HASTEN_CACHE, else `hasten` in the user's cache folder."""
+    cache = os.environ.get("HASTEN_CACHE")
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hasten")

@@ -1,7 +1,7 @@
-"""C beside the Python of a kernel, compiled for the processor it runs on, once for each machine.
+"""Compiles a kernel's C source for the processor it runs on, once per machine.
 
-The library is kept in the cache under a name of the source, the compiler and the processor. Where there is no compiler,
-or it fails, there is no library, and callers do without.
+The shared library is cached under a hash of source, compiler, options and processor. Without a working compiler there
+is no library, and the op runs its torch reference.
 """
 
 import ctypes
@@ -17,58 +17,59 @@ from pathlib import Path
 
 from hasten.kernels.cache import default_cache
 
-# OpenMP's symbols are those of torch, which is loaded before: a second copy of OpenMP would have threads of its own,
-# which fight with torch's for the processors. Hence nothing is linked.
+# OpenMP is not linked: its symbols come from the copy that torch has loaded. A second copy would have threads of its
+# own, which compete with torch's for the cores.
 _OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-_SECONDS = 120
+_TIMEOUT_SECONDS = 120
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
-    """A C file as a library; None where it cannot be compiled."""
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """Library compiled from a C file; None where it cannot be compiled."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     key = hashlib.sha256(source.read_bytes())
     for part in (*compiler, *_OPTIONS, _version(compiler), _processor()):
         key.update(part.encode() + b"\0")
     name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with suppress(OSError, subprocess.SubprocessError):
-        made = default_cache().expanduser() / "kernels" / name
-        if not made.is_file():
-            made.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, source, made)
-        return ctypes.CDLL(str(made))
+        path = default_cache().expanduser() / "kernels" / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, source, path)
+        return ctypes.CDLL(str(path))
+    # The cache is not writable, is full, or is mounted noexec.
     with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
-        # The cache is not writable, or full, or forbids what is executable.
-        made = Path(folder, name)
-        _compile(compiler, source, made)
-        return ctypes.CDLL(str(made))
+        path = Path(folder, name)
+        _compile(compiler, source, path)
+        return ctypes.CDLL(str(path))
     return None
 
 
-def _compile(compiler: list[str], source: Path, made: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-        parts, whole = Path(folder, "parts.o"), Path(folder, made.name)
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        object_file, temporary = Path(folder, "kernel.o"), Path(folder, library.name)
         for command in (
-            [*compiler, *_OPTIONS, "-c", str(source), "-o", str(parts)],
-            [*compiler, "-shared", str(parts), "-o", str(whole)],
+            [*compiler, *_OPTIONS, "-c", str(source), "-o", str(object_file)],
+            [*compiler, "-shared", str(object_file), "-o", str(temporary)],
         ):
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-        # At once: other processes compile the same.
-        whole.replace(made)
+            subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_SECONDS)
+        # Renamed atomically: other processes may be compiling the same source.
+        temporary.replace(library)
 
 
 def _version(compiler: list[str]) -> str:
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def _processor() -> str:
-    """What tells processors apart that do not run the same instructions: a cache may be shared between machines."""
+    """Model and instruction set: machines with different processors may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    told = [line for line in lines if line.lower().startswith(("flags", "features", "model", "cpu part"))]
-    return "\n".join(sorted(set(told)))
+    return "\n".join(
+        sorted({line for line in lines if line.lower().startswith(("flags", "features", "model", "cpu part"))})
+    )

@@ -1,4 +1,4 @@
-"""The one place that chooses between a kernel and its torch reference."""
+"""Chooses between a kernel and its torch reference; no other module does."""
 
 import os
 
@@ -11,6 +11,6 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_compiled(tensor: Tensor) -> bool:
-    """Whether ops on this tensor run as C that is compiled for the processor, where there is a compiler."""
+def use_c(tensor: Tensor) -> bool:
+    """Whether ops on this tensor run as compiled C, provided that there is a compiler."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,28 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# Folders whose tests import nothing but accel and kernels.
+_GPU_FOLDERS = ("gpu", "kernels")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu`, only collect what a GPU machine can import, which need not have Ray, Hydra or MLflow."""
+    if config.option.markexpr != "gpu" or collection_path.parent != Path(__file__).parent:
+        return None
+    return collection_path.name not in _GPU_FOLDERS or None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the session's Ray is marked `ray`."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
+    # Imported here because this file is read on GPU machines without Ray, too.
     from hasten.cluster.runtime.session import session
 
     with session(None, cpus=4):

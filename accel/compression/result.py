@@ -1,14 +1,21 @@
 """What a quantizer or a pruner gives back for the rows of one or several layers."""
 
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+# What a report says of a layer at a level; every kind of level adds entries of its own.
+Facts = dict[str, Any]
 
-class Rows(Protocol):
+
+class CompressedWeight(Protocol):
     """A compressed weight (R, C) that can be cut and joined by rows."""
+
+    @property
+    def bits(self) -> int:
+        """Exact size."""
 
     def rows(self, start: int, stop: int) -> Self:
         """The rows of one of several layers that were solved together."""
@@ -18,7 +25,7 @@ class Rows(Protocol):
         """Consecutive rows as one weight."""
 
 
-W = TypeVar("W", bound=Rows)
+W = TypeVar("W", bound=CompressedWeight, covariant=True)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""The calibration pass of compress and levels: hidden states, sums of second moments, solves, and the files written."""
+"""Cost of the calibration pass of compress and levels: hidden states, sums of Hessians, solves, and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import split
-from hasten.accel.compression.levels.level import Level
-from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.method import Method
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.files import checkpoint_files, database_files, grid_tensors, level_tensors
+from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
+from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.costs.model import Model, with_kept_back
-from hasten.accel.costs.solving import collect_work, factor_work, moment_bytes, solve_bytes, solve_work
+from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
 _TOKEN_BYTES = 8
@@ -32,8 +32,7 @@ class Pass:
 
     model: Model
     plan: Sequence[Sequence[Group]]
-    methods: Sequence[Any]
-    scheme: Scheme
+    methods: Sequence[Method]
     sequences: int
     length: int
     levels: Sequence[Level] | None = None
@@ -48,22 +47,22 @@ class Pass:
 
     @property
     def chunks(self) -> int:
-        """Chunks that there are: no more than sequences."""
+        """Number of chunks: at most one for each sequence."""
         return min(self.shards, self.sequences)
 
     @property
-    def most_chunks(self) -> int:
-        """Chunks of the worker that has most."""
+    def max_chunks(self) -> int:
+        """Most chunks that one worker has."""
         return max((len(part) for part in split(self.chunks, self.workers)), default=0)
 
     @property
-    def most_sequences(self) -> int:
-        """Sequences of the worker that has most."""
-        return self.most_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
+    def max_sequences(self) -> int:
+        """Most sequences that one worker has."""
+        return self.max_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
 
 
 def estimate(work: Pass, rates: Rates) -> Estimate:
-    """All that the pass takes, from the start of the calibrators to the last file."""
+    """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = (
         checkpoint_files(work.model.architecture, work.plan)
         if work.levels is None
@@ -78,6 +77,7 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         moved=_moved(work),
         store=sums + (packed if work.levels is None else 0),
         written=written,
+        notes=_guesses(work),
     )
 
 
@@ -100,7 +100,7 @@ def _held_nodes(chunks: int) -> int:
 
 
 def _sums_bytes(groups: Sequence[Group]) -> int:
-    return sum(moment_bytes(group.columns) for group in groups)
+    return sum(hessian_bytes(group.columns) for group in groups)
 
 
 def _weights(group: Group) -> int:
@@ -114,7 +114,7 @@ def _packed_bytes(work: Pass, group: Group) -> int:
     for layer in group.layers:
         itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
         if work.levels is None:
-            total += sum(size for *_, size in grid_tensors(layer, group.scheme, itemsize))
+            total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
             total += sum(size for level in work.levels for *_, size in level_tensors(layer, level, itemsize))
     return total
@@ -125,7 +125,7 @@ def _moved(work: Pass) -> dict[str, int]:
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
         count = nodes(work.chunks, work.workers)
-        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.plan)
+        moved["sums of Hessians"] = count * sum(_sums_bytes(groups) for groups in work.plan)
         if work.nodes > 1:
             away = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.plan)
             moved[BETWEEN] = int(count * away * (1 - 1 / work.nodes))
@@ -139,8 +139,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     block = model.largest_block()
     groups = max(work.plan, key=_sums_bytes)
     on_device = work.gpus > 0
-    always = {"process": rates.worker_bytes, "calibration tokens": work.most_sequences * work.length * _TOKEN_BYTES}
-    hidden = {"hidden states": model.hidden_bytes(work.most_sequences, work.length)}
+    always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
+    hidden = {"hidden states": model.hidden_bytes(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
@@ -155,16 +155,16 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # A layer's input once more in float32, where it is not.
         wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += wide
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.most_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * nodes(work.most_chunks, 1)}
+        sums = {"sums of Hessians": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
+        sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
             host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
-        found = solve_bytes(group, work.methods, work.gpu_memory)
-        reads = {SHARED: moment_bytes(group.columns) * nodes(work.chunks, work.workers)}
+        found = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
+        reads = {SHARED: hessian_bytes(group.columns) * nodes(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
             "codes": _weights(group),
@@ -181,7 +181,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
 
 
 def _checked(model: Model) -> dict[str, int]:
-    """The largest tensor while it is looked through."""
+    """The largest tensor, which is read whole to be checked for values that are not finite."""
     checkpoint = model.architecture.checkpoint
     return {"largest tensor": max(checkpoint.nbytes(name) for name in checkpoint.names)}
 
@@ -201,7 +201,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     check = Work(elements=model.elements(), file_bytes=model.stored_bytes()).seconds(rates)
     workers = work.workers
     steps = [Step("check weights", check / workers, check)]
-    share = work.most_sequences / work.sequences if work.sequences else 0.0
+    share = work.max_sequences / work.sequences if work.sequences else 0.0
     tokens = work.sequences * work.length
     wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
     cpu = dict(wall)
@@ -233,7 +233,8 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
             busy[busy.index(min(busy))] += seconds
         wall["solve"] += max(busy)
         cpu["solve"] += sum(busy)
-    steps += [Step(name, wall[name], cpu[name]) for name in wall if cpu[name]]
+    guess = "; ".join(_guesses(work))
+    steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
     here = sum(moved.values()) - moved.get(BETWEEN, 0)
     steps.append(Step("move and write", here / workers / rates.store, 2 * here / rates.store, written / rates.disk))
@@ -253,7 +254,7 @@ def _network_bytes(work: Pass) -> float:
 
 
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
-    """Adding up what all layers of a block see; an expert sees the tokens that are routed to it."""
+    """Accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
     found = Work()
     for group in groups:
         share = work.model.active_share(group.block) if group.is_expert else 1.0
@@ -263,16 +264,16 @@ def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
 
 
 def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
-    levels = [group.scheme] if work.levels is None else list(work.levels)
-    found = factor_work(group, work.methods) if work.sequences else Work()
-    for level in levels:
-        found += solve_work(group, _method_of(work, level), level, work.gpu_memory)
-    return found.seconds(rates)
+    return group_work(stack_of(group, work.gpu_memory), _solves(work, group)).seconds(rates)
 
 
-def _method_of(work: Pass, level: Level) -> Any:
-    """What solves a level: quantizers come first, the others in the order of their kinds of level."""
-    if work.levels is None or len(work.methods) == 1:
-        return work.methods[0]
-    kinds = list(dict.fromkeys(type(each) for each in work.levels))
-    return work.methods[min(kinds.index(type(level)), len(work.methods) - 1)]
+def _solves(work: Pass, group: Group) -> list[tuple[Method, Level]]:
+    """The levels that a group is compressed to, each with the method that does it."""
+    levels = [group.level] if work.levels is None else work.levels
+    return [(level.method_of(work.methods), level) for level in levels]
+
+
+def _guesses(work: Pass) -> tuple[str, ...]:
+    """A note for every method that states no cost."""
+    group = next((group for groups in work.plan for group in groups), None)
+    return () if group is None else guess_notes(_solves(work, group), stack_of(group, work.gpu_memory))

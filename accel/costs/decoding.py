@@ -48,7 +48,7 @@ class Decoding:
 
 
 def estimate(decoding: Decoding, rates: Rates) -> Estimate:
-    """What verifiers and their drafters take, and the file of completions."""
+    """Memory and seconds of verifiers and their drafters, and bytes of the file of completions."""
     one = decoding
     lot = -(-one.prompts // (2 * one.workers if one.workers > 1 else 1))
     slots = max(1, min(one.in_flight, max(one.in_flight, lot), one.prompts))
@@ -80,7 +80,7 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
 
 
 def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
-    """A pass over so many tokens of each sequence, with so many in the caches: all weights are read.
+    """One forward pass over `tokens` tokens of each sequence, with `length` in the caches: all weights are read.
 
     itemsize: bytes of a weight; None is those of the model's dtype.
     """
@@ -123,7 +123,7 @@ def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
 
 
 def loaded_bytes(model: Model, fast: bool) -> int:
-    """What is there beside while the model is loaded: all of it where the fast path takes it over."""
+    """Memory beside the weights while the model is loaded: a whole copy where the fast path converts it."""
     return model.elements() * model.dtype.itemsize if fast else model.stored_bytes() // 4
 
 
@@ -138,7 +138,7 @@ def _caches(model: Model, decoding: Decoding, slots: int) -> dict[str, int]:
 
 
 def _cut(held: dict[str, int], bound: int) -> dict[str, int]:
-    """Caches and logits are bounded together; of what they take the share stays."""
+    """Caches and logits scaled down to a common bound in bytes."""
     total = held["caches"] + held["logits"]
     share = min(1.0, bound / total) if total else 1.0
     return held | {name: int(held[name] * share) for name in ("caches", "logits")}

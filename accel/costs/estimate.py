@@ -1,17 +1,17 @@
-"""What a dry run says of a job: what its processes hold, what travels, what is written, how long its steps take."""
+"""Estimate of a job for a dry run: memory of its processes, bytes moved and written, and seconds of its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
 DRIVER = "driver"
-# A part of memory that all processes of a node map, and that is there once.
+# Memory that all processes of a node map and that is counted once.
 SHARED = "sums in the object store"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second, by one process with its threads, and what a process holds that does nothing yet.
+    """Throughput of one process with its threads, and memory of a process that has only imported what it needs.
 
     flops: FLOP/s of matrix products in the job's dtype; exact_flops: in float32. elements: float32 numbers a second
     through a small operation. launch: seconds of an operation on next to nothing. memory, store, read, disk, network:
@@ -122,13 +122,20 @@ def _largest(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
 class Step:
     """A part of a job: wall seconds with whole processors, CPU seconds of all processes, seconds that are only waited.
 
-    waits: seconds of wall time in which nothing is computed: disks, networks, other programs.
+    waits: seconds of wall time in which nothing is computed: disks, networks, other programs. guess: what of it is
+    guessed, as for a method that states no cost; empty where nothing is.
     """
 
     name: str
     seconds: float
     cpu_seconds: float
     waits: float = 0.0
+    guess: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, and what is guessed."""
+        return f"{self.name} ({self.guess})" if self.guess else self.name
 
     def wall(self, share: float = 1.0, processors: float = inf) -> float:
         """Seconds on so many processors, of which a busy process gets this share."""
@@ -137,7 +144,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that a dry run knows of a job.
+    """Resources that a job needs.
 
     moved: bytes that travel between processes, by what they are. store: bytes that lie in the object store at most.
     written: bytes of files, by what they are. notes: what the estimate does not know.

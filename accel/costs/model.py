@@ -1,9 +1,8 @@
-"""What running a model's blocks and head takes: arithmetic, and memory for what lies between the layers."""
+"""Arithmetic of running a model's blocks and head, and memory of activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
@@ -107,7 +106,7 @@ class Model:
         )
 
     def run(self, index: int, tokens: int, length: int, batch: int, without: str | None = None) -> Work:
-        """Running a block on so many tokens in sequences of one length; without: name of a layer that is not run."""
+        """Running a block on `tokens` tokens in sequences of `length`; without: name of a layer that is not run."""
         share = self.active_share(index)
         layers = [layer for layer in self.architecture.linears(index) if layer.name != without]
         products = sum(2 * layer.rows * layer.columns * self._used(layer, share) for layer in layers)
@@ -118,7 +117,7 @@ class Model:
         return Work(flops=tokens * (products + scores), elements=tokens * small, launches=passes * _LAUNCHES)
 
     def logits(self, tokens: int) -> Work:
-        """Logits of so many tokens."""
+        """Logits of `tokens` tokens."""
         at_once = max(1, _LOGITS_BYTES // (4 * self.vocabulary))
         return Work(flops=2 * tokens * self.hidden * self.vocabulary, launches=-(-tokens // at_once) * 10)
 
@@ -127,14 +126,14 @@ class Model:
         return batch * length * (_NARROW_HELD * self.hidden + _WIDE_HELD * self.inner) * self.dtype.itemsize
 
     def hidden_bytes(self, sequences: int, length: int) -> int:
-        """Bytes of the hidden states of so many sequences."""
+        """Bytes of the hidden states of sequences of one length."""
         return sequences * length * self.hidden * self.dtype.itemsize
 
     def active_share(self, index: int) -> float:
         """Share of a block's experts that a token goes through; 1 where there are none."""
         config = self.architecture.config
         number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        used: Any = getattr(config, "num_experts_per_tok", None)
+        used: int | None = getattr(config, "num_experts_per_tok", None)
         return min(1.0, used / number) if number and used else 1.0
 
     def _used(self, layer: Layer, share: float) -> float:

@@ -1,9 +1,10 @@
 """A checkpoint of which there may be nothing but config.json: transformers knows its tensors' names and shapes."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, read_json
@@ -20,7 +21,7 @@ class Outline(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config = read_json(path / "config.json")
         self._headers, self._packing, self._shapes = [], None, {}
         family_of(self.config.get("model_type"))
         if self.config.get("quantization_config") or self.config.get("compression_config"):
@@ -41,13 +42,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _skeleton(path: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _skeleton(path: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers cannot build a model from {path / 'config.json'}: {reason}") from None
@@ -56,9 +57,10 @@ def _skeleton(path: Path) -> Any:
     return model
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def _dtype(config: Mapping[str, object]) -> torch.dtype:
     """The dtype that the config names, float32 where it names none."""
-    text = config.get("text_config") or {}
+    given = config.get("text_config")
+    text = given if isinstance(given, dict) else {}
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

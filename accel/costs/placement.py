@@ -1,4 +1,4 @@
-"""Where a job's processes go: on which node of a cluster, and which of them fit nowhere."""
+"""Placement of a job's processes on the nodes of a cluster, and processes that fit on no node."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Node:
 
 @dataclass
 class Placed:
-    """What lies on a node: processes by kind, bytes of its memory, and most bytes of one of its GPUs."""
+    """Load of a node: processes by kind, bytes of its memory, and peak bytes of one of its GPUs."""
 
     node: Node
     processes: dict[str, int] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def place(processes: Iterable[Process], nodes: Sequence[Node], store: int = 0) -
 
 
 def _put(process: Process, placed: Sequence[Placed]) -> Refusal | None:
-    """Enters all processes of a kind where they go; a refusal where some of them do not."""
+    """Place all processes of a kind; a refusal for those that fit on no node."""
     missing, lack = 0, ("", 0.0, 0.0)
     for _ in range(process.count):
         found, lacking = _room(process, placed)

@@ -1,8 +1,8 @@
 """Evaluators of a search: the whole model in each of them, and candidates that are measured on a few tokens."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from hasten.accel.compression.search.base import AllocationMethod, Searcher
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_kept_back
 
@@ -20,8 +20,9 @@ _FIXED_CACHE = 2**30
 class Search:
     """A search as plain values. sequences, length: of the search's tokens; error_sequences: those of `errors`.
 
-    levels: of a layer, at most. measured: candidates whose errors are measured. allocators: those that measure
-    candidates, once for each of `budgets`. original_bytes: kept for a token of the original's predictions.
+    levels: of a layer, at most. measured: candidates whose errors are measured. allocators: those that run, once for
+    each of `budgets`; searchers among them measure candidates. original_bytes: kept for a token of the original's
+    predictions.
     """
 
     model: Model
@@ -30,7 +31,7 @@ class Search:
     error_sequences: int
     levels: int
     measured: int
-    allocators: tuple[Any, ...]
+    allocators: tuple[AllocationMethod, ...]
     budgets: int
     original_bytes: int
     batch: int = 1
@@ -43,10 +44,10 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     """What the evaluators take; levels, and the checkpoint that comes out, are apart."""
     model = search.model
     weights = sum(model.block_bytes(index) for index in range(model.blocks))
-    searches = any(allocator.needs_evaluation for allocator in search.allocators)
-    swapped = min(_FIXED_CACHE, (search.levels if searches else 1) * weights)
+    searchers = [allocator for allocator in search.allocators if isinstance(allocator, Searcher)]
+    swapped = min(_FIXED_CACHE, (search.levels if searchers else 1) * weights)
     # Samples are drawn from all sequences, and soon each of them was in one.
-    used = search.sequences if searches else min(search.sequences, search.error_sequences if search.measured else 0)
+    used = search.sequences if searchers else min(search.sequences, search.error_sequences if search.measured else 0)
     known = used * search.length
     held = {
         "weights of all blocks": weights,
@@ -65,7 +66,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
         host, device = {"search": with_kept_back(parts, held["activations"] + held["logits"])}, {}
     process = Process("evaluator", search.workers, search.threads, host, search.gpus, device)
     tokens = float(search.measured * search.error_sequences * search.length)
-    tokens += sum(search.budgets * _tokens(allocator) for allocator in search.allocators)
+    tokens += search.budgets * sum(searcher.measured_tokens(search.sequences * search.length) for searcher in searchers)
     blocks = Work()
     for index in range(model.blocks):
         blocks += model.run(index, search.length, search.length, search.batch)
@@ -82,14 +83,3 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     step = Step("search", begin + seconds / at_once, search.workers * begin + seconds)
     sent = search.workers * search.sequences * search.length * 8
     return Estimate((process,), (step,), {"search's tokens": sent})
-
-
-def _tokens(allocator: Any) -> float:
-    """Tokens that a search of candidates measures; 0 of an allocator that measures none."""
-    if not allocator.needs_evaluation:
-        return 0.0
-    generations, steps = allocator.generations, list(allocator.tokens)
-    candidates = [allocator.offspring, *allocator.survivors[:-1]]
-    new = [after - before for before, after in zip([0, *steps], steps, strict=False)]
-    one = sum(count * tokens for count, tokens in zip(candidates, new, strict=True)) + steps[-1]
-    return float(generations * one + allocator.initial_candidates * allocator.initial_tokens)

@@ -1,6 +1,7 @@
 """Reading weights that compressed-tensors packed: which scheme a module has, and its weight as numbers again.
 
-The library itself matches names and unpacks, so that what is read is what transformers would run.
+The library itself matches names and unpacks, so that what is read is what transformers would run. It is imported inside
+functions: plain checkpoints are read without it, also by the GPU checks, whose machines do not have it.
 """
 
 from typing import Any

@@ -30,7 +30,7 @@ class Calibrator:
         self._settings = settings
         self._task = Task(settings)
         self._cpu_before = cpu_seconds()
-        self._groups = {group.key: group for groups in self._task.plan for group in groups}
+        self._groups = {group.key: group for groups in self._task.layer_groups for group in groups}
         self._chunks = chunks
         self._shard: Shard | None = None
 
@@ -53,7 +53,7 @@ class Calibrator:
         shard = self._catch_up(block)
         module = self._task.architecture.load_block(block)
         original = self._settings.propagate == "original"
-        groups = [group for group in self._task.plan[block] if group.key in keys]
+        groups = [group for group in self._task.layer_groups[block] if group.key in keys]
         trees = shard.collect(module, groups, advance=original)
         return {key: [] for key in keys} | {
             key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
@@ -70,8 +70,8 @@ class Calibrator:
         """
         from time import perf_counter
 
-        from hasten.accel.compression.calibration.solve import prepare_group, solve_group, solve_levels
-        from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
+        from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
+        from hasten.accel.compression.calibration.statistics import Hessian, Tree
         from hasten.accel.compression.levels.database import LevelDatabase
 
         started = perf_counter()
@@ -86,18 +86,18 @@ class Calibrator:
                 if key not in nodes:
                     raise RuntimeError(f"a shard's sums of {key} in block {block} are missing")
                 for start, size, tokens, sums in nodes[key]:
-                    tree.add(start, size, SecondMoment.from_array(group.columns, sums, tokens))
-            moment = tree.total() if tree.nodes else None
+                    tree.add(start, size, Hessian.from_array(group.columns, sums, tokens))
+            hessian = tree.total() if tree.nodes else None
             ready = [
-                prepare_group(group, method, moment, settings.expert_tokens, settings.device)
+                prepare_group(group, method, hessian, settings.expert_tokens, settings.device)
                 for method in settings.methods
             ]
             if isinstance(task.output, LevelDatabase):
                 facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
             else:
-                solved = solve_group(group, task.checkpoint, ready[0], group.scheme, settings.device)
-                packed |= {name: task.output.pack(weight) for name, weight in solved.weights.items()}
-                facts += solved.facts
+                tensors, rows = solve_for_checkpoint(group, task.checkpoint, ready, settings.device)
+                packed |= tensors
+                facts += rows
         return packed, facts, perf_counter() - started
 
     def usage(self) -> tuple[float, int]:

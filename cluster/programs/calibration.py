@@ -202,7 +202,7 @@ class CalibrationPass:
         keys = {key for unit in solved for key in unit}
         groups = [group for group in self._task.output.unfinished(block) if group.key not in keys]
         self._block = block
-        if self._settings.needs_second_moment and groups:
+        if self._settings.needs_hessian and groups:
             self._collect(block, groups)
         self._solve(block, groups, solved)
         # The store may give the room of these sums to the next block's.
@@ -210,7 +210,7 @@ class CalibrationPass:
         self._again.clear()
         packed = {name: tensors for found, _ in solved.values() for name, tensors in found.items()}
         facts = [row for _, rows in solved.values() for row in rows]
-        order = [layer.name for group in self._task.plan[block] for layer in group.layers]
+        order = [layer.name for group in self._task.layer_groups[block] for layer in group.layers]
         facts.sort(key=lambda row: order.index(row["layer"]))
         for row in facts:
             for note in row["notes"]:
@@ -235,7 +235,7 @@ class CalibrationPass:
         """
         wanted = {block: groups}
         if self._settings.propagate == "original":
-            later = range(block + 1, len(self._task.plan))
+            later = range(block + 1, len(self._task.layer_groups))
             found = ((other, self._task.output.unfinished(other)) for other in later)
             wanted |= dict(islice(((other, left) for other, left in found if left), 1))
         for each, left in wanted.items():

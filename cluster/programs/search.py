@@ -19,8 +19,9 @@ from torch import Tensor
 from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.search.candidates import batches
-from hasten.accel.compression.search.evopress import Genome, Sample
 from hasten.accel.compression.search.fitness import Fitness
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import Crew, wait
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory

@@ -1,21 +1,30 @@
 """GPTQ of hasten against round-to-nearest and llm-compressor's GPTQ: quality, cost and repeatability.
 
-All of them see the same calibration windows on one thread, each in processes of its own, and are measured by the same
-evaluation. llm-compressor runs in an environment of its own, because it pins older versions of transformers and
-compressed-tensors: peer_python names its Python, and without it the peer's rows say so.
+All use the same calibration windows and one thread, each in its own processes, and are measured by the same
+evaluation. llm-compressor pins older versions of transformers and compressed-tensors and runs in its own environment,
+whose Python is peer_python; without it the peer's rows read "not run".
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hasten.accel.errors import UserError
-from hasten.jobs.bench._runs import Outcome, check_peer, hasten_compress, peer_compress
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.bench.processes.runs import Outcome, check_peer, hasten_compress, peer_compress
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import DTYPES, MODEL, SOURCE, Calibration, Run, option, section
 
-LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from hasten.jobs.bench.measurements.quality import Quality
+
+_LOG = logging.getLogger(__name__)
 HEADING = "compress: GPTQ against its peers"
 GPTQ, NEAREST, PEER = "hasten GPTQ", "hasten round-to-nearest", "llm-compressor GPTQ"
 _NOT_RUN = "not run"
@@ -55,12 +64,12 @@ class Row:
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU seconds of the quickest run: what another process takes from the caches only ever adds."""
+        """CPU seconds of the fastest run: other processes, which share the caches, can only add to it."""
         return min(run.cpu_seconds for run in self.runs)
 
     @property
     def summary(self) -> str:
-        """What was found, in one line."""
+        """Quality and cost in one line."""
         name = f"W{self.bits} {self.method}"
         return (
             f"{name}: KL {self.kl_divergence:.5f}, {self.cpu_seconds:.1f} CPU s" if self.runs else f"{name}: {_NOT_RUN}"
@@ -72,44 +81,22 @@ class Row:
         return len({run.digest for run in self.runs}) == 1 if len(self.runs) > 1 else None
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Measures folders on the same held-out windows (N, T); on the first `divergence` of them against the original."""
-
-    original: Path
-    windows: Any
-    divergence: int
-
-    def measure(self, folder: Path) -> dict[str, Any]:
-        """`perplexity` of all windows, and `kl_divergence` and `perplexity_original` of the first ones."""
-        from hasten.accel.evaluation.divergence import Sums, evaluate
-        from hasten.accel.models.architecture import Architecture
-        from hasten.accel.models.checkpoint import Checkpoint
-
-        model, original = Architecture(Checkpoint(folder)), Architecture(Checkpoint(self.original))
-        first, rest = self.windows[: self.divergence], self.windows[self.divergence :]
-        sums = evaluate(model, first, original) + (evaluate(model, rest) if len(rest) else Sums())
-        return sums.metrics()
-
-
 def run(config: Config) -> Path:
-    """Path of the report; the table is printed and put into the document."""
-    from hasten.accel.models.checkpoint import resolve
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
+    """Path of the report; the table is printed and written to the document."""
+    # torch: `hasten bench compress --help` must not wait for it.
+    from hasten.jobs.bench.measurements.quality import inputs, save_tokens
 
-    model = resolve(config.model)
-    tokens, quality = _tokens(config, model)
+    _check(config)
+    model, tokens, quality = inputs(config)
     if config.peer_python is not None:
         check_peer(config.peer_python)
     folder = start(config)
     with tracked(config, "bench compress", folder) as tracker:
         tracker.params(plain(config))
-        shared = _shared_options(config, model, tokens, folder)
+        shared = _shared_options(config, model, save_tokens(tokens, folder / "calibration.npy"))
         rows = _rows(config, folder, shared, quality)
         scaling = _scaling(config, folder, shared)
-        text = _section(config, rows, scaling, quality)
-        _publish(config, folder, text)
+        publish(config.document, folder, HEADING, _section(config, rows, scaling, quality))
         report = {
             "job": "bench compress",
             "config": plain(config),
@@ -121,11 +108,8 @@ def run(config: Config) -> Path:
         return tracker.report(report)
 
 
-def _tokens(config: Config, model: Path) -> tuple[Any, Quality]:
-    """Calibration windows (N, T), and what measures quality on the held-out ones; UserError where one cannot be had."""
-    from hasten.accel.data.tokens import load_tokens
-    from hasten.jobs.common.tokenizer import load_tokenizer
-
+def _check(config: Config) -> None:
+    """Raise UserError for options that contradict each other, and for list items out of range."""
     for bits in config.bits:
         if not 2 <= bits <= 8:
             raise UserError(f"bits={config.bits} must be a list of numbers from 2 to 8")
@@ -136,58 +120,45 @@ def _tokens(config: Config, model: Path) -> tuple[Any, Quality]:
         raise UserError(f"scaling={config.scaling} must be a list of numbers of calibrators, 1 or more")
     if config.divergence_windows > config.windows:
         raise UserError(f"divergence_windows={config.divergence_windows} must be at most windows={config.windows}")
-    tokenizer = load_tokenizer(model)
-    calibration = config.calibration
-    length = calibration.sequence_length
-    seen = load_tokens(calibration.source, tokenizer, calibration.sequences, length, seed=calibration.seed)
-    held_out = load_tokens(config.held_out, tokenizer, config.windows, length, split="held_out", seed=calibration.seed)
-    return seen, Quality(model, held_out, config.divergence_windows)
 
 
-def _shared_options(config: Config, model: Path, tokens: Any, folder: Path) -> dict[str, Any]:
-    """Options of `hasten compress` that all runs have; their calibration windows lie in a file, for the peer too."""
-    import numpy as np
-
-    path = folder / "calibration.npy"
-    np.save(path, tokens.numpy())
+def _shared_options(config: Config, model: Path, tokens: Path) -> dict[str, object]:
+    """Options of `hasten compress` that all runs share; tokens: the file of calibration windows, also the peer's."""
     return {
         "model": model.resolve(),
         "group_size": config.group_size,
         "symmetric": str(config.symmetric).lower(),
         **{f"calibration.{key}": value for key, value in asdict(config.calibration).items()},
-        "calibration.source": path.resolve(),
+        "calibration.source": tokens.resolve(),
         "threads": 1,
         "workers": 1,
     }
 
 
-def _rows(config: Config, folder: Path, shared: dict[str, Any], quality: Quality) -> list[Row]:
-    """A row for every bits and method, in the table's order."""
-    from hasten.jobs.common.progress import Progress
-
+def _rows(config: Config, folder: Path, shared: Mapping[str, object], quality: "Quality") -> list[Row]:
+    """A row for every number of bits and method, in the table's order."""
     peers = config.peer_dtypes
     rows: list[Row] = []
     with Progress("bench compress", len(config.bits) * (2 + len(peers)), "row") as progress:
         for bits in config.bits:
-            plans: list[tuple[str, int, Callable[[Path], Outcome] | None]] = [
+            methods: list[tuple[str, int, Callable[[Path], Outcome] | None]] = [
                 (NEAREST, 1, _hasten(shared, bits, "round_to_nearest")),
                 (GPTQ, config.repeat, _hasten(shared, bits, "gptq")),
                 *((f"{PEER}, {dtype}", config.peer_repeat, _peer(config, shared, bits, dtype)) for dtype in peers),
             ]
-            for method, repeat, compress in plans:
+            for method, repeat, compress in methods:
                 place = folder / f"W{bits}" / method.replace(" ", "-").replace(",", "")
                 rows.append(_row(method, bits, repeat, compress, place, quality))
                 progress.update(len(rows), rows[-1].summary)
     return rows
 
 
-def _hasten(shared: dict[str, Any], bits: int, quantizer: str) -> Callable[[Path], Outcome]:
-    return lambda place: hasten_compress(place, {**shared, "bits": bits, "quantizer": quantizer})
+def _hasten(shared: Mapping[str, object], bits: int, quantizer: str) -> Callable[[Path], Outcome]:
+    return partial(hasten_compress, options={**shared, "bits": bits, "quantizer": quantizer})
 
 
-def _peer(config: Config, shared: dict[str, Any], bits: int, dtype: str) -> Callable[[Path], Outcome] | None:
-    python = config.peer_python
-    if python is None:
+def _peer(config: Config, shared: Mapping[str, object], bits: int, dtype: str) -> Callable[[Path], Outcome] | None:
+    if config.peer_python is None:
         return None
     options = {
         "model": shared["model"],
@@ -197,33 +168,33 @@ def _peer(config: Config, shared: dict[str, Any], bits: int, dtype: str) -> Call
         "symmetric": config.symmetric,
         "dtype": dtype,
     }
-    return lambda place: peer_compress(python, place, options)
+    return partial(peer_compress, config.peer_python, options=options)
 
 
 def _row(
-    method: str, bits: int, repeat: int, compress: Callable[[Path], Outcome] | None, place: Path, quality: Quality
+    method: str, bits: int, repeat: int, compress: Callable[[Path], Outcome] | None, place: Path, quality: "Quality"
 ) -> Row:
     if compress is None:
         return Row(method, bits)
     runs = tuple(compress(place / f"run{number}") for number in range(1, repeat + 1))
-    found = quality.measure(runs[0].folder)
-    return Row(method, bits, runs, found["perplexity"], found["kl_divergence"])
+    metrics = quality.measure(runs[0].folder)
+    return Row(method, bits, runs, metrics["perplexity"], metrics["kl_divergence"])
 
 
-def _scaling(config: Config, folder: Path, shared: dict[str, Any]) -> dict[int, Outcome]:
-    """GPTQ at the first of the bits by so many calibrators, one thread each."""
-    found = {}
+def _scaling(config: Config, folder: Path, shared: Mapping[str, object]) -> dict[int, Outcome]:
+    """GPTQ at the first of the bits, by number of calibrators, one thread each."""
+    outcomes = {}
     for workers in config.scaling:
         options = {**shared, "bits": config.bits[0], "quantizer": "gptq", "workers": workers}
-        found[workers] = hasten_compress(folder / "scaling" / str(workers), options)
-        LOG.info("%d calibrators: %.1f s", workers, found[workers].seconds)
-    return found
+        outcomes[workers] = hasten_compress(folder / "scaling" / str(workers), options)
+        _LOG.info("%d calibrators: %.1f s", workers, outcomes[workers].seconds)
+    return outcomes
 
 
-def _metrics(rows: Iterable[Row], scaling: dict[int, Outcome]) -> dict[str, Any]:
-    """The figures that are held to a bar, by short names."""
+def _metrics(rows: Iterable[Row], scaling: Mapping[int, Outcome]) -> dict[str, float | None]:
+    """The report's metrics."""
     rows = list(rows)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, float | None] = {}
     for row in rows:
         if row.method == GPTQ:
             metrics[f"kl_divergence_w{row.bits}"] = row.kl_divergence
@@ -246,15 +217,13 @@ def _peers(row: Row, rows: Iterable[Row]) -> list[Row]:
 
 
 def _ratio(row: Row, rows: Iterable[Row]) -> float | None:
-    """CPU seconds of a row over those of the quickest peer at the same bits; None without a peer."""
+    """CPU seconds of a row over those of the fastest peer at the same bits; None without a peer."""
     peers = [other.cpu_seconds for other in _peers(row, rows)]
     return row.cpu_seconds / min(peers) if peers and row.runs else None
 
 
-def _section(config: Config, rows: list[Row], scaling: dict[int, Outcome], quality: Quality) -> str:
+def _section(config: Config, rows: list[Row], scaling: Mapping[int, Outcome], quality: "Quality") -> str:
     """The document's section, without its heading."""
-    from hasten.jobs.bench._markdown import provenance, table
-
     head = ["method", "KL", "perplexity", "CPU s", "ratio", "CPU s, whole", "peak MB", "MB saved", "same bytes"]
     calibration = config.calibration
     original = quality.measure(quality.original)
@@ -298,9 +267,7 @@ def _cells(row: Row, rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def _scaling_table(config: Config, scaling: dict[int, Outcome]) -> str:
-    from hasten.jobs.bench._markdown import table
-
+def _scaling_table(config: Config, scaling: Mapping[int, Outcome]) -> str:
     first = next(iter(scaling.values()))
     rows = [
         [
@@ -313,12 +280,3 @@ def _scaling_table(config: Config, scaling: dict[int, Outcome]) -> str:
         for workers, outcome in scaling.items()
     ]
     return table(["", "calibration s", "speed-up", "CPU s", "same bytes"], rows)
-
-
-def _publish(config: Config, folder: Path, text: str) -> None:
-    from hasten.jobs.bench._markdown import default_document, replace_section
-
-    document = Path(config.document) if config.document else default_document(folder)
-    replace_section(document, HEADING, text)
-    print(text, flush=True)
-    LOG.info("written to %s", document)

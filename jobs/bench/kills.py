@@ -1,7 +1,7 @@
-"""Runs that are killed at random moments: drivers and calibrators get SIGKILL, and the bytes must be the same.
+"""SIGKILL of drivers and calibrators at random moments: the resumed runs must write the same bytes.
 
-A killed driver is started again with the same command; a killed calibrator is left to the driver. A run that ends is
-compared with one that nobody disturbed, and the next one begins, until all kills are delivered.
+A killed driver is restarted with the same command; a killed calibrator is replaced by its driver. Every finished run is
+compared with an undisturbed one, and runs follow each other until all kills are delivered.
 """
 
 import logging
@@ -12,21 +12,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hasten.jobs.bench._runs import digest, hasten_compress
+import psutil
+
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.bench.processes.runs import digest, hasten_compress
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import MODEL, Run, option
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 HEADING = "kills: SIGKILL at random moments"
 _DRIVER, _CALIBRATOR = "driver", "calibrator"
 
 
 @dataclass
 class Config(Run):
-    """Kill compressions until they are proven to go on."""
+    """Kill compressions and check that they resume with the same bytes."""
 
     model: str = option("embedded:target", f"what is compressed: {MODEL}")
     kills: int = option(20, "SIGKILLs to deliver", at_least=1)
@@ -37,11 +43,7 @@ class Config(Run):
 
 
 def run(config: Config) -> Path:
-    """Path of the report; the table is printed and put into the document."""
-    from hasten.jobs.bench._markdown import default_document, replace_section
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
-
+    """Path of the report; the table is printed and written to the document."""
     folder = start(config)
     options = {
         "model": config.model,
@@ -49,22 +51,20 @@ def run(config: Config) -> Path:
         "workers": config.workers,
         "calibration.sequences": config.sequences,
     }
-    with tracked(config, "bench kills", folder) as run_:
-        run_.params(plain(config))
+    with tracked(config, "bench kills", folder) as tracker:
+        tracker.params(plain(config))
         started = time.monotonic()
-        calm = hasten_compress(folder / "calm", options)
+        undisturbed = hasten_compress(folder / "calm", options)
         delivered: Counter[str] = Counter()
         digests: list[str] = []
         generator = random.Random(config.seed)
         while sum(delivered.values()) < config.kills:
             place = folder / f"run-{len(digests)}"
-            _disturbed(place, options, calm.whole_seconds, config.kills, delivered, generator)
+            _disturbed(place, options, undisturbed.whole_seconds, config.kills, delivered, generator)
             digests.append(digest(place / "model"))
-            LOG.info("%d of %d kills delivered, %d runs ended", sum(delivered.values()), config.kills, len(digests))
-        same = sum(found == calm.digest for found in digests)
-        text = _section(config, delivered, len(digests), same)
-        replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
-        print(text, flush=True)
+            _LOG.info("%d of %d kills delivered, %d runs ended", sum(delivered.values()), config.kills, len(digests))
+        same = sum(value == undisturbed.digest for value in digests)
+        publish(config.document, folder, HEADING, _section(config, delivered, len(digests), same))
         report = {
             "job": "bench kills",
             "config": plain(config),
@@ -78,13 +78,18 @@ def run(config: Config) -> Path:
             },
             "output": str(folder),
         }
-        return run_.report(report)
+        return tracker.report(report)
 
 
 def _disturbed(
-    place: Path, options: dict[str, Any], seconds: float, kills: int, delivered: Counter[str], generator: random.Random
+    place: Path,
+    options: Mapping[str, object],
+    seconds: float,
+    kills: int,
+    delivered: Counter[str],
+    generator: random.Random,
 ) -> None:
-    """One run to its end, through as many kills as fall into it."""
+    """Run to the end, restarting after each kill of the driver; kills: to deliver in total, over all runs."""
     place.mkdir(parents=True)
     words = {
         **options,
@@ -115,8 +120,6 @@ def _disturbed(
 
 
 def _kill(driver: subprocess.Popen[bytes], kind: str, delivered: Counter[str], generator: random.Random) -> None:
-    import psutil
-
     if kind == _DRIVER:
         driver.kill()
         driver.wait()
@@ -124,22 +127,20 @@ def _kill(driver: subprocess.Popen[bytes], kind: str, delivered: Counter[str], g
         return
     try:
         children = psutil.Process(driver.pid).children(recursive=True)
-        found = [child for child in children if "Calibrator" in " ".join(child.cmdline()[:1])]
-        if found:
-            generator.choice(found).kill()
+        calibrators = [child for child in children if "Calibrator" in " ".join(child.cmdline()[:1])]
+        if calibrators:
+            generator.choice(calibrators).kill()
             delivered[kind] += 1
     except psutil.NoSuchProcess:
         return
 
 
 def _section(config: Config, delivered: Counter[str], runs: int, same: int) -> str:
-    from hasten.jobs.bench._markdown import provenance, table
-
     row = [str(delivered[_DRIVER]), str(delivered[_CALIBRATOR]), str(runs), str(same)]
     return "\n\n".join(
         [
             f"GPTQ W{config.bits} of {config.model}, {config.sequences} calibration sequences, "
-            f"workers={config.workers}. The bytes are compared with those of a run that was left alone.",
+            f"workers={config.workers}. The bytes are compared with those of an undisturbed run.",
             provenance(),
             table(["drivers killed", "calibrators killed", "runs", "with the same bytes"], [row]),
         ]

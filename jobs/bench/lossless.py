@@ -1,33 +1,22 @@
-"""Verifiers and drafters on a target whose distribution is known: whether what comes out follows it, by chi-square."""
+"""Verifiers and drafters on a target of known distribution: chi-square tests of the decoded tokens against it."""
 
 import logging
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import Any
 
-from hasten.accel.errors import UserError
-from hasten.jobs.cli.methods import CONF, build, method_names
-from hasten.jobs.cli.options import nearest
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Run, option
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 HEADING = "lossless: what is decoded follows the target"
-# The joint distribution of this many tokens is tested.
-TOKENS = 3
-# Probability that any of all tests fails where every verifier is lossless.
+# The joint distribution of this many tokens is tested, after a prompt of PROMPT tokens.
+TOKENS, PROMPT = 3, 12
+# Probability that any of all tests fails if every verifier is lossless.
 LEVEL = 0.01
-_PROMPT = 12
-_LOT = 20_000  # samples that are asked for at once
-_SAMPLINGS: dict[str, dict[str, Any]] = {
-    "temperature 1": {"temperature": 1.0},
-    "temperature 0.8, top-p 0.9, penalty 1.2": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2},
-}
 
 
 @dataclass
@@ -48,7 +37,7 @@ class Config(Run):
 
 @dataclass(frozen=True)
 class Row:
-    """One test, or why there was none."""
+    """The test of a verifier with a drafter; refusal: why they cannot be combined, None if they were tested."""
 
     verifier: str
     drafter: str
@@ -63,22 +52,19 @@ class Row:
 
 
 def run(config: Config) -> Path:
-    """Path of the report; the table is printed and put into the document."""
-    from hasten.jobs.bench._markdown import default_document, replace_section
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
+    """Path of the report; the table is printed and written to the document."""
+    # torch: `hasten bench lossless --help` must not wait for it.
+    from hasten.jobs.bench.measurements.distribution import measure, pairs
 
-    pairs = _pairs(config)
+    tested = pairs(config)
     folder = start(config)
     with tracked(config, "bench lossless", folder) as tracker:
         tracker.params(plain(config))
         rows = []
-        for row in _measure(config, pairs):
-            LOG.info("%s", _line(row))
+        for row in measure(config, tested):
+            _LOG.info("%s", _line(row))
             rows.append(row)
-        text = _section(config, rows)
-        replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
-        print(text, flush=True)
+        publish(config.document, folder, HEADING, _section(config, rows))
         report = {
             "job": "bench lossless",
             "config": plain(config),
@@ -89,127 +75,8 @@ def run(config: Config) -> Path:
         return tracker.report(report)
 
 
-def _pairs(config: Config) -> list[tuple[str, str]]:
-    """Verifiers and drafters to be tested together."""
-    drafters = _chosen("drafter", config.drafters)
-    found = []
-    for verifier in _chosen("verifier", config.verifiers):
-        control = not config.verifiers and not _made("verifier", verifier).lossless
-        found += [(verifier, drafter) for drafter in (drafters[:1] if control else drafters)]
-    return found
-
-
-def _chosen(group: str, names: list[str]) -> list[str]:
-    known = method_names(group)
-    for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f" (did you mean {near}?)" if near else ""
-            raise UserError(f"{group}s={name} is wrong: expected any of {', '.join(known)}{hint}")
-    return names or known
-
-
-def _made(group: str, name: str) -> Any:
-    import yaml
-
-    return build(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")))
-
-
-def _measure(config: Config, pairs: list[tuple[str, str]]) -> Iterator[Row]:
-    samplings = list(_SAMPLINGS)[: None if config.filters else 1]
-    names = [(verifier, drafter, sampling) for sampling in samplings for verifier, drafter in pairs]
-    if config.workers == 1:
-        yield from (_tested(config, each) for each in names)
-        return
-    # spawn: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_tested, config), names)
-
-
-def _tested(config: Config, names: tuple[str, str, str]) -> Row:
-    """The test of one verifier, drafter and sampling."""
-    import torch
-
-    from hasten.accel.decoding.drafters.base import Models
-    from hasten.accel.decoding.sampling import Sampling
-    from hasten.jobs.bench._markov import MarkovTarget, joint
-
-    torch.set_num_threads(config.threads)
-    size = config.vocabulary
-    generator = torch.Generator().manual_seed(config.seed)
-    target, other = torch.randn(2, size, size, size, generator=generator)
-    # The draft model is right often enough for drafts of some length to be accepted, and wrong in every row.
-    draft = target + 0.7 * other
-    prompt = torch.randint(size, (_PROMPT,), generator=generator).tolist()
-    with TemporaryDirectory() as folder:
-        _save_head(Path(folder), config)
-        models = Models(size, lambda: MarkovTarget(draft), Path(folder))
-        asked = Sampling(**_SAMPLINGS[names[2]])
-        probs = joint(target, prompt, asked, TOKENS)
-        return _row(config, names, asked, target, models, prompt, probs)
-
-
-def _save_head(folder: Path, config: Config) -> None:
-    """Put an acceptance head beside the draft model: one that ends chains here and there, which is all it has to do."""
-    import torch
-
-    from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = AcceptanceHead(config.vocabulary)
-    with torch.no_grad():
-        head.out.weight *= 10
-    head.save(folder / FILE)
-
-
-def _row(
-    config: Config, names: tuple[str, str, str], sampling: Any, table: Any, models: Any, prompt: list[int], probs: Any
-) -> Row:
-    import torch
-
-    from hasten.accel.decoding.engine import Engine
-    from hasten.accel.decoding.lengths.fixed import Fixed
-    from hasten.jobs.bench._markov import MarkovTarget, chi_square
-
-    verifier, drafter = _made("verifier", names[0]), _made("drafter", names[1])
-    started = perf_counter()
-    try:
-        # Of a chain more could not be used.
-        policy = Fixed(min(TOKENS, config.draft_tokens) if drafter.chains() else config.draft_tokens)
-        # The drafter's memory is kept from one sequence to the next, else those that learn would propose nothing.
-        engine = Engine(
-            MarkovTarget(table), drafter, verifier, models=models, policy=policy, in_flight=config.in_flight
-        )
-        refusal = engine.refusal(sampling)
-    except UserError as error:
-        refusal = str(error)
-    if refusal is not None:
-        return Row(*names, verifier.lossless, refusal)
-    counts, made, passes = torch.zeros(probs.numel(), dtype=torch.long), 0, 0
-    places = torch.tensor([config.vocabulary**power for power in reversed(range(TOKENS))])
-    for start in range(0, config.samples, _LOT):
-        numbers = range(start, min(start + _LOT, config.samples))
-        found = list(engine.decode(_requests(config, numbers, prompt, sampling)))
-        texts = torch.tensor([result.token_ids[:TOKENS] for result in found])
-        counts += (texts * places).sum(-1).bincount(minlength=probs.numel())
-        made += sum(result.stats.num_tokens for result in found)
-        passes += sum(result.stats.num_spec_steps for result in found)
-    statistic, freedom, p_value = chi_square(counts, probs.flatten())
-    seconds = perf_counter() - started
-    return Row(*names, verifier.lossless, None, statistic, freedom, p_value, made / passes, seconds)
-
-
-def _requests(config: Config, numbers: range, prompt: list[int], sampling: Any) -> Iterator[Any]:
-    from hasten.accel.decoding.engine import Request
-
-    for number in numbers:
-        # One token more than is tested: the last one is never drafted, and drafts are to be three deep.
-        yield Request(str(number), prompt, TOKENS + 1, sampling, config.seed * config.samples + number)
-
-
-def _limit(rows: list[Row]) -> float:
-    """p-value below which a row is biased: Bonferroni's, for as many tests as there are of lossless verifiers."""
+def _limit(rows: Sequence[Row]) -> float:
+    """p-value below which a row is biased: Bonferroni-corrected for the number of tests of lossless verifiers."""
     return LEVEL / max(1, sum(row.refusal is None and row.lossless for row in rows))
 
 
@@ -232,7 +99,7 @@ def _line(row: Row) -> str:
     )
 
 
-def _metrics(rows: list[Row]) -> dict[str, Any]:
+def _metrics(rows: Sequence[Row]) -> dict[str, float]:
     limit = _limit(rows)
     tested = [row for row in rows if row.refusal is None and row.lossless]
     return {
@@ -245,10 +112,8 @@ def _metrics(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _section(config: Config, rows: list[Row]) -> str:
+def _section(config: Config, rows: Sequence[Row]) -> str:
     """The document's section, without its heading."""
-    from hasten.jobs.bench._markdown import provenance, table
-
     metrics, limit = _metrics(rows), _limit(rows)
     head = ["verifier", "drafter", "sampling", "tokens per pass", "χ²", "degrees", "p-value", "verdict"]
     cells = [
@@ -265,13 +130,13 @@ def _section(config: Config, rows: list[Row]) -> str:
         for row in rows
         if row.refusal is None
     ]
-    # Once, and not for every sampling.
+    # Once per pair, although each sampling has a row.
     refusals = {
         (row.verifier, row.drafter): [row.verifier, row.drafter, row.refusal] for row in rows if row.refusal is not None
     }
     text = [
         f"A second-order Markov chain over {config.vocabulary} tokens as target, another as draft model, both looked "
-        f"up in tables; {config.samples} sequences a row after one prompt of {_PROMPT} tokens through the engine, "
+        f"up in tables; {config.samples} sequences a row after one prompt of {PROMPT} tokens through the engine, "
         f"{config.in_flight} at once, at most {config.draft_tokens} drafted tokens; seed {config.seed}. χ² is of the "
         f"joint distribution of the first {TOKENS} tokens against the exact one.",
         provenance(),

@@ -8,21 +8,27 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from hasten.accel.errors import UserError
-from hasten.jobs.bench._runs import Outcome, hasten_compress
-from hasten.jobs.bench._watch import Peak
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.bench.processes.runs import Outcome, hasten_compress
+from hasten.jobs.bench.processes.watch import Peak
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import method_names
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Run, option
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 HEADING = "memory: peak of every process"
 _INTERVAL_SECONDS = 0.5
 
 
 @dataclass
 class Config(Run):
-    """Memory against depth; the sizes are those of the random checkpoint."""
+    """Measure memory at two depths; the sizes are those of the random checkpoint."""
 
     layers: int = option(16, "blocks of the first checkpoint; the second has twice as many", at_least=1)
     hidden_size: int = option(2048, "width", at_least=1)
@@ -41,12 +47,7 @@ class Config(Run):
 
 
 def run(config: Config) -> Path:
-    """Path of the report; the table is printed and put into the document."""
-    from hasten.jobs.bench._markdown import default_document, replace_section
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.cli.methods import method_names
-    from hasten.jobs.common.run import start, tracked
-
+    """Path of the report; the table is printed and written to the document."""
     if config.quantizer not in method_names("quantizer"):
         raise UserError(f"quantizer={config.quantizer} is none of {', '.join(method_names('quantizer'))}")
     for name in ("hidden_size", "intermediate_size"):
@@ -57,9 +58,7 @@ def run(config: Config) -> Path:
     with tracked(config, "bench memory", folder) as tracker:
         tracker.params(plain(config))
         outcomes = {depth: _compressed(config, folder, tokens, depth) for depth in (config.layers, 2 * config.layers)}
-        text = _section(config, outcomes)
-        replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
-        print(text, flush=True)
+        publish(config.document, folder, HEADING, _section(config, outcomes))
         report = {
             "job": "bench memory",
             "config": plain(config),
@@ -72,8 +71,6 @@ def run(config: Config) -> Path:
 
 def _write_tokens(config: Config, folder: Path) -> Path:
     """File of random calibration tokens."""
-    import numpy as np
-
     generator = np.random.default_rng(config.seed)
     path = folder / "calibration.npy"
     np.save(path, generator.integers(config.vocab_size, size=(config.sequences, config.sequence_length)))
@@ -82,7 +79,8 @@ def _write_tokens(config: Config, folder: Path) -> Path:
 
 def _compressed(config: Config, folder: Path, tokens: Path, depth: int) -> Outcome:
     """Outcome of compressing a checkpoint of that depth, which is removed afterwards."""
-    from hasten.jobs.bench._random_llama import write_random_llama
+    # torch and transformers: `hasten bench memory --help` must not wait for them.
+    from hasten.jobs.bench.measurements.random_llama import write_random_llama
 
     place = folder / f"{depth}-blocks"
     original = place / "original"
@@ -108,7 +106,7 @@ def _compressed(config: Config, folder: Path, tokens: Path, depth: int) -> Outco
             num_key_value_heads=config.kv_heads,
             vocab_size=config.vocab_size,
         )
-        LOG.info("%d blocks, %.2f billion parameters", depth, parameters / 1e9)
+        _LOG.info("%d blocks, %.2f billion parameters", depth, parameters / 1e9)
         return hasten_compress(place, options, _INTERVAL_SECONDS)
     finally:
         shutil.rmtree(original, ignore_errors=True)
@@ -119,7 +117,7 @@ def _largest(outcome: Outcome) -> int:
     return max((peak.rss_bytes for peak in outcome.peaks.values()), default=0)
 
 
-def _metrics(outcomes: Mapping[int, Outcome]) -> dict[str, Any]:
+def _metrics(outcomes: Mapping[int, Outcome]) -> dict[str, float]:
     first, second = outcomes.values()
     return {
         "peak_rss_bytes": max(_largest(first), _largest(second)),
@@ -131,8 +129,6 @@ def _metrics(outcomes: Mapping[int, Outcome]) -> dict[str, Any]:
 
 def _section(config: Config, outcomes: Mapping[int, Outcome]) -> str:
     """The document's section, without its heading: a row for every kind of process, the largest first."""
-    from hasten.jobs.bench._markdown import provenance, table
-
     shallow, deep = (outcome.peaks for outcome in outcomes.values())
     order = sorted({*shallow, *deep}, key=lambda kind: -deep.get(kind, shallow.get(kind, Peak())).rss_bytes)
     head = ["process", "number"]
@@ -148,8 +144,8 @@ def _section(config: Config, outcomes: Mapping[int, Outcome]) -> str:
         f"{config.vocab_size}; {config.quantizer} W{config.bits}, groups of {config.group_size}, "
         f"{config.sequences}×{config.sequence_length} calibration tokens; workers={config.workers} "
         f"threads={config.threads}.",
-        "Largest resident set of any process of its kind, looked at twice a second; unshared is without the pages that "
-        "several map, Ray's object store above all. All processes from the command's start to its end.",
+        "Largest resident set of any process of its kind, polled twice a second; unshared excludes pages that several "
+        "processes map, mostly Ray's object store. All processes from the command's start to its end.",
         provenance(),
         table([*head, "growth"], rows),
     ]

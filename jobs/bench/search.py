@@ -1,4 +1,4 @@
-"""Allocators and EvoPress on one checkpoint: quality at every budget, with and without grouping, and what it costs."""
+"""Allocators and EvoPress on one checkpoint: quality at every budget, with and without grouping, and the cost."""
 
 import logging
 import shutil
@@ -6,16 +6,23 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from hasten.accel.errors import UserError
-from hasten.jobs.bench._runs import hasten_job
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.bench.processes.runs import ParetoRow, Report, hasten_job
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import method_names
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import MODEL, SOURCE, Run, option
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"
 _SEQUENCES = 8
-# The search of which the peer's cost was published, and its schedule; five levels.
+_SEQUENCE_LENGTH = 512
+_BASELINE = "random_search"
+# The search whose cost the peer published, with its schedule; five levels.
 _PUBLISHED = {"errors": "output", "grouping": "none", "budget": 3.125, "search.sequences": _SEQUENCES}
 _SCHEDULE = {
     "allocator.generations": 10,
@@ -48,19 +55,20 @@ class Config(Run):
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
 
-def run(config: Config) -> Path:
-    """Path of the report; the tables are printed and put into the document."""
-    from hasten.jobs.bench._markdown import default_document, replace_section
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
+class Measured(TypedDict):
+    """Rows of the allocator table by grouping, and the report's metrics."""
 
+    tables: dict[str, list[ParetoRow]]
+    metrics: dict[str, float]
+
+
+def run(config: Config) -> Path:
+    """Path of the report; the tables are printed and written to the document."""
     folder = start(config)
     with tracked(config, "bench search", folder) as tracker:
         tracker.params(plain(config))
         found = _measure(config, folder)
-        text = _section(config, found)
-        replace_section(Path(config.document) if config.document else default_document(folder), HEADING, text)
-        print(text, flush=True)
+        publish(config.document, folder, HEADING, _section(config, found))
         report = {
             "job": "bench search",
             "config": plain(config),
@@ -71,7 +79,7 @@ def run(config: Config) -> Path:
         return tracker.report(report)
 
 
-def _measure(config: Config, folder: Path) -> dict[str, Any]:
+def _measure(config: Config, folder: Path) -> Measured:
     if config.evopress is not None and not Path(config.evopress, "evo_quant_search.py").is_file():
         raise UserError(f"evopress={config.evopress} is no checkout of EvoPress: it has no evo_quant_search.py")
     calibrated = {
@@ -88,7 +96,7 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
     )
     levels = {}
     for name, bits in (("levels", "[2,3,4,5,6,8]"), ("five", "[2,3,4,5,6]")):
-        LOG.info("levels %s", bits)
+        _LOG.info("levels %s", bits)
         levels[name], _ = hasten_job("levels", folder / name, {**calibrated, "bits": bits, "overwrite": "true"})
     searched = {
         "model": config.model,
@@ -106,12 +114,14 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
     published = {**searched, **_PUBLISHED, "levels": folder / "five" / "model"}
     runs = {}
     for workers in (1, 2):
-        LOG.info("the published search, %d evaluators", workers)
+        _LOG.info("the published search, %d evaluators", workers)
         # A search that was finished would be found there, and not be made again.
         shutil.rmtree(folder / "five" / "model" / "searches", ignore_errors=True)
         options = {**published, **_SCHEDULE, "workers": workers}
         runs[workers], _ = hasten_job("search", folder / f"published-{workers}", options)
-    others = {}
+    _LOG.info("random search of as many measured tokens")
+    baseline = {**published, **_baseline(_SCHEDULE, _SEQUENCES), "workers": 1}
+    others = {_BASELINE: hasten_job("search", folder / _BASELINE, baseline)[0]}
     for name in ("uniform", "exact"):
         measured = {"allocator": name, "errors": "kl_scaled", "search.error_sequences": 1, "workers": 1}
         others[name], _ = hasten_job("search", folder / name, {**published, **measured})
@@ -121,11 +131,12 @@ def _measure(config: Config, folder: Path) -> dict[str, Any]:
     return {"tables": tables, "metrics": metrics}
 
 
-def _peer(config: Config, folder: Path) -> dict[str, Any]:
+def _peer(config: Config, folder: Path) -> dict[str, float]:
     """The published search by its own code, on the levels and the text of ours: its cost and its divergence."""
-    from hasten.jobs.bench._published_search import PublishedSearch
+    # torch: `hasten bench search --help` must not wait for it.
+    from hasten.jobs.bench.measurements.published_search import PublishedSearch
 
-    LOG.info("the published search by its own code")
+    _LOG.info("the published search by its own code")
     search = PublishedSearch(
         config.model, folder / "five" / "model", config.search_source, _SEQUENCES, folder / "evopress"
     )
@@ -140,24 +151,39 @@ def _peer(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _table(config: Config, folder: Path, options: Mapping[str, Any], grouping: str) -> list[dict[str, Any]]:
-    LOG.info("all allocators, grouping=%s", grouping)
+def _table(config: Config, folder: Path, options: Mapping[str, object], grouping: str) -> list[ParetoRow]:
+    _LOG.info("all allocators, grouping=%s", grouping)
+    others = ",".join(name for name in method_names("allocator") if name != _BASELINE)
     chosen = {
         "budget": f"[{','.join(f'{budget:g}' for budget in config.budgets)}]",
         "grouping": grouping,
         "allocator.generations": config.generations,
         "allocator.tokens": f"[{','.join(map(str, config.tokens))}]",
         "workers": 2,
+        "compare": f"[{others}]",
     }
     report, _ = hasten_job("search", folder, {**options, **chosen})
-    rows: list[dict[str, Any]] = report["pareto"]
-    return rows
+    rows = report["pareto"]
+    _LOG.info("random search of as many measured tokens, grouping=%s", grouping)
+    asked = {name: value for name, value in chosen.items() if not name.startswith("allocator.")}
+    asked |= _baseline(chosen, config.search_sequences) | {"compare": f"[{_BASELINE}]"}
+    report, _ = hasten_job("search", folder / _BASELINE, {**options, **asked})
+    return rows + report["pareto"]
+
+
+def _baseline(evopress: Mapping[str, object], sequences: int) -> dict[str, object]:
+    """Options of a random search of as many measured tokens as EvoPress by these options takes."""
+    # torch: `hasten bench search --help` must not wait for it.
+    from hasten.jobs.bench.measurements.random_baseline import random_search_options
+
+    return random_search_options(evopress, sequences * _SEQUENCE_LENGTH)
 
 
 def _metrics(
-    once: dict[str, Any], levels: dict[str, Any], runs: Mapping[int, dict[str, Any]], others: dict[str, Any]
-) -> dict[str, Any]:
+    once: Report, levels: Mapping[str, Report], runs: Mapping[int, Report], others: Mapping[str, Report]
+) -> dict[str, float]:
     one, two, made = runs[1]["metrics"], runs[2]["metrics"], levels["levels"]["metrics"]
+    random = others[_BASELINE]["metrics"]
     uniform, exact = others["uniform"]["metrics"]["kl_divergence"], others["exact"]["metrics"]
     return {
         "gptq_cpu_seconds": once["metrics"]["cpu_seconds"],
@@ -171,6 +197,9 @@ def _metrics(
         "exact_cpu_seconds": exact["cpu_seconds"],
         "kl_exact": exact["kl_divergence"],
         "exact_kl_cut": 1 - exact["kl_divergence"] / uniform,
+        "random_search_cpu_seconds": random["cpu_seconds"],
+        "kl_random_search": random["kl_divergence"],
+        "random_search_kl_cut": 1 - random["kl_divergence"] / uniform,
         "candidates_per_second": one["candidates_per_second"],
         "two_evaluators": two["candidates_per_second"] / one["candidates_per_second"],
         "swap_share": one["search_swap_seconds"] / one["search_seconds"],
@@ -180,10 +209,8 @@ def _metrics(
     }
 
 
-def _section(config: Config, found: dict[str, Any]) -> str:
+def _section(config: Config, found: Measured) -> str:
     """The document's section, without its heading."""
-    from hasten.jobs.bench._markdown import provenance, table
-
     metrics, head, rows = found["metrics"], ["budget"], []
     for grouping in config.groupings:
         head += [f"{row['allocator']}, {grouping}" for row in found["tables"][grouping] if _first(row, config)]
@@ -203,6 +230,11 @@ def _section(config: Config, found: dict[str, Any]) -> str:
         ["KL cut by it (the peer: 30 %)", f"{metrics['kl_cut']:.1%}"],
         ["CPU s of the exact optimum by errors=kl_scaled on 512 tokens", f"{metrics['exact_cpu_seconds']:.1f}"],
         ["KL cut by that", f"{metrics['exact_kl_cut']:.1%}"],
+        ["CPU s of random search of as many measured tokens", f"{metrics['random_search_cpu_seconds']:.1f}"],
+        [
+            "KL of random search, its cut",
+            f"{metrics['kl_random_search']:.5f}, {metrics['random_search_kl_cut']:.1%}",
+        ],
         ["candidates a second, two evaluators over one", f"{metrics['two_evaluators']:.2f}"],
         ["share of an evaluation that swapping takes", f"{metrics['swap_share']:.1%}"],
     ]
@@ -219,7 +251,8 @@ def _section(config: Config, found: dict[str, Any]) -> str:
         f"on {', '.join(map(str, config.tokens))} of {512 * config.search_sequences} tokens.",
         "KL(original || compressed) in nats per token, in brackets the bits per weight that were spent, with scales. "
         "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by the KL divergence "
-        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter.",
+        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter. So "
+        "does random search, which makes the same moves and measures as many tokens.",
         provenance(),
         table(head, rows),
         "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "
@@ -231,9 +264,9 @@ def _section(config: Config, found: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def _cut(metrics: Mapping[str, Any]) -> float:
-    return 1 - float(metrics["peer_kl"]) / float(metrics["kl_uniform"])
+def _cut(metrics: Mapping[str, float]) -> float:
+    return 1 - metrics["peer_kl"] / metrics["kl_uniform"]
 
 
-def _first(row: Mapping[str, Any], config: Config) -> bool:
-    return bool(row["budget"] == config.budgets[0])
+def _first(row: ParetoRow, config: Config) -> bool:
+    return row["budget"] == config.budgets[0]

@@ -1,31 +1,28 @@
-"""Sweeps of `bench wait`: their time against the ideal, the cost of logging, SIGKILLs that lose and repeat nothing."""
+"""Sweeps of `bench wait`: time against the ideal, cost of logging, and SIGKILLs, after which no point is lost."""
 
-import contextlib
-import itertools
 import json
 import logging
-import random
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from hasten.jobs.bench._document import provenance, publish
+from hasten.jobs.bench.processes.runs import Report
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Run, option
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 HEADING = "sweep: time, kills, logging"
-_DRIVER, _ACTOR, _WORKER, _NODE = "driver", "actor", "worker", "node"
 
 
 @dataclass
 class Config(Run):
-    """Measure sweeps on a Ray of two nodes with a CPU each."""
+    """Measure sweeps on a Ray cluster of two nodes."""
 
     points: int = option(24, "points of a sweep", at_least=2)
     point_seconds: float = option(1.0, "seconds that a point takes", at_least=0)
@@ -37,48 +34,46 @@ class Config(Run):
 
 
 def run(config: Config) -> Path:
-    """Path of the report; the tables are printed and put into the document."""
-    from hasten.jobs.bench._markdown import default_document, replace_section
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
+    """Path of the report; the table is printed and written to the document."""
+    # Ray: `hasten bench sweep --help` must not wait for it.
+    from hasten.jobs.bench.measurements.sweep_kills import kill_sweep
 
     folder = start(config).absolute()
     with tracked(config, "bench sweep", folder) as tracker:
         tracker.params(plain(config))
-        metrics = {**_time(config, folder), **_logging(config, folder), **_killed(config, folder)}
-        text = _table(config, metrics)
-        print(text)
-        document = Path(config.document) if config.document else default_document(folder)
-        replace_section(document, HEADING, text)
+        metrics = {**_time(config, folder), **_logging(config, folder)}
+        if config.kills:
+            metrics |= kill_sweep(config, folder)
+        publish(config.document, folder, HEADING, _section(config, metrics))
         return tracker.report(
             {"job": "bench", "config": plain(config), "metrics": metrics, "layers": [], "output": None}
         )
 
 
 def _time(config: Config, folder: Path) -> dict[str, float]:
-    """Seconds of a sweep on two CPUs from its first point's start, once with points that sleep, once that compute."""
-    found = {}
+    """Seconds of a sweep on two CPUs from the start of its first point, with points that sleep and that compute."""
+    seconds = {}
     for busy in (False, True):
         kind = "computing" if busy else "sleeping"
-        sweep = _command(
+        sweep = sweep_command(
             folder / kind, config.points, config.point_seconds, [f"busy={str(busy).lower()}", "sweep.at_once=2"]
         )
-        LOG.info("%d points of %g s, %s", config.points, config.point_seconds, kind)
+        _LOG.info("%d points of %g s, %s", config.points, config.point_seconds, kind)
         subprocess.run(sweep, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-        found[f"{kind}_seconds"] = _report(folder / kind)["metrics"]["seconds"]
+        seconds[f"{kind}_seconds"] = _report(folder / kind)["metrics"]["seconds"]
     ideal = -(-config.points // 2) * config.point_seconds
-    return {"ideal_seconds": ideal, **found, **{f"{name}_ratio": value / ideal for name, value in found.items()}}
+    return {"ideal_seconds": ideal, **seconds, **{f"{name}_ratio": value / ideal for name, value in seconds.items()}}
 
 
 def _logging(config: Config, folder: Path) -> dict[str, float]:
-    """Metric entries that are in MLflow, and the sweep's time with logging over that without, all points at once."""
+    """Metric entries in MLflow, and the time of a sweep with logging relative to one without, all points at once."""
     seconds = {}
     for steps in (0, config.steps):
         place = folder / f"logging_{steps}"
-        LOG.info("%d points at once, %d steps each", config.loggers, steps)
+        _LOG.info("%d points at once, %d steps each", config.loggers, steps)
         words = [f"steps={steps}", f"sweep.at_once={config.loggers}"]
-        # Sleeping points: CPUs that Ray counts are not what is measured.
-        command = _command(place, config.loggers, config.logging_seconds, words, cpus=config.loggers)
+        # Points sleep, so that more of them than CPUs can run at once.
+        command = sweep_command(place, config.loggers, config.logging_seconds, words, cpus=config.loggers)
         subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
         seconds[steps] = _report(place)["metrics"]["seconds"]
     entries = _entries(folder / f"logging_{config.steps}.db")
@@ -89,63 +84,8 @@ def _logging(config: Config, folder: Path) -> dict[str, float]:
     }
 
 
-def _killed(config: Config, folder: Path) -> dict[str, float]:
-    """Kill drivers, workers, actors and a node of one sweep until all kills are delivered; count what came out."""
-    if not config.kills:
-        return {}
-    from ray.cluster_utils import Cluster
-
-    chance = random.Random(config.seed)
-    kinds = [_NODE, *itertools.islice(itertools.cycle((_DRIVER, _WORKER, _ACTOR)), config.kills - 1)]
-    chance.shuffle(kinds)
-    place, done = folder / "killed", folder / "done"
-    delivered: Counter[str] = Counter()
-    starts = 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    extra = cluster.add_node(num_cpus=2)
-    words = [f"done={done}", f"sweep.address={cluster.address}", "steps=5", "actor=true"]
-    try:
-        while True:
-            starts += 1
-            driver = subprocess.Popen(
-                _command(place, config.points, config.point_seconds, words), cwd=folder, stdout=subprocess.DEVNULL
-            )
-            while driver.poll() is None and kinds:
-                time.sleep(chance.uniform(1.0, 3.0))
-                if driver.poll() is not None or not _running(place):
-                    continue
-                if kinds[-1] == _NODE:
-                    cluster.remove_node(extra, allow_graceful=False)
-                    extra = cluster.add_node(num_cpus=2)
-                elif kinds[-1] == _DRIVER:
-                    driver.send_signal(signal.SIGKILL)
-                    driver.wait()
-                elif not _kill_one(_actors() if kinds[-1] == _ACTOR else _running(place), chance):
-                    continue
-                delivered[kinds.pop()] += 1
-                LOG.info("killed: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(delivered.items())))
-            if driver.wait() == 0:
-                break
-            if driver.returncode not in (1, -signal.SIGKILL):
-                raise RuntimeError(f"the sweep ended with {driver.returncode}")
-        if kinds:
-            LOG.warning("the sweep ended before %d of the kills", len(kinds))
-    finally:
-        cluster.shutdown()
-    ended = Counter(done.read_text().split())
-    return {
-        "kills": sum(delivered.values()),
-        **{f"killed_{kind}s": count for kind, count in delivered.items()},
-        "sweep_starts": starts,
-        "points_ended": len(ended),
-        "points_ended_twice": sum(count > 1 for count in ended.values()),
-        "points_in_mlflow": len(_children(folder / "killed.db")),
-        "different_points_in_mlflow": len(set(_children(folder / "killed.db"))),
-    }
-
-
-def _command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
-    """A sweep in a folder, with a store of its own beside it; cpus: of a local Ray, None is what the machine has."""
+def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
+    """Command of a sweep in a folder, with an MLflow store beside it; cpus: of a local Ray, None is all."""
     own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
     command = [
         sys.executable,
@@ -161,43 +101,9 @@ def _command(place: Path, points: int, seconds: float, words: Sequence[str], cpu
     return command if cpus is None else [*command, f"sweep.cpus={cpus}"]
 
 
-def _running(place: Path) -> list[int]:
-    """Processes of points that run."""
-    from hasten.cluster.programs.sweep_points import read_point
-
-    facts = [read_point(path) for path in place.glob("points/*")]
-    return [fact["process"] for fact in facts if fact.get("status") == "running"]
-
-
-def _actors() -> list[int]:
-    """Processes of the points' actors, on the cluster of this process."""
-    import psutil
-
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any("Waiter" in word for word in process.cmdline()[:1]):
-                found.append(process.pid)
-    return found
-
-
-def _kill_one(processes: Sequence[int], chance: random.Random) -> bool:
-    """SIGKILL to one of these processes that is there; False where none is."""
-    import psutil
-
-    for process in chance.sample(processes, len(processes)):
-        with contextlib.suppress(psutil.Error):
-            found = psutil.Process(process)
-            # The id may be another's by now: a killed driver leaves points that say they run.
-            if found.cmdline()[:1] and found.cmdline()[0].startswith("ray::"):
-                found.kill()
-                return True
-    return False
-
-
-def _report(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((place / "report.json").read_text(encoding="utf-8"))
-    return found
+def _report(place: Path) -> Report:
+    report: Report = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 def _entries(file: Path) -> int:
@@ -206,20 +112,8 @@ def _entries(file: Path) -> int:
         return int(database.execute(query).fetchone()[0])
 
 
-def _children(file: Path) -> list[str]:
-    """Points of the runs in a store that were not deleted and are finished."""
-    query = (
-        "select params.value from params join runs on runs.run_uuid = params.run_uuid "
-        "where params.key = 'point' and runs.lifecycle_stage = 'active' and runs.status = 'FINISHED' "
-        "and runs.run_uuid in (select run_uuid from tags where key = 'hasten.point')"
-    )
-    with sqlite3.connect(file) as database:
-        return [str(value) for (value,) in database.execute(query)]
-
-
-def _table(config: Config, metrics: Mapping[str, float]) -> str:
-    from hasten.jobs.bench._markdown import provenance, table
-
+def _section(config: Config, metrics: Mapping[str, float]) -> str:
+    """The document's section, without its heading."""
     rows = []
     for kind in ("sleeping", "computing"):
         ratio = f"{metrics[f'{kind}_seconds_ratio']:.3f} of the ideal"

@@ -1,6 +1,6 @@
-"""A run that takes so many seconds and logs so many steps: what a sweep itself costs, `hasten bench wait --multirun`.
+"""A run of given duration and number of logged steps, to measure the overhead of sweeps of it.
 
-Nothing goes to docs/benchmarks.md: `hasten bench sweep` measures sweeps of it.
+It writes no section of docs/benchmarks.md: `hasten bench sweep` measures `hasten bench wait --multirun`.
 """
 
 import time
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hasten.accel.errors import UserError
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Run, option
 
 
 @dataclass
 class Config(Run):
-    """Wait, or compute, and log."""
+    """Sleep or compute for a while, and log."""
 
     point: int = option(0, "number that tells a run from others", at_least=0)
     wait_seconds: float = option(1.0, "how long it takes", at_least=0)
@@ -29,9 +31,6 @@ class Config(Run):
 
 def run(config: Config) -> Path:
     """Path of the report."""
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.run import start, tracked
-
     folder = start(config)
     with tracked(config, "bench wait", folder) as tracker:
         tracker.params(plain(config))
@@ -61,7 +60,7 @@ def _wait(seconds: float, busy: bool) -> None:
 
 
 class Waiter:
-    """The actor of `actor=true`; another takes its place when it is killed."""
+    """The actor of `actor=true`; Ray restarts it when it is killed."""
 
     def wait(self, seconds: float, busy: bool) -> None:
         """Wait in the actor's process."""
@@ -69,6 +68,7 @@ class Waiter:
 
 
 def _actor() -> Callable[[float, bool], None]:
+    # Sweeps of runs without an actor must not pay for the import in every process.
     import ray
 
     waiter: Any = ray.remote(Waiter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()

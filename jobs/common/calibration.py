@@ -52,7 +52,7 @@ def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) 
     from hasten.accel.data.tokens import load_tokens
     from hasten.jobs.common.tokenizer import vocabulary_size
 
-    if not settings.needs_second_moment:
+    if not settings.needs_hessian:
         return None
     return load_tokens(
         calibration.source,

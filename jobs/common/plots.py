@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files."""
+"""Plots of a run, as PNG or SVG files."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,15 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Look:
-    """Colours and size of figures.
+class Theme:
+    """Colours and size of plots.
 
-    series: of lines and bars, in the order in which they come. size: inches. titled: whether a figure tells its
-    title, as is not needed under a heading that does.
+    ink: of text and axes; paper: of the background; series: of lines and bars, in order. size: inches. titled: whether
+    plots have a title; below a heading that says the same they need none.
     """
 
     ink: str
@@ -28,24 +36,21 @@ class Look:
 
 _SERIES_ON_WHITE = ("#0b62c4", "#b8500a", "#00795a", "#a8327e", "#6a4fc4", "#7a6200", "#c02f2f", "#4b5b6b")
 _SERIES_ON_DARK = ("#6cb6ff", "#f69d50", "#4fd1a5", "#f28bc8", "#b39dff", "#e3c54a", "#ff8c85", "#a9b8c7")
-LIGHT = Look("#1c2127", "#ffffff", _SERIES_ON_WHITE, (11.3, 4.8))
-DARK = Look("#e4e8ed", "#1a1f26", _SERIES_ON_DARK, (11.3, 4.8))
-# Of the figures that a run leaves in its folder.
-_OF_A_RUN = replace(LIGHT, size=(8.0, 4.5))
-_LOOK: ContextVar[Look] = ContextVar("look", default=_OF_A_RUN)
+LIGHT = Theme("#1c2127", "#ffffff", _SERIES_ON_WHITE, (11.3, 4.8))
+DARK = Theme("#e4e8ed", "#1a1f26", _SERIES_ON_DARK, (11.3, 4.8))
+_RUN_THEME = replace(LIGHT, size=(8.0, 4.5))
+_THEME: ContextVar[Theme] = ContextVar("theme", default=_RUN_THEME)
+_MARKERS = "osD^v<>P"
 
 
 @contextmanager
-def looking(look: Look) -> Iterator[None]:
-    """Inside the block figures have this look, and texts are taken as they are: a dollar begins no formula."""
-    from cycler import cycler
-    from matplotlib import rc_context
-
+def themed(theme: Theme) -> Iterator[None]:
+    """Context in which plots have this theme and text is taken literally: a dollar sign starts no formula."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
-    rules: Any = dict.fromkeys(inked, look.ink) | dict.fromkeys(papers, look.paper)
+    rules: Any = dict.fromkeys(inked, theme.ink) | dict.fromkeys(papers, theme.paper)
     rules |= {
-        "axes.prop_cycle": cycler(color=look.series),
+        "axes.prop_cycle": cycler(color=theme.series),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.framealpha": 0.8,
@@ -54,17 +59,17 @@ def looking(look: Look) -> Iterator[None]:
         # The same bytes for the same data.
         "svg.hashsalt": "hasten",
     }
-    token = _LOOK.set(look)
+    token = _THEME.set(theme)
     try:
         with rc_context(rules):
             yield
     finally:
-        _LOOK.reset(token)
+        _THEME.reset(token)
 
 
-def recoloured(svg: str, look: Look, other: Look) -> str:
-    """A figure that was drawn as SVG in one look, in the colours of another: what drawing it again would give."""
-    colours = zip((look.ink, look.paper, *look.series), (other.ink, other.paper, *other.series), strict=True)
+def recoloured(svg: str, theme: Theme, other: Theme) -> str:
+    """An SVG plot with the colours of another theme, as if it had been drawn again."""
+    colours = zip((theme.ink, theme.paper, *theme.series), (other.ink, other.paper, *other.series), strict=True)
     for old, new in colours:
         svg = svg.replace(old, new)
     return svg
@@ -85,7 +90,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
         bits = sorted({f"{row['bits']:g}" for row in rows if row.get("bits") is not None})
         label = f"{kind} ({', '.join(bits)} bits)" if several and bits else kind
         points = sorted((_block(str(row["layer"]), index), float(row["error"])) for index, row in enumerate(rows))
-        axes.plot(*zip(*points, strict=True), marker="osD^v<>P"[position % 8], markersize=4, linewidth=1, label=label)
+        axes.plot(*zip(*points, strict=True), marker=marker(position), markersize=4, linewidth=1, label=label)
     if layers and all(row["error"] > 0 for row in layers):
         axes.set_yscale("log")
     if kinds:
@@ -140,8 +145,6 @@ def pareto(rows: Sequence[Row], path: Path) -> Path:
 
     rows: `allocator`, `bytes` and `kl_divergence`; rows without the latter are left out.
     """
-    from matplotlib.ticker import AutoLocator
-
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["kl_divergence"] is not None:
@@ -149,7 +152,7 @@ def pareto(rows: Sequence[Row], path: Path) -> Path:
             lines.setdefault(str(row["allocator"]), []).append(point)
     figure, axes = new_axes("Quality against size", "MiB of quantized weights", "KL divergence, nats a token")
     for position, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), marker="osD^v<>P"[position % 8], linewidth=1, label=name)
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker(position), linewidth=1, label=name)
     divergences = [divergence for points in lines.values() for _, divergence in points]
     if lines:
         if min(divergences) > 0:
@@ -171,9 +174,7 @@ def acceptance(histogram: Sequence[int], path: Path) -> Path:
 
 
 def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
-    """What the time went to, one bar cut into named parts; returns path."""
-    from matplotlib.ticker import AutoLocator
-
+    """Share of the time by named part, as one stacked bar; returns path."""
     total = sum(seconds.values()) or 1.0
     figure, axes = new_axes("Time of decoding", "share of the time", "")
     start = 0.0
@@ -189,14 +190,19 @@ def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
     return save(figure, path)
 
 
+def marker(position: int) -> str:
+    """Marker of a line or point series by its position."""
+    return _MARKERS[position % len(_MARKERS)]
+
+
 def _block(name: str, otherwise: int) -> int:
-    """The first number that stands alone between dots, as in model.layers.3.mlp.up_proj."""
+    """Block number in a module name such as model.layers.3.mlp.up_proj; `otherwise` if it has none."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else otherwise
 
 
 def _kind(name: str) -> str:
-    """What the same layers of all blocks have in common: the name behind the block's number, experts as one."""
+    """Module name after the block number, with expert numbers replaced by `*`."""
     behind = re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
     return re.sub(r"\.\d+\.", ".*.", behind)
 
@@ -204,7 +210,7 @@ def _kind(name: str) -> str:
 def _heat_map(
     title: str, cells: Mapping[tuple[str, int], Sequence[float]], path: Path, limits: tuple[float, float] | None
 ) -> Path:
-    """Means of cells, which are given by line and block."""
+    """Heat map of the mean of each cell; cells: values by line and block."""
     lines = list(dict.fromkeys(line for line, _ in cells))
     blocks = range(max((block for _, block in cells), default=-1) + 1)
     nothing = [float("nan")]
@@ -217,14 +223,14 @@ def _heat_map(
         low, high = limits or (None, None)
         image = axes.imshow(means, aspect="auto", cmap="viridis", vmin=low, vmax=high)
         figure.colorbar(image, label="bits per weight")
-        # Beside the map there are names and a bar of colours, and a number is about a quarter of an inch wide.
+        # Names and colour bar take about 2.2 inches, a number about a quarter of an inch.
         readable = len(blocks) <= (figure.get_figwidth() - 2.2) / 0.27
         for position, values in enumerate(means):
             for block, value in enumerate(values):
                 if readable and value == value:
-                    ink = _ink_on(image.to_rgba(value))
+                    ink = _ink_on(tuple(image.to_rgba(np.asarray(value))))
                     axes.text(block, position, f"{value:.3g}", ha="center", va="center", fontsize=7, color=ink)
-    # What a layer is stands at the end of its name. A letter of this size takes about a twelfth of an inch.
+    # Long names keep their end, which says what the layer is. A letter takes about a twelfth of an inch.
     most = int(4.5 * figure.get_figwidth())
     names = [line if len(line) <= most else f"…{line[1 - most :]}" for line in lines]
     axes.set_yticks(range(len(lines)), names, fontsize=9)
@@ -234,41 +240,36 @@ def _heat_map(
 def _ink_on(colour: Sequence[float]) -> str:
     """Near black or near white, whichever is easier to read on a colour (red, green, blue from 0 to 1).
 
-    Neither is a colour of a look: they stay when a figure is recoloured.
+    Neither is a colour of a theme, so `recoloured` leaves them.
     """
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3])
-    # Relative luminance as WCAG 2 has it: from 0.179 on black has more contrast than white.
+    # Relative luminance of WCAG 2: above 0.179 black has more contrast than white.
     return "#0a0a0a" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#f8f8f8"
 
 
-def new_axes(title: str, across: str, up: str) -> tuple[Any, Any]:
-    """A figure with one pair of axes, in the look that is chosen, and these axes."""
-    # pyplot would pick a backend for the screen and keep every figure: the Figure class draws to files only.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=_LOOK.get().size, layout="constrained")
-    axes = figure.add_subplot(title=title if _LOOK.get().titled else "", xlabel=across, ylabel=up)
+def new_axes(title: str, across: str, up: str) -> tuple[Figure, Axes]:
+    """A figure in the current theme, and its axes; across, up: labels of the x and the y axis."""
+    # Not pyplot, which would select a backend for the screen and keep every figure.
+    figure = Figure(figsize=_THEME.get().size, layout="constrained")
+    axes = figure.add_subplot(title=title if _THEME.get().titled else "", xlabel=across, ylabel=up)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     return figure, axes
 
 
-def logarithmic(axis: Any, values: Sequence[float]) -> None:
-    """Make an axis of positive values logarithmic, with plain numbers as its ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+def logarithmic(axis: XAxis | YAxis, values: Sequence[float]) -> None:
+    """Make an axis of positive values logarithmic, with plain numbers as tick labels."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    # Less than two decades would have one number or none at powers of ten alone.
-    far = max(values) > 100 * min(values)
-    axis.set_major_locator(LogLocator(subs=(1.0,) if far else (1.0, 2.0, 5.0)))
+    # Within two decades, powers of ten alone would give at most two tick labels.
+    wide = max(values) > 100 * min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure as what the ending of path says; returns path."""
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format of the path's suffix; returns path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A date would make two files of the same figure differ.
+    # Without a date the same plot gives the same bytes.
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

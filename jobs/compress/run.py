@@ -49,18 +49,30 @@ def run(config: CompressConfig) -> Path:
 
 def make_settings(config: CompressConfig, source: Path) -> Any:
     """Settings of the calibration pass that compresses a checkpoint."""
+    from hasten.accel.compression.levels.base import Level
+    from hasten.accel.compression.levels.kinds.grid import GridLevel
+    from hasten.accel.compression.levels.level import parse_level
     from hasten.accel.compression.quantizers.base import Scheme
     from hasten.jobs.cli.methods import build
     from hasten.jobs.common.calibration import calibration_settings
 
-    quantizer = build(config.quantizer)
-    name = f"{source.name}-{type(quantizer).__name__.lower()}-w{config.bits}g{config.group_size}".replace("g-1", "")
+    quantizer, column_quantizer, pruner = map(build, (config.quantizer, config.column_quantizer, config.pruner))
+    if config.level is None:
+        level: Level = GridLevel(Scheme(config.bits, config.group_size, config.symmetric))
+        suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
+    else:
+        level = parse_level(config.level)
+        suffix = level.name
+    method = level.method_of([quantizer, column_quantizer, pruner])
+    name = f"{source.name}-{type(method).__name__.lower()}-{suffix}"
     return calibration_settings(
         config,
         source,
         Path(config.output or Path("runs", "models", name)),
         quantizer=quantizer,
-        scheme=Scheme(config.bits, config.group_size, config.symmetric),
+        column_quantizer=column_quantizer,
+        pruner=pruner,
+        level=level,
     )
 
 
@@ -79,13 +91,17 @@ def _report(config: CompressConfig, compression: Any, metrics: dict[str, Any], s
 
     output, done = compression.task.output, compression.report
     layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
+    stored = sizes(Checkpoint(output.path)).metrics()
+    if not compression.task.settings.level.is_loaded_packed:
+        # The checkpoint holds such a level in a larger form that can be loaded: its size is what the facts count.
+        stored["bits_per_weight"] = sum(row["stored_bits"] for row in layers) / sum(row["weights"] for row in layers)
     return {
         "job": "compress",
         "config": plain(config),
         "metrics": {
             **dict.fromkeys(FIGURES),
             **metrics,
-            **sizes(Checkpoint(output.path)).metrics(),
+            **stored,
             "bytes_original": disk_bytes(compression.task.checkpoint.path),
             "seconds": seconds,
             "calibration_seconds": done.seconds,

@@ -1,8 +1,7 @@
 """The calibration pass of a job as a plan sees it."""
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.costs.compression import Pass
 from hasten.accel.costs.model import Model
 from hasten.accel.errors import UserError
@@ -14,12 +13,11 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
     """What the pass costs; name: of the checkpoint. UserError for what the job itself would refuse."""
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
-    plan = make_plan(model.architecture, settings.scheme, config.ignore, config.skip_first, config.skip_last)
+    plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
     for level in settings.levels or ():
-        if isinstance(level, Scheme):
-            for group in [group for groups in plan for group in groups]:
-                level.check(group.key, group.columns)
-    sequences = config.calibration.sequences if settings.needs_second_moment else 0
+        for group in [group for groups in plan for group in groups]:
+            level.check(group.key, group.columns)
+    sequences = config.calibration.sequences if settings.needs_hessian else 0
     if sequences and config.workers > min(config.calibration.shards, sequences):
         chunks = min(config.calibration.shards, sequences)
         raise UserError(
@@ -30,7 +28,6 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
         model=model,
         plan=plan,
         methods=settings.methods,
-        scheme=settings.scheme,
         sequences=sequences,
         length=config.calibration.sequence_length,
         levels=settings.levels,

@@ -153,7 +153,7 @@ def metrics(found: Planned) -> dict[str, Any]:
 
 def tables(job: str, found: Planned) -> list[str]:
     """What is printed: memory, placement, bytes, time, and what does not fit."""
-    from hasten.jobs.bench._markdown import table
+    from hasten.jobs.common.markdown import table
 
     estimate = found.estimate
     memory = []
@@ -179,7 +179,7 @@ def tables(job: str, found: Planned) -> list[str]:
     sizes += [["written", name, readable(size)] for name, size in estimate.written.items()]
     sizes.append(["written", "together", readable(estimate.written_bytes)])
     text.append(table(["bytes", "of", "size"], sizes))
-    times = [[step.name, f"{found.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
+    times = [[step.label, f"{found.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
     times.append(["together", f"{found.seconds:.3g}", f"{estimate.cpu_seconds:.3g}"])
     text.append(table(["step", "seconds", "seconds of all processes"], times))
     text += [f"note: {note}" for note in estimate.notes]

@@ -21,7 +21,7 @@ def estimate(config: LevelOptions, setting: Setting) -> Estimate:
 def levels_pass(config: LevelOptions, setting: Setting) -> Pass:
     """The calibration pass that makes a level database."""
     model = model_of("model", config.model, config.dtype, setting.gpus)
-    if not config.bits and not config.column_bits and not config.sparsities:
+    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     settings = make_settings(
         with_local_arithmetic(config), model.architecture.checkpoint.path, Path("runs", "levels", "planned")

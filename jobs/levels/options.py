@@ -27,10 +27,11 @@ class LevelOptions(Calibrated):
     )
     pruner: dict[str, Any] = group("which weights of a layer are zeroed, where there are sparsities")
     sparsities: list[float] = option([], "shares of a layer's weights that are zeroed, each a level")
+    extra_levels: list[str] = option([], "names of further levels, of any kind, such as w4g64a, c2.5 or s50")
     reference: int = option(
         3,
         "bits of the level whose output the next block is calibrated on; without bits it is the lowest sparsity, "
-        "without those the most column_bits",
+        "without those the most column_bits, without these the last of extra_levels",
         at_least=2,
         at_most=8,
     )

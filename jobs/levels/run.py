@@ -25,7 +25,7 @@ def run(config: LevelsConfig) -> Path:
     from hasten.jobs.common.run import start, tracked
 
     started = perf_counter()
-    if not config.bits and not config.column_bits and not config.sparsities:
+    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
     building = Building(config, Path(config.output) if config.output else None, config.overwrite)
     cpus = config.workers * config.threads
@@ -138,24 +138,27 @@ class Building:
         }
 
     def _layers(self) -> Sequence[Any]:
-        return [layer for groups in self.database.plan for group in groups for layer in group.layers]
+        return [layer for groups in self.database.layer_groups for group in groups for layer in group.layers]
 
 
 def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
     """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
-    from hasten.accel.compression.levels.level import make_levels
-    from hasten.accel.compression.quantizers.base import Scheme
+    from hasten.accel.compression.levels.level import make_levels, parse_level
     from hasten.jobs.cli.methods import build
     from hasten.jobs.common.calibration import calibration_settings
 
     quantizer = build(config.quantizer)
-    levels = make_levels(config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits)
+    levels = make_levels(
+        config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels
+    )
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
-    grids = [level for level in levels if isinstance(level, Scheme)]
-    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise.
-    grid = next((grid for grid in grids if grid.bits == config.reference), None)
+    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise. Levels
+    # that are given by name come into question where there are no others.
+    usual = [level for level in levels if level.name not in config.extra_levels] or levels
+    schemes = {level: level.loader_scheme for level in levels}
+    grid = next((level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference), None)
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(
         config,
@@ -164,8 +167,7 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> An
         quantizer=quantizer,
         column_quantizer=build(config.column_quantizer),
         pruner=build(config.pruner),
-        # Where nothing is quantized, a grid that fits any layer.
-        scheme=grid or Scheme(8, -1, symmetric=True),
+        # Where there is no level at all, one that fits any layer.
+        level=grid or (usual[-1] if usual else parse_level("w8")),
         levels=levels,
-        reference=grid or (levels[-1] if levels else None),
     )

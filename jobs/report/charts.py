@@ -1,14 +1,16 @@
-"""The charts of a report: what there is data for, and what each shows."""
+"""The charts of a report that there is data for."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from hasten.jobs.common.plots import pareto
 from hasten.jobs.report.bit_maps import maps
 from hasten.jobs.report.comparison import Group, Row, quality_of
+from hasten.jobs.report.comparison_plots import acceptance_by_depth, time_shares_of_runs
 from hasten.jobs.report.pictures import Chart
 from hasten.jobs.report.trade_offs import against, objectives
 
-# More lines or bars than these cannot be told from each other.
+# Limits of what can be distinguished: lines, bars.
 _LINES, _BARS = 8, 16
 SECTIONS = (
     "quality against size",
@@ -19,13 +21,13 @@ SECTIONS = (
     "acceptance by depth",
     "time share",
 )
-# A report of jobs that have none of these says nothing about their absence.
-_ALWAYS_OPTIONAL = ("objectives against each other", "allocators")
-ANNOUNCED = tuple(section for section in SECTIONS if section not in _ALWAYS_OPTIONAL)
+# Sections that are not announced as missing.
+_OPTIONAL = ("objectives against each other", "allocators")
+ANNOUNCED = tuple(section for section in SECTIONS if section not in _OPTIONAL)
 
 
 def charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of everything that the groups have data for."""
+    """All charts that the groups have data for."""
     rows = [row for group in groups for row in group.rows if row.entry.finished]
     quality = quality_of(groups)
     found: list[Chart | None] = []
@@ -40,7 +42,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def _allocators(row: Row) -> Chart | None:
-    """The table of allocators of a search, once for all its budgets."""
+    """Chart of the allocators of a search, once for all its budgets."""
     table = row.entry.report.get("pareto")
     budgets = row.entry.report.get("budgets")
     if not isinstance(table, list) or not table or not isinstance(budgets, list):
@@ -50,8 +52,6 @@ def _allocators(row: Row) -> Chart | None:
     names = ", ".join(dict.fromkeys(str(each["allocator"]) for each in table))
 
     def draw(path: Path) -> Path:
-        from hasten.jobs.common.plots import pareto
-
         return pareto(table, path)
 
     return Chart(
@@ -65,22 +65,20 @@ def _allocators(row: Row) -> Chart | None:
 
 def _acceptance(rows: Sequence[Row]) -> Chart | None:
     found = {
-        row.short: [float(share) for share in row.entry.report["acceptance_per_position"]]
+        row.short: [float(share) for share in shares]
         for row in rows
-        if row.entry.report.get("acceptance_per_position")
+        if isinstance(shares := row.entry.report.get("acceptance_per_position"), list) and shares
     }
     if not found:
         return None
-    shares = dict(list(found.items())[:_LINES])
+    shown = dict(list(found.items())[:_LINES])
 
     def draw(path: Path) -> Path:
-        from hasten.jobs.report.comparison_plots import acceptance_by_depth
+        return acceptance_by_depth(shown, path)
 
-        return acceptance_by_depth(shares, path)
-
-    told = "; ".join(f"{name}: {values[0]:.0%} at depth 1, {len(values)} deep" for name, values in shares.items())
-    caption = "How often a pass of the target accepted a drafted token so far ahead." + _more(len(found), _LINES)
-    return Chart("acceptance by depth", "acceptance_by_depth", f"Acceptance by depth. {told}.", caption, draw)
+    text = "; ".join(f"{name}: {values[0]:.0%} at depth 1, {len(values)} deep" for name, values in shown.items())
+    caption = "Share of target passes that accepted a drafted token at this depth." + _more(len(found), _LINES)
+    return Chart("acceptance by depth", "acceptance_by_depth", f"Acceptance by depth. {text}.", caption, draw)
 
 
 def _times(rows: Sequence[Row]) -> Chart | None:
@@ -90,20 +88,18 @@ def _times(rows: Sequence[Row]) -> Chart | None:
     shown = dict(list(found.items())[:_BARS])
 
     def draw(path: Path) -> Path:
-        from hasten.jobs.report.comparison_plots import time_shares_of_runs
-
         return time_shares_of_runs(shown, path)
 
-    told = "; ".join(
+    text = "; ".join(
         f"{name}: " + ", ".join(f"{part} {value / sum(parts.values()):.0%}" for part, value in parts.items())
         for name, parts in shown.items()
     )
-    caption = "What the time of each row went to." + _more(len(found), _BARS)
-    return Chart("time share", "time_share", f"Time share. {told}.", caption, draw, 1.3 + 0.32 * len(shown))
+    caption = "Share of the time of each row." + _more(len(found), _BARS)
+    return Chart("time share", "time_share", f"Time share. {text}.", caption, draw, 1.3 + 0.32 * len(shown))
 
 
 def _parts(row: Row) -> dict[str, float]:
-    """Named parts of a row's time; none where its report tells none."""
+    """Time of a row by named part; empty if its report has none."""
     shares = {name: row.metric(f"{name}_share") for name in ("draft", "target", "verify")}
     if None not in shares.values():
         known_shares = {name: share for name, share in shares.items() if share is not None}
@@ -117,5 +113,5 @@ def _parts(row: Row) -> dict[str, float]:
     }
 
 
-def _more(number: int, most: int) -> str:
-    return f" The first {most} of {number} rows are shown." if number > most else ""
+def _more(number: int, limit: int) -> str:
+    return f" The first {limit} of {number} rows are shown." if number > limit else ""

@@ -1,4 +1,4 @@
-"""Runs of one job beside each other: their settings that differ, their metrics, who won and what is on the front."""
+"""Compares runs of the same job: settings that differ, metrics, the winner and the Pareto front."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from hasten.jobs.report.settings import common, differing, settings, shown
 
 @dataclass(frozen=True)
 class Row:
-    """An entry in its table. number: its place over all tables, by the first objective, from 1."""
+    """An entry with its rank. number: position by the first objective, from 1, continued over all tables."""
 
     number: int
     entry: Entry
@@ -23,22 +23,22 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Settings that tell it from the others, or its name where none does."""
+        """Settings that differ from other rows; the name of the run if there are none."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or self.entry.name
 
     @property
     def short(self) -> str:
-        """Its number and the values of its settings, for where there is little room."""
+        """Number and values of the settings, a label for plots."""
         return f"{self.number}: {' '.join(self.values.values()) or self.entry.name}"
 
     def metric(self, name: str) -> float | None:
-        """Value of a metric, None where it has none or did not finish."""
+        """Value of a metric; None if it is missing or the run did not finish."""
         return self.metrics.get(name) if self.entry.finished else None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one job, the best first. front_of: the metrics that the front is of, () where there is none."""
+    """Rows of one job, best first. front_of: objectives of the Pareto front, () if there is no front."""
 
     job: str
     rows: tuple[Row, ...]
@@ -51,7 +51,7 @@ class Group:
 
     @property
     def winner(self) -> Row | None:
-        """The row that is best by the first objective, of equals the first; None with nothing to compare."""
+        """The first of the best rows; None if there is nothing to compare."""
         return next((row for row in self.rows if row.winner), None)
 
     @property
@@ -61,17 +61,17 @@ class Group:
 
 
 def compare(sources: Sequence[Source]) -> list[Group]:
-    """A group for every job, in the order in which they come."""
+    """A group for every job, in order of appearance."""
     jobs = list(dict.fromkeys(entry.job for source in sources for entry in source.entries))
     groups: list[Group] = []
     for job in jobs:
         numbered = sum(len(group.rows) for group in groups)
-        groups.append(_group(job, [each for each in sources if _has(each, job)], numbered))
+        groups.append(_group(job, [source for source in sources if _includes(source, job)], numbered))
     return groups
 
 
 def quality_of(groups: Sequence[Group]) -> Objective | None:
-    """The metric of quality that charts show: the first that an objective names, else one that rows have."""
+    """The quality metric of the charts: that of the first objective on quality, else one that rows have; or None."""
     names = [objective for group in groups for objective in group.objectives if objective.metric in known.QUALITY]
     if names:
         return names[0]
@@ -82,7 +82,7 @@ def quality_of(groups: Sequence[Group]) -> Objective | None:
 
 
 def with_quality_of_checkpoints(groups: Sequence[Group]) -> list[Group]:
-    """The groups, where what decodes a checkpoint has the quality that another row measured of it.
+    """The groups; rows that decode a checkpoint get the quality that another row measured for it.
 
     Compressing says how good a checkpoint is, decoding how quick: together they make quality against speed.
     """
@@ -91,7 +91,7 @@ def with_quality_of_checkpoints(groups: Sequence[Group]) -> list[Group]:
         for row in group.rows:
             figures = {name: row.metric(name) for name in known.QUALITY if row.metric(name) is not None}
             if figures and row.entry.report.get("output"):
-                measured.setdefault(_place(row.entry.report["output"]), figures)
+                measured.setdefault(_absolute(row.entry.report["output"]), figures)
     return [replace(group, rows=tuple(_joined(row, measured) for row in group.rows)) for group in groups]
 
 
@@ -99,10 +99,10 @@ def _joined(row: Row, measured: Mapping[str, Mapping[str, float | None]]) -> Row
     target = row.entry.config.get("target")
     if not isinstance(target, str) or row.metric("tokens_per_second") is None:
         return row
-    return replace(row, metrics={**measured.get(_place(target), {}), **row.metrics})
+    return replace(row, metrics={**measured.get(_absolute(target), {}), **row.metrics})
 
 
-def _place(path: object) -> str:
+def _absolute(path: object) -> str:
     return str(Path(str(path)).expanduser().absolute())
 
 
@@ -111,7 +111,7 @@ def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
     keys = differing(sources, entries)
     numbers = [{name: known.number(value) for name, value in entry.metrics.items()} for entry in entries]
     finished = [row for row, entry in zip(numbers, entries, strict=True) if entry.finished]
-    objectives = next((source.objectives for source in sources if _are_told(source.objectives, finished)), ())
+    objectives = next((source.objectives for source in sources if _have_values(source.objectives, finished)), ())
     objectives = objectives or _default(finished)
     order = sorted(range(len(entries)), key=lambda index: _rank(entries[index], numbers[index], objectives))
     rows = []
@@ -133,9 +133,9 @@ def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
 
 
 def _marked(rows: Sequence[Row], objectives: Sequence[Objective], front_of: Sequence[Objective]) -> list[Row]:
-    placed = complete(rows, [each.metric for each in front_of]) if front_of else []
-    points = [tuple(row.metrics[each.metric] or 0.0 for each in front_of) for row in placed]
-    best = {placed[index].number for index in front(points, [each.sign for each in front_of])}
+    placed = complete(rows, [objective.metric for objective in front_of]) if front_of else []
+    points = [tuple(row.metrics[objective.metric] or 0.0 for objective in front_of) for row in placed]
+    best = {placed[index].number for index in front(points, [objective.sign for objective in front_of])}
     compared = complete(rows, [objectives[0].metric]) if objectives else []
     won = set()
     if len(compared) > 1:
@@ -144,29 +144,29 @@ def _marked(rows: Sequence[Row], objectives: Sequence[Objective], front_of: Sequ
 
 
 def _values(row: Row, objectives: Sequence[Objective]) -> list[float | None]:
-    return [row.metric(each.metric) for each in objectives]
+    return [row.metric(objective.metric) for objective in objectives]
 
 
 def complete(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Finished rows that have all of these metrics."""
+    """Finished rows that have all these metrics."""
     return [row for row in rows if all(row.metric(name) is not None for name in names)]
 
 
 def _rank(
     entry: Entry, metrics: Mapping[str, float | None], objectives: Sequence[Objective]
 ) -> tuple[bool, bool, tuple[float, ...]]:
-    """What rows are sorted by: the best first, then what has no value, then what did not finish."""
-    values = [metrics.get(each.metric) for each in objectives]
-    costs = tuple(each.sign * (value or 0.0) for each, value in zip(objectives, values, strict=True))
+    """Sort key: best rows first, then rows without a value, then unfinished ones."""
+    values = [metrics.get(objective.metric) for objective in objectives]
+    costs = tuple(objective.sign * (value or 0.0) for objective, value in zip(objectives, values, strict=True))
     return (not entry.finished, bool(values) and values[0] is None, costs)
 
 
-def _are_told(objectives: Sequence[Objective], finished: Sequence[Mapping[str, float | None]]) -> bool:
+def _have_values(objectives: Sequence[Objective], finished: Sequence[Mapping[str, float | None]]) -> bool:
     return bool(objectives) and any(row.get(objectives[0].metric) is not None for row in finished)
 
 
 def _default(finished: Sequence[Mapping[str, float | None]]) -> tuple[Objective, ...]:
-    """What runs are compared by that no sweep named objectives for."""
+    """Objective of runs for which no sweep names one."""
     for name in ("kl_divergence", "perplexity", "tokens_per_second", "tokens_per_step"):
         if any(row.get(name) is not None for row in finished):
             return (_objective(name),)
@@ -174,7 +174,7 @@ def _default(finished: Sequence[Mapping[str, float | None]]) -> tuple[Objective,
 
 
 def _front_of(objectives: Sequence[Objective], finished: Sequence[Mapping[str, float | None]]) -> tuple[Objective, ...]:
-    """Two or more metrics of which one is had at the cost of the other, () where runs do not tell them."""
+    """Objectives of the Pareto front: those of the sweep, or quality and its cost; () if runs lack these metrics."""
     if len(objectives) > 1:
         return tuple(objectives)
     for cost in ("bytes", "tokens_per_second"):
@@ -189,5 +189,5 @@ def _objective(name: str) -> Objective:
     return Objective(name, known.metric(name).better or "minimize")
 
 
-def _has(source: Source, job: str) -> bool:
+def _includes(source: Source, job: str) -> bool:
     return any(entry.job == job for entry in source.entries)

@@ -1,18 +1,20 @@
-"""Figures that compare several runs, as PNG or SVG files."""
+"""Plots that compare several runs, as PNG or SVG files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hasten.jobs.common.plots import logarithmic, new_axes, save
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, PercentFormatter
 
-_MARKERS = "osD^v<>P"
+from hasten.jobs.common.plots import logarithmic, marker, new_axes, save
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run in two metrics. series: what has one colour and marker; label: what marks it if it is on the front."""
+    """A run in two metrics. series: runs of one colour and marker; label: shown if the run is on the Pareto front."""
 
     across: float
     up: float
@@ -24,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows. may_be_log: whether it is logarithmic where all values are positive and far apart."""
+    """What an axis shows. may_be_log: logarithmic if all values are positive and span a decade."""
 
     title: str
     less_is_better: bool = True
@@ -41,15 +43,14 @@ def trade_off(points: Sequence[Point], title: str, across: Axis, up: Axis, path:
     series = list(dict.fromkeys(point.series for point in points))
     for position, name in enumerate(series):
         some = [point for point in points if point.series == name]
-        marker = _MARKERS[position % len(_MARKERS)]
         # A name that begins with an underscore would be left out of the legend.
-        first = {"label": name.lstrip("_") or name}
+        label = name.lstrip("_") or name
         for sizes, edge, chosen in (
             (34, 0.0, [point for point in some if not point.on_front and not point.winner]),
             (64, 1.4, [point for point in some if point.on_front and not point.winner]),
             (230, 1.4, [point for point in some if point.winner]),
         ):
-            shape = "*" if sizes == 230 else marker
+            shape = "*" if sizes == 230 else marker(position)
             places = [point.across for point in chosen], [point.up for point in chosen]
             axes.scatter(
                 *places,
@@ -61,8 +62,8 @@ def trade_off(points: Sequence[Point], title: str, across: Axis, up: Axis, path:
                 alpha=1.0 if edge else 0.75,
                 zorder=3 if edge else 2,
             )
-        axes.scatter([], [], s=40, marker=marker, color=f"C{position % 8}", **first)
-    # On the side where it is better than the front there is nothing.
+        axes.scatter([], [], s=40, marker=marker(position), color=f"C{position % 8}", label=label)
+    # Labels go to the better side of the front, where no points are.
     aside, ahead = (-5 if across.less_is_better else 5), (-6 if up.less_is_better else 6)
     for point in points:
         if point.on_front or point.winner:
@@ -92,10 +93,11 @@ def acceptance_by_depth(shares: Mapping[str, Sequence[float]], path: Path) -> Pa
     """
     figure, axes = new_axes("Acceptance by depth", "depth of the drafted token", "share of passes that accepted it")
     for position, (name, values) in enumerate(shares.items()):
-        marker = _MARKERS[position % len(_MARKERS)]
         style = "-" if position < 8 else ":"
         depths = range(1, len(values) + 1)
-        axes.plot(depths, values, style, marker=marker, markersize=4, linewidth=1.3, label=_short(name, figure, 8.0))
+        axes.plot(
+            depths, values, style, marker=marker(position), markersize=4, linewidth=1.3, label=_short(name, figure, 8.0)
+        )
     highest = max((value for values in shares.values() for value in values), default=1.0)
     axes.set_ylim(0, min(1.02, max(0.05, 1.1 * highest)))
     if shares:
@@ -104,12 +106,10 @@ def acceptance_by_depth(shares: Mapping[str, Sequence[float]], path: Path) -> Pa
 
 
 def time_shares_of_runs(seconds: Mapping[str, Mapping[str, float]], path: Path) -> Path:
-    """What the time of each run went to, a bar for each, the first on top; returns path.
+    """Share of the time by named part, a stacked bar for each run, the first on top; returns path.
 
     seconds: of the named parts, in any unit, by the run's name.
     """
-    from matplotlib.ticker import AutoLocator, PercentFormatter
-
     figure, axes = new_axes("Time share", "share of the time", "")
     parts = list(dict.fromkeys(part for each in seconds.values() for part in each))
     starts = [0.0] * len(seconds)
@@ -127,25 +127,23 @@ def time_shares_of_runs(seconds: Mapping[str, Mapping[str, float]], path: Path) 
     return save(figure, path)
 
 
-def _scale(axis: Any, told: Axis, values: Sequence[float]) -> None:
-    from matplotlib.ticker import AutoLocator
-
-    if told.may_be_log and values and min(values) > 0 and max(values) > 10 * min(values):
+def _scale(axis: XAxis | YAxis, options: Axis, values: Sequence[float]) -> None:
+    if options.may_be_log and values and min(values) > 0 and max(values) > 10 * min(values):
         logarithmic(axis, values)
     else:
         axis.set_major_locator(AutoLocator())
 
 
-def _legend_below(figure: Any, axes: Any) -> None:
+def _legend_below(figure: Figure, axes: Axes) -> None:
     """The legend under the axes, where it hides nothing, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    # Inches: a letter of this size is about 0.075 wide, a line or marker with its gaps takes about 0.6.
+    # In inches: a letter is about 0.075 wide, a line or marker with its gaps about 0.6.
     widest = max(map(len, labels), default=0) * 0.075 + 0.6
     columns = max(1, min(len(labels), int(figure.get_figwidth() / widest)))
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=columns)
 
 
-def _short(name: str, figure: Any, letters_per_inch: float) -> str:
-    """The name, cut where it would take too much of the figure's width."""
+def _short(name: str, figure: Figure, letters_per_inch: float) -> str:
+    """The name, cut if it is too wide for the figure."""
     most = int(figure.get_figwidth() * letters_per_inch)
     return name if len(name) <= most else name[: most - 1] + "…"

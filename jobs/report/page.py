@@ -1,4 +1,4 @@
-"""The report as one HTML file, with everything in it, and the charts as PNG files beside it."""
+"""The report as one self-contained HTML file, and the charts as PNG files beside it."""
 
 import base64
 import hashlib
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from hasten.accel.errors import UserError, is_disk_full
 from hasten.jobs.report.charts import ANNOUNCED, SECTIONS, charts
@@ -15,36 +18,36 @@ from hasten.jobs.report.sentences import facts, left_out, summary
 from hasten.jobs.report.tables import allocator_tables, comparison_table, failure_table
 
 PAGE = "report.html"
-# Earlier charts that this report may have no data for any more.
-_OURS = (
+# Charts of an earlier report, for which there may be no data now.
+_CHART_FILES = (
     *("quality_against_*.png", "objectives_*.png", "bits_per_layer*.png", "allocators_*.png"),
     *("acceptance_by_depth.png", "time_share.png"),
 )
 
 
-def missing_sections(found: Sequence[Chart]) -> str:
-    """Line that names what there is no data for, empty where nothing is missing."""
-    there = {chart.section for chart in found}
-    return left_out([section for section in ANNOUNCED if section not in there])
+def missing_sections(shown: Sequence[Chart]) -> str:
+    """Line that names the sections without data; empty if there are none."""
+    present = {chart.section for chart in shown}
+    return left_out([section for section in ANNOUNCED if section not in present])
 
 
 def write(groups: Sequence[Group], joined: Sequence[Group], folders: Sequence[Path], output: Path) -> tuple[Path, str]:
-    """Write page and charts into the folder output; returns the page's path and the line of what is left out.
+    """Write page and charts to the folder output; returns the page's path and the line that names missing sections.
 
-    groups are the tables, joined those that charts show. UserError where the folder cannot be written.
+    groups: of the tables; joined: of the charts. Raises UserError if the folder cannot be written.
     """
-    found = charts(joined)
-    missing = missing_sections(found)
+    shown = charts(joined)
+    missing = missing_sections(shown)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for pattern in _OURS:
+        for pattern in _CHART_FILES:
             for earlier in output.glob(pattern):
                 earlier.unlink()
-        for chart in found:
+        for chart in shown:
             write_png(chart, output)
         path = output / PAGE
         unfinished = output / f".{PAGE}"
-        unfinished.write_text(html(groups, found, folders, missing), encoding="utf-8")
+        unfinished.write_text(html(groups, shown, folders, missing), encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         if is_disk_full(error):
@@ -53,18 +56,15 @@ def write(groups: Sequence[Group], joined: Sequence[Group], folders: Sequence[Pa
     return path, missing
 
 
-def html(groups: Sequence[Group], found: Sequence[Chart], folders: Sequence[Path], missing: str) -> str:
+def html(groups: Sequence[Group], shown: Sequence[Chart], folders: Sequence[Path], missing: str) -> str:
     """The page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     here = Path(__file__).parent
-    # Every name and value of a run is text from outside: all of it is escaped.
+    # Names and values of runs are untrusted text: all of it is escaped.
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script = (here / "page.js").read_text(encoding="utf-8")
-    drawn = [pictures(chart) for chart in found]
+    drawn = [pictures(chart) for chart in shown]
     return environment.get_template("page.html.jinja").render(
         title=_title(groups),
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -72,7 +72,9 @@ def html(groups: Sequence[Group], found: Sequence[Chart], folders: Sequence[Path
         folders=[str(folder) for folder in folders],
         groups=[(group, summary(group), facts(group), comparison_table(group)) for group in groups],
         sections=[
-            (name, some) for name in SECTIONS if (some := [each for each in drawn if each.chart.section == name])
+            (name, some)
+            for name in SECTIONS
+            if (some := [picture for picture in drawn if picture.chart.section == name])
         ],
         allocators=allocator_tables(groups),
         failures=failure_table(groups),

@@ -1,20 +1,20 @@
-"""Folders of runs and sweeps as rows to compare, finished or not."""
+"""Reads folders of runs and sweeps, finished or not, as entries to compare."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.common.logs import LOG_FILE
 from hasten.jobs.common.registry import jobs
+from hasten.jobs.report.metrics import number
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
-# Stands for a job that nothing tells.
+# The job of a run whose files do not name it.
 _UNKNOWN = "run"
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _RAISED = re.compile(r"([A-Za-z_][\w.]*(?:\(\w+\))?)(?:: (.*))?$")
@@ -22,7 +22,7 @@ _RAISED = re.compile(r"([A-Za-z_][\w.]*(?:\(\w+\))?)(?:: (.*))?$")
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a run: the exception's class and its message, of which the first line counts."""
+    """Error that ended a run: class of the exception and first line of its message."""
 
     type: str
     message: str
@@ -37,13 +37,13 @@ class Objective:
 
     @property
     def sign(self) -> int:
-        """1 where less is better, -1 where more is."""
+        """1 if less is better, -1 if more is."""
         return 1 if self.direction == "minimize" else -1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run, a point of a sweep, or one budget of a run that answered several.
+    """A run, a point of a sweep, or one budget of a run with several.
 
     status: finished, failed, running, waiting, stopped, or unfinished, where nothing says why there is no report.
     values: what the sweep chose. config: the whole configuration as it is in report.json or config.yaml, empty where
@@ -54,22 +54,22 @@ class Entry:
     name: str
     folder: Path
     status: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     seconds: float | None = None
     failure: Failure | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
-        """Whether its metrics count."""
+        """Whether it finished, and its metrics are comparable."""
         return self.status == "finished"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one argument named. varied: options that a sweep gave several values, None of a single run."""
+    """Contents of one argument. varied: options to which a sweep gave several values; None for a single run."""
 
     folder: Path
     entries: tuple[Entry, ...]
@@ -78,11 +78,11 @@ class Source:
 
 
 def read(paths: Sequence[Path]) -> list[Source]:
-    """What the folders hold; UserError where one is neither run nor sweep, is damaged, or nothing has finished."""
+    """Contents of the folders; UserError if one is neither run nor sweep, is damaged, or if nothing has finished."""
     folders = [path.parent if path.name == "report.json" and path.is_file() else path for path in paths]
-    doubled = {folder for folder in folders if [each.resolve() for each in folders].count(folder.resolve()) > 1}
-    if doubled:
-        raise UserError(f"{sorted(doubled)[0]} is given twice: name every run and sweep once")
+    repeated = {folder for folder in folders if [other.resolve() for other in folders].count(folder.resolve()) > 1}
+    if repeated:
+        raise UserError(f"{sorted(repeated)[0]} is given twice: name every run and sweep once")
     sources = [_source(folder) for folder in folders]
     entries = [entry for source in sources for entry in source.entries]
     if not any(entry.finished for entry in entries):
@@ -115,29 +115,29 @@ def _source(folder: Path) -> Source:
     )
 
 
-def _sweep(folder: Path, report: Mapping[str, Any]) -> Source:
+def _sweep(folder: Path, report: Mapping[str, object]) -> Source:
     job = str(report.get("sweep_of", _UNKNOWN))
     rows = _listed(folder, report, "points")
     points = [_point(folder / str(row["folder"]), job, row) for row in rows]
-    # A sweep that was killed may have begun points since it wrote its report.
+    # A killed sweep may have started points after it wrote its report.
     known = {point.folder.name for point in points}
     points += [_begun(path, job) for path in _point_folders(folder) if path.name not in known]
     return _as_source(folder, report, points)
 
 
 def _unfinished_sweep(folder: Path) -> Source:
-    """A sweep that has not ended: what its points have written so far."""
+    """A sweep that has not ended, from what its points have written so far."""
     plan = _json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
     job = str(plan.get("sweep_of") or plan.get("job") or _UNKNOWN)
     return _as_source(folder, plan, [_begun(path, job) for path in _point_folders(folder)])
 
 
 def _point_folders(folder: Path) -> list[Path]:
-    return sorted(each for each in (folder / "points").glob("*") if each.is_dir())
+    return sorted(path for path in (folder / "points").glob("*") if path.is_dir())
 
 
 def _begun(folder: Path, job: str) -> Entry:
-    """A point that its sweep's report does not tell of."""
+    """A point that is missing in its sweep's report."""
     try:
         row = _json(folder / "point.json") if (folder / "point.json").exists() else {}
     except UserError as error:
@@ -145,64 +145,66 @@ def _begun(folder: Path, job: str) -> Entry:
     return _point(folder, job, row)
 
 
-def _as_source(folder: Path, told: Mapping[str, Any], points: Sequence[Entry]) -> Source:
-    varied = told.get("varied") or list(dict.fromkeys(key for point in points for key in point.values))
+def _as_source(folder: Path, plan: Mapping[str, object], points: Sequence[Entry]) -> Source:
+    varied = plan.get("varied")
+    if not isinstance(varied, list) or not varied:
+        varied = list(dict.fromkeys(key for point in points for key in point.values))
     objectives = tuple(
-        Objective(str(each["metric"]), str(each.get("direction", "minimize"))) for each in told.get("objectives") or ()
+        Objective(str(row["metric"]), str(row.get("direction", "minimize"))) for row in _rows(plan.get("objectives"))
     )
     entries = tuple(entry for point in points for entry in _budgets(point))
     return Source(folder, entries, tuple(map(str, varied)), objectives)
 
 
-def _point(folder: Path, job: str, row: Mapping[str, Any]) -> Entry:
-    """A point from its row in the sweep's report, or from its own point.json, and from what lies in its folder."""
-    told: dict[str, Any] = {}
+def _point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
+    """A point from its row in the sweep's report or its point.json, and from the files in its folder."""
+    report: dict[str, object] = {}
     damage = None
     if (folder / "report.json").exists():
         try:
-            told = _report(folder / "report.json")
-        except UserError as error:  # one damaged point is no reason not to see the others
+            report = _report(folder / "report.json")
+        except UserError as error:  # the other points are still shown
             damage = Failure("damaged", str(error))
-    status = str(row.get("status") or ("finished" if told else "unfinished"))
+    status = str(row.get("status") or ("finished" if report else "unfinished"))
     if damage and status == "finished":
         status = "failed"
-    if told and status != "failed":
-        # It is written last: whoever watched the point may have been killed before it could say so.
+    if report and status != "failed":
+        # The report is written last; the sweep may have been killed before it noted the end of the point.
         status = "finished"
-    metrics = row.get("metrics") or told.get("metrics") or {}
+    metrics = _mapping(row.get("metrics")) or _mapping(report.get("metrics"))
     seconds = row.get("seconds")
     return Entry(
-        job=str(told.get("job", job)) if job == _UNKNOWN else job,
+        job=str(report.get("job", job)) if job == _UNKNOWN else job,
         name=str(row.get("name", folder.name)),
         folder=folder,
         status=status,
-        values=row.get("values") or {},
-        config=told.get("config") or _config(folder),
+        values=_mapping(row.get("values")),
+        config=_mapping(report.get("config")) or _config(folder),
         metrics=metrics,
-        seconds=metrics.get("seconds") if seconds is None else seconds,
+        seconds=number(metrics.get("seconds") if seconds is None else seconds),
         failure=damage or _failure(row.get("error"), status, folder),
-        report=_rest(told),
+        report=_rest(report),
     )
 
 
-def _failure(told: Any, status: str, folder: Path) -> Failure | None:
-    if isinstance(told, Mapping):
-        return Failure(str(told.get("type") or "error"), str(told.get("message") or ""))
+def _failure(error: object, status: str, folder: Path) -> Failure | None:
+    if isinstance(error, Mapping):
+        return Failure(str(error.get("type") or "error"), str(error.get("message") or ""))
     if status != "failed":
         return None
-    return _from_log(folder / LOG_FILE) or Failure("unknown", str(told or "the log may tell more"))
+    return _from_log(folder / LOG_FILE) or Failure("unknown", str(error or "see the log"))
 
 
-def _finished(folder: Path, name: str, report: Mapping[str, Any]) -> Entry:
-    metrics = report["metrics"]
+def _finished(folder: Path, name: str, report: Mapping[str, object]) -> Entry:
+    metrics = _mapping(report["metrics"])
     return Entry(
         job=str(report["job"]),
         name=name,
         folder=folder,
         status="finished",
-        config=report.get("config") or {},
+        config=_mapping(report.get("config")),
         metrics=metrics,
-        seconds=metrics.get("seconds"),
+        seconds=number(metrics.get("seconds")),
         report=_rest(report),
     )
 
@@ -214,7 +216,7 @@ def _without_report(folder: Path, name: str, job: str) -> Entry:
 
 
 def _budgets(entry: Entry) -> Iterator[Entry]:
-    """The run, or a row for each budget where it answered several: their metrics count in place of the run's."""
+    """The run, or an entry for each of its budgets, whose metrics replace the run's."""
     rows = entry.report.get("budgets")
     if not entry.finished or not isinstance(rows, list) or not rows or not all("budget" in row for row in rows):
         yield entry
@@ -222,7 +224,7 @@ def _budgets(entry: Entry) -> Iterator[Entry]:
     for row in rows:
         budget = row["budget"]
         numbers = {key: value for key, value in row.items() if not isinstance(value, (list, dict, str))}
-        layers = [layer for layer in entry.report.get("layers") or () if layer.get("budget", budget) == budget]
+        layers = [layer for layer in _rows(entry.report.get("layers")) if layer.get("budget", budget) == budget]
         yield replace(
             entry,
             name=f"{entry.name}, budget {budget:g}" if len(rows) > 1 else entry.name,
@@ -232,18 +234,28 @@ def _budgets(entry: Entry) -> Iterator[Entry]:
         )
 
 
-def _rest(report: Mapping[str, Any]) -> dict[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(value: object) -> list[Mapping[str, object]]:
+    """The value if it is a JSON list, of objects; else an empty list."""
+    return value if isinstance(value, list) else []
+
+
+def _rest(report: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in report.items() if key not in ("job", "config", "metrics")}
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: Path) -> dict[str, object]:
     found = _json(path)
     if not isinstance(found.get("job"), str) or not isinstance(found.get("metrics"), dict):
         raise UserError(f"{path} is no report of a run or sweep: expected the keys job and metrics in it")
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, object]:
     try:
         found = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
@@ -262,14 +274,14 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _listed(folder: Path, report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+def _listed(folder: Path, report: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
     rows = report.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "folder" in row for row in rows):
         raise UserError(f"{folder / 'report.json'} is no report of a sweep: expected {key}, each with its folder")
     return rows
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, object]:
     try:
         found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -278,12 +290,12 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _job_of(folder: Path) -> str:
-    """What a run without report was of: runs/JOB/DATE_TIME is where runs are unless they were told otherwise."""
+    """Job of a run without a report, from the default folder runs/JOB/DATE_TIME."""
     return folder.absolute().parent.name if folder.absolute().parent.name in jobs() else _UNKNOWN
 
 
 def _from_log(path: Path) -> Failure | None:
-    """What the log ends with, if that is the traceback of a run that failed."""
+    """The error at the end of the log, if it ends with the traceback of a failed run."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

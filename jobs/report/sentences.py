@@ -1,4 +1,4 @@
-"""What a report says in words: who won by what, how many ran, and what there is no data for."""
+"""Sentences of a report: the winner and its lead, how runs ended, and sections without data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from hasten.jobs.report.comparison import Group, Row, complete
 
 @dataclass(frozen=True)
 class Summary:
-    """A sentence that begins with its subject; the rest follows it."""
+    """A sentence, split after its subject."""
 
     subject: str
     rest: str
@@ -19,15 +19,17 @@ class Summary:
 
 
 def summary(group: Group) -> Summary:
-    """Which setting won by what, and what is on the Pareto front."""
+    """The winning setting, its lead, and the Pareto front."""
     finished = [row for row in group.rows if row.entry.finished]
     if not group.objectives or not finished:
-        return Summary(_counted(len(finished), f"{group.job} {_what(group)}"), "finished; no metric tells which won.")
+        return Summary(
+            _counted(len(finished), f"{group.job} {_what(group)}"), "finished; there is no metric to compare."
+        )
     first = group.objectives[0]
     compared = complete(group.rows, [first.metric])
     metric = known.metric(first.metric)
     if not compared:
-        return Summary(f"No {group.job} {_what(group)}", f"has a value of {metric.title}, so that none won.")
+        return Summary(f"No {group.job} {_what(group)}", f"has a value of {metric.title}.")
     best = compared[0]
     value = best.metrics[first.metric] or 0.0
     if len(compared) == 1:
@@ -38,24 +40,24 @@ def summary(group: Group) -> Summary:
     shared = [row for row in compared if row.winner]
     if len(shared) > 1:
         others = _counted(len(shared) - 1, "other")
-        told = f"and {others} share the best {metric.title}, {metric.told(value)}."
+        text = f"and {others} share the best {metric.title}, {metric.told(value)}."
     else:
-        told = f"won by {metric.title}: {metric.told(value)}{_size(best)}{_ahead(compared, metric, value)}."
-    return Summary(best.label, told + _front(group, finished))
+        text = f"won by {metric.title}: {metric.told(value)}{_size(best)}{_ahead(compared, metric, value)}."
+    return Summary(best.label, text + _front(group, finished))
 
 
 def facts(group: Group) -> str:
-    """How many there are and how they ended."""
+    """Number of runs or points by status."""
     counts: dict[str, int] = {}
     for row in group.rows:
         counts[row.entry.status] = counts.get(row.entry.status, 0) + 1
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{group.job}, {_counted(len(group.rows), _what(group))}: {told}"
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{group.job}, {_counted(len(group.rows), _what(group))}: {text}"
 
 
 def left_out(sections: Sequence[str]) -> str:
-    """Line that names the sections without data, empty where there are none."""
-    return f"Left out for want of data: {', '.join(sections)}." if sections else ""
+    """Line that names the sections without data; empty if there are none."""
+    return f"Left out for lack of data: {', '.join(sections)}." if sections else ""
 
 
 def _what(group: Group) -> str:
@@ -68,7 +70,7 @@ def _size(row: Row) -> str:
 
 
 def _ahead(compared: Sequence[Row], metric: known.Metric, value: float) -> str:
-    """By how much the best is ahead of the next, where a share of it says something."""
+    """Lead of the best row over the next, as a ratio where both values are positive."""
     other = compared[1].metrics[metric.name] or 0.0
     if value <= 0 or other <= 0:
         return f"; the next, {compared[1].label}, has {metric.told(other)}"
@@ -77,11 +79,11 @@ def _ahead(compared: Sequence[Row], metric: known.Metric, value: float) -> str:
         return f", {_rounded(other / value)} times lower than the next, {compared[1].label}"
     if value > 2 * other:
         return f", {_rounded(value / other)} times that of the next, {compared[1].label}"
-    told = "less than 1%" if share < 0.01 else f"{share:.0%}"
-    return f", {told} {'lower' if value < other else 'higher'} than the next, {compared[1].label}"
+    text = "less than 1%" if share < 0.01 else f"{share:.0%}"
+    return f", {text} {'lower' if value < other else 'higher'} than the next, {compared[1].label}"
 
 
-def _told(row: Row, name: str) -> str:
+def _value_text(row: Row, name: str) -> str:
     value = row.metrics[name] or 0.0
     return f"{known.metric(name).title} {known.fitted(name, [value]).told(value)}"
 
@@ -91,21 +93,21 @@ def _rounded(ratio: float) -> str:
 
 
 def _front(group: Group, finished: Sequence[Row]) -> str:
-    """A sentence on the front, empty where there is none."""
+    """Sentence on the Pareto front; empty if there is none."""
     if not group.front_of:
         return ""
     best = [row for row in group.rows if row.on_front]
     titles = " and ".join(known.metric(each.metric).title for each in group.front_of)
     verb = "is" if len(best) == 1 else "are"
-    told = f" {len(best)} of {_counted(len(finished), 'setting')} {verb} on the Pareto front of {titles}"
+    text = f" {len(best)} of {_counted(len(finished), 'setting')} {verb} on the Pareto front of {titles}"
     second = group.front_of[1]
     end = min(best, key=lambda row: second.sign * (row.metrics[second.metric] or 0.0))
     if end.winner or len(best) < 2:
-        return told + "."
+        return text + "."
     word = {"bytes": "smallest", "tokens_per_second": "quickest"}.get(second.metric)
     extreme = f"the {word}" if word else f"the best by {known.metric(second.metric).title}"
-    figures = ", ".join(_told(end, each.metric) for each in group.front_of)
-    return f"{told}; {extreme} of them is {end.label} ({figures})."
+    values = ", ".join(_value_text(end, each.metric) for each in group.front_of)
+    return f"{text}; {extreme} of them is {end.label} ({values})."
 
 
 def _counted(number: int, word: str) -> str:

@@ -1,17 +1,16 @@
 """Configurations of runs as flat settings, and which of them differ."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hasten.jobs.report.reading import Entry, Source
 
-# Where results and logs go, and what the machine offers them: no settings of what was tried.
+# Options that say where results and logs go, not what was tried.
 _PLACES = ("run_dir", "output", "overwrite", "stream", "tracking", "address")
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by `section.key`; a method stands as its name under its family's, its hyper-parameters below that."""
-    found: dict[str, Any] = {}
+def flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Values by `section.key`; a method is its name under its family, followed by its hyper-parameters."""
+    found: dict[str, object] = {}
     for key, value in config.items():
         if key == "_target_":
             found[prefix.removesuffix(".")] = _method(value)
@@ -24,16 +23,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def settings(entry: Entry) -> dict[str, Any]:
-    """All that is known of a row's settings: what a sweep or a budget chose counts more than the configuration."""
+def settings(entry: Entry) -> dict[str, object]:
+    """Settings of an entry; values of a sweep or a budget override the configuration."""
     return flat(entry.config) | dict(entry.values)
 
 
 def differing(sources: Sequence[Source], entries: Sequence[Entry]) -> list[str]:
-    """Settings that are the columns of a table of these entries.
+    """Settings that become columns of the table of these entries.
 
-    Of one sweep those that it varied; otherwise these and all that have different values. One that only some
-    configurations have, such as a hyper-parameter of one method, differs if it does among these.
+    For one sweep those that it varied; otherwise these and all with different values. A setting that only some
+    configurations have, such as a hyper-parameter of one method, is compared among those.
     """
     varied = list(dict.fromkeys(key for source in sources for key in source.varied or ()))
     chosen = list(dict.fromkeys(key for entry in entries for key in entry.values))
@@ -48,7 +47,7 @@ def differing(sources: Sequence[Source], entries: Sequence[Entry]) -> list[str]:
 
 
 def common(entries: Sequence[Entry]) -> dict[str, str]:
-    """Settings that all entries with a configuration have alike, as text."""
+    """Settings that are the same in all entries with a configuration, as text."""
     known = [settings(entry) for entry in entries if entry.config]
     if not known:
         return {}
@@ -59,7 +58,7 @@ def common(entries: Sequence[Entry]) -> dict[str, str]:
     }
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as it is written on the command line."""
     if value is None:
         return "null"
@@ -78,6 +77,6 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def _method(target: Any) -> str:
-    """Name of a method, which is that of its file: gptq of hasten.accel.compression.quantizers.gptq.GPTQ."""
+def _method(target: object) -> str:
+    """Name of a method, which is that of its module: gptq for hasten.accel.compression.quantizers.gptq.GPTQ."""
     return str(target).rpartition(".")[0].rpartition(".")[2] or str(target)

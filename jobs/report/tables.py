@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, and what it is sorted by: a number, a text, or None for what comes last either way."""
+    """Text and sort key: a number, a text, or None, which comes last in both directions."""
 
     text: str
     key: float | str | None
@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. sorted_by: index of the column that they are sorted by, None where by none."""
+    """Rows of cells. sorted_by: index of the column that they are sorted by; None if unsorted."""
 
     title: str
     columns: tuple[Column, ...]
@@ -45,7 +45,7 @@ class Table:
 
 
 def comparison_table(group: Group) -> Table:
-    """A row a run: marks, settings that differ, status, the main metrics, seconds and name; the name first if alone."""
+    """A row for each run: marks, settings that differ, status, metrics, seconds, name; without settings name first."""
     name = (Column("point" if group.sweep else "run", "name"), [_text(row.entry.name) for row in group.rows])
     parts: list[tuple[Column, list[Cell]]] = [
         (Column("#", "number"), [Cell(str(row.number), row.number) for row in group.rows]),
@@ -53,10 +53,10 @@ def comparison_table(group: Group) -> Table:
     ]
     parts += [_setting(group.rows, key) for key in group.settings] or [name]
     parts.append((Column("status", "status"), [_text(row.entry.status) for row in group.rows]))
-    metrics = [each for each in group.metrics if each != "seconds"]
+    metrics = [name for name in group.metrics if name != "seconds"]
     objective = group.objectives[0] if group.objectives else None
     by = len(parts) + [*metrics, "seconds"].index(objective.metric) if objective else None
-    parts += [_numbers(each, [row.metric(each) for row in group.rows]) for each in metrics]
+    parts += [_numbers(metric, [row.metric(metric) for row in group.rows]) for metric in metrics]
     parts.append(_numbers("seconds", [known.number(row.entry.seconds) for row in group.rows]))
     if group.settings:
         parts.append(name)
@@ -70,7 +70,7 @@ def comparison_table(group: Group) -> Table:
 
 
 def failure_table(groups: Sequence[Group]) -> Table | None:
-    """What failed, why, and the folder of its log; None where nothing did."""
+    """Failed runs, their errors and the folders of their logs; None if nothing failed."""
     rows = [
         (
             Cell(str(row.number), row.number),
@@ -94,19 +94,19 @@ def failure_table(groups: Sequence[Group]) -> Table | None:
 
 
 def allocator_tables(groups: Sequence[Group]) -> list[Table]:
-    """What a search of several budgets found of its allocators, a table for each search."""
-    found: dict[str, Table] = {}
+    """Results of the allocators, a table for each search of several budgets."""
+    tables: dict[str, Table] = {}
     for row in (row for group in groups for row in group.rows if row.entry.finished):
         pareto = row.entry.report.get("pareto")
-        if not isinstance(pareto, list) or not pareto or str(row.entry.folder) in found:
+        if not isinstance(pareto, list) or not pareto or str(row.entry.folder) in tables:
             continue
         names = ("budget", "bits_per_weight", "bytes", "kl_divergence")
         parts = [(Column("allocator"), [_text(str(each["allocator"])) for each in pareto])]
         parts += [_numbers(name, [known.number(each.get(name)) for each in pareto]) for name in names]
         cells = tuple(zip(*(cells for _, cells in parts), strict=True))
         title = f"Allocators of {row.entry.folder.name}"
-        found[str(row.entry.folder)] = Table(title, tuple(column for column, _ in parts), cells)
-    return list(found.values())
+        tables[str(row.entry.folder)] = Table(title, tuple(column for column, _ in parts), cells)
+    return list(tables.values())
 
 
 def _marks(row: Row) -> Cell:
@@ -119,7 +119,7 @@ def _text(text: str) -> Cell:
 
 
 def _setting(rows: Sequence[Row], key: str) -> tuple[Column, list[Cell]]:
-    """A column of numbers if all are, as far as they are known."""
+    """Column of a setting, numeric if all its known values are numbers."""
     values = [row.values.get(key) for row in rows]
     numbers = [_number(value) for value in values]
     numeric = all(number is not None for number, value in zip(numbers, values, strict=True) if value is not None)

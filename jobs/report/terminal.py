@@ -2,18 +2,23 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from hasten.jobs.report.comparison import Group
 from hasten.jobs.report.sentences import facts, summary
 from hasten.jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
 
-# Columns that stay however narrow the terminal is.
+# Columns that are shown however narrow the terminal is.
 _KEPT = 4
 
 
 def show(groups: Sequence[Group], left_out: str) -> None:
-    """Print what the page says, without its charts."""
+    """Print the content of the page, without its charts."""
     for group in groups:
         print(f"{summary(group)}\n{facts(group)}\n")
         _show(comparison_table(group))
@@ -26,9 +31,7 @@ def show(groups: Sequence[Group], left_out: str) -> None:
 
 
 def _show(table: Table) -> None:
-    from rich.console import Console
-
-    # A file or a pipe has no width that a table would have to fit into.
+    # Output to a file or a pipe is not limited in width.
     width = Console(file=sys.stdout).width if sys.stdout.isatty() else None
     console = Console(file=sys.stdout, highlight=False, width=100_000)
     columns = list(range(len(table.columns)))
@@ -44,14 +47,10 @@ def _show(table: Table) -> None:
     print()
 
 
-def _drawn(table: Table, columns: Sequence[int]) -> Any:
-    from rich import box
-    from rich.table import Table as Drawn
-    from rich.text import Text
-
-    drawn = Drawn(box=box.MARKDOWN)
+def _drawn(table: Table, columns: Sequence[int]) -> RichTable:
+    drawn = RichTable(box=box.MARKDOWN)
     for index in columns:
-        # Text: square brackets of a value such as [2.5,3] are no markup.
+        # Text, since rich would read square brackets as in [2.5,3] as markup.
         justify: Literal["right", "left"] = "right" if table.columns[index].kind == "number" else "left"
         drawn.add_column(Text(table.columns[index].heading), justify=justify, overflow="fold")
     for row in table.rows:

@@ -5,23 +5,24 @@ from pathlib import Path
 
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Group, Row, complete
+from hasten.jobs.report.comparison_plots import Axis, Point, trade_off
 from hasten.jobs.report.pareto import front
 from hasten.jobs.report.pictures import Chart
 from hasten.jobs.report.reading import Objective
 
-# Values of a setting that can be told from each other by colour.
+# Values of a setting that can be distinguished by colour.
 _SERIES = 6
 
 
 def against(groups: Sequence[Group], section: str, quality: Objective, cost: str) -> Chart | None:
-    """Quality against what it costs, of the rows of all groups that have both; None of fewer than two."""
+    """Chart of quality against cost, of the rows of all groups that have both; None for fewer than two rows."""
     rows = complete([row for group in groups for row in group.rows], [quality.metric, cost])
     name = "quality_against_size" if cost == "bytes" else "quality_against_speed"
     return _trade_off(section, name, rows, quality, Objective(cost, known.metric(cost).better or "minimize"))
 
 
 def objectives(group: Group, quality: Objective | None) -> Chart | None:
-    """The first two objectives of a sweep, where no other chart shows them."""
+    """Chart of the first two objectives of a sweep; None if another chart shows them."""
     if len(group.objectives) < 2:
         return None
     first, second = group.objectives[:2]
@@ -41,11 +42,9 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
     series = _series(rows)
     best = min(range(len(rows)), key=lambda index: (up.sign * points[index][1], across.sign * points[index][0]))
 
-    titles = f"{axes[up.metric].title} against {axes[across.metric].title}"
+    title = f"{axes[up.metric].title} against {axes[across.metric].title}"
 
     def draw(path: Path) -> Path:
-        from hasten.jobs.report.comparison_plots import Axis, Point, trade_off
-
         scales = axes[across.metric].scale, axes[up.metric].scale
         drawn = [
             Point(
@@ -60,7 +59,7 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
         ]
         return trade_off(
             drawn,
-            titles[:1].upper() + titles[1:],
+            title[:1].upper() + title[1:],
             Axis(axes[across.metric].heading, across.sign > 0),
             Axis(axes[up.metric].heading, up.sign > 0),
             path,
@@ -70,16 +69,16 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
         f"{rows[index].label}: {axes[up.metric].told(points[index][1])}, {axes[across.metric].told(points[index][0])}"
         for index in sorted(on_front, key=lambda index: points[index])
     )
-    alt = f"{titles} of {len(rows)} finished rows. On the Pareto front: {members}."
+    alt = f"{title} of {len(rows)} finished rows. On the Pareto front: {members}."
     caption = (
-        "The dashed line joins the Pareto front: nothing else is better in both. Numbers are rows of the table, "
+        "The dashed line is the Pareto front: no other row is better in both. Numbers are rows of the table, "
         f"the star is the best by {axes[up.metric].title}."
     )
     return Chart(section, name, alt, caption, draw)
 
 
 def _series(rows: Sequence[Row]) -> list[str]:
-    """What colours stand for: jobs where there are several, else a setting that is no number and has few values."""
+    """Colour group of each row: its job if there are several, else a setting with few values that are not numbers."""
     jobs = [row.entry.job for row in rows]
     if len(set(jobs)) > 1:
         return jobs

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.units import make_units
 from hasten.accel.costs import compression, search
@@ -22,7 +21,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     work = levels_pass(config, setting)
     model, budgets = work.model, config.budget
     checkpoint = model.architecture.checkpoint
-    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels or (), None, PackQuantized())
+    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels or (), None)
     units = make_units(database, config.grouping, config.keep, config.drop, solved=False)
     names = config.compare or method_names("allocator")
     allocators = [build(config.allocator)]

@@ -4,8 +4,21 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from torch import Tensor
+
+from hasten.accel.compression.allocators.base import Unit
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.outputs.resumable import digest
+from hasten.accel.compression.search.errors import with_errors
+from hasten.accel.compression.search.fitness import KL, Fitness
+from hasten.accel.compression.search.measurements import Request
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
+from hasten.accel.data.tokens import fingerprint
+from hasten.accel.evaluation.perplexity import Windows
+from hasten.cluster.programs.search import Evaluators, Model
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
@@ -19,16 +32,20 @@ class Measuring:
     """
 
     def __init__(
-        self, config: SearchConfig, database: Any, units: Sequence[Any], tokens: Any, windows: Any, fitness: Any
+        self,
+        config: SearchConfig,
+        database: LevelDatabase,
+        units: Sequence[Unit],
+        tokens: Tensor,
+        windows: Windows | None,
+        fitness: Fitness,
     ) -> None:
-        from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self._config, self._database, self.units = config, database, list(units)
         self._tokens, self._windows, self._fitness = tokens, windows, fitness
-        self._known: list[Any] | None = None
-        self._running: tuple[str, Any] | None = None
+        self._with_errors: list[Unit] | None = None
+        self._running: tuple[str, Evaluators] | None = None
         self._usage: dict[str, float] = {}
 
     @property
@@ -36,49 +53,39 @@ class Measuring:
         """Tokens of each sequence of the search."""
         return [self._tokens.shape[1]] * len(self._tokens)
 
-    def search(self, genomes: Sequence[Any], sample: Any) -> list[float]:
-        """Fitness of candidates on some of the search's tokens."""
-        found: list[float] = self._evaluators("search", self._tokens, self._fitness)(genomes, sample)
-        return found
+    def measure(self, requests: Sequence[Request]) -> list[list[float]]:
+        """Losses of candidates on some of the search's tokens, a list for each request; all are measured at once."""
+        evaluators = self._evaluators("search", self._tokens, self._fitness)
+        evaluators.prefetch(requests)
+        return [evaluators(request.genomes, request.sample) for request in requests]
 
-    def prefetch(self, lots: Sequence[tuple[Sequence[Any], Any]]) -> None:
-        """Measure several lots of candidates, each with its sample, at once; `search` then knows them."""
-        self._evaluators("search", self._tokens, self._fitness).prefetch(lots)
-
-    def held_out(self, genome: Any) -> float | None:
+    def held_out(self, genome: Genome) -> float | None:
         """KL divergence from the original on the held-out text; None where there is none."""
-        from hasten.accel.compression.search.evopress import Sample
-        from hasten.accel.compression.search.fitness import KL
-
         if self._windows is None:
             return None
-        count, length = self._windows.tokens.shape
-        whole = Sample(tuple((number, length) for number in range(count)))
-        return float(self._evaluators("held out", self._windows.tokens, KL())([genome], whole)[0])
+        evaluators = self._evaluators("held out", self._windows.tokens, KL())
+        return evaluators([genome], _whole(self._windows.tokens))[0]
 
-    def units_with_errors(self) -> list[Any]:
+    def units_with_errors(self) -> list[Unit]:
         """The units with the errors that the option `errors` asks for; measured ones are kept beside the levels."""
-        from hasten.accel.compression.outputs.resumable import digest
-        from hasten.accel.compression.search.errors import with_errors
-        from hasten.accel.compression.search.evopress import Sample
-
         if self._config.errors == "output":
             return self.units
-        if self._known is None:
+        if self._with_errors is None:
             used = self._tokens[: self._config.search.error_sequences]
             path = self._database.path / "searches" / f"errors-{digest(self._key(used))}.json"
             if path.exists():
                 errors = json.loads(path.read_text())
-                self._known = [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
+                self._with_errors = [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
             else:
-                sample = Sample(tuple((number, used.shape[1]) for number in range(len(used))))
+                sample = _whole(used)
                 _LOG.info("measuring what each layer costs alone, on %d tokens", sample.tokens)
+                evaluators = self._evaluators("search", self._tokens, self._fitness)
                 scaled = self._config.errors == "kl_scaled"
-                self._known = with_errors(self.units, self.search, sample, scaled)
-                errors = [[choice.error for choice in unit.choices] for unit in self._known]
+                self._with_errors = with_errors(self.units, evaluators, sample, scaled)
+                errors = [[choice.error for choice in unit.choices] for unit in self._with_errors]
                 path.parent.mkdir(exist_ok=True)
                 self._database.write_json(path, errors)
-        return self._known
+        return self._with_errors
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns what all of them used together, nothing where there were none."""
@@ -92,10 +99,9 @@ class Measuring:
                     self._usage[name] = self._usage.get(name, 0.0) + value
         return dict(self._usage)
 
-    def _evaluators(self, what: str, tokens: Any, fitness: Any) -> Any:
-        from hasten.cluster.programs.search import Evaluators, Model
-
-        if self._running is None or self._running[0] != what:
+    def _evaluators(self, text: str, tokens: Tensor, fitness: Fitness) -> Evaluators:
+        """The evaluators for one text, `search` or `held out`; those for another are ended first."""
+        if self._running is None or self._running[0] != text:
             self.close()
             config = self._config
             model = Model(
@@ -109,13 +115,11 @@ class Measuring:
                 threads=config.threads,
                 batch=config.search.batch,
             )
-            self._running = what, Evaluators(model, config.workers, 1 if self.device == "cuda" else 0)
+            self._running = text, Evaluators(model, config.workers, 1 if self.device == "cuda" else 0)
         return self._running[1]
 
-    def _key(self, tokens: Any) -> dict[str, Any]:
+    def _key(self, tokens: Tensor) -> dict[str, object]:
         """Everything that the errors of the units depend on, besides the levels that they are kept beside."""
-        from hasten.accel.data.tokens import fingerprint
-
         return {
             "errors": self._config.errors,
             "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self.units],
@@ -125,6 +129,11 @@ class Measuring:
         }
 
 
-def _with(unit: Any, errors: Sequence[float]) -> Any:
+def _whole(tokens: Tensor) -> Sample:
+    """All of tokens (N, T)."""
+    return Sample(tuple((number, tokens.shape[1]) for number in range(len(tokens))))
+
+
+def _with(unit: Unit, errors: Sequence[float]) -> Unit:
     choices = zip(unit.choices, errors, strict=True)
     return replace(unit, choices=tuple(replace(choice, error=error) for choice, error in choices))

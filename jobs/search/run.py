@@ -73,7 +73,7 @@ def _print_summary(report: dict[str, Any]) -> None:
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
     if report["pareto"]:
-        from hasten.jobs.bench._markdown import table
+        from hasten.jobs.common.markdown import table
 
         rows = [
             [

@@ -6,8 +6,8 @@ import torch
 
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.levels.units import make_units
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.search.candidates import Candidates
 from hasten.accel.compression.search.fitness import KL
 from hasten.accel.models.architecture import Architecture
@@ -15,14 +15,14 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.search import Model
 from tests.compression import local
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
+LEVELS = make_levels([2, 3, 4], [32], True)
 
 
 def make(
     source: Path, output: Path, tokens: torch.Tensor, candidates: int
 ) -> tuple[Model, list[tuple[int, ...]], Candidates]:
     """A model for evaluators, candidates by chance, and what measures them in this process."""
-    chosen = local.settings(source, output, levels=LEVELS, scheme=LEVELS[1])
+    chosen = local.settings(source, output, levels=LEVELS, level=LEVELS[1])
     local.compress(chosen, tokens)
     architecture = Task(chosen).architecture
     database = LevelDatabase.read(chosen.output, architecture)

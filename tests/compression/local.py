@@ -7,14 +7,16 @@ import torch
 
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.quantizers.base import Quantizer, Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.cluster.actors.calibrator import Calibrator
 
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
-    """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens."""
-    values: dict[str, Any] = {"scheme": Scheme(4, 32), "format": PackQuantized(), "batch": 2, "expert_tokens": 8}
+    """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens. scheme: of a level that is a grid."""
+    values: dict[str, Any] = {"format": PackQuantized(), "batch": 2, "expert_tokens": 8}
+    values["level"] = GridLevel(changes.pop("scheme", Scheme(4, 32)))
     return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))
 
 
@@ -22,13 +24,13 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Compress and return the facts of all layers."""
     task = Task(chosen)
     task.output.open(chosen.fingerprint(task.checkpoint, tokens), overwrite=False)
-    needed = chosen.needs_second_moment
+    needed = chosen.needs_hessian
     calibrator = Calibrator(
         chosen, dict(enumerate(tokens.tensor_split(min(chosen.shards, len(tokens))))) if needed else {}
     )
     rows = []
     with torch.no_grad():
-        for block in sorted(set(range(len(task.plan))) - set(task.output.finished)):
+        for block in sorted(set(range(len(task.layer_groups))) - set(task.output.finished)):
             groups = task.output.unfinished(block)
             keys = [group.key for group in groups]
             collected = [calibrator.collect(block, keys)] if needed else []

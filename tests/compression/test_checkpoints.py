@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hasten.accel.compression.calibration import slabs as pieces
+from hasten.accel.compression.calibration import slabs
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
@@ -146,10 +146,10 @@ def test_calibration_makes_the_embedded_model_better_than_rounding(tmp_path):
 def test_layers_solved_in_slabs_of_rows_come_out_as_in_one_piece(tmp_path, monkeypatch):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
     whole = local.compress(local.settings(source, tmp_path / "whole"), tiny.tokens(4))
-    monkeypatch.setattr(pieces, "_SLAB", 64 * 24)  # cuts through layers, and packs the end of one with the next
-    slabs = local.compress(local.settings(source, tmp_path / "slabs"), tiny.tokens(4))
-    assert [row["layer"] for row in slabs] == [row["layer"] for row in whole]
-    for one, other in zip(slabs, whole, strict=True):
+    monkeypatch.setattr(slabs, "_SLAB", 64 * 24)  # cuts through layers, and packs the end of one with the next
+    cut = local.compress(local.settings(source, tmp_path / "slabs"), tiny.tokens(4))
+    assert [row["layer"] for row in cut] == [row["layer"] for row in whole]
+    for one, other in zip(cut, whole, strict=True):
         assert one["stored_bits"] == other["stored_bits"]
         # Matrix products of other shapes round the last bit another way, which can move single codes.
         assert one["error"] == pytest.approx(other["error"], rel=0.02)

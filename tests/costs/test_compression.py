@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.settings import Task
-from hasten.accel.compression.calibration.statistics import SecondMoment, Tree, split
-from hasten.accel.compression.levels.level import make_levels
+from hasten.accel.compression.calibration.statistics import Hessian, Tree, split
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.costs.compression import Pass, estimate, nodes
 from hasten.accel.costs.estimate import Rates
 from hasten.accel.costs.files import checkpoint_files, database_files
-from hasten.accel.costs.solving import moment_bytes
+from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.actors.calibrator import Calibrator
@@ -23,12 +24,11 @@ from tests.costs.rates import RATES
 from tests.models import tiny
 
 
-def planned(model, scheme=None, **changes):
+def planned(model, level=None, **changes):
     """The pass that tests.compression.local runs: 8 sequences of 16 tokens."""
-    scheme = scheme or Scheme(4, 32)
-    plan = make_plan(model.architecture, scheme, (), 0, 0)
+    plan = make_layer_groups(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
     values = {"sequences": 8, "length": 16, "batch": 2, "workers": 1, "methods": [GPTQ()]}
-    return Pass(model=model, plan=plan, scheme=scheme, **(values | changes))
+    return Pass(model=model, plan=plan, **(values | changes))
 
 
 def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
@@ -49,9 +49,9 @@ def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
     ("columns", "elements"), [(64, 64 * 64), (200, 128 * 128 + 72 * 200), (600, 256 * (256 + 512) + 88 * 600)]
 )
 def test_sums_take_their_panels_up_to_the_diagonal(columns, elements):
-    moment = SecondMoment(columns)
+    moment = Hessian(columns)
     moment.add(torch.ones(1, columns))
-    assert moment_bytes(columns) == 4 * elements == moment.array().nbytes
+    assert hessian_bytes(columns) == 4 * elements == moment.array().nbytes
 
 
 @pytest.mark.parametrize(("chunks", "workers"), [(8, 1), (8, 2), (8, 3), (8, 8), (7, 2), (13, 5)])
@@ -60,7 +60,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
     for part in split(chunks, workers):
         tree = Tree()
         for chunk in part:
-            total = SecondMoment(1)
+            total = Hessian(1)
             total.add(torch.ones(1, 1))
             tree.add(chunk, 1, total)
         sent += len(tree.nodes)
@@ -71,7 +71,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
 def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
     chosen = settings(folder, tmp_path / "out")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
-    sent, keys = 0, [group.key for group in Task(chosen).plan[0]]
+    sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
     for part in split(8, workers):
         calibrator = Calibrator(chosen, {number: chunks[number] for number in part})
         sent += sum(sums.nbytes for found in calibrator.collect(0, keys).values() for *_, sums in found)
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(
     (folder / "README.md").write_text("is not copied")
     compress(settings(folder, tmp_path / "out", scheme=scheme), tiny.tokens(8, 16))
     architecture = Architecture(Checkpoint(folder))
-    found = checkpoint_files(architecture, make_plan(architecture, scheme, (), 0, 0))
+    found = checkpoint_files(architecture, make_layer_groups(architecture, GridLevel(scheme), (), 0, 0))
     shards = list((tmp_path / "out").glob("*.safetensors"))
     tensors = found["blocks"] + found["embedding and head"]
     assert tensors == sum(file.stat().st_size for file in shards)
@@ -100,11 +100,9 @@ def test_a_checkpoint_is_planned_within_two_percent_and_its_tensors_to_the_byte(
 
 def test_a_level_database_is_planned_within_two_percent(folder, model, tmp_path):
     levels = make_levels([2, 4], [32], True, [0.5])
-    chosen = settings(
-        folder, tmp_path / "out", levels=levels, pruner=Magnitude(), reference=levels[0], scheme=levels[0]
-    )
+    chosen = settings(folder, tmp_path / "out", levels=levels, pruner=Magnitude(), level=levels[0])
     compress(chosen, tiny.tokens(8, 16))
-    found = database_files(model.architecture, make_plan(model.architecture, levels[0], (), 0, 0), levels)
+    found = database_files(model.architecture, make_layer_groups(model.architecture, levels[0], (), 0, 0), levels)
     written = sum(file.stat().st_size for file in (tmp_path / "out" / "layers").iterdir())
     assert found["levels"] == pytest.approx(written, rel=0.02)
 
@@ -117,7 +115,7 @@ def test_memory_is_added_up_by_parts(model):
     assert collect["hidden states"] == 8 * 16 * 64 * 4
     assert collect["weights of a block"] == 4 * 36_992
     # Inputs of 64 columns three times, and of 128 once; of 8 chunks four sizes wait for their siblings.
-    sums = 3 * moment_bytes(64) + moment_bytes(128)
+    sums = 3 * hessian_bytes(64) + hessian_bytes(128)
     assert collect["sums of second moments"] == 4 * sums
     assert calibrator.peak_bytes == max(sum(parts.values()) for parts in calibrator.host.values())
 
@@ -157,12 +155,12 @@ def test_on_a_gpu_states_and_factor_lie_on_the_device_and_sums_on_both(model):
     calibrator = estimate(planned(model, gpus=1, gpu_memory=80 * 10**9), RATES).processes[0]
     assert calibrator.device["collect"]["hidden states"] == 8 * 16 * 64 * 4
     assert "hidden states" not in calibrator.host["collect"]
-    assert calibrator.device["solve"]["factor"] == 4 * 128 * 128 + 2 * moment_bytes(128)
+    assert calibrator.device["solve"]["factor"] == 4 * 128 * 128 + 2 * hessian_bytes(128)
     assert "sums of second moments" in calibrator.host["collect"]
 
 
 def test_a_method_without_statistics_has_no_sums(model):
-    found = estimate(planned(model, methods=[Magnitude()], sequences=0), RATES)
+    found = estimate(planned(model, parse_level("s50"), methods=[Magnitude()], sequences=0), RATES)
     assert set(found.moved) == {"packed layers"}
     assert "collect" not in found.processes[0].host
     assert not {"forward", "sums"} & {step.name for step in found.steps}

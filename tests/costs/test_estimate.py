@@ -2,12 +2,12 @@
 
 import pytest
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.costs.estimate import Estimate, Process, Step, Work
-from hasten.accel.costs.solving import factor_work, solve_work
+from hasten.accel.costs.solving import stack_of
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from tests.costs.rates import RATES
@@ -36,19 +36,20 @@ def test_a_step_takes_longer_where_processors_are_shared():
     assert Estimate((), (step, step)).seconds(0.5, 4) == 14
 
 
-def test_methods_cost_by_what_they_have_in_common(tmp_path):
+def test_methods_cost_by_their_hyperparameters(tmp_path):
     folder = tiny.save(tmp_path / "model", "llama")
     (level,) = make_levels([4], [32], True)
-    group = make_plan(Architecture(Checkpoint(folder)), level, (), 0, 0)[0][0]
+    group = make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0][0]
     weights, columns = (64 + 2 * 32) * 64, 64
-    nearest = solve_work(group, RoundToNearest(), level)
-    assert nearest.exact_flops == 0
-    assert factor_work(group, [RoundToNearest()]) == Work()
+    layers = stack_of(group)
+    nearest = RoundToNearest().cost(layers, level)
+    assert nearest.solve.exact_flops == 0
+    assert nearest.prepare == Work()
     # One solve: what finished columns leave to others, and the outputs themselves.
-    assert solve_work(group, GPTQ(refits=0), level).exact_flops == 2 * weights * columns
+    assert GPTQ(refits=0).cost(layers, level).solve.exact_flops == 2 * weights * columns
     # Two solves and two fits.
-    assert solve_work(group, GPTQ(refits=2), level).exact_flops == (3 + 4) * weights * columns
-    searched = [solve_work(group, RoundToNearest(search=tried), level).elements for tried in (0, 10, 20)]
+    assert GPTQ(refits=2).cost(layers, level).solve.exact_flops == (3 + 4) * weights * columns
+    searched = [RoundToNearest(search=tried).cost(layers, level).solve.elements for tried in (0, 10, 20)]
     assert searched[2] - searched[1] == searched[1] - searched[0] > 0
 
 
@@ -56,9 +57,11 @@ def test_a_gpu_solves_larger_pieces_in_fewer_launches(tmp_path):
     folder = tiny.save(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=8192)
     (level,) = make_levels([4], [32], True)
     group = next(
-        group for group in make_plan(Architecture(Checkpoint(folder)), level, (), 0, 0)[0] if group.columns == 8192
+        group
+        for group in make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0]
+        if group.columns == 8192
     )
-    here, there = (solve_work(group, GPTQ(), level, memory) for memory in (0, 80 * 10**9))
+    here, there = (GPTQ().cost(stack_of(group, memory), level).solve for memory in (0, 80 * 10**9))
     assert there.launches < 0.6 * here.launches, "8 million weights are two slabs of a processor and one of a GPU"
     assert there.exact_flops == here.exact_flops
     assert there.elements == here.elements

@@ -1,10 +1,13 @@
 """Decoding, evaluation, search and trainings: sizes that the real objects have, and what follows from options."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.compression.search.evopress import EvoPress
+from hasten.accel.compression.search.random_search import RandomSearch
 from hasten.accel.costs import decoding, evaluation, search
 from hasten.accel.costs.training import Training, pretrain
 from hasten.accel.decoding.targets.loading import load_target
@@ -47,6 +50,16 @@ def test_what_a_search_remembers_is_what_it_looks_at(model):
     assert predictions(Exact(), EvoPress()) == 64 * 16 * 100
     assert predictions(Exact()) == 8 * 16 * 100
     assert predictions(Exact(), measured=0) == 0
+
+
+def test_a_searcher_says_itself_how_many_tokens_it_measures(model):
+    def seconds(searcher):
+        asked = search.Search(model, 64, 16, 8, 5, 0, (searcher,), 1, original_bytes=100)
+        return search.estimate(asked, RATES).steps[0].seconds
+
+    assert seconds(EvoPress(generations=60)) > seconds(EvoPress(generations=30))
+    random = RandomSearch(rounds=1, candidates=100, tokens=1024)
+    assert seconds(random) == seconds(replace(random, rounds=100, candidates=1)) > seconds(replace(random, tokens=512))
 
 
 def test_a_bound_on_memory_cuts_caches_and_logits(model):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
-from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
@@ -39,6 +39,7 @@ from tests.compression import local
 from tests.faults import two_nodes
 from tests.models import tiny
 
+pytestmark = pytest.mark.faults
 TOKENS = tiny.tokens(9)
 SAMPLE = Sample(tuple((number, 24) for number in range(6)))
 REQUESTS = [Request(f"prompt {number}", row, 12 + number) for number, row in enumerate(tiny.tokens(12, 8).tolist())]

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.search.evopress import Genome, Sample
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.engine import Request
 from hasten.accel.evaluation.divergence import Sums
 from hasten.accel.evaluation.perplexity import Windows

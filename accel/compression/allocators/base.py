@@ -113,12 +113,12 @@ def _names(units: Sequence[Unit], place: int) -> str:
 
 
 class Allocator(ABC):
-    """A way to spread a budget of bits over units; never spends more.
+    """A way to compute from the units alone how a budget of bits is spread over them; never spends more.
 
-    needs_evaluation: it measures candidates itself. needs_errors: it reads the errors of the units.
+    What has to measure candidates on the model for that is a Searcher (search/base.py). Both are members of
+    conf/allocator. needs_errors: it reads the errors of the units.
     """
 
-    needs_evaluation: ClassVar[bool] = False
     needs_errors: ClassVar[bool] = True
 
     def allocate(self, units: Sequence[Unit], budget: int) -> dict[str, str]:

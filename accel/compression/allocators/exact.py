@@ -10,13 +10,16 @@ integers throughout, and of two solutions of the same error the one of fewer bit
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, error, size
 from hasten.accel.errors import UserError
+
+_Ints: TypeAlias = NDArray[np.int64]
+_Floats: TypeAlias = NDArray[np.float64]
 
 # Room for rounding where a state is left out because its bound is worse than a solution that is known.
 _ROUNDING = 1e-13
@@ -68,7 +71,7 @@ class _Problem:
         for index, outer in enumerate(self.outer.tolist()):
             self.inner.setdefault(outer, []).append(index)
 
-    def costs(self, price: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    def costs(self, price: float) -> tuple[_Floats, _Floats]:
         """Least error plus price times bits below every choice, what lies in the unit included, and of every unit."""
         costs = self.errors + price * self.bits
         for depth in range(self.depth.max(initial=0), 0, -1):
@@ -79,7 +82,7 @@ class _Problem:
             costs = costs + inside[self.owner] * self.holds
         return costs, np.minimum.reduceat(costs, self.starts)
 
-    def cheapest(self, price: float) -> tuple[NDArray[Any], int]:
+    def cheapest(self, price: float) -> tuple[_Ints, int]:
         """Choice of every unit, as a place in the arrays, that costs least at this price, and the bits of all."""
         costs, least = self.costs(price)
         places = np.where(costs == least[self.owner], np.arange(len(costs)), len(costs))
@@ -87,7 +90,7 @@ class _Problem:
         alive = self.alive(chosen)
         return np.where(alive, chosen, self.starts), int(self.bits[chosen[alive]].sum())
 
-    def alive(self, chosen: NDArray[Any]) -> NDArray[Any]:
+    def alive(self, chosen: _Ints) -> NDArray[np.bool_]:
         """Whether each unit is outside all dropped parts."""
         alive = np.ones(len(self.units), dtype=bool)
         for depth in range(1, self.depth.max(initial=0) + 1):
@@ -139,11 +142,11 @@ class _States:
     `more`; those of a single unit, of its choice first[s] and state second[s] of what lies in it, if any.
     """
 
-    bits: NDArray[Any]
-    errors: NDArray[Any]
+    bits: _Ints
+    errors: _Floats
     bound: float
-    first: NDArray[Any]
-    second: NDArray[Any]
+    first: _Ints
+    second: _Ints
     rest: "_States | None" = None
     more: "_States | None" = None
     unit: int | None = None
@@ -208,19 +211,19 @@ class _Search:
         sources = np.concatenate(first)[kept], np.concatenate(second)[kept]
         return _States(joined[0][kept], joined[1][kept], self.least[unit], *sources, more=inside, unit=unit)
 
-    def _join(self, rest: _States, more: _States, most: int) -> _States:
-        """States of both, of at most so many bits."""
+    def _join(self, rest: _States, more: _States, max_bits: int) -> _States:
+        """States of both, of max_bits or fewer."""
         width = len(more.bits)
         if len(rest.bits) * width > 8 * self.max_states:
             self._refuse()
         bits, errors = np.add.outer(rest.bits, more.bits).ravel(), np.add.outer(rest.errors, more.errors).ravel()
         bound = rest.bound + more.bound
-        kept = self._prune(bits, errors, bound, most)
+        kept = self._prune(bits, errors, bound, max_bits)
         return _States(bits[kept], errors[kept], bound, kept // width, kept % width, rest, more)
 
-    def _prune(self, bits: NDArray[Any], errors: NDArray[Any], bound: float, most: int) -> NDArray[Any]:
+    def _prune(self, bits: _Ints, errors: _Floats, bound: float, max_bits: int) -> _Ints:
         """Places of the states that may be part of the optimum, by rising bits and strictly falling error."""
-        kept = np.flatnonzero((errors + self.price * bits - bound <= self.gap) & (bits <= most))
+        kept = np.flatnonzero((errors + self.price * bits - bound <= self.gap) & (bits <= max_bits))
         kept = kept[np.lexsort((errors[kept], bits[kept]))]
         best = np.minimum.accumulate(errors[kept])
         kept = kept[np.append(True, errors[kept][1:] < best[:-1])] if len(kept) else kept

@@ -21,11 +21,11 @@ class Uniform(Allocator):
         """Index of the choice of every unit; UserError where no common level fits."""
         fixed = [_part(unit) for unit in units]
         levels = _common_levels([unit for unit, kept in zip(units, fixed, strict=True) if kept is None])
-        found = [
+        candidates = [
             [unit.index(level) if kept is None else kept for unit, kept in zip(units, fixed, strict=True)]
             for level in levels
         ]
-        sizes = [size(units, chosen) for chosen in found]
+        sizes = [size(units, chosen) for chosen in candidates]
         fitting = [place for place, bits in enumerate(sizes) if bits <= budget]
         if not fitting:
             weights, least = sum(unit.weights for unit in units), min(sizes)
@@ -33,7 +33,7 @@ class Uniform(Allocator):
                 f"budget={budget / weights:g} is below {levels[sizes.index(least)]}, the lowest level that all layers "
                 f"have: it takes {least / weights:.5g} bits per weight"
             )
-        return found[max(fitting, key=lambda place: sizes[place])]
+        return candidates[max(fitting, key=lambda place: sizes[place])]
 
 
 def _part(unit: Unit) -> int | None:

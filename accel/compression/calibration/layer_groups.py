@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
@@ -13,12 +14,12 @@ from hasten.accel.models.architecture import Architecture, Layer
 class Group:
     """Layers of one block that share an input and are solved together.
 
-    layers: facts in the order in which their rows are stacked. scheme: the grid of all of them.
+    layers: facts in the order in which their rows are stacked. level: what all of them are stored as.
     """
 
     block: int
     layers: tuple[Layer, ...]
-    scheme: Scheme
+    level: Level
 
     @property
     def key(self) -> str:
@@ -41,13 +42,13 @@ class Group:
         return self.columns**3 / 3 + sum(layer.rows for layer in self.layers) * self.columns**2
 
 
-def make_plan(
-    architecture: Architecture, scheme: Scheme, ignore: Iterable[str], skip_first: int, skip_last: int
+def make_layer_groups(
+    architecture: Architecture, level: Level, ignore: Iterable[str], skip_first: int, skip_last: int
 ) -> list[list[Group]]:
     """Groups of every block.
 
     ignore: regular expressions searched in layer names; what matches stays as it is. skip_first, skip_last: blocks left
-    alone at either end. Experts get a symmetric grid: transformers cannot read zero points of fused experts.
+    alone at either end. Experts get the level as it is for experts.
     """
     for name, value in (("skip_first", skip_first), ("skip_last", skip_last)):
         if not 0 <= value <= architecture.num_blocks:
@@ -56,16 +57,14 @@ def make_plan(
     used: set[str] = set()
     blocks: list[list[Group]] = []
     for block in range(architecture.num_blocks):
-        shared: dict[tuple[str, Scheme], list[Layer]] = {}
+        shared: dict[tuple[str, Level], list[Layer]] = {}
         if skip_first <= block < architecture.num_blocks - skip_last:
             for layer in architecture.linears(block):
                 hits = [text for text, pattern in patterns if pattern.search(layer.name)]
                 used.update(hits)
                 if hits:
                     continue
-                own = scheme
-                if layer.expert is not None and not scheme.symmetric:
-                    own = Scheme(scheme.bits, scheme.group_size, symmetric=True)
+                own = level if layer.expert is None else level.of_expert()
                 own.check(layer.name, layer.columns)
                 shared.setdefault((layer.group, own), []).append(layer)
         blocks.append([Group(block, tuple(layers), own) for (_, own), layers in shared.items()])
@@ -89,6 +88,12 @@ def _example(architecture: Architecture) -> str:
     return architecture.linears(0)[0].name
 
 
-def schemes(plan: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
-    """Scheme of every quantized layer, by its name, in the order of the model."""
-    return {layer.name: group.scheme for block in plan for group in block for layer in group.layers}
+def schemes(layer_groups: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
+    """Scheme of every layer that loaders read as codes on a grid, by its name, in the order of the model."""
+    return {
+        layer.name: group.level.loader_scheme
+        for block in layer_groups
+        for group in block
+        for layer in group.layers
+        if group.level.loader_scheme is not None
+    }

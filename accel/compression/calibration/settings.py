@@ -1,22 +1,22 @@
 """Everything that decides the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
 
-import hashlib
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.layer_groups import Group, make_plan, schemes
+from hasten.accel.compression.calibration import shard, solve
+from hasten.accel.compression.calibration.layer_groups import Group, make_layer_groups, schemes
 from hasten.accel.compression.formats.base import Format
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.levels.level import Level, level_name, names
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
-from hasten.accel.compression.pruners.base import Pruner, Sparsity
-from hasten.accel.compression.quantizers.base import Quantizer, Scheme
-from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnQuantizer
+from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.pruners.base import Pruner
+from hasten.accel.compression.quantizers.base import Quantizer
+from hasten.accel.compression.quantizers.columns import ColumnQuantizer
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -29,23 +29,22 @@ PROPAGATE = ("quantized", "original")
 class Settings:
     """A compression as plain values, which travel to every worker.
 
-    levels: where they are not None, output becomes a database of all layers at all of them, the sparse ones by pruner,
-    those whose bits differ by column by column_quantizer, and reference is the one whose outputs are propagated, scheme
-    where it is None. ignore, skip_first, skip_last: see plan.make_plan. propagate: whose outputs the next block is
-    calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a block at once. shards:
-    chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens: experts that saw fewer
-    are rounded to nearest, or pruned by magnitude.
+    level: of every layer. levels: where they are not None, output becomes a database of all layers at all of them, and
+    level is the one whose outputs are propagated. Levels are made by that of quantizer, column_quantizer and pruner
+    which is of their family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate: whose
+    outputs the next block is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a
+    block at once. shards: chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens:
+    experts that saw fewer are compressed without statistics.
     """
 
     checkpoint: Path
     output: Path
     quantizer: Quantizer
-    scheme: Scheme
+    level: Level
     format: Format
     levels: tuple[Level, ...] | None = None
     pruner: Pruner | None = None
     column_quantizer: ColumnQuantizer | None = None
-    reference: Level | None = None
     ignore: tuple[str, ...] = ()
     skip_first: int = 0
     skip_last: int = 0
@@ -60,36 +59,37 @@ class Settings:
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
             raise UserError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
-        if self.levels and self.propagate == "quantized" and self.propagated not in self.levels:
-            known = ", ".join(names(self.levels))
-            raise UserError(f"reference={level_name(self.propagated)} is none of the levels {known}")
-        for level in self.levels or ():
-            if isinstance(level, ColumnBits) and self.column_quantizer:
-                self.column_quantizer.check(level)
+        if self.levels and self.propagate == "quantized" and self.level not in self.levels:
+            known = ", ".join(level.name for level in self.levels)
+            raise UserError(f"reference={self.level.name} is none of the levels {known}")
+        for level in self.made:
+            level.check_method(level.method_of(self._given))
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
 
     @property
-    def propagated(self) -> Level:
-        """The level whose outputs the next block is calibrated on."""
-        return self.reference or self.scheme
+    def made(self) -> tuple[Level, ...]:
+        """The levels that layers are compressed to."""
+        return (self.level,) if self.levels is None else self.levels
 
     @property
-    def needs_second_moment(self) -> bool:
+    def needs_hessian(self) -> bool:
         """Whether a method asks for statistics of the layers' inputs."""
-        return any(method.needs_second_moment for method in self.methods)
+        return any(method.needs_hessian for method in self.methods)
 
     @property
-    def methods(self) -> list[Quantizer | ColumnQuantizer | Pruner]:
-        """What layers are compressed by."""
-        if self.levels is None:
-            return [self.quantizer]
-        by_level = {Scheme: self.quantizer, ColumnBits: self.column_quantizer, Sparsity: self.pruner}
-        needed = {type(level) for level in self.levels}
-        return [method for kind, method in by_level.items() if kind in needed and method]
+    def methods(self) -> list[Method]:
+        """What layers are compressed by: of the given methods those that a level needs, then defaults of kinds."""
+        needed = [level.method_of(self._given) for level in self.made]
+        ordered = [*(method for method in self._given if method in needed), *needed]
+        return list(dict.fromkeys(ordered))
 
-    def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
+    @property
+    def _given(self) -> list[Method]:
+        return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
+
+    def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, object]:
         """What must be equal for a run to go on where another stopped, as plain values."""
         return {
             "checkpoint": checkpoint.fingerprint(),
@@ -97,9 +97,9 @@ class Settings:
             "quantizer": repr(self.quantizer),
             "column_quantizer": repr(self.column_quantizer) if self.column_quantizer in self.methods else None,
             "pruner": repr(self.pruner) if self.pruner in self.methods else None,
-            **asdict(self.scheme),
-            "levels": None if self.levels is None else names(self.levels),
-            "reference": level_name(self.propagated),
+            **self.level.options(),
+            "levels": None if self.levels is None else [level.name for level in self.levels],
+            "reference": self.level.name,
             "format": type(self.format).__name__,
             "ignore": list(self.ignore),
             "skip_first": self.skip_first,
@@ -112,12 +112,16 @@ class Settings:
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
             "torch": torch.__version__,
-            "code": code_version(),
+            "code": self.code(),
         }
+
+    def code(self) -> dict[str, str]:
+        """Digests of the modules that the bytes depend on: of the calibration pass and of the methods that it runs."""
+        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level)
 
 
 class Task:
-    """The opened checkpoint of some settings, its plan and its output folder; every process makes its own."""
+    """The opened checkpoint of some settings, its layer groups and its output folder; every process makes its own."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -125,22 +129,21 @@ class Task:
         if self.checkpoint.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
-        self.plan: list[list[Group]] = make_plan(
-            self.architecture, settings.scheme, settings.ignore, settings.skip_first, settings.skip_last
+        self.layer_groups: list[list[Group]] = make_layer_groups(
+            self.architecture, settings.level, settings.ignore, settings.skip_first, settings.skip_last
         )
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
-            for groups in self.plan:
+            for groups in self.layer_groups:
                 for group in groups:
                     for level in settings.levels:
-                        if isinstance(level, Scheme):
-                            level.check(group.key, group.columns)
+                        level.check(group.key, group.columns)
             self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.plan, settings.levels, settings.propagated, settings.format
+                settings.output, self.checkpoint, self.layer_groups, settings.levels, settings.level
             )
         else:
             self._check_experts()
-            self.output = OutputFolder(settings.output, self.architecture, self.plan, settings.format)
+            self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for those of all blocks."""
@@ -150,20 +153,10 @@ class Task:
             for layer in self.architecture.linears(block)
             if layer.expert is not None
         }
-        plain = experts - schemes(self.plan).keys()
-        if plain:
+        loaded = schemes(self.layer_groups)
+        plain = experts - loaded.keys()
+        if loaded and plain:
             raise UserError(
                 f"ignore, skip_first or skip_last leave {len(plain)} of {len(experts)} expert layers plain, first "
                 f"{min(plain)}: transformers loads experts only if those of all blocks are quantized"
             )
-
-
-@cache
-def code_version() -> str:
-    """Hash of the sources that the bytes depend on: any change of an algorithm is a change of version."""
-    root = Path(__file__).resolve().parents[3]
-    digest = hashlib.sha256()
-    for folder in ("accel/compression", "accel/models", "kernels"):
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()

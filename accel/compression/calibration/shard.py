@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
+from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
 
 
@@ -38,8 +38,8 @@ class Shard:
         # Which expert comes last depends on the tokens; of all other layers the last one reads the last statistics.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         for number, parts in self._hidden.items():
-            moments: dict[str, SecondMoment] = {}
-            hooks = [self._watch(block, group, moments, stop=group.key == last) for group in groups]
+            hessians: dict[str, Hessian] = {}
+            hooks = [self._watch(block, group, hessians, stop=group.key == last) for group in groups]
             try:
                 for index, part in enumerate(parts):
                     with suppress(_SeenAll):
@@ -49,8 +49,8 @@ class Shard:
             finally:
                 for hook in hooks:
                     hook.remove()
-            for key, moment in moments.items():
-                trees.setdefault(key, Tree()).add(number, 1, moment)
+            for key, hessian in hessians.items():
+                trees.setdefault(key, Tree()).add(number, 1, hessian)
         if advance:
             self.position += 1
         return trees
@@ -64,7 +64,7 @@ class Shard:
 
     @staticmethod
     def _watch(
-        block: nn.Module, group: Group, moments: dict[str, SecondMoment], stop: bool
+        block: nn.Module, group: Group, hessians: dict[str, Hessian], stop: bool
     ) -> torch.utils.hooks.RemovableHandle:
         # Layers of a group share their input: the first one's is all of theirs.
         layer = group.layers[0]
@@ -72,7 +72,7 @@ class Shard:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].reshape(-1, layer.columns)
             if len(rows):
-                moments.setdefault(group.key, SecondMoment(layer.columns)).add(rows)
+                hessians.setdefault(group.key, Hessian(layer.columns)).add(rows)
             if stop:
                 raise _SeenAll
 

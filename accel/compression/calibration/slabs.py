@@ -1,5 +1,7 @@
 """How many weights are worked on at once: few on a processor, with its caches; many on a GPU, with its launches."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,25 @@ def slab_of(device: str) -> int:
 def rows_at_once(weight: Tensor, columns: int) -> int:
     """Rows of so many columns that a grid is searched for at once, where a tensor lies."""
     return max(1, searched_weights(weight.is_cuda) // columns)
+
+
+def row_slabs(layers: Sequence[tuple[str, int, int]], weights: int) -> Iterator[list[tuple[str, slice]]]:
+    """Rows of layers (name, R, C), all of as many columns, in slabs of about so many weights.
+
+    Small layers come together, large ones in pieces: a solve needs several times the memory of its weights in float32.
+    """
+    most = max(1, weights // layers[0][2])
+    slab: list[tuple[str, slice]] = []
+    room = most
+    for name, rows, _ in layers:
+        start = 0
+        while start < rows:
+            stop = min(rows, start + room)
+            slab.append((name, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield slab
+                slab, room = [], most
+    if slab:
+        yield slab

@@ -1,4 +1,4 @@
-"""Second moments of layer inputs, summed so that the result does not depend on who summed what.
+"""Hessians of layer inputs, summed so that the result does not depend on who summed what.
 
 Floating-point addition is not associative. The calibration sequences are therefore cut into chunks once, each chunk's
 sum is made by one process in one order, and sums are added along one binary tree over the chunks: any split of the
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 
-class SecondMoment:
-    """Sum of x xᵀ over tokens, of which only panels of rows, up to the diagonal, are kept.
+class Hessian:
+    """H = E[x xᵀ], the Hessian of a layer's squared output error but for a factor of 2.
+
+    Held as the sum of x xᵀ over tokens, of which only panels of rows, up to the diagonal, are kept.
 
     columns: C. tokens: how many were added.
     """
@@ -29,7 +31,7 @@ class SecondMoment:
         self._sums: Tensor | None = None
         self._is_borrowed = False
         # Sums out of an object store cannot be written to: they are added panel by panel, whenever one is read.
-        self._terms: tuple[SecondMoment, SecondMoment] | None = None
+        self._terms: tuple[Hessian, Hessian] | None = None
 
     def add(self, inputs: Tensor) -> None:
         """Add the rows of inputs (N, C)."""
@@ -42,12 +44,12 @@ class SecondMoment:
                 panel.addmm_(inputs[:, start:stop].T, inputs[:, :stop])
         self.tokens += len(inputs)
 
-    def merge(self, other: "SecondMoment") -> None:
+    def merge(self, other: "Hessian") -> None:
         """Add another sum to this one."""
         if self._sums is not None and other._sums is not None and not self._is_borrowed:
             self._sums += other._sums
         else:
-            left = SecondMoment(self.columns)
+            left = Hessian(self.columns)
             left._sums, left._is_borrowed, left._terms = self._sums, self._is_borrowed, self._terms
             self._sums, self._terms = None, (left, other)
         self.tokens += other.tokens
@@ -78,11 +80,11 @@ class SecondMoment:
             full[columns[:, None], rows[None, :]] = panel.T
         return full.div_(self.tokens)
 
-    def to(self, device: torch.device | str) -> "SecondMoment":
+    def to(self, device: torch.device | str) -> "Hessian":
         """The sum on a device; itself where it is there already."""
         if all(panel.device == torch.device(device) for panel in self.panels()):
             return self
-        moved = SecondMoment(self.columns)
+        moved = Hessian(self.columns)
         moved._sums = torch.cat([panel.to(device).flatten() for panel in self.panels()])
         moved.tokens = self.tokens
         return moved
@@ -94,15 +96,15 @@ class SecondMoment:
         return self._sums.cpu().numpy()
 
     @classmethod
-    def from_array(cls, columns: int, array: np.ndarray, tokens: int) -> "SecondMoment":
+    def from_array(cls, columns: int, array: np.ndarray, tokens: int) -> "Hessian":
         """The sum that array() described, sharing its memory, which is never written to."""
-        moment = cls(columns)
+        hessian = cls(columns)
         with warnings.catch_warnings():
             # torch warns of arrays that are read-only; nothing here writes to a borrowed sum.
             warnings.simplefilter("ignore")
-            moment._sums = torch.from_numpy(array)
-        moment._is_borrowed, moment.tokens = True, tokens
-        return moment
+            hessian._sums = torch.from_numpy(array)
+        hessian._is_borrowed, hessian.tokens = True, tokens
+        return hessian
 
 
 def panel_bounds(columns: int) -> list[tuple[int, int]]:
@@ -138,9 +140,9 @@ class Tree:
     """
 
     def __init__(self) -> None:
-        self.nodes: dict[tuple[int, int], SecondMoment] = {}
+        self.nodes: dict[tuple[int, int], Hessian] = {}
 
-    def add(self, start: int, size: int, total: SecondMoment) -> None:
+    def add(self, start: int, size: int, total: Hessian) -> None:
         """Add a node and merge as far as siblings are there."""
         while True:
             left = start - start % (2 * size)
@@ -155,7 +157,7 @@ class Tree:
                 total = sibling
             start, size = left, 2 * size
 
-    def total(self) -> SecondMoment:
+    def total(self) -> Hessian:
         """Sum of all nodes; without a full tree the remaining ones are added by their start."""
         ordered = [self.nodes[key] for key in sorted(self.nodes)]
         first = ordered[0]

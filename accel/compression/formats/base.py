@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ class Format(ABC):
         """Weight (R, C) that a loader makes of the stored tensors, in the dtype of the scale."""
 
     @abstractmethod
-    def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, Any]:
+    def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, object]:
         """`quantization_config` for config.json.
 
         schemes: of every quantized layer, by name. untouched: linear layers that were left alone. experts: whether some

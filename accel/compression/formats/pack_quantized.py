@@ -1,14 +1,17 @@
 """compressed-tensors `pack-quantized`: integer codes packed into int32 words, as transformers and vLLM read them.
 
-Source: github.com/vllm-project/compressed-tensors; its own functions pack and unpack.
+Source: github.com/vllm-project/compressed-tensors; its own functions pack and unpack. They
+are imported inside functions: the machines of the GPU checks do not have the library, and write no checkpoint.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from hasten.accel.compression.formats.base import Format
@@ -23,8 +26,6 @@ class PackQuantized(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """`weight_packed`, `weight_scale`, `weight_shape` and, on asymmetric grids, `weight_zero_point`."""
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
         bits = weight.scheme.bits
         stored = {
             # In pieces: the packing needs several times the memory of its codes.
@@ -40,14 +41,11 @@ class PackQuantized(Format):
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """Weight (R, C) by the library's own decompression, in the dtype of the scale."""
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationScheme
-
         compressor = BaseCompressor.get_value_from_registry("pack-quantized")
         described = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": _arguments(scheme)})
         return compressor.decompress(dict(stored), described)["weight"]
 
-    def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, Any]:
+    def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, object]:
         """One config group for each distinct scheme, and `dequantize` where transformers can only load plain weights.
 
         That is so for zero points: compressed-tensors 0.20 expects them unpacked in the modules that it prepares. With
@@ -67,7 +65,7 @@ class PackQuantized(Format):
                 "output_activations": None,
                 "format": "pack-quantized",
             }
-        described: dict[str, Any] = {
+        described: dict[str, object] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
@@ -85,7 +83,7 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def _arguments(scheme: Scheme) -> dict[str, Any]:
+def _arguments(scheme: Scheme) -> dict[str, object]:
     return {
         "num_bits": scheme.bits,
         "type": "int",

@@ -4,18 +4,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
 from hasten.accel.compression.allocators.base import DROP
-from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import ZEROS, Depth, Zeros, is_last, make_depth, make_zeros
-from hasten.accel.compression.levels.level import KEEP, Level
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 
@@ -26,9 +28,14 @@ class MixedOutput(OutputFolder):
     """Folder of a mixture. depth: the blocks that are written. zeros: what stands for layers of dropped parts."""
 
     def __init__(
-        self, path: Path, architecture: Architecture, plan: list[list[Group]], depth: Depth, zeros: Sequence[Zeros]
+        self,
+        path: Path,
+        architecture: Architecture,
+        layer_groups: list[list[Group]],
+        depth: Depth,
+        zeros: Sequence[Zeros],
     ) -> None:
-        super().__init__(path, architecture, plan, PackQuantized(), depth.kept)
+        super().__init__(path, architecture, layer_groups, PackQuantized(), depth.kept)
         self.architecture = architecture
         self.depth = depth
         self.zeros = {each.layer.name: each for each in zeros}
@@ -50,25 +57,24 @@ def mixed_output(
     grids = _grids(database, levels)
     experts = _grid_of_experts(architecture, grids, depth)
     zeros = _zeros(architecture, database, depth, experts)
-    schemes = grids | {each.layer.name: each.scheme for each in zeros}
-    plan: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
+    loaded = grids | {each.layer.name: GridLevel(each.scheme) for each in zeros if each.scheme is not None}
+    layer_groups: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
     for block in depth.kept:
-        cut: dict[tuple[str, Scheme], list[Layer]] = {}
+        cut: dict[tuple[str, Level], list[Layer]] = {}
         for layer in architecture.linears(block):
-            scheme = schemes.get(layer.name)
-            if scheme is not None:
-                cut.setdefault((layer.group, scheme), []).append(layer)
-        plan[block] = [Group(block, tuple(layers), scheme) for (_, scheme), layers in cut.items()]
-    if experts is None and any(plan):
+            if layer.name in loaded:
+                cut.setdefault((layer.group, loaded[layer.name]), []).append(layer)
+        layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in cut.items()]
+    if experts is None and any(layer_groups):
         raise UserError(
             "experts got no level of quantization, and other layers did: transformers cannot load such a mixture"
         )
-    if zeros and not all(group.scheme.symmetric for groups in plan for group in groups):
+    if zeros and not all(scheme.symmetric for scheme in schemes(layer_groups).values()):
         raise UserError(
             "attention and MLP parts cannot be dropped next to levels with zero points, which transformers reads only "
             "where all layers have the same bits: use symmetric levels, or drop whole blocks"
         )
-    return MixedOutput(path, architecture, plan, depth, zeros)
+    return MixedOutput(path, architecture, layer_groups, depth, zeros)
 
 
 def write_mixed(
@@ -76,13 +82,13 @@ def write_mixed(
     database: LevelDatabase,
     levels: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Facts]:
     """Write every block that is not there yet and finish; returns the facts of all layers. progress(blocks done).
 
     Facts go by blocks and layers of the original. A layer of a dropped part has the level `drop`.
     """
     found = []
-    for block, groups in enumerate(database.plan):
+    for block, groups in enumerate(database.layer_groups):
         layers = [layer for group in groups for layer in group.layers]
         if block not in output.depth.kept:
             found += [_dropped(block, layer, None) for layer in layers]
@@ -104,7 +110,7 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
         name, level = layer.name, levels.get(layer.name, KEEP)
         if name in output.zeros:
             zeros = output.zeros[name]
-            packed[name] = zeros.parts(output.architecture.checkpoint, output.pack)
+            packed[name] = zeros.parts(output.architecture.checkpoint, output.format.pack)
             facts.append(_dropped(block, layer, zeros))
         elif level != KEEP:
             packed[name] = database.written(name, level)
@@ -112,7 +118,7 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
     output.write_block(block, packed, facts)
 
 
-def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> dict[str, Any]:
+def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:
     """Facts of a layer of a dropped part; zeros is None in a block that is left out."""
     weights = layer.rows * layer.columns
     bits, stored = 0, 0
@@ -132,10 +138,10 @@ def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> dict[str, Any]:
     }
 
 
-def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Scheme | None]:
-    """Scheme of every layer of the database that gets one; ValueError names a level that it does not have."""
-    found: dict[str, Scheme | None] = {}
-    for groups in database.plan:
+def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Level]:
+    """Levels of the layers that loaders read as codes; ValueError names a level that the database does not have."""
+    found: dict[str, Level] = {}
+    for groups in database.layer_groups:
         for group in groups:
             known: dict[str, Level | None] = {KEEP: None, **dict(database.levels_of(group))}
             for layer in group.layers:
@@ -143,15 +149,15 @@ def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Sche
                 if name not in known:
                     raise ValueError(f"level {name} of {layer.name} is none of {', '.join(known)}")
                 level = known[name]
-                # What is pruned, or has bits that differ by column, is stored dense.
-                if isinstance(level, Scheme):
+                # All others are dense in the checkpoint.
+                if level is not None and level.loader_scheme is not None:
                     found[layer.name] = level
     return found
 
 
 def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, experts: Scheme | None) -> list[Zeros]:
     """What stands for layers of dropped parts; those that the database lacks stay where that makes no difference."""
-    known = {layer.name for groups in database.plan for group in groups for layer in group.layers}
+    known = {layer.name for groups in database.layer_groups for group in groups for layer in group.layers}
     found = []
     for block in depth.zeros:
         for layer in architecture.linears(block):
@@ -164,10 +170,10 @@ def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, ex
     return found
 
 
-def _grid_of_experts(architecture: Architecture, grids: Mapping[str, Scheme | None], depth: Depth) -> Scheme | None:
+def _grid_of_experts(architecture: Architecture, grids: Mapping[str, Level], depth: Depth) -> Scheme | None:
     """Scheme of all experts that are not dropped, None where they are plain; UserError where they differ."""
     found = {
-        grids.get(layer.name)
+        grids[layer.name].loader_scheme if layer.name in grids else None
         for block in depth.kept
         for layer in architecture.linears(block)
         if layer.expert is not None and not depth.is_zero(block, layer)

@@ -7,27 +7,23 @@ that have none. Files are read by memory map, so that a search touches only the 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.formats import bitmask, columns
-from hasten.accel.compression.formats.base import Format
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
-from hasten.accel.compression.levels.level import Level, level_name, names, parse_level
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
-from hasten.accel.compression.pruners.base import PrunedWeight, Sparsity
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
-from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnWeight
+from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
 
 _LAYERS = "layers"
 _FACTS = "facts"
-# Of a group in a database that was read, where no level has one: nothing is solved any more.
-_NO_GRID = Scheme(8, -1, symmetric=True)
+# Of groups in a database that was read and has no level: nothing is solved any more.
+_UNUSED = "w8"
 
 
 class LevelDatabase(ResumableFolder):
@@ -44,17 +40,15 @@ class LevelDatabase(ResumableFolder):
         self,
         path: Path,
         checkpoint: Checkpoint,
-        plan: Sequence[Sequence[Group]],
+        layer_groups: Sequence[Sequence[Group]],
         levels: Sequence[Level],
         propagated: Level | None,
-        form: Format,
     ) -> None:
         super().__init__(path, checkpoint.path)
-        self.plan = plan
+        self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
-        self._format = form
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
@@ -67,109 +61,81 @@ class LevelDatabase(ResumableFolder):
         if content["checkpoint"] != checkpoint.fingerprint():
             raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
         levels = [parse_level(name) for name in content["levels"]]
-        grid = next((level for level in levels if isinstance(level, Scheme)), _NO_GRID)
+        level = levels[0] if levels else parse_level(_UNUSED)
         layers = set(content["layers"])
-        plan = []
+        layer_groups = []
         for block in range(architecture.num_blocks):
             shared: dict[str, list[Layer]] = {}
             for layer in architecture.linears(block):
                 if layer.name in layers:
                     shared.setdefault(layer.group, []).append(layer)
-            plan.append([Group(block, tuple(group), grid) for group in shared.values()])
-        return cls(path, checkpoint, plan, levels, None, PackQuantized())
+            layer_groups.append([Group(block, tuple(group), level) for group in shared.values()])
+        return cls(path, checkpoint, layer_groups, levels, None)
 
     @property
     def levels(self) -> list[str]:
         """Names of the levels."""
-        return names(self._levels)
+        return [level.name for level in self._levels]
 
     def levels_of(self, group: Group) -> list[tuple[str, Level]]:
-        """Levels of a group by name; the grids of experts are symmetric whatever the name says."""
-        return [
-            (
-                level_name(level),
-                Scheme(level.bits, level.group_size, level.symmetric or group.is_expert)
-                if isinstance(level, Scheme)
-                else level,
-            )
-            for level in self._levels
-        ]
+        """Levels of a group by name; those of experts may be other than the name says."""
+        return [(level.name, level.of_expert() if group.is_expert else level) for level in self._levels]
 
     def stored_bits(self, group: Group, layer: Layer, level: Level) -> int:
         """Exact size of a layer of a group at one of levels_of(group), known before it is solved."""
         itemsize = self.checkpoint.dtype(f"{layer.name}.weight").itemsize
-        if isinstance(level, Sparsity):
-            return level.bits(layer.rows, layer.columns, itemsize)
         return level.stored_bits(layer.rows, layer.columns, itemsize)
 
     def unfinished(self, block: int) -> list[Group]:
         """Groups of a block of which a layer is missing."""
         return [
-            group for group in self.plan[block] if not all(self._file(layer.name).exists() for layer in group.layers)
+            group
+            for group in self.layer_groups[block]
+            if not all(self._file(layer.name).exists() for layer in group.layers)
         ]
 
     @property
     def finished(self) -> list[int]:
         """Blocks of which nothing is missing."""
-        return [block for block in range(len(self.plan)) if not self.unfinished(block)]
+        return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
 
-    def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Facts]) -> None:
         """Write a layer's tensors and facts, both by level."""
         tensors = {f"{level}.{part}": tensor for level, parts in packed.items() for part, tensor in parts.items()}
         self._file(layer).parent.mkdir(exist_ok=True)
         self.write_tensors(self._file(layer), tensors, {_FACTS: json.dumps(facts)})
 
-    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
-        """What write_layer stores of a weight."""
-        if isinstance(weight, ColumnWeight):
-            return columns.pack(weight)
-        return bitmask.pack(weight) if isinstance(weight, PrunedWeight) else self._format.pack(weight)
-
-    def facts(self, layer: str) -> dict[str, dict[str, Any]]:
+    def facts(self, layer: str) -> dict[str, Facts]:
         """Rows of facts of a layer, by level."""
-        from safetensors import safe_open
-
         if not self._levels:
             return {}
         with safe_open(self._file(layer), framework="pt") as file:
-            found: dict[str, dict[str, Any]] = json.loads(file.metadata()[_FACTS])
+            found: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
         return found
 
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
         """Stored tensors of a layer at a level; only these are read."""
-        from safetensors import safe_open
-
         with safe_open(self._file(layer), framework="pt") as file:
             start = f"{level}."
             return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118 (no mapping)
 
     def weight(self, layer: str, level: str) -> Tensor:
         """Weight (R, C) of a layer at a level as a loader would make it."""
-        parts, chosen = self.parts(layer, level), parse_level(level)
-        if isinstance(chosen, Sparsity):
-            return bitmask.unpack(parts)
-        if isinstance(chosen, ColumnBits):
-            return columns.unpack(parts).dequantize()
-        # Experts are symmetric whatever the level's name says.
-        scheme = Scheme(chosen.bits, chosen.group_size, "weight_zero_point" not in parts)
-        return self._format.unpack(parts, scheme)
+        return parse_level(level).unpack(self.parts(layer, level))
 
     def written(self, layer: str, level: str) -> dict[str, Tensor]:
-        """Tensors of a layer at a level in a checkpoint, by what follows the layer's name.
-
-        Only grids stay packed: no loader reads anything else.
-        """
-        if isinstance(parse_level(level), Scheme):
-            return self.parts(layer, level)
-        return {"weight": self.weight(layer, level)}
+        """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
+        return parse_level(level).checkpoint_tensors(self.parts(layer, level))
 
     def read_block(self, block: int) -> dict[str, Tensor]:
         """Weights of a finished block's layers at the propagated level, by their path in the block."""
         assert self._propagated is not None
-        level = level_name(self._propagated)
-        return {layer.module: self.weight(layer.name, level) for group in self.plan[block] for layer in group.layers}
+        level = self._propagated.name
+        return {
+            layer.module: self.weight(layer.name, level) for group in self.layer_groups[block] for layer in group.layers
+        }
 
-    def write_block(self, block: int, packed: Mapping[str, Any], facts: list[dict[str, Any]]) -> None:
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Nothing is left to write when a block is done: its layers stand."""
         assert not packed
         missing = self.unfinished(block)
@@ -180,7 +146,7 @@ class LevelDatabase(ResumableFolder):
         content = {
             "checkpoint": self.checkpoint.fingerprint(),
             "levels": self.levels,
-            "layers": [layer.name for groups in self.plan for group in groups for layer in group.layers],
+            "layers": [layer.name for groups in self.layer_groups for group in groups for layer in group.layers],
         }
         self.write_json(self.path / self.last_file, content)
 

@@ -72,7 +72,7 @@ def dropped_parts(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[
 
 
 def _layers(database: LevelDatabase) -> Iterator[tuple[Group, Layer]]:
-    for groups in database.plan:
+    for groups in database.layer_groups:
         for group in groups:
             for layer in group.layers:
                 yield group, layer

@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
-from hasten.accel.compression.pruners.base import PrunedWeight
-from hasten.accel.compression.quantizers.base import QuantizedWeight
-from hasten.accel.compression.quantizers.columns import ColumnWeight
+from hasten.accel.compression.result import Facts
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.families import family_of
 
@@ -38,22 +37,22 @@ _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 class OutputFolder(ResumableFolder):
     """A compressed checkpoint in the making.
 
-    plan: layers that are quantized, by block. kept: numbers of the blocks that are written, rising; None for all. Every
-    block goes by its number in the original, and by its place among the kept ones in the files.
+    layer_groups: layers that are compressed, by block. kept: numbers of the blocks that are written, rising; None for
+    all. Every block goes by its number in the original, and by its place among the kept ones in the files.
     """
 
     def __init__(
         self,
         path: Path,
         architecture: Architecture,
-        plan: list[list[Group]],
+        layer_groups: list[list[Group]],
         form: Format,
         kept: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, architecture.checkpoint.path)
         self._architecture = architecture
-        self._plan = plan
-        self._format = form
+        self._layer_groups = layer_groups
+        self.format = form
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
         self._places = {block: place for place, block in enumerate(self._kept)}
         self._outer = list(outer_shards(architecture))
@@ -64,9 +63,9 @@ class OutputFolder(ResumableFolder):
         number = len(self._outer) + self._places[block] + 1
         return self.path / f"model-{number:05d}-of-{self._shards:05d}.safetensors"
 
-    def facts(self, block: int) -> list[dict[str, Any]]:
+    def facts(self, block: int) -> list[Facts]:
         """What was noted about each compressed layer of a finished block."""
-        layers: list[dict[str, Any]] = json.loads(self._facts_file(block).read_text())
+        layers: list[Facts] = json.loads(self._facts_file(block).read_text())
         return layers
 
     def is_finished(self, block: int) -> bool:
@@ -75,22 +74,14 @@ class OutputFolder(ResumableFolder):
 
     def unfinished(self, block: int) -> list[Group]:
         """Groups of a block that are still to be solved: all of them until its shard stands."""
-        return [] if self.is_finished(block) else list(self._plan[block])
+        return [] if self.is_finished(block) else list(self._layer_groups[block])
 
     @property
     def finished(self) -> list[int]:
         """Blocks whose shards stand."""
         return [block for block in self._kept if self.is_finished(block)]
 
-    def pack(self, weight: QuantizedWeight | ColumnWeight | PrunedWeight) -> dict[str, Tensor]:
-        """What write_block stores of a compressed weight."""
-        if isinstance(weight, PrunedWeight):
-            return {"weight": weight.weight.cpu().contiguous()}
-        if isinstance(weight, ColumnWeight):
-            return {"weight": weight.dequantize().cpu()}
-        return self._format.pack(weight)
-
-    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[dict[str, Any]]) -> None:
+    def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
 
         packed: tensors of a layer by what follows its name; a `bias` among them stands for the layer's own.
@@ -103,21 +94,23 @@ class OutputFolder(ResumableFolder):
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
     def read_block(self, block: int) -> dict[str, Tensor]:
-        """Weights that a loader makes of a finished block's quantized layers, by their path in the block."""
-        from safetensors import safe_open
-
+        """Weights that a loader makes of a finished block's compressed layers, by their path in the block."""
         weights: dict[str, Tensor] = {}
         with safe_open(self.shard(block), framework="pt") as file:
             stored = set(file.keys())
-            for group in self._plan[block]:
+            for group in self._layer_groups[block]:
+                scheme = group.level.loader_scheme
                 for layer in group.layers:
                     name = self._renamed(layer.name)
+                    if scheme is None:
+                        weights[layer.module] = file.get_tensor(f"{name}.weight")
+                        continue
                     parts = {
                         part: file.get_tensor(f"{name}.{part}")
                         for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
                         if f"{name}.{part}" in stored
                     }
-                    weights[layer.module] = self._format.unpack(parts, group.scheme)
+                    weights[layer.module] = self.format.unpack(parts, scheme)
         return weights
 
     def finish(self) -> None:
@@ -143,7 +136,7 @@ class OutputFolder(ResumableFolder):
     def _config(self) -> dict[str, Any]:
         """Content of config.json."""
         config = shorten(self._architecture, self._kept)
-        quantized = schemes(self._plan)
+        quantized = schemes(self._layer_groups)
         if not quantized:
             return config
         untouched = [
@@ -152,9 +145,9 @@ class OutputFolder(ResumableFolder):
             for layer in self._architecture.linears(block)
             if layer.name not in quantized
         ]
-        experts = any(group.is_expert for groups in self._plan for group in groups)
+        experts = any(group.is_expert for groups in self._layer_groups for group in groups)
         renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
-        described = self._format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
+        described = self.format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
         return config | {"quantization_config": described}
 
     def _as_module(self, name: str) -> str:

@@ -28,6 +28,8 @@ _LOCK = "lock"
 _MAY_CHANGE = ("batch", "threads")
 # A run that was just killed may take so long to end.
 _SECONDS_TO_END = 5.0
+# Names of changed modules in a message.
+_NAMED = 3
 
 
 class ResumableFolder:
@@ -53,12 +55,12 @@ class ResumableFolder:
         return (self.path / self.last_file).exists()
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """The fingerprint that the folder was made with."""
-        found: dict[str, Any] = json.loads((self.path / PROGRESS / _FINGERPRINT).read_text())
+        found: dict[str, object] = json.loads((self.path / PROGRESS / _FINGERPRINT).read_text())
         return found
 
-    def check(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    def check(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
         """UserError where `open` would refuse the folder; writes nothing.
 
         It is refused where it holds something else, or was begun with other settings: the message says which differ.
@@ -82,11 +84,11 @@ class ResumableFolder:
                 f"run with those, give another {self.option}, or overwrite=true to start again"
             )
 
-    def changed(self, fingerprint: Mapping[str, Any]) -> list[str]:
+    def changed(self, fingerprint: Mapping[str, object]) -> list[str]:
         """`key: old value, now new value` for what a run with this fingerprint does otherwise than the first one."""
         return _differences(self.fingerprint, fingerprint)
 
-    def open(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    def open(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
         """Make the folder, or go on in one that the same run left behind; UserError as in `check`.
 
         It is this process's until `release`, or refused where it is another's.
@@ -129,11 +131,11 @@ class ResumableFolder:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed)
 
-    def write_json(self, path: Path, content: Any) -> None:
+    def write_json(self, path: Path, content: object) -> None:
         """Write a JSON file whole or not at all."""
         write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
-    def _begin(self, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    def _begin(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
         """Throw away what is not to stay of an earlier run, and note whose the folder is."""
         progress = self.path / PROGRESS
         if overwrite and not self._is_new():
@@ -170,12 +172,12 @@ class ResumableFolder:
         kept.unlink()
 
 
-def lasting(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def lasting(fingerprint: Mapping[str, object]) -> dict[str, object]:
     """What of a fingerprint may not change while a folder is made."""
     return {key: value for key, value in fingerprint.items() if key not in _MAY_CHANGE}
 
 
-def digest(fingerprint: Any) -> str:
+def digest(fingerprint: object) -> str:
     """Short name of plain values: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -193,7 +195,7 @@ def original_of(folder: Path) -> Path | None:
     return original if original is not None and original.is_dir() else None
 
 
-def write_whole(path: Path, save: Callable[[Path], Any], needed: int = 0) -> None:
+def write_whole(path: Path, save: Callable[[Path], object], needed: int = 0) -> None:
     """Write a file under another name and rename it; what a full disk could not hold does not stay on it.
 
     save(temporary) writes about `needed` bytes; UserError where the disk is full.
@@ -223,7 +225,7 @@ def _replace(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
+def guard(name: str, write: Callable[[], object], needed: int = 0) -> None:
     """Run write(); a full disk becomes a UserError that says what to do."""
     try:
         write()
@@ -238,12 +240,18 @@ def guard(name: str, write: Callable[[], Any], needed: int = 0) -> None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old value, now new value` for every entry that differs."""
-    return [
-        f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
+    """`key: old value, now new value` for every entry that differs; of digests by name, the names that differ."""
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                found.append(f"{key} of {', '.join(names[:_NAMED])}{more}")
+        elif before != now:
+            found.append(f"{key}: {_short(before)}, now {_short(now)}")
+    return found
 
 
 def _short(value: Any) -> str:

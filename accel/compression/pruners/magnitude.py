@@ -9,14 +9,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, rounding
 
 
 @dataclass(frozen=True)
-class Magnitude(Pruner):
+class Magnitude(ScoredPruner):
     """Pruner that needs no calibration data."""
 
-    def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
-        """Weight (R, C) without its smallest entries in each row."""
-        return prune_lowest(weight, weight.float().abs(), prepared, sparsity)
+    def prune(
+        self, weight: Tensor, prepared: Inputs, pattern: Pattern, grid: Grid | None = None
+    ) -> Result[PrunedWeight]:
+        """Weight (R, C) without its smallest entries."""
+        return prune_lowest(weight, weight.float().abs(), prepared, pattern, grid)
+
+    def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
+        """Every weight is compared and kept or not."""
+        return MethodCost(rounding(layers))

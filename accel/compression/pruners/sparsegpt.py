@@ -6,9 +6,11 @@ w_k² / [H⁻¹]_kk of a column at its turn is (w_k L_kk)². The paper takes the
 here every row loses equally many weights, as many of them in a block as would go if no column were ever corrected.
 Masks are chosen for 32 columns at once, not 128. On the embedded target at 50 % the first change takes 3 % of the
 output error away, the second 13 %. Kept weights are rounded to the checkpoint's dtype at their turn, and later columns
-make up for that, too.
+make up for that, too; so they do where kept weights are rounded to a grid (joint with quantization, the paper's
+section 3.5). Of a pattern with groups, such as 2:4, the mask of a group is chosen when the group is reached.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,9 +18,11 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
-from hasten.accel.compression.calibration.statistics import SecondMoment
-from hasten.accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity, lowest
+from hasten.accel.compression.calibration.statistics import Hessian
+from hasten.accel.compression.pruners.base import Pattern, PrunedWeight, Pruner, lowest
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, column_visits, factored_cost, rounding
 from hasten.accel.errors import UserError
 
 # Columns, at least, before their error goes to all columns to come in one matrix product.
@@ -26,54 +30,67 @@ _WIDTH = 128
 
 
 @dataclass(frozen=True)
-class SparseGPT(Pruner):
+class SparseGPT(Pruner[Factor]):
     """Pruner that minimises the layer's output error on the calibration tokens.
 
-    damping: added to the diagonal of the second moment, as a share of its mean; raised tenfold, up to max_damping,
+    damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping,
     where it cannot be factored, and past that weights are pruned by magnitude. block: columns whose mask is chosen at
-    once.
+    once, where the pattern has no groups.
     """
 
     damping: float = 0.01
     max_damping: float = 1.0
     block: int = 32
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping)
         if self.block < 1:
             raise UserError(f"block={self.block} is out of range: 1 or more")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor:
-        """Factor of the second moment of the layers' input."""
-        assert moment is not None
-        return factorise(moment, self.damping, self.max_damping, "none", "pruned by magnitude")
+    def prepare(self, hessian: Hessian | None) -> Factor:
+        """Factor of the Hessian of the layers' input."""
+        assert hessian is not None
+        return factorise(hessian, self.damping, self.max_damping, "none", "pruned by magnitude")
 
-    def prune(self, weight: Tensor, prepared: Factor, sparsity: Sparsity) -> Result[PrunedWeight]:
+    def prune(
+        self, weight: Tensor, prepared: Factor, pattern: Pattern, grid: Grid | None = None
+    ) -> Result[PrunedWeight]:
         """Weight (R, C) with zeros where they cost least, and the other weights changed to make up for them."""
         rows, columns = weight.shape
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
         # A column whose input is always zero costs nothing: it has no weight in any error and goes first.
         pivots = prepared.pivots.masked_fill(prepared.dead, 0.0)[:, None]
         damping = torch.full_like(pivots, prepared.damping).masked_fill_(prepared.dead[:, None], 0.0)
-        shares = lowest((target * pivots).abs_().T, sparsity.pruned(columns))  # (R, C)
+        block = pattern.group_size or self.block
+        shares = pattern.lowest((target * pivots).abs_().T)  # (R, C)
+        points, top = (None, 0) if grid is None else (grid.of_columns(prepared.order), grid.scheme.top)
         mask = torch.empty(columns, rows, dtype=torch.bool, device=weight.device)
         left = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
         residual = torch.empty_like(target)  # w - what is left of it, column by column
         error, power = target.new_zeros(rows), target.new_zeros(rows)
-        width = -(-_WIDTH // self.block) * self.block
+        width = -(-_WIDTH // block) * block
         for stop in range(columns, 0, -width):
             start = max(0, stop - width)
             now = slice(start, stop)
             panel, corner = prepared.lower[stop:, now], prepared.lower[now, now].tril()
             carried = panel.T @ residual[stop:]  # (width, R): error of the finished columns
-            for last in range(stop, start, -self.block):
-                first = max(start, last - self.block)
+            for last in range(stop, start, -block):
+                first = max(start, last - block)
                 part, inner, before = slice(first, last), slice(first - start, last - start), slice(0, first - start)
                 saliency = (target[part] + carried[inner]).mul_(pivots[part]).abs_()
                 mask[part] = ~lowest(saliency.T, shares[:, part].sum(1)).T
-                _visit(corner[inner, inner], target[part], mask[part], carried[inner], residual[part], left[part])
+                _visit(
+                    corner[inner, inner],
+                    target[part],
+                    mask[part],
+                    carried[inner],
+                    residual[part],
+                    left[part],
+                    None if points is None else points[part],
+                    top,
+                )
                 carried[before].addmm_(corner[inner, before].T, residual[part])
             signal = panel.T @ target[stop:] + corner.T @ target[now]
             # L holds the damping, which is no error of the output.
@@ -83,15 +100,33 @@ class SparseGPT(Pruner):
         pruned = PrunedWeight(left[back].T.contiguous(), mask[back].T.contiguous())
         return Result(pruned, error.clamp_(min=0), power.clamp_(min=0), prepared.notes)
 
+    def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
+        """One visit of all columns against the factor."""
+        return factored_cost(layers, rounding(layers) + column_visits(layers, 1))
 
-def _visit(corner: Tensor, target: Tensor, mask: Tensor, carried: Tensor, residual: Tensor, left: Tensor) -> None:
+
+def _visit(
+    corner: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    carried: Tensor,
+    residual: Tensor,
+    left: Tensor,
+    points: Sequence[tuple[Tensor, Tensor]] | None,
+    top: int,
+) -> None:
     """Fill residual and left (B, R), and turn carried into the error that no column to come can take away.
 
-    corner: (B, B), the factor of these columns. target, mask, carried: (B, R).
+    corner: (B, B), the factor of these columns. target, mask, carried: (B, R). points: scales and zero points of the
+    columns, if kept weights are rounded, to codes up to top.
     """
     for k in range(len(target) - 1, -1, -1):
         wanted = target[k] + carried[k]
-        left[k] = wanted.masked_fill(~mask[k], 0.0)
+        kept = wanted.masked_fill(~mask[k], 0.0)
+        if points is not None:
+            scale, zero = points[k]
+            kept = kept.div_(scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
+        left[k] = kept
         value = left[k].float()
         torch.sub(target[k], value, out=residual[k])
         torch.sub(wanted, value, out=carried[k])

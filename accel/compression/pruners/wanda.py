@@ -8,19 +8,36 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, PrunedWeight, Pruner, Sparsity, prune_lowest
+from hasten.accel.compression.calibration.slabs import SOLVE_BYTES
+from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.estimate import Work
+from hasten.accel.costs.method import LayerStack, MethodCost, hessian_bytes, hessian_elements, rounding
 
 
 @dataclass(frozen=True)
-class Wanda(Pruner):
+class Wanda(ScoredPruner):
     """Pruner by weight and input norm; the weights that are kept stay as they are."""
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
-    def prune(self, weight: Tensor, prepared: Inputs, sparsity: Sparsity) -> Result[PrunedWeight]:
-        """Weight (R, C) without the entries of the lowest product in each row."""
+    def prune(
+        self, weight: Tensor, prepared: Inputs, pattern: Pattern, grid: Grid | None = None
+    ) -> Result[PrunedWeight]:
+        """Weight (R, C) without the entries of the lowest product."""
         score = weight.float().abs()
-        if prepared.moment is not None:
-            score.mul_(prepared.moment.diagonal().sqrt())
-        return prune_lowest(weight, score, prepared, sparsity)
+        if prepared.hessian is not None:
+            score.mul_(prepared.hessian.diagonal().sqrt())
+        return prune_lowest(weight, score, prepared, pattern, grid)
+
+    def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
+        """Weights are compared as they are, without a factorisation.
+
+        What is left and what is lost of the output is told by a product with the Hessian each.
+        """
+        products = Work(exact_flops=4 * layers.rows * hessian_elements(layers.columns))
+        # The k-th smallest score takes a copy of all scores and their places. On a GPU the sums lie there once more
+        # while they are put together.
+        sums = hessian_bytes(layers.columns) * (2 if layers.gpu_memory else 1)
+        return MethodCost(rounding(layers) + products, SOLVE_BYTES, prepared_bytes=sums)

@@ -23,7 +23,7 @@ from torch import Tensor
 from hasten.accel.compression.allocators.baq import column_bits
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.columns import (
     MAX_WIDTH,
     MIN_WIDTH,
@@ -33,6 +33,15 @@ from hasten.accel.compression.quantizers.columns import (
     steps,
 )
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import (
+    LayerStack,
+    MethodCost,
+    column_visits,
+    factored_cost,
+    range_search,
+    rounding,
+    scale_fits,
+)
 from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
@@ -74,7 +83,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class ColumnwiseBAQ(ColumnQuantizer):
+class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
     """Quantizer that gives the columns of a layer bits of their own, by their share of the output error.
 
     damping, max_damping, act_order: see quantizers.gptq.GPTQ. lowest, highest: bounds of a column's bits. search:
@@ -90,7 +99,7 @@ class ColumnwiseBAQ(ColumnQuantizer):
     search: int = 32
     refits: int = 2
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping, self.act_order)
@@ -106,11 +115,17 @@ class ColumnwiseBAQ(ColumnQuantizer):
         if not self.lowest <= level.mean <= self.highest:
             raise UserError(f"column_bits={level.mean:g} is out of range: {self.lowest} to {self.highest}")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor | None:
-        """Factor of the second moment of the layers' input."""
-        if moment is None:
+    def prepare(self, hessian: Hessian | None) -> Factor | None:
+        """Factor of the Hessian of the layers' input."""
+        if hessian is None:
             return None
-        return factorise(moment, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
+        return factorise(hessian, self.damping, self.max_damping, self.act_order, "columns were rounded on their own")
+
+    def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost:
+        """A search of the rows' scales, and a solve for each fit of them."""
+        solve = rounding(layers) + range_search(layers, self.search)
+        solve += column_visits(layers, max(1, self.refits)) + scale_fits(layers, self.refits, groups=1)
+        return factored_cost(layers, solve)
 
     def losses(self, weight: Tensor, prepared: Factor | None, level: ColumnBits) -> Tensor:
         """Output error that every column of weight (R, C) adds at equal bits, the nearest to the mean, (C,) float64."""

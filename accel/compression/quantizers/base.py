@@ -1,16 +1,16 @@
 """What every weight quantizer takes and gives back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
-from hasten.kernels.dequantize.op import dequantize
+from hasten.kernels.dequantize import dequantize
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -90,20 +90,15 @@ class QuantizedWeight:
         )
 
 
-class Quantizer(ABC):
+class Quantizer(Method[P]):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
 
-    needs_second_moment: ClassVar[bool] = False
-
-    def prepare(self, moment: SecondMoment | None) -> Any:
-        """What depends on the inputs alone, made once for every layer and scheme that shares them.
-
-        moment: second moment of the layers' input over the calibration tokens, None where it was not asked for.
-        """
-        return moment
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost | None:
+        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        return None
 
     @abstractmethod
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
+    def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
 
 

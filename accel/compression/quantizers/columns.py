@@ -1,14 +1,14 @@
 """What every quantizer takes and gives back that spreads a layer's bits over its columns."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 
 MIN_WIDTH, MAX_WIDTH = 1, 8
@@ -80,28 +80,24 @@ class ColumnWeight:
         return cls(codes, parts[0].widths, scale)
 
 
-class ColumnQuantizer(ABC):
+class ColumnQuantizer(Method[P]):
     """A way to give every column of one layer its bits, and every weight its code.
 
     Widths are a layer's own, so layers are not stacked. Rows may come in pieces: losses() of the pieces add up,
-    widths() are chosen once for all of them, and encode() takes them piece by piece.
+    widths() are chosen once for all of them, and encode() takes them piece by piece. Without statistics, prepare(None),
+    a method goes by the weights alone.
     """
-
-    needs_second_moment: ClassVar[bool] = False
-
-    def prepare(self, moment: SecondMoment | None) -> Any:
-        """What depends on the inputs alone, made once for every layer and level that shares them.
-
-        moment: second moment of the layers' input over the calibration tokens; None goes by the weights alone.
-        """
-        return moment
 
     def check(self, level: ColumnBits) -> None:
         """UserError where the method cannot end at this level; known before anything is solved."""
         return None
 
+    def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost | None:
+        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        return None
+
     @abstractmethod
-    def losses(self, weight: Tensor, prepared: Any, level: ColumnBits) -> Tensor:
+    def losses(self, weight: Tensor, prepared: P, level: ColumnBits) -> Tensor:
         """Loss of every column of weight (R, C) at equal bits, summed over the rows, (C,) float64."""
 
     @abstractmethod
@@ -109,9 +105,9 @@ class ColumnQuantizer(ABC):
         """Bits of every column, (C,) uint8, from the losses of all rows (C,); level.total(C) together."""
 
     @abstractmethod
-    def encode(self, weight: Tensor, prepared: Any, widths: Tensor) -> Result[ColumnWeight]:
+    def encode(self, weight: Tensor, prepared: P, widths: Tensor) -> Result[ColumnWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales, at these widths (C,)."""
 
-    def quantize(self, weight: Tensor, prepared: Any, level: ColumnBits) -> Result[ColumnWeight]:
+    def quantize(self, weight: Tensor, prepared: P, level: ColumnBits) -> Result[ColumnWeight]:
         """Quantize all rows of a layer, weight (R, C), at once; prepared comes from prepare()."""
         return self.encode(weight, prepared, self.widths(self.losses(weight, prepared, level), level))

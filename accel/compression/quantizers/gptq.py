@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import (
+    LayerStack,
+    MethodCost,
+    column_visits,
+    factored_cost,
+    range_search,
+    rounding,
+    scale_fits,
+)
 from hasten.accel.errors import UserError
 
 # Columns visited one by one before their error goes to the rest of the block in a matrix product.
@@ -53,11 +62,11 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class GPTQ(Quantizer):
+class GPTQ(Quantizer[Factor]):
     """Quantizer that minimises the layer's output error on the calibration tokens.
 
     damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where H cannot be
-    factored. act_order: `static` visits columns by falling second moment, each with the scale of its own group;
+    factored. act_order: `static` visits columns by falling diagonal of H, each with the scale of its own group;
     `none` visits them as they come and takes a group's scale from its weights as corrected so far. search: ranges tried
     for each scale by mean squared error, between shrink times the full range and the full range; 0 takes the full
     range. refits: how often the scales are fitted anew to the codes, by the output error; the columns are solved again
@@ -71,7 +80,7 @@ class GPTQ(Quantizer):
     shrink: float = 0.4
     refits: int = 2
 
-    needs_second_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_factor(self.damping, self.max_damping, self.act_order)
@@ -80,10 +89,10 @@ class GPTQ(Quantizer):
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
-    def prepare(self, moment: SecondMoment | None) -> Factor:
-        """Factor of the second moment of the layers' input."""
-        assert moment is not None
-        return factorise(moment, self.damping, self.max_damping, self.act_order, "rounded to nearest")
+    def prepare(self, hessian: Hessian | None) -> Factor:
+        """Factor of the Hessian of the layers' input."""
+        assert hessian is not None
+        return factorise(hessian, self.damping, self.max_damping, self.act_order, "rounded to nearest")
 
     def quantize(self, weight: Tensor, prepared: Factor, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C), whose dtype is also that of the scales."""
@@ -108,6 +117,14 @@ class GPTQ(Quantizer):
             scheme,
         )
         return Result(quantized, best.error.square_().sum(0), best.power, prepared.notes)
+
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+        """A search of the ranges, a factorisation, and a solve of all columns for each fit of the scales."""
+        # Symmetric grids are tried with both signs of the scale.
+        solve = rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1))
+        solve += column_visits(layers, max(1, self.refits))
+        solve += scale_fits(layers, self.refits, layers.columns // scheme.columns(layers.columns))
+        return factored_cost(layers, solve)
 
     def _solve(
         self,

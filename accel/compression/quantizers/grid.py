@@ -4,11 +4,43 @@ Source: Nagel et al. 2021, arXiv:2106.08295, section 3.1 (range setting by mean 
 arXiv:2210.17323, whose code searches shrunk ranges.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Points that the weights of some rows (R, C) may be rounded to.
+
+    scale: (R, G) in the dtype it is stored in. zero_point: (R, G) float32, whole numbers.
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> "Grid":
+        """The grid of weight (R, C); search and shrink: see find_grid."""
+        return cls(scheme, *find_grid(weight, scheme, search, shrink))
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Nearest codes of weight (R, C); zeros, and whatever lies on the grid, come back as they are."""
+        groups = weight.float().unflatten(1, (self.scale.shape[1], -1))
+        codes = (groups / self.scale.float()[..., None] + self.zero_point[..., None]).round().clamp(0, self.scheme.top)
+        zero_point = self.zero_point.to(torch.uint8)
+        return QuantizedWeight(codes.flatten(1).to(torch.uint8), self.scale, zero_point, self.scheme)
+
+    def of_columns(self, order: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scale and zero point, (R,) float32 each, of every input column in this order (C,)."""
+        scales, zeros = self.scale.float().T.contiguous(), self.zero_point.T.contiguous()
+        size = self.scheme.columns(len(order))
+        return [(scales[group], zeros[group]) for group in (order // size).tolist()]
 
 
 def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> tuple[Tensor, Tensor]:

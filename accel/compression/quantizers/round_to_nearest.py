@@ -4,19 +4,19 @@ Source: Nagel et al. 2021, arXiv:2106.08295. The baseline every quantizer here i
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
-from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
+from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
 from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class RoundToNearest(Quantizer):
+class RoundToNearest(Quantizer[None]):
     """Quantizer that needs no calibration data.
 
     search: ranges tried for each scale by mean squared error, between shrink times the full range and the full
@@ -30,11 +30,16 @@ class RoundToNearest(Quantizer):
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
-    def quantize(self, weight: Tensor, prepared: Any, scheme: Scheme) -> Result[QuantizedWeight]:
-        """Codes of weight (R, C); prepared is not read."""
-        scale, zero = find_grid(weight, scheme, self.search, self.shrink)
-        groups = weight.float().unflatten(1, (scale.shape[1], -1))
-        codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, scheme.top)
-        quantized = QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), scheme)
+    def prepare(self, hessian: Hessian | None) -> None:
+        """Nothing."""
+
+    def quantize(self, weight: Tensor, prepared: None, scheme: Scheme) -> Result[QuantizedWeight]:
+        """Codes of weight (R, C)."""
+        quantized = Grid.of(weight, scheme, self.search, self.shrink).quantize(weight)
         power, error = power_and_error(weight, quantized.dequantize())
         return Result(quantized, error, power)
+
+    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+        """A search of the ranges, and rounding."""
+        # Symmetric grids are tried with both signs of the scale.
+        return MethodCost(rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1)))

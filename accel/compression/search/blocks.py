@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Slot:
     """A layer that changes, the name of its unit, the parts it lies in, and the level that is loaded."""
 
     name: str
-    linear: Any
+    linear: nn.Linear
     unit: str
     around: tuple[str, ...]
     level: str = KEEP
@@ -76,12 +76,12 @@ def _zeros(hidden_states: Tensor) -> Tensor:
     return torch.zeros_like(hidden_states)
 
 
-def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+def _no_attention(hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
     return torch.zeros_like(hidden_states), None
 
 
 # What the modules of a part do when it is dropped. OPT's feed-forward network is two layers of the block itself.
-_NOTHING: dict[str, dict[str, Callable[..., Any]]] = {
+_NOTHING: dict[str, dict[str, Callable[..., object]]] = {
     ATTENTION: {"self_attn": _no_attention},
     MLP: {"mlp": _zeros, "fc1": lambda hidden_states: hidden_states, "fc2": _zeros},
 }
@@ -126,7 +126,8 @@ def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block
                 where = architecture.checkpoint.path
                 raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
             index, path = places.pop(layer)
-            linear = blocks[index].module.get_submodule(path)
+            # Of whatever class, it has a weight (R, C).
+            linear = cast(nn.Linear, blocks[index].module.get_submodule(path))
             blocks[index].slots.append(Slot(layer, linear, unit.name, tuple(around)))
         if not unit.layers:
             if unit.kind not in (ATTENTION, MLP, BLOCK) or not 0 <= unit.block < len(blocks):

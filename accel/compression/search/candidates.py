@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import Fitness
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models.architecture import Architecture
 
 # In place of a choice's index: the unit as the checkpoint has it.
 ORIGINAL = -1
 
-# Logits of the first many bytes are made at once: the head's weights are converted and read anew for every call.
-# Fitness is taken of the second many at once: more do not stay in the processor's cache.
+# Bytes of logits that are made at once: the head's weights are converted and read anew for every call.
 _LOGITS_BYTES = 16 * 2**20
+# Bytes of logits that fitness is taken of at once: more do not stay in the processor's cache.
 _FITNESS_BYTES = 4 * 2**20
 # Matrix products may round differently where their operands are aligned differently.
 _ALIGNMENT = 64
@@ -90,14 +90,14 @@ class Candidates:
         pieces = self._pieces(sample)
         if self.fitness.needs_original:
             self.remember(number for number, _ in sample.parts)
-        found = torch.zeros(len(states), len(sample.parts), dtype=torch.float64)
+        losses = torch.zeros(len(states), len(sample.parts), dtype=torch.float64)
 
         def score(members: list[int], piece: "_Piece", hidden: Tensor) -> None:
             for row, (number, used) in enumerate(piece.parts):
-                found[members, piece.first + row] = self._loss(hidden[row], number, used)
+                losses[members, piece.first + row] = self._loss(hidden[row], number, used)
 
         self._walk(states, pieces, score)
-        return found
+        return losses
 
     def remember(self, sequences: Iterable[int]) -> None:
         """Runs the original on those sequences of which it is not known yet what it predicts.
@@ -190,7 +190,7 @@ class Candidates:
                 for at in range(len(hidden)):
                     outputs[at] = self._run(index, hidden[at])
             else:
-                outputs = [self._run(index, each) for each in hidden]
+                outputs = [self._run(index, states_before) for states_before in hidden]
             yield from self._descend(index + 1, branches[state], states, outputs)
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
@@ -245,11 +245,11 @@ class Candidates:
     def _logits(self, hidden: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:
         """First position and logits (M, V) of a few positions at a time."""
         row = 4 * self.architecture.config.vocab_size
-        step, few = max(1, _LOGITS_BYTES // row), max(1, _FITNESS_BYTES // row)
+        step, chunk = max(1, _LOGITS_BYTES // row), max(1, _FITNESS_BYTES // row)
         for first in range(0, positions, step):
             logits = self.architecture.head(hidden[None, first : min(first + step, positions)])[0]
-            for start in range(0, len(logits), few):
-                yield first + start, logits[start : start + few]
+            for start in range(0, len(logits), chunk):
+                yield first + start, logits[start : start + chunk]
 
 
 class _Piece(NamedTuple):

@@ -1,8 +1,8 @@
 """What each choice costs by itself: the model's loss with one unit at one choice and all others original.
 
-Measuring every choice of every unit is dear. A small change of a layer's output moves the divergence by a quadratic
-form, so that what the levels of one layer cost is in the ratio of their squared output errors, which are known from the
-level database: one measured level of a layer gives all of them.
+Measuring every choice of every unit is expensive. A small change of a layer's output moves the divergence by a
+quadratic form, so that what the levels of one layer cost is in the ratio of their squared output errors, which are
+known from the level database: one measured level of a layer gives all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from dataclasses import replace
 from hasten.accel.compression.allocators.base import Choice, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.candidates import ORIGINAL
-from hasten.accel.compression.search.evopress import Genome, Sample
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 
 
 def with_errors(
@@ -35,14 +36,14 @@ def with_errors(
     ]
     genomes = [(*original[:place], index, *original[place + 1 :]) for place, index in keys]
     base, *losses = evaluate([original, *genomes], sample)
-    found = {key: max(0.0, loss - base) for key, loss in zip(keys, losses, strict=True)}
+    increases = {key: max(0.0, loss - base) for key, loss in zip(keys, losses, strict=True)}
 
     def at(place: int, index: int, choice: Choice) -> Choice:
-        if choice.level == KEEP or (place, index) in found:
-            return replace(choice, error=found.get((place, index), 0.0))
+        if choice.level == KEEP or (place, index) in increases:
+            return replace(choice, error=increases.get((place, index), 0.0))
         (measured,) = _middle(units[place])
         known = units[place].choices[measured].error
-        return replace(choice, error=found[place, measured] * (choice.error / known if known > 0 else 1.0))
+        return replace(choice, error=increases[place, measured] * (choice.error / known if known > 0 else 1.0))
 
     return [
         replace(unit, choices=tuple(at(place, index, choice) for index, choice in enumerate(unit.choices)))

@@ -1,7 +1,7 @@
 """Moves of a search through the assignments of levels to units: switches of levels, and drops of parts.
 
 Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress), whose level switches and whose swaps of dropped parts these
-are; moves between units of different sizes and between drops and levels are ours, see evopress.py.
+are; moves between units of different sizes and between drops and levels are ours, see mutation.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from hasten.accel.errors import UserError
 # Index of the choice of every unit.
 Genome = tuple[int, ...]
 
-# Attempts at a new genome for each that is wanted; then there are fewer: small problems run out of them.
+# Attempts at a new genome, per genome that is wanted. After them there are fewer: small problems run out of genomes.
 TRIES = 20
 
 
@@ -66,7 +66,7 @@ class Space:
             raise UserError(f"{name} holds {len(genome)} choices that are not those of these {len(self.units)} units")
         if size(self.units, genome) > self.budget:
             raise UserError(f"{name} takes {size(self.units, genome)} bits: the budget is {self.budget}")
-        return tuple(Draft(self, [int(choice) for choice in genome]).genome)
+        return tuple(MutableGenome(self, [int(choice) for choice in genome]).genome)
 
     def first(self, count: int, rng: np.random.Generator) -> list[Genome]:
         """The one level that has the size of the budget, or up to `count` genomes lowered from the next level above."""
@@ -75,14 +75,14 @@ class Space:
         if exact:
             return exact[:1]
         above = min((size(self.units, genome), genome) for genome in tops if size(self.units, genome) > self.budget)[1]
-        found: dict[Genome, None] = {}
+        made: dict[Genome, None] = {}
         for _ in range(TRIES * count):
-            draft = Draft(self, above)
-            draft.descend(rng)
-            found[tuple(draft.genome)] = None
-            if len(found) == count:
+            genome = MutableGenome(self, above)
+            genome.descend(rng)
+            made[tuple(genome.genome)] = None
+            if len(made) == count:
                 break
-        return list(found)
+        return list(made)
 
     def _levels(self) -> list[Genome]:
         """Nothing dropped and every unit at one level, for the levels that all have; last the highest of each."""
@@ -99,8 +99,8 @@ class Space:
         return [*genomes, tuple(highest)]
 
 
-class Draft:
-    """A genome in the making, which moves change in place and may leave over the budget.
+class MutableGenome:
+    """A genome that moves change in place, and may leave over the budget.
 
     genome: the choices so far. size: their bits. live: of every unit, whether it lies in no dropped part. Moves draw
     from the generator that they are given and from nothing else, so that equal generators make equal genomes.

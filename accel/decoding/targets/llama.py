@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.accel.decoding.targets.base import Pass, Target
 from hasten.accel.decoding.targets.matmul import Norm, Weight
 from hasten.accel.errors import UserError
-from hasten.kernels.skinny_gemm.op import shortened
+from hasten.kernels.skinny_gemm import exact_bfloat16
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _SHORTEST = 256  # places that a compiled pass reads at least
@@ -86,7 +86,7 @@ class LlamaTarget(Target):
         self._eps = config.rms_norm_eps
         self._embedding = model.get_input_embeddings().weight.detach()
         if model.device.type == "cpu":
-            short = shortened(self._embedding)
+            short = exact_bfloat16(self._embedding)
             self._embedding = self._embedding if short is None else short
         self._norm = Norm(model.model.norm.weight.detach(), self._eps)
         # What torch compiles must not call operations that its compiler takes apart.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.kernels.skinny_gemm.op import few_rows, pack
+from hasten.kernels.skinny_gemm import pack_weight, skinny_gemm
 
 # Beyond so many rows the plain product is as fast.
 _MOST_ROWS = 24
@@ -28,7 +28,7 @@ class Weight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
         self.bias, self._outputs = bias, weight.shape[0]
-        self._panels = pack(weight) if packs else None
+        self._panels = pack_weight(weight) if packs else None
         if self._panels is not None:
             return
         size = weight.numel() * 4
@@ -44,7 +44,7 @@ class Weight:
     def __call__(self, x: Tensor) -> Tensor:
         """Product (rows, out) of an input (rows, in)."""
         if self._panels is not None:
-            out = few_rows(x, self._panels, self._outputs)
+            out = skinny_gemm(x, self._panels, self._outputs)
             return out if self.bias is None else out.add_(self.bias)
         rows = x.shape[0]
         if self._packed is not None and 1 < rows <= _MOST_ROWS:

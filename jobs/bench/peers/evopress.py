@@ -1,7 +1,7 @@
 """The search that EvoPress published, timed: run from a checkout of github.com/IST-DASLab/EvoPress.
 
 Stand-alone, as its Python need have no hasten: it has torch, transformers and tqdm. Three things differ from the
-published script: it computes on the processor instead of on a GPU, a missing `datasets` is no error (all data is given
+published script: it computes on the CPU instead of a GPU, a missing `datasets` is no error (all data is given
 as tokens), and perplexities, which the search only prints, are not taken. What is measured begins when the model is
 loaded: logits of the original, then the generations, on one thread.
 """
@@ -20,6 +20,10 @@ import time
 import types
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 # In the published source, and what each becomes here.
 _EDITS = {'device = f"cuda"': 'device = "cpu"', 'device_map="auto",': "", "low_cpu_mem_usage=True,": ""}
@@ -56,10 +60,6 @@ def main() -> None:
     except ModuleNotFoundError:
         sys.modules["datasets"] = types.ModuleType("datasets")
         sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
-
-    import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     source = Path(options.checkout, "evo_quant_search.py").read_text(encoding="utf-8")

@@ -98,7 +98,7 @@ def test_more_calibrators_than_chunks_are_refused(source, tmp_path):
 def test_shards_send_sums_of_what_was_asked_for_of_which_none_may_be_missing(source, tmp_path):
     chosen = local.settings(source, tmp_path / "out")
     first, second = (Calibrator(chosen, {number: TOKENS[:2]}) for number in range(2))
-    *keys, last = [group.key for group in Task(chosen).plan[0]]
+    *keys, last = [group.key for group in Task(chosen).layer_groups[0]]
     collected = [first.collect(0, [*keys, last]), second.collect(0, keys)]
     assert [list(found) for found in collected] == [[*keys, last], keys]
     with pytest.raises(RuntimeError, match=re.escape(f"a shard's sums of {last} in block 0 are missing")):

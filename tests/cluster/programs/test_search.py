@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from hasten.accel.compression.search.evopress import Sample
+from hasten.accel.compression.search.samples import Sample
 from hasten.cluster.programs.search import Evaluators
 from tests.cluster import searching
 from tests.cluster.processes import processes

@@ -15,6 +15,7 @@ from hasten.cluster.runtime import visibility
 from hasten.cluster.runtime.visibility import check, state, unseen
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.ray
 
 
 def attempts(folder: Path) -> dict[str, str]:

@@ -18,6 +18,8 @@ from hasten.jobs.cli.main import main
 from tests.cluster.submission import head as heads
 from tests.compression.local import contents
 
+pytestmark = pytest.mark.ray
+
 COMPRESS = [
     "compress",
     "output=out",

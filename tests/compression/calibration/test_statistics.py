@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.statistics import SecondMoment, Tree, split
+from hasten.accel.compression.calibration.statistics import Hessian, Tree, split
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -11,24 +11,24 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [5, 256, 300])
-def test_the_mean_is_the_second_moment_in_the_order_asked_for(columns):
+def test_the_mean_is_the_hessian_in_the_order_asked_for(columns):
     x = inputs(40, columns)
-    moment = SecondMoment(columns)
-    moment.add(x[:15])
-    moment.add(x[15:])
+    hessian = Hessian(columns)
+    hessian.add(x[:15])
+    hessian.add(x[15:])
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
     expected = (x.T @ x / 40)[order][:, order]
-    torch.testing.assert_close(moment.mean(order), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moment.diagonal(), x.square().mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hessian.mean(order), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hessian.diagonal(), x.square().mean(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunks", [1, 5, 8])
 def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
     sums = []
     for number in range(chunks):
-        moment = SecondMoment(300)
-        moment.add(inputs(7, 300, number) * 10.0**number)  # sizes that make the order of additions matter
-        sums.append(moment)
+        hessian = Hessian(300)
+        hessian.add(inputs(7, 300, number) * 10.0**number)  # sizes that make the order of additions matter
+        sums.append(hessian)
     totals = []
     for workers in (1, 2, 3, chunks):
         whole = Tree()
@@ -39,7 +39,7 @@ def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
             for (start, size), node in own.nodes.items():
                 array = node.array().copy()
                 array.flags.writeable = False  # as it comes out of an object store
-                whole.add(start, size, SecondMoment.from_array(300, array, node.tokens))
+                whole.add(start, size, Hessian.from_array(300, array, node.tokens))
         totals.append(whole.total())
     assert totals[0].tokens == 7 * chunks
     for total in totals[1:]:
@@ -48,11 +48,11 @@ def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
 
 def test_bfloat16_inputs_lose_nothing_in_the_products():
     x = inputs(64, 300).bfloat16()
-    moment = SecondMoment(300)
-    moment.add(x)
+    hessian = Hessian(300)
+    hessian.add(x)
     expected = x.double().T @ x.double() / 64
     # Products of bfloat16 numbers are exact in float32: what is left is the rounding of 64 additions.
-    torch.testing.assert_close(moment.mean(torch.arange(300)).double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(hessian.mean(torch.arange(300)).double(), expected, rtol=0, atol=2e-6)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 

@@ -9,15 +9,13 @@ from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import dropped_bits, part_of
-from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.levels.level import KEEP, make_levels
 from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
-from hasten.accel.compression.pruners.base import Sparsity
 from hasten.accel.compression.pruners.magnitude import Magnitude
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.search.candidates import Candidates
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import Perplexity
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.models.architecture import Architecture
@@ -25,14 +23,14 @@ from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4))
+LEVELS = make_levels([2, 3, 4], [32], True)
 TOKENS = tiny.tokens(4, 16)
 
 
 def make(folder, family):
     """Architecture and finished level database of a tiny checkpoint."""
     source = tiny.save(folder / "original", family, dtype=torch.bfloat16)
-    chosen = local.settings(source, folder / "levels", levels=LEVELS, scheme=LEVELS[1])
+    chosen = local.settings(source, folder / "levels", levels=LEVELS, level=LEVELS[1])
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     return architecture, LevelDatabase.read(chosen.output, architecture)
@@ -45,7 +43,7 @@ def made(request, tmp_path_factory):
 
 def mixture(database):
     """A level for every layer, all of them in use, and one layer left alone."""
-    names = [layer.name for groups in database.plan for group in groups for layer in group.layers]
+    names = [layer.name for groups in database.layer_groups for group in groups for layer in group.layers]
     levels = {name: [*database.levels, KEEP][index % 4] for index, name in enumerate(names)}
     assert set(levels.values()) == {*database.levels, KEEP}
     return levels
@@ -148,7 +146,7 @@ def six_blocks(folder, family, ignore=(), **changes):
     """Architecture and level database, rounded to nearest, of a checkpoint of six blocks."""
     changes = {"num_hidden_layers": 6} | CHANGES.get(family, {}) | changes
     source = tiny.save(folder / "original", family, dtype=torch.bfloat16, **changes)
-    chosen = local.settings(source, folder / "levels", RoundToNearest(), levels=LEVELS, scheme=LEVELS[1], ignore=ignore)
+    chosen = local.settings(source, folder / "levels", RoundToNearest(), levels=LEVELS, level=LEVELS[1], ignore=ignore)
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     return architecture, LevelDatabase.read(chosen.output, architecture)
@@ -156,8 +154,8 @@ def six_blocks(folder, family, ignore=(), **changes):
 
 def dropping_mixture(database):
     """Levels of all kinds; in mixtures one for all experts, and the rest left alone."""
-    if any(group.is_expert for groups in database.plan for group in groups):
-        layers = [(group, layer) for groups in database.plan for group in groups for layer in group.layers]
+    if any(group.is_expert for groups in database.layer_groups for group in groups):
+        layers = [(group, layer) for groups in database.layer_groups for group in groups for layer in group.layers]
         return {layer.name: "w3g32" if group.is_expert else KEEP for group, layer in layers}
     return mixture(database)
 
@@ -254,7 +252,7 @@ def test_dropped_experts_are_plain_zeros_where_the_others_are_plain(tmp_path):
 
 def test_plain_experts_next_to_quantized_layers_are_refused(tmp_path):
     architecture, database = six_blocks(tmp_path, "mixtral", num_hidden_layers=2)
-    attention = database.plan[0][0].layers[0].name
+    attention = database.layer_groups[0][0].layers[0].name
     for levels, dropped in (({attention: "w2g32"}, {}), ({}, {1: ATTENTION_ONLY})):
         with pytest.raises(UserError, match="experts got no level of quantization"):
             mixed_output(architecture, database, levels, tmp_path / "out", dropped)
@@ -337,14 +335,14 @@ def test_a_stopped_writing_of_what_is_left_goes_on_and_gives_the_same_bytes(tmp_
 
 def test_pruned_layers_are_stored_dense_and_count_as_untouched(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
-    both = (LEVELS[1], Sparsity(0.5))
+    both = make_levels([3], [32], True, [0.5])
     chosen = local.settings(
-        source, tmp_path / "levels", RoundToNearest(), levels=both, scheme=LEVELS[1], pruner=Magnitude()
+        source, tmp_path / "levels", RoundToNearest(), levels=both, level=LEVELS[1], pruner=Magnitude()
     )
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     database = LevelDatabase.read(chosen.output, architecture)
-    names = [layer.name for groups in database.plan for group in groups for layer in group.layers]
+    names = [layer.name for groups in database.layer_groups for group in groups for layer in group.layers]
     levels = {name: ("s50", "w3g32")[index % 2] for index, name in enumerate(names)}
     facts = check(architecture, database, levels, tmp_path / "out", {1: ATTENTION_ONLY})
     pruned = [name for name in names if levels[name] == "s50" and ".1.self_attn." not in name]
@@ -359,7 +357,7 @@ def test_pruned_layers_are_stored_dense_and_count_as_untouched(tmp_path):
 
 def test_experts_of_which_some_stay_plain_are_refused(tmp_path):
     architecture, database = six_blocks(tmp_path, "mixtral", num_hidden_layers=2)
-    levels = {layer.name: "w2g32" for group in database.plan[0] for layer in group.layers}
+    levels = {layer.name: "w2g32" for group in database.layer_groups[0] for layer in group.layers}
     with pytest.raises(UserError, match=r"experts got several levels \(none, w2\)"):
         mixed_output(architecture, database, levels, tmp_path / "out")
     # Zeros fit any level.
@@ -368,12 +366,12 @@ def test_experts_of_which_some_stay_plain_are_refused(tmp_path):
 
 def test_zeros_next_to_zero_points_are_refused_and_fewer_blocks_are_not(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16)
-    scheme = Scheme(4, 32)
-    chosen = local.settings(source, tmp_path / "levels", RoundToNearest(), levels=(scheme,), scheme=scheme)
+    levels = make_levels([4], [32], False)
+    chosen = local.settings(source, tmp_path / "levels", RoundToNearest(), levels=levels, level=levels[0])
     local.compress(chosen, TOKENS)
     architecture = Task(chosen).architecture
     database = LevelDatabase.read(chosen.output, architecture)
-    levels = {layer.name: "w4g32a" for groups in database.plan for group in groups for layer in group.layers}
+    levels = {layer.name: "w4g32a" for groups in database.layer_groups for group in groups for layer in group.layers}
     with pytest.raises(UserError, match="cannot be dropped next to levels with zero points"):
         mixed_output(architecture, database, levels, tmp_path / "out", {1: MLP_ONLY})
     check(architecture, database, levels, tmp_path / "out", {1: WHOLE})
@@ -381,6 +379,6 @@ def test_zeros_next_to_zero_points_are_refused_and_fewer_blocks_are_not(tmp_path
 
 def test_levels_that_the_database_lacks_are_refused(made, tmp_path):
     architecture, database = made
-    name = database.plan[0][0].layers[0].name
+    name = database.layer_groups[0][0].layers[0].name
     with pytest.raises(ValueError, match=r"level w7g32 of .* is none of keep, w2g32, w3g32, w4g32"):
         mixed_output(architecture, database, {name: "w7g32"}, tmp_path / "out")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hasten.accel.compression.calibration import slabs as pieces
+from hasten.accel.compression.calibration import slabs
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.formats import columns
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.levels.level import level_name, make_levels, names, parse_level
-from hasten.accel.compression.pruners.base import Sparsity
+from hasten.accel.compression.levels.kinds.column_bits import ColumnBitsLevel
+from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.sparsegpt import SparseGPT
 from hasten.accel.compression.pruners.wanda import Wanda
 from hasten.accel.compression.quantizers.baq import ColumnwiseBAQ
@@ -24,12 +24,12 @@ from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
-LEVELS = tuple(Scheme(bits, 32, symmetric=True) for bits in (2, 3, 4, 5, 6))
+LEVELS = make_levels([2, 3, 4, 5, 6], [32], True)
 TOKENS = tiny.tokens(8, 16)
 
 
 def settings(source, output, **changes):
-    return local.settings(source, output, levels=LEVELS, scheme=LEVELS[1], **changes)
+    return local.settings(source, output, levels=LEVELS, level=LEVELS[1], **changes)
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +46,24 @@ def database(source, tmp_path_factory):
 
 
 def layers(database):
-    return [layer.name for groups in database.plan for group in groups for layer in group.layers]
+    return [layer.name for groups in database.layer_groups for group in groups for layer in group.layers]
 
 
 def test_the_propagated_level_is_what_compress_makes_at_that_level(database, source, tmp_path):
-    local.compress(local.settings(source, tmp_path / "out", scheme=LEVELS[1]), TOKENS)
+    local.compress(local.settings(source, tmp_path / "out", level=LEVELS[1]), TOKENS)
     compressed = Checkpoint(tmp_path / "out")
     for layer in layers(database):
         assert torch.equal(database.weight(layer, "w3g32"), compressed.tensor(f"{layer}.weight"))
 
 
 def test_the_first_block_is_what_compress_makes_at_every_level(database, source, tmp_path):
-    for scheme in LEVELS:
-        output = tmp_path / str(scheme.bits)
-        local.compress(local.settings(source, output, scheme=scheme), TOKENS)
+    for level in LEVELS:
+        output = tmp_path / level.name
+        local.compress(local.settings(source, output, level=level), TOKENS)
         compressed = Checkpoint(output)
-        for group in database.plan[0]:
+        for group in database.layer_groups[0]:
             for layer in group.layers:
-                weight = database.weight(layer.name, f"w{scheme.bits}g32")
+                weight = database.weight(layer.name, level.name)
                 assert torch.equal(weight, compressed.tensor(f"{layer.name}.weight"))
 
 
@@ -94,7 +94,7 @@ def test_layers_that_are_missing_are_made_again_and_no_others(source, tmp_path):
     local.compress(chosen, TOKENS)
     assert local.contents(tmp_path / "levels") == whole
     # The layers that share an input with it are solved with it.
-    group = next(group for group in task.plan[0] if any(layer.name == files[3].stem for layer in group.layers))
+    group = next(group for group in task.layer_groups[0] if any(layer.name == files[3].stem for layer in group.layers))
     again = {layer.name for layer in group.layers}
     assert {file.stem for file, time in kept.items() if file.stat().st_mtime_ns != time} == again - {files[3].stem}
 
@@ -131,14 +131,14 @@ def test_a_database_names_its_levels_and_layers(database):
 
 
 def test_sparse_levels_stand_beside_quantized_ones(source, tmp_path):
-    grid, sparse = Scheme(3, 32, symmetric=True), Sparsity(0.5)
+    levels = make_levels([3], [32], True, [0.5])
     chosen = local.settings(
-        source, tmp_path / "levels", levels=(grid, sparse), scheme=grid, pruner=SparseGPT(), dtype=torch.float32
+        source, tmp_path / "levels", levels=levels, level=levels[0], pruner=SparseGPT(), dtype=torch.float32
     )
     local.compress(chosen, TOKENS)
     found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
     assert found.levels == ["w3g32", "s50"]
-    for group in found.plan[0]:
+    for group in found.layer_groups[0]:
         for layer in group.layers:
             weight = found.weight(layer.name, "s50")
             assert weight.dtype == torch.bfloat16
@@ -156,10 +156,9 @@ def test_sparse_levels_stand_beside_quantized_ones(source, tmp_path):
 
 def test_blocks_are_calibrated_on_the_sparse_level_where_there_is_no_other(source, tmp_path):
     errors = []
-    for name, levels in (("low", (Sparsity(0.75), Sparsity(0.5))), ("high", (Sparsity(0.75), Sparsity(0.25)))):
-        chosen = local.settings(
-            source, tmp_path / name, levels=levels, scheme=Scheme(8, 32), reference=levels[-1], pruner=Wanda()
-        )
+    for name, fractions in (("low", (0.75, 0.5)), ("high", (0.75, 0.25))):
+        levels = make_levels([], [], True, fractions)
+        chosen = local.settings(source, tmp_path / name, levels=levels, level=levels[-1], pruner=Wanda())
         rows = local.compress(chosen, TOKENS)
         errors.append({row["layer"]: row["squared_error"] for row in rows if row["level"] == "s75"})
     first = "model.layers.0.self_attn.q_proj"
@@ -175,12 +174,12 @@ def test_a_database_may_have_no_level_at_all(source, tmp_path):
     assert len(layers(found)) == 14
 
 
-THREE = (Scheme(3, 32, symmetric=True), ColumnBits(3), Sparsity(0.5))
+THREE = make_levels([3], [32], True, [0.5], [3])
 
 
 def by_columns(source, output, **changes):
     methods = {"pruner": SparseGPT(), "column_quantizer": ColumnwiseBAQ()}
-    return local.settings(source, output, **({"levels": THREE, "scheme": THREE[0]} | methods | changes))
+    return local.settings(source, output, **({"levels": THREE, "level": THREE[0]} | methods | changes))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ def three(source, tmp_path_factory):
 
 def test_bits_by_column_stand_beside_grids_and_sparsities(three):
     assert three.levels == ["w3g32", "c3", "s50"]
-    for group in three.plan[0] + three.plan[1]:
+    for group in three.layer_groups[0] + three.layer_groups[1]:
         for layer in group.layers:
             facts = three.facts(layer.name)
             for name, level in three.levels_of(group):
@@ -231,19 +230,17 @@ def test_a_mixture_with_bits_by_column_is_loaded_by_transformers(three, source, 
 
 
 def test_layers_that_share_an_input_have_maps_of_their_own_columns(three):
-    maps = [columns.unpack(three.parts(layer.name, "c3")).widths for layer in three.plan[0][0].layers]
+    maps = [columns.unpack(three.parts(layer.name, "c3")).widths for layer in three.layer_groups[0][0].layers]
     assert len(maps) == 3
     assert not torch.equal(maps[0], maps[1])
     assert all(int(one.sum()) == 3 * 64 for one in maps)
 
 
 def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_path):
-    chosen = by_columns(
-        source, tmp_path / "levels", levels=(ColumnBits(3),), reference=ColumnBits(3), ignore=("q_proj",)
-    )
+    chosen = by_columns(source, tmp_path / "levels", levels=THREE[1:2], level=THREE[1], ignore=("q_proj",))
     local.compress(chosen, TOKENS)
     alone = LevelDatabase.read(chosen.output, Task(chosen).architecture)
-    for group in alone.plan[0]:
+    for group in alone.layer_groups[0]:
         for layer in group.layers:
             together = three.parts(layer.name, "c3")
             for name, tensor in alone.parts(layer.name, "c3").items():
@@ -251,11 +248,11 @@ def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_
 
 
 def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "_SLAB", 20 * 64)
+    monkeypatch.setattr(slabs, "_SLAB", 20 * 64)
     chosen = by_columns(source, tmp_path / "levels")
     local.compress(chosen, TOKENS)
     found = LevelDatabase.read(chosen.output, Task(chosen).architecture)
-    for layer in three.plan[0][0].layers:
+    for layer in three.layer_groups[0][0].layers:
         cut, whole = (columns.unpack(one.parts(layer.name, "c3")) for one in (found, three))
         assert torch.equal(cut.widths, whole.widths)
         # Matrix products of other shapes may round the last bit another way.
@@ -265,8 +262,8 @@ def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path,
 def test_blocks_are_calibrated_on_bits_by_column_where_there_is_nothing_else(source, tmp_path):
     errors = []
     for mean in (2.0, 8.0):
-        levels = (ColumnBits(1.5), ColumnBits(mean))
-        chosen = by_columns(source, tmp_path / str(mean), levels=levels, reference=levels[-1])
+        levels = make_levels([], [], True, [], [1.5, mean])
+        chosen = by_columns(source, tmp_path / str(mean), levels=levels, level=levels[-1])
         rows = local.compress(chosen, TOKENS)
         errors.append({row["layer"]: row["squared_error"] for row in rows if row["level"] == "c1.5"})
     first = "model.layers.0.self_attn.q_proj"
@@ -276,7 +273,7 @@ def test_blocks_are_calibrated_on_bits_by_column_where_there_is_nothing_else(sou
 
 def test_experts_that_saw_too_few_tokens_get_bits_by_column_from_their_weights(tmp_path):
     mixture = tiny.save(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
-    chosen = by_columns(mixture, tmp_path / "levels", levels=THREE[1:2], reference=THREE[1], expert_tokens=10**6)
+    chosen = by_columns(mixture, tmp_path / "levels", levels=THREE[1:2], level=THREE[1], expert_tokens=10**6)
     rows = [row for row in local.compress(chosen, TOKENS) if ".experts." in row["layer"]]
     assert len(rows) == 2 * 4 * 3
     for row in rows:
@@ -293,10 +290,10 @@ def test_a_method_that_cannot_end_at_a_level_is_refused_before_anything_is_solve
 
 def test_names_of_bits_by_column_are_read_back_to_the_last_digit():
     for mean, name in ((3.0, "c3"), (2.5, "c2.5"), (2.1234567891, "c2.1234567891")):
-        assert level_name(ColumnBits(mean)) == name
-        assert parse_level(name) == ColumnBits(mean)
+        assert ColumnBitsLevel(ColumnBits(mean)).name == name
+        assert parse_level(name) == ColumnBitsLevel(ColumnBits(mean))
     levels = make_levels([4], [32], True, [0.5], [3, 2.5])
-    assert [level_name(level) for level in levels] == ["w4g32", "c2.5", "c3", "s50"]
+    assert [level.name for level in levels] == ["w4g32", "c2.5", "c3", "s50"]
     with pytest.raises(UserError, match=r"column_bits=\[3, 3\] is wrong: expected different values"):
         make_levels([4], [32], True, [], [3, 3])
     with pytest.raises(UserError, match=r"column_bits=9\.0 is out of range: 1 to 8"):
@@ -305,5 +302,5 @@ def test_names_of_bits_by_column_are_read_back_to_the_last_digit():
 
 def test_levels_are_those_that_their_names_stand_for():
     levels = make_levels([3], [128], True, [1 / 3, 0.5], [2.5])
-    assert [parse_level(name) for name in names(levels)] == list(levels)
-    assert names(levels) == ["w3g128", "c2.5", "s50", "s33.3333"]
+    assert [parse_level(level.name) for level in levels] == list(levels)
+    assert [level.name for level in levels] == ["w3g128", "c2.5", "s50", "s33.3333"]

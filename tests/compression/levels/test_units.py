@@ -4,22 +4,20 @@ import torch
 from hasten.accel.compression.allocators.base import DROP, size
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.levels.level import KEEP, make_levels
 from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
-from hasten.accel.compression.pruners.base import Sparsity
 from hasten.accel.compression.pruners.wanda import Wanda
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from tests.compression import local
 from tests.models import tiny
 
 TOKENS = tiny.tokens(4, 16)
-LEVELS = (Scheme(2, 32, symmetric=True), Scheme(4, 32, symmetric=True), Sparsity(0.75))
+LEVELS = make_levels([2, 4], [32], True, [0.75])
 
 
 def make(folder, family):
     source = tiny.save(folder / "model", family, dtype=torch.bfloat16)
-    chosen = local.settings(source, folder / "levels", levels=LEVELS, scheme=LEVELS[0], pruner=Wanda())
+    chosen = local.settings(source, folder / "levels", levels=LEVELS, level=LEVELS[0], pruner=Wanda())
     local.compress(chosen, TOKENS)
     return LevelDatabase.read(chosen.output, Task(chosen).architecture)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 
 ROWS, COLUMNS = 48, 198  # of columns neither whole bytes of mask nor whole blocks
 
@@ -22,11 +22,11 @@ def weight() -> torch.Tensor:
 
 
 @pytest.fixture
-def moment(inputs) -> SecondMoment:
-    return moment_of(inputs)
+def hessian(inputs) -> Hessian:
+    return hessian_of(inputs)
 
 
-def moment_of(inputs: torch.Tensor) -> SecondMoment:
-    moment = SecondMoment(inputs.shape[1])
-    moment.add(inputs)
-    return moment
+def hessian_of(inputs: torch.Tensor) -> Hessian:
+    hessian = Hessian(inputs.shape[1])
+    hessian.add(inputs)
+    return hessian

@@ -13,9 +13,9 @@ def test_a_row_worked_by_hand():
     torch.testing.assert_close(result.power, torch.tensor([13.26, 3.328125]))
 
 
-def test_no_weight_that_goes_is_larger_than_one_that_stays_and_those_are_unchanged(weight, moment):
+def test_no_weight_that_goes_is_larger_than_one_that_stays_and_those_are_unchanged(weight, hessian):
     pruner = Magnitude()
-    pruned = pruner.prune(weight, pruner.prepare(moment), Sparsity(0.6)).weight
+    pruned = pruner.prune(weight, pruner.prepare(hessian), Sparsity(0.6)).weight
     sizes = weight.float().abs()
     largest_gone = sizes.masked_fill(pruned.mask, -torch.inf).amax(1)
     smallest_kept = sizes.masked_fill(~pruned.mask, torch.inf).amin(1)
@@ -23,9 +23,9 @@ def test_no_weight_that_goes_is_larger_than_one_that_stays_and_those_are_unchang
     assert torch.equal(pruned.weight[pruned.mask], weight[pruned.mask])
 
 
-def test_statistics_change_the_error_that_is_told_and_no_weight(weight, inputs, moment):
+def test_statistics_change_the_error_that_is_told_and_no_weight(weight, inputs, hessian):
     pruner = Magnitude()
-    blind, seeing = (pruner.prune(weight, pruner.prepare(known), Sparsity(0.5)) for known in (None, moment))
+    blind, seeing = (pruner.prune(weight, pruner.prepare(known), Sparsity(0.5)) for known in (None, hessian))
     assert torch.equal(blind.weight.weight, seeing.weight.weight)
     gone = (weight - blind.weight.weight).float()
     torch.testing.assert_close(blind.error, gone.square().sum(1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def weight() -> torch.Tensor:
 
 
 @pytest.fixture
-def moment(inputs) -> SecondMoment:
-    moment = SecondMoment(128)
-    moment.add(inputs)
-    return moment
+def hessian(inputs) -> Hessian:
+    hessian = Hessian(128)
+    hessian.add(inputs)
+    return hessian

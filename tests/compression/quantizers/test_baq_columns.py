@@ -6,13 +6,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.pruners.base import Inputs
 from hasten.accel.compression.quantizers.baq import ColumnwiseBAQ
 from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnWeight, steps
 from hasten.accel.compression.result import Result
 from hasten.accel.errors import UserError
-from tests.compression.trained import target_model, target_moments
+from tests.compression.trained import target_hessians, target_model
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "column_quantizer").glob("*.yaml"))
 MEANS = [1, 1.7, 2, 2.5, 3, 4, 6.3, 8]
@@ -23,10 +23,10 @@ def quantizer(request):
     return instantiate(OmegaConf.load(request.param))
 
 
-def moment_of(inputs):
-    moment = SecondMoment(inputs.shape[1])
-    moment.add(inputs)
-    return moment
+def hessian_of(inputs):
+    hessian = Hessian(inputs.shape[1])
+    hessian.add(inputs)
+    return hessian
 
 
 def equal(quantizer, weight, prepared, bits):
@@ -40,9 +40,9 @@ def relative(result):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", MEANS)
-def test_the_size_is_the_mean_to_the_bit_and_known_before(quantizer, dtype, mean, weight, moment):
+def test_the_size_is_the_mean_to_the_bit_and_known_before(quantizer, dtype, mean, weight, hessian):
     level = ColumnBits(mean)
-    found = quantizer.quantize(weight.to(dtype), quantizer.prepare(moment), level).weight
+    found = quantizer.quantize(weight.to(dtype), quantizer.prepare(hessian), level).weight
     assert found.codes.shape == (48, 128)
     assert found.codes.dtype == found.widths.dtype == torch.uint8
     assert found.scale.shape == (48,)
@@ -59,7 +59,7 @@ def test_error_and_power_are_those_of_the_layers_output(dtype, act_order, weight
     # Damping is no error of the output, but is counted as by GPTQ: here it is too small to show.
     quantizer = ColumnwiseBAQ(damping=1e-6, act_order=act_order)
     given = weight.to(dtype)
-    result = quantizer.quantize(given, quantizer.prepare(moment_of(inputs)), ColumnBits(3))
+    result = quantizer.quantize(given, quantizer.prepare(hessian_of(inputs)), ColumnBits(3))
     outputs, lost = inputs @ given.float().T, inputs @ (given.float() - result.weight.dequantize().float()).T
     torch.testing.assert_close(result.power, outputs.square().mean(0), rtol=1e-3, atol=0)
     # In bfloat16 a refitted scale rounds its products anew, here by up to a tenth of a row's error.
@@ -67,16 +67,16 @@ def test_error_and_power_are_those_of_the_layers_output(dtype, act_order, weight
     torch.testing.assert_close(result.error, lost.square().mean(0), rtol=rtol, atol=0)
 
 
-def test_more_bits_on_average_make_less_error(quantizer, weight, moment):
-    prepared = quantizer.prepare(moment)
+def test_more_bits_on_average_make_less_error(quantizer, weight, hessian):
+    prepared = quantizer.prepare(hessian)
     errors = [relative(quantizer.quantize(weight, prepared, ColumnBits(half / 2))) for half in range(2, 17)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 1000
 
 
 @pytest.mark.parametrize("mean", [2, 3, 4])
-def test_bits_by_column_beat_equal_bits_where_columns_differ(quantizer, mean, weight, moment):
-    prepared = quantizer.prepare(moment)
+def test_bits_by_column_beat_equal_bits_where_columns_differ(quantizer, mean, weight, hessian):
+    prepared = quantizer.prepare(hessian)
     found = quantizer.quantize(weight, prepared, ColumnBits(mean))
     even = equal(quantizer, weight, prepared, mean)
     assert found.weight.bits == even.weight.bits
@@ -102,13 +102,13 @@ def test_without_correlation_the_loud_columns_get_the_bits():
     inputs = torch.linalg.qr(torch.randn(240, 60, generator=generator)).Q * sizes
     weight = torch.randn(512, 60, generator=generator)
     quantizer = ColumnwiseBAQ(damping=1e-6)
-    widths = quantizer.quantize(weight, quantizer.prepare(moment_of(inputs)), ColumnBits(4)).weight.widths
+    widths = quantizer.quantize(weight, quantizer.prepare(hessian_of(inputs)), ColumnBits(4)).weight.widths
     # The losses of 512 rows are a few per cent apart by chance, so rounding may take a bit here and give it there.
     torch.testing.assert_close(widths.float().view(3, 20).mean(1), torch.tensor([2.0, 4.0, 6.0]), rtol=0, atol=0.15)
 
 
-def test_losses_of_pieces_of_rows_add_up_and_give_the_map_of_the_whole(quantizer, weight, moment):
-    prepared, level = quantizer.prepare(moment), ColumnBits(3)
+def test_losses_of_pieces_of_rows_add_up_and_give_the_map_of_the_whole(quantizer, weight, hessian):
+    prepared, level = quantizer.prepare(hessian), ColumnBits(3)
     whole = quantizer.quantize(weight, prepared, level)
     pieces = weight.split((7, 30, 11))
     losses = sum(quantizer.losses(piece, prepared, level) for piece in pieces)
@@ -130,8 +130,8 @@ def test_pieces_of_different_layers_do_not_join():
         ColumnWeight.join(parts)
 
 
-def test_the_same_input_gives_the_same_bits(quantizer, weight, moment):
-    first, second = (quantizer.quantize(weight, quantizer.prepare(moment), ColumnBits(2.5)).weight for _ in range(2))
+def test_the_same_input_gives_the_same_bits(quantizer, weight, hessian):
+    first, second = (quantizer.quantize(weight, quantizer.prepare(hessian), ColumnBits(2.5)).weight for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.widths, second.widths)
     assert torch.equal(first.scale, second.scale)
@@ -166,19 +166,19 @@ def test_alone_every_weight_gets_its_nearest_value(weight):
     assert torch.equal(nearest.to(torch.uint8), found.codes)
 
 
-def test_refits_only_ever_take_error_away(weight, moment):
+def test_refits_only_ever_take_error_away(weight, hessian):
     rows = []
     for refits in (0, 1, 2, 3):
         quantizer = ColumnwiseBAQ(refits=refits)
-        rows.append(equal(quantizer, weight.float(), quantizer.prepare(moment), 3).error)
+        rows.append(equal(quantizer, weight.float(), quantizer.prepare(hessian), 3).error)
     for fewer, more in pairwise(rows):
         assert bool((more <= fewer * (1 + 1e-4)).all())  # sums in float32
     assert float(rows[-1].sum()) < float(rows[0].sum())
 
 
-def test_a_weight_of_zeros_comes_back_as_zeros(quantizer, weight, moment):
+def test_a_weight_of_zeros_comes_back_as_zeros(quantizer, weight, hessian):
     zeros = torch.zeros_like(weight)
-    result = quantizer.quantize(zeros, quantizer.prepare(moment), ColumnBits(3))
+    result = quantizer.quantize(zeros, quantizer.prepare(hessian), ColumnBits(3))
     assert torch.equal(result.weight.dequantize(), zeros)
     assert result.weight.bits == ColumnBits(3).stored_bits(48, 128, 2)
 
@@ -188,7 +188,7 @@ def test_inputs_that_are_always_zero_get_the_fewest_bits_and_make_no_error(weigh
     alive = torch.ones(128)
     alive[::4] = 0
     weight = weight.float()
-    result = quantizer.quantize(weight, quantizer.prepare(moment_of(inputs * alive)), ColumnBits(3))
+    result = quantizer.quantize(weight, quantizer.prepare(hessian_of(inputs * alive)), ColumnBits(3))
     assert bool((result.weight.widths[::4] == 1).all())
     assert bool(torch.isfinite(result.weight.dequantize()).all())
     lost = (inputs * alive) @ (weight - result.weight.dequantize()).T
@@ -196,10 +196,10 @@ def test_inputs_that_are_always_zero_get_the_fewest_bits_and_make_no_error(weigh
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_second_moment_that_is_not_finite_is_said_and_weights_alone_count(quantizer, bad, weight, inputs):
+def test_a_hessian_that_is_not_finite_is_said_and_weights_alone_count(quantizer, bad, weight, inputs):
     broken = inputs.clone()
     broken[0, 0] = bad
-    result = quantizer.quantize(weight, quantizer.prepare(moment_of(broken)), ColumnBits(4))
+    result = quantizer.quantize(weight, quantizer.prepare(hessian_of(broken)), ColumnBits(4))
     assert "columns were rounded on their own" in result.notes[0]
     blind = quantizer.quantize(weight, quantizer.prepare(None), ColumnBits(4))
     lost = (weight.float() - blind.weight.dequantize().float()).square().sum(1)
@@ -227,9 +227,9 @@ def test_wrong_hyper_parameters_are_refused_by_name(wrong):
 def test_on_held_out_text_a_trained_layer_errs_less_than_at_equal_bits(mean):
     name = "model.layers.0.mlp.down_proj"
     weight = target_model().checkpoint.tensor(f"{name}.weight")
-    moment, held_out = target_moments("train", 16)[name], Inputs(target_moments("held_out", 4)[name])
+    hessian, held_out = target_hessians("train", 16)[name], Inputs(target_hessians("held_out", 4)[name])
     quantizer = ColumnwiseBAQ()
-    prepared = quantizer.prepare(moment)
+    prepared = quantizer.prepare(hessian)
     found = quantizer.quantize(weight, prepared, ColumnBits(mean)).weight
     even = equal(quantizer, weight, prepared, mean).weight
     assert found.bits == even.bits

@@ -25,8 +25,8 @@ def scheme(request):
     return request.param
 
 
-def test_codes_and_scales_have_the_shapes_and_ranges_of_the_scheme(quantizer, scheme, weight, moment):
-    quantized = quantizer.quantize(weight, quantizer.prepare(moment), scheme).weight
+def test_codes_and_scales_have_the_shapes_and_ranges_of_the_scheme(quantizer, scheme, weight, hessian):
+    quantized = quantizer.quantize(weight, quantizer.prepare(hessian), scheme).weight
     groups = 128 // scheme.columns(128)
     assert quantized.codes.shape == (48, 128)
     assert quantized.codes.dtype == torch.uint8
@@ -37,43 +37,43 @@ def test_codes_and_scales_have_the_shapes_and_ranges_of_the_scheme(quantizer, sc
         assert bool((quantized.zero_point == 2 ** (scheme.bits - 1)).all())
 
 
-def test_bits_count_codes_scales_and_zero_points(quantizer, scheme, weight, moment):
-    quantized = quantizer.quantize(weight, quantizer.prepare(moment), scheme).weight
+def test_bits_count_codes_scales_and_zero_points(quantizer, scheme, weight, hessian):
+    quantized = quantizer.quantize(weight, quantizer.prepare(hessian), scheme).weight
     groups = 48 * (128 // scheme.columns(128))
     zero_points = 0 if scheme.symmetric else groups * scheme.bits
     assert quantized.bits == 48 * 128 * scheme.bits + groups * 16 + zero_points
 
 
-def test_a_loader_unpacks_exactly_the_dequantized_weight(quantizer, scheme, weight, moment):
-    quantized = quantizer.quantize(weight, quantizer.prepare(moment), scheme).weight
+def test_a_loader_unpacks_exactly_the_dequantized_weight(quantizer, scheme, weight, hessian):
+    quantized = quantizer.quantize(weight, quantizer.prepare(hessian), scheme).weight
     packed = PackQuantized().pack(quantized)
     assert torch.equal(PackQuantized().unpack(packed, scheme), quantized.dequantize())
 
 
-def test_more_bits_make_less_error(quantizer, weight, moment):
-    prepared = quantizer.prepare(moment)
+def test_more_bits_make_less_error(quantizer, weight, hessian):
+    prepared = quantizer.prepare(hessian)
     errors = [float(quantizer.quantize(weight, prepared, Scheme(bits, 32)).error.sum()) for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 100
 
 
-def test_a_row_does_not_see_the_rows_stacked_with_it(quantizer, scheme, weight, moment):
+def test_a_row_does_not_see_the_rows_stacked_with_it(quantizer, scheme, weight, hessian):
     # Layers that share an input are stacked; matrix products of other shapes may round the last bit another way.
-    prepared = quantizer.prepare(moment)
+    prepared = quantizer.prepare(hessian)
     together = quantizer.quantize(weight, prepared, scheme).weight
     alone = quantizer.quantize(weight[16:32], prepared, scheme).weight
     assert float((together.rows(16, 32).codes != alone.codes).float().mean()) < 0.01
     assert torch.equal(together.rows(16, 32).scale, alone.scale) or scheme.group_size != -1
 
 
-def test_a_weight_of_zeros_comes_back_as_zeros(quantizer, scheme, weight, moment):
+def test_a_weight_of_zeros_comes_back_as_zeros(quantizer, scheme, weight, hessian):
     zeros = torch.zeros_like(weight)
-    dequantized = quantizer.quantize(zeros, quantizer.prepare(moment), scheme).weight.dequantize()
+    dequantized = quantizer.quantize(zeros, quantizer.prepare(hessian), scheme).weight.dequantize()
     assert torch.equal(dequantized, zeros)
 
 
-def test_the_same_input_gives_the_same_bits(quantizer, scheme, weight, moment):
-    prepared = quantizer.prepare(moment)
+def test_the_same_input_gives_the_same_bits(quantizer, scheme, weight, hessian):
+    prepared = quantizer.prepare(hessian)
     first, second = (quantizer.quantize(weight, prepared, scheme).weight for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)

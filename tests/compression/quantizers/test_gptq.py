@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.grid import find_grid
@@ -38,31 +38,31 @@ def textbook(weight, hessian, scheme, damping, order, corrected_scales=False):
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, -1), Scheme(4, 32), Scheme(2, 16, symmetric=True)])
-def test_the_codes_are_those_of_the_papers_algorithm(scheme, weight, inputs, moment):
+def test_the_codes_are_those_of_the_papers_algorithm(scheme, weight, inputs, hessian):
     hessian = inputs.T @ inputs / len(inputs)
     quantizer = GPTQ(search=0, refits=0)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     expected = textbook(weight.float(), hessian, scheme, quantizer.damping, order)
-    found = quantizer.quantize(weight.float(), quantizer.prepare(moment), scheme).weight.codes
+    found = quantizer.quantize(weight.float(), quantizer.prepare(hessian), scheme).weight.codes
     # float32 against float64: a value that lies on the edge of two codes may fall either way and move its row.
     assert float((found.long() != expected).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, -1), Scheme(4, 32), Scheme(4, 64), Scheme(3, 8)])
-def test_columns_as_they_come_are_the_papers_algorithm_too(scheme, weight, inputs, moment):
+def test_columns_as_they_come_are_the_papers_algorithm_too(scheme, weight, inputs, hessian):
     hessian = inputs.T @ inputs / len(inputs)
     quantizer = GPTQ(search=0, act_order="none", refits=0)
     expected = textbook(weight.float(), hessian, scheme, quantizer.damping, torch.arange(128), corrected_scales=True)
-    found = quantizer.quantize(weight.float(), quantizer.prepare(moment), scheme).weight.codes
+    found = quantizer.quantize(weight.float(), quantizer.prepare(hessian), scheme).weight.codes
     assert float((found.long() != expected).float().mean()) < 0.02
 
 
 @pytest.mark.parametrize("act_order", ["static", "none"])
 @pytest.mark.parametrize("group_size", [8, 32, 128, -1])
-def test_the_output_error_is_a_fraction_of_rounding_to_nearest(act_order, group_size, weight, inputs, moment):
+def test_the_output_error_is_a_fraction_of_rounding_to_nearest(act_order, group_size, weight, inputs, hessian):
     scheme = Scheme(3, group_size)
     quantizer = GPTQ(act_order=act_order)
-    result = quantizer.quantize(weight, quantizer.prepare(moment), scheme)
+    result = quantizer.quantize(weight, quantizer.prepare(hessian), scheme)
     nearest = RoundToNearest().quantize(weight, None, scheme).weight.dequantize()
     errors = [
         float(((weight.float() - dequantized.float()) @ inputs.T).square().sum())
@@ -71,9 +71,9 @@ def test_the_output_error_is_a_fraction_of_rounding_to_nearest(act_order, group_
     assert errors[0] < (0.7 if act_order == "static" else 0.9) * errors[1]
 
 
-def test_error_and_power_are_those_of_the_layers_output(weight, inputs, moment):
+def test_error_and_power_are_those_of_the_layers_output(weight, inputs, hessian):
     quantizer = GPTQ(damping=1e-6, refits=0)
-    result = quantizer.quantize(weight, quantizer.prepare(moment), Scheme(3, 32))
+    result = quantizer.quantize(weight, quantizer.prepare(hessian), Scheme(3, 32))
     error = ((weight.float() - result.weight.dequantize().float()) @ inputs.T).square().mean(1)
     power = (weight.float() @ inputs.T).square().mean(1)
     torch.testing.assert_close(result.error, error, rtol=1e-3, atol=0)  # float32 sums over 128 columns and a damping
@@ -82,11 +82,11 @@ def test_error_and_power_are_those_of_the_layers_output(weight, inputs, moment):
 
 @pytest.mark.parametrize("act_order", ["static", "none"])
 @pytest.mark.parametrize("scheme", [Scheme(2, 16), Scheme(3, 32, symmetric=True), Scheme(2, -1)])
-def test_every_refit_takes_error_from_every_row(act_order, scheme, weight, inputs, moment):
+def test_every_refit_takes_error_from_every_row(act_order, scheme, weight, inputs, hessian):
     results = []
     for refits in range(4):
         quantizer = GPTQ(act_order=act_order, refits=refits, damping=1e-6)
-        results.append(quantizer.quantize(weight, quantizer.prepare(moment), scheme))
+        results.append(quantizer.quantize(weight, quantizer.prepare(hessian), scheme))
     for before, after in itertools.pairwise(results):
         assert bool((after.error <= before.error).all())
     assert float(results[2].error.sum()) < 0.97 * float(results[0].error.sum())
@@ -97,41 +97,41 @@ def test_every_refit_takes_error_from_every_row(act_order, scheme, weight, input
 
 
 @pytest.mark.parametrize("factor", [0.97, 1.03])
-def test_after_a_refit_no_scale_can_be_moved_for_the_better(factor, weight, inputs, moment):
+def test_after_a_refit_no_scale_can_be_moved_for_the_better(factor, weight, inputs, hessian):
     quantizer = GPTQ(refits=1, damping=1e-6)
-    result = quantizer.quantize(weight.float(), quantizer.prepare(moment), Scheme(2, -1)).weight
+    result = quantizer.quantize(weight.float(), quantizer.prepare(hessian), Scheme(2, -1)).weight
     moved = QuantizedWeight(result.codes, result.scale * factor, result.zero_point, result.scheme)
     errors = [((weight.float() - one.dequantize()) @ inputs.T).square().sum(1) for one in (result, moved)]
     assert bool((errors[0] < errors[1]).all())
 
 
 def test_inputs_that_are_always_zero_leave_their_columns_rounded_to_nearest(weight, inputs):
-    moment = SecondMoment(128)
-    moment.add(inputs * (torch.arange(128) % 4 != 0))
+    hessian = Hessian(128)
+    hessian.add(inputs * (torch.arange(128) % 4 != 0))
     quantizer = GPTQ(search=0, refits=0)
-    codes = quantizer.quantize(weight, quantizer.prepare(moment), Scheme(4, 32)).weight.codes
+    codes = quantizer.quantize(weight, quantizer.prepare(hessian), Scheme(4, 32)).weight.codes
     nearest = RoundToNearest().quantize(weight, None, Scheme(4, 32)).weight.codes
     assert torch.equal(codes[:, ::4], nearest[:, ::4])
 
 
-def test_a_second_moment_that_cannot_be_factored_is_damped_more_and_says_so(weight):
+def test_a_hessian_that_cannot_be_factored_is_damped_more_and_says_so(weight):
     x = torch.ones(4, 128) * 1e3  # rank one: float32 loses the small damping beside it
-    moment = SecondMoment(128)
-    moment.add(x)
-    next(moment.panels()).sub_(0.03 * torch.eye(128) * 4e6)
+    hessian = Hessian(128)
+    hessian.add(x)
+    next(hessian.panels()).sub_(0.03 * torch.eye(128) * 4e6)
     quantizer = GPTQ()
-    result = quantizer.quantize(weight, quantizer.prepare(moment), Scheme(4, 32))
+    result = quantizer.quantize(weight, quantizer.prepare(hessian), Scheme(4, 32))
     assert any("damping raised" in note for note in result.notes)
     assert bool(torch.isfinite(result.weight.dequantize()).all())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_second_moment_that_is_not_finite_falls_back_to_rounding_and_says_so(bad, weight, inputs):
-    moment = SecondMoment(128)
-    moment.add(inputs)
-    next(moment.panels())[3, 3] = bad
+def test_a_hessian_that_is_not_finite_falls_back_to_rounding_and_says_so(bad, weight, inputs):
+    hessian = Hessian(128)
+    hessian.add(inputs)
+    next(hessian.panels())[3, 3] = bad
     quantizer = GPTQ(search=0)
-    result = quantizer.quantize(weight, quantizer.prepare(moment), Scheme(4, 32))
+    result = quantizer.quantize(weight, quantizer.prepare(hessian), Scheme(4, 32))
     nearest = RoundToNearest().quantize(weight, None, Scheme(4, 32)).weight
     assert any("rounded to nearest" in note for note in result.notes)
     assert torch.equal(result.weight.codes, nearest.codes)

@@ -12,9 +12,9 @@ from torch import Tensor
 from hasten.accel.compression.allocators.base import DROP, Choice, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.candidates import ORIGINAL, Candidates
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny

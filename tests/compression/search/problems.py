@@ -6,10 +6,25 @@ import zlib
 import numpy as np
 
 from hasten.accel.compression.allocators.base import DROP, Choice, Unit, size
+from hasten.accel.compression.search.base import Problem
 from hasten.accel.compression.search.evopress import EvoPress
 
 LENGTHS = [7, 30, 12, 25, 40, 3, 18, 64]
 SMALL = EvoPress(generations=6, offspring=8, survivors=(4, 2, 1), tokens=(20, 50, 90), initial_tokens=30)
+
+
+def search(searcher, units, budget, fitness, lengths, seed, state=None, after=None, start=None):
+    """The answer of a search whose requests fitness(genomes, sample) measures one by one; after(state, stats)."""
+    problem = Problem(units, budget, lengths, seed, start)
+
+    def measure(requests):
+        return [fitness(genomes, sample) for genomes, sample in requests]
+
+    for step in searcher.search(problem, measure, state):
+        state = step.state
+        if after is not None:
+            after(*step)
+    return searcher.answer(problem, measure, state)
 
 
 def unit(name, weights, levels=(2, 3, 4), kind="mlp", part_of=None):

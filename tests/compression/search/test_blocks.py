@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.candidates import ORIGINAL
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import KL, Perplexity
+from hasten.accel.compression.search.samples import Sample
 from tests.compression.search.noisy import (
     BLOCKS,
     LENGTH,

@@ -13,8 +13,8 @@ from hasten.accel.compression.allocators.base import DROP, Choice, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.candidates import ORIGINAL, Candidates, batches
 from hasten.accel.compression.search.errors import with_errors
-from hasten.accel.compression.search.evopress import Sample
 from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
+from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models import embedded
 from hasten.accel.models.architecture import Architecture
 from tests.compression.search.noisy import (

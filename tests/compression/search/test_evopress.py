@@ -10,7 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from hasten.accel.compression.allocators.base import DROP, size
-from hasten.accel.compression.search.evopress import EvoPress, Sample, State, draw
+from hasten.accel.compression.search.base import State
+from hasten.accel.compression.search.evopress import EvoPress
+from hasten.accel.compression.search.samples import Sample, draw_nested
 from hasten.accel.errors import UserError
 from tests.compression.search.problems import (
     LENGTHS,
@@ -21,6 +23,7 @@ from tests.compression.search.problems import (
     equal,
     part,
     problem,
+    search,
     unequal,
     unit,
 )
@@ -34,8 +37,8 @@ CONFIG = Path(__file__).parents[3] / "conf" / "allocator" / "evopress.yaml"
 def test_it_finds_the_optimum_that_brute_force_finds(units, budget, seed):
     budget = int(budget * sum(u.weights for u in units))
     fitness = Additive(units, seed)
-    state = replace(SMALL, generations=40, offspring=16).search(units, budget, fitness, LENGTHS, seed)
-    assert fitness.exact(state.parent) == fitness.optimum(budget)
+    state = search(replace(SMALL, generations=40, offspring=16), units, budget, fitness, LENGTHS, seed)
+    assert fitness.exact(state.incumbent) == fitness.optimum(budget)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -44,16 +47,16 @@ def test_it_drops_the_parts_that_brute_force_drops(seed):
     for i in range(6):
         units += [part(f"p{i}"), unit(f"u{i}", 10, (16,), part_of=f"p{i}")]
     fitness = Additive(units, seed)
-    state = replace(SMALL, generations=10).search(units, 4 * 160, fitness, LENGTHS, seed)
-    assert fitness.exact(state.parent) == fitness.optimum(4 * 160)
+    state = search(replace(SMALL, generations=10), units, 4 * 160, fitness, LENGTHS, seed)
+    assert fitness.exact(state.incumbent) == fitness.optimum(4 * 160)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_levels_and_drops_under_one_budget_reach_the_optimum(seed):
     units = droppable()
     fitness = Additive(units, seed)
-    state = replace(SMALL, generations=30, offspring=16, foresight=1).search(units, 225, fitness, LENGTHS, seed)
-    assert fitness.exact(state.parent) == fitness.optimum(225)
+    state = search(replace(SMALL, generations=30, offspring=16, foresight=1), units, 225, fitness, LENGTHS, seed)
+    assert fitness.exact(state.incumbent) == fitness.optimum(225)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -67,7 +70,7 @@ def test_of_several_drafts_those_of_the_least_errors_are_measured(seed):
     means = {}
     for foresight in (1, 8):
         fitness.calls.clear()
-        replace(SMALL, generations=1, foresight=foresight).search(known, 300, fitness, LENGTHS, seed)
+        search(replace(SMALL, generations=1, foresight=foresight), known, 300, fitness, LENGTHS, seed)
         offspring, _, _ = fitness.calls[1]
         means[foresight] = sum(map(fitness.exact, offspring)) / len(offspring)
     assert means[8] < means[1]
@@ -78,8 +81,8 @@ def test_no_candidate_is_over_the_budget_or_evaluated_twice_at_once(seed):
     units, budget = problem(seed)
     fitness = Additive(units, seed)
     method = replace(SMALL, grouped=seed % 3 > 0, across=0.5 * (seed % 2))
-    state = method.search(units, budget, fitness, LENGTHS, seed)
-    assert state.generation == 6
+    state = search(method, units, budget, fitness, LENGTHS, seed)
+    assert state.step == 6
     for genomes, _, _ in fitness.calls:
         assert len(set(genomes)) == len(genomes)
         for genome in genomes:
@@ -93,7 +96,7 @@ def test_one_seed_gives_one_result_and_another_seed_another_way_to_it():
     runs = []
     for seed in (3, 3, 4):
         fitness = Additive(units, 0)
-        runs.append((SMALL.search(units, 400, fitness, LENGTHS, seed), fitness.calls))
+        runs.append((search(SMALL, units, 400, fitness, LENGTHS, seed), fitness.calls))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
 
@@ -108,14 +111,14 @@ def test_a_search_goes_on_after_any_generation_as_if_it_never_stopped(units):
         states.append(state)
         calls.append(len(whole.calls))
 
-    final = SMALL.search(units, budget, whole, LENGTHS, 1, after=after)
-    assert [state.generation for state in states] == list(range(7))
+    final = search(SMALL, units, budget, whole, LENGTHS, 1, after=after)
+    assert [state.step for state in states] == list(range(7))
     assert len(set(calls)) == 7
     for state, made in zip(states, calls, strict=True):
         rest = Additive(units, 0)
         known = State.from_json(json.loads(json.dumps(state.to_json())))
         assert known == state
-        assert SMALL.search(units, budget, rest, LENGTHS, 1, state=known) == final
+        assert search(SMALL, units, budget, rest, LENGTHS, 1, state=known) == final
         assert rest.calls == whole.calls[made:]
 
 
@@ -123,33 +126,33 @@ def test_the_parent_is_measured_anew_in_the_last_step_and_stays_unless_an_offspr
     fitness = PerToken(LENGTHS)
     kept = 0
     for old, new, info, calls in generations(replace(SMALL, generations=30), fitness):
-        measured = [(genomes, sample) for genomes, sample in calls if old.parent in genomes]
+        measured = [(genomes, sample) for genomes, sample in calls if old.incumbent in genomes]
         assert max(len(genomes) for genomes, _ in measured) == 2 + 1  # 8 and 4 are compared before
         assert sum(sample.tokens for _, sample in measured) == 90
         parts = [part for _, sample in measured for part in sample.parts]
         # Sums of 90 numbers, added in another order.
-        assert info.parent_fitness == pytest.approx(fitness.mean(old.parent, parts), rel=1e-12)
-        assert new.fitness == pytest.approx(fitness.mean(new.parent, parts), rel=1e-12)
-        assert new.fitness < info.parent_fitness or new.parent == old.parent
-        assert info.changed == sum(a != b for a, b in zip(old.parent, new.parent, strict=True))
-        kept += new.parent == old.parent
+        assert info.previous_fitness == pytest.approx(fitness.mean(old.incumbent, parts), rel=1e-12)
+        assert new.fitness == pytest.approx(fitness.mean(new.incumbent, parts), rel=1e-12)
+        assert new.fitness < info.previous_fitness or new.incumbent == old.incumbent
+        assert info.changed == sum(a != b for a, b in zip(old.incumbent, new.incumbent, strict=True))
+        kept += new.incumbent == old.incumbent
     assert 0 < kept < 30
 
 
 def test_an_offspring_that_is_only_as_good_does_not_replace_the_parent():
     states = []
     third = [1 / 3] * 100
-    SMALL.search(equal(), 180, lambda gs, _: third[: len(gs)], LENGTHS, 0, after=lambda *pair: states.append(pair))
-    assert {state.parent for state, _ in states} == {(1, 1, 1, 1, 1, 1)}
+    search(SMALL, equal(), 180, lambda gs, _: third[: len(gs)], LENGTHS, 0, after=lambda *pair: states.append(pair))
+    assert {state.incumbent for state, _ in states} == {(1, 1, 1, 1, 1, 1)}
     assert states[-1][0].evaluated > 50
 
 
 def test_candidates_that_cannot_be_measured_never_win():
     units = equal()
     start = (1, 1, 1, 1, 1, 1)
-    state = SMALL.search(units, 180, lambda gs, _: [1.0 if g == start else math.nan for g in gs], LENGTHS, 0)
-    assert state.parent == start
-    broken = SMALL.search(units, 180, lambda gs, _: [math.nan] * len(gs), LENGTHS, 0)
+    state = search(SMALL, units, 180, lambda gs, _: [1.0 if g == start else math.nan for g in gs], LENGTHS, 0)
+    assert state.incumbent == start
+    broken = search(SMALL, units, 180, lambda gs, _: [math.nan] * len(gs), LENGTHS, 0)
     assert broken.to_json()["fitness"] is None
     assert State.from_json(broken.to_json()).fitness == math.inf
 
@@ -158,7 +161,8 @@ def generations(method, fitness, units=()):
     """Old state, new state, info and calls of every generation of a search."""
     units = units or equal(12)
     states = []
-    method.search(
+    search(
+        method,
         units,
         sum(3 * u.weights for u in units),
         fitness,
@@ -185,13 +189,13 @@ def test_a_survivor_is_measured_on_what_is_new_in_each_step_and_the_parent_on_al
     for old, new, info, calls in generations(SMALL, fitness):
         steps = [(len(genomes), sample.tokens) for genomes, sample in calls]
         assert steps == [(8, 20), (4, 30), (1, 20), (1, 30), (3, 40)]
-        assert calls[2][0] == calls[3][0] == [old.parent]
+        assert calls[2][0] == calls[3][0] == [old.incumbent]
         for parts in asked_of(calls).values():
             assert len({number for number, _ in parts}) == len(parts)
         assert info.tokens == 8 * 20 + 4 * 30 + 3 * 40 + 50
         assert info.evaluated == 8 + 4 + 3
         total += info.tokens
-        assert (new.tokens, new.evaluated) == (total, 1 + 15 * new.generation)
+        assert (new.tokens, new.evaluated) == (total, 1 + 15 * new.step)
 
 
 def test_a_sequence_that_a_step_cut_is_all_that_is_run_again():
@@ -211,7 +215,7 @@ def test_steps_of_as_many_tokens_measure_nothing_again():
     method = replace(SMALL, survivors=(4, 2, 1), tokens=(31, 31, 31))
     for old, _, info, calls in generations(method, PerToken(LENGTHS)):
         assert info.tokens == (8 + 1) * 31
-        assert all(genomes == [old.parent] or len(genomes) == 8 for genomes, _ in calls)
+        assert all(genomes == [old.incumbent] or len(genomes) == 8 for genomes, _ in calls)
 
 
 @pytest.mark.parametrize("lengths", [[10] * 20, LENGTHS], ids=["whole", "cut"])
@@ -228,9 +232,9 @@ def test_each_step_keeps_the_best_of_the_whole_of_its_sample_which_holds_that_of
         for sample, keep in zip(samples[:2], (4, 2), strict=True):
             left = sorted(left, key=lambda genome: fitness.mean(genome, sample.items()))[:keep]
             more = sum(sample.values())
-            assert {genome for genome in used if sum(used[genome].values()) > more} == {old.parent, *left}
-        best = min([old.parent, *left], key=lambda genome: fitness.mean(genome, samples[2].items()))
-        assert new.parent == best
+            assert {genome for genome in used if sum(used[genome].values()) > more} == {old.incumbent, *left}
+        best = min([old.incumbent, *left], key=lambda genome: fitness.mean(genome, samples[2].items()))
+        assert new.incumbent == best
         assert new.fitness == pytest.approx(fitness.mean(best, samples[2].items()), rel=1e-12)
 
 
@@ -242,7 +246,7 @@ def test_each_step_keeps_the_best_of_the_whole_of_its_sample_which_holds_that_of
 def test_the_paper_s_setting_takes_a_million_tokens_a_generation(length, second):
     method = EvoPress(1, 128, [16, 4, 1], [2048, 16384, 131072], initial_tokens=2048)
     units = equal(40)
-    state = method.search(units, 1200, Additive(units, 0), [length] * 64, 0)
+    state = search(method, units, 1200, Additive(units, 0), [length] * 64, 0)
     assert state.tokens - 2048 == 128 * 2048 + 16 * second + 4 * (131072 - 16384) + 131072
 
 
@@ -250,7 +254,7 @@ def test_the_paper_s_setting_takes_a_million_tokens_a_generation(length, second)
 def test_a_sample_is_whole_sequences_and_one_cut_to_the_token(tokens):
     samples = set()
     for seed in range(20):
-        ((sample,),) = draw(LENGTHS, (tokens,), np.random.default_rng(seed))
+        ((sample,),) = draw_nested(LENGTHS, (tokens,), np.random.default_rng(seed))
         samples.add(sample)
     for sample in samples:
         numbers = [number for number, _ in sample.parts]
@@ -264,7 +268,7 @@ def test_a_sample_is_whole_sequences_and_one_cut_to_the_token(tokens):
 @pytest.mark.parametrize("seed", range(20))
 def test_of_nested_samples_each_has_its_tokens_and_all_portions_of_the_last_but_a_cut_one(seed):
     steps = (5, 20, 20, 50, 90, 199)
-    samples = draw(LENGTHS, steps, np.random.default_rng(seed))
+    samples = draw_nested(LENGTHS, steps, np.random.default_rng(seed))
     for tokens, portions in zip(steps, samples, strict=True):
         parts = [part for portion in portions for part in portion.parts]
         assert sum(used for _, used in parts) == tokens
@@ -279,7 +283,7 @@ def test_of_nested_samples_each_has_its_tokens_and_all_portions_of_the_last_but_
 
 
 def test_empty_sequences_are_in_no_sample():
-    assert draw([0, 5, 0], (5,), np.random.default_rng(0)) == [(Sample(((1, 5),)),)]
+    assert draw_nested([0, 5, 0], (5,), np.random.default_rng(0)) == [(Sample(((1, 5),)),)]
 
 
 def test_a_sequence_of_one_token_which_scores_nothing_is_never_used():
@@ -294,18 +298,18 @@ def test_another_allocator_s_answer_joins_the_first_candidates():
     every = itertools.product(range(3), repeat=6)
     start = min((g for g in every if size(units, g) <= 170), key=fitness.exact)
     states = []
-    final = SMALL.search(units, 170, fitness, LENGTHS, 0, after=lambda *pair: states.append(pair), start=list(start))
+    final = search(SMALL, units, 170, fitness, LENGTHS, 0, after=lambda *pair: states.append(pair), start=list(start))
     assert fitness.calls[0][0][-1] == start
-    assert states[0][0].parent == final.parent == start
-    assert states[0][1].offspring == len(fitness.calls[0][0])
+    assert states[0][0].incumbent == final.incumbent == start
+    assert states[0][1].candidates == len(fitness.calls[0][0])
 
 
 def test_a_problem_with_one_genome_ends():
     fitness = Additive([unit("u", 10)], 0)
-    state = SMALL.search([unit("u", 10)], 30, fitness, LENGTHS, 0)
-    assert (state.generation, state.parent, state.evaluated) == (6, (1,), 1)
+    state = search(SMALL, [unit("u", 10)], 30, fitness, LENGTHS, 0)
+    assert (state.step, state.incumbent, state.evaluated) == (6, (1,), 1)
     few = Additive(equal(2), 0)
-    SMALL.search(equal(2), 60, few, LENGTHS, 0)
+    search(SMALL, equal(2), 60, few, LENGTHS, 0)
     assert {genome for genomes, _, _ in few.calls for genome in genomes} == {(1, 1), (0, 2), (2, 0)}
 
 
@@ -364,16 +368,21 @@ def test_wrong_searches_are_refused_before_anything_is_evaluated(arguments, mess
 
     given = {"budget": 180, "lengths": LENGTHS, "seed": 0, **arguments}
     with pytest.raises(UserError, match=message) as raised:
-        SMALL.search(equal(), evaluate=evaluate, **given)
+        search(SMALL, equal(), fitness=evaluate, **given)
     assert "\n" not in str(raised.value)
 
 
 def test_more_initial_tokens_than_there_are_is_refused():
     with pytest.raises(UserError, match="initial_tokens=500 asks for 500 tokens at once: the calibration has 199"):
-        replace(SMALL, initial_tokens=500).search(equal(), 180, lambda genomes, _: [], LENGTHS, 0)
+        search(replace(SMALL, initial_tokens=500), equal(), 180, lambda genomes, _: [], LENGTHS, 0)
 
 
-def test_without_a_search_it_says_that_it_needs_one():
-    assert EvoPress.needs_evaluation
-    with pytest.raises(UserError, match="needs a search"):
-        EvoPress().allocate(equal(), 180)
+def test_more_generations_and_nothing_else_go_on_from_the_states_of_fewer():
+    assert replace(SMALL, generations=9).fingerprint() == SMALL.fingerprint()
+    assert replace(SMALL, offspring=9).fingerprint() != SMALL.fingerprint()
+
+
+def test_the_plan_counts_the_tokens_that_are_measured_where_samples_end_with_a_sequence():
+    method = replace(SMALL, initial_candidates=1)
+    state = search(method, equal(12), 360, PerToken([10] * 20), [10] * 20, 0)
+    assert method.measured_tokens(200) == state.tokens

@@ -1,6 +1,7 @@
 """What a search asks to be measured, and what it ends with."""
 
-from tests.compression.search.problems import LENGTHS, SMALL, Additive, equal, unequal
+from hasten.accel.compression.search.base import Problem
+from tests.compression.search.problems import LENGTHS, SMALL, Additive, equal, search, unequal
 
 
 def test_the_answer_is_no_worse_than_the_start_on_all_tokens():
@@ -12,23 +13,25 @@ def test_the_answer_is_no_worse_than_the_start_on_all_tokens():
         return [float((genome == start) == (sample.tokens < everything)) for genome in genomes]
 
     states = []
-    found = SMALL.search(units, 180, misleading, LENGTHS, 0, after=lambda state, _: states.append(state), start=start)
-    assert states[-1].parent != start
-    assert found.parent == start
+    found = search(SMALL, units, 180, misleading, LENGTHS, 0, after=lambda state, _: states.append(state), start=start)
+    assert states[-1].incumbent != start
+    assert found.incumbent == start
     assert found.fitness == 0.0
     assert found.tokens == states[-1].tokens + 2 * everything
 
 
-def test_every_evaluation_of_a_step_is_told_before_the_first_is_asked_for():
+def test_all_that_a_step_of_the_selection_has_measured_is_asked_for_at_once():
     fitness = Additive(unequal(), 0)
-    told = []
+    calls = []
 
-    def prefetch(lots):
-        told.append((len(fitness.calls), [(tuple(genomes), sample) for genomes, sample in lots if genomes]))
+    def measure(requests):
+        calls.append([(tuple(genomes), sample) for genomes, sample in requests])
+        return [fitness(genomes, sample) for genomes, sample in requests]
 
-    SMALL.search(unequal(), 400, fitness, LENGTHS, 0, prefetch=prefetch)
-    asked = [(tuple(genomes), sample) for genomes, sample, _ in fitness.calls]
-    assert [lot for _, lots in told for lot in lots] == asked
-    assert [count for count, _ in told] == [sum(len(lots) for _, lots in told[:step]) for step in range(len(told))]
-    # The parent is told with the survivors, though they were measured on parts of the sample.
-    assert max(len(lots) for _, lots in told) > 1
+    steps = list(SMALL.search(Problem(unequal(), 400, LENGTHS, 0), measure))
+    # One call for the first candidates, and one for each of the three steps of every generation.
+    assert len(calls) == 1 + 3 * 6
+    assert sum(step.stats.evaluated for step in steps) == steps[-1].state.evaluated
+    # The parent joins the survivors, though these were measured on parts of the sample before.
+    assert max(len(requests) for requests in calls) > 1
+    assert all(genomes for requests in calls for genomes, _ in requests)

@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 
 from hasten.accel.compression.allocators.base import DROP, size
-from hasten.accel.compression.search.evopress import State
-from tests.compression.search.problems import LENGTHS, SMALL, Additive, droppable, part, unequal, unit
+from hasten.accel.compression.search.base import State
+from tests.compression.search.problems import LENGTHS, SMALL, Additive, droppable, part, search, unequal, unit
 
 
 def test_switches_within_groups_keep_the_bits_of_every_group():
@@ -13,7 +13,7 @@ def test_switches_within_groups_keep_the_bits_of_every_group():
 
     def totals(method):
         fitness = Additive(units, 0)
-        method.search(units, 3 * 156, fitness, LENGTHS, 0)
+        search(method, units, 3 * 156, fitness, LENGTHS, 0)
         return {
             tuple(sum(unit.choices[g].bits for unit, g in zip(units[k::2], genome[k::2], strict=True)) for k in (0, 1))
             for genomes, _, _ in fitness.calls
@@ -28,7 +28,7 @@ def test_switches_within_groups_keep_the_bits_of_every_group():
 def test_an_offspring_has_the_smaller_of_two_random_numbers_of_switches():
     units = [unit(f"u{i}", 10, range(2, 9)) for i in range(200)]
     fitness = Additive(units, 0)
-    replace(SMALL, generations=1, offspring=600).search(units, 10000, fitness, LENGTHS, 0)
+    search(replace(SMALL, generations=1, offspring=600), units, 10000, fitness, LENGTHS, 0)
     changed = np.array([sum(g != 3 for g in genome) for genome in fitness.calls[1][0]])
     assert set(changed.tolist()) <= set(range(2, 7))
     # 5, 3 and 1 in 9; five standard deviations of a share of 600 are 10 per cent at most.
@@ -41,28 +41,28 @@ def test_moves_across_groups_change_ten_units_at_most():
     parent = [0] + [2] * 30
     budget = size(units, parent)
     fitness = Additive(units, 0)
-    state = replace(SMALL, offspring=60, survivors=(1,), tokens=(20,)).search(units, budget, fitness, LENGTHS, 0)
+    state = search(replace(SMALL, offspring=60, survivors=(1,), tokens=(20,)), units, budget, fitness, LENGTHS, 0)
     for (genomes, _, _), (later, _, _) in itertools.pairwise(fitness.calls[1:]):
         assert all(sum(a != b for a, b in zip(genome, genomes[0], strict=True)) <= 10 for genome in genomes)
         assert later[0] in genomes  # the parent comes first
-    assert size(units, state.parent) > budget - 40  # a step of the smallest units would fit otherwise
+    assert size(units, state.incumbent) > budget - 40  # a step of the smallest units would fit otherwise
 
 
 def test_a_level_of_exactly_the_budget_is_the_only_first_candidate():
     fitness = Additive(unequal(), 0)
-    SMALL.search(unequal(), 3 * 135, fitness, LENGTHS, 0)
+    search(SMALL, unequal(), 3 * 135, fitness, LENGTHS, 0)
     assert fitness.calls[0][0] == [(1,) * 6]
 
 
 def test_between_two_levels_the_first_candidates_are_lowered_from_the_upper_one():
     units = [unit(f"u{i}", 10, (2, 3, 4, 8)) for i in range(20)]
     fitness, states = Additive(units, 0), []
-    SMALL.search(units, 700, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
+    search(SMALL, units, 700, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
     genomes, sample, values = fitness.calls[0]
     assert len(genomes) == SMALL.initial_candidates
     assert sample.tokens == SMALL.initial_tokens
     assert all(max(genome) == 2 and size(units, genome) == 700 for genome in genomes)
-    assert states[0].parent == genomes[int(np.argmin(values))]
+    assert states[0].incumbent == genomes[int(np.argmin(values))]
 
 
 def test_dropping_alone_swaps_parts_of_a_kind_and_keeps_their_numbers():
@@ -75,7 +75,7 @@ def test_dropping_alone_swaps_parts_of_a_kind_and_keeps_their_numbers():
             ]
     fitness = Additive(units, 0)
     states = []
-    SMALL.search(units, 900, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
+    search(SMALL, units, 900, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
     numbers = []
     for genomes, _, _ in fitness.calls[1:]:
         dropped = [
@@ -84,7 +84,7 @@ def test_dropping_alone_swaps_parts_of_a_kind_and_keeps_their_numbers():
         numbers += [(kinds.count("attention"), kinds.count("mlp")) for kinds in dropped]
     assert len(set(numbers)) == 1
     assert sum(numbers[0]) > 0
-    assert len({state.parent for state in states}) > 1
+    assert len({state.incumbent for state in states}) > 1
 
 
 def test_a_part_that_comes_back_takes_over_the_levels_of_the_part_that_goes():
@@ -92,7 +92,7 @@ def test_a_part_that_comes_back_takes_over_the_levels_of_the_part_that_goes():
     start = [1, 2, 0, *[1, 0, 1] * 5, 0, 0, 0]
     fitness = Additive(units, 0)
     method = replace(SMALL, generations=1, offspring=200)
-    method.search(units, size(units, start), fitness, LENGTHS, 0, state=State(0, tuple(start), 0.0, 0, 0))
+    search(method, units, size(units, start), fitness, LENGTHS, 0, state=State(0, tuple(start), 0.0, 0, 0))
     swapped = [genome for genome in fitness.calls[0][0] if genome[0] == 0 and genome[18] == 1]
     assert any(genome == (0, 0, 0, *start[3:18], 1, 2, 0) for genome in swapped)
 
@@ -109,10 +109,10 @@ def test_a_useless_part_is_dropped_for_the_bits_inside_it():
 
     states = []
     method = replace(SMALL, generations=25, offspring=16)
-    method.search(units, 3 * 120, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
-    assert states[0].parent[6] == 1
+    search(method, units, 3 * 120, fitness, LENGTHS, 0, after=lambda state, _: states.append(state))
+    assert states[0].incumbent[6] == 1
     assert states[-1].fitness == 0.0
-    assert states[-1].parent == (1, 2, 2, 1, 2, 2, 0, 0, 0, 1, 2, 2)
+    assert states[-1].incumbent == (1, 2, 2, 1, 2, 2, 0, 0, 0, 1, 2, 2)
 
 
 def test_parts_inside_a_dropped_part_are_out_with_it_and_come_back_with_it():
@@ -121,7 +121,7 @@ def test_parts_inside_a_dropped_part_are_out_with_it_and_come_back_with_it():
         units += [part(f"b{i}", "block"), part(f"a{i}", "attention", f"b{i}"), part(f"m{i}", "mlp", f"b{i}")]
         units += [unit(f"a{i}.w", 10, part_of=f"a{i}"), unit(f"m{i}.w", 20, part_of=f"m{i}")]
     fitness = Additive(units, 1)
-    replace(SMALL, generations=20).search(units, 200, fitness, LENGTHS, 0)
+    search(replace(SMALL, generations=20), units, 200, fitness, LENGTHS, 0)
     blocks = [genome[k : k + 5] for genomes, _, _ in fitness.calls for genome in genomes for k in (0, 5, 10, 15)]
     assert {block for block in blocks if block[0] == 0} == {(0, 0, 0, 0, 0)}
     assert any(block[:2] == (1, 0) for block in blocks)

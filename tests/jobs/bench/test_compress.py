@@ -5,8 +5,9 @@ import torch
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench import compress
-from hasten.jobs.bench._random_llama import write_random_llama
-from hasten.jobs.bench._runs import Outcome, check_peer, digest, hasten_compress
+from hasten.jobs.bench.measurements.quality import Quality
+from hasten.jobs.bench.measurements.random_llama import write_random_llama
+from hasten.jobs.bench.processes.runs import Outcome, check_peer, digest, hasten_compress
 
 
 def outcome(cpu_seconds=1.0, seconds=2.0, digest="a"):
@@ -61,10 +62,10 @@ def test_an_unchanged_copy_has_no_divergence_and_perplexity_counts_all_windows(t
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     write_random_llama(tmp_path, **sizes, num_key_value_heads=2, vocab_size=64)
     windows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
-    found = compress.Quality(tmp_path, windows, 2).measure(tmp_path)
+    found = Quality(tmp_path, windows, 2).measure(tmp_path)
     assert found["kl_divergence"] == 0
     assert found["tokens"] == 6 * 15
-    first = compress.Quality(tmp_path, windows[:2], 2).measure(tmp_path)
+    first = Quality(tmp_path, windows[:2], 2).measure(tmp_path)
     assert found["perplexity_original"] == pytest.approx(first["perplexity"])
 
 

@@ -6,7 +6,8 @@ import torch
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.errors import UserError
 from hasten.jobs.bench import lossless
-from hasten.jobs.bench._markov import MarkovTarget, chi_square, joint
+from hasten.jobs.bench.measurements.distribution import measure, pairs
+from hasten.jobs.bench.measurements.markov import MarkovTarget, chi_square, joint
 
 SMALL = {"samples": 2000, "vocabulary": 3, "in_flight": 32}
 
@@ -15,7 +16,7 @@ def test_every_sampling_of_every_pair_is_tested_and_has_a_row():
     config = lossless.Config(
         verifiers=["sample_and_match", "speculative_sampling"], drafters=["prompt_lookup"], **SMALL
     )
-    rows = list(lossless._measure(config, lossless._pairs(config)))
+    rows = list(measure(config, pairs(config)))
     assert all(row.freedom > 5 and row.tokens_per_pass > 1 for row in rows)
     metrics = lossless._metrics(rows)
     assert (metrics["tests"], metrics["biased"], metrics["refused"]) == (4, 0, 0)
@@ -25,7 +26,7 @@ def test_every_sampling_of_every_pair_is_tested_and_has_a_row():
 
 def test_a_verifier_that_is_not_lossless_is_found_out():
     config = lossless.Config(verifiers=["typical"], drafters=["prompt_lookup"], **SMALL | {"samples": 500})
-    (row, _) = lossless._measure(config, lossless._pairs(config))
+    (row, _) = measure(config, pairs(config))
     assert row.p_value < 1e-9
     assert lossless._verdict(row, 0.01) == "biased, as it says"
     assert lossless._metrics([row])["biased"] == 0
@@ -33,21 +34,21 @@ def test_a_verifier_that_is_not_lossless_is_found_out():
 
 def test_a_pair_that_is_refused_says_why():
     config = lossless.Config(verifiers=["speculative_sampling"], drafters=["token_recycling"], **SMALL)
-    rows = list(lossless._measure(config, lossless._pairs(config)))
+    rows = list(measure(config, pairs(config)))
     assert {lossless._verdict(row, 0.01) for row in rows} == {"refused"}
     text = lossless._section(config, rows)
     assert text.count("use verifier=sample_and_match") == 1
 
 
 def test_a_lossy_verifier_has_one_drafter_unless_it_is_asked_for():
-    pairs = lossless._pairs(lossless.Config())
-    assert sum(verifier == "typical" for verifier, _ in pairs) == 1
-    assert sum(verifier == "sample_and_match" for verifier, _ in pairs) > 1
+    tested = pairs(lossless.Config())
+    assert sum(verifier == "typical" for verifier, _ in tested) == 1
+    assert sum(verifier == "sample_and_match" for verifier, _ in tested) > 1
 
 
 def test_names_that_are_not_there_are_refused():
     with pytest.raises(UserError, match=r"verifiers=typicl is wrong: .*did you mean typical"):
-        lossless._pairs(lossless.Config(verifiers=["typicl"]))
+        pairs(lossless.Config(verifiers=["typicl"]))
 
 
 def test_the_target_answers_by_the_last_two_tokens_of_every_path():

@@ -1,6 +1,6 @@
 from hasten.jobs.bench import memory
-from hasten.jobs.bench._runs import Outcome
-from hasten.jobs.bench._watch import Peak
+from hasten.jobs.bench.processes.runs import Outcome
+from hasten.jobs.bench.processes.watch import Peak
 
 
 def outcome(peaks):

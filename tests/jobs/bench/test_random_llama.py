@@ -2,7 +2,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hasten.jobs.bench._random_llama import write_random_llama
+from hasten.jobs.bench.measurements.random_llama import write_random_llama
 
 SIZES = {
     "hidden_size": 32,

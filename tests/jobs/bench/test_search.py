@@ -1,5 +1,7 @@
 import pytest
 
+from hasten.accel.compression.search.evopress import EvoPress
+from hasten.accel.compression.search.random_search import RandomSearch
 from hasten.accel.errors import UserError
 from hasten.jobs.bench import search
 
@@ -15,7 +17,7 @@ RUNS = {
     workers: job(30.0, 0.014, candidates_per_second=rate, search_swap_seconds=1.0, search_seconds=50.0)
     for workers, rate in ((1, 2.0), (2, 3.8))
 }
-OTHERS = {"uniform": job(0.0, 0.02), "exact": job(5.0, 0.013)}
+OTHERS = {"uniform": job(0.0, 0.02), "exact": job(5.0, 0.013), "random_search": job(28.0, 0.018)}
 METRICS = search._metrics(job(40.0), LEVELS, RUNS, OTHERS)
 
 
@@ -33,6 +35,7 @@ def test_what_the_issue_asks_for_is_figured_from_the_runs():
         "levels_ratio": 1.5,
         "kl_cut": 0.3,
         "exact_kl_cut": 0.35,
+        "random_search_kl_cut": 0.1,
         "two_evaluators": 1.9,
         "swap_share": 0.02,
         "same_result": True,
@@ -47,6 +50,15 @@ def test_every_budget_has_a_row_with_all_allocators_and_groupings():
     assert lines[0] == "| budget | uniform, none | evopress, none | uniform, serving | evopress, serving |"
     assert lines[2] == "| 2.5 | 0.40000 (2.500) | 0.20000 (2.500) | 0.40000 (2.500) | 0.30000 (2.500) |"
     assert "| KL cut by it (the peer: 30 %) | 30.0% |" in lines
+    assert "| KL of random search, its cut | 0.01800, 10.0% |" in lines
+
+
+def test_the_baseline_measures_as_many_tokens_as_the_search_that_it_is_compared_with():
+    options = search._baseline(search._SCHEDULE, 8)
+    fields = {name.removeprefix("allocator."): value for name, value in options.items() if "." in name}
+    assert options["allocator"] == "random_search"
+    evopress = EvoPress(10, 12, (4, 2, 1), (512, 1024, 4096))
+    assert RandomSearch(**fields).measured_tokens(8 * 512) == evopress.measured_tokens(8 * 512) == 49 * 4096
 
 
 def test_the_peer_s_own_run_has_its_rows():

@@ -1,6 +1,6 @@
 import sys
 
-from hasten.jobs.bench._watch import kind_of, watched
+from hasten.jobs.bench.processes.watch import kind_of, watched
 
 # A child that holds 64 MB and spins for a fifth of a CPU second, under a parent that only waits for it.
 CHILD = """

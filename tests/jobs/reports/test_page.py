@@ -74,7 +74,7 @@ def test_a_sweep_is_reported_into_its_own_folder_with_all_charts_that_have_data(
     for told in (
         "bits=4 quantizer=gptq won by KL divergence: 0.05000 nats a token",
         "compress, 7 points: 4 finished, 1 running, 1 waiting, 1 failed",
-        "Left out for want of data: quality against tokens per second, acceptance by depth.",
+        "Left out for lack of data: quality against tokens per second, acceptance by depth.",
     ):
         assert told in out
         assert told in text

@@ -1,4 +1,4 @@
-"""One job of hasten, or a peer's compression, in processes of its own, with what it cost and the bytes it wrote."""
+"""Runs a hasten job or a peer's script in its own processes; returns its cost and what it wrote."""
 
 import hashlib
 import json
@@ -8,24 +8,56 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from hasten.accel.errors import UserError
-from hasten.jobs.bench._watch import Peak, Usage, watched
+from hasten.jobs.bench.processes.watch import Peak, Usage, watched
 
-_PEERS = Path(__file__).parent / "peers"
-# Neither the machine's cluster nor its number of cores may change what is compared.
+_PEERS = Path(__file__).parents[1] / "peers"
+# A running Ray cluster or the number of cores must not change what is compared.
 _ENVIRONMENT = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _LINES_SHOWN = 15
+
+
+class ParetoRow(TypedDict):
+    """A row of the allocator table in the report of `hasten search`; budget: bits per weight."""
+
+    allocator: str
+    budget: float
+    bits_per_weight: float
+    kl_divergence: float
+
+
+class Report(TypedDict):
+    """The part of a job's report.json that benchmarks read."""
+
+    metrics: dict[str, float]
+    pareto: NotRequired[list[ParetoRow]]
+
+
+class PeerCompression(TypedDict):
+    """Result of peers/llm_compressor.py, as far as it is read."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    version: str
+
+
+class PeerSearch(TypedDict):
+    """Result of peers/evopress.py; levels: bits by layer name."""
+
+    cpu_seconds: float
+    levels: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A compressed folder and its cost.
 
-    seconds, cpu_seconds: of the calibration pass, by whoever made it. whole_seconds, whole_cpu_seconds: of all its
-    processes from start to end, imports among them. peak_rss_bytes: of the largest process. digest: of the bytes
-    written. peaks: memory by process kind.
+    seconds, cpu_seconds: of the calibration pass. whole_seconds, whole_cpu_seconds: of all processes of the command
+    from start to end, imports included. peak_rss_bytes: of the largest process. digest: of the files written.
+    peaks: memory by process kind.
     """
 
     folder: Path
@@ -40,10 +72,10 @@ class Outcome:
     peaks: Mapping[str, Peak] = field(default_factory=dict)
 
 
-def hasten_compress(folder: Path, options: Mapping[str, Any], interval: float = 2.0) -> Outcome:
-    """Outcome of `hasten compress` with these options, which writes folder/model and keeps its run in folder/run.
+def hasten_compress(folder: Path, options: Mapping[str, object], interval: float = 2.0) -> Outcome:
+    """Outcome of `hasten compress` with these options; the checkpoint is folder/model, the run directory folder/run.
 
-    A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
+    Raises UserError for a mistake in the options, RuntimeError with the end of the log for any other failure.
     """
     report, usage = hasten_job(
         "compress", folder, {"evaluation.sequences": 0, "overwrite": "true", **options}, interval
@@ -55,19 +87,17 @@ def hasten_compress(folder: Path, options: Mapping[str, Any], interval: float = 
         cpu_seconds=metrics["cpu_seconds"],
         whole_seconds=usage.seconds,
         whole_cpu_seconds=usage.cpu_seconds,
-        peak_rss_bytes=max(metrics["peak_rss_bytes"], *(peak.rss_bytes for peak in usage.peaks.values())),
+        peak_rss_bytes=max(int(metrics["peak_rss_bytes"]), *(peak.rss_bytes for peak in usage.peaks.values())),
         bytes=_bytes(folder / "model"),
         digest=digest(folder / "model"),
         peaks=usage.peaks,
     )
 
 
-def hasten_job(
-    job: str, folder: Path, options: Mapping[str, Any], interval: float = 2.0
-) -> tuple[dict[str, Any], Usage]:
-    """Report and use of `hasten JOB` with these options, which writes folder/model and keeps its run in folder/run.
+def hasten_job(job: str, folder: Path, options: Mapping[str, object], interval: float = 2.0) -> tuple[Report, Usage]:
+    """Report and usage of `hasten JOB` with these options; the output is folder/model, the run directory folder/run.
 
-    A mistake in the options is passed on as UserError, any other failure as RuntimeError with the end of the log.
+    Raises UserError for a mistake in the options, RuntimeError with the end of the log for any other failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fixed = {
@@ -79,14 +109,15 @@ def hasten_job(
     log = folder / "hasten.out"
     usage = watched([sys.executable, "-m", "hasten", job, *words], log, _ENVIRONMENT, interval)
     _check(usage, f"hasten {job}", log)
-    report: dict[str, Any] = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    report: Report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     return report, usage
 
 
-def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outcome:
+def peer_compress(python: str, folder: Path, options: Mapping[str, object]) -> Outcome:
     """Outcome of llm-compressor's GPTQ, run by the Python of its environment; options are those of the peer script."""
     folder.mkdir(parents=True, exist_ok=True)
-    measured, usage = _peer("llm_compressor", python, folder, {"output": folder / "model", **options})
+    result, usage = _run_peer("llm_compressor", python, folder, {"output": folder / "model", **options})
+    measured: PeerCompression = json.loads(result.read_text(encoding="utf-8"))
     return Outcome(
         folder=folder / "model",
         seconds=measured["wall_seconds"],
@@ -101,40 +132,41 @@ def peer_compress(python: str, folder: Path, options: Mapping[str, Any]) -> Outc
     )
 
 
-def peer_search(python: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+def peer_search(python: str, folder: Path, options: Mapping[str, object]) -> PeerSearch:
     """CPU seconds and levels of EvoPress's published search; options are those of the peer script."""
     folder.mkdir(parents=True, exist_ok=True)
-    return _peer("evopress", python, folder, options)[0]
+    result, _ = _run_peer("evopress", python, folder, options)
+    measured: PeerSearch = json.loads(result.read_text(encoding="utf-8"))
+    return measured
 
 
-def _peer(name: str, python: str, folder: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], Usage]:
-    """What a peer script wrote as its result, and what its process used."""
+def _run_peer(name: str, python: str, folder: Path, options: Mapping[str, object]) -> tuple[Path, Usage]:
+    """The JSON file that a peer script wrote, and what its process used."""
     result, log = folder / "result.json", folder / "peer.out"
     words = [word for key, value in {"result": result, **options}.items() for word in _flag(key, value)]
-    # Our own packages, `kernels` above all, must not be found by the peer's transformers.
+    # Without PYTHONPATH, so that the peer imports nothing of hasten's checkout.
     usage = watched([python, str(_PEERS / f"{name}.py"), *words], log, {**_ENVIRONMENT, "PYTHONPATH": ""}, 2.0)
     _check(usage, name, log)
-    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return measured, usage
+    return result, usage
 
 
 def check_peer(python: str) -> None:
-    """UserError where the peer's Python cannot be run or has no llm-compressor."""
+    """Raise UserError if the peer's Python cannot be run or lacks llm-compressor."""
     if not Path(python).is_file():
         raise UserError(f"peer_python={python}: no such file; give the bin/python of an environment with llmcompressor")
     script = "import importlib.metadata as metadata; metadata.version('llmcompressor')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
-        # -P: without the current folder, which may hold anything.
+        # -P: the current folder may contain modules of the same names.
         subprocess.run([python, "-P", "-c", script], env=environment, capture_output=True, check=True)
     except (OSError, subprocess.SubprocessError):
         raise UserError(f"peer_python={python} has no llm-compressor: pip install llmcompressor there") from None
 
 
 def digest(folder: Path) -> str:
-    """SHA-256, in hexadecimal, over names and bytes of all files of a folder.
+    """SHA-256, in hexadecimal, over names and bytes of all files of a folder, except hidden ones.
 
-    Hidden ones are left out: hasten's own notes on a run are not part of the checkpoint.
+    Hidden files hold the progress of a run and are not part of the checkpoint.
     """
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -146,7 +178,7 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _flag(key: str, value: Any) -> list[str]:
+def _flag(key: str, value: object) -> list[str]:
     name = "--" + key.replace("_", "-")
     if isinstance(value, bool):
         return [name] if value else []
@@ -154,6 +186,7 @@ def _flag(key: str, value: Any) -> list[str]:
 
 
 def _bytes(folder: Path) -> int:
+    # Imports torch, which `hasten bench NAME --help` must not wait for.
     from hasten.accel.evaluation.sizes import disk_bytes
 
     return disk_bytes(folder)

@@ -1,4 +1,4 @@
-"""A Llama checkpoint of random weights, written block by block, so that making it needs the memory of one block."""
+"""A Llama checkpoint of random weights, written block by block, so that it takes the memory of one block."""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-# Transformers' own initialisation.
+# Standard deviation of transformers' initialization.
 _DEVIATION = 0.02
 
 
@@ -18,9 +20,6 @@ def write_random_llama(folder: Path, seed: int = 0, **sizes: Any) -> int:
 
     sizes: arguments of transformers' LlamaConfig. Norms are ones, all other weights normal with deviation 0.02.
     """
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -43,7 +42,7 @@ def write_random_llama(folder: Path, seed: int = 0, **sizes: Any) -> int:
 
 
 def _part(name: str) -> str:
-    """Shard of a tensor: its block, or what comes before or after the blocks."""
+    """Shard of a tensor: its block, or the part before or after the blocks."""
     words = name.split(".")
     return ".".join(words[:3]) if "layers" in words else words[0]
 

@@ -1,27 +1,45 @@
-"""EvoPress's own search on a level database of ours, in the form that it reads."""
+"""EvoPress's own search on our level database, converted to the files that it reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from hasten.jobs.bench._runs import peer_search
+import numpy as np
+import torch
+
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.compression.levels.units import make_units
+from hasten.accel.compression.search.candidates import Candidates
+from hasten.accel.compression.search.fitness import KL
+from hasten.accel.compression.search.samples import Sample
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.jobs.bench.processes.runs import peer_search
+from hasten.jobs.common.calibration import original
+from hasten.jobs.common.quality import held_out_windows
+from hasten.jobs.common.schema import Evaluation
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.search.options import SearchTokens
+
+
+class PeerResult(TypedDict):
+    """What the published search found and cost; levels: bits by layer name."""
+
+    cpu_seconds: float
+    levels: dict[str, int]
+    bytes_per_weight: float
 
 
 class PublishedSearch:
-    """The peer's search beside ours, of the same model, levels and tokens.
+    """The peer's search on the model, levels and tokens of ours.
 
-    model: as `hasten search` takes it. levels: finished database of quantized levels, one for every number of bits.
-    source: text that candidates are compared on, and how many sequences of it. folder: for everything that is made.
+    model: as in `hasten search`. levels: finished level database with one quantized level for every number of bits.
+    source, sequences: text that candidates are compared on. folder: for all files that are written.
     """
 
     def __init__(self, model: str, levels: Path, source: str, sequences: int, folder: Path) -> None:
-        from hasten.accel.compression.levels.database import LevelDatabase
-        from hasten.accel.compression.levels.units import make_units
-        from hasten.accel.models.architecture import Architecture
-        from hasten.accel.models.checkpoint import Checkpoint
-        from hasten.jobs.common.calibration import original
-        from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-
         self._path = original(model)
         self._tokenizer, self._vocabulary = load_tokenizer(self._path), vocabulary_size(self._path)
         self._architecture = Architecture(Checkpoint(self._path))
@@ -29,13 +47,8 @@ class PublishedSearch:
         self._units = make_units(self._database, "none")
         self._source, self._sequences, self._folder = source, sequences, folder
 
-    def run(self, python: str, checkout: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
-        """CPU seconds, bits of every layer, and bytes a weight of the peer's database."""
-        import numpy as np
-
-        from hasten.accel.data.tokens import load_tokens
-        from hasten.jobs.search.options import SearchTokens
-
+    def run(self, python: str, checkout: str, schedule: Mapping[str, object]) -> PeerResult:
+        """Run the search; bytes_per_weight is of the peer's level database. schedule: options of the peer script."""
         chosen = SearchTokens()
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "tokens.npy"
@@ -45,17 +58,12 @@ class PublishedSearch:
         place = self._folder / "database"
         written = self._write(place)
         fixed = {"checkout": checkout, "model": self._path, "database": place, "tokens": file}
-        found = peer_search(python, self._folder, {**fixed, **schedule})
-        return found | {"bytes_per_weight": written / sum(unit.weights for unit in self._units)}
+        peer = peer_search(python, self._folder, {**fixed, **schedule})
+        weights = sum(unit.weights for unit in self._units)
+        return PeerResult(cpu_seconds=peer["cpu_seconds"], levels=peer["levels"], bytes_per_weight=written / weights)
 
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
-        from hasten.accel.compression.search.candidates import Candidates
-        from hasten.accel.compression.search.evopress import Sample
-        from hasten.accel.compression.search.fitness import KL
-        from hasten.jobs.common.quality import held_out_windows
-        from hasten.jobs.common.schema import Evaluation
-
         asked = Evaluation(source=source, sequences=windows)
         tokens = held_out_windows(asked, self._tokenizer, self._path).tokens
         candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)
@@ -64,9 +72,7 @@ class PublishedSearch:
         return candidates.evaluate([genome], whole)[0]
 
     def _write(self, place: Path) -> int:
-        """Writes the levels as the peer reads them, weights of float32 in a file each; returns their bytes."""
-        import torch
-
+        """Write every level as the peer reads it, a file of float32 weights; returns their bytes."""
         written = 0
         for unit in self._units:
             folder = place / unit.name
@@ -82,10 +88,7 @@ class PublishedSearch:
 
 
 def _bits(level: str) -> int:
-    from hasten.accel.compression.levels.level import parse_level
-    from hasten.accel.compression.quantizers.base import Scheme
-
-    found = parse_level(level)
-    if not isinstance(found, Scheme):
+    scheme = parse_level(level).loader_scheme
+    if scheme is None:
         raise TypeError(f"level {level} is not quantized")
-    return found.bits
+    return scheme.bits

@@ -1,23 +1,28 @@
-"""Tables for docs/benchmarks.md, in which every benchmark owns one section."""
+"""docs/benchmarks.md, in which every benchmark owns one section."""
 
+import logging
 import os
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hasten.cluster.runtime import resources
+
+_LOG = logging.getLogger(__name__)
 _TITLE = "# Benchmarks\n\nEach section is written by `hasten bench NAME`, which replaces it and leaves the others.\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown table; all columns but the first are right-aligned."""
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+def publish(document: str | None, run_dir: Path, heading: str, body: str) -> None:
+    """Print a section and write it to the document; None is docs/benchmarks.md, or a file in run_dir."""
+    path = Path(document) if document else default_document(run_dir)
+    replace_section(path, heading, body)
+    print(body, flush=True)
+    _LOG.info("written to %s", path)
 
 
 def replace_section(document: Path, heading: str, body: str) -> None:
-    """Put body under `## heading`: in the place of the section of that name, or at the end; the rest stays."""
+    """Write body under `## heading`, replacing the section of that name or appended; other sections stay."""
     text = document.read_text(encoding="utf-8") if document.exists() else _TITLE
     section = f"## {heading}\n\n{body.strip()}\n"
     parts = re.split(r"(?m)^(?=## )", text)
@@ -33,15 +38,13 @@ def replace_section(document: Path, heading: str, body: str) -> None:
 
 
 def default_document(run_dir: Path) -> Path:
-    """docs/benchmarks.md of the checkout that this code runs from; in an installed package, of the run's folder."""
+    """docs/benchmarks.md of the checkout that this code runs from; for an installed package, a file in run_dir."""
     root = Path(__file__).resolve().parents[2]
     return (root / "docs" if (root / "pyproject.toml").exists() else run_dir) / "benchmarks.md"
 
 
 def provenance() -> str:
-    """Line that names machine, versions, date and commit."""
-    from hasten.cluster.runtime import resources
-
+    """Line with machine, versions, date and commit."""
     machine = resources.machine()
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "ray"))
     memory = machine["memory_bytes"] / 2**30

@@ -1,25 +1,26 @@
-"""Runs a command and counts what all processes of its tree use."""
+"""Runs a command and measures CPU time and memory of its process tree."""
 
 import os
 import re
 import resource
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-# A worker of Ray's before its first task; one that becomes an actor is counted as that.
+import psutil
+
+# A Ray worker before its first task; one that becomes an actor is counted as that actor.
 _IDLE = "idle worker"
 _DRIVER = "driver"
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Most memory, in bytes, that a process of one kind held; unshared leaves out what it maps together with others.
+    """Peak memory, in bytes, over the processes of one kind; unshared_bytes excludes shared pages.
 
-    Ray's object store is mapped by everybody who reads from it and counts in each one's resident set.
+    Ray's object store is shared memory: it counts in the resident set of every process that reads from it.
     """
 
     processes: int = 0
@@ -29,7 +30,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command used: its exit status, wall seconds, CPU seconds of its whole tree, and peaks by process kind."""
+    """Exit status of a command, wall seconds, CPU seconds of its process tree, and peak memory by process kind."""
 
     status: int
     seconds: float
@@ -52,14 +53,14 @@ def watched(
     interval: float = 0.5,
     folder: Path | None = None,
 ) -> Usage:
-    """Usage of a command, its output appended to log; its tree is looked at every `interval` seconds.
+    """Usage of a command; its output is appended to log, its process tree polled every `interval` seconds.
 
-    CPU seconds are the larger of two lower bounds: what the system counted for children that were waited for, which
-    misses those that outlive their parent, and the sum of what was seen, which misses each one's last moments.
-    environment: variables that are set for it; an empty string removes one. folder: where it runs.
+    CPU seconds are the larger of two lower bounds: what the system counted for terminated children, which misses
+    processes that outlive their parent, and the sum over polls, which misses the last moments of each process.
+    environment: variables to set; an empty string removes one. folder: working directory.
     """
     merged = {**os.environ, **(environment or {})}
-    before, started = _waited_for(), time.perf_counter()
+    before, started = _child_cpu_seconds(), time.perf_counter()
     seen: dict[tuple[int, float], _Process] = {}
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -71,12 +72,12 @@ def watched(
             cwd=folder,
         )
         try:
-            while _runs(process, interval):
-                _look(process.pid, seen)
+            while _is_running(process, interval):
+                _poll(process.pid, seen)
         finally:
-            _end(process)
+            _terminate(process)
     seconds = time.perf_counter() - started
-    cpu = max(_waited_for() - before, sum(each.cpu_seconds for each in seen.values()))
+    cpu = max(_child_cpu_seconds() - before, sum(known.cpu_seconds for known in seen.values()))
     return Usage(process.returncode, seconds, cpu, _peaks(seen.values()))
 
 
@@ -92,7 +93,8 @@ def kind_of(words: Sequence[str]) -> str:
     return _IDLE if name == "default_worker.py" else name
 
 
-def _runs(process: subprocess.Popen[bytes], interval: float) -> bool:
+def _is_running(process: subprocess.Popen[bytes], interval: float) -> bool:
+    """Whether the process still runs after waiting `interval` seconds for it."""
     try:
         process.wait(interval)
     except subprocess.TimeoutExpired:
@@ -100,7 +102,7 @@ def _runs(process: subprocess.Popen[bytes], interval: float) -> bool:
     return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     process.terminate()
@@ -111,36 +113,35 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _waited_for() -> float:
+def _child_cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def _look(root: int, seen: dict[tuple[int, float], _Process]) -> None:
-    import psutil
-
+def _poll(root: int, seen: dict[tuple[int, float], _Process]) -> None:
+    """Update `seen`, by process id and start time, from the tree below root."""
     try:
         parent = psutil.Process(root)
         tree = [parent, *parent.children(recursive=True)]
     except psutil.Error:
         return
-    for each in tree:
+    for process in tree:
         try:
-            words = each.cmdline()
-            memory, cpu = each.memory_info(), each.cpu_times()
-            # Process ids are used again: a process is its id and its start.
-            known = seen.setdefault((each.pid, each.create_time()), _Process(_IDLE))
-            kind = _DRIVER if each.pid == root else kind_of(words)
+            words = process.cmdline()
+            memory, cpu = process.memory_info(), process.cpu_times()
+            # Process ids are reused: id and start time identify a process.
+            known = seen.setdefault((process.pid, process.create_time()), _Process(_IDLE))
+            kind = _DRIVER if process.pid == root else kind_of(words)
             known.kind = known.kind if kind == _IDLE else kind
-            known.rss_bytes = max(known.rss_bytes, memory.rss, _high_water(each.pid))
+            known.rss_bytes = max(known.rss_bytes, memory.rss, _high_water(process.pid))
             known.unshared_bytes = max(known.unshared_bytes, memory.rss - getattr(memory, "shared", 0))
             known.cpu_seconds = cpu.user + cpu.system
-        except psutil.Error:  # it ended meanwhile
+        except psutil.Error:  # it has ended since
             continue
 
 
 def _high_water(pid: int) -> int:
-    """Peak resident set that the system recorded, which no sampling misses; 0 where it does not."""
+    """Peak resident set as recorded by the kernel, in bytes, which polling cannot miss; 0 if not available."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -148,13 +149,13 @@ def _high_water(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def _peaks(processes: Any) -> dict[str, Peak]:
+def _peaks(processes: Iterable[_Process]) -> dict[str, Peak]:
     peaks: dict[str, Peak] = {}
-    for each in processes:
-        peak = peaks.get(each.kind, Peak())
-        peaks[each.kind] = Peak(
+    for process in processes:
+        peak = peaks.get(process.kind, Peak())
+        peaks[process.kind] = Peak(
             peak.processes + 1,
-            max(peak.rss_bytes, each.rss_bytes),
-            max(peak.unshared_bytes, each.unshared_bytes),
+            max(peak.rss_bytes, process.rss_bytes),
+            max(peak.unshared_bytes, process.unshared_bytes),
         )
     return peaks

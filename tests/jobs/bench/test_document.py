@@ -1,4 +1,4 @@
-from hasten.jobs.bench._markdown import replace_section, table
+from hasten.jobs.bench._document import replace_section
 
 
 def test_a_section_is_replaced_where_it_stands_and_the_others_stay(tmp_path):
@@ -18,7 +18,3 @@ def test_writing_the_same_section_again_changes_nothing(tmp_path):
     before = document.read_text()
     replace_section(document, "mine", "body")
     assert document.read_text() == before
-
-
-def test_a_table_has_a_rule_under_its_head():
-    assert table(["a", "b"], [["x", "1"]]).splitlines() == ["| a | b |", "| :-- | --: |", "| x | 1 |"]

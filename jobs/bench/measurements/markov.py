@@ -1,4 +1,4 @@
-"""A target that looks its logits up by the last two tokens, so that what it says has a known distribution."""
+"""A second-order Markov chain as target, its exact joint distribution, and the chi-square test against it."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -14,9 +14,9 @@ _UNLIMITED = 1 << 20
 
 
 class MarkovTarget(Target):
-    """logits (V, V, V): by the token before the last, the last, and the next; before the first token stands 0.
+    """Target with logits (V, V, V), indexed by the last token but one, the last, and the next token.
 
-    It has no caches, so that a pass costs next to nothing: what it is asked is answered from the parents.
+    Token 0 precedes the first token. There is no cache: a pass looks logits up by each node and its parent.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -25,12 +25,12 @@ class MarkovTarget(Target):
 
     @property
     def cache_bytes(self) -> int:
-        """None."""
+        """0: there is no cache."""
         return 0
 
     @property
     def token_bytes(self) -> int:
-        """None."""
+        """0: there is no cache."""
         return 0
 
     def _append(
@@ -47,8 +47,9 @@ class MarkovTarget(Target):
                 held.parents.append(parent)
                 rows.append(before * self.vocabulary + token)
             rows += [0] * (width - len(new))
-        found = self._table[torch.tensor(rows)].view(len(slots), width, -1)
-        return Pass(found, found)
+        looked_up = self._table[torch.tensor(rows)].view(len(slots), width, -1)
+        # Hidden states are not defined; drafters that ask for them get the logits.
+        return Pass(looked_up, looked_up)
 
     def _allocate(self, slots: int, capacity: int) -> None:
         return
@@ -56,7 +57,7 @@ class MarkovTarget(Target):
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
     ) -> Pass:
-        raise AssertionError("answered without a pass")
+        raise AssertionError("MarkovTarget overrides _append, which calls this")
 
     def _copy_slot(self, source: int, slot: int, length: int) -> None:
         return
@@ -66,9 +67,9 @@ class MarkovTarget(Target):
 
 
 def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int) -> Tensor:
-    """Probability of every text of so many tokens after a prompt of at least two, (V,) * length float64."""
+    """Probability of every sequence of `length` tokens after a prompt of at least two, (V,) * length float64."""
     size = logits.shape[-1]
-    found = torch.ones(1, dtype=torch.float64)
+    probs = torch.ones(1, dtype=torch.float64)
     for done in range(length):
         rows = []
         for path in product(range(size), repeat=done):
@@ -76,15 +77,15 @@ def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int
             row = sampling.penalised(logits[seen[-2], seen[-1]], torch.tensor(seen))
             rows.append(sampling.probs(row).double())
         after = torch.stack(rows)
-        found = (found[:, None] * after / after.sum(-1, keepdim=True)).flatten()
-    return found.view([size] * length)
+        probs = (probs[:, None] * after / after.sum(-1, keepdim=True)).flatten()
+    return probs.view([size] * length)
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> tuple[float, int, float]:
     """Statistic, degrees of freedom and p-value of counts against probabilities of the same shape.
 
-    Cells of which fewer than five are expected are one cell, as the distribution of the statistic does not hold for
-    them. Where something came out that never should the statistic is infinite.
+    Cells with an expected count below five are merged into one, since the chi-square approximation does not hold for
+    them. A count where the probability is zero makes the statistic infinite.
     """
     counts, expected = counts.double().flatten(), (probs * counts.sum() / probs.sum()).flatten()
     if counts[expected == 0].any():

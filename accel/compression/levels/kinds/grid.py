@@ -1,0 +1,119 @@
+"""Codes on a uniform grid: `w3g128`, 3 bits with groups of 128; `w3`, one scale a row; `w3g128a`, with zero points.
+
+Stored as compressed-tensors' `pack-quantized`, in a level database as in a checkpoint: transformers and vLLM load it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.method import Method
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.compression.result import CompressedWeight, Result
+from hasten.accel.costs.method import LayerStack, MethodCost
+
+_NAME = re.compile(r"w(\d+)(?:g(\d+))?(a?)")
+_FORMAT = PackQuantized()
+
+
+@dataclass(frozen=True)
+class GridLevel(Level):
+    """All weights of a layer as codes on one grid."""
+
+    scheme: Scheme
+
+    examples: ClassVar[tuple[str, ...]] = ("w4g128", "w3", "w4g128a")
+    family: ClassVar[type] = Quantizer
+    is_loaded_packed: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, name: str) -> "GridLevel | None":
+        """Level of a name like w4g128."""
+        found = _NAME.fullmatch(name)
+        return cls(Scheme(int(found[1]), int(found[2] or -1), symmetric=not found[3])) if found else None
+
+    @property
+    def name(self) -> str:
+        """`w3g128`; without g one scale a row, with a at the end zero points."""
+        scheme = self.scheme
+        group = "" if scheme.group_size == -1 else f"g{scheme.group_size}"
+        return f"w{scheme.bits}{group}{'' if scheme.symmetric else 'a'}"
+
+    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
+        """Codes, scales and zero points."""
+        return self.scheme.stored_bits(rows, columns, itemsize)
+
+    def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
+        """Codes in 32-bit words, each row whole words; zero points likewise, each group's whole words."""
+        return grid_tensors(self.scheme, rows, columns, dtype)
+
+    def check(self, layer: str, columns: int) -> None:
+        """UserError where group_size does not divide the layer's columns."""
+        self.scheme.check(layer, columns)
+
+    def of_expert(self) -> "GridLevel":
+        """Symmetric whatever the name says: transformers cannot read zero points of fused experts."""
+        return GridLevel(Scheme(self.scheme.bits, self.scheme.group_size, symmetric=True))
+
+    def options(self) -> dict[str, int | float | str | bool]:
+        """bits, group_size and symmetric."""
+        return asdict(self.scheme)
+
+    def pack(self, weight: CompressedWeight) -> dict[str, Tensor]:
+        """See formats.pack_quantized."""
+        assert isinstance(weight, QuantizedWeight)
+        return _FORMAT.pack(weight)
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The weight as a loader makes it; whether it has zero points its tensors say, as experts have none."""
+        scheme = Scheme(self.scheme.bits, self.scheme.group_size, "weight_zero_point" not in stored)
+        return _FORMAT.unpack(stored, scheme)
+
+    @property
+    def loader_scheme(self) -> Scheme:
+        """The grid itself."""
+        return self.scheme
+
+    def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stored form is the checkpoint's."""
+        return dict(stored)
+
+    def facts(self, weight: CompressedWeight) -> dict[str, object]:
+        """The scheme that it was quantized by."""
+        assert isinstance(weight, QuantizedWeight)
+        return asdict(weight.scheme)
+
+    def without_statistics(self, method: Method) -> tuple[Method, str]:
+        """Round to nearest."""
+        return RoundToNearest(), "rounded to nearest"
+
+    def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
+        """What the method states."""
+        assert isinstance(method, Quantizer)
+        return method.cost(layers, self.scheme)
+
+    def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
+        """Quantize weight (R, C)."""
+        assert isinstance(method, Quantizer)
+        return method.quantize(weight, prepared, self.scheme)
+
+
+def grid_tensors(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
+    """What the format pack-quantized stores of a layer (R, C) with scales of that dtype."""
+    groups = columns // scheme.columns(columns)
+    found = [
+        SHAPE,
+        StoredTensor("weight_packed", torch.int32, (rows, ceil(columns * scheme.bits / 32))),
+        StoredTensor("weight_scale", dtype, (rows, groups)),
+    ]
+    if not scheme.symmetric:
+        found.append(StoredTensor("weight_zero_point", torch.int32, (ceil(rows * scheme.bits / 32), groups)))
+    return found

@@ -1,0 +1,1 @@
+"""The measurements of `hasten bench decode`, each with its table; imported when it runs."""

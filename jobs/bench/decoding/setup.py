@@ -1,0 +1,140 @@
+"""What all measurements of `hasten bench decode` share: models, prompts, pass costs, and engines."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.engine import Engine, Request, Result
+from hasten.accel.decoding.lengths.adaptive import Adaptive
+from hasten.accel.decoding.lengths.base import LengthController
+from hasten.accel.decoding.lengths.timing import measure_costs
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stats import DecodingStats
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.decoding.verifiers.base import Verifier
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
+from hasten.jobs.bench.decode import Config
+from hasten.jobs.bench.measurements import methods
+from hasten.jobs.cli.methods import method_names
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.tokenizer import load_tokenizer
+
+
+class Generator(Protocol):
+    """What is called of a transformers model."""
+
+    def generate(self, prompt: Tensor, **options: object) -> Tensor:
+        """Prompt (1, T) and new tokens, (1, T + new)."""
+
+
+class Setup:
+    """Models and prompts of a benchmark run.
+
+    prompts: token ids by source, one prompt more than asked for, which warms up. model, assistant: target and draft
+    model as transformers has them, device: where they are. costs: seconds of a target pass by tree size.
+    """
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self.device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, self.device)
+        target, draft = resolve(config.target), resolve(config.draft)
+        self._tokenizer = load_tokenizer(target)
+        self.prompts = dict(self._prompts())
+
+        def load(folder: Path) -> Generator:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            # Without end tokens every way to decode produces the same number of tokens.
+            model.generation_config.eos_token_id = None
+            loaded: Generator = model.to(self.device).eval()
+            return loaded
+
+        self.model, self.assistant = load(target), load(draft)
+        self._target = load_target(target, dtype, self.device, compiled=config.compiled)
+        self._models = Models(
+            self._target.vocabulary, lambda: load_target(draft, dtype, self.device, keeps_hidden=True), draft
+        )
+        widths = [width for width in (1, 2, 4, 8, 16, 32, 64) if width <= 2 * config.max_draft_tokens]
+        self.costs = measure_costs(self._target, widths, config.in_flight)
+
+    def _prompts(self) -> Iterator[tuple[str, list[list[int]]]]:
+        config = self.config
+        if not config.prompts:
+            windows = load_tokens("library", self._tokenizer, config.count + 1, 128, split="held_out", seed=config.seed)
+            yield "library", windows.tolist()
+        for source in config.prompts:
+            path, _, field = source.rpartition(":")
+            try:
+                with Path(path).open(encoding="utf-8") as file:
+                    texts = [json.loads(line)[field] for _, line in zip(range(config.count + 1), file, strict=False)]
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"prompts={source} cannot be read as FILE:FIELD of JSON Lines: {error!r}") from error
+            if len(texts) < 2:
+                raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
+            yield Path(path).stem, [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
+
+    @property
+    def names(self) -> list[str]:
+        """Drafters of the speed table; UserError for a name that does not exist."""
+        known = method_names("drafter")
+        unknown = [name for name in self.config.drafters if name not in known]
+        if unknown:
+            raise UserError(f"drafters={unknown[0]} is wrong: expected any of {', '.join(known)}")
+        return self.config.drafters or known
+
+    def drafter(self, name: str, **options: object) -> Drafter:
+        """A drafter by name; options replace its hyper-parameters."""
+        if name == "specdec_pp":
+            options = {"head": self.config.head, **options}
+        return methods.drafter(name, **options)
+
+    def engine(
+        self,
+        drafter: Drafter | None,
+        in_flight: int = 1,
+        policy: LengthController | None = None,
+        verifier: Verifier | None = None,
+    ) -> Engine:
+        """Engine on the target; without a policy the draft length adapts to the measured costs."""
+        if drafter is not None and policy is None:
+            policy = Adaptive().start(lambda: self.costs, self.config.max_draft_tokens)
+        return Engine(self._target, drafter, verifier, models=self._models, policy=policy, in_flight=in_flight)
+
+    def requests(self, prompts: Sequence[list[int]], temperature: float = 0.0) -> list[Request]:
+        """A request for each prompt; its number is its id and seed."""
+        new, sampling = self.config.max_new_tokens, Sampling(temperature)
+        return [Request(str(index), ids, new, sampling, seed=index) for index, ids in enumerate(prompts)]
+
+    def costs_table(self) -> str:
+        """Table of the time of a target pass."""
+        counts = list(self.costs.measured)
+        widths = list(self.costs.measured[1])
+        rows = [
+            [f"{count} in flight", *(f"{1e3 * self.costs.measured[count][width]:.2f}" for width in widths)]
+            for count in counts
+        ]
+        rows.append(["target efficiency, 1", *(f"{self.costs.efficiency(width):.2f}" for width in widths)])
+        return "Milliseconds of a pass by tokens of each sequence, 128 tokens in the cache:\n\n" + table(
+            ["sequences", *map(str, widths)], rows
+        )
+
+
+def total(results: Iterable[Result]) -> DecodingStats:
+    """Decoding statistics summed over results."""
+    return DecodingStats.total(result.stats for result in results)
+
+
+def mean_acceptance_length(stats: DecodingStats) -> float:
+    """Tokens per target pass."""
+    length: float = stats.metrics()["mean_acceptance_length"]
+    return length

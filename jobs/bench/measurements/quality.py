@@ -1,0 +1,49 @@
+"""Inputs of `hasten bench compress`, and the quality of compressed checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.evaluation.divergence import Sums, evaluate
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.jobs.bench.compress import Config
+from hasten.jobs.common.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measures checkpoints on held-out windows (N, T); on the first `divergence` of them against the original."""
+
+    original: Path
+    windows: Tensor
+    divergence: int
+
+    def measure(self, folder: Path) -> dict[str, float | int | None]:
+        """`perplexity` of all windows, and `kl_divergence` and `perplexity_original` of the first ones."""
+        model, original = Architecture(Checkpoint(folder)), Architecture(Checkpoint(self.original))
+        first, rest = self.windows[: self.divergence], self.windows[self.divergence :]
+        sums = evaluate(model, first, original) + (evaluate(model, rest) if len(rest) else Sums())
+        return sums.metrics()
+
+
+def inputs(config: Config) -> tuple[Path, Tensor, Quality]:
+    """Folder of the original, calibration windows (N, T), and the measurement on held-out windows.
+
+    Raises UserError for a model or a text that cannot be loaded.
+    """
+    model = resolve(config.model)
+    tokenizer, calibration = load_tokenizer(model), config.calibration
+    length = calibration.sequence_length
+    tokens = load_tokens(calibration.source, tokenizer, calibration.sequences, length, seed=calibration.seed)
+    held_out = load_tokens(config.held_out, tokenizer, config.windows, length, split="held_out", seed=calibration.seed)
+    return model, tokens, Quality(model, held_out, config.divergence_windows)
+
+
+def save_tokens(tokens: Tensor, path: Path) -> Path:
+    """Save token ids as .npy; returns path."""
+    np.save(path, tokens.numpy())
+    return path

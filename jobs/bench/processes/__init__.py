@@ -1,0 +1,1 @@
+"""Jobs and peers that benchmarks run as processes of their own, and what those processes use."""

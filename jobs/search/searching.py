@@ -1,0 +1,101 @@
+"""One search on the cluster: its steps tracked and drawn, and its states kept, so that a stopped run goes on."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.search.base import Problem, Searcher, State, Step
+from hasten.accel.compression.search.measurements import Measure
+from hasten.accel.compression.search.moves import Genome
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.common.progress import Progress
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedStates:
+    """States of one search beside the levels, a file a step: a search of more steps goes on from one of fewer.
+
+    folder: of everything that the search depends on, so that runs with other outputs find it.
+    """
+
+    database: LevelDatabase
+    folder: Path
+
+    def latest(self, steps: int) -> State | None:
+        """That of the last step that was finished, of so many steps; None where none was."""
+        paths = (self._path(step) for step in range(steps, -1, -1))
+        saved = next((path for path in paths if path.exists()), None)
+        return State.from_json(json.loads(saved.read_text())) if saved else None
+
+    def save(self, state: State) -> None:
+        """Write a state, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.database.write_json(self._path(state.step), state.to_json())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step}.json"
+
+
+@dataclass
+class SearchRun:
+    """One searcher with one budget. name: the searcher's. budget: bits per weight. draw: the heat map of a genome.
+
+    evaluated, seconds: candidates compared by the steps of this run, and what they took; not by the first candidates,
+    which wait until the evaluators have loaded the model.
+    """
+
+    name: str
+    searcher: Searcher
+    budget: float
+    problem: Problem
+    measure: Measure
+    saved: SavedStates
+    draw: Callable[[Genome, Path], Path]
+    tracker: Tracker
+    evaluated: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def answer(self) -> State:
+        """The answer of the search, which goes on where an earlier run was stopped."""
+        searcher, state = self.searcher, self.saved.latest(self.searcher.steps)
+        title = f"{self.name} at {self.budget:g} bits"
+        with Progress(title, searcher.steps, searcher.step_name) as progress:
+            progress.begin(state.step if state else 0)
+            if state and state.step:
+                _LOG.info("%d %ss are finished already", state.step, searcher.step_name)
+            began = perf_counter()
+            for step in searcher.search(self.problem, self.measure, state):
+                state = step.state
+                self.saved.save(state)
+                seconds = perf_counter() - began
+                progress.update(state.step, f"fitness {state.fitness:.5f}")
+                self._track(step, seconds)
+                if state.step:
+                    self.evaluated += step.stats.evaluated
+                    self.seconds += seconds
+                began = perf_counter()
+            assert state is not None, "a search without a state yields its first candidates"
+            return searcher.answer(self.problem, self.measure, state)
+
+    def _track(self, step: Step, seconds: float) -> None:
+        state, stats = step
+        values = {
+            "fitness": state.fitness,
+            "fitness_parent": stats.previous_fitness,
+            "tokens": state.tokens,
+            "candidates": state.evaluated,
+            "candidates_per_second": stats.evaluated / seconds if seconds else 0.0,
+            "changed": stats.changed,
+        }
+        self.tracker.metrics({f"{key}/{self.budget:g}": value for key, value in values.items()}, state.step)
+        # A step that changed nothing has the map of the one before.
+        if stats.changed or not state.step:
+            unit = self.searcher.step_name
+            name = f"{self.name}_{self.budget:g}_{unit}_{state.step:04d}.png"
+            self.tracker.figure(self.draw(state.incumbent, self.tracker.run_dir / f"{unit}s" / name))

@@ -1,0 +1,51 @@
+"""Benchmark cases of the product of few rows: a CPU kernel, timed on the CPU of any machine."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from hasten.kernels.skinny_gemm import c_kernel, pack_weight
+from hasten.kernels.timing import Case, Operands, Skipped
+
+_SHAPES = [(576, 1536), (4096, 4096)]
+_ROWS = (1, 4, 16)
+
+
+def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
+    """Rows x inputs x outputs."""
+    if not c_kernel.is_available():
+        yield Skipped("skinny_gemm", "there is no C compiler")
+        return
+    for inputs, outputs in _SHAPES[:1] if dry else _SHAPES:
+        for rows in _ROWS:
+            yield Case(
+                op="skinny_gemm",
+                shape=f"{rows}x{inputs}x{outputs}",
+                dtype="float32*bfloat16",
+                device_type="cpu",
+                operands=partial(_operands, rows, inputs, outputs),
+                kernel=_kernel,
+                reference=_float32_product,
+                nbytes=4 * rows * (inputs + outputs) + 2 * inputs * outputs,
+                flops=2 * rows * inputs * outputs,
+                # Sums of some thousand products of size one, in another order.
+                rtol=1e-4,
+                atol=1e-3,
+            )
+
+
+def _operands(rows: int, inputs: int, outputs: int, generator: torch.Generator, device: torch.device) -> Operands:
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16().float()
+    packed = pack_weight(weight)
+    assert packed is not None
+    return torch.randn(rows, inputs, generator=generator), weight, packed
+
+
+def _kernel(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return c_kernel.skinny_gemm(x, packed, len(weight))
+
+
+def _float32_product(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    # The op's own reference unpacks the weight at each call; what a caller would do without the kernel is this.
+    return x @ weight.T

@@ -1,0 +1,118 @@
+"""Checks and times one implementation of an op: CUDA events, rotated inputs, median and spread."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+Operands = tuple[Tensor, ...]
+
+SEED = 0
+SAMPLES, _WARMUP = 20, 3
+# Rotated inputs fill this many times the cache, so that none is still there when its turn comes again.
+_CACHES = 4
+_CPU_CACHE_BYTES = 2**26
+_MAX_BUFFERS = 160
+# The device waits this many clock cycles, about 20 ms, while the host queues a rotation: otherwise the time of small
+# kernels would be the time in which Python launches them.
+_QUEUE_CYCLES = 40_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one size.
+
+    device_type: `cuda` or `cpu`, where the kernel runs. operands(generator, device): fresh inputs. kernel, reference:
+    the two implementations, on the same operands. nbytes: that the kernel reads and writes in one call, by which the
+    reference is rated, too. flops: of one call. rtol, atol: of the comparison.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    device_type: str
+    operands: Callable[[torch.Generator, torch.device], Operands]
+    kernel: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    nbytes: int
+    flops: int
+    rtol: float = 0.0
+    atol: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, 10th and 90th percentile. launch_bound: the host was slower than the device."""
+
+    median: float
+    low: float
+    high: float
+    launch_bound: bool
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An op that cannot be measured here, and why."""
+
+    op: str
+    reason: str
+
+
+def check(case: Case, device: torch.device) -> None:
+    """AssertionError where the kernel's output differs from the reference's."""
+    operands = case.operands(torch.Generator(device).manual_seed(SEED), device)
+    torch.testing.assert_close(case.kernel(*operands), case.reference(*operands), rtol=case.rtol, atol=case.atol)
+
+
+def time_calls(function: Callable[..., Tensor], buffers: Sequence[Operands], samples: int) -> Timing:
+    """Time of one call, by rotations over all buffers."""
+    on_gpu = buffers[0][0].is_cuda
+    rotate = _rotate_on_gpu if on_gpu else _rotate_on_cpu
+    results = [rotate(function, buffers) for _ in range(_WARMUP + samples)][_WARMUP:]
+    seconds = [result[0] / len(buffers) for result in results]
+    deciles = quantiles(seconds, n=10, method="inclusive")
+    return Timing(median(seconds), deciles[0], deciles[-1], any(result[1] for result in results))
+
+
+def _rotate_on_gpu(function: Callable[..., Tensor], buffers: Sequence[Operands]) -> tuple[float, bool]:
+    """Seconds that the device takes for one call on every buffer, and whether it ran out of queued calls."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_QUEUE_CYCLES)
+    start.record()
+    # All outputs are kept: else they would be written to the same memory, which the cache holds.
+    outputs = [function(*operands) for operands in buffers]
+    stop.record()
+    # A start that has passed already means that the device did not wait for the whole rotation to be queued.
+    launch_bound = start.query()
+    torch.cuda.synchronize()
+    del outputs
+    return start.elapsed_time(stop) / 1000, launch_bound
+
+
+def _rotate_on_cpu(function: Callable[..., Tensor], buffers: Sequence[Operands]) -> tuple[float, bool]:
+    start = perf_counter()
+    outputs = [function(*operands) for operands in buffers]
+    seconds = perf_counter() - start
+    del outputs
+    return seconds, False
+
+
+def rotation(case: Case, device: torch.device, dry: bool) -> list[Operands]:
+    """Operands, all different, that together exceed the cache of the device."""
+    on_gpu = device.type == "cuda"
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size) if on_gpu else _CPU_CACHE_BYTES
+    count = 2 if dry else min(_MAX_BUFFERS, max(2, -(-_CACHES * cache // case.nbytes)))
+    generator = torch.Generator(device).manual_seed(SEED)
+    return [case.operands(generator, device) for _ in range(count)]
+
+
+def copy_rate(device: torch.device, dry: bool) -> float:
+    """Bytes per second of a copy within the device's memory, read and written."""
+    size = 2**24 if dry else 2**28
+    generator = torch.Generator(device).manual_seed(SEED)
+    source, target = (torch.randn(size, generator=generator, device=device) for _ in range(2))
+    timing = time_calls(lambda a, b: a.copy_(b), [(target, source), (source, target)], 3 if dry else SAMPLES)
+    return 2 * source.nbytes / timing.median

@@ -1,0 +1,125 @@
+"""Speculative decoding: every drafter and verifier in conf, on both targets, against transformers' own `generate`."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.fixed import Fixed
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.decoding.ties import check_ties
+from hasten.accel.models import embedded
+from tests.gpu.catalogue import build, configs
+
+pytestmark = pytest.mark.gpu
+
+TEXTS = [
+    "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path",
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def",
+    "for name in names:\n    print(name)\n",
+]
+NEW_TOKENS = 32
+DRAFTERS, VERIFIERS = configs("drafter"), configs("verifier")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [tokenizer.encode(text).ids for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def generated(folder, prompts, device):
+    """Token ids by transformers' greedy decoding in float32 on the device."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
+        outputs.append(output[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.fixture(scope="module", params=["llama", "transformers"])
+def target(request, folder, device):
+    return load_target(folder, torch.float32, device, path=request.param)
+
+
+@pytest.fixture(scope="module")
+def models(device):
+    """The embedded draft model; the head that was trained for it lies in its folder."""
+    draft = load_target(embedded.path("draft"), torch.float32, device, keeps_hidden=True)
+    return Models(draft.vocabulary, lambda: draft, embedded.path("draft"))
+
+
+def decoded(target, prompts, drafter=None, verifier=None, models=None, sampling=None, in_flight=1, nodes=8):
+    """Ids decoded for each prompt."""
+    policy = Fixed(nodes if drafter else 0)
+    engine = Engine(target, drafter, verifier, models=models, policy=policy, in_flight=in_flight)
+    requests = [
+        Request(str(index), prompt, NEW_TOKENS, sampling or Sampling(), seed=index)
+        for index, prompt in enumerate(prompts)
+    ]
+    results = {result.id: result.token_ids for result in engine.decode(requests)}
+    return [results[request.id] for request in requests]
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_plain_decoding_gives_the_tokens_of_generate(target, prompts, generated, in_flight):
+    assert decoded(target, prompts, in_flight=in_flight) == generated
+
+
+@pytest.mark.parametrize("config", DRAFTERS, ids=lambda path: path.stem)
+def test_greedy_tokens_are_those_of_generate(target, prompts, generated, models, config):
+    assert decoded(target, prompts, build(config), models=models, in_flight=2) == generated
+
+
+@pytest.mark.parametrize("config", VERIFIERS, ids=lambda path: path.stem)
+def test_every_verifier_is_greedy_at_temperature_0(target, prompts, generated, models, config):
+    drafter = build(next(path for path in DRAFTERS if path.stem == "draft_model"))
+    assert decoded(target, prompts, drafter, build(config), models=models) == generated
+
+
+@pytest.mark.parametrize("config", VERIFIERS, ids=lambda path: path.stem)
+def test_sampled_drafts_are_verified_on_the_device(target, prompts, models, config):
+    verifier, sampling = build(config), Sampling(temperature=0.8, top_p=0.95)
+    drafters = [build(path) for path in DRAFTERS]
+    accepted = [
+        drafter
+        for drafter in drafters
+        if verifier.refusal(drafter.draws(sampling), drafter.chains(), greedy=False) is None
+    ]
+    assert accepted
+    for drafter in accepted[:3]:
+        texts = [decoded(target, prompts, drafter, verifier, models, sampling, in_flight=2) for _ in range(2)]
+        assert texts[0] == texts[1], "a seed gives one text"
+        assert all(len(text) == NEW_TOKENS for text in texts[0])
+
+
+def test_a_seed_gives_one_text_whatever_is_drafted(target, prompts, models):
+    sampling = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1)
+    plain = decoded(target, prompts, sampling=sampling)
+    for config in DRAFTERS:
+        assert decoded(target, prompts, build(config), models=models, sampling=sampling) == plain, config.stem
+
+
+@pytest.mark.parametrize("path", ["llama", "transformers"])
+def test_bfloat16_differs_from_float32_by_ties_alone(folder, device, prompts, models, path):
+    exact = load_target(folder, torch.float32, device)
+    reduced = load_target(folder, torch.bfloat16, device, path=path)
+    for config in DRAFTERS:
+        outputs = decoded(reduced, prompts, build(config), models=models, in_flight=2)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert check_ties(exact, prompt, output, torch.bfloat16).faults == 0, config.stem
+
+
+def test_a_compiled_target_gives_the_same_tokens(folder, device, prompts, generated):
+    if not device.startswith("cuda"):
+        pytest.skip("compiled on a CPU in tests/decoding")
+    target = load_target(folder, torch.float32, device, path="llama", compiled=True)
+    assert decoded(target, prompts[:1]) == generated[:1]
