@@ -92,7 +92,7 @@ def test_sampled_drafts_are_verified_on_the_device(target, prompts, models, conf
     accepted = [
         drafter
         for drafter in drafters
-        if verifier.refusal(drafter.draws(sampling), drafter.chains(), greedy=False) is None
+        if verifier.refusal(drafter.draft_sampling(sampling), drafter.chains(), greedy=False) is None
     ]
     assert accepted
     for drafter in accepted[:3]:
