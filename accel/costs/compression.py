@@ -125,7 +125,7 @@ def _moved(work: Pass) -> dict[str, int]:
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
         count = nodes(work.chunks, work.workers)
-        moved["sums of Hessians"] = count * sum(_sums_bytes(groups) for groups in work.plan)
+        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.plan)
         if work.nodes > 1:
             away = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.plan)
             moved[BETWEEN] = int(count * away * (1 - 1 / work.nodes))
@@ -155,7 +155,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # A layer's input once more in float32, where it is not.
         wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += wide
-        sums = {"sums of Hessians": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
+        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
         sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
