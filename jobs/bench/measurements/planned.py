@@ -56,6 +56,10 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
     if usage.status:
         raise RuntimeError(f"hasten {job} ended with status {usage.status}: see {place / 'hasten.out'}")
     estimate: Estimate = plan.estimate
+    moved = None
+    # Only `compress`: the settings of other jobs are not at hand here.
+    if isinstance(composed, CompressConfig):
+        moved = estimate.moved["sums of second moments"], moved_bytes(composed)
     compared = Compared(
         job,
         size,
@@ -64,10 +68,7 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
             for process in estimate.processes
             if _KINDS[process.kind] in usage.peaks
         },
-        # Only `compress`: the settings of other jobs are not at hand here.
-        (estimate.moved["sums of second moments"], moved_bytes(composed))
-        if isinstance(composed, CompressConfig)
-        else None,
+        moved,
         None if output is None else (estimate.written_bytes, _bytes(output) + _bytes(place / "runs")),
         (plan.seconds, usage.seconds),
         (estimate.cpu_seconds, usage.cpu_seconds),
