@@ -1,0 +1,178 @@
+"""2:4 sparsity: `s2of4`, two of every four input weights of a row are zero; `s2of4w4g128`, the others are codes.
+
+Source: Mishra et al. 2021, arXiv:2104.08378; joint with quantization: Frantar & Alistarh 2023, arXiv:2301.00774,
+section 3.5 (SparseGPT), where later columns make up for the rounding, too. Wanda and magnitude round at once.
+The grid is symmetric, so that code 2**(bits - 1) is exactly zero. It is searched on the weights that the method keeps
+without a grid, and the method then runs again with it; the paper's code takes the range of all weights.
+
+Exact bits: for every four weights two 2-bit indices and two values or codes, and the scales. s2of4 of bfloat16 takes
+9 bits a weight, s2of4w4g128 3.125. No loader reads the 2:4 form: a checkpoint has s2of4 dense, and the quantized one as
+dense codes, whose zeros are exact (pack-quantized).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.accel.compression.formats import two_of_four
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.method import Method
+from hasten.accel.compression.pruners.base import PrunedWeight, Pruner
+from hasten.accel.compression.pruners.magnitude import Magnitude
+from hasten.accel.compression.pruners.n_of_m import NOfM
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.quantizers.grid import Grid
+from hasten.accel.compression.result import CompressedWeight, Result
+from hasten.accel.errors import UserError
+
+_NAME = re.compile(r"s2of4(?:w(\d+)(?:g(\d+))?)?")
+_PATTERN = NOfM(2, 4)
+# Ranges that are tried for each scale, as in GPTQ.
+_SEARCH, _SHRINK = 24, 0.4
+
+
+@dataclass(frozen=True)
+class TwoOfFourWeight:
+    """A weight (R, C) with two of every four zero, and the same weight as codes where it is quantized."""
+
+    pruned: PrunedWeight
+    quantized: QuantizedWeight | None = None
+
+    @property
+    def bits(self) -> int:
+        """Exact size: indices, and values or codes and scales."""
+        rows, columns = self.pruned.mask.shape
+        scheme = None if self.quantized is None else self.quantized.scheme
+        return _bits(rows, columns, self.pruned.weight.element_size(), scheme)
+
+    def rows(self, start: int, stop: int) -> "TwoOfFourWeight":
+        """The rows of one of several layers that were pruned together."""
+        codes = self.quantized
+        return TwoOfFourWeight(self.pruned.rows(start, stop), None if codes is None else codes.rows(start, stop))
+
+    @classmethod
+    def join(cls, parts: list["TwoOfFourWeight"]) -> "TwoOfFourWeight":
+        """Consecutive rows as one weight."""
+        codes = [part.quantized for part in parts if part.quantized is not None]
+        return cls(PrunedWeight.join([part.pruned for part in parts]), QuantizedWeight.join(codes) if codes else None)
+
+
+@dataclass(frozen=True)
+class TwoOfFourLevel(Level):
+    """Two of every four weights, and where they are. scheme: symmetric grid of the kept weights, None: their dtype."""
+
+    scheme: Scheme | None = None
+
+    examples: ClassVar[tuple[str, ...]] = ("s2of4", "s2of4w4g128", "s2of4w3")
+    family: ClassVar[type[Method]] = Pruner
+
+    @classmethod
+    def parse(cls, name: str) -> "TwoOfFourLevel | None":
+        """Level of a name like s2of4 or s2of4w4g128; without g one scale a row."""
+        found = _NAME.fullmatch(name)
+        if not found:
+            return None
+        return cls(Scheme(int(found[1]), int(found[2] or -1), symmetric=True) if found[1] else None)
+
+    @property
+    def name(self) -> str:
+        """`s2of4`, and the grid of the kept weights behind it; group_size counts all columns, not those kept."""
+        if self.scheme is None:
+            return "s2of4"
+        return f"s2of4w{self.scheme.bits}{'' if self.scheme.group_size == -1 else f'g{self.scheme.group_size}'}"
+
+    def check(self, layer: str, columns: int) -> None:
+        """UserError where the columns are not divided by 4, or by group_size."""
+        if columns % 4:
+            raise UserError(f"level {self.name} needs a multiple of 4 columns, {layer} has {columns}: ignore the layer")
+        if self.scheme is not None:
+            self.scheme.check(layer, columns)
+
+    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
+        """A bit of index for every weight, half of the weights as values or codes, and scales."""
+        return _bits(rows, columns, itemsize, self.scheme)
+
+    def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
+        """Rows of indices and of codes take whole bytes."""
+        found = [SHAPE, StoredTensor("indices", torch.uint8, (rows, ceil(columns / 8)))]
+        if self.scheme is None:
+            return [*found, StoredTensor("values", dtype, (rows, columns // 2))]
+        return [
+            *found,
+            StoredTensor("codes", torch.uint8, (rows, ceil(columns // 2 * self.scheme.bits / 8))),
+            StoredTensor("scale", dtype, (rows, columns // self.scheme.columns(columns))),
+        ]
+
+    def pack(self, weight: CompressedWeight) -> dict[str, Tensor]:
+        """See formats.two_of_four."""
+        assert isinstance(weight, TwoOfFourWeight)
+        mask, codes = weight.pruned.mask, weight.quantized
+        stored = {"weight_shape": torch.tensor(mask.shape), "indices": two_of_four.pack_mask(mask)}
+        if codes is None:
+            return stored | {"values": two_of_four.kept(weight.pruned.weight, mask).cpu()}
+        packed = two_of_four.pack_codes(two_of_four.kept(codes.codes, mask), codes.scheme.bits)
+        return stored | {"codes": packed, "scale": codes.scale.cpu().contiguous()}
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The weight with its zeros."""
+        if self.scheme is None:
+            return two_of_four.spread(stored["values"], self._mask(stored))
+        return self._codes(stored, self.scheme).dequantize()
+
+    @property
+    def loader_scheme(self) -> Scheme | None:
+        """The grid of the kept weights: the others lie on it, too."""
+        return self.scheme
+
+    def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Dense codes where there is a grid, else the dense weight."""
+        if self.scheme is None:
+            return {"weight": self.unpack(stored)}
+        return PackQuantized().pack(self._codes(stored, self.scheme))
+
+    def facts(self, weight: CompressedWeight) -> dict[str, object]:
+        """Bits of a kept weight, its grid, and the share of zeros."""
+        assert isinstance(weight, TwoOfFourWeight)
+        kept = {"bits": 8 * weight.pruned.weight.element_size()} if self.scheme is None else asdict(self.scheme)
+        return {**kept, "sparsity": 0.5}
+
+    def without_statistics(self, method: Method) -> tuple[Method, str]:
+        """By magnitude."""
+        return Magnitude(), "pruned by magnitude"
+
+    def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
+        """Prune weight (R, C), and quantize what is kept."""
+        assert isinstance(method, Pruner)
+        found = method.prune(weight, prepared, _PATTERN)
+        codes = None
+        if self.scheme is not None:
+            grid = Grid.of(found.weight.weight, self.scheme, _SEARCH, _SHRINK)
+            found = method.prune(weight, prepared, _PATTERN, grid)
+            codes = grid.quantize(found.weight.weight)
+        return Result(TwoOfFourWeight(found.weight, codes), found.error, found.power, found.notes)
+
+    @staticmethod
+    def _mask(stored: Mapping[str, Tensor]) -> Tensor:
+        return two_of_four.unpack_mask(stored["indices"], int(stored["weight_shape"][1]))
+
+    def _codes(self, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        mask, middle = self._mask(stored), 2 ** (scheme.bits - 1)
+        kept = two_of_four.unpack_codes(stored["codes"], scheme.bits, mask.shape[1] // 2)
+        codes = two_of_four.spread(kept, mask, middle)
+        return QuantizedWeight(
+            codes, stored["scale"], torch.full(stored["scale"].shape, middle, dtype=torch.uint8), scheme
+        )
+
+
+def _bits(rows: int, columns: int, itemsize: int, scheme: Scheme | None) -> int:
+    """Two indices of 2 bits for every four weights, values or codes of half of them, and scales."""
+    weights = rows * columns
+    if scheme is None:
+        return weights + weights // 2 * 8 * itemsize
+    return weights + weights // 2 * scheme.bits + rows * (columns // scheme.columns(columns)) * 8 * itemsize
