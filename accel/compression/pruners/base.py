@@ -126,7 +126,7 @@ class ScoredPruner(Pruner[Inputs]):
     """A pruner that scores every weight for itself; without statistics it tells errors of the weights."""
 
     def prepare(self, hessian: Hessian | None) -> Inputs:
-        """What is known of the input; methods that need no statistics tell errors of the output by them."""
+        """What is known of the input, by which Magnitude, too, tells errors of the output."""
         # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
         if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
             return Inputs(None, ("Hessian is not finite: weights alone were looked at",))

@@ -79,7 +79,12 @@ class SparseGPT(Pruner[Factor]):
             for last in range(stop, start, -block):
                 first = max(start, last - block)
                 part, inner, before = slice(first, last), slice(first - start, last - start), slice(0, first - start)
-                saliency = (target[part] + carried[inner]).mul_(pivots[part]).abs_()
+                change = carried[inner]
+                if pattern.group_size is not None:
+                    # Best values while all columns from here on are free, those of the group among them.
+                    upper = corner[inner, inner].T
+                    change = torch.linalg.solve_triangular(upper, change, upper=True, unitriangular=True)
+                saliency = (target[part] + change).mul_(pivots[part]).abs_()
                 mask[part] = ~lowest(saliency.T, shares[:, part].sum(1)).T
                 _visit(
                     corner[inner, inner],
