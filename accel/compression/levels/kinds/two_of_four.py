@@ -12,7 +12,7 @@ dense codes, whose zeros are exact (pack-quantized).
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from hasten.accel.compression.pruners.n_of_m import NOfM
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import CompressedWeight, Result
+from hasten.accel.costs.method import LayerStack, MethodCost, range_search
 from hasten.accel.errors import UserError
 
 _NAME = re.compile(r"s2of4(?:w(\d+)(?:g(\d+))?)?")
@@ -145,6 +146,14 @@ class TwoOfFourLevel(Level):
     def without_statistics(self, method: Method) -> tuple[Method, str]:
         """By magnitude."""
         return Magnitude(), "pruned by magnitude"
+
+    def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
+        """What the method states, twice where the kept weights are quantized, and the search of their grid."""
+        assert isinstance(method, Pruner)
+        found = method.cost(layers, _PATTERN)
+        if found is None or self.scheme is None:
+            return found
+        return replace(found, solve=found.solve * 2 + range_search(layers, 2 * _SEARCH))
 
     def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
         """Prune weight (R, C), and quantize what is kept."""
