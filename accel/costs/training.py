@@ -112,5 +112,6 @@ def train_drafter(
     work += Work(elements=20 * tokens * target.vocabulary)
     trained = epochs * tokens * examples_per_token
     fit = Work(flops=6.0 * trained * parameters, launches=trained / 256 * 120)
-    steps = (Step("read", *[work.seconds(rates)] * 2), Step("train", *[fit.seconds(rates)] * 2))
+    reading, training = work.seconds(rates), fit.seconds(rates)
+    steps = (Step("read", reading, reading), Step("train", training, training))
     return Estimate((Process("driver", 1, 1, host, gpus, device),), steps, {}, 0, {"head": 4 * parameters})

@@ -65,7 +65,7 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
             if _KINDS[process.kind] in usage.peaks
         },
         # Only `compress`: the settings of other jobs are not at hand here.
-        (estimate.moved["sums of Hessians"], moved_bytes(composed)) if job == "compress" else None,
+        (estimate.moved["sums of Hessians"], moved_bytes(composed)) if isinstance(composed, CompressConfig) else None,
         None if output is None else (estimate.written_bytes, _bytes(output) + _bytes(place / "runs")),
         (plan.seconds, usage.seconds),
         (estimate.cpu_seconds, usage.cpu_seconds),
