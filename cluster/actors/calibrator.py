@@ -1,12 +1,18 @@
 """The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
 
 from collections.abc import Collection, Mapping
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.calibration.settings import Settings, Task
+from hasten.accel.compression.calibration.shard import Shard, replace_weights
+from hasten.accel.compression.calibration.solve import prepare_group, solve_group, solve_levels
+from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
+from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # What collect() sends for a group: nodes of the summation tree (start, size, tokens, sums).
@@ -20,13 +26,8 @@ class Calibrator:
     """
 
     def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
-        import torch
-
         torch.set_num_threads(settings.threads)
         torch.set_grad_enabled(False)
-        from hasten.accel.compression.calibration.settings import Task
-        from hasten.accel.compression.calibration.shard import Shard
-
         self._settings = settings
         self._task = Task(settings)
         self._cpu_before = cpu_seconds()
@@ -68,12 +69,6 @@ class Calibrator:
         Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Of a level
         database the layers are written here, and there is no packed tensor and a row for every level.
         """
-        from time import perf_counter
-
-        from hasten.accel.compression.calibration.solve import prepare_group, solve_group, solve_levels
-        from hasten.accel.compression.calibration.statistics import SecondMoment, Tree
-        from hasten.accel.compression.levels.database import LevelDatabase
-
         started = perf_counter()
         release_memory()
         settings, task = self._settings, self._task
@@ -104,9 +99,7 @@ class Calibrator:
         """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
         return cpu_seconds() - self._cpu_before, peak_rss_bytes()
 
-    def _catch_up(self, block: int) -> Any:
-        from hasten.accel.compression.calibration.shard import Shard, replace_weights
-
+    def _catch_up(self, block: int) -> Shard:
         if self._shard is None or self._shard.position > block:
             self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
         while self._shard.position < block:

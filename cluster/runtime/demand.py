@@ -6,7 +6,9 @@ once, and goes with its driver, however that ends, so that no node is kept for a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
 
 # The autoscaler packs all of them at every look.
 _MOST = 64
@@ -17,12 +19,10 @@ class Demand:
 
     def __init__(self) -> None:
         self._bundles: list[dict[str, float]] = []
-        self._groups: list[Any] = []
+        self._groups: list[PlacementGroup] = []
 
     def ask(self, bundles: Sequence[Mapping[str, float]], count: int) -> None:
         """Ask for so many times these bundles, in place of what was asked before; to be called every now and then."""
-        import ray
-
         wanted = [dict(bundle) for bundle in bundles]
         if wanted != self._bundles:
             self.end()
@@ -39,9 +39,7 @@ class Demand:
         """Ask for nothing any more."""
         self._remove(list(self._groups))
 
-    def _remove(self, groups: Sequence[Any]) -> None:
-        import ray
-
+    def _remove(self, groups: Sequence[PlacementGroup]) -> None:
         for group in groups:
             self._groups.remove(group)
             ray.util.remove_placement_group(group)

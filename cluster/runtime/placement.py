@@ -4,6 +4,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_get
 
 from hasten.accel.errors import UserError
 
@@ -13,6 +20,44 @@ _ROUNDING = 1e-4
 _KIND_OF_ONE = re.compile("node_[0-9a-f]+")
 
 Bundle = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ActorResources:
+    """What one actor or task asks the cluster for; memory: bytes that Ray reserves, None reserves nothing."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {"CPU": self.cpus, **self.fixed}
+
+    @property
+    def fixed(self) -> dict[str, float]:
+        """What cannot be shared with others: GPUs and memory, by Ray's names."""
+        return {"GPU": self.gpus} | ({} if self.memory is None else {"memory": float(self.memory)})
+
+    def fixed_text(self, state: str = "") -> str:
+        """What cannot be shared, for messages; state: such as `free`."""
+        amounts = [f"{self.gpus:g} {state} GPU(s)"] if self.gpus else []
+        amounts += [] if self.memory is None else [f"{self.memory} {state} bytes of memory"]
+        return " and ".join(amounts).replace("  ", " ")
+
+    def options(self, cpus: float, threads: int, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Options of Ray for an actor that asks for other CPUs; threads: of OpenMP; variables: of its environment.
+
+        Ray must not restart an actor: it could not restore its state.
+        """
+        return {
+            "num_cpus": cpus,
+            "num_gpus": self.gpus,
+            "memory": self.memory,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **(variables or {})}},
+        }
 
 
 def check_workers(workers: int, threads: int, gpus: float = 0) -> None:
@@ -36,8 +81,6 @@ def check(bundles: Sequence[Bundle], asked: str) -> None:
 
 def nodes() -> list[Bundle]:
     """What each living node of the cluster has altogether; inside a Ray session."""
-    import ray
-
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -98,11 +141,6 @@ def grows() -> bool:
 
 def _kinds_of_nodes() -> list[str]:
     """What is told of kinds of nodes by the process that looks after them; nothing of a Ray that a driver started."""
-    import ray
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
     # None of this is public; `ray status` asks the same, in every version of Ray that hasten runs with.
     if is_autoscaler_v2():
         from ray.autoscaler.v2.sdk import get_cluster_status

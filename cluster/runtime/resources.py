@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 import hasten
 
@@ -56,10 +57,8 @@ def cpu_seconds() -> float:
     return time.process_time()
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Facts of the machine: host, platform, python, cpu (model), cores, memory_bytes, gpus (names)."""
-    import psutil
-
     return {
         "host": platform.node(),
         "platform": platform.platform(),

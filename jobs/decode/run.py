@@ -21,7 +21,7 @@ _PROMPT_FIGURES = ("num_tokens", "mean_acceptance_length", "draft_acceptance_rat
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that a run needs, checked. spec: a verifier's Spec. kept: results that are there, by id."""
+    """Everything that a run needs, checked. spec: a verifier's DecodeSpec. kept: results that are there, by id."""
 
     spec: Any
     sampling: Any
@@ -102,7 +102,7 @@ def run(config: DecodeConfig) -> Path:
 def _plan(config: DecodeConfig) -> _Plan:
     from hasten.accel.decoding.sampling import Sampling
     from hasten.accel.errors import UserError
-    from hasten.cluster.actors.verifier import Spec
+    from hasten.cluster.actors.verifier import DecodeSpec
     from hasten.jobs.cli.methods import build
     from hasten.jobs.common.arithmetic import dtype_choices, resolve_device
     from hasten.jobs.common.prompts import (
@@ -142,7 +142,7 @@ def _plan(config: DecodeConfig) -> _Plan:
     learned = None
     if config.memory and drafter is not None:
         learned = load_learned(Path(config.memory), config.drafter, vocabulary)
-    spec = Spec(
+    spec = DecodeSpec(
         target=target,
         vocabulary=vocabulary,
         verifier=verifier,
@@ -211,10 +211,14 @@ def _settings(config: DecodeConfig, spec: Any, sampling: Any) -> dict[str, Any]:
 
 def _decoders(config: DecodeConfig, plan: _Plan) -> Any:
     from hasten.cluster.programs.decoding import Decoders
+    from hasten.cluster.runtime.placement import ActorResources
 
     on_tokens = _Printer(plan.tokenizer).tokens if config.stream else None
     gpus = 1 if plan.spec.device == "cuda" else 0
-    return Decoders(plan.spec, config.workers, config.drafter_actors, gpus, plan.placement, on_tokens)
+    needs = ActorResources(config.threads, gpus)
+    with_model = plan.spec.drafter is not None and plan.spec.drafter.needs_draft_model
+    drafter_needs = ActorResources(1, gpus if with_model else 0)
+    return Decoders(plan.spec, config.workers, config.drafter_actors, needs, drafter_needs, plan.placement, on_tokens)
 
 
 def _decode(

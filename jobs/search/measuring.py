@@ -93,12 +93,14 @@ class Measuring:
         return dict(self._usage)
 
     def _evaluators(self, what: str, tokens: Any, fitness: Any) -> Any:
-        from hasten.cluster.programs.search import Evaluators, Model
+        from hasten.cluster.actors.evaluator import EvaluatorSpec
+        from hasten.cluster.programs.search import Evaluators
+        from hasten.cluster.runtime.placement import ActorResources
 
         if self._running is None or self._running[0] != what:
             self.close()
             config = self._config
-            model = Model(
+            spec = EvaluatorSpec(
                 checkpoint=self._database.source,
                 levels=self._database.path,
                 units=tuple(self.units),
@@ -109,7 +111,8 @@ class Measuring:
                 threads=config.threads,
                 batch=config.search.batch,
             )
-            self._running = what, Evaluators(model, config.workers, 1 if self.device == "cuda" else 0)
+            needs = ActorResources(config.threads, 1 if self.device == "cuda" else 0)
+            self._running = what, Evaluators(spec, config.workers, needs)
         return self._running[1]
 
     def _key(self, tokens: Any) -> dict[str, Any]:

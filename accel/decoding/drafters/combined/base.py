@@ -44,6 +44,11 @@ class Combined(Drafter):
         """Whether a member does."""
         return any(each.needs_draft_model for each in self.drafters)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a member does."""
+        return any(each.learns for each in self.drafters)
+
     def new_memory(self, models: Models) -> tuple[Any, ...]:
         """A memory of each member."""
         return tuple(each.new_memory(models) for each in self.drafters)
