@@ -20,7 +20,7 @@ Nodes = list[tuple[int, int, int, np.ndarray]]
 
 
 class Calibrator:
-    """Hidden states of some chunks, block by block; made anew after a loss, it catches up from the finished shards.
+    """Hidden states of some chunks, block by block; after a loss, its replacement recomputes them from finished shards.
 
     chunks: calibration tokens [sequences, T] by the number of their chunk; empty where no statistics are needed.
     """
@@ -44,11 +44,11 @@ class Calibrator:
     def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, by the keys of the groups that are wanted.
 
-        Of experts that no token reached there are none, under their keys. What is on the disk decides nothing here:
-        shards that looked there at different times would leave different groups out.
+        Experts that no token reached have an empty list. What is on the disk must not decide which groups are
+        collected: shards that look at different times would leave out different groups.
 
-        Hidden states that are not there yet are made from the blocks before, which must be finished where their
-        quantized outputs are propagated.
+        Hidden states that are missing are computed from the blocks before, which must be finished where their quantized
+        outputs are propagated.
         """
         release_memory()
         shard = self._catch_up(block)
@@ -66,8 +66,8 @@ class Calibrator:
     ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
         """Quantize groups of a block from what all calibrators collected.
 
-        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Of a level
-        database the layers are written here, and there is no packed tensor and a row for every level.
+        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Layers of a level
+        database are written here: there are no packed tensors, and one row for every level.
         """
         started = perf_counter()
         release_memory()

@@ -1,7 +1,7 @@
-"""The points of a sweep as Ray tasks: as many at once as fit, each finished once however often something dies.
+"""The points of a sweep as Ray tasks: as many at once as fit, each finished exactly once despite losses.
 
-A point is finished when its folder has a report.json, which its job writes last. Whoever starts a point, a driver or
-Ray after a process or node was lost, looks for that first, while it holds the folder's lock.
+A point is finished when its folder has a report.json, which its job writes last. Whoever starts a point (a driver, or
+Ray after the loss of a process or node) looks for that file first, while it holds the folder's lock.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from hasten.cluster.tracking.environment import environment
 _LOG = logging.getLogger(__name__)
 REPORT, POINT, OUTPUT = "report.json", "point.json", "output.txt"
 _LOCK = ".lock"
-# A process that lost its driver ends within seconds; its successor waits for it so long.
+# A process that lost its driver ends within seconds; the next one waits so long for the folder's lock.
 _PATIENCE_SECONDS = 60.0
 _WAIT_SECONDS = 0.2
 
