@@ -198,7 +198,7 @@ class Address(NamedTuple):
         """Name in Ray. A replacement has another one: processes cache the handle of a name."""
         return f"{self.name}.{self.number}"
 
-    def successor(self, ahead: int = 1) -> "Address":
+    def replacement(self, ahead: int = 1) -> "Address":
         """Of its replacement, or of a later one."""
         return self._replace(number=self.number + ahead)
 
@@ -241,7 +241,7 @@ class Connection:
         if self._handle is None and now - self._tried >= _RECONNECT_SECONDS:
             self._tried = now
             for ahead in range(_REPLACEMENTS):
-                address = self._address.successor(ahead)
+                address = self._address.replacement(ahead)
                 try:
                     self._handle = ray.get_actor(address.actor)
                 except ValueError:  # not started yet, or lost already
@@ -280,7 +280,7 @@ class Connection:
             if not is_loss(error):
                 raise
             self._handle = None
-            self._address = self._address.successor()
+            self._address = self._address.replacement()
             self.lost += 1
             self._tried = time.monotonic()
             return None

@@ -138,10 +138,10 @@ class Evaluators:
         scored = sum(min(used, length - 1) for _, used in sample.parts)
         return [math.fsum(loss for piece in pieces for loss in self._known[each, piece]) / scored for each in genomes]
 
-    def prefetch(self, lots: Sequence[tuple[Sequence[Genome], Sample]]) -> None:
+    def prefetch(self, measurements: Sequence[tuple[Sequence[Genome], Sample]]) -> None:
         """Measure what is not known of several (candidates, sample), all at once: no evaluator waits between them."""
         wanted: dict[Sample, set[Genome]] = {}
-        for genomes, sample in lots:
+        for genomes, sample in measurements:
             for piece in batches(sample, self._spec.batch):
                 new = {genome for genome in genomes if (genome, piece) not in self._known}
                 if new:

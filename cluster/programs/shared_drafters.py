@@ -50,7 +50,7 @@ class SharedDrafters:
 
     def renew_addresses(self) -> None:
         """All actors have been ended: those that come next have other names."""
-        self._addresses = [address.successor() for address in self._addresses]
+        self._addresses = [address.replacement() for address in self._addresses]
 
     def poll(self) -> None:
         """Replace lost drafters, and take snapshots of what others have learned; to be called every now and then."""
@@ -70,7 +70,7 @@ class SharedDrafters:
                     recovery.raise_if_refused(error)
                     if not recovery.is_loss(error):
                         raise
-                    self._addresses[number] = self._addresses[number].successor()
+                    self._addresses[number] = self._addresses[number].replacement()
                     self.pool.replace(number, error)
                     continue
             self._snapshots[number] = self.pool.actors[number].snapshot.remote(self._snapshot_seconds)

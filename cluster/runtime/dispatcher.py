@@ -88,7 +88,7 @@ class Workload(ABC, Generic[K, R]):
 
     @abstractmethod
     def wait(self, handles: Sequence[object], seconds: float) -> Sequence[object]:
-        """Handles with something new, none after so many seconds; successors of lost actors start meanwhile."""
+        """Handles with something new, none after so many seconds; replacements of lost actors start meanwhile."""
 
     @abstractmethod
     def receive(self, assignment: Assignment[K]) -> tuple[Sequence[tuple[K, R]], bool]:
