@@ -8,13 +8,12 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
 from ray import ObjectRef
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
@@ -199,7 +198,7 @@ class Address(NamedTuple):
         return f"{self.name}.{self.number}"
 
     def replacement(self, ahead: int = 1) -> "Address":
-        """Of its replacement, or of a later one."""
+        """Where the replacement is found, or a later one."""
         return self._replace(number=self.number + ahead)
 
 
@@ -212,7 +211,7 @@ class Connection:
 
     def __init__(self, address: Address, client: str) -> None:
         self._address, self._client = address, client
-        self._handle: ActorHandle | None = None
+        self._handle: Any = None
         self._late: ObjectRef | None = None
         self._events: list[Event] = []
         self._tried = -_RECONNECT_SECONDS

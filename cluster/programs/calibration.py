@@ -13,7 +13,6 @@ from itertools import islice
 from time import perf_counter
 from typing import TypeVar
 
-import ray
 from ray.actor import ActorHandle
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Unit
 from hasten.cluster.runtime import recovery
-from hasten.cluster.runtime.actor_pool import ActorPool, wait_for_all
+from hasten.cluster.runtime.actor_pool import ActorPool, start_actor, wait_for_all
 from hasten.cluster.runtime.dispatcher import Dispatcher, SharedQueue
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
@@ -133,7 +132,7 @@ class CalibrationPass:
     def _start(self, index: int, cpus: float) -> ActorHandle:
         """A calibrator; a replacement is asked for the same sums as its predecessor."""
         options = self._needs.options(cpus, self._settings.threads, _ALLOCATOR)
-        actor: ActorHandle = ray.remote(Calibrator).options(**options).remote(self._settings, self._chunks[index])
+        actor = start_actor(Calibrator, options, self._settings, self._chunks[index])
         self._sums.request_again(index, actor)
         return actor
 

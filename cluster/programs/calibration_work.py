@@ -48,7 +48,7 @@ class CollectedSums:
     def request_again(self, index: int, calibrator: ActorHandle) -> None:
         """Ask the replacement of a calibrator for what its predecessor was asked for."""
         for block in sorted(self._sums):
-            sums = calibrator.collect.remote(block, self._keys[block])
+            sums: ObjectRef = calibrator.collect.remote(block, self._keys[block])
             if block == self._block:
                 self._replacements[index] = sums
             else:

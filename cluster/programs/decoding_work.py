@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
@@ -12,7 +11,7 @@ from hasten.cluster.actors.drafter import Address
 from hasten.cluster.actors.verifier import DecodeSpec, OnTokens, VerifierActor
 from hasten.cluster.programs.shared_drafters import SharedDrafters
 from hasten.cluster.runtime import recovery
-from hasten.cluster.runtime.actor_pool import ActorPool
+from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
 from hasten.cluster.runtime.dispatcher import Assignment, PoolWorkload, SharedQueue, all_ready
 from hasten.cluster.runtime.placement import ActorResources
 
@@ -100,8 +99,7 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         return self._drafters.address(worker) if self.shared else None
 
     def _start(self, worker: int, cpus: float) -> ActorHandle:
-        actor = ray.remote(VerifierActor).options(**self._needs.options(cpus, self.spec.threads))
         # Another name after every loss: late messages of the old verifier must not be taken for the new one's.
         self._clients[worker] = f"{worker}.{self.pool.restarts}"
-        handle: ActorHandle = actor.remote(replace(self.spec, in_flight=self.batches.of(worker)), self._clients[worker])
-        return handle
+        spec = replace(self.spec, in_flight=self.batches.of(worker))
+        return start_actor(VerifierActor, self._needs.options(cpus, spec.threads), spec, self._clients[worker])

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -21,7 +20,7 @@ from hasten.accel.compression.search.candidates import batches
 from hasten.accel.compression.search.evopress import Genome, Sample
 from hasten.cluster.actors.evaluator import Evaluator, EvaluatorSpec
 from hasten.cluster.runtime import recovery
-from hasten.cluster.runtime.actor_pool import ActorPool
+from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
 from hasten.cluster.runtime.dispatcher import Assignment, Dispatcher, PoolWorkload
 from hasten.cluster.runtime.placement import ActorResources
 
@@ -99,9 +98,8 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor]):
 
     def _start(self, index: int, cpus: float) -> ActorHandle:
         self._loaded.discard(index)
-        actor = ray.remote(Evaluator).options(**self._needs.options(cpus, self._spec.threads))
-        handle: ActorHandle = actor.remote(replace(self._spec, batch=self._batches.of(index)))
-        return handle
+        spec = replace(self._spec, batch=self._batches.of(index))
+        return start_actor(Evaluator, self._needs.options(cpus, self._spec.threads), spec)
 
 
 def _joined(pieces: Sequence[Sample]) -> Sample:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.cluster.actors.drafter import PATIENCE_SECONDS, Address, DrafterActor
 from hasten.cluster.runtime import recovery
-from hasten.cluster.runtime.actor_pool import ActorPool
+from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
 from hasten.cluster.runtime.placement import ActorResources
 
 Learned = Mapping[str, Tensor]
@@ -98,7 +98,5 @@ class SharedDrafters:
 
     def _start(self, number: int, cpus: float) -> ActorHandle:
         assert self._drafter is not None
-        options = self._needs.options(cpus, threads=1)
-        actor = ray.remote(DrafterActor).options(name=self._addresses[number].actor, **options)
-        handle: ActorHandle = actor.remote(self._drafter, self._make_memory(self._learned[number]))
-        return handle
+        options = {"name": self._addresses[number].actor, **self._needs.options(cpus, threads=1)}
+        return start_actor(DrafterActor, options, self._drafter, self._make_memory(self._learned[number]))

@@ -6,9 +6,9 @@ The CPUs of a lost node are gone: replacements that find none of their own share
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import ray
 from ray import ObjectRef
@@ -20,7 +20,6 @@ from hasten.cluster.runtime.placement import ActorResources, grows, nodes, packs
 from hasten.cluster.runtime.recovery import get, is_loss, raise_if_refused, reason
 
 _LOG = logging.getLogger(__name__)
-R = TypeVar("R")
 # Environment variable: how many seconds an actor waits for a node with GPUs to come back.
 WAIT_VARIABLE = "HASTEN_NODE_WAIT_SECONDS"
 _WAIT_SECONDS = 600.0
@@ -246,7 +245,7 @@ class ActorPool:
         return packs(nodes(), [{"CPU": cpus, **self._needs.fixed}] * count)
 
 
-def wait(pools: Iterable[ActorPool], references: Sequence[R], seconds: float | None = None) -> list[R]:
+def wait(pools: Iterable[ActorPool], references: Sequence[Any], seconds: float | None = None) -> list[Any]:
     """What is ready among references, which may be none after so many seconds; replacements are started meanwhile.
 
     Returns early when a replacement was started. seconds None: waits as long as it takes.
@@ -255,7 +254,7 @@ def wait(pools: Iterable[ActorPool], references: Sequence[R], seconds: float | N
     until = None if seconds is None else time.monotonic() + seconds
     while True:
         left = _POLL_SECONDS if until is None else max(0.0, min(_POLL_SECONDS, until - time.monotonic()))
-        ready: list[R] = []
+        ready: list[Any] = []
         if references:
             ready, _ = ray.wait(list(references), num_returns=1, timeout=left)
         else:
@@ -272,6 +271,11 @@ def wait_for_all(pools: Iterable[ActorPool], references: Sequence[ObjectRef]) ->
         for reference in wait(pools, left):
             get(reference)
             left.remove(reference)
+
+
+def start_actor(kind: type, options: Mapping[str, Any], *arguments: object) -> ActorHandle:
+    """A new actor of a class, with options of Ray."""
+    return cast(ActorHandle, ray.remote(kind).options(**options).remote(*arguments))
 
 
 def _kill(actor: ActorHandle) -> None:

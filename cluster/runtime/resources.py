@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,7 +58,7 @@ def cpu_seconds() -> float:
     return time.process_time()
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Facts of the machine: host, platform, python, cpu (model), cores, memory_bytes, gpus (names)."""
     return {
         "host": platform.node(),

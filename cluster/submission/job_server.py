@@ -118,7 +118,7 @@ class JobServer:
         words: Sequence[str],
         workdir: str,
         env: str,
-        runtime_env: Mapping[str, object] | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> str:
         """Send `hasten WORDS`, to run in the folder workdir of the cluster's head; returns the job's id.

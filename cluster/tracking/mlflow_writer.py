@@ -68,7 +68,7 @@ class Writer:
 
     def submit(self, function: Callable[..., T], *arguments: object, **named: object) -> Future[T | None]:
         """Call function(client, experiment id, …) when those before are done; None where the store is lost."""
-        return self._thread.submit(self._call, function, *arguments, **named)
+        return self._thread.submit(lambda: self._call(function, *arguments, **named))
 
     def _call(self, function: Callable[..., T], *arguments: object, **named: object) -> T | None:
         if self._opened is None:

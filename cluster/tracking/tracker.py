@@ -33,7 +33,7 @@ _VALUE_CHARACTERS = 6000
 _FIRST, _LAST = ("config.yaml",), ("hasten.log",)
 
 
-def write_report(run_dir: Path, report: Mapping[str, object]) -> Path:
+def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
     """Path of run_dir/report.json, written whole or not at all.
 
     Numbers that JSON does not have (nan, infinities) become null; other objects become their text.
@@ -136,7 +136,7 @@ class Tracker:
         """Log any file of the run, such as the resolved config."""
         self._tell(events.Artifact(str(Path(path).absolute()), folder))
 
-    def report(self, report: Mapping[str, object]) -> Path:
+    def report(self, report: Mapping[str, Any]) -> Path:
         """Path of report.json, after logging it and the figures under its `metrics`, and registering its output.
 
         The file is written when all else is told: where it is, the run came to its end.
@@ -148,7 +148,7 @@ class Tracker:
         self.artifact(path)
         return path
 
-    def _registered(self, name: str, report: Mapping[str, object]) -> events.Registered:
+    def _registered(self, name: str, report: Mapping[str, Any]) -> events.Registered:
         kept = {key: value for key, value in _flat(report.get("metrics", {})) if _number(value) is not None}
         tags = {"job": report["job"], "run_dir": as_given(str(self.run_dir.absolute())), **kept}
         source = as_given(str(report["output"]))
