@@ -1,4 +1,4 @@
-"""What a decoding holds at most besides the weights, and the largest tree and batch that fit a bound on it.
+"""The largest number of bytes that decoding holds besides the weights, and the largest tree and batch that fit a bound on it.
 
 Source: SpecMemo, Yildirim and Chen 2025, arXiv:2506.01206: the candidates of a step take memory in proportion to the
 tree, and can be bought back at little cost in speed.
@@ -15,31 +15,33 @@ _COPIES_OF_LOGITS = 3
 
 @dataclass(frozen=True)
 class Bound:
-    """in_flight sequences with trees of `most` nodes hold `bytes` at most."""
+    """in_flight sequences with trees of `max_nodes` nodes hold `bytes` at most."""
 
     in_flight: int
-    most: int
+    max_nodes: int
     bytes: int
 
 
-def held_bytes(target: Target, in_flight: int, longest: int, most: int) -> int:
-    """Bytes of caches and logits of so many sequences of at most `longest` tokens, with trees of `most` nodes."""
-    per_sequence = (longest + most + 1) * target.token_bytes + (most + 1) * target.vocabulary * 4 * _COPIES_OF_LOGITS
+def held_bytes(target: Target, in_flight: int, longest: int, max_nodes: int) -> int:
+    """Bytes of caches and logits of `in_flight` sequences of at most `longest` tokens, with trees of `max_nodes` nodes."""
+    per_sequence = (longest + max_nodes + 1) * target.token_bytes + (
+        max_nodes + 1
+    ) * target.vocabulary * 4 * _COPIES_OF_LOGITS
     return in_flight * per_sequence
 
 
-def bounded(target: Target, in_flight: int, longest: int, most: int, memory_bytes: int | None) -> Bound:
+def bounded(target: Target, in_flight: int, longest: int, max_nodes: int, memory_bytes: int | None) -> Bound:
     """The largest tree, and after that the most sequences, that stay within memory_bytes; None is no bound.
 
     Raises UserError where not even plain decoding of one sequence does.
     """
-    found = Bound(in_flight, most, held_bytes(target, in_flight, longest, most))
+    unbounded = Bound(in_flight, max_nodes, held_bytes(target, in_flight, longest, max_nodes))
     if memory_bytes is None:
-        return found
+        return unbounded
     # Trees shrink first, down to a few nodes: the first nodes of a tree give most. Then there are fewer sequences.
-    floor = min(most, 4)
+    floor = min(max_nodes, 4)
     for count, nodes in (
-        *((in_flight, nodes) for nodes in range(most, floor - 1, -1)),
+        *((in_flight, nodes) for nodes in range(max_nodes, floor - 1, -1)),
         *((count, floor) for count in range(in_flight, 0, -1)),
         *((1, nodes) for nodes in range(floor, -1, -1)),
     ):

@@ -13,7 +13,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.lengths.sizing import Fixed, Policy, clock
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
@@ -39,14 +39,14 @@ class Result:
     id: str
     token_ids: list[int]
     ended: str
-    figures: Figures
+    stats: DecodingStats
 
 
 @dataclass
 class _Running:
     request: Request
     context: Context
-    figures: Figures = field(default_factory=Figures)
+    stats: DecodingStats = field(default_factory=DecodingStats)
 
     @property
     def made(self) -> int:
@@ -85,7 +85,7 @@ class Engine:
             self.memory = drafter.new_memory(models or Models(target.vocabulary))
         self._stop = frozenset(stop)
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
-        self._memory_bytes, self._most = memory_bytes, self.policy.most
+        self._memory_bytes, self._max_nodes = memory_bytes, self.policy.most
         self._clock = draft_clock or clock(target)
         self._running: list[_Running] = []
 
@@ -93,7 +93,7 @@ class Engine:
         """Why this drafter and this verifier do not go together; None where they do."""
         if self.drafter is None:
             return None
-        return self.verifier.refusal(self.drafter.draws(sampling), self.drafter.chains(), sampling.is_greedy)
+        return self.verifier.refusal(self.drafter.draft_sampling(sampling), self.drafter.chains(), sampling.is_greedy)
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results as they end, in no particular order; raises UserError before the first where something is wrong."""
@@ -105,8 +105,8 @@ class Engine:
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
         bound = bounded(self.target, slots, longest, self.policy.most, self._memory_bytes)
-        slots, self._most = bound.in_flight, bound.most
-        self.target.reserve(slots, longest + self._most + 1)
+        slots, self._max_nodes = bound.in_flight, bound.max_nodes
+        self.target.reserve(slots, longest + self._max_nodes + 1)
         self._running = []
         while waiting or self._running:
             while waiting and len(self._running) < slots:
@@ -139,11 +139,11 @@ class Engine:
         self.target.clear(slot)
         # The last token is the root of the first tree.
         self.target.prefill(slot, context.tokens[:-1], self._chunk)
-        running.figures.prefill_seconds = perf_counter() - started
+        running.stats.prefill_seconds = perf_counter() - started
         if self.drafter is not None:
             begun = perf_counter()
             self.drafter.begin(context, self.memory)
-            running.figures.draft_seconds = perf_counter() - begun
+            running.stats.draft_seconds = perf_counter() - begun
         self._running.append(running)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Engine:
         drafted, draft_seconds = perf_counter(), self._clock() - counted
         rows = self.target.forward(
             range(len(running)),
-            [[each.context.tokens[-1], *tree.tokens] for each, tree in zip(running, trees, strict=True)],
+            [[sequence.context.tokens[-1], *tree.tokens] for sequence, tree in zip(running, trees, strict=True)],
             [[ROOT, *(parent + 1 for parent in tree.parents)] for tree in trees],
         )
         if rows.logits.is_cuda:
@@ -163,21 +163,21 @@ class Engine:
         passed = perf_counter()
         shares = (drafted - started) / len(running), (passed - drafted) / len(running)
         self.policy.drafted(sum(map(len, trees)), draft_seconds)
-        for slot, (each, tree) in enumerate(zip(running, trees, strict=True)):
+        for slot, (sequence, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
             verdict = self.verifier.verify(
-                tree, TargetRows(rows.logits[slot, : len(tree) + 1], tree, each.context), each.context.generator
+                tree, TargetRows(rows.logits[slot, : len(tree) + 1], tree, sequence.context), sequence.context.generator
             )
             self.target.commit(slot, [0, *(node + 1 for node in verdict.path)])
             verified = perf_counter()
-            outcome = Outcome(each.context, tree, verdict.path, verdict.token)
+            outcome = Outcome(sequence.context, tree, verdict.path, verdict.token)
             if self.drafter is not None:
                 outcome = outcome.shown_to(self.drafter, rows.logits[slot, : len(tree) + 1])
                 self.drafter.observe(self.memory, outcome)
                 self.policy.observe(outcome)
-            new = self._cut(each, outcome.committed)
-            each.context.tokens += new
-            each.figures.add(
+            new = self._cut(sequence, outcome.committed)
+            sequence.context.tokens += new
+            sequence.stats.add(
                 outcome,
                 len(new),
                 draft_seconds=shares[0] + perf_counter() - verified,
@@ -185,27 +185,27 @@ class Engine:
                 verify_seconds=verified - begun,
             )
             if self._on_tokens is not None:
-                self._on_tokens(each.request.id, new)
+                self._on_tokens(sequence.request.id, new)
 
     def _drafts(self) -> list[DraftTree]:
         running = self._running
         if self.drafter is None:
             return [DraftTree()] * len(running)
-        budget = min(self._most, self.policy.budget(len(running)))
+        budget = min(self._max_nodes, self.policy.budget(len(running)))
         if budget == 0:
             return [DraftTree()] * len(running)
-        trees = self.drafter.propose_all([each.context for each in running], self.memory, budget)
-        found = []
-        for each, tree in zip(running, trees, strict=True):
+        trees = self.drafter.propose_all([sequence.context for sequence in running], self.memory, budget)
+        drafts = []
+        for sequence, tree in zip(running, trees, strict=True):
             assert len(tree) <= budget, (self.drafter, len(tree), budget)
             # Nothing may be drafted behind the last token that is wanted.
-            left = each.request.max_new_tokens - each.made - 1
+            left = sequence.request.max_new_tokens - sequence.made - 1
             whole = self.verifier.reads_draft_probs and tree.draft_probs is not None
             tree = self.policy.select(tree, len(running), whole)
             if tree.depths and max(tree.depths) > left:
                 tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
-            found.append(tree)
-        return found
+            drafts.append(tree)
+        return drafts
 
     def _cut(self, running: _Running, new: list[int]) -> list[int]:
         """What of the new tokens is wanted: up to a stop token and the length asked for."""
@@ -230,4 +230,4 @@ class Engine:
             self._running[index] = self._running[last]
         self._running.pop()
         token_ids = running.context.tokens[running.context.prompt_length :]
-        return Result(running.request.id, token_ids, ended, running.figures)
+        return Result(running.request.id, token_ids, ended, running.stats)

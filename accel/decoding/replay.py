@@ -13,13 +13,15 @@ import torch
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Outcome
-from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.decoding.verifiers.base import descend
 
 
-def replay(drafter: Drafter, memory: Any, sequences: Iterable[tuple[Sequence[int], int]], budget: int) -> list[Figures]:
-    """Figures of every sequence (ids, and how many of them are the prompt), one after the other.
+def replay(
+    drafter: Drafter, memory: Any, sequences: Iterable[tuple[Sequence[int], int]], budget: int
+) -> list[DecodingStats]:
+    """Statistics of every sequence (ids, and how many of them are the prompt), one after the other.
 
     At each step at most `budget` tokens are drafted; the longest path that the text goes along is accepted, and the
     token after it follows. draft_seconds are those of proposing and observing; no other seconds are counted.
@@ -40,9 +42,9 @@ def distinct_share(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
     return different / number if number else 1.0
 
 
-def _replayed(drafter: Drafter, memory: Any, tokens: Sequence[int], prompt: int, budget: int) -> Figures:
+def _replayed(drafter: Drafter, memory: Any, tokens: Sequence[int], prompt: int, budget: int) -> DecodingStats:
     context = Context.start(list(tokens[:prompt]))
-    figures = Figures()
+    stats = DecodingStats()
     drafter.begin(context, memory)
     while len(context.tokens) < len(tokens):
         left = tokens[len(context.tokens) :]
@@ -58,10 +60,10 @@ def _replayed(drafter: Drafter, memory: Any, tokens: Sequence[int], prompt: int,
         started = perf_counter()
         drafter.observe(memory, _with_top(outcome) if drafter.observes else outcome)
         seconds += perf_counter() - started
-        figures.add(outcome, len(outcome.committed), seconds, 0.0, 0.0)
+        stats.add(outcome, len(outcome.committed), seconds, 0.0, 0.0)
         context.tokens += outcome.committed
     drafter.end(context, memory)
-    return figures
+    return stats
 
 
 def _with_top(outcome: Outcome) -> Outcome:

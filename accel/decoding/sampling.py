@@ -48,11 +48,11 @@ class Sampling:
         """Logits (V,) float32 with those of the ids in seen (T,) int64 lowered; logits itself where nothing changes."""
         if not self.has_penalty:
             return logits
-        found = logits.float().clone()
-        chosen = found[seen]
+        penalised = logits.float().clone()
+        chosen = penalised[seen]
         penalty = self.repetition_penalty
-        found[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
-        return found
+        penalised[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+        return penalised
 
     def probs(self, logits: Tensor) -> Tensor:
         """Distribution (…, V) float32 of penalised logits (…, V); one-hot where it is greedy."""

@@ -1,4 +1,4 @@
-"""What a decoding did, under the names that vLLM gives its figures."""
+"""What a decoding did, under vLLM's names for its statistics."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from hasten.accel.decoding.drafters.base import Outcome
 
 
 @dataclass
-class Figures:
+class DecodingStats:
     """Counts of one sequence, or of several added up.
 
     num_spec_steps: passes of the target. histogram: passes by the number of drafted tokens that they accepted.
@@ -30,7 +30,7 @@ class Figures:
     def add(
         self, outcome: Outcome, tokens: int, draft_seconds: float, target_seconds: float, verify_seconds: float
     ) -> None:
-        """Count one pass that a sequence grew by so many tokens in."""
+        """Count one pass, which added `tokens` tokens to a sequence."""
         accepted = len(outcome.path)
         self.num_tokens += tokens
         self.num_spec_steps += 1
@@ -38,21 +38,21 @@ class Figures:
         self.num_accepted_draft_tokens += accepted
         self.histogram[accepted] = self.histogram.get(accepted, 0) + 1
         deepest = max(outcome.tree.depths, default=0)
-        for found, depth in ((self.drafted_at, deepest), (self.accepted_at, accepted)):
-            found += [0] * (depth - len(found))
+        for counts, depth in ((self.drafted_at, deepest), (self.accepted_at, accepted)):
+            counts += [0] * (depth - len(counts))
             for index in range(depth):
-                found[index] += 1
+                counts[index] += 1
         self.draft_seconds += draft_seconds
         self.target_seconds += target_seconds
         self.verify_seconds += verify_seconds
 
     @classmethod
-    def total(cls, each: Iterable["Figures"]) -> "Figures":
+    def total(cls, parts: Iterable["DecodingStats"]) -> "DecodingStats":
         """Sum over sequences."""
-        found = cls()
-        for one in each:
-            for name, value in vars(one).items():
-                mine = getattr(found, name)
+        total = cls()
+        for part in parts:
+            for name, value in vars(part).items():
+                mine = getattr(total, name)
                 if isinstance(value, dict):
                     for key, count in value.items():
                         mine[key] = mine.get(key, 0) + count
@@ -61,11 +61,11 @@ class Figures:
                     for index, count in enumerate(value):
                         mine[index] += count
                 else:
-                    setattr(found, name, mine + value)
-        return found
+                    setattr(total, name, mine + value)
+        return total
 
     def metrics(self) -> dict[str, Any]:
-        """Figures under vLLM's names; mean_acceptance_length counts the token that every pass gives anyway."""
+        """Statistics under vLLM's names; mean_acceptance_length counts the token that every pass gives anyway."""
         steps, drafted = self.num_spec_steps, self.num_draft_tokens
         spent = self.draft_seconds + self.target_seconds + self.verify_seconds
         shares = {

@@ -32,11 +32,11 @@ class Ties:
     largest_gap: float = 0.0
 
     @classmethod
-    def total(cls, each: Iterable["Ties"]) -> "Ties":
+    def total(cls, parts: Iterable["Ties"]) -> "Ties":
         """Of several sequences."""
-        found = list(each)
-        tokens, ties, faults = (sum(getattr(one, name) for one in found) for name in ("tokens", "ties", "faults"))
-        return cls(tokens, ties, faults, max((one.largest_gap for one in found), default=0.0))
+        parts = list(parts)
+        tokens, ties, faults = (sum(getattr(part, name) for part in parts) for name in ("tokens", "ties", "faults"))
+        return cls(tokens, ties, faults, max((part.largest_gap for part in parts), default=0.0))
 
 
 def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dtype: torch.dtype) -> Ties:

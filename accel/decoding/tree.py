@@ -10,7 +10,7 @@ from torch import Tensor
 ROOT = -1  # the last committed token, as a parent
 
 
-class Draws(Enum):
+class DraftSampling(Enum):
     """How the children of a node were chosen, which decides who can verify them without bias."""
 
     DETERMINISTIC = "deterministic"
@@ -32,7 +32,7 @@ class DraftTree:
 
     tokens: Sequence[int] = ()
     parents: Sequence[int] = ()
-    draws: Draws = Draws.DETERMINISTIC
+    draft_sampling: DraftSampling = DraftSampling.DETERMINISTIC
     draft_probs: Mapping[int, Tensor] | None = None
     counts: Sequence[int] | None = None
     labels: Sequence[Hashable] | None = field(default=None, compare=False)
@@ -40,7 +40,9 @@ class DraftTree:
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.parents), "a parent for every token"
         assert all(ROOT <= parent < node for node, parent in enumerate(self.parents)), "parents come before children"
-        assert (self.draft_probs is None) == (self.draws is Draws.DETERMINISTIC) or not self.tokens, self.draws
+        assert (self.draft_probs is None) == (self.draft_sampling is DraftSampling.DETERMINISTIC) or not self.tokens, (
+            self.draft_sampling
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,24 +56,24 @@ class DraftTree:
     ) -> "DraftTree":
         """Tokens one after the other; with draft_probs each was drawn from its (V,) distribution."""
         probs = None if draft_probs is None else dict(zip(range(ROOT, len(tokens) - 1), draft_probs, strict=True))
-        draws = Draws.DETERMINISTIC if probs is None else Draws.INDEPENDENT
-        return cls(tokens, range(ROOT, len(tokens) - 1), draws, probs, labels=labels)
+        draft_sampling = DraftSampling.DETERMINISTIC if probs is None else DraftSampling.INDEPENDENT
+        return cls(tokens, range(ROOT, len(tokens) - 1), draft_sampling, probs, labels=labels)
 
     @cached_property
     def children(self) -> dict[int, list[int]]:
         """Nodes below every parent that has any, in the order in which they were drawn."""
-        found: dict[int, list[int]] = {}
+        children: dict[int, list[int]] = {}
         for node, parent in enumerate(self.parents):
-            found.setdefault(parent, []).append(node)
-        return found
+            children.setdefault(parent, []).append(node)
+        return children
 
     @cached_property
     def depths(self) -> list[int]:
         """Edges from each node to the last committed token: 1 for its children."""
-        found: list[int] = []
+        depths: list[int] = []
         for parent in self.parents:
-            found.append(1 if parent == ROOT else found[parent] + 1)
-        return found
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
 
     @property
     def is_chain(self) -> bool:
@@ -86,11 +88,11 @@ class DraftTree:
 
     def path(self, node: int) -> list[int]:
         """Nodes from the top to this one, itself included; none for ROOT."""
-        found = []
+        nodes = []
         while node != ROOT:
-            found.append(node)
+            nodes.append(node)
             node = self.parents[node]
-        return found[::-1]
+        return nodes[::-1]
 
     def first(self, count: int) -> "DraftTree":
         """The tree of the first nodes."""
@@ -109,7 +111,7 @@ class DraftTree:
         return DraftTree(
             [self.tokens[node] for node in nodes],
             parents,
-            self.draws,
+            self.draft_sampling,
             probs,
             None if self.counts is None else [self.counts[node] for node in nodes],
             [self.label(node) for node in nodes],  # ranks among siblings that may be left out

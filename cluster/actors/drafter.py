@@ -20,7 +20,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.cluster.runtime.recovery import is_loss
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
@@ -319,9 +319,9 @@ class RemoteDrafter(Drafter):
         """As the drafter itself."""
         return self._inner.learns
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """As the drafter itself."""
-        return self._inner.draws(sampling)
+        return self._inner.draft_sampling(sampling)
 
     def chains(self) -> bool:
         """As the drafter itself."""

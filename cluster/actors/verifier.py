@@ -20,7 +20,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import Ties, check_ties
-from hasten.accel.decoding.tree import Draws
+from hasten.accel.decoding.tree import DraftSampling
 from hasten.accel.decoding.verifiers.base import Verifier
 from hasten.cluster.actors.drafter import Address, Connection, RemoteDrafter
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
@@ -81,7 +81,7 @@ def sharing_refusal(spec: DecodeSpec, sampling: Sampling) -> str | None:
     """Why a drafter in another process would be wrong: no distributions travel. None where no verifier reads them."""
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
         return None
-    if spec.drafter.draws(sampling) is Draws.DETERMINISTIC:
+    if spec.drafter.draft_sampling(sampling) is DraftSampling.DETERMINISTIC:
         return None
     return (
         f"placement=shared does not go with verifier={type(spec.verifier).__name__} and drafts that are drawn, whose "

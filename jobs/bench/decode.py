@@ -229,7 +229,7 @@ class _Bench:
         Every prompt is decoded in all ways before the next one, so that a machine that is busy for a while is busy for
         all. Each drafter keeps its memory and what the sizing learned from prompt to prompt.
         """
-        from hasten.accel.decoding.stats import Figures
+        from hasten.accel.decoding.stats import DecodingStats
         from hasten.jobs.common.progress import Progress
 
         engines = {"hasten, plain": self._engine(None)}
@@ -260,12 +260,12 @@ class _Bench:
                     seconds = process_time() - started
                     if index:
                         _count(rows[name], seconds, result.token_ids, expected)
-                        figures[name].append(result.figures)
+                        figures[name].append(result.stats)
                 distinct += len(set(expected)) / len(expected) / (len(prompts) - 1) if index else 0.0
                 gc.collect()
                 progress.update(index, f"{rows['hasten, plain'].rate:.0f} tokens/s plain" if index else "")
         for name, each in figures.items():
-            total = Figures.total(each)
+            total = DecodingStats.total(each)
             rows[name].passes = total.num_spec_steps
             rows[name].drafted = total.num_draft_tokens / total.num_spec_steps
             rows[name].target_share = total.metrics()["target_share"]
@@ -301,7 +301,7 @@ class _Bench:
     def learning(self, prompts: Sequence[list[int]]) -> dict[str, list[float]]:
         """Mean acceptance length of each quarter of the prompts, for drafters that learn; memory starts empty."""
         from hasten.accel.decoding.lengths.sizing import Fixed
-        from hasten.accel.decoding.stats import Figures
+        from hasten.accel.decoding.stats import DecodingStats
 
         found = {}
         for name in _LEARNING:
@@ -310,7 +310,7 @@ class _Bench:
             results = [next(iter(engine.decode([request]))) for request in self._requests(prompts)]
             cuts = [len(results) * quarter // 4 for quarter in range(5)]
             found[name] = [
-                Figures.total(result.figures for result in results[first:last]).metrics()["mean_acceptance_length"]
+                DecodingStats.total(result.stats for result in results[first:last]).metrics()["mean_acceptance_length"]
                 for first, last in itertools.pairwise(cuts)
                 if last > first
             ]
@@ -319,13 +319,13 @@ class _Bench:
     def sampled(self, prompts: Sequence[list[int]]) -> dict[str, tuple[float, float]]:
         """Mean acceptance length and drafted nodes a pass at temperature 1, all with the same budget of nodes."""
         from hasten.accel.decoding.lengths.sizing import Fixed
-        from hasten.accel.decoding.stats import Figures
+        from hasten.accel.decoding.stats import DecodingStats
 
         found = {}
         for drafter, verifier, options in _SAMPLED:
             LOG.info("sampled: %s, %s", drafter, verifier)
             engine = self._engine(self._drafter(drafter, options), 1, Fixed(_SAMPLED_BUDGET), self._verifier(verifier))
-            total = Figures.total(result.figures for result in engine.decode(self._requests(prompts, 1.0)))
+            total = DecodingStats.total(result.stats for result in engine.decode(self._requests(prompts, 1.0)))
             found[f"{drafter}, {verifier}"] = (
                 total.metrics()["mean_acceptance_length"],
                 total.num_draft_tokens / total.num_spec_steps,

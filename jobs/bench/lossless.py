@@ -193,8 +193,8 @@ def _row(
         found = list(engine.decode(_requests(config, numbers, prompt, sampling)))
         texts = torch.tensor([result.token_ids[:TOKENS] for result in found])
         counts += (texts * places).sum(-1).bincount(minlength=probs.numel())
-        made += sum(result.figures.num_tokens for result in found)
-        passes += sum(result.figures.num_spec_steps for result in found)
+        made += sum(result.stats.num_tokens for result in found)
+        passes += sum(result.stats.num_spec_steps for result in found)
     statistic, freedom, p_value = chi_square(counts, probs.flatten())
     seconds = perf_counter() - started
     return Row(*names, verifier.lossless, None, statistic, freedom, p_value, made / passes, seconds)

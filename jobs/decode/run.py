@@ -121,7 +121,7 @@ def _plan(config: DecodeConfig) -> _Plan:
     drafter = build(config.drafter) if config.draft_tokens != 0 else None
     verifier = build(config.verifier)
     if drafter is not None:
-        refusal = verifier.refusal(drafter.draws(sampling), drafter.chains(), sampling.is_greedy)
+        refusal = verifier.refusal(drafter.draft_sampling(sampling), drafter.chains(), sampling.is_greedy)
         if refusal is not None:
             raise UserError(refusal)
     target = model_folder("target", config.target)
@@ -224,7 +224,7 @@ def _decoders(config: DecodeConfig, plan: _Plan) -> Any:
 def _decode(
     config: DecodeConfig, plan: _Plan, decoders: Any, records: dict[str, dict[str, Any]]
 ) -> dict[str, float | None]:
-    """Figures that only a run has; the results are written, and put among records."""
+    """DecodingStats that only a run has; the results are written, and put among records."""
     from hasten.accel.decoding.engine import Request
     from hasten.jobs.common.progress import Progress
     from hasten.jobs.common.prompts import prompt_seed
@@ -243,8 +243,8 @@ def _decode(
             completions.write(record)
             records[result.id] = record
             tokens += len(result.token_ids)
-            drafted += result.figures.num_draft_tokens
-            steps += result.figures.num_spec_steps
+            drafted += result.stats.num_draft_tokens
+            steps += result.stats.num_spec_steps
             if not config.stream:
                 progress.update(len(records), f"{tokens / (perf_counter() - started):.0f} tokens/s")
     seconds = perf_counter() - started
@@ -291,7 +291,7 @@ def _check_ties(
 
 def _record(prompt: Prompt, result: Any, tokenizer: Any) -> dict[str, Any]:
     """A line of the output. completion: None where there is no tokenizer."""
-    figures = result.figures
+    figures = result.stats
     counts = {key: value for key, value in vars(figures).items() if key != "histogram"}
     text = None if tokenizer is None else tokenizer.decode(result.token_ids, skip_special_tokens=True)
     return {
@@ -310,16 +310,16 @@ def _record(prompt: Prompt, result: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _total(records: Sequence[Mapping[str, Any]]) -> Any:
-    """Figures of all results added up, those of earlier runs among them."""
-    from hasten.accel.decoding.stats import Figures
+    """DecodingStats of all results added up, those of earlier runs among them."""
+    from hasten.accel.decoding.stats import DecodingStats
 
-    def restored() -> Iterator[Figures]:
+    def restored() -> Iterator[DecodingStats]:
         for record in records:
             told = record["figures"]
-            counts = {each.name: told[each.name] for each in fields(Figures) if each.name in told}
-            yield Figures(**counts, histogram=dict(enumerate(told["acceptance_histogram"])))
+            counts = {each.name: told[each.name] for each in fields(DecodingStats) if each.name in told}
+            yield DecodingStats(**counts, histogram=dict(enumerate(told["acceptance_histogram"])))
 
-    return Figures.total(restored())
+    return DecodingStats.total(restored())
 
 
 def _metrics(total: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
 
     from hasten.accel.decoding.drafters.base import Models
     from hasten.accel.decoding.replay import replay
-    from hasten.accel.decoding.stats import Figures
+    from hasten.accel.decoding.stats import DecodingStats
     from hasten.accel.decoding.targets.loading import load_target
     from hasten.accel.errors import UserError
     from hasten.jobs.cli.methods import build
@@ -107,7 +107,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
         memory = drafter.new_memory(models)
         if learned:
             drafter.load(memory, learned)
-        return Figures.total(replay(drafter, memory, sequences, budget))
+        return DecodingStats.total(replay(drafter, memory, sequences, budget))
 
     return sequences, replayed
 

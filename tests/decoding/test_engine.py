@@ -89,7 +89,7 @@ def test_greedy_tokens_are_those_of_generate(target, requests, expected, drafter
     results = decoded(Engine(target, drafter, in_flight=in_flight), requests)
     assert {name: result.token_ids for name, result in results.items()} == expected
     if drafter is not None:
-        assert sum(result.figures.num_accepted_draft_tokens for result in results.values()) > 0
+        assert sum(result.stats.num_accepted_draft_tokens for result in results.values()) > 0
 
 
 def test_sizing_by_measurement_changes_no_token(target, requests, expected):
@@ -111,8 +111,8 @@ def test_a_seed_gives_one_text_whatever_is_drafted(target, requests):
 def test_a_stop_token_ends_a_sequence_inside_an_accepted_path(target, requests, expected):
     request = requests[0]
     engine = Engine(target, PromptLookup())
-    figures = decoded(engine, [request])["0"].figures
-    assert figures.num_accepted_draft_tokens > 0
+    stats = decoded(engine, [request])["0"].stats
+    assert stats.num_accepted_draft_tokens > 0
     for stop in set(expected["0"]):
         result = decoded(Engine(target, PromptLookup(), stop=[stop]), [request])["0"]
         assert result.token_ids == expected["0"][: expected["0"].index(stop) + 1]
@@ -181,14 +181,14 @@ def test_prompts_that_cannot_be_decoded_are_named(target):
 def test_figures_add_up(target, requests):
     results = decoded(Engine(target, PromptLookup()), requests)
     for result in results.values():
-        figures = result.figures
-        assert figures.num_tokens == len(result.token_ids)
-        assert sum(figures.histogram.values()) == figures.num_spec_steps
-        accepted = sum(count * passes for count, passes in figures.histogram.items())
-        assert accepted == figures.num_accepted_draft_tokens
+        stats = result.stats
+        assert stats.num_tokens == len(result.token_ids)
+        assert sum(stats.histogram.values()) == stats.num_spec_steps
+        accepted = sum(count * passes for count, passes in stats.histogram.items())
+        assert accepted == stats.num_accepted_draft_tokens
         # Every pass gives one token more than it accepts; the last one may have been cut.
-        assert figures.num_tokens <= figures.num_spec_steps + accepted
-        assert figures.accepted_at[0] == sum(passes for count, passes in figures.histogram.items() if count)
+        assert stats.num_tokens <= stats.num_spec_steps + accepted
+        assert stats.accepted_at[0] == sum(passes for count, passes in stats.histogram.items() if count)
 
 
 def test_a_reduced_type_differs_by_ties_alone(requests):

@@ -5,7 +5,7 @@ from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.replay import distinct_share, replay
-from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.tree import DraftTree
 
 
@@ -63,7 +63,7 @@ def test_every_sequence_has_figures_of_its_own_and_memory_goes_on():
     memory = drafter.new_memory(Models(8))
     cold, warm = replay(drafter, memory, [(loop, 4), (loop, 4)], budget=4)
     assert cold.num_spec_steps > warm.num_spec_steps
-    assert Figures.total([cold, warm]).num_tokens == 24
+    assert DecodingStats.total([cold, warm]).num_tokens == 24
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 #        ┌ 7 ─ 9
 # ROOT ──┤   └ 3
@@ -20,7 +20,7 @@ def test_a_chain_is_a_tree():
     chain = DraftTree.chain([4, 5, 6])
     assert list(chain.parents) == [ROOT, 0, 1]
     assert chain.is_chain
-    assert chain.draws is Draws.DETERMINISTIC
+    assert chain.draft_sampling is DraftSampling.DETERMINISTIC
 
 
 def test_the_first_nodes_are_a_tree():
@@ -36,7 +36,7 @@ def test_distributions_follow_their_parents():
     import torch
 
     probs = {ROOT: torch.tensor([0.5, 0.5]), 1: torch.tensor([0.1, 0.9])}
-    tree = DraftTree([0, 1, 1], [ROOT, ROOT, 1], Draws.WITHOUT_REPLACEMENT, probs)
+    tree = DraftTree([0, 1, 1], [ROOT, ROOT, 1], DraftSampling.WITHOUT_REPLACEMENT, probs)
     kept = tree.keep([1, 2])
     assert kept.draft_probs is not None
     assert kept.draft_probs[0] is probs[1]

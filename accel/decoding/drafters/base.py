@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.sampling import Sampling, most_probable
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 
@@ -18,7 +18,7 @@ from hasten.accel.errors import UserError
 class Models:
     """What drafters may ask for: the size of the vocabulary, and a small model of the same tokenizer.
 
-    draft: makes that model, with room for so many sequences; None where no draft model was given. draft_path: where
+    draft: makes that model, None where no draft model was given. draft_path: where
     its checkpoint is; files trained for it lie beside it.
     """
 
@@ -84,9 +84,9 @@ class Drafter(ABC):
         """Whether its memory grows with what is decoded, so that sequences gain by sharing it."""
         return self.observes > 0 or type(self).saved is not Drafter.saved
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """How the children of a node are chosen."""
-        return Draws.DETERMINISTIC
+        return DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """Whether no node ever has two children."""

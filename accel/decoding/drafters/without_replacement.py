@@ -14,7 +14,7 @@ from torch import Tensor
 _NOTHING = 1e-9  # less than that may be the rounding of what is left of a distribution
 
 
-class Taken(NamedTuple):
+class Candidate(NamedTuple):
     """A token, its share of the distribution, and the share that the tokens before it left, itself included."""
 
     token: int
@@ -22,7 +22,7 @@ class Taken(NamedTuple):
     left: float
 
 
-def drawn(probs: Tensor, generator: torch.Generator) -> Iterator[Taken]:
+def drawn(probs: Tensor, generator: torch.Generator) -> Iterator[Candidate]:
     """Ids drawn from a distribution (V,) without replacement, until it has no more.
 
     Whether an id comes is settled before it is drawn; one that the caller does not ask for takes no random number.
@@ -44,17 +44,17 @@ def drawn(probs: Tensor, generator: torch.Generator) -> Iterator[Taken]:
             continue
         start = float(cumulative[token - 1]) if token else 0.0
         size = float(cumulative[token]) - start
-        yield Taken(token, size / total, left / total)
+        yield Candidate(token, size / total, left / total)
         seen.add(token)
         insort(spans, (start, size))
         left -= size
 
 
-def ranked(probs: Tensor, count: int) -> Iterator[Taken]:
+def ranked(probs: Tensor, count: int) -> Iterator[Candidate]:
     """The `count` most probable ids of a distribution (V,), as far as their probability is not 0."""
     left = 1.0
     for share, token in zip(*(each.tolist() for each in probs.topk(min(count, len(probs)))), strict=True):
         if share == 0:
             return
-        yield Taken(token, share, left)
+        yield Candidate(token, share, left)
         left -= share

@@ -91,7 +91,7 @@ class LlamaTarget(Target):
         self._norm = Norm(model.model.norm.weight.detach(), self._eps)
         # What torch compiles must not call operations that its compiler takes apart.
         self._packs = not compiled
-        self._layers = [self._taken(layer) for layer in model.model.layers]
+        self._layers = [self._fused_layer(layer) for layer in model.model.layers]
         self._head = Weight(model.get_output_embeddings().weight.detach(), packs=self._packs)
         self._rotary = model.model.rotary_emb
         self._cis = torch.empty(0)
@@ -114,7 +114,7 @@ class LlamaTarget(Target):
         """Bytes of one token's keys and values."""
         return len(self._layers) * 2 * self._kv_heads * self._size * self.dtype.itemsize
 
-    def _taken(self, layer: Any) -> _Layer:
+    def _fused_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         weights = [each.weight.detach() for each in projections]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Verifier(ABC):
     reads_draft_probs: ClassVar[bool] = True
 
     @abstractmethod
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Why drafts of this kind would come out biased, and what would be right; None where they do not.
 
         chains: whether no node has two children.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
 from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
@@ -24,14 +24,14 @@ _BISECTIONS = 30  # a rho above rho* is lossless, too, and accepts less by no mo
 class KSequential(Verifier):
     """Verifier of trees of independent draws; accepts at least 1 - 1/e of what the best rule would."""
 
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Siblings that depend on each other are refused, but where there is nothing to draw."""
-        if chains or greedy or draws is Draws.INDEPENDENT:
+        if chains or greedy or draft_sampling is DraftSampling.INDEPENDENT:
             return None
         how, better = {
-            Draws.DETERMINISTIC: ("does not draw them", "sample_and_match"),
-            Draws.WITHOUT_REPLACEMENT: ("draws them without replacement", "recursive_rejection"),
-        }[draws]
+            DraftSampling.DETERMINISTIC: ("does not draw them", "sample_and_match"),
+            DraftSampling.WITHOUT_REPLACEMENT: ("draws them without replacement", "recursive_rejection"),
+        }[draft_sampling]
         return (
             f"verifier=k_sequential takes siblings for independent draws, and this drafter {how}, which it would keep "
             f"too often: use verifier={better}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.accel.errors import UserError
 
-_MOST_TOKENS = 12
+_MAX_TOKENS = 12
 
 
 def optimal_acceptance(target_probs: Tensor, draft_probs: Tensor, k: int) -> float:
@@ -19,8 +19,8 @@ def optimal_acceptance(target_probs: Tensor, draft_probs: Tensor, k: int) -> flo
     from scipy.optimize import linprog
 
     size = len(target_probs)
-    if not 1 <= size <= _MOST_TOKENS:
-        raise UserError(f"target_probs has {size} tokens: the linear programme takes 1 to {_MOST_TOKENS}")
+    if not 1 <= size <= _MAX_TOKENS:
+        raise UserError(f"target_probs has {size} tokens: the linear programme takes 1 to {_MAX_TOKENS}")
     if k < 1:
         raise UserError(f"k={k} must be 1 or more")
     target, draft = (np.asarray(probs.tolist(), dtype=np.float64) for probs in (target_probs, draft_probs))
@@ -33,9 +33,9 @@ def optimal_acceptance(target_probs: Tensor, draft_probs: Tensor, k: int) -> flo
     for column, (index, token) in enumerate(ways):
         limits[index, column] = limits[len(sets) + token, column] = 1
     available = np.concatenate(([_probability(draft, chosen, k) for chosen in sets], target))
-    found = linprog(-np.ones(len(ways)), A_ub=limits, b_ub=available, method="highs")
-    assert found.success, found.message
-    return float(-found.fun)
+    solution = linprog(-np.ones(len(ways)), A_ub=limits, b_ub=available, method="highs")
+    assert solution.success, solution.message
+    return float(-solution.fun)
 
 
 def _probability(draft: np.ndarray, chosen: tuple[int, ...], k: int) -> float:

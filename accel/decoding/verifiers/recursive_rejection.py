@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
 from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
@@ -19,7 +19,7 @@ from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution,
 class RecursiveRejection(Verifier):
     """Verifier of trees whose siblings stand in the order in which they were drawn."""
 
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Nothing is refused: how q changes from a sibling to the next follows from how they were drawn."""
         return None
 
@@ -29,13 +29,13 @@ class RecursiveRejection(Verifier):
         def choose(node: int, target: Array, draws: list[int], points: list[float]) -> tuple[int | None, Array]:
             draft = draft_distribution(tree, node, draws[0], len(target))
             for index, (child, point) in enumerate(zip(draws, points, strict=True)):
-                if index and tree.draws is Draws.DETERMINISTIC:
+                if index and tree.draft_sampling is DraftSampling.DETERMINISTIC:
                     draft = draft_distribution(tree, node, child, len(target))
                 token = tree.tokens[child]
                 if point * draft[token] < target[token]:
                     return child, target
                 target = recovered(target, draft)
-                if tree.draws is Draws.WITHOUT_REPLACEMENT:
+                if tree.draft_sampling is DraftSampling.WITHOUT_REPLACEMENT:
                     draft = _without(draft, token)
             return None, target
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, descend
 
 Array = NDArray[np.float64]
@@ -54,7 +54,7 @@ def distribution(probs: Tensor) -> Array:
 
 def draft_distribution(tree: DraftTree, node: int, child: int, vocabulary: int) -> Array:
     """Distribution (V,) that the first child of a node was drawn from; one-hot at a child that was not drawn."""
-    if tree.draws is Draws.DETERMINISTIC:
+    if tree.draft_sampling is DraftSampling.DETERMINISTIC:
         found = np.zeros(vocabulary)
         found[tree.tokens[child]] = 1
         return found
@@ -69,7 +69,7 @@ def drawn(tree: DraftTree, node: int, generator: torch.Generator) -> list[int]:
     draws of one token before the next would be biased: it would make repetitions more likely than they are.
     """
     children, counts = tree.children.get(node, []), tree.counts
-    if counts is None or tree.draws is not Draws.INDEPENDENT:
+    if counts is None or tree.draft_sampling is not DraftSampling.INDEPENDENT:
         return children
     each = [child for child in children for _ in range(counts[child])]
     if len(each) == len(children) or len(children) == 1:

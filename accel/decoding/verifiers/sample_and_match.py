@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from hasten.accel.decoding.sampling import draw
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
 
 
@@ -21,7 +21,7 @@ class SampleAndMatch(Verifier):
 
     reads_draft_probs: ClassVar[bool] = False
 
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Nothing is refused."""
         return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier
 from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution, recovered, walk
 
@@ -17,11 +17,11 @@ from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution,
 class SpeculativeSampling(Verifier):
     """Verifier of chains: a draw is accepted with probability sum(min(p, q)), the most that any rule reaches."""
 
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Trees are refused, but where there is nothing to draw."""
         if chains or greedy:
             return None
-        better = "sample_and_match" if draws is Draws.DETERMINISTIC else "recursive_rejection"
+        better = "sample_and_match" if draft_sampling is DraftSampling.DETERMINISTIC else "recursive_rejection"
         return (
             "verifier=speculative_sampling takes chains only, and this drafter drafts trees, whose second choices it "
             f"would keep too often: use verifier={better}"

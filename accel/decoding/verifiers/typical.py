@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from hasten.accel.decoding.sampling import draw
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, Verifier, descend
 from hasten.accel.errors import UserError
 
@@ -34,7 +34,7 @@ class Typical(Verifier):
             if not 0 < value <= 1:
                 raise UserError(f"{name}={value} is wrong: expected above 0 and at most 1")
 
-    def refusal(self, draws: Draws, chains: bool, greedy: bool) -> str | None:
+    def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
         """Nothing is refused: it is biased with every draft, and says so."""
         return None
 
@@ -47,12 +47,12 @@ class Typical(Verifier):
         """The longest path of typical tokens, and the target's own draw after it."""
         if rows.is_greedy:
             return descend(tree, rows.best)
-        best, most = ROOT, (0, 0.0)
+        best, best_score = ROOT, (0, 0.0)
         waiting = [(ROOT, 0, 0.0)]
         while waiting:
             node, depth, likelihood = waiting.pop()
-            if (depth, likelihood) > most:
-                best, most = node, (depth, likelihood)
+            if (depth, likelihood) > best_score:
+                best, best_score = node, (depth, likelihood)
             if node not in tree.children:
                 continue
             probs = rows.probs(node)

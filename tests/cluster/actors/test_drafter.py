@@ -95,8 +95,8 @@ def test_a_remote_drafter_drafts_and_learns_what_it_would_in_place(line):
     there, remote_results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"))
     assert there == here
     for key, result in results.items():
-        assert remote_results[key].figures.acceptance_histogram == result.figures.acceptance_histogram
-        assert remote_results[key].figures.num_draft_tokens == result.figures.num_draft_tokens
+        assert remote_results[key].stats.acceptance_histogram == result.stats.acceptance_histogram
+        assert remote_results[key].stats.num_draft_tokens == result.stats.num_draft_tokens
     expected = BOTH.saved(memory)
     learned = line.handle.actor.learned()
     assert learned.keys() == expected.keys()
@@ -106,7 +106,7 @@ def test_a_remote_drafter_drafts_and_learns_what_it_would_in_place(line):
 
 def test_one_call_a_step_carries_everything_and_no_distribution(line):
     _, results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"), in_flight=4)
-    steps = max(result.figures.num_spec_steps for result in results.values())
+    steps = max(result.stats.num_spec_steps for result in results.values())
     assert len(line.handle.calls) == steps + len(REQUESTS)  # an end is said at once
     assert max(map(len, line.handle.calls[1:])) < 4 * (9 * BOTH.observes * 8 + 1500)
 

@@ -61,7 +61,7 @@ def test_verifiers_share_the_prompts_and_a_drafter_where_a_round_trip_pays(spec,
     results = list(pool(REQUESTS))
     assert ids(results) == expected
     assert pool.shared
-    assert sum(result.figures.num_draft_tokens for result in results) > 0
+    assert sum(result.stats.num_draft_tokens for result in results) > 0
     assert known(pool.learned()) > 10
     assert 0 < pool.target_efficiency(8) < 2
     used = pool.close()
@@ -91,7 +91,7 @@ def test_a_killed_drafter_is_replaced_and_knows_what_it_had_learned(spec, expect
     for _ in range(100):
         results = list(pool(REQUESTS[:3]))
         assert ids(results) == {each.id: expected[each.id] for each in REQUESTS[:3]}
-        if pool.restarts and any(result.figures.num_draft_tokens for result in results):
+        if pool.restarts and any(result.stats.num_draft_tokens for result in results):
             break
     assert pool.restarts == 1
     assert known(pool.learned()) >= before

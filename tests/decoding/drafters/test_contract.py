@@ -16,7 +16,7 @@ from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.sizing import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
@@ -100,7 +100,7 @@ def proposals(drafter, memory, prompts, plain, sampling, budget=8):
 
 
 def contents(trees):
-    return [(list(tree.tokens), list(tree.parents), tree.draws) for tree in trees]
+    return [(list(tree.tokens), list(tree.parents), tree.draft_sampling) for tree in trees]
 
 
 @pytest.mark.parametrize(
@@ -125,19 +125,19 @@ def test_trees_are_well_formed_and_within_the_budget(drafter, learned, models, p
         assert tree.is_chain or not drafter.chains()
         assert all(isinstance(tree.label(node), Hashable) for node in range(len(tree)))
         if len(tree):
-            assert tree.draws is drafter.draws(sampling)
+            assert tree.draft_sampling is drafter.draft_sampling(sampling)
 
 
 def test_what_is_drawn_comes_with_the_distributions_that_it_was_drawn_from(drafter, learned, prompts, plain):
     trees = [tree for tree in proposals(drafter, learned, prompts, plain, WARM) if len(tree)]
     for tree in trees:
-        assert (tree.draft_probs is None) == (tree.draws is Draws.DETERMINISTIC)
+        assert (tree.draft_probs is None) == (tree.draft_sampling is DraftSampling.DETERMINISTIC)
         if tree.draft_probs is not None:
             assert set(tree.draft_probs) == set(tree.parents)
             for parent, probs in tree.draft_probs.items():
                 torch.testing.assert_close(probs.sum(), torch.tensor(1.0))
                 assert all(probs[tree.tokens[child]] > 0 for child in tree.children[parent])
-    assert drafter.draws(GREEDY) is Draws.DETERMINISTIC
+    assert drafter.draft_sampling(GREEDY) is DraftSampling.DETERMINISTIC
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
 
 V = 5
@@ -40,7 +40,7 @@ DRAFT = torch.tensor(
 class Kind:
     """How the two levels of a draft are made: so many children of the root, so many of each of them."""
 
-    draws: Draws
+    draft_sampling: DraftSampling
     first: int
     second: int
 
@@ -57,10 +57,12 @@ class Kind:
             yield self._tree(top, [each[index] for each in below])
 
     def _ids(self, probs: Tensor, count: int, generator: torch.Generator) -> list[list[int]]:
-        if self.draws is Draws.DETERMINISTIC:
+        if self.draft_sampling is DraftSampling.DETERMINISTIC:
             return probs.topk(count, -1).indices.tolist()
         # Without replacement the ids come in the order in which they were drawn.
-        return torch.multinomial(probs, count, self.draws is Draws.INDEPENDENT, generator=generator).tolist()
+        return torch.multinomial(
+            probs, count, self.draft_sampling is DraftSampling.INDEPENDENT, generator=generator
+        ).tolist()
 
     def _tree(self, top: list[int], below: list[list[int]]) -> DraftTree:
         tokens, parents, counts = [], [], []
@@ -69,18 +71,24 @@ class Kind:
                 tokens.append(token)
                 parents.append(parent)
                 counts.append(count)
-        if self.draws is Draws.DETERMINISTIC:
+        if self.draft_sampling is DraftSampling.DETERMINISTIC:
             return DraftTree(tokens, parents)
         probs = {parent: DRAFT[0 if parent == ROOT else tokens[parent] + 1] for parent in dict.fromkeys(parents)}
-        return DraftTree(tokens, parents, self.draws, probs, counts if self.draws is Draws.INDEPENDENT else None)
+        return DraftTree(
+            tokens,
+            parents,
+            self.draft_sampling,
+            probs,
+            counts if self.draft_sampling is DraftSampling.INDEPENDENT else None,
+        )
 
 
 KINDS = {
-    "chain": Kind(Draws.DETERMINISTIC, 1, 1),
-    "tree": Kind(Draws.DETERMINISTIC, 3, 2),
-    "drawn chain": Kind(Draws.INDEPENDENT, 1, 1),
-    "independent": Kind(Draws.INDEPENDENT, 4, 3),
-    "without replacement": Kind(Draws.WITHOUT_REPLACEMENT, 3, 2),
+    "chain": Kind(DraftSampling.DETERMINISTIC, 1, 1),
+    "tree": Kind(DraftSampling.DETERMINISTIC, 3, 2),
+    "drawn chain": Kind(DraftSampling.INDEPENDENT, 1, 1),
+    "independent": Kind(DraftSampling.INDEPENDENT, 4, 3),
+    "without replacement": Kind(DraftSampling.WITHOUT_REPLACEMENT, 3, 2),
 }
 
 

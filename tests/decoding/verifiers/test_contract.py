@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from tests.decoding.verifiers.drafts import DRAFT, KINDS, TARGET, expected_pairs, p_value, pairs, rows
 
@@ -18,7 +18,7 @@ SAMPLED = Sampling(temperature=1.0)
 
 
 def refusal(verifier, kind, greedy=False):
-    return verifier.refusal(kind.draws, kind.chains, greedy)
+    return verifier.refusal(kind.draft_sampling, kind.chains, greedy)
 
 
 ACCEPTED = [
@@ -85,7 +85,8 @@ def test_the_same_seed_gives_the_same_tokens(verifier):
 
 
 @pytest.mark.parametrize(
-    ("verifier", "kind"), [(name, kind) for name, kind in REFUSED if KINDS[kind].draws is not Draws.DETERMINISTIC]
+    ("verifier", "kind"),
+    [(name, kind) for name, kind in REFUSED if KINDS[kind].draft_sampling is not DraftSampling.DETERMINISTIC],
 )
 def test_what_is_refused_would_be_biased(verifier, kind):
     if verifier == "speculative_sampling":
@@ -99,7 +100,7 @@ def test_what_is_refused_would_be_biased(verifier, kind):
 def test_children_that_were_chosen_and_not_drawn_are_seen_to_bias_recursive_rejection():
     def presented(tree):
         probs = {parent: DRAFT[0 if parent < 0 else tree.tokens[parent] + 1] for parent in tree.children}
-        return DraftTree(tree.tokens, tree.parents, Draws.WITHOUT_REPLACEMENT, probs)
+        return DraftTree(tree.tokens, tree.parents, DraftSampling.WITHOUT_REPLACEMENT, probs)
 
     found = pairs(RecursiveRejection(), map(presented, KINDS["tree"].trees(4000)), SAMPLED)
     assert p_value(found, expected_pairs(SAMPLED)) < 1e-6

@@ -20,69 +20,69 @@ class Combined(Drafter):
     def __post_init__(self) -> None:
         # A config gives a list, which is no key of a sequence's state.
         object.__setattr__(self, "drafters", tuple(self.drafters))
-        wrong = [each for each in self.drafters if not isinstance(each, Drafter)]
+        wrong = [drafter for drafter in self.drafters if not isinstance(drafter, Drafter)]
         if wrong or not self.drafters:
             raise UserError(f"drafters={list(self.drafters)} must be a list of drafters, one at least")
 
     @property
     def observes(self) -> int:  # type: ignore[override]
         """As many as the member that learns from most."""
-        return max(each.observes for each in self.drafters)
+        return max(drafter.observes for drafter in self.drafters)
 
     @property
     def observes_probs(self) -> bool:  # type: ignore[override]
         """Whether a member does."""
-        return any(each.observes and each.observes_probs for each in self.drafters)
+        return any(drafter.observes and drafter.observes_probs for drafter in self.drafters)
 
     @property
     def needs_hidden(self) -> bool:  # type: ignore[override]
         """Whether a member does."""
-        return any(each.needs_hidden for each in self.drafters)
+        return any(drafter.needs_hidden for drafter in self.drafters)
 
     @property
     def needs_draft_model(self) -> bool:  # type: ignore[override]
         """Whether a member does."""
-        return any(each.needs_draft_model for each in self.drafters)
+        return any(drafter.needs_draft_model for drafter in self.drafters)
 
     @property
     def learns(self) -> bool:
         """Whether a member does."""
-        return any(each.learns for each in self.drafters)
+        return any(drafter.learns for drafter in self.drafters)
 
     def new_memory(self, models: Models) -> tuple[Any, ...]:
         """A memory of each member."""
-        return tuple(each.new_memory(models) for each in self.drafters)
+        return tuple(drafter.new_memory(models) for drafter in self.drafters)
 
     def begin(self, context: Context, memory: Any) -> None:
         """Tell every member."""
-        for each, its in zip(self.drafters, memory, strict=True):
-            each.begin(context, its)
+        for drafter, its_memory in zip(self.drafters, memory, strict=True):
+            drafter.begin(context, its_memory)
 
     def observe(self, memory: Any, outcome: Outcome) -> None:
         """Every member learns, whoever's draft it was."""
-        for each, its in zip(self.drafters, memory, strict=True):
-            each.observe(its, _seen_by(each, outcome))
+        for drafter, its_memory in zip(self.drafters, memory, strict=True):
+            drafter.observe(its_memory, _seen_by(drafter, outcome))
 
     def end(self, context: Context, memory: Any) -> None:
         """Tell every member."""
-        for each, its in zip(self.drafters, memory, strict=True):
-            each.end(context, its)
+        for drafter, its_memory in zip(self.drafters, memory, strict=True):
+            drafter.end(context, its_memory)
 
     def saved(self, memory: Any) -> Mapping[str, Tensor]:
         """What each member learned, each name behind the member's place and a dot."""
         return {
             f"{index}.{name}": tensor
-            for index, (each, its) in enumerate(zip(self.drafters, memory, strict=True))
-            for name, tensor in each.saved(its).items()
+            for index, (drafter, its_memory) in enumerate(zip(self.drafters, memory, strict=True))
+            for name, tensor in drafter.saved(its_memory).items()
         }
 
     def load(self, memory: Any, tensors: Mapping[str, Tensor]) -> None:
         """Give every member its own."""
-        for index, (each, its) in enumerate(zip(self.drafters, memory, strict=True)):
+        for index, (drafter, its_memory) in enumerate(zip(self.drafters, memory, strict=True)):
             prefix = f"{index}."
             mine = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
             if mine:
-                each.load(its, mine)
+                drafter.load(its_memory, mine)
 
 
 def _seen_by(drafter: Drafter, outcome: Outcome) -> Outcome:

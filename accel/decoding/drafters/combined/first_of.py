@@ -11,7 +11,7 @@ from typing import Any
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class FirstOf(Combined):
     such is biased by: it may accept fewer than one that knew what they were drawn from.
     """
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """The way of all members, if it is the same."""
-        kinds = {each.draws(sampling) for each in self.drafters}
-        return kinds.pop() if len(kinds) == 1 else Draws.DETERMINISTIC
+        kinds = {drafter.draft_sampling(sampling) for drafter in self.drafters}
+        return kinds.pop() if len(kinds) == 1 else DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """Whether all members draft chains."""
-        return all(each.chains() for each in self.drafters)
+        return all(drafter.chains() for drafter in self.drafters)
 
     def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
         """The first draft that is not empty."""
@@ -37,16 +37,18 @@ class FirstOf(Combined):
 
     def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
         """For each sequence the first draft that is not empty."""
-        found = [DraftTree()] * len(contexts)
-        for each, its in zip(self.drafters, memory, strict=True):
-            left = [index for index, tree in enumerate(found) if not len(tree)]
+        trees = [DraftTree()] * len(contexts)
+        for drafter, its_memory in zip(self.drafters, memory, strict=True):
+            left = [index for index, tree in enumerate(trees) if not len(tree)]
             if not left:
                 break
-            for index, tree in zip(left, each.propose_all([contexts[i] for i in left], its, budget), strict=True):
-                found[index] = tree
-        return [self._as_said(tree, context) for tree, context in zip(found, contexts, strict=True)]
+            for index, tree in zip(
+                left, drafter.propose_all([contexts[i] for i in left], its_memory, budget), strict=True
+            ):
+                trees[index] = tree
+        return [self._as_said(tree, context) for tree, context in zip(trees, contexts, strict=True)]
 
     def _as_said(self, tree: DraftTree, context: Context) -> DraftTree:
-        if not len(tree) or tree.draws is self.draws(context.sampling):
+        if not len(tree) or tree.draft_sampling is self.draft_sampling(context.sampling):
             return tree
-        return replace(tree, draws=Draws.DETERMINISTIC, draft_probs=None, counts=None)
+        return replace(tree, draft_sampling=DraftSampling.DETERMINISTIC, draft_probs=None, counts=None)

@@ -11,7 +11,7 @@ from typing import Any
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 
@@ -22,15 +22,15 @@ class Union(Combined):
     What several propose is one node, with the label of the first of them.
     """
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Deterministic; UserError where a member draws, as siblings of two distributions fit no verifier."""
-        for each in self.drafters:
-            if each.draws(sampling) is not Draws.DETERMINISTIC:
+        for drafter in self.drafters:
+            if drafter.draft_sampling(sampling) is not DraftSampling.DETERMINISTIC:
                 raise UserError(
-                    f"temperature={sampling.temperature} makes {type(each).__name__} draw at random, and a union takes "
+                    f"temperature={sampling.temperature} makes {type(drafter).__name__} draw at random, and a union takes "
                     "deterministic drafts only: leave it out of drafters, or ask for temperature=0"
                 )
-        return Draws.DETERMINISTIC
+        return DraftSampling.DETERMINISTIC
 
     def propose(self, context: Context, memory: Any, budget: int) -> DraftTree:
         """The merged tree of the members' drafts."""
@@ -38,7 +38,10 @@ class Union(Combined):
 
     def propose_all(self, contexts: Sequence[Context], memory: Any, budget: int) -> list[DraftTree]:
         """A merged tree for each sequence."""
-        drafts = [each.propose_all(contexts, its, budget) for each, its in zip(self.drafters, memory, strict=True)]
+        drafts = [
+            drafter.propose_all(contexts, its_memory, budget)
+            for drafter, its_memory in zip(self.drafters, memory, strict=True)
+        ]
         return [merged(trees, budget) for trees in zip(*drafts, strict=True)]
 
 

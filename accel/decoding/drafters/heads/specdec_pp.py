@@ -18,7 +18,7 @@ from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.drafters.model.base import Growth, SmallModel, SmallModelDrafter
 from hasten.accel.decoding.sampling import Sampling, draw
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
@@ -71,9 +71,9 @@ class SpecDecPlusPlus(SmallModelDrafter):
         if not 1 <= self.min_length <= self.max_length:
             raise UserError(f"min_length={self.min_length} must be from 1 to max_length={self.max_length}")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Drawn, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
         """Every draft is a chain."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.targets.base import Pass, Target
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 _FIRST_CAPACITY = 1024
 TOGETHER = 32  # tokens that a sequence may lag behind to be caught up with in one pass with the others
@@ -41,7 +41,7 @@ class SmallModel:
         return cls(models.made_draft(), models.vocabulary)
 
     def start(self, context: Context, nodes: int) -> Tensor | None:
-        """Logits (V,) after the last committed token, with room for so many drafted ones.
+        """Logits (V,) after the last committed token, with room for `nodes` drafted ones.
 
         None where the sequence is longer than the draft model's context.
         """
@@ -208,7 +208,9 @@ class GrowingTree:
             self._places[node] = len(self._places) - 1
             self.probs[node] = row
 
-    def done(self, draws: Draws, counts: Sequence[int] | None = None, nodes: Sequence[int] | None = None) -> DraftTree:
+    def done(
+        self, draft_sampling: DraftSampling, counts: Sequence[int] | None = None, nodes: Sequence[int] | None = None
+    ) -> DraftTree:
         """The tree; nodes: those of it that are wanted, in the order in which they are, parents first."""
         nodes = range(len(self)) if nodes is None else nodes
         new = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
@@ -216,8 +218,8 @@ class GrowingTree:
         return DraftTree(
             [self._tokens[node] for node in nodes],
             [new[self._parents[node]] for node in nodes],
-            draws,
-            None if draws is Draws.DETERMINISTIC else probs,
+            draft_sampling,
+            None if draft_sampling is DraftSampling.DETERMINISTIC else probs,
             counts,
         )
 

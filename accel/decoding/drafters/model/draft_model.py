@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import Growth, SmallModel, SmallModelDrafter
 from hasten.accel.decoding.sampling import Sampling, draw
-from hasten.accel.decoding.tree import DraftTree, Draws
+from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 
@@ -26,9 +26,9 @@ class DraftModel(SmallModelDrafter):
         if self.length < 1:
             raise UserError(f"length={self.length} must be 1 or more")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Drawn, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
         """Every draft is a chain."""

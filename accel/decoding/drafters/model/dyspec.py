@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import GrowingTree, Growth, SmallModel, SmallModelDrafter
-from hasten.accel.decoding.drafters.without_replacement import Taken, drawn, ranked
+from hasten.accel.decoding.drafters.without_replacement import Candidate, drawn, ranked
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
 
 
@@ -36,9 +36,9 @@ class DySpec(SmallModelDrafter):
         if not 0 <= self.threshold < 1:
             raise UserError(f"threshold={self.threshold} must be from 0 to below 1")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Without replacement, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.WITHOUT_REPLACEMENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.WITHOUT_REPLACEMENT
 
     def shown(self, budget: int) -> int:
         """Some nodes are shown and fall out of the largest later."""
@@ -77,12 +77,12 @@ class DySpec(SmallModelDrafter):
                 if reached[node] >= self.threshold and (len(largest) < budget or reached[node] > largest[0])
             ][: self.shown(budget) - shown]
         best = sorted(slots, key=lambda node: (-slots[node], node))[:budget]
-        return tree.done(self.draws(context.sampling), nodes=best)
+        return tree.done(self.draft_sampling(context.sampling), nodes=best)
 
 
 def _slots(
-    node: int, reached: float, children: Iterator[Taken], greedy: bool
+    node: int, reached: float, children: Iterator[Candidate], greedy: bool
 ) -> Iterator[tuple[float, int, int, float]]:
     """(-estimate, node, token, share) of a node's slots, the largest estimate first."""
-    for taken in children:
-        yield -reached * (taken.share if greedy else taken.left), node, taken.token, taken.share
+    for candidate in children:
+        yield -reached * (candidate.share if greedy else candidate.left), node, candidate.token, candidate.share

@@ -16,12 +16,12 @@ from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.drafters.model.base import TOGETHER, SmallModel
 from hasten.accel.decoding.sampling import Sampling, draw
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verdict, descend
 from hasten.accel.errors import UserError
 
 
-class Middle(SmallModel):
+class HierarchyMemory(SmallModel):
     """The draft model, and the inner drafter's memory."""
 
     def __init__(self, target: Target, inner: Any, vocabulary: int | None = None) -> None:
@@ -29,7 +29,7 @@ class Middle(SmallModel):
         self.inner = inner
 
     def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
-        """The last tokens of each sequence that its cache does not hold yet, one at least; so many more have room."""
+        """The last tokens of each sequence that its cache does not hold yet, one at least; `nodes` more have room."""
         slots = [self._slot(context) for context in contexts]
         self._make_room(max(len(context.tokens) for context in contexts) + nodes + TOGETHER)
         return [self._missing(slot, context.tokens) for slot, context in zip(slots, contexts, strict=True)]
@@ -89,27 +89,27 @@ class Hierarchy(Drafter):
         """Whether the inner drafter does."""
         return self.drafter.learns
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Drawn by the draft model, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
         """Every draft is a chain."""
         return True
 
-    def new_memory(self, models: Models) -> Middle:
+    def new_memory(self, models: Models) -> HierarchyMemory:
         """The draft model, and what the inner drafter learns from it."""
-        return Middle(models.made_draft(), self.drafter.new_memory(models), models.vocabulary)
+        return HierarchyMemory(models.made_draft(), self.drafter.new_memory(models), models.vocabulary)
 
-    def begin(self, context: Context, memory: Middle) -> None:
+    def begin(self, context: Context, memory: HierarchyMemory) -> None:
         """The inner drafter starts, too."""
         self.drafter.begin(self._inner(context), memory.inner)
 
-    def propose(self, context: Context, memory: Middle, budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: HierarchyMemory, budget: int) -> DraftTree:
         """A chain of the draft model's own tokens; none where the sequence is longer than its context."""
         return self.propose_all([context], memory, budget)[0]
 
-    def propose_all(self, contexts: Sequence[Context], memory: Middle, budget: int) -> list[DraftTree]:
+    def propose_all(self, contexts: Sequence[Context], memory: HierarchyMemory, budget: int) -> list[DraftTree]:
         """A chain for each; every pass of the draft model is over all chains that still grow."""
         count = min(budget, self.length)
         fitting = [context for context in contexts if len(context.tokens) + count <= memory.target.max_length]
@@ -123,7 +123,7 @@ class Hierarchy(Drafter):
             growing = [context for context in growing if len(chains[id(context)].tokens) < count]
         return [chains[id(context)].draft if id(context) in chains else DraftTree() for context in contexts]
 
-    def end(self, context: Context, memory: Middle) -> None:
+    def end(self, context: Context, memory: HierarchyMemory) -> None:
         """Its cache is free for another sequence."""
         memory.end(context)
         inner = context.state.pop(self, None)
@@ -131,15 +131,15 @@ class Hierarchy(Drafter):
             inner.tokens = list(context.tokens)
             self.drafter.end(inner, memory.inner)
 
-    def saved(self, memory: Middle) -> Mapping[str, Tensor]:
+    def saved(self, memory: HierarchyMemory) -> Mapping[str, Tensor]:
         """What the inner drafter learned."""
         return self.drafter.saved(memory.inner)
 
-    def load(self, memory: Middle, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, memory: HierarchyMemory, tensors: Mapping[str, Tensor]) -> None:
         """Put it into a new memory."""
         self.drafter.load(memory.inner, tensors)
 
-    def _grow(self, contexts: Sequence[Context], chains: Sequence[_Chain], memory: Middle, count: int) -> None:
+    def _grow(self, contexts: Sequence[Context], chains: Sequence[_Chain], memory: HierarchyMemory, count: int) -> None:
         """One pass of the draft model: every chain grows by what is accepted of its inner tree, and by one token."""
         trees = self.drafter.propose_all([chain.context for chain in chains], memory.inner, self.nodes)
         fitting = []
@@ -150,10 +150,10 @@ class Hierarchy(Drafter):
                 tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
             fitting.append(tree)
         logits = memory.forward(contexts, [chain.missing for chain in chains], fitting)
-        for context, chain, tree, found in zip(contexts, chains, fitting, logits, strict=True):
-            verdict = self._verify(tree, TargetRows(found, tree, chain.context), context, chain)
+        for context, chain, tree, scores in zip(contexts, chains, fitting, logits, strict=True):
+            verdict = self._verify(tree, TargetRows(scores, tree, chain.context), context, chain)
             memory.keep(context, chain.missing, verdict.path)
-            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).shown_to(self.drafter, found)
+            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).shown_to(self.drafter, scores)
             self.drafter.observe(memory.inner, outcome)
             chain.tokens += outcome.committed
             chain.context.tokens += outcome.committed

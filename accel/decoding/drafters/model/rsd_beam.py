@@ -21,7 +21,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import GrowingTree, Growth, SmallModel, SmallModelDrafter
 from hasten.accel.decoding.drafters.without_replacement import drawn, ranked
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
 
 
@@ -46,9 +46,9 @@ class RSDBeam(SmallModelDrafter):
             if value < 1:
                 raise UserError(f"{name}={value} must be 1 or more")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Without replacement, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.WITHOUT_REPLACEMENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.WITHOUT_REPLACEMENT
 
     def chains(self) -> bool:
         """Only where the beam is one node wide."""
@@ -74,7 +74,7 @@ class RSDBeam(SmallModelDrafter):
                 _Node(tree.add(parent, token), log_prob, -negative)
                 for negative, parent, token, log_prob in islice(heads, width)
             ]
-        return tree.done(self.draws(context.sampling))
+        return tree.done(self.draft_sampling(context.sampling))
 
 
 def _of(node: _Node, children: Iterator[tuple[float, float, int]]) -> Iterator[tuple[float, int, int, float]]:
@@ -83,9 +83,9 @@ def _of(node: _Node, children: Iterator[tuple[float, float, int]]) -> Iterator[t
 
 def _ranked(node: _Node, probs: Tensor, width: int) -> Iterator[tuple[float, float, int]]:
     """(log probability, twice, token) of a node's most probable children."""
-    for taken in ranked(probs, width):
-        log_prob = node.log_prob + math.log(taken.share)
-        yield log_prob, log_prob, taken.token
+    for candidate in ranked(probs, width):
+        log_prob = node.log_prob + math.log(candidate.share)
+        yield log_prob, log_prob, candidate.token
 
 
 def _perturbed(node: _Node, probs: Tensor, generator: torch.Generator) -> Iterator[tuple[float, float, int]]:
@@ -95,9 +95,9 @@ def _perturbed(node: _Node, probs: Tensor, generator: torch.Generator) -> Iterat
     rate of all that are left. Logarithms throughout, as both underflow in a deep tree.
     """
     rings = -node.perturbed
-    for count, taken in enumerate(drawn(probs, generator)):
+    for count, candidate in enumerate(drawn(probs, generator)):
         if count:
             waited = torch.empty((), dtype=torch.float64).exponential_(generator=generator).log()
-            after = float(waited) - node.log_prob - math.log(taken.left)
+            after = float(waited) - node.log_prob - math.log(candidate.left)
             rings = max(rings, after) + math.log1p(math.exp(-abs(rings - after)))
-        yield -rings, node.log_prob + math.log(taken.share), taken.token
+        yield -rings, node.log_prob + math.log(candidate.share), candidate.token

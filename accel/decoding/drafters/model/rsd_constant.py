@@ -16,7 +16,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import GrowingTree, Growth, SmallModel, SmallModelDrafter
 from hasten.accel.decoding.drafters.without_replacement import drawn, ranked
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
 
 
@@ -32,9 +32,9 @@ class RSDConstant(SmallModelDrafter):
             raise UserError(f"branching={given} must be a list of numbers of children by depth, each 1 or more")
         object.__setattr__(self, "branching", tuple(given))  # a config gives a list
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Without replacement, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.WITHOUT_REPLACEMENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.WITHOUT_REPLACEMENT
 
     def chains(self) -> bool:
         """Only where no node has two children."""
@@ -55,11 +55,11 @@ class RSDConstant(SmallModelDrafter):
             for ranks in above:
                 probs, count = tree.probs[nodes[ranks]], children[ranks]
                 each = ranked(probs, count) if context.sampling.is_greedy else drawn(probs, context.draft_generator)
-                found |= {(*ranks, rank): taken.token for rank, taken in enumerate(islice(each, count))}
+                found |= {(*ranks, rank): candidate.token for rank, candidate in enumerate(islice(each, count))}
             for ranks in level:
                 if ranks in found:
                     nodes[ranks] = tree.add(nodes[ranks[:-1]], found[ranks])
-        return tree.done(self.draws(context.sampling))
+        return tree.done(self.draft_sampling(context.sampling))
 
     def _planned(self, budget: int) -> list[list[tuple[int, ...]]]:
         """Nodes of every level, as the ranks of their draws from the top."""

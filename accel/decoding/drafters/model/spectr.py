@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import GrowingTree, Growth, SmallModel, SmallModelDrafter
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
 
 
@@ -29,9 +29,9 @@ class SpecTr(SmallModelDrafter):
             if value < 1:
                 raise UserError(f"{name}={value} must be 1 or more")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Independent, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.INDEPENDENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
         """Only where there is one path."""
@@ -59,7 +59,7 @@ class SpecTr(SmallModelDrafter):
                     counts.append(0)
                 counts[found[step]] += 1
                 ends[chain] = found[step]
-        return tree.done(self.draws(context.sampling), None if greedy else counts)
+        return tree.done(self.draft_sampling(context.sampling), None if greedy else counts)
 
 
 def _draw_each(probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.drafters.template import likeliest, ordered
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 _KEPT = 10  # successors of an n-gram
@@ -67,9 +67,9 @@ class Stand(Drafter):
         if self.max_ngrams < 1:
             raise UserError(f"max_ngrams={self.max_ngrams} must be 1 or more")
 
-    def draws(self, sampling: Sampling) -> Draws:
+    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Drawn one after the other from what is left, unless there is nothing to draw."""
-        return Draws.DETERMINISTIC if sampling.is_greedy else Draws.WITHOUT_REPLACEMENT
+        return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.WITHOUT_REPLACEMENT
 
     def new_memory(self, models: Models) -> NGrams:
         """An empty table."""
@@ -119,7 +119,7 @@ class Stand(Drafter):
         if greedy:
             return DraftTree(tokens, parents, labels=labels)
         full = _full({parent: probs[parent] for parent in set(parents)}, memory.vocabulary)
-        return DraftTree(tokens, parents, Draws.WITHOUT_REPLACEMENT, full, labels=labels)
+        return DraftTree(tokens, parents, DraftSampling.WITHOUT_REPLACEMENT, full, labels=labels)
 
     def observe(self, memory: NGrams, outcome: Outcome) -> None:
         """Average the target's probabilities into every n-gram of the text that grew."""

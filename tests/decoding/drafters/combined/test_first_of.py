@@ -12,7 +12,7 @@ from hasten.accel.decoding.drafters.combined.first_of import FirstOf
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 
@@ -21,12 +21,12 @@ class Always(Drafter):
     """Proposes tokens drawn in the given way, and writes down what it is asked and told."""
 
     tokens: tuple[int, ...] = ()
-    kind: Draws = Draws.DETERMINISTIC
+    kind: DraftSampling = DraftSampling.DETERMINISTIC
     observes: int = 0
     needs_draft_model: bool = False
     calls: list = field(default_factory=list, compare=False)
 
-    def draws(self, sampling):
+    def draft_sampling(self, sampling):
         return self.kind
 
     def chains(self):
@@ -43,7 +43,9 @@ class Always(Drafter):
 
     def propose(self, context, memory, budget):
         self.calls.append(context)
-        probs = None if self.kind is Draws.DETERMINISTIC else [torch.full((20,), 0.05)] * len(self.tokens[:budget])
+        probs = (
+            None if self.kind is DraftSampling.DETERMINISTIC else [torch.full((20,), 0.05)] * len(self.tokens[:budget])
+        )
         return DraftTree.chain(self.tokens[:budget], probs)
 
     def observe(self, memory, outcome):
@@ -96,13 +98,13 @@ def test_it_needs_a_draft_model_if_a_member_does_and_drafts_chains_if_all_do():
 
 
 def test_drafts_of_several_kinds_pass_for_deterministic_ones():
-    sampled = Always((7,), Draws.INDEPENDENT)
+    sampled = Always((7,), DraftSampling.INDEPENDENT)
     mixed = FirstOf([PromptLookup(), sampled])
-    assert mixed.draws(Sampling(1.0)) is Draws.DETERMINISTIC
+    assert mixed.draft_sampling(Sampling(1.0)) is DraftSampling.DETERMINISTIC
     tree = mixed.propose(Context.start([1], Sampling(1.0)), (None, []), 4)
-    assert (list(tree.tokens), tree.draws, tree.draft_probs) == ([7], Draws.DETERMINISTIC, None)
+    assert (list(tree.tokens), tree.draft_sampling, tree.draft_probs) == ([7], DraftSampling.DETERMINISTIC, None)
     alike = FirstOf([sampled, sampled])
-    assert alike.draws(Sampling(1.0)) is Draws.INDEPENDENT
+    assert alike.draft_sampling(Sampling(1.0)) is DraftSampling.INDEPENDENT
     assert alike.propose(Context.start([1], Sampling(1.0)), ([], []), 4).draft_probs is not None
 
 

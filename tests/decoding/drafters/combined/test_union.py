@@ -9,7 +9,7 @@ from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 CHAIN = DraftTree.chain([1, 2, 3], labels=["a", "b", "c"])
@@ -56,6 +56,6 @@ def test_every_member_is_asked():
 
 def test_members_that_draw_are_refused_when_a_request_asks_for_it():
     drafter = Union([PromptLookup(), DraftModel()])
-    assert drafter.draws(Sampling()) is Draws.DETERMINISTIC
+    assert drafter.draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC
     with pytest.raises(UserError, match=r"temperature=0\.7 makes DraftModel draw at random"):
-        drafter.draws(Sampling(0.7))
+        drafter.draft_sampling(Sampling(0.7))

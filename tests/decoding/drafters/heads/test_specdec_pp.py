@@ -118,7 +118,7 @@ def test_greedy_decoding_is_left_as_it_is(folder):
     engine = Engine(MarkovTarget(target), SpecDecPlusPlus(), models=models(uneven(), folder))
     found = next(engine.decode([request]))
     assert found.token_ids == plain.token_ids
-    assert found.figures.num_draft_tokens > 0
+    assert found.stats.num_draft_tokens > 0
 
 
 @pytest.mark.parametrize("path", ["transformers", "llama"])

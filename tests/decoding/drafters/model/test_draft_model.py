@@ -9,7 +9,7 @@ from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.transformers import TransformersTarget
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
 from tests.decoding.markov import MarkovTarget, grown, is_drawn_from, random_table
 from tests.models import tiny
@@ -30,7 +30,7 @@ def test_at_temperature_0_it_writes_its_most_probable_tokens():
         wanted.append(int(TABLE[wanted[-2], wanted[-1]].argmax()))
     assert tree.tokens == wanted[2:]
     assert tree.is_chain
-    assert (tree.draws, tree.draft_probs) == (Draws.DETERMINISTIC, None)
+    assert (tree.draft_sampling, tree.draft_probs) == (DraftSampling.DETERMINISTIC, None)
 
 
 def test_what_it_draws_from_is_what_it_says():

@@ -11,7 +11,7 @@ from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.dyspec import DySpec
 from hasten.accel.decoding.drafters.without_replacement import drawn
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from hasten.accel.errors import UserError
 from tests.decoding.markov import MarkovTarget, decoded, grown, is_drawn_from, pairs, random_table
@@ -85,7 +85,7 @@ def test_at_temperature_0_the_most_probable_paths_come_first():
     assert tree.tokens[:6] == [1, 2, 2, 1, 3, 2]
     assert tree.parents[:6] == [ROOT, 0, ROOT, 1, ROOT, 3]
     assert (tree.tokens[6], tree.parents[6]) in {(1, 2), (1, 4)}
-    assert (tree.draws, tree.draft_probs) == (Draws.DETERMINISTIC, None)
+    assert (tree.draft_sampling, tree.draft_probs) == (DraftSampling.DETERMINISTIC, None)
 
 
 def test_the_first_nodes_are_the_tree_of_a_smaller_budget():
@@ -112,7 +112,7 @@ def test_a_level_takes_one_pass():
 def test_distributions_are_those_after_the_path():
     draft, context = memory(random_table(8, order=2, scale=2.0)), Context.start([1, 2], WARM)
     tree = DySpec().propose(context, draft, 16)
-    assert tree.draws is Draws.WITHOUT_REPLACEMENT
+    assert tree.draft_sampling is DraftSampling.WITHOUT_REPLACEMENT
     assert set(tree.draft_probs) == set(tree.children)
     for node, probs in tree.draft_probs.items():
         before, last = [1, 2, *(tree.tokens[each] for each in tree.path(node))][-2:]

@@ -13,7 +13,7 @@ from hasten.accel.decoding.drafters.model.hierarchy import Hierarchy
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 from tests.decoding.markov import MarkovTarget, random_table
 
@@ -41,7 +41,7 @@ def models(max_length=1000):
 def test_the_chain_is_that_of_the_draft_model_alone(sampling, inner):
     drafter, alone = Hierarchy(inner), DraftModel(length=8)
     memory, its = drafter.new_memory(models()), alone.new_memory(models())
-    assert drafter.draws(sampling) is alone.draws(sampling)
+    assert drafter.draft_sampling(sampling) is alone.draft_sampling(sampling)
     assert drafter.chains()
     for seed in range(10):
         context, other = (Context.start([1, 2, 3, 1, 2], sampling, seed) for _ in range(2))
@@ -116,8 +116,8 @@ def test_greedy_decoding_is_left_as_it_is():
 
 
 def test_a_kind_of_draft_is_told_apart_by_temperature():
-    assert Hierarchy(PromptLookup()).draws(Sampling()) is Draws.DETERMINISTIC
-    assert Hierarchy(PromptLookup()).draws(Sampling(1.0)) is Draws.INDEPENDENT
+    assert Hierarchy(PromptLookup()).draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC
+    assert Hierarchy(PromptLookup()).draft_sampling(Sampling(1.0)) is DraftSampling.INDEPENDENT
 
 
 @pytest.mark.parametrize("inner", [DraftModel(), "prompt_lookup"])

@@ -8,7 +8,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.rsd_beam import RSDBeam
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from hasten.accel.errors import UserError
 from tests.decoding.markov import MarkovTarget, decoded, grown, is_drawn_from, pairs, random_table
@@ -68,7 +68,7 @@ def test_what_is_verified_recursively_follows_the_target():
 def test_the_tree_holds_all_that_was_in_the_beam_level_by_level():
     draft = memory(vocabulary=6, order=2)
     tree = RSDBeam(width=3, length=4).propose(Context.start([1, 2], WARM), draft, 99)
-    assert tree.draws is Draws.WITHOUT_REPLACEMENT
+    assert tree.draft_sampling is DraftSampling.WITHOUT_REPLACEMENT
     assert tree.depths == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
     assert [width for _, width in draft.target.passes] == [2, 3, 3, 3]
     for node, probs in tree.draft_probs.items():
@@ -97,7 +97,7 @@ def test_at_temperature_0_it_is_a_beam_search():
     assert tree.tokens[:3] == beam
     below = {(a, b): float(q[0, a] * q[a, b]) for a in beam for b in range(5)}
     assert leaves(tree, 2) == sorted(below, key=below.__getitem__, reverse=True)[:3]
-    assert (tree.draws, tree.draft_probs) == (Draws.DETERMINISTIC, None)
+    assert (tree.draft_sampling, tree.draft_probs) == (DraftSampling.DETERMINISTIC, None)
     assert tree.parents[:3] == [ROOT] * 3
 
 

@@ -9,7 +9,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.rsd_constant import RSDConstant
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from hasten.accel.errors import UserError
 from tests.decoding.markov import MarkovTarget, decoded, grown, is_drawn_from, pairs, random_table
@@ -38,7 +38,7 @@ def test_what_is_verified_recursively_follows_the_target():
 def test_every_node_has_as_many_children_as_its_level_says():
     draft = memory(order=2)
     tree = RSDConstant((3, 2, 1)).propose(Context.start([1, 2], WARM), draft, 99)
-    assert tree.draws is Draws.WITHOUT_REPLACEMENT
+    assert tree.draft_sampling is DraftSampling.WITHOUT_REPLACEMENT
     assert len(tree.children[ROOT]) == 3
     assert [len(tree.children.get(node, ())) for node in range(15)] == [2] * 3 + [1] * 6 + [0] * 6
     assert [width for _, width in draft.target.passes] == [2, 3, 6]
@@ -69,7 +69,7 @@ def test_at_temperature_0_children_are_the_most_probable_ones():
     assert tree.tokens[:2] == first
     below = [[tree.tokens[child] for child in tree.children[node]] for node in (0, 1)]
     assert below == [top[2, token].tolist() for token in first]
-    assert (tree.draws, tree.draft_probs) == (Draws.DETERMINISTIC, None)
+    assert (tree.draft_sampling, tree.draft_probs) == (DraftSampling.DETERMINISTIC, None)
 
 
 def test_a_config_may_give_a_list():

@@ -7,7 +7,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.spectr import SpecTr
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.decoding.verifiers.k_sequential import KSequential
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
 from hasten.accel.errors import UserError
@@ -43,7 +43,7 @@ def test_paths_share_nodes_that_count_how_often_they_were_drawn():
     draft, context = memory(order=2), Context.start([1, 2], WARM)
     for _ in range(20):
         tree = SpecTr(paths=5, length=3).propose(context, draft, 99)
-        assert tree.draws is Draws.INDEPENDENT
+        assert tree.draft_sampling is DraftSampling.INDEPENDENT
         for parent, children in tree.children.items():
             assert len({tree.tokens[child] for child in children}) == len(children)
             # As all paths have the same length, all that come to a node go on.
@@ -84,8 +84,13 @@ def test_which_paths_go_on_is_settled_before_the_draw(budget):
 def test_at_temperature_0_it_is_a_chain():
     tree = SpecTr(paths=4, length=3).propose(Context.start([1, 2]), memory(order=2), 16)
     assert tree.is_chain
-    assert (len(tree), tree.draws, tree.draft_probs, tree.counts) == (3, Draws.DETERMINISTIC, None, None)
-    assert SpecTr().draws(Sampling()) is Draws.DETERMINISTIC
+    assert (len(tree), tree.draft_sampling, tree.draft_probs, tree.counts) == (
+        3,
+        DraftSampling.DETERMINISTIC,
+        None,
+        None,
+    )
+    assert SpecTr().draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC
 
 
 @pytest.mark.parametrize("name", ["paths", "length"])

@@ -9,7 +9,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models, Outcome
 from hasten.accel.decoding.drafters.retrieval.stand import NGrams, Stand, _Seen
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftTree, Draws
+from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 DRAFTER = Stand()
@@ -100,7 +100,7 @@ def test_children_are_drawn_one_after_the_other_from_what_is_left(temperature):
 
 def test_the_distribution_is_that_of_the_first_draw_at_the_requests_temperature():
     tree = children(0.5)
-    assert tree.draws is DRAFTER.draws(Sampling(0.5)) is Draws.WITHOUT_REPLACEMENT
+    assert tree.draft_sampling is DRAFTER.draft_sampling(Sampling(0.5)) is DraftSampling.WITHOUT_REPLACEMENT
     expected = torch.zeros(20)
     expected[[4, 5, 6]] = torch.tensor([0.25, 0.09, 0.01]) / 0.35
     assert tree.draft_probs[ROOT].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
@@ -115,7 +115,7 @@ def test_a_low_temperature_leaves_out_what_cannot_be_drawn():
 def test_greedy_takes_the_likeliest_in_order_and_the_same_shape():
     tree = children(0.0)
     assert list(tree.tokens) == [4, 5, 6]
-    assert tree.draws is DRAFTER.draws(Sampling()) is Draws.DETERMINISTIC
+    assert tree.draft_sampling is DRAFTER.draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC
     assert tree.draft_probs is None
     memory = table({(a, b): {token: 0.5 - token / 20 for token in range(5)} for a in range(5) for b in range(5)})
     shapes = [DRAFTER.propose(Context.start([0, 0], Sampling(t)), memory, 40).parents for t in (0.0, 1.0)]
