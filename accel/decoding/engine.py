@@ -59,7 +59,8 @@ class Engine:
 
     drafter: None decodes plainly. stop: ids that end a sequence. in_flight: sequences at once. policy: how many tokens
     to draft. on_tokens: called with a request's id and the ids it has just grown by, for streaming. memory_bytes: what
-    caches and logits may take, None is no bound; trees and then the sequences in flight are cut to it.
+    caches and logits may take, None is no bound; trees and then the sequences in flight are cut to it. draft_clock: the
+    seconds that drafting is timed by; None is the policy's clock, which leaves out what other processes compute.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine:
         prefill_chunk: int = 512,
         memory_bytes: int | None = None,
         on_tokens: Callable[[str, list[int]], None] | None = None,
+        draft_clock: Callable[[], float] | None = None,
     ) -> None:
         self.target, self.drafter, self.verifier = target, drafter, verifier or SampleAndMatch()
         self.policy = policy or Fixed(0 if drafter is None else 8)
@@ -85,8 +87,7 @@ class Engine:
         self._stop = frozenset(stop)
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._max_nodes = memory_bytes, self.policy.max_nodes
-        # This process's own time would leave out what a drafter elsewhere takes.
-        self._clock = perf_counter if drafter is not None and drafter.is_elsewhere else clock(target)
+        self._clock = draft_clock or clock(target)
         self._running: list[_Running] = []
 
     def refusal(self, sampling: Sampling) -> str | None:

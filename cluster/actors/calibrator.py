@@ -1,12 +1,18 @@
 """The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
 
 from collections.abc import Collection, Mapping
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.calibration.settings import Settings, Task
+from hasten.accel.compression.calibration.shard import Shard, replace_weights
+from hasten.accel.compression.calibration.solve import prepare_group, solve_levels
+from hasten.accel.compression.calibration.statistics import Tree
+from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # What collect() sends for a group: nodes of the summation tree (start, size, tokens, sums).
@@ -14,19 +20,14 @@ Nodes = list[tuple[int, int, int, np.ndarray]]
 
 
 class Calibrator:
-    """Hidden states of some chunks, block by block; made anew after a loss, it catches up from the finished shards.
+    """Hidden states of some chunks, block by block; after a loss, its replacement recomputes them from finished shards.
 
     chunks: calibration tokens [sequences, T] by the number of their chunk; empty where no statistics are needed.
     """
 
     def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
-        import torch
-
         torch.set_num_threads(settings.threads)
         torch.set_grad_enabled(False)
-        from hasten.accel.compression.calibration.settings import Task
-        from hasten.accel.compression.calibration.shard import Shard
-
         self._settings = settings
         self._task = Task(settings)
         self._cpu_before = cpu_seconds()
@@ -43,11 +44,11 @@ class Calibrator:
     def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, by the keys of the groups that are wanted.
 
-        Of experts that no token reached there are none, under their keys. What is on the disk decides nothing here:
-        shards that looked there at different times would leave different groups out.
+        Experts that no token reached have an empty list. What is on the disk must not decide which groups are
+        collected: shards that look at different times would leave out different groups.
 
-        Hidden states that are not there yet are made from the blocks before, which must be finished where their
-        quantized outputs are propagated.
+        Hidden states that are missing are computed from the blocks before, which must be finished where their quantized
+        outputs are propagated.
         """
         release_memory()
         shard = self._catch_up(block)
@@ -65,15 +66,9 @@ class Calibrator:
     ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
         """Quantize groups of a block from what all calibrators collected.
 
-        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Of a level
-        database the layers are written here, and there is no packed tensor and a row for every level.
+        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Layers of a level
+        database are written here: there are no packed tensors, and one row for every level.
         """
-        from time import perf_counter
-
-        from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
-        from hasten.accel.compression.calibration.statistics import Hessian, Tree
-        from hasten.accel.compression.levels.database import LevelDatabase
-
         started = perf_counter()
         release_memory()
         settings, task = self._settings, self._task
@@ -104,9 +99,7 @@ class Calibrator:
         """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
         return cpu_seconds() - self._cpu_before, peak_rss_bytes()
 
-    def _catch_up(self, block: int) -> Any:
-        from hasten.accel.compression.calibration.shard import Shard, replace_weights
-
+    def _catch_up(self, block: int) -> Shard:
         if self._shard is None or self._shard.position > block:
             self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
         while self._shard.position < block:

@@ -1,17 +1,20 @@
-"""Drafters on a cluster: one actor serves several verifiers, and what it learns grows with the traffic of all of them.
+"""Drafters on a cluster: one actor serves several verifiers, and learns from what all of them decode.
 
-What travels: committed and drafted ids, parents, labels, and where a drafter observes the target, the ids and
-probabilities of its most probable tokens. Distributions over the vocabulary do not.
+Messages hold committed and drafted ids, parents, labels, and where a drafter observes the target, the ids and
+probabilities of its most probable tokens. Distributions over the vocabulary are never sent.
 """
 
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
+from ray import ObjectRef
+from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
@@ -22,16 +25,16 @@ from hasten.cluster.runtime.recovery import is_loss
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
-# A drafter that has not answered for so many seconds is decoded without until it does.
+# After so many seconds without an answer a drafter is unresponsive, and decoding goes on without drafts.
 PATIENCE_SECONDS = 10.0
-# What is to be observed is sent with the next proposal, and on its own once there is this much of it.
-_EVENTS_AT_MOST = 256
-_SECONDS_BETWEEN_TRIES = 0.2
-# Of a lost drafter so many successors are looked for, as the first of them may be lost, too.
-_SUCCESSORS = 3
+# Events are sent with the next request for trees, or on their own once there are this many.
+_MAX_EVENTS = 256
+_RECONNECT_SECONDS = 0.2
+# How many replacements of a lost drafter are looked for, as the first of them may be lost, too.
+_REPLACEMENTS = 3
 
 
-class Plain(NamedTuple):
+class PlainTree(NamedTuple):
     """A deterministic tree as plain lists."""
 
     tokens: list[int]
@@ -39,7 +42,7 @@ class Plain(NamedTuple):
     labels: list[Hashable] | None
 
     @classmethod
-    def of(cls, tree: DraftTree) -> "Plain":
+    def of(cls, tree: DraftTree) -> "PlainTree":
         """The tree without the distributions that it was drawn from."""
         return cls(list(tree.tokens), list(tree.parents), None if tree.labels is None else list(tree.labels))
 
@@ -49,7 +52,7 @@ class Plain(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """A sequence starts, or goes on at a drafter that does not know it. seed: of what the drafter draws."""
+    """A sequence starts, or continues at a drafter that does not know it. seed: of the drafter's random numbers."""
 
     key: int
     tokens: list[int]
@@ -59,11 +62,11 @@ class Begin(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """An outcome. new: ids committed since the last message. tree: None where it is the one that was proposed."""
+    """An outcome. new: ids committed since the last message. tree: None if it is the one that was proposed."""
 
     key: int
     new: list[int]
-    tree: Plain | None
+    tree: PlainTree | None
     path: list[int]
     token: int
     top_tokens: np.ndarray | None
@@ -82,14 +85,14 @@ Event = Begin | Observed | End
 class DrafterActor:
     """A drafter with its memory in one process, for the sequences of several verifiers.
 
-    make_memory: a new memory with what was learned before, made at the first use.
+    make_memory: a new memory from what was learned before, called at the first use.
     """
 
-    def __init__(self, drafter: Drafter, make_memory: Callable[[], Any]) -> None:
+    def __init__(self, drafter: Drafter, make_memory: Callable[[], object]) -> None:
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         self._drafter, self._make_memory = drafter, make_memory
-        self._memory: Any = None
+        self._memory: object = None
         self._is_prepared = False
         self._sequences: dict[tuple[str, int], Context] = {}
         self._trees: dict[tuple[str, int], DraftTree] = {}
@@ -98,44 +101,46 @@ class DrafterActor:
         self._cpu_before = cpu_seconds()
 
     def prepare(self) -> None:
-        """Return once the memory is there."""
+        """Return once the memory is made."""
         if not self._is_prepared:
             self._memory = self._make_memory()
             self._is_prepared = True
 
-    def ping(self, payload: Any) -> Any:
-        """What it was given, to measure a round trip."""
+    def ping(self, payload: object) -> object:
+        """The payload, to measure a round trip."""
         return payload
 
-    def serve(self, client: str, events: Sequence[Event], asked: Sequence[tuple[int, list[int]]], budget: int) -> Any:
-        """A tree for each asked sequence (its key, and its new ids), after all events in their order."""
+    def serve(
+        self, client: str, events: Sequence[Event], requests: Sequence[tuple[int, list[int]]], budget: int
+    ) -> list[PlainTree]:
+        """A tree for each request (a sequence's key, and its new ids), after all events in their order."""
         self.prepare()
         for event in events:
             self._apply(client, event)
         contexts = []
-        for key, new in asked:
+        for key, new in requests:
             contexts.append(self._sequences[client, key])
             contexts[-1].tokens += new
         if not contexts:
             return []
         trees = self._drafter.propose_all(contexts, self._memory, budget)
-        self._trees |= {(client, key): tree for (key, _), tree in zip(asked, trees, strict=True)}
-        return [Plain.of(tree) for tree in trees]
+        self._trees |= {(client, key): tree for (key, _), tree in zip(requests, trees, strict=True)}
+        return [PlainTree.of(tree) for tree in trees]
 
     def forget(self, client: str) -> None:
-        """A verifier is gone with all its sequences."""
+        """A verifier was lost: free what is held of its sequences."""
         for owner, key in list(self._sequences):
             if owner == client:
                 self._apply(client, End(key))
 
     def learned(self) -> dict[str, Tensor]:
-        """What the drafter learned so far."""
+        """What the drafter has learned."""
         self.prepare()
         self._saved, self._saved_at = time.monotonic(), self._observed
         return dict(self._drafter.saved(self._memory))
 
     def snapshot(self, seconds: float) -> dict[str, Tensor] | None:
-        """What was learned, where there is something new and the last time was so long ago."""
+        """What the drafter has learned; None if nothing is new, or if the last snapshot was less than `seconds` ago."""
         if self._observed == self._saved_at or time.monotonic() - self._saved < seconds:
             return None
         return self.learned()
@@ -173,7 +178,7 @@ class DrafterActor:
 
 @dataclass
 class _Sequence:
-    """What a verifier knows of a sequence at the drafter: its key, ids sent, the last tree; of which connection."""
+    """What the drafter knows of a sequence: ids sent, and its last tree; connection: number of that instance."""
 
     key: int
     connection: int = -1
@@ -182,43 +187,45 @@ class _Sequence:
 
 
 class Address(NamedTuple):
-    """Where a drafter is found: its name, and how many it is the successor of."""
+    """Where a drafter is found: its name, and how many were lost before it."""
 
     name: str
     number: int = 0
 
     @property
     def actor(self) -> str:
-        """Name in Ray, which a successor cannot have again: processes remember whom they knew by it."""
+        """Name in Ray. A replacement has another one: processes cache the handle of a name."""
         return f"{self.name}.{self.number}"
+
+    def replacement(self, ahead: int = 1) -> "Address":
+        """Where the replacement is found, or a later one."""
+        return self._replace(number=self.number + ahead)
 
 
 class Connection:
-    """A verifier's line to a drafter actor; where that is lost, its successor is looked for.
+    """A verifier's connection to a drafter actor; if that is lost, its replacement is looked for.
 
-    A drafter that stands still counts as not there until it has answered, and then as another one, which is told of
-    every sequence anew. client: the verifier's name. number: of the drafters found so far. lost: how many were gone.
+    An unresponsive drafter is treated as lost. When it answers, it is a new instance and all contexts are resent.
+    client: the verifier's name. number: of the current instance, -1 before the first. lost: how many were lost.
     """
 
     def __init__(self, address: Address, client: str) -> None:
         self._address, self._client = address, client
         self._handle: Any = None
-        self._late: Any = None
+        self._late: ObjectRef | None = None
         self._events: list[Event] = []
-        self._tried = -_SECONDS_BETWEEN_TRIES
+        self._tried = -_RECONNECT_SECONDS
         self._keys = 0
         self.number = -1
         self.lost = 0
 
     def new_key(self) -> int:
-        """A number for a sequence."""
+        """A key for a sequence."""
         self._keys += 1
         return self._keys
 
     def is_up(self) -> bool:
-        """Whether there is a drafter as far as is known."""
-        import ray
-
+        """Whether a drafter is believed to answer."""
         if self._late is not None:
             if not ray.wait([self._late], timeout=0)[0]:
                 return False
@@ -230,13 +237,13 @@ class Connection:
                 self.number += 1
                 self._events = []
         now = time.monotonic()
-        if self._handle is None and now - self._tried >= _SECONDS_BETWEEN_TRIES:
+        if self._handle is None and now - self._tried >= _RECONNECT_SECONDS:
             self._tried = now
-            for ahead in range(_SUCCESSORS):
-                address = self._address._replace(number=self._address.number + ahead)
+            for ahead in range(_REPLACEMENTS):
+                address = self._address.replacement(ahead)
                 try:
                     self._handle = ray.get_actor(address.actor)
-                except ValueError:  # not there yet, or gone already
+                except ValueError:  # not started yet, or lost already
                     continue
                 self._address = address
                 self.number += 1
@@ -245,45 +252,41 @@ class Connection:
         return self._handle is not None
 
     def send(self, event: Event) -> None:
-        """Say something with the next call."""
+        """Send an event with the next call."""
         self._events.append(event)
-        if len(self._events) >= _EVENTS_AT_MOST:
+        if len(self._events) >= _MAX_EVENTS:
             self.flush()
 
     def flush(self) -> None:
-        """Say what is to be said now, and wait for nothing."""
+        """Send all events now, without waiting for an answer."""
         if self._handle is not None and self._late is None:
             self._handle.serve.remote(self._client, self._events, [], 0)
         self._events = []
 
-    def ask(self, asked: Sequence[tuple[int, list[int]]], budget: int) -> list[Plain] | None:
-        """Trees of some sequences; None where the drafter is gone, or stands still."""
+    def ask(self, requests: Sequence[tuple[int, list[int]]], budget: int) -> list[PlainTree] | None:
+        """Trees of some sequences; None if the drafter is lost or unresponsive."""
         events, self._events = self._events, []
-        return self._answer(self._handle.serve.remote(self._client, events, asked, budget))
+        return self._answer(self._handle.serve.remote(self._client, events, requests, budget))
 
-    def _answer(self, promise: Any) -> list[Plain] | None:
-        import ray
-
+    def _answer(self, call: ObjectRef) -> list[PlainTree] | None:
         try:
-            found: list[Plain] = ray.get(promise, timeout=PATIENCE_SECONDS)
-        except ray.exceptions.GetTimeoutError:
+            trees: list[PlainTree] = ray.get(call, timeout=PATIENCE_SECONDS)
+        except GetTimeoutError:
             _LOG.warning("the drafter has not answered for %.0f s: without drafts until it does", PATIENCE_SECONDS)
-            self._late = promise
+            self._late = call
             return None
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             if not is_loss(error):
                 raise
             self._handle = None
-            self._address = self._address._replace(number=self._address.number + 1)
+            self._address = self._address.replacement()
             self.lost += 1
             self._tried = time.monotonic()
             return None
-        return found
+        return trees
 
-    def ping(self, payload: Any) -> float:
+    def ping(self, payload: object) -> float:
         """Seconds of a round trip."""
-        import ray
-
         assert self.is_up()
         started = time.perf_counter()
         ray.get(self._handle.ping.remote(payload))
@@ -291,14 +294,12 @@ class Connection:
 
 
 class RemoteDrafter(Drafter):
-    """Stands in a verifier for a drafter in another process; its memory is the connection.
+    """Takes the place of a drafter that is in another process; its memory is the connection.
 
-    All sequences ask in one call a step, which carries what was observed since the last one. While no drafter answers,
-    nothing is drafted. Trees come without distributions: only verifiers that do not read them, and deterministic
-    drafts, are right.
+    One call a step asks for the trees of all sequences, and sends what was observed since the last one. While no
+    drafter answers, nothing is drafted. Trees come without distributions: only verifiers that do not read them, and
+    deterministic drafts, give correct results.
     """
-
-    is_elsewhere: ClassVar[bool] = True
 
     def __init__(self, inner: Drafter) -> None:
         self._inner = inner
@@ -313,6 +314,11 @@ class RemoteDrafter(Drafter):
         """As the drafter itself."""
         return self._inner.observes_probs
 
+    @property
+    def learns(self) -> bool:
+        """As the drafter itself."""
+        return self._inner.learns
+
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """As the drafter itself."""
         return self._inner.draft_sampling(sampling)
@@ -321,12 +327,12 @@ class RemoteDrafter(Drafter):
         """As the drafter itself."""
         return self._inner.chains()
 
-    def new_memory(self, models: Models) -> Any:
-        """There is none here."""
+    def new_memory(self, models: Models) -> object:
+        """There is none in this process."""
         raise AssertionError("the memory of a remote drafter is its connection")
 
     def begin(self, context: Context, memory: Connection) -> None:
-        """The drafter hears of a sequence when it is asked about it."""
+        """The drafter is told of the sequence with the first request for its tree."""
         context.state[self] = _Sequence(memory.new_key())
 
     def propose(self, context: Context, memory: Connection, budget: int) -> DraftTree:
@@ -334,37 +340,37 @@ class RemoteDrafter(Drafter):
         return self.propose_all([context], memory, budget)[0]
 
     def propose_all(self, contexts: Sequence[Context], memory: Connection, budget: int) -> list[DraftTree]:
-        """Trees of all sequences by one call; empty ones while no drafter answers."""
-        nothing = [DraftTree()] * len(contexts)
+        """Trees of all sequences in one call; empty ones while no drafter answers."""
+        empty = [DraftTree()] * len(contexts)
         if not memory.is_up():
-            return nothing
-        asked = [(context.state[self].key, self._new(context, memory)) for context in contexts]
-        found = memory.ask(asked, budget)
-        if found is None:
-            return nothing
-        trees = [each.tree() for each in found]
+            return empty
+        requests = [(context.state[self].key, self._new(context, memory)) for context in contexts]
+        plain_trees = memory.ask(requests, budget)
+        if plain_trees is None:
+            return empty
+        trees = [plain.tree() for plain in plain_trees]
         for context, tree in zip(contexts, trees, strict=True):
             context.state[self].tree = tree
         return trees
 
     def observe(self, memory: Connection, outcome: Outcome) -> None:
-        """Noted, and sent with the next proposal."""
+        """Sent with the next request for trees."""
         if not memory.is_up():
             return
         sequence = outcome.context.state[self]
         new = self._new(outcome.context, memory)
         tops = [None if top is None else top.numpy() for top in (outcome.top_tokens, outcome.top_probs)]
         tops[0] = None if tops[0] is None else tops[0].astype(np.int32)
-        tree = None if outcome.tree is sequence.tree else Plain.of(outcome.tree)
+        tree = None if outcome.tree is sequence.tree else PlainTree.of(outcome.tree)
         memory.send(Observed(sequence.key, new, tree, list(outcome.path), outcome.token, *tops))
 
     def end(self, context: Context, memory: Connection) -> None:
-        """Said at once, with what was observed last."""
+        """Sent at once, with what was observed last."""
         memory.send(End(context.state[self].key))
         memory.flush()
 
     def _new(self, context: Context, memory: Connection) -> list[int]:
-        """Ids that the drafter does not know yet; one that does not know the sequence is told all about it."""
+        """Ids that the drafter does not know yet; an instance that does not know the sequence is sent all of it."""
         sequence: _Sequence = context.state[self]
         if sequence.connection != memory.number:
             seed = context.draft_generator.initial_seed()
@@ -374,12 +380,3 @@ class RemoteDrafter(Drafter):
         new = context.tokens[sequence.sent :]
         sequence.sent = len(context.tokens)
         return new
-
-
-def learns(drafter: Drafter) -> bool:
-    """Whether there is something to share: a memory that grows with what is decoded; of a combination, in a member."""
-    values = [value if isinstance(value, tuple) else (value,) for value in vars(drafter).values()]
-    members = [each for value in values for each in value if isinstance(each, Drafter)]
-    if members:
-        return any(learns(each) for each in members)
-    return drafter.observes > 0 or type(drafter).saved is not Drafter.saved

@@ -1,4 +1,4 @@
-"""The actor of a verifier: a target in one process, with a drafter of its own or a line to a shared one."""
+"""The actor of a verifier: a target in one process, with a drafter of its own or a connection to a shared one."""
 
 import queue
 import statistics
@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.accel.decoding.drafters.base import Drafter, Models
-from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.acceptance import expected_rate
 from hasten.accel.decoding.lengths.base import DraftLength, LengthController
 from hasten.accel.decoding.lengths.timing import PassCosts, measure_costs
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import Ties, check_ties
 from hasten.accel.decoding.tree import DraftSampling
 from hasten.accel.decoding.verifiers.base import Verifier
@@ -31,15 +33,15 @@ OnTokens = Callable[[str, list[int]], None]
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What verifiers and drafters are made of, as plain values.
+class DecodeSpec:
+    """What verifiers and drafters are made from, as plain values.
 
     target, draft: checkpoint folders; draft may be None where the drafter needs none. vocabulary: of the target.
-    drafter: None decodes plainly. path: see hasten.accel.decoding.targets.loading. stop: ids that end a sequence.
-    draft_length: how many tokens are drafted for a pass, where it adapts at most max_draft_tokens. memory_bytes: bound
-    of what caches take. other_dtypes: of the arithmetic, too, among which the quickest is chosen. compiled: the fast
-    path is. learned: what the drafter learned before. snapshot_seconds: how often a shared drafter's memory is kept,
-    from which its successor starts.
+    drafter: None decodes without drafts. path: see hasten.accel.decoding.targets.loading. stop: ids that end a
+    sequence. draft_length: how many tokens are drafted for a pass, at most max_draft_tokens where it adapts.
+    memory_bytes: bound of what caches take. dtype, other_dtypes: of the arithmetic; of several the fastest is chosen.
+    compiled: whether the fast path is compiled. learned: what the drafter learned before. snapshot_seconds: time
+    between two snapshots of a shared drafter's memory, from which its replacement starts.
     """
 
     target: Path
@@ -63,10 +65,8 @@ class Spec:
     snapshot_seconds: float = 10.0
 
 
-def make_memory(spec: Spec, learned: Mapping[str, Tensor] | None) -> Any:
+def make_memory(spec: DecodeSpec, learned: Mapping[str, Tensor] | None) -> Any:
     """Memory of the drafter, with what was learned before."""
-    from hasten.accel.decoding.targets.loading import load_target
-
     assert spec.drafter is not None
     draft = spec.draft
     hidden = spec.drafter.needs_hidden
@@ -79,7 +79,7 @@ def make_memory(spec: Spec, learned: Mapping[str, Tensor] | None) -> Any:
     return memory
 
 
-def sharing_refusal(spec: Spec, sampling: Sampling) -> str | None:
+def sharing_refusal(spec: DecodeSpec, sampling: Sampling) -> str | None:
     """Why a drafter in another process would be wrong: no distributions travel. None where no verifier reads them."""
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
         return None
@@ -92,9 +92,9 @@ def sharing_refusal(spec: Spec, sampling: Sampling) -> str | None:
 
 
 class VerifierActor:
-    """A target in one process, with a drafter of its own or a line to a shared one. client: its name there."""
+    """A target in one process, with a drafter of its own or a connection to a shared one. client: its name there."""
 
-    def __init__(self, spec: Spec, client: str) -> None:
+    def __init__(self, spec: DecodeSpec, client: str) -> None:
         torch.set_num_threads(spec.threads)
         torch.set_grad_enabled(False)
         self._spec, self._client = spec, client
@@ -107,8 +107,6 @@ class VerifierActor:
 
     def prepare(self) -> Target:
         """The target, loaded at the first call."""
-        from hasten.accel.decoding.targets.loading import load_target
-
         if self._target is None:
             spec = self._spec
             self._target = load_target(spec.target, spec.dtype, spec.device, spec.path, compiled=spec.compiled)
@@ -120,7 +118,7 @@ class VerifierActor:
         self.prepare()
 
     def connect(self, shared: Address | None) -> None:
-        """Take the shared drafter that is there, or make one here."""
+        """Connect to the shared drafter at an address, or make a drafter here; does nothing if there is one."""
         if self._spec.drafter is None or self._drafter is not None:
             return
         if shared is None:
@@ -153,14 +151,12 @@ class VerifierActor:
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties:
         """What greedy decoding in a reduced type changed of some prompts, by a float32 target that is loaded for it."""
-        from hasten.accel.decoding.targets.loading import load_target
-
         spec = self._spec
         exact = load_target(spec.target, torch.float32, spec.device, spec.path)
         return Ties.total(check_ties(exact, prompt, tokens, spec.dtype) for prompt, tokens in decoded)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
-        """The decoding loop; what sizing learned goes on from one lot of prompts to the next."""
+        """The decoding loop; what the policy learned is kept from one assignment to the next."""
         spec, target = self._spec, self.prepare()
         if self._policy is None and self._drafter is not None:
             self._policy = spec.draft_length.start(self._passes, spec.max_draft_tokens)
@@ -175,6 +171,8 @@ class VerifierActor:
             prefill_chunk=spec.prefill_chunk,
             memory_bytes=spec.memory_bytes,
             on_tokens=on_tokens,
+            # Time on this process's CPU would leave out what a drafter in another process takes.
+            draft_clock=perf_counter if isinstance(self._drafter, RemoteDrafter) else None,
         )
 
     def _passes(self) -> PassCosts:
@@ -186,15 +184,17 @@ class VerifierActor:
             self._costs = measure_costs(self.prepare(), [*widths, most + 1], spec.in_flight)
         return self._costs
 
-    def decode(self, requests: Sequence[Request], shared: Address | None, stream: bool) -> Iterator[Any]:
+    def decode(
+        self, requests: Sequence[Request], shared: Address | None, stream: bool
+    ) -> Iterator[Result | tuple[str, list[int]]]:
         """Results as they end; with stream also (id, new ids) after every pass."""
         self.connect(shared)
         if not stream:
             yield from self._engine().decode(requests)
             return
         # The engine calls back from inside its loop, where a generator cannot yield.
-        items: queue.Queue[Any] = queue.Queue()
-        engine = self._engine(lambda *new: items.put(new))
+        items: queue.Queue[Result | tuple[str, list[int]] | BaseException | None] = queue.Queue()
+        engine = self._engine(lambda key, new: items.put((key, new)))
 
         def run() -> None:
             try:
@@ -211,7 +211,7 @@ class VerifierActor:
             yield item
 
     def learned(self) -> dict[str, Tensor]:
-        """What the drafter here learned so far; nothing where it is not here."""
+        """What the drafter of this process has learned; nothing where it is shared."""
         if self._drafter is None or isinstance(self._drafter, RemoteDrafter):
             return {}
         return dict(self._drafter.saved(self._memory))

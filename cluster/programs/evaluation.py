@@ -1,16 +1,19 @@
-"""Evaluation over the processes of a cluster: each takes some of the windows, and the sums add up."""
+"""Evaluation in several processes of a cluster: each evaluates some of the windows, and the sums are added up."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hasten.accel.evaluation.divergence import Sums
+from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import Windows
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.recovery import Batches
-from hasten.cluster.runtime.tasks import Tasks
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.runtime.tasks import task_results
 
 
 @dataclass(frozen=True)
@@ -32,25 +35,28 @@ def measure(
     batch: int = 8,
     device: str = "cpu",
     gpus: float = 0,
+    memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     batch_option: str = "windows at once",
     instead: str = "a smaller evaluation.sequence_length, or fewer workers",
 ) -> Measured:
     """Evaluate a model on all windows, against the original where one is given; progress(done, total) in parts.
 
-    Runs inside a Ray session. A task whose process or node dies runs again, and one that runs out of memory once more
-    with half the batch. batch_option: the option that the batch comes from, instead: others that save memory.
+    Runs inside a Ray session. A task whose process or node is lost is run again, and one that runs out of memory once
+    more with half the batch. threads, gpus, memory (bytes): what each task asks the cluster for. batch_option: the
+    config key of the batch; instead: other ways to save memory, for messages.
     """
     parts = min(workers, len(cut))
     batches = Batches(batch_option, batch, f"use {instead}")
     folders = str(model), str(original) if original else None
 
-    def call(part: int) -> tuple[Any, ...]:
+    def arguments(part: int) -> tuple[object, ...]:
         return (*folders, cut.part(part, parts), threads, dtype, batches.of(part), device)
 
     results: dict[int, Measured] = {}
-    for part, found in Tasks(_evaluate, call, parts, parts, threads, gpus, batches).results():
-        results[part] = found
+    needs = ActorResources(threads, gpus, memory)
+    for part, result in task_results(_evaluate, arguments, parts, parts, needs, batches):
+        results[part] = result
         if progress:
             progress(len(results), parts)
     # In the order of the windows: a sum's last bits depend on its order.
@@ -69,13 +75,11 @@ def check_weights(folders: Iterable[Path], workers: int, threads: int) -> None:
     """
     calls = [(str(folder), part, workers) for folder in folders for part in range(workers)]
     batches = Batches("tensors at once", 1, "use fewer workers")
-    for _ in Tasks(_check, calls.__getitem__, len(calls), workers, threads, 0, batches).results():
+    for _ in task_results(_check, calls.__getitem__, len(calls), workers, ActorResources(threads), batches):
         pass
 
 
 def _check(folder: str, part: int, parts: int) -> None:
-    from hasten.accel.models.checkpoint import Checkpoint
-
     checkpoint = Checkpoint(folder)
     for name in checkpoint.names[part::parts]:
         checkpoint.check(name)
@@ -84,11 +88,6 @@ def _check(folder: str, part: int, parts: int) -> None:
 def _evaluate(
     model: str, original: str | None, cut: Windows, threads: int, dtype: torch.dtype, batch: int, device: str
 ) -> Measured:
-    from hasten.accel.evaluation.divergence import evaluate
-    from hasten.accel.models.architecture import Architecture
-    from hasten.accel.models.checkpoint import Checkpoint
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-
     before = cpu_seconds()
     torch.set_num_threads(threads)
     compared = Architecture(Checkpoint(original), dtype, device) if original else None

@@ -1,7 +1,7 @@
-"""The points of a sweep as Ray tasks: as many at once as fit, each finished once however often something dies.
+"""The points of a sweep as Ray tasks: as many at once as fit, each finished exactly once despite losses.
 
-A point is finished when its folder has a report.json, which its job writes last. Whoever starts a point, a driver or
-Ray after a process or node was lost, looks for that first, while it holds the folder's lock.
+A point is finished when its folder has a report.json, which its job writes last. Whoever starts a point (a driver, or
+Ray after the loss of a process or node) looks for that file first, while it holds the folder's lock.
 """
 
 import contextlib
@@ -13,9 +13,14 @@ import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, Protocol
+
+import ray
+from filelock import FileLock, Timeout
+from ray import ObjectRef
 
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.demand import Demand
@@ -27,7 +32,7 @@ from hasten.cluster.tracking.environment import environment
 _LOG = logging.getLogger(__name__)
 REPORT, POINT, OUTPUT = "report.json", "point.json", "output.txt"
 _LOCK = ".lock"
-# A process that lost its driver ends within seconds; its successor waits for it so long.
+# A process that lost its driver ends within seconds; the next one waits so long for the folder's lock.
 _PATIENCE_SECONDS = 60.0
 _WAIT_SECONDS = 0.2
 
@@ -43,7 +48,7 @@ class Work:
     name: str
     folder: Path
     function: Callable[[], None]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     cpus: float = 1
     gpus: float = 0
     threads: int = 1
@@ -69,7 +74,7 @@ class Ending:
     seconds: float = 0.0
     error: Mapping[str, str] | None = None
     repeated: bool = False
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -96,13 +101,11 @@ class Pool:
 
     def __init__(self, retries: int = 3, at_once: int | None = None) -> None:
         self._retries, self._at_once = retries, at_once
-        self._running: dict[Any, Work] = {}
+        self._running: dict[ObjectRef, Work] = {}
         self.draining = self.stopping = False
 
     def run(self, source: Source) -> None:
         """Run points until the source has none and none runs; with `draining` no new ones, with `stopping` none."""
-        import ray
-
         held: Work | None = None
         demand = Demand() if grows() else None
         while not self.stopping:
@@ -139,8 +142,6 @@ class Pool:
 
     def warm_up(self, work: Work, modules: Sequence[str]) -> int:
         """Start as many processes as points like this one fit at once, with these modules; returns how many."""
-        import ray
-
         count = 1
         limit = self._at_once or 2**16
         while count < limit and packs(nodes(), work.needs * (count + 1)):
@@ -148,12 +149,10 @@ class Pool:
         ray.get([self._task(_import, work).remote(modules) for _ in range(count)])
         return count
 
-    def _start(self, work: Work) -> Any:
+    def _start(self, work: Work) -> ObjectRef:
         return self._task(_run, work).remote(work, os.getcwd())
 
-    def _task(self, function: Callable[..., Any], work: Work) -> Any:
-        import ray
-
+    def _task(self, function: Callable[..., object], work: Work) -> Any:
         return ray.remote(function).options(
             name=work.name,
             num_cpus=work.cpus,
@@ -180,9 +179,7 @@ class Pool:
         return None
 
     @staticmethod
-    def _ending(reference: Any) -> Ending:
-        import ray
-
+    def _ending(reference: ObjectRef) -> Ending:
         try:
             found: Ending = ray.get(reference)
         except ray.exceptions.TaskCancelledError:
@@ -195,8 +192,6 @@ class Pool:
 
 def _import(modules: Sequence[str]) -> None:
     """Do once what the first point of a process would wait for."""
-    from importlib import import_module
-
     for module in modules:
         import_module(module)
     environment()
@@ -205,8 +200,6 @@ def _import(modules: Sequence[str]) -> None:
 
 def _run(work: Work, current: str) -> Ending:
     """In a process of the cluster: run a point that is not finished."""
-    from filelock import FileLock, Timeout
-
     try:
         os.chdir(current)
     except OSError as error:
@@ -282,7 +275,7 @@ def read_point(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _write_point(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_point(folder: Path, facts: Mapping[str, object]) -> None:
     unfinished = folder / f".{POINT}.{os.getpid()}"
     unfinished.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(folder / POINT)

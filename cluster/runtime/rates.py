@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import hasten
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.costs.estimate import Rates
 
 # Of a GPU that is not here, as of an H100: half of what its data sheet says of matrix products in bfloat16 and float32,
@@ -89,7 +90,7 @@ class _Baseline:
         return found
 
 
-def _seconds(work: Callable[[], Any], threads: int = 1) -> float:
+def _seconds(work: Callable[[], object], threads: int = 1) -> float:
     """Mean CPU seconds of a thread for one call, of as many calls as take a moment."""
     work()
     begin, calls = time.process_time(), 0
@@ -107,9 +108,6 @@ def _flops(dtype: torch.dtype, width: int, inner: int, threads: int) -> float:
 
 def _elements(threads: int) -> float:
     """Numbers a second through an operation, of those that grids are searched with."""
-    from hasten.accel.compression.quantizers.base import Scheme
-    from hasten.accel.compression.quantizers.grid import find_grid
-
     weight, tried = torch.rand(_CACHED // 256, 256), 8
     seconds = _seconds(lambda: find_grid(weight, Scheme(4, 128), tried), threads)
     return weight.numel() * tried * 9 / seconds

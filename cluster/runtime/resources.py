@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import hasten
 
 # The checkout, where the code runs from one.
@@ -58,8 +60,6 @@ def cpu_seconds() -> float:
 
 def machine() -> dict[str, Any]:
     """Facts of the machine: host, platform, python, cpu (model), cores, memory_bytes, gpus (names)."""
-    import psutil
-
     return {
         "host": platform.node(),
         "platform": platform.platform(),

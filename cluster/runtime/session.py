@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+import ray
+
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.authentication import refusal, use_token
 
@@ -26,8 +28,6 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
     the job's actors need together; a local Ray offers that many even where the machine has fewer,
     and no more with `exactly`.
     """
-    import ray
-
     if ray.is_initialized():
         yield
         return
@@ -45,8 +45,6 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
 
 
 def _join(address: str) -> None:
-    import ray
-
     if address.startswith(("http://", "https://")):
         raise _dashboard(address)
     _check_port(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address, address)
@@ -125,8 +123,6 @@ def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str 
 
 
 def _start_here(cpus: int) -> None:
-    import ray
-
     _LOG.info("starting Ray on this machine")
     for attempt in (1, 2):
         try:

@@ -1,147 +1,153 @@
-"""Ray tasks that give their results however often a process, a node or memory is lost, and however slow one is."""
+"""Ray tasks whose results arrive however often a process, a node or memory is lost, and however slow one is."""
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayError
 
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import Wait, node_ids
-from hasten.cluster.runtime.placement import grows, nodes, packs
-from hasten.cluster.runtime.recovery import Batches, Pace
+from hasten.cluster.runtime.dispatcher import Assignment, Dispatcher, SharedQueue, Workload
+from hasten.cluster.runtime.placement import ActorResources, Bundle, grows, nodes, packs
+from hasten.cluster.runtime.recovery import Batches
 
 _LOG = logging.getLogger(__name__)
-# How often it is looked whether tasks are late, and whether there is a place for them.
-_SECONDS_BETWEEN_LOOKS = 0.5
+R = TypeVar("R")
 
 
-@dataclass
-class _Running:
-    """A task at work: its number, the CPUs that it asked for, and since when."""
+@dataclass(eq=False)
+class _Task:
+    """A submitted task, by its number. reference: of its result."""
 
     number: int
-    cpus: float
-    started: float
+    reference: ObjectRef
 
 
-class Tasks:
-    """So many tasks of one function, of which some run at once; call(number): the arguments.
+def task_results(
+    function: Callable[..., R],
+    arguments: Callable[[int], tuple[object, ...]],
+    count: int,
+    at_once: int,
+    needs: ActorResources,
+    batches: Batches,
+) -> Iterator[tuple[int, R]]:
+    """Number and result of each of `count` tasks of one function, as they end; inside a Ray session.
 
-    A task that is lost runs again, with no CPUs of its own where no node that is left has so many. One that takes too
-    long also runs where another has ended: the first result counts. cpus and gpus: of each.
+    arguments: of a task, by its number, called before every attempt. at_once: tasks that run at the same time. needs:
+    of each; a task runs with no CPUs of its own where no node that is left has as many. batches: halved by number.
     """
+    work = _TaskWorkload(function, arguments, at_once, needs, batches)
+    yield from Dispatcher(work).run(range(count), SharedQueue(range(count)))
+
+
+class _TaskWorkload(Workload[int, R], Generic[R]):
+    """Tasks of one function; a worker is one of the places of tasks that run at the same time."""
+
+    name = "a task"
 
     def __init__(
         self,
-        function: Callable[..., Any],
-        call: Callable[[int], tuple[Any, ...]],
-        count: int,
+        function: Callable[..., R],
+        arguments: Callable[[int], tuple[object, ...]],
         at_once: int,
-        cpus: float,
-        gpus: float,
+        needs: ActorResources,
         batches: Batches,
     ) -> None:
-        self._function, self._call, self._at_once = function, call, at_once
-        self._cpus, self._gpus, self._batches = cpus, gpus, batches
-        self._queue, self._left = deque(range(count)), set(range(count))
-        self._running: dict[Any, _Running] = {}
-        self._pace = Pace()
-        self._losses = 0
+        self._function, self._arguments, self._at_once = function, arguments, at_once
+        self._needs, self._batches = needs, batches
+        # CPUs that each task asks for, where it is not what it needs.
+        self._cpus: dict[int, float] = {}
+        self._running: list[_Task] = []
+        self._known_nodes = node_ids()
         self._waiting: Wait | None = None
 
-    def results(self) -> Iterator[tuple[int, Any]]:
-        """Number and result of every task, as they end; inside a Ray session, once."""
-        import ray
+    def workers(self) -> Sequence[int]:
+        """Places."""
+        return range(self._at_once)
 
-        self._known = node_ids()
-        while self._left:
-            while self._queue and len(self._running) < self._at_once:
-                self._send(self._queue.popleft(), self._cpus)
-            ready, _ = ray.wait(list(self._running), timeout=_SECONDS_BETWEEN_LOOKS)
-            for reference in ready:
-                task = self._running.pop(reference)
-                try:
-                    found = recovery.get(reference)
-                except ray.exceptions.RayError as error:
-                    self._lose(task, error)
-                else:
-                    self._end(task)
-                    yield task.number, found
-            if not ready:
-                there = nodes()
-                self._share(there)
-                self._hedge(there)
+    def submit(self, worker: int, keys: Sequence[int]) -> _Task:
+        """A task."""
+        (number,) = keys
+        task = _Task(number, self._start(number))
+        self._running.append(task)
+        return task
 
-    def _send(self, number: int, cpus: float) -> None:
-        import ray
+    def wait(self, handles: Sequence[object], seconds: float) -> Sequence[object]:
+        """Tasks that have ended."""
+        tasks = self._running.copy()
+        ready, _ = ray.wait([task.reference for task in tasks], num_returns=1, timeout=seconds)
+        if not ready:
+            self._share_cpus()
+            return []
+        ready, _ = ray.wait([task.reference for task in tasks], num_returns=len(tasks), timeout=0)
+        return [task for task in tasks if task.reference in ready]
 
-        # Not tried again by Ray: it would do so without end where memory runs out.
-        task: Any = ray.remote(self._function).options(
-            num_cpus=cpus,
-            num_gpus=self._gpus,
-            max_retries=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(int(self._cpus))}},
-        )
-        self._running[task.remote(*self._call(number))] = _Running(number, cpus, time.monotonic())
+    def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, R]], bool]:
+        """Its result."""
+        task = self._end(assignment)
+        return [(task.number, recovery.get(task.reference))], True
 
-    def _lose(self, task: _Running, error: Exception) -> None:
-        """Start a lost task again, unless another process does the same; raise what is no loss."""
-        self._losses += 1
-        if self._losses == recovery.ATTEMPTS:
-            raise error
-        alone = all(each.number != task.number for each in self._running.values())
+    def recover(self, worker: int, keys: Sequence[int], error: RayError) -> None:
+        """Nothing but a warning: the task is started again."""
         if recovery.is_out_of_memory(error):
-            # Another process that does the same may have the memory.
-            if alone:
-                self._batches.halve(task.number, "a task")
+            # Another process that computes the same may have the memory.
+            for number in keys:
+                self._batches.halve(number, self.name)
         elif recovery.is_loss(error):
             _LOG.warning("lost a task (%s); starting it again", recovery.reason(error))
         else:
             raise error
-        if alone:
-            self._send(task.number, task.cpus)
 
-    def _end(self, task: _Running) -> None:
-        """A task has given its result: another process that does the same is ended."""
-        import ray
+    def is_repeatable(self, key: int) -> bool:
+        """Whether a node has room for it beside all that run: a copy that waits for room would help nobody."""
+        running = [self._bundle(task.number) for task in self._running]
+        return packs(nodes(), [*running, self._bundle(key)])
 
-        self._losses = 0
-        self._pace.note(time.monotonic() - task.started)
-        self._left.remove(task.number)
-        for other in [other for other, each in self._running.items() if each.number == task.number]:
-            del self._running[other]
-            ray.cancel(other, force=True)
+    def cancel(self, assignment: Assignment[int]) -> bool:
+        """End the process."""
+        ray.cancel(self._end(assignment).reference, force=True)
+        return True
 
-    def _share(self, there: list[Any]) -> None:
-        """Tasks that no node has room for any more share the processors that there are; for GPUs they wait."""
-        import ray
+    def _end(self, assignment: Assignment[int]) -> _Task:
+        task = assignment.handle
+        assert isinstance(task, _Task)
+        self._running.remove(task)
+        return task
 
-        now_known = node_ids()
-        self._known |= now_known
-        # Before a loss a task that no node holds waits for one that the autoscaler is yet to add.
-        if self._known == now_known and grows():
+    def _bundle(self, number: int) -> Bundle:
+        return {**self._needs.bundle, "CPU": self._cpus.get(number, self._needs.cpus)}
+
+    def _start(self, number: int) -> ObjectRef:
+        # Ray must not retry: where memory runs out it would do so without end.
+        task = ray.remote(self._function).options(
+            num_cpus=self._cpus.get(number, self._needs.cpus),
+            num_gpus=self._needs.gpus,
+            memory=self._needs.memory,
+            max_retries=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(int(self._needs.cpus))}},
+        )
+        reference: ObjectRef = task.remote(*self._arguments(number))
+        return reference
+
+    def _share_cpus(self) -> None:
+        """Tasks that no node can hold after a loss share the CPUs that are left; for GPUs and memory they wait."""
+        alive, known = nodes(), node_ids()
+        self._known_nodes |= known
+        # Before a loss, a task that no node can hold waits for a node that the autoscaler is yet to add.
+        if self._known_nodes == known and grows():
             return
-        for reference, task in list(self._running.items()):
-            if self._gpus and not packs(there, [{"GPU": self._gpus}]):
-                self._waiting = self._waiting or Wait("a task")
-                self._waiting.go_on(f"{self._gpus:g} GPU(s)")
-            elif not packs(there, [{"CPU": task.cpus, "GPU": self._gpus}]):
-                _LOG.warning("no node that is left has %g CPUs: a task shares those that there are", task.cpus)
-                del self._running[reference]
-                ray.cancel(reference, force=True)
-                self._send(task.number, 0)
+        for task in self._running:
+            if any(self._needs.fixed.values()) and not packs(alive, [self._needs.fixed]):
+                self._waiting = self._waiting or Wait(self.name)
+                self._waiting.go_on(self._needs.fixed_text())
+            elif not packs(alive, [self._bundle(task.number)]):
+                _LOG.warning("no node that is left has %g CPUs: a task shares those that there are", self._needs.cpus)
+                self._cpus[task.number] = 0
+                ray.cancel(task.reference, force=True)
+                task.reference = self._start(task.number)
             else:
                 self._waiting = None
-
-    def _hedge(self, there: list[Any]) -> None:
-        """Start late tasks once more where there is a place: one that waits for it would help nobody."""
-        now = time.monotonic()
-        numbers = [task.number for task in self._running.values()]
-        for task in list(self._running.values()):
-            bundles = [{"CPU": each.cpus, "GPU": self._gpus} for each in (*self._running.values(), task)]
-            free = len(self._running) < self._at_once and packs(there, bundles)
-            if free and numbers.count(task.number) == 1 and self._pace.is_late(now - task.started):
-                _LOG.info("a task has been running for %.0f s: another process does the same", now - task.started)
-                self._send(task.number, task.cpus)

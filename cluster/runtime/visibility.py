@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from hasten.accel.errors import UserError
 
 _SECONDS_TO_ANSWER = 60.0
@@ -93,8 +96,6 @@ def _marker(option: str, path: Path) -> Path:
 
 def _other_nodes() -> dict[str, str]:
     """Name and address of the nodes, by their ids, that may get actors and are not this process's own."""
-    import ray
-
     # Through Ray's client the process is on none of the nodes.
     own = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
     return {
@@ -106,9 +107,6 @@ def _other_nodes() -> dict[str, str]:
 
 def _answers(nodes: Mapping[str, str], states: Mapping[str, State], look: Look) -> dict[str, list[str]]:
     """What look(states) returns on each of the nodes, by their names."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     task: Any = ray.remote(num_cpus=0, max_retries=1)(look)
     asked = {
         node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(dict(states))

@@ -143,7 +143,7 @@ class JobServer:
                 self._submit(entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata=metadata)
         return name
 
-    def _submit(self, **job: Any) -> None:
+    def _submit(self, **job: object) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._client.submit_job(**job)

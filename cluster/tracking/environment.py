@@ -4,7 +4,6 @@ import json
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from hasten.cluster.runtime import resources
 
@@ -13,7 +12,7 @@ _DIFF_CHARACTERS = 1_000_000
 
 
 @cache
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Keys hasten (version), git (commit and diff; None outside of a checkout), packages (versions), machine."""
     commit = resources.git_commit()
     diff = (resources.git_diff() or "")[:_DIFF_CHARACTERS] if commit and commit.endswith("-dirty") else ""

@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _LOG = logging.getLogger(__name__)
 # MLflow's limits of one call.
@@ -49,7 +52,7 @@ class Registered:
 
 
 Event = Params | Metrics | Artifact | Registered
-_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Params, Metrics, Artifact, Registered)}
+_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Params, Metrics, Artifact, Registered)}
 
 
 def encode(event: Event) -> str:
@@ -64,7 +67,7 @@ def decode(line: str) -> Event:
     return event
 
 
-def write(client: Any, run_id: str, events: Iterable[Event]) -> None:
+def write(client: "MlflowClient", run_id: str, events: Iterable[Event]) -> None:
     """Write events to a run, as many metrics and parameters in a call as MLflow takes.
 
     An artifact that is gone by now is left out: a run that was begun anew has replaced it.
@@ -98,7 +101,7 @@ def write(client: Any, run_id: str, events: Iterable[Event]) -> None:
                 _LOG.warning("tracking.register=%s: %s", event.name, str(error).splitlines()[0])
 
 
-def _register(client: Any, run_id: str, event: Registered) -> None:
+def _register(client: "MlflowClient", run_id: str, event: Registered) -> None:
     """A version of a registered model, whose source is where the checkpoint lies: nothing is copied.
 
     Events that are written once more, because the first who wrote them was killed, make no second version.

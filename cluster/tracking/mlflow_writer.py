@@ -12,14 +12,21 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+import psutil
+from filelock import FileLock
 
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime import resources
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking import store
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 _TAG_CHARACTERS = 5000
 _RUNS_AT_ONCE = 100
 _NICE = 10
@@ -36,7 +43,7 @@ class Writer:
         self.uri = store.absolute(uri) if uri else store.default_uri()
         self.experiment = experiment
         self.lost = self._is_served = False
-        self._client: Any = None
+        self._client: MlflowClient | None = None
         self._experiment_id = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking", initializer=_give_way)
         self._opened: Future[None] | None = None
@@ -59,11 +66,11 @@ class Writer:
         """Return when all is written."""
         self._thread.shutdown()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., T], *arguments: object, **named: object) -> Future[T | None]:
         """Call function(client, experiment id, …) when those before are done; None where the store is lost."""
-        return self._thread.submit(self._call, function, *arguments, **named)
+        return self._thread.submit(lambda: self._call(function, *arguments, **named))
 
-    def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _call(self, function: Callable[..., T], *arguments: object, **named: object) -> T | None:
         if self._opened is None:
             raise ValueError("a Writer writes only once it is open")
         try:
@@ -89,7 +96,7 @@ class Writer:
                 LOG.debug("the call that failed", exc_info=error)
             return None
 
-    def _made(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _made(self, function: Callable[..., T], *arguments: object, **named: object) -> T:
         with self._turn():
             return function(self._client, self._experiment_id, *arguments, **named)
 
@@ -107,13 +114,11 @@ class Writer:
             _close_dead_runs(client, experiment)
         self._client, self._experiment_id = client, experiment
 
-    def _turn(self) -> contextlib.AbstractContextManager[Any]:
-        from filelock import FileLock
-
+    def _turn(self) -> contextlib.AbstractContextManager[object]:
         file = store.sqlite_file(self.uri)
         return contextlib.nullcontext() if file is None else FileLock(f"{file}.lock")
 
-    def _found_experiment(self, client: Any) -> str:
+    def _found_experiment(self, client: "MlflowClient") -> str:
         """Id of the experiment, made where it is missing."""
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
@@ -130,8 +135,6 @@ class Writer:
 
 def run_tags(run_dir: Path, parent: str | None = None) -> dict[str, str]:
     """Tags of a run: folder, code version, process, machine, and the run that it is nested in."""
-    import psutil
-
     machine = resources.machine()
     commit = resources.git_commit()
     tags = {
@@ -160,7 +163,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _close_dead_runs(client: Any, experiment: str) -> None:
+def _close_dead_runs(client: "MlflowClient", experiment: str) -> None:
     """Marks runs KILLED that SIGKILL or a power cut left as running on this machine."""
     here = platform.node()
     query = f"attributes.status = 'RUNNING' and tags.`machine.host` = '{here}'"
@@ -172,8 +175,6 @@ def _close_dead_runs(client: Any, experiment: str) -> None:
 
 def _alive(process: str) -> bool:
     """Whether the process of a `hasten.process` tag still runs: its id, and its start, for ids are used again."""
-    import psutil
-
     number, started = process.split()
     with contextlib.suppress(psutil.Error):
         return abs(psutil.Process(int(number)).create_time() - float(started)) < 1

@@ -10,6 +10,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 from hasten.accel.errors import UserError
 
 CONNECT_SECONDS = 5.0
@@ -71,8 +73,6 @@ def server_file(file: Path) -> Path:
 
 def serving(uri: str) -> str | None:
     """URL of the server that `hasten ui` runs for this sqlite file on this machine; None where there is none."""
-    import psutil
-
     file = sqlite_file(uri)
     if file is None:
         return None
@@ -118,7 +118,6 @@ def make_database(file: Path) -> None:
     The tables are made in dozens of steps, which take seconds: a run killed in between would leave a file that MLflow
     never opens again. So they are made under another name.
     """
-    import psutil
     from mlflow import MlflowClient
 
     if file.exists():

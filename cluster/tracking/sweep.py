@@ -9,13 +9,16 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hasten.cluster.tracking import events
 from hasten.cluster.tracking.environment import write_environment
 from hasten.cluster.tracking.journal import Reader
 from hasten.cluster.tracking.mlflow_writer import Writer, run_tags
 from hasten.cluster.tracking.mlflow_writer import status as run_status
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _LOG = logging.getLogger(__name__)
 _SWEEP, _POINT, _WHOLE = "hasten.sweep", "hasten.point", "hasten.whole"
@@ -39,7 +42,7 @@ class SweepTracker:
         # Of the points that have one: MLflow's id, and whether it is whole.
         self._children: dict[str, tuple[str, bool]] = {}
         self._readers: dict[str, tuple[Path, Reader]] = {}
-        self._polling: Future[Any] | None = None
+        self._polling: Future[None] | None = None
         self._finished = False
 
     def __enter__(self) -> "SweepTracker":
@@ -87,7 +90,7 @@ class SweepTracker:
         self._finished = True
         self._writer.submit(self._terminate, status, list(self._readers)).result()
 
-    def _begin(self, client: Any, experiment: str) -> None:
+    def _begin(self, client: "MlflowClient", experiment: str) -> None:
         """Find the parent and its children, or make the parent."""
         found = client.search_runs([experiment], f"tags.`{_SWEEP}` = '{self._key}'", max_results=1)
         if found:
@@ -113,11 +116,11 @@ class SweepTracker:
             if not page:
                 break
 
-    def _follow(self, client: Any, experiment: str, readers: Mapping[str, tuple[Path, Reader]]) -> None:
+    def _follow(self, client: "MlflowClient", experiment: str, readers: Mapping[str, tuple[Path, Reader]]) -> None:
         for point, (folder, reader) in readers.items():
             self._read(client, experiment, point, folder, reader)
 
-    def _read(self, client: Any, experiment: str, point: str, folder: Path, reader: Reader) -> None:
+    def _read(self, client: "MlflowClient", experiment: str, point: str, folder: Path, reader: Reader) -> None:
         begins, told = reader.read()
         if begins:
             self._anew(client, experiment, point, folder)
@@ -125,7 +128,14 @@ class SweepTracker:
             events.write(client, self._children[point][0], told)
 
     def _finish(
-        self, client: Any, experiment: str, point: str, folder: Path, reader: Reader, status: str, error: str | None
+        self,
+        client: "MlflowClient",
+        experiment: str,
+        point: str,
+        folder: Path,
+        reader: Reader,
+        status: str,
+        error: str | None,
     ) -> None:
         if not reader.attempt and self._children.get(point, ("", False))[1]:
             return  # an earlier driver wrote all of it
@@ -145,7 +155,7 @@ class SweepTracker:
         client.set_tag(run, _WHOLE, str(status == "FINISHED").lower())
         self._children[point] = run, status == "FINISHED"
 
-    def _anew(self, client: Any, experiment: str, point: str, folder: Path) -> None:
+    def _anew(self, client: "MlflowClient", experiment: str, point: str, folder: Path) -> None:
         """A new child for a point, in place of one from an attempt that did not come to its end."""
         if point in self._children:
             client.delete_run(self._children.pop(point)[0])
@@ -153,15 +163,15 @@ class SweepTracker:
         run = client.create_run(experiment, run_name=point, tags=tags)
         self._children[point] = run.info.run_id, False
 
-    def _write_parent(self, client: Any, experiment: str, told: Iterable[events.Event]) -> None:
+    def _write_parent(self, client: "MlflowClient", experiment: str, told: Iterable[events.Event]) -> None:
         events.write(client, self._parent, told)
 
-    def _write_params(self, client: Any, experiment: str, values: Mapping[str, str]) -> None:
+    def _write_params(self, client: "MlflowClient", experiment: str, values: Mapping[str, str]) -> None:
         there = client.get_run(self._parent).data.params
         new = {name: value[:_VALUE_CHARACTERS] for name, value in values.items() if name not in there}
         events.write(client, self._parent, [events.Params(new)])
 
-    def _terminate(self, client: Any, experiment: str, status: str, running: Iterable[str]) -> None:
+    def _terminate(self, client: "MlflowClient", experiment: str, status: str, running: Iterable[str]) -> None:
         for point in running:
             if point in self._children:
                 client.set_terminated(self._children[point][0], status="KILLED")

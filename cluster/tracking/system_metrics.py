@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
+
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -24,8 +26,6 @@ class SystemMetrics:
         self._thread.join()
 
     def _run(self) -> None:
-        import psutil
-
         psutil.cpu_percent()  # counts from here
         begun = psutil.net_io_counters()  # None where there is no network
         step = 0
@@ -41,8 +41,6 @@ class SystemMetrics:
 
 def sample(folder: Path) -> dict[str, float]:
     """CPU, memory and disk of this machine, and every NVIDIA GPU's use and memory."""
-    import psutil
-
     memory = psutil.virtual_memory()
     found = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),

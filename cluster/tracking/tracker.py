@@ -11,17 +11,20 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking import events, journal
 from hasten.cluster.tracking.environment import write_environment
 from hasten.cluster.tracking.mlflow_writer import Writer, run_tags, status
 from hasten.cluster.tracking.system_metrics import SystemMetrics
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # MLflow's own limits.
 _KEY_CHARACTERS = 250
@@ -74,9 +77,9 @@ class Tracker:
         self._system_seconds, self._register = system_seconds, register
         self._journal = journal.current()
         self._writer = Writer(uri, experiment)
-        self._run: Future[Any] | None = None
+        self._run: Future[str | None] | None = None
         self._system: SystemMetrics | None = None
-        self._previous_handler: Any = None
+        self._previous_handler: Callable[[int, FrameType | None], object] | int | None = None
 
     def __enter__(self) -> Self:
         if self._journal is None:
@@ -113,12 +116,12 @@ class Tracker:
         """MLflow's id of the run; empty where its store was lost, and in a point of a sweep."""
         return (self._run.result() or "") if self._run is not None else ""
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; nested ones get their path with dots as name, long ones are cut to MLflow's limits."""
         texts = {_key(name): _text(value)[:_VALUE_CHARACTERS] for name, value in _flat(values)}
         self._tell(events.Params(texts))
 
-    def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, object], step: int = 0) -> None:
         """Log numbers of one step in one call; what is None or no number is left out."""
         numbers = {_key(name): _number(value) for name, value in _flat(values)}
         known = {name: number for name, number in numbers.items() if number is not None}
@@ -171,25 +174,25 @@ class Tracker:
             self._previous_handler = signal.signal(signal.SIGTERM, _terminate)
 
 
-def _create(client: Any, experiment: str, name: str, run_dir: Path) -> str:
+def _create(client: "MlflowClient", experiment: str, name: str, run_dir: Path) -> str:
     run = client.create_run(experiment, run_name=name, tags=run_tags(run_dir))
     return str(run.info.run_id)
 
 
-def _write(client: Any, experiment: str, run: "Future[Any]", event: events.Event) -> None:
+def _write(client: "MlflowClient", experiment: str, run: "Future[str | None]", event: events.Event) -> None:
     # The run was made earlier in this same thread.
     events.write(client, str(run.result()), [event])
 
 
-def _end(client: Any, experiment: str, run: "Future[Any]", run_status: str) -> None:
+def _end(client: "MlflowClient", experiment: str, run: "Future[str | None]", run_status: str) -> None:
     client.set_terminated(str(run.result()), status=run_status)
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Leaves of nested mappings under their dotted path; lists are leaves."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -203,7 +206,7 @@ def _key(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
 
 

@@ -10,6 +10,7 @@ from hasten.jobs.compress.options import CompressConfig
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
     from hasten.cluster.programs.calibration import CalibrationPass
+    from hasten.cluster.runtime.placement import ActorResources
     from hasten.jobs.cli.compose import plain
     from hasten.jobs.common.calibration import calibration_tokens, open_output, original, run_pass
     from hasten.jobs.common.cluster import joined
@@ -24,7 +25,8 @@ def run(config: CompressConfig) -> Path:
     tokens = calibration_tokens(config.calibration, settings, tokenizer)
     windows = held_out_windows(config.evaluation, tokenizer, source)
     gpus = 1 if settings.device == "cuda" else 0
-    compression = CalibrationPass(settings, tokens, config.workers, gpus)
+    needs = ActorResources(settings.threads, gpus)
+    compression = CalibrationPass(settings, tokens, config.workers, needs)
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)

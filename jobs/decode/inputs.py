@@ -11,7 +11,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.verifiers.base import Verifier
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
-from hasten.cluster.actors.verifier import Spec, sharing_refusal
+from hasten.cluster.actors.verifier import DecodeSpec, sharing_refusal
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import dtype_choices, resolve_device
 from hasten.jobs.common.prompts import (
@@ -77,7 +77,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     learned = None
     if config.memory and drafter is not None:
         learned = load_learned(Path(config.memory), config.drafter, vocabulary)
-    spec = Spec(
+    spec = DecodeSpec(
         target=target,
         vocabulary=vocabulary,
         verifier=verifier,

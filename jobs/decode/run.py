@@ -16,6 +16,7 @@ from hasten.accel.decoding.replay import distinct_share
 from hasten.accel.decoding.stats import DecodingStats
 from hasten.cluster.programs.decoding import Decoders
 from hasten.cluster.programs.evaluation import check_weights
+from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
@@ -98,7 +99,12 @@ def run(config: DecodeConfig) -> Path:
 def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
     on_tokens = Printer(inputs.tokenizer).tokens if config.stream else None
     gpus = 1 if inputs.spec.device == "cuda" else 0
-    return Decoders(inputs.spec, config.workers, config.drafter_actors, gpus, inputs.placement, on_tokens)
+    needs = ActorResources(config.threads, gpus)
+    with_model = inputs.spec.drafter is not None and inputs.spec.drafter.needs_draft_model
+    drafter_needs = ActorResources(1, gpus if with_model else 0)
+    return Decoders(
+        inputs.spec, config.workers, config.drafter_actors, needs, drafter_needs, inputs.placement, on_tokens
+    )
 
 
 def _decode(

@@ -65,6 +65,7 @@ class Building:
         from hasten.accel.compression.outputs.resumable import digest, lasting
         from hasten.accel.models.checkpoint import Checkpoint
         from hasten.cluster.programs.calibration import CalibrationPass
+        from hasten.cluster.runtime.placement import ActorResources
         from hasten.jobs.common.calibration import calibration_tokens, original
         from hasten.jobs.common.tokenizer import load_tokenizer
 
@@ -78,7 +79,8 @@ class Building:
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
         gpus = 1 if self.settings.device == "cuda" else 0
-        self._pass = CalibrationPass(self.settings, tokens, config.workers, gpus)
+        needs = ActorResources(self.settings.threads, gpus)
+        self._pass = CalibrationPass(self.settings, tokens, config.workers, needs)
         self._overwrite = overwrite
         database = self._pass.task.output
         assert isinstance(database, LevelDatabase)

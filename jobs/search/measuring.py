@@ -17,7 +17,9 @@ from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.data.tokens import fingerprint
 from hasten.accel.evaluation.perplexity import Windows
-from hasten.cluster.programs.search import Evaluators, Model
+from hasten.cluster.actors.evaluator import EvaluatorSpec
+from hasten.cluster.programs.search import Evaluators
+from hasten.cluster.runtime.placement import ActorResources
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.search.options import SearchConfig
 
@@ -104,7 +106,7 @@ class Measuring:
         if self._running is None or self._running[0] != text:
             self.close()
             config = self._config
-            model = Model(
+            spec = EvaluatorSpec(
                 checkpoint=self._database.source,
                 levels=self._database.path,
                 units=tuple(self.units),
@@ -115,7 +117,8 @@ class Measuring:
                 threads=config.threads,
                 batch=config.search.batch,
             )
-            self._running = text, Evaluators(model, config.workers, 1 if self.device == "cuda" else 0)
+            needs = ActorResources(config.threads, 1 if self.device == "cuda" else 0)
+            self._running = text, Evaluators(spec, config.workers, needs)
         return self._running[1]
 
     def _key(self, tokens: Tensor) -> dict[str, object]:

@@ -22,15 +22,16 @@ from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import windows
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
-from hasten.cluster.actors.verifier import Spec
+from hasten.cluster.actors.verifier import DecodeSpec
 from hasten.cluster.programs import evaluation
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.programs.decoding import Decoders
 from hasten.cluster.programs.evaluation import measure
 from hasten.cluster.programs.search import Evaluators
-from hasten.cluster.runtime.actor_pool import Crew, Wait
-from hasten.cluster.runtime.recovery import Batches, Pace, is_actors_own, is_loss, is_out_of_memory
-from hasten.cluster.runtime.tasks import Tasks
+from hasten.cluster.runtime.actor_pool import ActorPool, Wait
+from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.runtime.recovery import Batches, StragglerDetector, is_actors_own, is_loss, is_out_of_memory
+from hasten.cluster.runtime.tasks import task_results
 from tests.cluster import searching
 from tests.cluster.hungry import HungryDrafter, HungryFitness, HungryQuantizer
 from tests.cluster.hungry import task as hungry_task
@@ -59,7 +60,7 @@ def made(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec(source):
-    return Spec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_length=Fixed(8))
+    return DecodeSpec(source, tiny.VOCABULARY, SampleAndMatch(), TokenRecycling(), in_flight=2, draft_length=Fixed(8))
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +100,17 @@ def test_a_compression_that_loses_a_node_ends_with_the_same_bytes(source, tmp_pa
 
 
 @pytest.mark.ray
-def test_a_search_that_loses_a_node_finds_the_same(made, cluster):
+def test_a_search_that_loses_a_node_finds_the_same(made, tmp_path, cluster):
     model, genomes, expected = made
-    found, restarts, lines = cluster(two_nodes.search, model, genomes, SAMPLE)
+    found, restarts, lines = cluster(two_nodes.search, model, genomes, SAMPLE, tmp_path / "hangs")
     assert found == expected
     assert restarts == 1
     assert any(line.startswith("lost an evaluator") for line in lines)
 
 
 @pytest.mark.ray
-def test_prompts_of_a_lost_node_are_decoded_on_the_other(spec, completions, cluster):
-    found, restarts, lines = cluster(two_nodes.decode, spec, REQUESTS)
+def test_prompts_of_a_lost_node_are_decoded_on_the_other(spec, completions, tmp_path, cluster):
+    found, restarts, lines = cluster(two_nodes.decode, spec, REQUESTS, tmp_path / "hangs")
     assert found == completions
     assert restarts == 1
     assert any(line.startswith("lost a verifier") for line in lines)
@@ -131,7 +132,7 @@ def test_a_sweep_that_loses_a_node_finishes_each_point_once(tmp_path, cluster):
 
 
 @pytest.mark.ray
-def test_a_crew_that_the_nodes_do_not_hold_shares_what_they_have(ray_session):
+def test_a_pool_that_the_nodes_do_not_hold_shares_what_they_have(ray_session):
     import ray
 
     asked = []
@@ -144,13 +145,13 @@ def test_a_crew_that_the_nodes_do_not_hold_shares_what_they_have(ray_session):
         asked.append(cpus)
         return ray.remote(Member).options(num_cpus=cpus).remote()
 
-    crew = Crew("a worker", 2, 1000, 0, start)
-    crew.begin()
-    assert crew.there == []
-    crew.fill()
+    pool = ActorPool("a worker", 2, ActorResources(1000), start)
+    pool.begin()
+    assert pool.alive == []
+    pool.fill()
     assert asked == [0.0, 0.0]
-    assert ray.get([actor.usage.remote() for actor in crew.actors], timeout=60) == [None, None]
-    crew.end()
+    assert ray.get([actor.usage.remote() for actor in pool.actors], timeout=60) == [None, None]
+    pool.end()
 
 
 def test_a_successor_has_cpus_of_its_own_where_a_node_has_them(cluster):
@@ -283,7 +284,8 @@ def test_a_task_out_of_memory_runs_again_with_half_the_batch_once(tmp_path, ray_
     def run(times):
         batches = Batches("batch", 8, "use fewer workers")
         plate = str(tmp_path / f"plate{times}")
-        return list(Tasks(hungry_task, lambda _: (batches.of(0), plate, times), 1, 1, 1, 0, batches).results())
+        needs = ActorResources()
+        return list(task_results(hungry_task, lambda _: (batches.of(0), plate, times), 1, 1, needs, batches))
 
     assert run(1) == [(0, 4)]
     with pytest.raises(
@@ -336,15 +338,15 @@ def test_what_is_lost_and_what_lacks_memory_is_known_by_rays_errors():
 
 
 def test_a_call_is_late_after_the_longest_one_half_again_and_a_second_at_least():
-    pace = Pace()
-    assert not pace.is_late(1e9), "nothing is known yet"
-    pace.note(0.1)
-    assert (pace.is_late(0.9), pace.is_late(1.0)) == (False, True)
-    pace.note(4.0)
-    assert (pace.is_late(5.9), pace.is_late(6.0)) == (False, True)
+    detector = StragglerDetector()
+    assert not detector.is_late(1e9), "nothing is known yet"
+    detector.note(0.1)
+    assert (detector.is_late(0.9), detector.is_late(1.0)) == (False, True)
+    detector.note(4.0)
+    assert (detector.is_late(5.9), detector.is_late(6.0)) == (False, True)
     for _ in range(32):
-        pace.note(0.1)
-    assert pace.is_late(1.0), "the longest one is long ago"
+        detector.note(0.1)
+    assert detector.is_late(1.0), "the longest one is long ago"
 
 
 def test_gpus_that_do_not_come_back_are_waited_for_so_long(monkeypatch):

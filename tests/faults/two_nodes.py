@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,15 +23,20 @@ from hasten.accel.compression.search.samples import Sample
 from hasten.accel.decoding.engine import Request
 from hasten.accel.evaluation.divergence import Sums
 from hasten.accel.evaluation.perplexity import Windows
-from hasten.cluster.actors.verifier import Spec
-from hasten.cluster.programs import evaluation
+from hasten.cluster.actors.evaluator import EvaluatorSpec
+from hasten.cluster.actors.verifier import DecodeSpec
+from hasten.cluster.programs import decoding_work, evaluation
+from hasten.cluster.programs import search as search_program
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.programs.decoding import Decoders
-from hasten.cluster.programs.search import Evaluators, Model
+from hasten.cluster.programs.search import Evaluators
 from hasten.cluster.programs.sweep_points import Ending, Pool, Work
-from hasten.cluster.runtime.actor_pool import Crew
+from hasten.cluster.runtime import recovery
+from hasten.cluster.runtime.actor_pool import ActorPool
+from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.tracking.tracker import write_report
-from tests.cluster.processes import processes, wait_for
+from tests.cluster.failing import Hang, failing
+from tests.cluster.processes import wait_for
 
 # Ray takes a node for dead after these; its own defaults are longer than a test should take.
 _HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
@@ -98,45 +104,45 @@ def compress(settings: Settings, tokens: torch.Tensor) -> tuple[list[int], int, 
         return [row["block"] for row in report.blocks], report.restarts, lines
 
 
-def search(model: Model, genomes: Sequence[Genome], sample: Sample) -> tuple[list[float], int, list[str]]:
-    """Losses of candidates, measured while a node is lost, actors lost, and what was logged."""
-    with second_node() as lines:
-        pool = Evaluators(model, 2)
-        pool(genomes[:1], sample)
-        # What is not there yet is no loss.
-        wait_for(lambda: len(processes("Evaluator")) == 2)
-        killer = threading.Timer(0.05, kill_node)
-        killer.start()
-        found = pool(genomes, sample)
-        killer.join()
-        again = pool([genome[::-1] for genome in genomes], sample)
-        # The other one takes what is late: it may be through with all before Ray knows of the loss, which others meet.
-        shift, deadline = 0, time.monotonic() + 60
-        while not pool.restarts and time.monotonic() < deadline:
-            shift += 1
-            pool([genome[shift:] + genome[:shift] for genome in genomes], sample)
-        pool.close()
-        return found + again, pool.restarts, lines
+@contextmanager
+def killed_at(program: ModuleType, actor: str, method: str, count: int, mark: Path) -> Iterator[None]:
+    """The second node is killed when the actor there comes to its Nth call of a method, which never ends.
 
+    Nothing is re-executed because it is late, so that the loss cannot be overtaken, and is always met.
+    """
+    hanging = failing(getattr(program, actor), method, count, Hang(_nodes[1].node_id, mark))
 
-def decode(spec: Spec, requests: Sequence[Request]) -> tuple[dict[str, list[int]], int, list[str]]:
-    """Completions by id, of which the first comes before a node is lost, actors lost, and what was logged."""
-    with second_node() as lines:
-        pool = Decoders(spec, 2)
-        stream = pool(requests)
-        results = [next(stream)]
-        # What is not there yet is no loss.
-        wait_for(lambda: len(processes("VerifierActor")) == 2)
+    def kill() -> None:
+        wait_for(mark.exists)
         kill_node()
-        results += stream
-        found = {result.id: result.token_ids for result in results}
-        assert len(found) == len(results)
-        # The other node may be through with all prompts before Ray knows of the loss: later ones meet it.
-        deadline = time.monotonic() + 60
-        while not pool.restarts and time.monotonic() < deadline:
-            assert {result.id: result.token_ids for result in pool(requests)} == found
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with patch.object(program, actor, hanging), patch.object(recovery, "_STRAGGLER_SECONDS", float("inf")):
+        yield
+    killer.join()
+
+
+def search(
+    model: EvaluatorSpec, genomes: Sequence[Genome], sample: Sample, mark: Path
+) -> tuple[list[float], int, list[str]]:
+    """Losses of candidates, actors lost with a node in the middle, and what was logged."""
+    with second_node() as lines, killed_at(search_program, "Evaluator", "losses", 2, mark):
+        pool = Evaluators(model, 2)
+        losses = pool(genomes, sample) + pool([genome[::-1] for genome in genomes], sample)
         pool.close()
-        return found, pool.restarts, lines
+        return losses, pool.restarts, lines
+
+
+def decode(spec: DecodeSpec, requests: Sequence[Request], mark: Path) -> tuple[dict[str, list[int]], int, list[str]]:
+    """Completions by id, actors lost with a node before its second result, and what was logged."""
+    with second_node() as lines, killed_at(decoding_work, "VerifierActor", "decode", 2, mark):
+        pool = Decoders(spec, 2)
+        results = list(pool(requests))
+        completions = {result.id: result.token_ids for result in results}
+        assert len(completions) == len(results)
+        pool.close()
+        return completions, pool.restarts, lines
 
 
 def sweep(folder: Path) -> tuple[list[str], list[str]]:
@@ -197,19 +203,19 @@ def succeed() -> tuple[list[float], int, list[str]]:
     with second_node() as lines:
         _nodes.append(_patiently(lambda: _nodes[0].add_node(num_cpus=1)))
         actor: Any = ray.remote(_Worker)
-        crew = Crew("a worker", 2, 1, 0, lambda _, cpus: actor.options(num_cpus=cpus).remote())
-        crew.begin()
-        homes = {home for home, _ in ray.get([each.usage.remote() for each in crew.actors])}
+        pool = ActorPool("a worker", 2, ActorResources(), lambda _, cpus: actor.options(num_cpus=cpus).remote())
+        pool.begin()
+        homes = {home for home, _ in ray.get([each.usage.remote() for each in pool.actors])}
         victim = next(node for node in _nodes[1:] if node.node_id in homes)
         _nodes.remove(victim)
         _nodes[0].remove_node(victim, allow_graceful=False)
-        while not crew.restarts:
-            for index, error in crew.lost().items():
-                crew.replace(index, error)
-        crew.fill()
-        cpus = [each for _, each in ray.get([actor.usage.remote() for actor in crew.actors])]
-        crew.end()
-        return cpus, crew.restarts, lines
+        while not pool.restarts:
+            for index, error in pool.lost().items():
+                pool.replace(index, error)
+        pool.fill()
+        cpus = [each for _, each in ray.get([actor.usage.remote() for actor in pool.actors])]
+        pool.end()
+        return cpus, pool.restarts, lines
 
 
 def evaluate(folder: Path, windows: Windows, mark: Path) -> tuple[Sums, list[str]]:

@@ -75,14 +75,18 @@ class Drafter(ABC):
     What it learns while it runs is its memory, which sequences share; what it keeps of one sequence is in the
     context's state, under the drafter itself. observes: how many of the most probable ids after every verified node it
     learns from; observes_probs: whether their probabilities, too. needs_draft_model: whether it cannot do without one;
-    needs_hidden: whether it reads that model's hidden states. is_elsewhere: whether it runs in another process.
+    needs_hidden: whether it reads that model's hidden states.
     """
 
     observes: ClassVar[int] = 0
     observes_probs: ClassVar[bool] = True
     needs_draft_model: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
-    is_elsewhere: ClassVar[bool] = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether its memory grows with what is decoded, so that sequences gain by sharing it."""
+        return self.observes > 0 or type(self).saved is not Drafter.saved
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """How the children of a node are chosen."""

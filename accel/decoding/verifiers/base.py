@@ -86,6 +86,10 @@ class Verifier(ABC):
         chains: whether no node has two children.
         """
 
+    def is_independent_of_drafts(self, greedy: bool) -> bool:
+        """Whether the tokens depend on the target and the generator alone, so that any drafts give the same ones."""
+        return self.lossless and greedy
+
     @abstractmethod
     def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
         """Accepted path and the token after it. Whatever is drawn comes from the generator."""

@@ -25,6 +25,10 @@ class SampleAndMatch(Verifier):
         """Nothing is refused."""
         return None
 
+    def is_independent_of_drafts(self, greedy: bool) -> bool:
+        """Always: every token is the target's own draw."""
+        return True
+
     def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
         """The target's own tokens, as far down as the tree has them, and the first that it has not."""
         if rows.is_greedy:

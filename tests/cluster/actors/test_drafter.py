@@ -12,12 +12,13 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.drafters.combined.union import Union
 from hasten.accel.decoding.drafters.model.draft_model import DraftModel
+from hasten.accel.decoding.drafters.model.hierarchy import Hierarchy
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.targets.transformers import TransformersTarget
-from hasten.cluster.actors.drafter import Address, Connection, DrafterActor, RemoteDrafter, learns
+from hasten.cluster.actors.drafter import Address, Connection, DrafterActor, RemoteDrafter
 from tests.models import tiny
 
 REQUESTS = [Request(str(number), row, 24) for number, row in enumerate(tiny.tokens(4, 10).tolist())]
@@ -153,7 +154,7 @@ class LosesTheDrafter(Fixed):
 
 
 def test_without_a_drafter_nothing_is_drafted_and_the_next_one_hears_of_every_sequence(line, monkeypatch):
-    monkeypatch.setattr("hasten.cluster.actors.drafter._SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr("hasten.cluster.actors.drafter._RECONNECT_SECONDS", 0.0)
     plain, _, _ = decoded(None, policy=Fixed(0))
     policy = LosesTheDrafter(line)
     connection = Connection(Address("name"), "0")
@@ -190,9 +191,11 @@ def test_a_lost_verifiers_sequences_are_forgotten(line):
     assert [client for client, _ in actor._sequences] == ["1.0"]
 
 
-def test_what_learns_is_known_of_combinations_by_their_members():
-    assert learns(TokenRecycling())
-    assert learns(BOTH)
-    assert not learns(PromptLookup())
-    assert not learns(Union((PromptLookup(), PromptLookup(min_ngram=2))))
-    assert not learns(DraftModel())
+def test_combinations_learn_if_a_member_does():
+    assert TokenRecycling().learns
+    assert BOTH.learns
+    assert RemoteDrafter(BOTH).learns
+    assert Hierarchy(TokenRecycling()).learns
+    assert not PromptLookup().learns
+    assert not Union((PromptLookup(), PromptLookup(min_ngram=2))).learns
+    assert not DraftModel().learns

@@ -1,13 +1,14 @@
 import dataclasses
-import signal
 
 import pytest
 import torch
 
 from hasten.accel.compression.search.samples import Sample
+from hasten.cluster.actors.evaluator import Evaluator
+from hasten.cluster.programs import search
 from hasten.cluster.programs.search import Evaluators
 from tests.cluster import searching
-from tests.cluster.processes import processes
+from tests.cluster.failing import Die, failing, no_stragglers  # noqa: F401
 from tests.models import tiny
 
 TOKENS = tiny.tokens(6, 16)
@@ -61,16 +62,11 @@ def test_sequences_that_are_known_of_some_candidates_change_no_bit(made, ray_ses
 
 
 @pytest.mark.ray
-def test_a_killed_evaluator_is_replaced_and_the_result_is_the_same(made, ray_session):
+@pytest.mark.usefixtures("no_stragglers", "ray_session")
+def test_an_evaluator_that_dies_at_its_second_call_is_replaced_and_the_result_is_the_same(made, tmp_path, monkeypatch):
     model, genomes, expected = made
+    monkeypatch.setattr(search, "Evaluator", failing(Evaluator, "losses", 2, Die(tmp_path / "dead")))
     pool = Evaluators(model, 2)
-    assert pool(genomes, SAMPLES[0]) == expected[0]
-    processes("Evaluator")[0].send_signal(signal.SIGKILL)
-    assert pool(genomes, SAMPLES[1]) == expected[1]
-    # The other one may have done all of it before the loss was known: later candidates meet it.
-    for shift in range(1, len(genomes[0])):
-        if pool.restarts:
-            break
-        pool([genome[shift:] + genome[:shift] for genome in genomes], SAMPLES[1])
+    assert [pool(genomes, sample) for sample in SAMPLES] == expected
     assert pool.restarts == 1
     pool.close()

@@ -73,10 +73,8 @@ def test_a_cluster_that_grows_is_waited_for(monkeypatch, cluster, caplog):
     ],
 )
 def test_nodes_of_kinds_with_names_are_an_autoscalers(ray_session, monkeypatch, told, expected):
-    from ray.experimental import internal_kv
-
     status = json.dumps(told).encode()
-    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda key: status)
+    monkeypatch.setattr(placement, "_internal_kv_get", lambda key: status)
     assert grows() is expected
 
 

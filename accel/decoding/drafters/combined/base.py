@@ -43,6 +43,11 @@ class Combined(Drafter):
         """Whether a member does."""
         return any(drafter.needs_draft_model for drafter in self.drafters)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a member does."""
+        return any(drafter.learns for drafter in self.drafters)
+
     def new_memory(self, models: Models) -> tuple[Memory, ...]:
         """A memory of each member."""
         return tuple(drafter.new_memory(models) for drafter in self.drafters)

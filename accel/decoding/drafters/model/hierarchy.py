@@ -84,6 +84,11 @@ class Hierarchy(Drafter):
         if self.drafter.needs_draft_model:
             raise UserError(f"drafter={self.drafter} needs a draft model itself: choose one that needs none")
 
+    @property
+    def learns(self) -> bool:
+        """Whether the inner drafter does."""
+        return self.drafter.learns
+
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Drawn by the draft model, unless there is nothing to draw."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT

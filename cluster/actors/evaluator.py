@@ -1,0 +1,79 @@
+"""The actor that measures candidates of a search: a model whose layers are swapped in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hasten.accel.compression.allocators.base import Unit
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.search.candidates import Candidates
+from hasten.accel.compression.search.fitness import Fitness
+from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.samples import Sample
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """What an evaluator is made from, as plain values. tokens: (N, T); dtype: of the arithmetic."""
+
+    checkpoint: Path
+    levels: Path
+    units: tuple[Unit, ...]
+    tokens: Tensor
+    fitness: Fitness
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    threads: int = 1
+    batch: int = 4
+    cache_bytes: int = 2**30
+
+
+class Evaluator:
+    """A model in one process, whose layers change from candidate to candidate; loaded at the first use."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self._spec = spec
+        self._candidates: Candidates | None = None
+        self._cpu_before = cpu_seconds()
+
+    def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
+        """Sum of losses of every genome on every part of the sample, (genomes, parts) float64."""
+        return self._loaded().losses(genomes, sample)
+
+    def usage(self) -> dict[str, float]:
+        """CPU seconds since the model was loaded, peak memory, and what swapping took of the evaluations."""
+        release_memory()
+        candidates = self._candidates
+        return {
+            "cpu_seconds": cpu_seconds() - self._cpu_before if candidates else 0.0,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seconds": candidates.seconds if candidates else 0.0,
+            "swap_seconds": candidates.swap_seconds if candidates else 0.0,
+            "block_runs": candidates.block_runs if candidates else 0,
+            "swapped": candidates.swapped if candidates else 0,
+        }
+
+    def _loaded(self) -> Candidates:
+        if self._candidates is None:
+            spec = self._spec
+            architecture = Architecture(Checkpoint(spec.checkpoint), spec.dtype, spec.device)
+            database = LevelDatabase.read(spec.levels, architecture)
+            self._candidates = Candidates(
+                architecture,
+                spec.units,
+                database.weight,
+                spec.tokens,
+                spec.fitness,
+                batch=spec.batch,
+                cache_bytes=spec.cache_bytes,
+            )
+            self._cpu_before = cpu_seconds()
+        return self._candidates

@@ -1,0 +1,102 @@
+"""Drafters in actors of their own, each of which serves several verifiers, and what they have learned."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from torch import Tensor
+
+from hasten.accel.decoding.drafters.base import Drafter
+from hasten.cluster.actors.drafter import PATIENCE_SECONDS, Address, DrafterActor
+from hasten.cluster.runtime import recovery
+from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
+from hasten.cluster.runtime.placement import ActorResources
+
+Learned = Mapping[str, Tensor]
+_POLL_SECONDS = 0.5
+
+
+class SharedDrafters:
+    """Actors of one drafter, with snapshots of what each has learned, from which its replacement starts.
+
+    name: unique in the cluster. make_memory: a new memory from what was learned before, called in the actor.
+    snapshot_seconds: time between two snapshots.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        drafter: Drafter | None,
+        count: int,
+        needs: ActorResources,
+        make_memory: Callable[[Learned | None], Callable[[], object]],
+        learned: Learned | None,
+        snapshot_seconds: float,
+    ) -> None:
+        self._drafter, self._make_memory, self._needs = drafter, make_memory, needs
+        self._addresses = [Address(f"{name}-{number}") for number in range(count)]
+        self._learned: list[Learned | None] = [learned] * count
+        self._snapshot_seconds = snapshot_seconds
+        self._snapshots: dict[int, ObjectRef] = {}
+        self._polled = 0.0
+        self.pool = ActorPool("a drafter", count, needs, self._start)
+
+    def address(self, verifier: int) -> Address:
+        """Where the drafter of a verifier is found."""
+        return self._addresses[verifier % len(self._addresses)]
+
+    def renew_addresses(self) -> None:
+        """All actors have been ended: those that come next have other names."""
+        self._addresses = [address.replacement() for address in self._addresses]
+
+    def poll(self) -> None:
+        """Replace lost drafters, and take snapshots of what others have learned; to be called every now and then."""
+        now = time.monotonic()
+        if now - self._polled < _POLL_SECONDS:
+            return
+        self._polled = now
+        for number in self.pool.alive:
+            snapshot = self._snapshots.pop(number, None)
+            if snapshot is not None:
+                if not ray.wait([snapshot], timeout=0)[0]:
+                    self._snapshots[number] = snapshot
+                    continue
+                try:
+                    self._learned[number] = recovery.get(snapshot) or self._learned[number]
+                except RayError as error:
+                    recovery.raise_if_refused(error)
+                    if not recovery.is_loss(error):
+                        raise
+                    self._addresses[number] = self._addresses[number].replacement()
+                    self.pool.replace(number, error)
+                    continue
+            self._snapshots[number] = self.pool.actors[number].snapshot.remote(self._snapshot_seconds)
+
+    def learned(self) -> Learned:
+        """What the first drafter has learned, or its last snapshot where it is lost or does not respond."""
+        actor = self.pool.actors[0]
+        try:
+            call = actor.learned.remote() if actor else None
+            responds = call is not None and ray.wait([call], timeout=PATIENCE_SECONDS)[0]
+            self._learned[0] = (recovery.get(call) if responds else None) or self._learned[0]
+        except RayError as error:
+            recovery.raise_unless_lost(error)
+        return self._learned[0] or {}
+
+    def forget(self, client: str) -> None:
+        """A verifier was lost: free what drafters hold of its sequences."""
+        for number in self.pool.alive:
+            self.pool.actors[number].forget.remote(client)
+
+    def end(self) -> None:
+        """End the actors."""
+        self.pool.end()
+        self._snapshots = {}
+
+    def _start(self, number: int, cpus: float) -> ActorHandle:
+        assert self._drafter is not None
+        options = {"name": self._addresses[number].actor, **self._needs.options(cpus, threads=1)}
+        return start_actor(DrafterActor, options, self._drafter, self._make_memory(self._learned[number]))
