@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.shard import Shard, replace_weights
-from hasten.accel.compression.calibration.solve import prepare_group, solve_levels
-from hasten.accel.compression.calibration.statistics import Tree
+from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
+from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 

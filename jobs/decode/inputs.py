@@ -35,7 +35,7 @@ from hasten.jobs.decode.options import DecodeConfig
 class Inputs:
     """kept: results of an earlier run, by id. tokenizer: None where the target has none. placement: of the drafters."""
 
-    spec: Spec
+    spec: DecodeSpec
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase | None
     prompts: list[Prompt]
@@ -111,7 +111,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     return Inputs(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
 
 
-def _placement(config: DecodeConfig, spec: Spec, sampling: Sampling) -> str:
+def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
     """Where drafters are, as far as it is known before anything is measured."""
     refusal = sharing_refusal(spec, sampling)
     if refusal is not None and config.placement == "shared":
@@ -120,7 +120,7 @@ def _placement(config: DecodeConfig, spec: Spec, sampling: Sampling) -> str:
     return "private" if alone or refusal is not None else config.placement
 
 
-def _settings(config: DecodeConfig, spec: Spec, sampling: Sampling) -> dict[str, Any]:
+def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dict[str, Any]:
     """What decides a result, apart from its prompt."""
     return {
         "target": Checkpoint(spec.target).fingerprint()[:16],
