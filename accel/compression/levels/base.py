@@ -48,7 +48,7 @@ class Level(ABC):
     """
 
     examples: ClassVar[tuple[str, ...]]
-    family: ClassVar[type[Method]]
+    family: ClassVar[type]
     is_loaded_packed: ClassVar[bool] = False
 
     @classmethod

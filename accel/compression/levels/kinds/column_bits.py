@@ -30,7 +30,7 @@ class ColumnBitsLevel(Level):
     bits: ColumnBits
 
     examples: ClassVar[tuple[str, ...]] = ("c3", "c2.5")
-    family: ClassVar[type[Method]] = ColumnQuantizer
+    family: ClassVar[type] = ColumnQuantizer
 
     @classmethod
     def parse(cls, name: str) -> "ColumnBitsLevel | None":

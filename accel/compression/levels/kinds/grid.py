@@ -30,7 +30,7 @@ class GridLevel(Level):
     scheme: Scheme
 
     examples: ClassVar[tuple[str, ...]] = ("w4g128", "w3", "w4g128a")
-    family: ClassVar[type[Method]] = Quantizer
+    family: ClassVar[type] = Quantizer
     is_loaded_packed: ClassVar[bool] = True
 
     @classmethod

@@ -29,7 +29,7 @@ class SparsityLevel(Level):
     sparsity: Sparsity
 
     examples: ClassVar[tuple[str, ...]] = ("s50", "s37.5")
-    family: ClassVar[type[Method]] = Pruner
+    family: ClassVar[type] = Pruner
 
     @classmethod
     def parse(cls, name: str) -> "SparsityLevel | None":

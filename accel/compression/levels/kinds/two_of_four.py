@@ -70,7 +70,7 @@ class TwoOfFourLevel(Level):
     scheme: Scheme | None = None
 
     examples: ClassVar[tuple[str, ...]] = ("s2of4", "s2of4w4g128", "s2of4w3")
-    family: ClassVar[type[Method]] = Pruner
+    family: ClassVar[type] = Pruner
 
     @classmethod
     def parse(cls, name: str) -> "TwoOfFourLevel | None":
