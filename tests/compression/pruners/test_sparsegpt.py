@@ -34,9 +34,9 @@ def test_the_kept_weights_are_those_of_the_papers_algorithm(block, weight, input
 
 
 def test_the_first_block_loses_the_papers_lowest_saliencies(weight, inputs, hessian):
-    hessian = (inputs.T @ inputs / len(inputs)).double()
-    hessian.diagonal().add_(0.01 * float(hessian.diagonal().mean()))
-    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).diagonal().float()
+    damped = (inputs.T @ inputs / len(inputs)).double()
+    damped.diagonal().add_(0.01 * float(damped.diagonal().mean()))
+    inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).diagonal().float()
     saliency = (weight.float() / inverse)[:, :32].square()
     pruner = SparseGPT()
     mask = pruner.prune(weight.float(), pruner.prepare(hessian), Sparsity(0.5)).weight.mask[:, :32]
