@@ -169,6 +169,7 @@ class _Bench:
                 raise UserError(f"prompts={source} cannot be read as FILE:FIELD of JSON Lines: {error!r}") from error
             if len(texts) < 2:
                 raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
+            assert self.tokenizer is not None, "text without a tokenizer"
             yield Path(path).stem, [self.tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
 
     def _names(self) -> list[str]:

@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 from hasten.jobs.bench.options import BenchConfig
-from hasten.jobs.common.descriptor import Job, Needs, Variants
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.descriptor import Job, Needs, Variants
 
 _FOLDER = Path(__file__).parent
 _NO_BENCHMARKS = ("job", "options")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hasten.jobs.bench._watch import watched
-from hasten.jobs.common.registry import jobs
 from hasten.jobs.common.schema import MODEL, Run, option
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.dry_run.options import PlanConfig
 
 LOG = logging.getLogger(__name__)

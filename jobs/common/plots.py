@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-Row = Mapping[str, Any]
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from hasten.jobs.common.records import Record
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,6 @@ _LOOK: ContextVar[Look] = ContextVar("look", default=_OF_A_RUN)
 @contextmanager
 def looking(look: Look) -> Iterator[None]:
     """Inside the block figures have this look, and texts are taken as they are: a dollar begins no formula."""
-    from cycler import cycler
-    from matplotlib import rc_context
-
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     rules: Any = dict.fromkeys(inked, look.ink) | dict.fromkeys(papers, look.paper)
@@ -70,13 +72,13 @@ def recoloured(svg: str, look: Look, other: Look) -> str:
     return svg
 
 
-def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
+def error_per_layer(layers: Sequence[Record], path: Path) -> Path:
     """Error of every quantized layer over the depth, one line for each kind of layer; returns path.
 
     layers: `layer` (its name in the checkpoint), `error` (relative to the original's output), and `bits`, which the
     legend shows where they differ between kinds.
     """
-    kinds: dict[str, list[Row]] = {}
+    kinds: dict[str, list[Record]] = {}
     for row in layers:
         kinds.setdefault(_kind(str(row["layer"])), []).append(row)
     several = len({row.get("bits") for row in layers}) > 1
@@ -93,7 +95,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
     return save(figure, path)
 
 
-def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
+def seconds_per_block(blocks: Sequence[Record], path: Path) -> Path:
     """Wall seconds of every block as bars; returns path.
 
     blocks: `seconds`, and `layer`, the block's number or any name with that number in it. Rows of one block, such as
@@ -108,7 +110,7 @@ def seconds_per_block(blocks: Sequence[Row], path: Path) -> Path:
     return save(figure, path)
 
 
-def level_map(layers: Sequence[Row], path: Path, limits: tuple[float, float] | None = None) -> Path:
+def level_map(layers: Sequence[Record], path: Path, limits: tuple[float, float] | None = None) -> Path:
     """Bits per weight of every layer as a heat map, kinds of layers by blocks; returns path.
 
     layers: `layer` (its name in the checkpoint) and `bits_per_weight`. Experts share a cell, which shows their mean.
@@ -135,13 +137,11 @@ def block_map(
     return _heat_map("Bits per weight of each block", cells, path, limits)
 
 
-def pareto(rows: Sequence[Row], path: Path) -> Path:
+def pareto(rows: Sequence[Record], path: Path) -> Path:
     """Divergence from the original over the size, a line for each allocator; returns path.
 
     rows: `allocator`, `bytes` and `kl_divergence`; rows without the latter are left out.
     """
-    from matplotlib.ticker import AutoLocator
-
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["kl_divergence"] is not None:
@@ -172,8 +172,6 @@ def acceptance(histogram: Sequence[int], path: Path) -> Path:
 
 def time_shares(seconds: Mapping[str, float], path: Path) -> Path:
     """What the time went to, one bar cut into named parts; returns path."""
-    from matplotlib.ticker import AutoLocator
-
     total = sum(seconds.values()) or 1.0
     figure, axes = new_axes("Time of decoding", "share of the time", "")
     start = 0.0
@@ -241,12 +239,9 @@ def _ink_on(colour: Sequence[float]) -> str:
     return "#0a0a0a" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#f8f8f8"
 
 
-def new_axes(title: str, across: str, up: str) -> tuple[Any, Any]:
+def new_axes(title: str, across: str, up: str) -> tuple[Figure, Any]:
     """A figure with one pair of axes, in the look that is chosen, and these axes."""
     # pyplot would pick a backend for the screen and keep every figure: the Figure class draws to files only.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     figure = Figure(figsize=_LOOK.get().size, layout="constrained")
     axes = figure.add_subplot(title=title if _LOOK.get().titled else "", xlabel=across, ylabel=up)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -256,8 +251,6 @@ def new_axes(title: str, across: str, up: str) -> tuple[Any, Any]:
 
 def logarithmic(axis: Any, values: Sequence[float]) -> None:
     """Make an axis of positive values logarithmic, with plain numbers as its ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     # Less than two decades would have one number or none at powers of ten alone.
     far = max(values) > 100 * min(values)
@@ -266,7 +259,7 @@ def logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(figure: Any, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write a figure as what the ending of path says; returns path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A date would make two files of the same figure differ.

@@ -3,25 +3,25 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import BinaryIO, Self
 
 from hasten.accel.errors import UserError, is_disk_full
+from hasten.jobs.common.records import Record
 
 
 class Completions:
     """A file of results, a context while it is written. Beside it, in FILE.meta.json, stands what decides them."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, settings: Record, overwrite: bool) -> None:
         self.path = path
         self._meta = path.with_name(path.name + ".meta.json")
         self._settings = json.loads(json.dumps(settings))
         self._overwrite = overwrite
-        self._file: Any = None
+        self._file: BinaryIO | None = None
 
-    def kept(self) -> dict[str, dict[str, Any]]:
+    def kept(self) -> dict[str, Record]:
         """Results that are there, by id as text; UserError where they are not this run's. Writes nothing."""
         self._check_place()
         if self._is_new():
@@ -63,14 +63,16 @@ class Completions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        assert self._file is not None, "closed before it is open"
         try:
             self._file.close()
         except OSError:  # a full disk again, with what could not be written before
             if error is None:
                 raise
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Add a result; once this returns it is on the disk."""
+        assert self._file is not None, "written outside of the block"
         try:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
@@ -95,7 +97,7 @@ class Completions:
         if here != self.path and not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
             raise UserError(f"output={self.path} cannot be made: {here} is no folder that can be written to")
 
-    def _lines(self) -> tuple[list[dict[str, Any]], int]:
+    def _lines(self) -> tuple[list[Record], int]:
         """Results, and the bytes that they take: a last line that was cut off is none."""
         records = []
         whole = 0
@@ -114,7 +116,7 @@ class Completions:
         return records, whole
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(old: Record, new: Record) -> list[str]:
     return [
         f"{key}: {old.get(key)}, now {new.get(key)}"
         for key in dict.fromkeys([*old, *new])

@@ -1,8 +1,8 @@
 """What `hasten decode` takes of a cluster."""
 
-from hasten.jobs.common.descriptor import Needs
-from hasten.jobs.common.needs import of_workers
 from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.descriptors.descriptor import Needs
+from hasten.jobs.descriptors.needs import of_workers
 
 
 def needs(config: DecodeConfig) -> Needs:

@@ -6,9 +6,43 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from hasten.jobs.common.prompts import Prompt
+import torch
+
+from hasten.accel.decoding.engine import Request, Result
+from hasten.accel.decoding.replay import distinct_share
+from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stats import Figures
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.actors.verifier import Spec, sharing_refusal
+from hasten.cluster.programs.decoding import Decoders
+from hasten.cluster.programs.evaluation import check_weights
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.arithmetic import dtype_choices, gpus_per_worker, resolve_device
+from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.plots import acceptance, time_shares
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.prompts import (
+    Prompt,
+    check_lengths,
+    context_length,
+    draft_folder,
+    library_prompts,
+    load_learned,
+    model_folder,
+    prompt_seed,
+    read_prompts,
+    save_learned,
+    stop_ids,
+)
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions
 from hasten.jobs.decode.options import DecodeConfig
 
@@ -23,12 +57,12 @@ _PROMPT_FIGURES = ("num_tokens", "mean_acceptance_length", "draft_acceptance_rat
 class _Plan:
     """Everything that a run needs, checked. spec: a verifier's Spec. kept: results that are there, by id."""
 
-    spec: Any
-    sampling: Any
-    tokenizer: Any
+    spec: Spec
+    sampling: Sampling
+    tokenizer: Tokenizer | None
     prompts: list[Prompt]
     completions: Completions
-    kept: dict[str, dict[str, Any]]
+    kept: dict[str, Record]
     placement: str
 
     @property
@@ -39,12 +73,6 @@ class _Plan:
 
 def run(config: DecodeConfig) -> Path:
     """Decode what is missing; returns the path of report.json."""
-    from hasten.cluster.programs.evaluation import check_weights
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.cluster import joined
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
     if config.stream:
         config.workers = config.in_flight = 1
@@ -66,7 +94,7 @@ def run(config: DecodeConfig) -> Path:
         tracker.params(plain(config))
         if plan.kept:
             _LOG.info("%s holds %d of %d results already", plan.completions.path, len(plan.kept), len(plan.prompts))
-        metrics: dict[str, Any] = {"tokens_per_second": None, "target_efficiency": None}
+        metrics: Record = {"tokens_per_second": None, "target_efficiency": None}
         used = {"cpu_seconds": 0.0, "peak_rss_bytes": 0.0}
         records = dict(plan.kept)
         if decoders is not None:
@@ -82,7 +110,7 @@ def run(config: DecodeConfig) -> Path:
             "cpu_seconds": used["cpu_seconds"] + cpu_seconds(),
             "peak_rss_bytes": max(used["peak_rss_bytes"], peak_rss_bytes()),
         }
-        report = {
+        report: Record = {
             "job": "decode",
             "config": plain(config),
             "metrics": metrics,
@@ -100,23 +128,6 @@ def run(config: DecodeConfig) -> Path:
 
 
 def _plan(config: DecodeConfig) -> _Plan:
-    from hasten.accel.decoding.sampling import Sampling
-    from hasten.accel.errors import UserError
-    from hasten.cluster.actors.verifier import Spec
-    from hasten.jobs.cli.methods import build
-    from hasten.jobs.common.arithmetic import dtype_choices, resolve_device
-    from hasten.jobs.common.prompts import (
-        check_lengths,
-        context_length,
-        draft_folder,
-        library_prompts,
-        load_learned,
-        model_folder,
-        read_prompts,
-        stop_ids,
-    )
-    from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     drafter = build(config.drafter) if config.draft_tokens != 0 else None
     verifier = build(config.verifier)
@@ -176,11 +187,8 @@ def _plan(config: DecodeConfig) -> _Plan:
     return _Plan(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
 
 
-def _placement(config: DecodeConfig, spec: Any, sampling: Any) -> str:
+def _placement(config: DecodeConfig, spec: Spec, sampling: Sampling) -> str:
     """Where drafters are, as far as it is known before anything is measured."""
-    from hasten.accel.errors import UserError
-    from hasten.cluster.actors.verifier import sharing_refusal
-
     refusal = sharing_refusal(spec, sampling)
     if refusal is not None and config.placement == "shared":
         raise UserError(refusal)
@@ -188,10 +196,8 @@ def _placement(config: DecodeConfig, spec: Any, sampling: Any) -> str:
     return "private" if alone or refusal is not None else config.placement
 
 
-def _settings(config: DecodeConfig, spec: Any, sampling: Any) -> dict[str, Any]:
+def _settings(config: DecodeConfig, spec: Spec, sampling: Sampling) -> Record:
     """What decides a result, apart from its prompt."""
-    from hasten.accel.models.checkpoint import Checkpoint
-
     return {
         "target": Checkpoint(spec.target).fingerprint()[:16],
         "draft": None if spec.draft is None else Checkpoint(spec.draft).fingerprint()[:16],
@@ -209,22 +215,16 @@ def _settings(config: DecodeConfig, spec: Any, sampling: Any) -> dict[str, Any]:
     }
 
 
-def _decoders(config: DecodeConfig, plan: _Plan) -> Any:
-    from hasten.cluster.programs.decoding import Decoders
-
+def _decoders(config: DecodeConfig, plan: _Plan) -> Decoders:
     on_tokens = _Printer(plan.tokenizer).tokens if config.stream else None
-    gpus = 1 if plan.spec.device == "cuda" else 0
+    gpus = gpus_per_worker(config.device)
     return Decoders(plan.spec, config.workers, config.drafter_actors, gpus, plan.placement, on_tokens)
 
 
 def _decode(
-    config: DecodeConfig, plan: _Plan, decoders: Any, records: dict[str, dict[str, Any]]
+    config: DecodeConfig, plan: _Plan, decoders: Decoders, records: dict[str, Record]
 ) -> dict[str, float | None]:
     """Figures that only a run has; the results are written, and put among records."""
-    from hasten.accel.decoding.engine import Request
-    from hasten.jobs.common.progress import Progress
-    from hasten.jobs.common.prompts import prompt_seed
-
     prompts = {each.key: each for each in plan.missing}
     requests = [
         Request(key, each.tokens, config.max_new_tokens, plan.sampling, prompt_seed(config.seed, key))
@@ -259,11 +259,9 @@ def _decode(
 
 
 def _check_ties(
-    config: DecodeConfig, plan: _Plan, decoders: Any, records: Mapping[str, Mapping[str, Any]]
+    config: DecodeConfig, plan: _Plan, decoders: Decoders, records: Mapping[str, Record]
 ) -> dict[str, float]:
     """What a reduced type changed of greedy completions; nothing where it can have changed none."""
-    import torch
-
     chosen = [records[each.key] for each in plan.missing[: config.check_prompts]]
     if decoders.dtype == torch.float32 or not plan.sampling.is_greedy or plan.sampling.has_penalty or not chosen:
         return {}
@@ -285,7 +283,7 @@ def _check_ties(
     }
 
 
-def _record(prompt: Prompt, result: Any, tokenizer: Any) -> dict[str, Any]:
+def _record(prompt: Prompt, result: Result, tokenizer: Tokenizer | None) -> Record:
     """A line of the output. completion: None where there is no tokenizer."""
     figures = result.figures
     counts = {key: value for key, value in vars(figures).items() if key != "histogram"}
@@ -305,9 +303,8 @@ def _record(prompt: Prompt, result: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _total(records: Sequence[Mapping[str, Any]]) -> Any:
+def _total(records: Sequence[Record]) -> Figures:
     """Figures of all results added up, those of earlier runs among them."""
-    from hasten.accel.decoding.stats import Figures
 
     def restored() -> Iterator[Figures]:
         for record in records:
@@ -318,15 +315,11 @@ def _total(records: Sequence[Mapping[str, Any]]) -> Any:
     return Figures.total(restored())
 
 
-def _metrics(total: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from hasten.accel.decoding.replay import distinct_share
-
+def _metrics(total: Figures, records: Sequence[Record]) -> Record:
     return total.metrics() | {"distinct_share": distinct_share([record["token_ids"] for record in records])}
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    from hasten.accel.decoding.replay import distinct_share
-
+def _row(record: Record) -> Record:
     figures = record["figures"]
     return {
         "id": record["id"],
@@ -335,9 +328,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Any) -> None:
-    from hasten.jobs.common.prompts import save_learned
-
+def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Decoders) -> None:
     if config.memory is None:
         return
     learned = decoders.learned()
@@ -347,9 +338,7 @@ def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Any) -> None:
         _LOG.warning("memory=%s is not written, as this drafter learns nothing", config.memory)
 
 
-def _figures(total: Any, run_dir: Path, tracker: Any) -> None:
-    from hasten.jobs.common.plots import acceptance, time_shares
-
+def _figures(total: Figures, run_dir: Path, tracker: Tracker) -> None:
     if total.acceptance_histogram:
         tracker.figure(acceptance(total.acceptance_histogram, run_dir / "acceptance.png"))
     seconds = {
@@ -364,7 +353,7 @@ def _figures(total: Any, run_dir: Path, tracker: Any) -> None:
 class _Printer:
     """Prints completions as they come, each under its prompt's id."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._id: str | None = None
         self._ids: list[int] = []
@@ -379,14 +368,12 @@ class _Printer:
         if self._tokenizer is None:
             text = " ".join(map(str, self._ids)) + " "
         else:
-            text = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip("\ufffd")
+            text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).rstrip("\ufffd")
         print(text[len(self._shown) :], end="", flush=True)
         self._shown = text
 
 
-def _print_summary(metrics: Mapping[str, Any], output: Path) -> None:
-    from hasten.cluster.storage.naming import as_given
-
+def _print_summary(metrics: Record, output: Path) -> None:
     print(f"completions: {as_given(output)}")
     speed = "" if metrics["tokens_per_second"] is None else f"; {metrics['tokens_per_second']:.1f} tokens a second"
     print(f"decoded: {metrics['num_tokens']} tokens for {metrics['prompts']} prompts{speed}")

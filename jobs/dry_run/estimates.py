@@ -3,8 +3,8 @@
 import dataclasses
 
 from hasten.accel.costs.estimate import DRIVER, Estimate, Process, Rates, Step
-from hasten.jobs.common.descriptor import Job
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.descriptor import Job
 from hasten.jobs.dry_run.setting import Setting
 
 # CPU seconds of Ray's own processes, in those of a worker's start.

@@ -1,6 +1,6 @@
 """`hasten pretrain`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job, Needs
+from hasten.jobs.descriptors.descriptor import Job, Needs
 from hasten.jobs.pretrain.options import PretrainConfig
 
 

@@ -1,23 +1,32 @@
 """`hasten replay`: what a drafter would be worth on a text, or on recorded completions, without a target."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+import torch
+
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.replay import distinct_share, replay
+from hasten.accel.decoding.stats import Figures
+from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.errors import UserError
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.jobs.bench._markdown import table
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.plots import acceptance
+from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder, read_recorded
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.replay.options import ReplayConfig
 
 
 def run(config: ReplayConfig) -> Path:
     """Replay the text at every budget; returns the path of report.json."""
-    import torch
-
-    from hasten.accel.decoding.replay import distinct_share
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.bench._markdown import table
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.plots import acceptance
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
     torch.set_num_threads(config.threads)
     sequences, replayed = _prepared(config)
@@ -73,21 +82,9 @@ def run(config: ReplayConfig) -> Path:
     return path
 
 
-def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
+def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callable[[int], Figures]]:
     """The sequences with the lengths of their prompts, and a function from a budget to the figures of all of them."""
-    from functools import partial
-
-    from hasten.accel.decoding.drafters.base import Models
-    from hasten.accel.decoding.replay import replay
-    from hasten.accel.decoding.stats import Figures
-    from hasten.accel.decoding.targets.loading import load_target
-    from hasten.accel.errors import UserError
-    from hasten.jobs.cli.methods import build
-    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-    from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder
-    from hasten.jobs.common.tokenizer import vocabulary_size
-
-    drafter: Any = build(config.drafter)
+    drafter: Drafter = build(config.drafter)
     if not config.budgets or min(config.budgets) < 1 or len(set(config.budgets)) < len(config.budgets):
         raise UserError(f"budgets={config.budgets} is wrong: expected different whole numbers, 1 or more")
     target = model_folder("target", config.target)
@@ -102,7 +99,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
     learned = load_learned(Path(config.memory), config.drafter, vocabulary) if config.memory else {}
     sequences = _sequences(config, target, vocabulary)
 
-    def replayed(budget: int) -> Any:
+    def replayed(budget: int) -> Figures:
         # A memory of its own for every budget: what was learned at one would flatter the next.
         memory = drafter.new_memory(models)
         if learned:
@@ -113,11 +110,6 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Any]:
 
 
 def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tuple[list[int], int]]:
-    from hasten.accel.data.tokens import load_tokens
-    from hasten.accel.errors import UserError
-    from hasten.jobs.common.prompts import read_recorded
-    from hasten.jobs.common.tokenizer import load_tokenizer
-
     if config.recorded is not None:
         found = [each for each in read_recorded(Path(config.recorded), vocabulary) if len(each[0]) > each[1]]
         if not found:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from hasten.jobs.common.records import Record
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Row
 from hasten.jobs.report.pictures import Chart
@@ -86,7 +86,7 @@ def _row_numbers(rows: Sequence[Row]) -> str:
     return f"Row{'s' if len(rows) > 1 else ''} {numbers}"
 
 
-def _layers(row: Row) -> list[Mapping[str, Any]]:
+def _layers(row: Row) -> list[Record]:
     """Bits of a row's layers; none where a layer has several, as in a database of levels."""
     layers = row.entry.report.get("layers")
     if not isinstance(layers, list):

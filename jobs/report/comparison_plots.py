@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, PercentFormatter
+
 from hasten.jobs.common.plots import logarithmic, new_axes, save
 
 _MARKERS = "osD^v<>P"
@@ -108,8 +111,6 @@ def time_shares_of_runs(seconds: Mapping[str, Mapping[str, float]], path: Path) 
 
     seconds: of the named parts, in any unit, by the run's name.
     """
-    from matplotlib.ticker import AutoLocator, PercentFormatter
-
     figure, axes = new_axes("Time share", "share of the time", "")
     parts = list(dict.fromkeys(part for each in seconds.values() for part in each))
     starts = [0.0] * len(seconds)
@@ -128,15 +129,13 @@ def time_shares_of_runs(seconds: Mapping[str, Mapping[str, float]], path: Path) 
 
 
 def _scale(axis: Any, told: Axis, values: Sequence[float]) -> None:
-    from matplotlib.ticker import AutoLocator
-
     if told.may_be_log and values and min(values) > 0 and max(values) > 10 * min(values):
         logarithmic(axis, values)
     else:
         axis.set_major_locator(AutoLocator())
 
 
-def _legend_below(figure: Any, axes: Any) -> None:
+def _legend_below(figure: Figure, axes: Any) -> None:
     """The legend under the axes, where it hides nothing, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     # Inches: a letter of this size is about 0.075 wide, a line or marker with its gaps takes about 0.6.
@@ -145,7 +144,7 @@ def _legend_below(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=columns)
 
 
-def _short(name: str, figure: Any, letters_per_inch: float) -> str:
+def _short(name: str, figure: Figure, letters_per_inch: float) -> str:
     """The name, cut where it would take too much of the figure's width."""
     most = int(figure.get_figwidth() * letters_per_inch)
     return name if len(name) <= most else name[: most - 1] + "…"

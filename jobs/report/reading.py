@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.common.logs import LOG_FILE
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.common.records import Record
+from hasten.jobs.descriptors.registry import jobs
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
 # Stands for a job that nothing tells.
@@ -54,12 +54,12 @@ class Entry:
     name: str
     folder: Path
     status: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    values: Record = field(default_factory=dict)
+    config: Record = field(default_factory=dict)
+    metrics: Record = field(default_factory=dict)
     seconds: float | None = None
     failure: Failure | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Record = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -115,7 +115,7 @@ def _source(folder: Path) -> Source:
     )
 
 
-def _sweep(folder: Path, report: Mapping[str, Any]) -> Source:
+def _sweep(folder: Path, report: Record) -> Source:
     job = str(report.get("sweep_of", _UNKNOWN))
     rows = _listed(folder, report, "points")
     points = [_point(folder / str(row["folder"]), job, row) for row in rows]
@@ -145,7 +145,7 @@ def _begun(folder: Path, job: str) -> Entry:
     return _point(folder, job, row)
 
 
-def _as_source(folder: Path, told: Mapping[str, Any], points: Sequence[Entry]) -> Source:
+def _as_source(folder: Path, told: Record, points: Sequence[Entry]) -> Source:
     varied = told.get("varied") or list(dict.fromkeys(key for point in points for key in point.values))
     objectives = tuple(
         Objective(str(each["metric"]), str(each.get("direction", "minimize"))) for each in told.get("objectives") or ()
@@ -154,9 +154,9 @@ def _as_source(folder: Path, told: Mapping[str, Any], points: Sequence[Entry]) -
     return Source(folder, entries, tuple(map(str, varied)), objectives)
 
 
-def _point(folder: Path, job: str, row: Mapping[str, Any]) -> Entry:
+def _point(folder: Path, job: str, row: Record) -> Entry:
     """A point from its row in the sweep's report, or from its own point.json, and from what lies in its folder."""
-    told: dict[str, Any] = {}
+    told: Record = {}
     damage = None
     if (folder / "report.json").exists():
         try:
@@ -185,7 +185,7 @@ def _point(folder: Path, job: str, row: Mapping[str, Any]) -> Entry:
     )
 
 
-def _failure(told: Any, status: str, folder: Path) -> Failure | None:
+def _failure(told: object, status: str, folder: Path) -> Failure | None:
     if isinstance(told, Mapping):
         return Failure(str(told.get("type") or "error"), str(told.get("message") or ""))
     if status != "failed":
@@ -193,7 +193,7 @@ def _failure(told: Any, status: str, folder: Path) -> Failure | None:
     return _from_log(folder / LOG_FILE) or Failure("unknown", str(told or "the log may tell more"))
 
 
-def _finished(folder: Path, name: str, report: Mapping[str, Any]) -> Entry:
+def _finished(folder: Path, name: str, report: Record) -> Entry:
     metrics = report["metrics"]
     return Entry(
         job=str(report["job"]),
@@ -232,18 +232,18 @@ def _budgets(entry: Entry) -> Iterator[Entry]:
         )
 
 
-def _rest(report: Mapping[str, Any]) -> dict[str, Any]:
+def _rest(report: Record) -> Record:
     return {key: value for key, value in report.items() if key not in ("job", "config", "metrics")}
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: Path) -> Record:
     found = _json(path)
     if not isinstance(found.get("job"), str) or not isinstance(found.get("metrics"), dict):
         raise UserError(f"{path} is no report of a run or sweep: expected the keys job and metrics in it")
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Record:
     try:
         found = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
@@ -262,14 +262,14 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _listed(folder: Path, report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+def _listed(folder: Path, report: Record, key: str) -> list[Record]:
     rows = report.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "folder" in row for row in rows):
         raise UserError(f"{folder / 'report.json'} is no report of a sweep: expected {key}, each with its folder")
     return rows
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Record:
     try:
         found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hasten.jobs.common.records import Record
 from hasten.jobs.report.reading import Entry, Source
 
 # Where results and logs go, and what the machine offers them: no settings of what was tried.
 _PLACES = ("run_dir", "output", "overwrite", "stream", "tracking", "address")
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Record:
     """Values by `section.key`; a method stands as its name under its family's, its hyper-parameters below that."""
-    found: dict[str, Any] = {}
+    found: Record = {}
     for key, value in config.items():
         if key == "_target_":
             found[prefix.removesuffix(".")] = _method(value)
@@ -24,7 +25,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def settings(entry: Entry) -> dict[str, Any]:
+def settings(entry: Entry) -> Record:
     """All that is known of a row's settings: what a sweep or a budget chose counts more than the configuration."""
     return flat(entry.config) | dict(entry.values)
 
@@ -59,7 +60,7 @@ def common(entries: Sequence[Entry]) -> dict[str, str]:
     }
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as it is written on the command line."""
     if value is None:
         return "null"
@@ -78,6 +79,6 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def _method(target: Any) -> str:
+def _method(target: object) -> str:
     """Name of a method, which is that of its file: gptq of hasten.accel.compression.quantizers.gptq.GPTQ."""
     return str(target).rpartition(".")[0].rpartition(".")[2] or str(target)

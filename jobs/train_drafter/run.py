@@ -2,11 +2,30 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hasten.accel.data.tokens import LIBRARY, load_tokens
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
+from hasten.accel.training.heads.acceptance_training import AcceptanceTraining, Examples
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.prompts import check_tokenizers, model_folder
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
 
 _LOG = logging.getLogger(__name__)
@@ -18,17 +37,6 @@ def run(config: TrainDrafterConfig) -> Path:
 
     Raises UserError, with nothing written, for models, texts and outputs that do not fit.
     """
-    import torch
-
-    from hasten.accel.models.checkpoint import Checkpoint
-    from hasten.accel.training.heads.acceptance import FILE
-    from hasten.accel.training.heads.acceptance_training import AcceptanceTraining
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-    from hasten.jobs.common.prompts import check_tokenizers, model_folder
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
     target, draft = (model_folder(name, getattr(config, name)) for name in ("target", "draft"))
     check_tokenizers(target, draft, reads_draft_probs=False)
@@ -52,7 +60,7 @@ def run(config: TrainDrafterConfig) -> Path:
         quality = dataclasses.asdict(training.measure(head, held_out))
         head.save(output, fingerprint)
         calibration = quality.pop("calibration")
-        metrics: dict[str, Any] = quality | {
+        metrics: Record = quality | {
             "tokens": len(train),
             "held_out_tokens": len(held_out),
             "bytes": output.stat().st_size,
@@ -73,11 +81,8 @@ def run(config: TrainDrafterConfig) -> Path:
     return path
 
 
-def _texts(text: DrafterText, target: Path, draft: Path) -> tuple[Any, Any]:
+def _texts(text: DrafterText, target: Path, draft: Path) -> tuple[Tensor, Tensor]:
     """Token ids to train on and to measure on."""
-    from hasten.accel.data.tokens import LIBRARY, load_tokens
-    from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-
     tokenizer = load_tokenizer(target)
     # A model may have rows for ids that no tokenizer makes, and the other fewer of them.
     vocabulary = min(vocabulary_size(target), vocabulary_size(draft))
@@ -102,18 +107,13 @@ def _check_output(output: Path) -> None:
 
 def _examples(
     config: TrainDrafterConfig,
-    training: Any,
+    training: AcceptanceTraining,
     folders: tuple[Path, Path],
-    texts: tuple[Any, Any],
-    dtype: Any,
+    texts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
     device: str,
-) -> tuple[Any, Any]:
+) -> tuple[Examples, Examples]:
     """What both models say about the texts, to train on and to measure on."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from hasten.jobs.common.progress import Progress
-
     models: list[Any] = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
     models = [model.to(device).eval() for model in models]
     found = []
@@ -121,20 +121,26 @@ def _examples(
         done = 0
         for number, tokens in enumerate(texts):
             generator = torch.Generator(device).manual_seed(2 * config.seed + number)
-            before = done
+            report = partial(_read_more, progress, done)
             found.append(
                 training.collect(
-                    *(*models, tokens, generator, config.text.batch),
-                    lambda count, before=before: progress.update(before + count),
+                    models[0],
+                    models[1],
+                    tokens,
+                    generator,
+                    config.text.batch,
+                    report,
                 )
             )
             done += len(tokens)
     return found[0], found[1]
 
 
-def _fit(training: Any, examples: Any, seed: int, device: str, tracker: Any) -> Any:
-    from hasten.jobs.common.progress import Progress
+def _read_more(progress: Progress, before: int, count: int) -> None:
+    progress.update(before + count)
 
+
+def _fit(training: AcceptanceTraining, examples: Examples, seed: int, device: str, tracker: Tracker) -> AcceptanceHead:
     steps = training.steps(len(examples))
     losses: list[float] = []
     with Progress("training", steps, "step") as progress:
@@ -150,9 +156,7 @@ def _fit(training: Any, examples: Any, seed: int, device: str, tracker: Any) -> 
         return training.fit(examples, seed, device, report)
 
 
-def _print_summary(metrics: dict[str, Any], calibration: list[dict[str, float]], output: Path) -> None:
-    from hasten.cluster.storage.naming import as_given
-
+def _print_summary(metrics: Record, calibration: list[dict[str, float]], output: Path) -> None:
     print(
         f"held-out loss {metrics['loss']:.4f}, AUC {metrics['auc']:.3f} of at most {metrics['auc_best']:.3f}; of the "
         f"drafted tokens {metrics['accepted']:.1%} are accepted"

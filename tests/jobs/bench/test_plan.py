@@ -5,7 +5,7 @@ import pytest
 from hasten.accel.errors import UserError
 from hasten.jobs.bench.plan import Compared, Config, _section, _worst, moved_bytes, run
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 from tests.models import tiny
 
 FOUND = [

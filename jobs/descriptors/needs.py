@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from hasten.jobs.common.arithmetic import gpus_per_worker
-from hasten.jobs.common.descriptor import Needs
+from hasten.jobs.descriptors.descriptor import Needs
 
 
 class InProcess(Protocol):

@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 
 import hasten.jobs
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import PEAK_RSS_BYTES, SECONDS, Metric
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import PEAK_RSS_BYTES, SECONDS, Metric
 
 
 @cache

@@ -1,0 +1,1 @@
+"""What a job says of itself: its descriptor, and the list of all jobs."""
