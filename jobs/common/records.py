@@ -1,4 +1,4 @@
-"""What reports and lines of JSON are in memory."""
+"""The type of a JSON object in memory."""
 
 from typing import Any
 

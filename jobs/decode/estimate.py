@@ -1,4 +1,4 @@
-"""What `hasten decode` will take."""
+"""Estimate of `hasten decode`."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 94, 128
 
 
 def shapes(config: DecodeConfig, gpus: int) -> Shapes:
-    """Those of the target."""
+    """Shapes of the target."""
     return shapes_of(model_of("target", config.target, config.dtype, gpus))
 
 
 def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
-    """The prompts decoded, at the tokens a pass that the plan names."""
+    """Cost of decoding all prompts, at the tokens per pass that the plan assumes."""
     target = model_of("target", config.target, config.dtype, setting.gpus)
     drafter = build(config.drafter) if config.draft_tokens != 0 else None
     drafted = 0 if drafter is None else config.draft_tokens or config.max_draft_tokens

@@ -1,1 +1,1 @@
-"""What a job says of itself: its descriptor, and the list of all jobs."""
+"""The descriptor of a job, the types of its fields, and the registry of all jobs."""

@@ -1,4 +1,4 @@
-"""Every job there is: the folders of jobs/ that hold a descriptor, and what all of them report."""
+"""The registry of jobs: all folders of jobs/ with a descriptor, and the metrics that these jobs report."""
 
 from functools import cache
 from importlib import import_module

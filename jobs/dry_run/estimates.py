@@ -1,4 +1,4 @@
-"""What a run takes: the job's own estimate, and what every job takes beside it."""
+"""Estimate of a whole run: the job's own, and the imports, Ray and report that every job has."""
 
 import dataclasses
 

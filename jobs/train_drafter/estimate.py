@@ -1,4 +1,4 @@
-"""What `hasten train_drafter` will take."""
+"""Estimate of `hasten train_drafter`."""
 
 from hasten.accel.costs import training
 from hasten.accel.costs.estimate import Estimate
@@ -8,12 +8,12 @@ from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 
 def shapes(config: TrainDrafterConfig, gpus: int) -> Shapes:
-    """Those of the target."""
+    """Shapes of the target."""
     return shapes_of(model_of("target", config.target, config.dtype, gpus))
 
 
 def estimate(config: TrainDrafterConfig, setting: Setting) -> Estimate:
-    """Both models over the texts, and the training of the network."""
+    """Cost of running both models over the texts and of training the network."""
     text = config.text
     return training.train_drafter(
         model_of("target", config.target, config.dtype, setting.gpus),
