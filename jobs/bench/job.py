@@ -1,4 +1,4 @@
-"""`hasten bench NAME`: the descriptor, and one of every benchmark, which is a file of this folder."""
+"""The descriptor of `hasten bench NAME`, and one for every benchmark, which is a file of this folder."""
 
 import ast
 import dataclasses
@@ -7,15 +7,15 @@ from importlib import import_module
 from pathlib import Path
 
 from hasten.jobs.bench.options import BenchConfig
-from hasten.jobs.common.descriptor import Job, Needs, Variants
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.descriptor import Job, Needs, Variants
 
 _FOLDER = Path(__file__).parent
 _NO_BENCHMARKS = ("job", "options")
 
 
 def needs(config: BenchConfig) -> Needs:
-    """Of a benchmark, which starts what it measures by itself."""
+    """Resources of a benchmark, which starts the jobs that it measures itself."""
     return Needs(float(getattr(config, "threads", 1)), 0.0, getattr(config, "threads", 1))
 
 
@@ -44,7 +44,7 @@ JOB = Job(
     position=90,
     options=BenchConfig,
     needs="hasten.jobs.bench.job:needs",
-    not_planned="a benchmark is run to be measured",
+    not_planned="a benchmark measures other jobs, which have plans of their own",
     in_ray=False,
     examples=("hasten bench compress",),
     shares_state=True,

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -14,6 +14,7 @@ from hasten.accel.errors import UserError
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cli.methods import job_file
 from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
+from hasten.jobs.common.records import Record
 from hasten.jobs.common.schema import Run
 
 CONF_MODULE = "hasten.conf"
@@ -67,7 +68,7 @@ def _defaults(job: str) -> dict[str, str]:
     return {key: name for entry in entries if isinstance(entry, dict) for key, name in entry.items()}
 
 
-def _composed(job: str, schema: type[C], groups: dict[str, str], values: dict[str, Any]) -> C:
+def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record) -> C:
     composed = copy.deepcopy(_with_groups(CONF_MODULE, job, cast(Hashable, schema), tuple(groups.items())))
     for key, value in values.items():
         # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
@@ -90,7 +91,7 @@ def _check(config: Run, known: Iterable[Option]) -> None:
             item.check(value_at(config, item.key))
 
 
-def plain(config: Run) -> dict[str, Any]:
+def plain(config: Run) -> Record:
     """Config as nested dictionaries, for config.yaml, report.json and MLflow; with URIs as they were given."""
-    given: dict[str, Any] = as_given(dataclasses.asdict(config))
+    given: Record = as_given(dataclasses.asdict(config))
     return given

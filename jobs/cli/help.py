@@ -4,12 +4,12 @@ import ast
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from hasten.jobs.cli.methods import job_file, method, method_names
 from hasten.jobs.cli.options import Option, options
-from hasten.jobs.common.descriptor import Job, Variants
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.common.records import Record
+from hasten.jobs.descriptors.descriptor import Job, Variants
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.sweep.options import PREFIX, SweepConfig
 
 _INDENT = "  "
@@ -97,7 +97,7 @@ def _methods(group: str, with_fields: bool = False) -> list[str]:
     return lines
 
 
-def _option(item: Option, default: Any) -> list[str]:
+def _option(item: Option, default: object) -> list[str]:
     rules = [f"one of {', '.join(item.choices)}"] if item.choices else []
     if item.at_least is not None and item.at_most is not None:
         rules.append(f"{item.at_least:g} to {item.at_most:g}")
@@ -105,7 +105,7 @@ def _option(item: Option, default: Any) -> list[str]:
     return _row(f"{item.key}={_shown(default)}", text, 34)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -115,9 +115,9 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Record, prefix: str = "") -> Record:
     """Values of a job's file by flat key; what it chooses in a group under the group's name."""
-    found: dict[str, Any] = {}
+    found: Record = {}
     for key, value in tree.items():
         if key == "defaults" and not prefix:
             for entry in value:

@@ -8,9 +8,9 @@ from pathlib import Path
 from hasten.accel.errors import UserError, is_disk_full
 from hasten.jobs.cli.help import command_names, job_help, overview
 from hasten.jobs.cli.options import MULTIRUN, nearest, split_plan
-from hasten.jobs.common.descriptor import Job
 from hasten.jobs.common.logs import default_folder, log_to_terminal, log_traceback
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.registry import jobs
 
 _HELP = ("-h", "--help", "help")
 
@@ -84,7 +84,7 @@ def _command(name: str, words: list[str]) -> int:
 
 def _run(job: Job, words: list[str]) -> None:
     from hasten.jobs.cli.compose import compose
-    from hasten.jobs.common.execute import execute
+    from hasten.jobs.cli.execute import execute
 
     config = compose(job.name, job.options, words)
     config.run_dir = config.run_dir or default_folder("/".join(job.words))

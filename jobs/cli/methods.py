@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from hasten import conf
+from hasten.accel.errors import UserError
+from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
 _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
@@ -19,8 +21,8 @@ class MethodField:
     """A hyper-parameter of a method: its type (object where it is no simple one) and default (its text likewise)."""
 
     name: str
-    kind: Any
-    default: Any
+    kind: type
+    default: object
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Method:
     fields: tuple[MethodField, ...]
 
 
-def job_file(job: str) -> dict[str, Any]:
+def job_file(job: str) -> Record:
     """Content of conf/JOB.yaml."""
     return yaml.safe_load((CONF / f"{job}.yaml").read_text(encoding="utf-8"))
 
@@ -70,19 +72,17 @@ def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
     return tuple(found)
 
 
-def _value(node: ast.expr) -> Any:
+def _value(node: ast.expr) -> object:
     try:
         return ast.literal_eval(node)
     except ValueError:
         return ast.unparse(node)
 
 
-def build(settings: dict[str, Any]) -> Any:
+def build(settings: Record) -> Any:
     """The method that a composed group describes; UserError where its hyper-parameters make no sense."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
-
-    from hasten.accel.errors import UserError
 
     try:
         # Else a list of methods would become one of their hyper-parameters.

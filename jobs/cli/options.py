@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from hasten.jobs.cli.methods import method, method_names
 MULTIRUN = ("-m", "--multirun")
 PLAN = "plan=true"
 
+S = TypeVar("S")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -28,7 +29,7 @@ class Option:
     key: str
     kind: Any
     optional: bool = False
-    default: Any = None
+    default: object = None
     help: str = ""
     choices: tuple[str, ...] = ()
     at_least: float | None = None
@@ -72,7 +73,7 @@ class Option:
             near = nearest(str(value), self.choices)
             raise self._refusal(value, f" (did you mean {near}?)" if near else "")
 
-    def _refusal(self, value: Any, hint: str = "") -> UserError:
+    def _refusal(self, value: object, hint: str = "") -> UserError:
         return UserError(f"{self.key}={value} is wrong: expected {self.expected}{hint}")
 
 
@@ -114,7 +115,7 @@ def _listed(kind: Any, value: Any) -> Any:
     return [_listed(typing.get_args(kind)[0], item) for item in value]
 
 
-def _fail(value: Any) -> typing.NoReturn:
+def _fail(value: object) -> typing.NoReturn:
     raise ValueError(value)
 
 
@@ -178,7 +179,7 @@ def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
     return PLAN in words, [word for word in words if word not in (PLAN, "plan=false")]
 
 
-def split_off(schema: type, prefix: str, words: Iterable[str]) -> tuple[Any, list[str]]:
+def split_off(schema: type[S], prefix: str, words: Iterable[str]) -> tuple[S, list[str]]:
     """An object of a dataclass from the `key=value` words whose keys begin with its prefix, and the words left over.
 
     UserError names the first word that is wrong.

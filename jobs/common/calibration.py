@@ -1,20 +1,31 @@
 """What the jobs that calibrate share: their checkpoint, tokens and settings, and the pass with its progress."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.outputs.resumable import ResumableFolder
+from hasten.accel.data.tokens import load_tokens
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.models.families import family_of
+from hasten.cluster.programs.calibration import CalibrationPass
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.records import Record
 from hasten.jobs.common.schema import Calibrated, Calibration
+from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
 
 _LOG = logging.getLogger(__name__)
 
 
 def original(model: str) -> Path:
     """Folder of the checkpoint to compress; UserError where it is none of a known family."""
-    from hasten.accel.models.checkpoint import Checkpoint, resolve
-    from hasten.accel.models.families import family_of
-
     # Absolute, as the workers of a cluster have other current folders.
     source = resolve(model).absolute()
     # Before transformers reads the folder, whose errors are no single lines.
@@ -22,12 +33,8 @@ def original(model: str) -> Path:
     return source
 
 
-def calibration_settings(config: Calibrated, source: Path, output: Path, **chosen: Any) -> Any:
+def calibration_settings(config: Calibrated, source: Path, output: Path, **chosen: Any) -> Settings:
     """Settings of a calibration pass: `chosen` ones, and those that are the same for every job."""
-    from hasten.accel.compression.calibration.settings import Settings
-    from hasten.accel.compression.formats.pack_quantized import PackQuantized
-    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-
     device = resolve_device(config.device)
     return Settings(
         checkpoint=source,
@@ -47,11 +54,8 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
     )
 
 
-def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) -> Any:
+def calibration_tokens(calibration: Calibration, settings: Settings, tokenizer: Tokenizer | None) -> Tensor | None:
     """Tokens [sequences, T]; None for methods that need none. tokenizer may be None for a file of tokens."""
-    from hasten.accel.data.tokens import load_tokens
-    from hasten.jobs.common.tokenizer import vocabulary_size
-
     if not settings.needs_hessian:
         return None
     return load_tokens(
@@ -65,20 +69,16 @@ def calibration_tokens(calibration: Calibration, settings: Any, tokenizer: Any) 
     )
 
 
-def open_output(output: Any, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool) -> None:
     """Open a folder that a run fills block by block; says what this run does otherwise than the one that began it."""
-    from hasten.cluster.storage.naming import as_given
-
     output.source_name = as_given(output.source_name)
     output.open(fingerprint, overwrite)
     for change in output.changed(fingerprint):
         _LOG.warning("%s=%s goes on with another %s; the last bits may differ", output.option, output.path, change)
 
 
-def run_pass(compression: Any, title: str, tracker: Any) -> None:
+def run_pass(compression: CalibrationPass, title: str, tracker: Tracker) -> None:
     """Run a calibration pass with a progress bar over its blocks, each of which is a step of the tracked run."""
-    from hasten.jobs.common.progress import Progress
-
     architecture, output = compression.task.architecture, compression.task.output
     finished = len(output.finished)
     if finished:
@@ -86,7 +86,7 @@ def run_pass(compression: Any, title: str, tracker: Any) -> None:
     with Progress(title, architecture.num_blocks, "block") as progress:
         progress.begin(finished)
 
-        def note(count: int, row: dict[str, Any]) -> None:
+        def note(count: int, row: Record) -> None:
             progress.update(finished + count, f"error {row['error']:.2e}")
             tracker.metrics({"block_error": row["error"], "block_seconds": row["seconds"]}, step=row["block"])
 

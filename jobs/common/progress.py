@@ -4,7 +4,10 @@ import logging
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, NoReturn, Self
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 15.0
@@ -18,7 +21,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self._done = 0
-        self._bar: Any = None
+        self._bar: tqdm[NoReturn] | None = None
         self._started = self._last_line = time.monotonic()
         self._first = 0
 

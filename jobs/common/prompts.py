@@ -6,9 +6,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.data.library import library_files, library_root, read_texts
+from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 
 # JSON can hold half of a pair of surrogates, which neither a tokenizer nor a file takes.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -21,7 +32,7 @@ _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
 class Prompt:
     """A prompt's id as the file has it, and its token ids. where: what to call it in a message."""
 
-    id: Any
+    id: object
     tokens: list[int]
     where: str
 
@@ -33,8 +44,6 @@ class Prompt:
 
 def model_folder(option: str, model: str) -> Path:
     """Absolute folder of a checkpoint; UserError names the option where there is none, or a broken one."""
-    from hasten.accel.models.checkpoint import Checkpoint, resolve
-
     try:
         folder = resolve(model).absolute()
     except UserError as error:
@@ -48,8 +57,6 @@ def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None
 
     reads_draft_probs: whether the models' distributions are compared, which then must be of the same length.
     """
-    from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-
     tokenizers = [load_tokenizer(folder) for folder in (target, draft)]
     ids, other_ids = ({} if each is None else each.get_vocab() for each in tokenizers)
     right = "give a draft model with the target's tokenizer"
@@ -74,7 +81,7 @@ def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None
         )
 
 
-def draft_folder(draft: str | None, drafter: Any, target: Path, reads_draft_probs: bool) -> Path | None:
+def draft_folder(draft: str | None, drafter: Drafter, target: Path, reads_draft_probs: bool) -> Path | None:
     """Folder of the draft model that a drafter needs, None where it needs none; UserError where it does not fit."""
     if not drafter.needs_draft_model:
         return None
@@ -85,7 +92,7 @@ def draft_folder(draft: str | None, drafter: Any, target: Path, reads_draft_prob
     return folder
 
 
-def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Ids that end what a model writes: as its generation config says, else its config, else its tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -98,13 +105,13 @@ def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 def context_length(folder: Path) -> int | None:
     """Tokens that a model has positions for; None where it does not say."""
-    from transformers import AutoConfig
-
     found = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     return int(found) if found else None
 
 
-def read_prompts(path: Path, tokenizer: Any, vocabulary: int, prompt_field: str, id_field: str) -> list[Prompt]:
+def read_prompts(
+    path: Path, tokenizer: Tokenizer | None, vocabulary: int, prompt_field: str, id_field: str
+) -> list[Prompt]:
     """Prompts of a JSON Lines file; UserError names the line that is wrong."""
     found: list[Prompt] = []
     lines: dict[str, int] = {}
@@ -120,10 +127,8 @@ def read_prompts(path: Path, tokenizer: Any, vocabulary: int, prompt_field: str,
     return found
 
 
-def library_prompts(tokenizer: Any, vocabulary: int) -> list[Prompt]:
+def library_prompts(tokenizer: Tokenizer | None, vocabulary: int) -> list[Prompt]:
     """The beginnings of a few of the standard library's held-out files."""
-    from hasten.accel.data.library import library_files, library_root, read_texts
-
     if tokenizer is None:
         raise UserError("prompts=null is text, and the target's folder has no tokenizer: give prompts of token ids")
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -164,7 +169,7 @@ def read_recorded(path: Path, vocabulary: int) -> list[tuple[list[int], int]]:
     return found
 
 
-def read_records(option: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(option: str, path: Path) -> Iterator[tuple[int, Record]]:
     """Number and object of every line that is not blank; UserError where one is no JSON object, or there is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
@@ -196,13 +201,11 @@ def prompt_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "big")
 
 
-def load_learned(path: Path, drafter: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+def load_learned(path: Path, drafter: Mapping[str, object], vocabulary: int) -> dict[str, Tensor]:
     """Tensors that an earlier run of the same drafter saved; none where there is no file yet.
 
     vocabulary: of the target, which must know the ids that were learned.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return {}
     try:
@@ -222,19 +225,15 @@ def load_learned(path: Path, drafter: Mapping[str, Any], vocabulary: int) -> dic
     return tensors
 
 
-def save_learned(path: Path, drafter: Mapping[str, Any], vocabulary: int, tensors: Mapping[str, Any]) -> None:
+def save_learned(path: Path, drafter: Mapping[str, object], vocabulary: int, tensors: Mapping[str, Tensor]) -> None:
     """Keep what a drafter learned, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from hasten.accel.compression.outputs.resumable import write_whole
-
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     note = {"drafter": json.dumps(drafter, sort_keys=True), "vocabulary": json.dumps(vocabulary)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(kept, temporary, metadata=note))
 
 
-def _tokens(prompt: Any, tokenizer: Any, vocabulary: int, where: str, field: str) -> list[int]:
+def _tokens(prompt: object, tokenizer: Tokenizer | None, vocabulary: int, where: str, field: str) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError(f"{where} is text, and the target's folder has no tokenizer: give lists of token ids")
@@ -249,11 +248,11 @@ def _tokens(prompt: Any, tokenizer: Any, vocabulary: int, where: str, field: str
     return prompt
 
 
-def _are_ids(values: Any, vocabulary: int) -> TypeGuard[list[int]]:
+def _are_ids(values: object, vocabulary: int) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(each) is int and 0 <= each < vocabulary for each in values)
 
 
-def _shown(settings: Mapping[str, Any] | None) -> str:
+def _shown(settings: Mapping[str, object] | None) -> str:
     if settings is None:
         return "nobody known"
     rest = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "_target_")

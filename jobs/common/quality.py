@@ -1,19 +1,22 @@
 """What the jobs that measure a checkpoint share: the windows of held-out text, and the measuring with its progress."""
 
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from hasten.accel.evaluation.perplexity import Windows, load_windows
+from hasten.cluster.programs.evaluation import Measured, measure
+from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.schema import Evaluation
+from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
 
 # Figures of a report that are null where nothing was measured.
 FIGURES = ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
 
 
-def held_out_windows(evaluation: Evaluation, tokenizer: Any, folder: Path) -> Any:
+def held_out_windows(evaluation: Evaluation, tokenizer: Tokenizer | None, folder: Path) -> Windows | None:
     """Windows of the evaluation's text; None where it asks for no sequence."""
-    from hasten.accel.evaluation.perplexity import load_windows
-    from hasten.jobs.common.tokenizer import vocabulary_size
-
     if not evaluation.sequences:
         return None
     return load_windows(
@@ -27,15 +30,20 @@ def held_out_windows(evaluation: Evaluation, tokenizer: Any, folder: Path) -> An
 
 
 def measured(
-    folder: Path, original: Path | None, windows: Any, workers: int, threads: int, device: str, **arithmetic: Any
-) -> Any:
+    folder: Path,
+    original: Path | None,
+    windows: Windows,
+    workers: int,
+    threads: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 8,
+    batch_option: str = "windows at once",
+) -> Measured:
     """What hasten.cluster.programs.evaluation.measure returns, with a progress bar; inside a Ray session.
 
-    arithmetic: dtype and batch, where they are not the defaults, and batch_option, what the batch is called.
+    batch: windows that run at once. batch_option: what a message about too large a batch calls it.
     """
-    from hasten.cluster.programs.evaluation import measure
-    from hasten.jobs.common.progress import Progress
-
     with Progress("evaluate", min(workers, len(windows)), "part") as progress:
         return measure(
             folder,
@@ -44,7 +52,9 @@ def measured(
             workers,
             threads,
             device=device,
-            gpus=1 if device == "cuda" else 0,
+            gpus=gpus_per_worker(device),
             progress=lambda done, total: progress.update(done),
-            **arithmetic,
+            dtype=dtype,
+            batch=batch,
+            batch_option=batch_option,
         )

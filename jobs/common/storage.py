@@ -10,10 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hasten.accel.errors import UserError
-from hasten.cluster.storage.mirror import Mirror
 from hasten.cluster.storage.naming import as_given, called
 from hasten.cluster.storage.remote import in_place, is_uri, localized
 from hasten.jobs.cli.options import options, set_value, value_at
@@ -21,6 +20,9 @@ from hasten.jobs.common.logs import log_traceback
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.schema import Run
 from hasten.kernels.cache import default_cache
+
+if TYPE_CHECKING:
+    from hasten.cluster.storage.mirror import Mirror
 
 C = TypeVar("C", bound=Run)
 
@@ -41,6 +43,9 @@ def local_paths(schema: type[Run], config: C) -> Iterator[C]:
     if not given:
         yield config
         return
+    # It imports torch, which a run without URIs may do without.
+    from hasten.cluster.storage.mirror import Mirror
+
     cache = _cache(config.cache)
     local = copy.deepcopy(config)
     names: dict[Path, str] = {}
@@ -90,7 +95,7 @@ def _given(schema: type[Run], config: Run) -> dict[str, tuple[str, str]]:
 
 
 @contextmanager
-def _sending(mirrors: Mapping[str, Mirror]) -> Iterator[None]:
+def _sending(mirrors: "Mapping[str, Mirror]") -> Iterator[None]:
     """Send what is finished from time to time, in a thread, while the block runs."""
     if not mirrors:
         yield
@@ -117,7 +122,7 @@ def _sending(mirrors: Mapping[str, Mirror]) -> Iterator[None]:
         thread.join()
 
 
-def _send(mirrors: Mapping[str, Mirror]) -> None:
+def _send(mirrors: "Mapping[str, Mirror]") -> None:
     """Send what is not sent yet, all that can be; UserError of the first that cannot."""
     refusals = []
     for key, mirror in mirrors.items():
@@ -132,7 +137,7 @@ def _send(mirrors: Mapping[str, Mirror]) -> None:
         raise refusals[0]
 
 
-def _failed(error: BaseException, mirrors: Mapping[str, Mirror]) -> None:
+def _failed(error: BaseException, mirrors: "Mapping[str, Mirror]") -> None:
     """Have the error name URIs, and send what is finished; of a run that the user interrupted its folder alone."""
     # Ray raises a copy of an actor's exception, whose cause is the exception itself.
     mistake = getattr(error, "cause", None) if isinstance(getattr(error, "cause", None), UserError) else error

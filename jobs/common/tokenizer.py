@@ -1,13 +1,14 @@
 """The tokenizer of a checkpoint, and how many ids its model knows."""
 
 from pathlib import Path
-from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+Tokenizer = PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer | None:
     """transformers' tokenizer of a checkpoint folder, None where there is none: token ids may come from a .npy."""
-    from transformers import AutoTokenizer
-
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / name).exists() for name in names):
         return None
@@ -16,6 +17,4 @@ def load_tokenizer(folder: Path) -> Any:
 
 def vocabulary_size(folder: Path) -> int:
     """Rows of the model's embedding, which may be more than the tokenizer has entries."""
-    from transformers import AutoConfig
-
     return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)

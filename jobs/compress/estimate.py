@@ -1,4 +1,4 @@
-"""What `hasten compress` will take."""
+"""Estimate of `hasten compress`."""
 
 from hasten.accel.costs import compression
 from hasten.accel.costs.estimate import Estimate
@@ -11,7 +11,7 @@ from hasten.jobs.dry_run.setting import Setting
 
 
 def estimate(config: CompressConfig, setting: Setting) -> Estimate:
-    """The calibration pass, and measuring what came out."""
+    """Cost of the calibration pass and of evaluating the checkpoint."""
     model = model_of("model", config.model, config.dtype, setting.gpus)
     settings = make_settings(with_local_arithmetic(config), model.architecture.checkpoint.path)
     found = compression.estimate(calibration_pass(config.model, model, settings, config, setting), setting.rates)

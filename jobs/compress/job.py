@@ -1,8 +1,8 @@
 """`hasten compress`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import CHECKPOINT
 from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import CHECKPOINT
 
 JOB = Job(
     name="compress",

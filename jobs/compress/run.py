@@ -2,30 +2,42 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.compression.outputs.checkpoint import OutputFolder
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.evaluation.perplexity import Windows
+from hasten.accel.evaluation.sizes import disk_bytes, sizes
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.programs.calibration import CalibrationPass
+from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
+from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.plots import error_per_layer, seconds_per_block
+from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.compress.options import CompressConfig
 
 
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
-    from hasten.cluster.programs.calibration import CalibrationPass
-    from hasten.cluster.runtime.placement import ActorResources
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.calibration import calibration_tokens, open_output, original, run_pass
-    from hasten.jobs.common.cluster import joined
-    from hasten.jobs.common.quality import held_out_windows
-    from hasten.jobs.common.run import start, tracked
-    from hasten.jobs.common.tokenizer import load_tokenizer
-
     started = perf_counter()
     source = original(config.model)
     settings = make_settings(config, source)
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(config.calibration, settings, tokenizer)
     windows = held_out_windows(config.evaluation, tokenizer, source)
-    gpus = 1 if settings.device == "cuda" else 0
-    needs = ActorResources(settings.threads, gpus)
+    needs = ActorResources(settings.threads, gpus_per_worker(config.device))
     compression = CalibrationPass(settings, tokens, config.workers, needs)
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
@@ -49,15 +61,8 @@ def run(config: CompressConfig) -> Path:
     return path
 
 
-def make_settings(config: CompressConfig, source: Path) -> Any:
+def make_settings(config: CompressConfig, source: Path) -> Settings:
     """Settings of the calibration pass that compresses a checkpoint."""
-    from hasten.accel.compression.levels.base import Level
-    from hasten.accel.compression.levels.kinds.grid import GridLevel
-    from hasten.accel.compression.levels.level import parse_level
-    from hasten.accel.compression.quantizers.base import Scheme
-    from hasten.jobs.cli.methods import build
-    from hasten.jobs.common.calibration import calibration_settings
-
     quantizer, column_quantizer, pruner = map(build, (config.quantizer, config.column_quantizer, config.pruner))
     if config.level is None:
         level: Level = GridLevel(Scheme(config.bits, config.group_size, config.symmetric))
@@ -78,20 +83,14 @@ def make_settings(config: CompressConfig, source: Path) -> Any:
     )
 
 
-def _evaluate(config: CompressConfig, settings: Any, windows: Any) -> dict[str, Any]:
-    from hasten.jobs.common.quality import measured
-
+def _evaluate(config: CompressConfig, settings: Settings, windows: Windows) -> Record:
     found = measured(settings.output, settings.checkpoint, windows, config.workers, config.threads, settings.device)
     return found.sums.metrics() | {"evaluation_peak_rss_bytes": found.peak_rss_bytes}
 
 
-def _report(config: CompressConfig, compression: Any, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-    from hasten.accel.evaluation.sizes import disk_bytes, sizes
-    from hasten.accel.models.checkpoint import Checkpoint
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.quality import FIGURES
-
+def _report(config: CompressConfig, compression: CalibrationPass, metrics: Record, seconds: float) -> Record:
     output, done = compression.task.output, compression.report
+    assert isinstance(output, OutputFolder)
     layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
     stored = sizes(Checkpoint(output.path)).metrics()
     if not compression.task.settings.level.is_loaded_packed:
@@ -119,18 +118,14 @@ def _report(config: CompressConfig, compression: Any, metrics: dict[str, Any], s
     }
 
 
-def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
-    from hasten.jobs.common.plots import error_per_layer, seconds_per_block
-
+def _figures(report: Record, run_dir: Path, tracker: Tracker) -> None:
     tracker.figure(error_per_layer(report["layers"], run_dir / "error_per_layer.png"))
     if report["blocks"]:
         rows = [{"layer": str(row["block"]), "seconds": row["seconds"]} for row in report["blocks"]]
         tracker.figure(seconds_per_block(rows, run_dir / "seconds_per_block.png"))
 
 
-def _print_summary(report: dict[str, Any]) -> None:
-    from hasten.cluster.storage.naming import as_given
-
+def _print_summary(report: Record) -> None:
     metrics = report["metrics"]
     print(f"checkpoint: {as_given(report['output'])}")
     print(

@@ -1,4 +1,4 @@
-"""What `hasten decode` will take."""
+"""Estimate of `hasten decode`."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 94, 128
 
 
 def shapes(config: DecodeConfig, gpus: int) -> Shapes:
-    """Those of the target."""
+    """Shapes of the target."""
     return shapes_of(model_of("target", config.target, config.dtype, gpus))
 
 
 def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
-    """The prompts decoded, at the tokens a pass that the plan names."""
+    """Cost of decoding all prompts, at the tokens per pass that the plan assumes."""
     target = model_of("target", config.target, config.dtype, setting.gpus)
     length = chosen_draft_length(config)
     drafted = length.max_tokens(config.max_draft_tokens)

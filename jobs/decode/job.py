@@ -1,8 +1,8 @@
 """`hasten decode`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import DRAFT_ACCEPTANCE_RATE, Metric
 from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import DRAFT_ACCEPTANCE_RATE, Metric
 
 JOB = Job(
     name="decode",

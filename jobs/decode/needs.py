@@ -1,12 +1,12 @@
-"""What `hasten decode` takes of a cluster."""
+"""The resources that `hasten decode` takes of a cluster."""
 
-from hasten.jobs.common.descriptor import Needs
-from hasten.jobs.common.needs import of_workers
 from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.descriptors.descriptor import Needs
+from hasten.jobs.descriptors.needs import of_workers
 
 
 def needs(config: DecodeConfig) -> Needs:
-    """Of the workers, and of drafters in actors of their own where several workers may share them."""
+    """Resources of the workers and, where several workers may share drafters, of the actors that serve them."""
     needed = of_workers(config)
     if config.workers == 1 or config.placement == "private":
         return needed

@@ -2,9 +2,17 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 from hasten.accel.errors import UserError
+from hasten.jobs.cli.options import set_value
+from hasten.jobs.common.schema import Run
+
+C = TypeVar("C", bound=Run)
+# Options that are changed together, with their values.
+Changes = list[tuple[str, object]]
+# Seconds of a config, and what it lacks.
+Judge = Callable[[C], tuple[float, list[str]]]
 
 # Tried in this order; the first ones change no result or hardly any.
 _HALVED = (
@@ -29,7 +37,7 @@ _HALVED = (
 _DOUBLINGS = 7
 
 
-def advise(config: Any, tried: Callable[[Any], tuple[float, list[str]]]) -> list[list[tuple[str, Any]]]:
+def advise(config: C, tried: Judge[C]) -> list[Changes]:
     """Sets of (option, value) with which nothing is lacking, the quickest first; none where no set of options helps.
 
     tried: seconds of a config, and what it lacks. An option alone comes before several; several are put together from
@@ -46,7 +54,7 @@ def advise(config: Any, tried: Callable[[Any], tuple[float, list[str]]]) -> list
                 break
     if found:
         return [row for _, row in sorted(found, key=lambda each: each[0])]
-    together: dict[str, Any] = {}
+    together: dict[str, object] = {}
     for key, candidates in moves.items():
         if key == "workers":
             candidates = _more_workers(config)
@@ -59,21 +67,15 @@ def advise(config: Any, tried: Callable[[Any], tuple[float, list[str]]]) -> list
     return []
 
 
-def with_options(config: Any, row: Iterable[tuple[str, Any]]) -> Any:
+def with_options(config: C, row: Iterable[tuple[str, object]]) -> C:
     """A copy of the config with some options changed."""
     changed = copy.deepcopy(config)
     for key, value in row:
-        *path, last = key.split(".")
-        holder = changed
-        for name in path:
-            holder = getattr(holder, name)
-        setattr(holder, last, value)
+        set_value(changed, key, value)
     return changed
 
 
-def _spared(
-    config: Any, together: dict[str, Any], tried: Callable[[Any], tuple[float, list[str]]]
-) -> list[tuple[str, Any]]:
+def _spared(config: C, together: dict[str, object], tried: Judge[C]) -> Changes:
     """The options that are needed: each is left out if the rest is enough."""
     for key in list(together):
         rest = {name: value for name, value in together.items() if name != key}
@@ -83,22 +85,20 @@ def _spared(
     return list(together.items())
 
 
-def _tried(
-    config: Any, row: list[tuple[str, Any]], tried: Callable[[Any], tuple[float, list[str]]]
-) -> tuple[float, list[str]] | None:
+def _tried(config: C, row: Changes, tried: Judge[C]) -> tuple[float, list[str]] | None:
     try:
         return tried(with_options(config, row))
     except UserError:  # options that make no sense together
         return None
 
 
-def _value(config: Any, key: str) -> Any:
+def _value(config: object, key: str) -> object:
     for name in key.split("."):
         config = getattr(config, name, None)
     return config
 
 
-def _candidates(config: Any, key: str) -> Iterable[list[tuple[str, Any]]]:
+def _candidates(config: Run, key: str) -> Iterable[Changes]:
     """Other values of an option, the smallest change first."""
     value = _value(config, key)
     if key == "dtype":
@@ -111,15 +111,15 @@ def _candidates(config: Any, key: str) -> Iterable[list[tuple[str, Any]]]:
         yield [(key, value)]
 
 
-def _more_workers(config: Any) -> list[list[tuple[str, Any]]]:
+def _more_workers(config: Run) -> list[Changes]:
     """More processes, which share what is shared; with as many chunks as they need."""
     workers, shards = _value(config, "workers"), _value(config, "calibration.shards")
     if not isinstance(workers, int):
         return []
-    rows: list[list[tuple[str, Any]]] = []
+    rows: list[Changes] = []
     for power in range(1, _DOUBLINGS + 1):
         more = workers * 2**power
-        row: list[tuple[str, Any]] = [("workers", more)]
+        row: Changes = [("workers", more)]
         if isinstance(shards, int) and more > shards:
             row.append(("calibration.shards", more))
         rows.append(row)

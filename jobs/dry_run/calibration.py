@@ -1,4 +1,4 @@
-"""The calibration pass of a job as a plan sees it."""
+"""Cost of a calibration pass."""
 
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.settings import Settings
@@ -10,7 +10,7 @@ from hasten.jobs.dry_run.setting import Setting
 
 
 def calibration_pass(name: str, model: Model, settings: Settings, config: Calibrated, setting: Setting) -> Pass:
-    """What the pass costs; name: of the checkpoint. UserError for what the job itself would refuse."""
+    """The pass whose cost is estimated; name: of the checkpoint. UserError for settings that the job would refuse."""
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
     plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)

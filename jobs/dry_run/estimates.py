@@ -1,10 +1,10 @@
-"""What a run takes: the job's own estimate, and what every job takes beside it."""
+"""Estimate of a whole run: the job's own, and the imports, Ray and report that every job has."""
 
 import dataclasses
 
 from hasten.accel.costs.estimate import DRIVER, Estimate, Process, Rates, Step
-from hasten.jobs.common.descriptor import Job
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.descriptor import Job
 from hasten.jobs.dry_run.setting import Setting
 
 # CPU seconds of Ray's own processes, in those of a worker's start.

@@ -1,4 +1,4 @@
-"""Measuring quality as a plan sees it."""
+"""Cost of measuring the quality of a checkpoint."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from hasten.jobs.dry_run.setting import Setting
 
 
 def quality(options: Evaluation, workers: int, threads: int, model: Model, setting: Setting) -> Estimate:
-    """Measuring the checkpoint that comes out, in float32 and beside the original."""
+    """Cost of evaluating the compressed checkpoint in float32, next to the original."""
     exact = dataclasses.replace(model, dtype=torch.float32)
     return evaluation.estimate(
         exact,

@@ -1,4 +1,4 @@
-"""Models of a config as plans see them: outlines of checkpoints, of which no weight is read."""
+"""The models that a config names, as plans see them: outlines of checkpoints, without reading a weight."""
 
 import dataclasses
 from functools import cache
@@ -25,12 +25,12 @@ class OfOneModel(Protocol):
 
 
 def shapes(config: OfOneModel, gpus: int) -> Shapes:
-    """Those of the option `model`."""
+    """Shapes of the checkpoint in the option `model`."""
     return shapes_of(model_of("model", config.model, config.dtype, gpus))
 
 
 def shapes_of(model: Model) -> Shapes:
-    """Those of a model."""
+    """Shapes of a model."""
     return Shapes(model.dtype, model.hidden, model.inner)
 
 
@@ -48,10 +48,10 @@ def _architecture(option: str, name: str) -> Architecture:
 
 
 def is_fast(path: str, model: Model) -> bool:
-    """Whether decoding runs the model itself, and not transformers; path: the option."""
+    """Whether decoding runs the model by its own code and not by transformers; path: the option of that name."""
     return path != "transformers" and refusal(model.architecture.config) is None
 
 
 def with_local_arithmetic(config: C) -> C:
-    """The config with arithmetic that is there: settings are checked on this machine, which may have no GPU."""
+    """The config with a device and dtype that this machine has, which checks the settings and may have no GPU."""
     return dataclasses.replace(config, device="cpu", dtype="float32")

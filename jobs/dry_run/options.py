@@ -1,11 +1,16 @@
 """Options of `hasten plan JOB` and `plan=true`."""
 
+import re
 from dataclasses import dataclass
 
+from hasten.accel.errors import UserError
+from hasten.jobs.cli.options import split_off
 from hasten.jobs.common.schema import option
 
 PREFIX = "plan."
 BYTES = "bytes such as 80GB or 512MiB"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?)b?|b)?", re.IGNORECASE)
+_POWERS = "kmgtp"
 
 
 @dataclass
@@ -30,3 +35,27 @@ class PlanConfig:
     tokens_per_pass: float = option(
         1.0, "tokens that a pass of decoding gives, which no plan knows before; 1 is without drafts", at_least=1
     )
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of a text such as 80GB or 512MiB; UserError names the option."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"{option}={text} is wrong: expected {BYTES}")
+    number, unit, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (_POWERS.index(unit.lower()) + 1 if unit else 0))
+
+
+def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:
+    """The plan's own options out of `key=value` words, and the words that are left; UserError names a wrong one."""
+    found, rest = split_off(PlanConfig, PREFIX, words)
+    for name in ("memory", "gpu_memory", "disk", "network", "disk_speed", "memory_speed"):
+        size_of(found, name)
+    return found, rest
+
+
+def size_of(plan_config: PlanConfig, name: str) -> int | None:
+    """Bytes of one of the plan's sizes, None where it is not given; UserError where it is no size."""
+    text = getattr(plan_config, name)
+    return None if text is None else parse_bytes(PREFIX + name, text)

@@ -1,8 +1,8 @@
 """Which jobs have plans."""
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.registry import jobs
 
 
 def planned_jobs() -> list[str]:

@@ -2,17 +2,29 @@
 
 import dataclasses
 import json
-import re
+import shutil
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+import psutil
+import torch
+
+from hasten.accel.costs.estimate import Estimate, Rates, Step
+from hasten.accel.costs.placement import Node, Placed, Placement, place
 from hasten.accel.errors import UserError
-from hasten.jobs.dry_run.options import BYTES, PREFIX, PlanConfig
+from hasten.cluster.runtime import rates as measured
+from hasten.cluster.runtime.resources import usable_cores
+from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.common.logs import default_folder
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.schema import Run
+from hasten.jobs.dry_run import estimates
+from hasten.jobs.dry_run.advice import Changes, advise
+from hasten.jobs.dry_run.options import PlanConfig, parse_words, size_of
 from hasten.jobs.dry_run.planned import planned_job
+from hasten.jobs.dry_run.setting import Setting, Shapes
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?)b?|b)?", re.IGNORECASE)
-_POWERS = "kmgtp"
 _GPU_MEMORY = 80 * 10**9
 # Share of a node's memory that Ray gives its object store; what does not fit there goes to the disk.
 _STORE_SHARE = 0.3
@@ -26,11 +38,11 @@ class Planned:
     quickest first. processors: that compute, all nodes together.
     """
 
-    estimate: Any
-    placement: Any
-    rates: Any
+    estimate: Estimate
+    placement: Placement
+    rates: Rates
     lacking: list[str]
-    advice: list[list[tuple[str, Any]]]
+    advice: list[Changes]
     processors: float
 
     @property
@@ -38,7 +50,7 @@ class Planned:
         """Wall seconds of the job."""
         return float(self.estimate.seconds(self.rates.share, self.processors))
 
-    def wall(self, step: Any) -> float:
+    def wall(self, step: Step) -> float:
         """Wall seconds of one of its steps."""
         return float(step.wall(self.rates.share, self.processors))
 
@@ -48,20 +60,17 @@ class Planned:
         return not self.lacking
 
 
-def plan(job: str, config: Any, plan_config: PlanConfig) -> Path:
+def plan(job: str, config: Run, plan_config: PlanConfig) -> Path:
     """Print what a composed job would take, and write it; returns the path of report.json. Nothing else is written.
 
     UserError for a job without a plan, for sizes that are none, and for what the job itself would refuse.
     """
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.logs import default_folder
-
     started = perf_counter()
     found = make_plan(job, config, plan_config)
     folder = Path(config.run_dir or default_folder("plan"))
     text = "\n\n".join(tables(job, found))
     print(text)
-    report: dict[str, Any] = {
+    report: Record = {
         "job": "plan",
         "plan_of": job,
         "config": plain(config),
@@ -79,28 +88,23 @@ def plan(job: str, config: Any, plan_config: PlanConfig) -> Path:
     return path
 
 
-def make_plan(name: str, config: Any, plan_config: PlanConfig, rates: Any = None) -> Planned:
+def make_plan(name: str, config: Run, plan_config: PlanConfig, rates: Rates | None = None) -> Planned:
     """The plan of a composed job; rates: None measures those of this machine."""
-    from hasten.jobs.dry_run.advice import advise
-    from hasten.jobs.dry_run.estimates import estimate
-    from hasten.jobs.dry_run.setting import Setting
-
     nodes, gpus = _nodes(config, plan_config)
     job = planned_job(name)
-    dtype, hidden, inner = job.shapes_of(config, gpus)
-    rates = _rates(plan_config, gpus, dtype, hidden, inner, config, rates)
+    rates = _rates(plan_config, gpus, job.shapes_of(config, gpus), config, rates)
     free = _disk(plan_config, config)
 
-    def tried(changed: Any) -> tuple[Any, Any, list[str]]:
+    def tried(changed: Run) -> tuple[Estimate, Placement, list[str]]:
         setting = Setting(rates, gpus, nodes[0].gpu_memory, len(nodes), plan_config.tokens_per_pass)
-        found = estimate(job, changed, setting)
+        found = estimates.estimate(job, changed, setting)
         return found, *_placed(found, nodes, free)
 
     found, placement, lacking = tried(config)
     # GPUs compute beside each other, however few processors there are.
     processors = float("inf") if gpus else sum(node.cpus for node in nodes)
 
-    def judged(changed: Any) -> tuple[float, list[str]]:
+    def judged(changed: Run) -> tuple[float, list[str]]:
         other, _, lacks = tried(changed)
         return other.seconds(rates.share, processors), lacks
 
@@ -108,36 +112,14 @@ def make_plan(name: str, config: Any, plan_config: PlanConfig, rates: Any = None
     return Planned(_with_notes(found, nodes, gpus, plan_config), placement, rates, lacking, advice, processors)
 
 
-def parse_bytes(option: str, text: str) -> int:
-    """Bytes of a text such as 80GB or 512MiB; UserError names the option."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise UserError(f"{option}={text} is wrong: expected {BYTES}")
-    number, unit, binary = found.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** (_POWERS.index(unit.lower()) + 1 if unit else 0))
-
-
-def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:
-    """The plan's own options out of `key=value` words, and the words that are left; UserError names a wrong one."""
-    from hasten.jobs.cli.options import split_off
-
-    found, rest = split_off(PlanConfig, PREFIX, words)
-    for name in ("memory", "gpu_memory", "disk", "network", "disk_speed", "memory_speed"):
-        _size(found, name)
-    return found, rest
-
-
 def plan_words(name: str, words: list[str]) -> Path:
     """The plan of a job by the words of a command line, those of the plan among them."""
-    from hasten.jobs.cli.compose import compose
-
     job = planned_job(name)
     plan_config, rest = parse_words(words)
     return plan(name, compose(name, job.options, rest), plan_config)
 
 
-def metrics(found: Planned) -> dict[str, Any]:
+def metrics(found: Planned) -> Record:
     """The plan's figures under names of their own; memory of the largest process."""
     processes = found.estimate.processes
     return {
@@ -153,8 +135,6 @@ def metrics(found: Planned) -> dict[str, Any]:
 
 def tables(job: str, found: Planned) -> list[str]:
     """What is printed: memory, placement, bytes, time, and what does not fit."""
-    from hasten.jobs.common.markdown import table
-
     estimate = found.estimate
     memory = []
     for process in estimate.processes:
@@ -201,9 +181,9 @@ def readable(size: float) -> str:
     return f"{size:.3g} PB"
 
 
-def _alike(used: list[tuple[int, Any]]) -> list[tuple[str, Any]]:
+def _alike(used: list[tuple[int, Placed]]) -> list[tuple[str, Placed]]:
     """Nodes with the same processes together, their numbers as a range."""
-    groups: list[tuple[list[int], Any]] = []
+    groups: list[tuple[list[int], Placed]] = []
     for number, each in used:
         if groups and groups[-1][1].processes == each.processes:
             groups[-1][0].append(number)
@@ -212,21 +192,15 @@ def _alike(used: list[tuple[int, Any]]) -> list[tuple[str, Any]]:
     return [(f"{own[0] + 1}" if len(own) == 1 else f"{own[0] + 1} to {own[-1] + 1}", each) for own, each in groups]
 
 
-def _nodes(config: Any, plan_config: PlanConfig) -> tuple[list[Any], int]:
+def _nodes(config: Run, plan_config: PlanConfig) -> tuple[list[Node], int]:
     """The cluster, and GPUs of every worker."""
-    import psutil
-    import torch
-
-    from hasten.accel.costs.placement import Node
-    from hasten.cluster.runtime.resources import usable_cores
-
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = here if plan_config.gpus is None else plan_config.gpus
     device = getattr(config, "device", "cpu")
     if device == "cuda" and not gpus:
         raise UserError("device=cuda, but the cluster has no GPU: give plan.gpus, or device=cpu")
-    memory = _size(plan_config, "memory")
-    gpu_memory = _size(plan_config, "gpu_memory")
+    memory = size_of(plan_config, "memory")
+    gpu_memory = size_of(plan_config, "gpu_memory")
     if gpu_memory is None:
         gpu_memory = torch.cuda.get_device_properties(0).total_memory if here else _GPU_MEMORY
     node = Node(
@@ -241,29 +215,24 @@ def _nodes(config: Any, plan_config: PlanConfig) -> tuple[list[Any], int]:
     return [node] * plan_config.nodes, 1 if gpus and device != "cpu" else 0
 
 
-def _rates(
-    plan_config: PlanConfig, gpus: int, dtype: Any, hidden: int, inner: int, config: Any, known: Any = None
-) -> Any:
+def _rates(plan_config: PlanConfig, gpus: int, shapes: Shapes, config: Run, known: Rates | None = None) -> Rates:
     """Rates of this machine, and over them what is assumed of GPUs that are not here and what was given."""
-    import torch
-
-    from hasten.cluster.runtime import rates as measured
-
     # A product of the model's own shape, as far as it is measured in a moment.
-    width, inner, folder = min(hidden, 2048), min(inner, 8192), Path(getattr(config, "output", None) or ".").absolute()
-    kind = torch.float32 if gpus else dtype
+    width, inner = min(shapes.hidden, 2048), min(shapes.inner, 8192)
+    folder = Path(getattr(config, "output", None) or ".").absolute()
+    kind = torch.float32 if gpus else shapes.dtype
     found = known or measured.measure(kind, getattr(config, "threads", 1), width, inner, folder)
-    changed: dict[str, Any] = {}
+    changed: Record = {}
     if gpus:
         changed = {
-            "flops": measured.GPU_FLOPS if dtype.itemsize == 2 else measured.GPU_EXACT_FLOPS,
+            "flops": measured.GPU_FLOPS if shapes.dtype.itemsize == 2 else measured.GPU_EXACT_FLOPS,
             "exact_flops": measured.GPU_EXACT_FLOPS,
             "memory": measured.GPU_MEMORY,
             "elements": measured.GPU_MEMORY / 8,
             "launch": measured.GPU_LAUNCH,
         }
     given = {"network": "network", "disk_speed": "disk", "memory_speed": "memory"}
-    changed |= {rate: _size(plan_config, name) for name, rate in given.items() if getattr(plan_config, name)}
+    changed |= {rate: size_of(plan_config, name) for name, rate in given.items() if getattr(plan_config, name)}
     for name in ("flops", "exact_flops", "launch"):
         if getattr(plan_config, name) is not None:
             changed[name] = getattr(plan_config, name)
@@ -277,16 +246,9 @@ def _rates(
     return dataclasses.replace(found, **changed)
 
 
-def _size(plan_config: PlanConfig, name: str) -> int | None:
-    text = getattr(plan_config, name)
-    return None if text is None else parse_bytes(PREFIX + name, text)
-
-
-def _disk(plan_config: PlanConfig, config: Any) -> int:
+def _disk(plan_config: PlanConfig, config: Run) -> int:
     """Bytes that are free where a job writes."""
-    import shutil
-
-    given = _size(plan_config, "disk")
+    given = size_of(plan_config, "disk")
     if given is not None:
         return given
     folder = Path(getattr(config, "output", None) or ".").expanduser().absolute()
@@ -295,10 +257,8 @@ def _disk(plan_config: PlanConfig, config: Any) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _placed(estimate: Any, nodes: list[Any], free: int) -> tuple[Any, list[str]]:
+def _placed(estimate: Estimate, nodes: list[Node], free: int) -> tuple[Placement, list[str]]:
     """Where processes go, and what fits nowhere, in words."""
-    from hasten.accel.costs.placement import place
-
     # Of the object store what does not fit is on disk.
     room = int(_STORE_SHARE * sum(node.memory for node in nodes))
     placement = place(estimate.processes, nodes, min(estimate.store, room))
@@ -315,7 +275,7 @@ def _placed(estimate: Any, nodes: list[Any], free: int) -> tuple[Any, list[str]]
     return placement, lacking
 
 
-def _with_notes(estimate: Any, nodes: list[Any], gpus: int, plan_config: PlanConfig) -> Any:
+def _with_notes(estimate: Estimate, nodes: list[Node], gpus: int, plan_config: PlanConfig) -> Estimate:
     notes = list(estimate.notes)
     room = _STORE_SHARE * sum(node.memory for node in nodes)
     if estimate.store > room:
@@ -328,7 +288,7 @@ def _with_notes(estimate: Any, nodes: list[Any], gpus: int, plan_config: PlanCon
     return dataclasses.replace(estimate, notes=tuple(notes))
 
 
-def _plain(found: Planned) -> dict[str, Any]:
+def _plain(found: Planned) -> Record:
     """The plan as plain values."""
     return {
         "fits": found.fits,

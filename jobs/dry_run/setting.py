@@ -1,4 +1,4 @@
-"""What a plan is made for, and what it asks of a job before rates are measured."""
+"""The hardware that a plan is made for, and the shapes at which its rates are measured."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from hasten.accel.costs.estimate import Rates
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for beside the config.
+    """The hardware that a plan is made for.
 
     gpus: of every worker, gpu_memory: bytes of each; nodes: of the cluster; rates: of a process.
     """
@@ -23,7 +23,7 @@ class Setting:
 
 
 class Shapes(NamedTuple):
-    """Dtype, hidden size and widest input of the model that a job computes most with: what rates are measured at."""
+    """Dtype, hidden size and widest input of the model that a job computes most with; rates are measured at them."""
 
     dtype: torch.dtype
     hidden: int

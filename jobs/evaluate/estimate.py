@@ -1,4 +1,4 @@
-"""What `hasten evaluate` will take."""
+"""Estimate of `hasten evaluate`."""
 
 from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.costs import evaluation
@@ -11,7 +11,7 @@ from hasten.jobs.evaluate.options import EvaluateConfig
 
 
 def estimate(config: EvaluateConfig, setting: Setting) -> Estimate:
-    """Measuring the checkpoint; UserError for tasks of lm-eval."""
+    """Cost of evaluating the checkpoint; UserError for tasks of lm-eval, which cannot be planned."""
     if config.tasks:
         raise UserError(f"tasks=[{','.join(config.tasks)}] have no plan: lm-eval runs them; leave tasks out")
     model = model_of("model", config.model, config.dtype, setting.gpus)

@@ -1,7 +1,7 @@
 """`hasten evaluate`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import CHECKPOINT, Metric
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import CHECKPOINT, Metric
 from hasten.jobs.evaluate.options import EvaluateConfig
 
 JOB = Job(

@@ -4,9 +4,27 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+import torch
+
+from hasten.accel.compression.outputs.resumable import original_of, source_name
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.perplexity import Windows
+from hasten.accel.evaluation.sizes import sizes
+from hasten.accel.evaluation.tasks import check_tasks, run_tasks
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.cluster.programs.evaluation import check_weights
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.remote import is_uri
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.storage import copied
+from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.evaluate.options import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)
@@ -14,19 +32,6 @@ _LOG = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> Path:
     """Measure config.model; returns the path of report.json."""
-    from hasten.accel.evaluation.sizes import sizes
-    from hasten.accel.evaluation.tasks import check_tasks
-    from hasten.accel.models.architecture import Architecture
-    from hasten.accel.models.checkpoint import Checkpoint, resolve
-    from hasten.cluster.programs.evaluation import check_weights
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-    from hasten.jobs.common.cluster import joined
-    from hasten.jobs.common.quality import FIGURES, held_out_windows
-    from hasten.jobs.common.run import start, tracked
-    from hasten.jobs.common.tokenizer import load_tokenizer
-
     started = perf_counter()
     # Absolute, as the workers of a cluster have other current folders.
     folder = resolve(config.model).absolute()
@@ -51,11 +56,11 @@ def run(config: EvaluateConfig) -> Path:
         run_dir = start(config)
         tracker = stack.enter_context(tracked(config, "evaluate", run_dir))
         tracker.params(plain(config))
-        metrics: dict[str, Any] = dict.fromkeys(FIGURES)
+        metrics: Record = dict.fromkeys(FIGURES)
         peak = 0
         if windows is not None:
-            measured, peak = _measure(config, folder, original, windows, dtype, device)
-            metrics |= measured
+            quality, peak = _measure(config, folder, original, windows, dtype, device)
+            metrics |= quality
         metrics |= sizes(checkpoint).metrics()
         if original is not None:
             metrics["bytes_original"] = sizes(Checkpoint(original)).disk_bytes
@@ -78,12 +83,7 @@ def run(config: EvaluateConfig) -> Path:
     return path
 
 
-def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
-    from hasten.accel.compression.outputs.resumable import original_of, source_name
-    from hasten.accel.models.checkpoint import resolve
-    from hasten.cluster.storage.remote import is_uri
-    from hasten.jobs.common.storage import copied
-
+def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:
     if config.original is not None:
         return resolve(config.original).absolute()
     uri = source_name(checkpoint.path)
@@ -102,13 +102,10 @@ def _original(config: EvaluateConfig, checkpoint: Any) -> Path | None:
 
 
 def _measure(
-    config: EvaluateConfig, folder: Path, original: Path | None, windows: Any, dtype: Any, device: str
-) -> tuple[dict[str, Any], int]:
-    from hasten.jobs.common.quality import measured
-
+    config: EvaluateConfig, folder: Path, original: Path | None, windows: Windows, dtype: torch.dtype, device: str
+) -> tuple[Record, int]:
     workers, threads = config.workers, config.threads
-    arithmetic = {"dtype": dtype, "batch": config.batch, "batch_option": "batch"}
-    found = measured(folder, original, windows, workers, threads, device, **arithmetic)
+    found = measured(folder, original, windows, workers, threads, device, dtype, config.batch, batch_option="batch")
     return found.sums.metrics() | {"workers_cpu_seconds": found.cpu_seconds}, found.peak_rss_bytes
 
 
@@ -116,13 +113,11 @@ def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float
     """Metrics of lm-eval's tasks as task.metric."""
     if not config.tasks:
         return {}
-    from hasten.accel.evaluation.tasks import run_tasks
-
     results = run_tasks(folder, config.tasks, batch=config.batch, device=device)
     return {f"{task}.{metric}": value for task, found in results.items() for metric, value in found.items()}
 
 
-def _layers(checkpoint: Any) -> list[dict[str, Any]]:
+def _layers(checkpoint: Checkpoint) -> list[Record]:
     """Exact size of every quantized layer."""
     rows = []
     for name in checkpoint.names:
@@ -142,7 +137,7 @@ def _layers(checkpoint: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _print_summary(metrics: dict[str, Any]) -> None:
+def _print_summary(metrics: Record) -> None:
     print(f"size: {metrics['bytes'] / 2**20:.1f} MiB, {metrics['bits_per_weight']:.3f} bits per weight")
     if metrics["perplexity"] is not None:
         print(f"perplexity: {metrics['perplexity']:.4f} over {metrics['tokens']} tokens")

@@ -1,4 +1,4 @@
-"""What `hasten levels` will take."""
+"""Estimate of `hasten levels`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hasten.jobs.levels.run import make_settings
 
 
 def estimate(config: LevelOptions, setting: Setting) -> Estimate:
-    """The calibration pass."""
+    """Cost of the calibration pass."""
     return compression.estimate(levels_pass(config, setting), setting.rates)
 
 

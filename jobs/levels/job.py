@@ -1,7 +1,7 @@
 """`hasten levels`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import BYTES
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import BYTES
 from hasten.jobs.levels.options import LevelsConfig
 
 JOB = Job(

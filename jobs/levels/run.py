@@ -1,14 +1,30 @@
 """`hasten levels`: a checkpoint in, a database of all its layers at all levels out."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any
 
+from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.level import make_levels, parse_level
+from hasten.accel.compression.outputs.resumable import digest, lasting
 from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Layer
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.programs.calibration import CalibrationPass, PassReport
+from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.cli.methods import build
+from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
+from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)
@@ -19,11 +35,6 @@ _SECONDS_BETWEEN_TRIES = 0.5
 
 def run(config: LevelsConfig) -> Path:
     """Quantize every layer of config.model at every level; returns the path of report.json."""
-    from hasten.cluster.storage.naming import as_given
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.cluster import joined
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
     if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
         raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
@@ -61,14 +72,6 @@ class Building:
     """
 
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
-        from hasten.accel.compression.levels.database import LevelDatabase
-        from hasten.accel.compression.outputs.resumable import digest, lasting
-        from hasten.accel.models.checkpoint import Checkpoint
-        from hasten.cluster.programs.calibration import CalibrationPass
-        from hasten.cluster.runtime.placement import ActorResources
-        from hasten.jobs.common.calibration import calibration_tokens, original
-        from hasten.jobs.common.tokenizer import load_tokenizer
-
         self.source = original(config.model)
         self.settings = make_settings(config, self.source, output)
         self.tokenizer = load_tokenizer(self.source)
@@ -78,8 +81,7 @@ class Building:
             # Databases of other levels lie beside it.
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
-        gpus = 1 if self.settings.device == "cuda" else 0
-        needs = ActorResources(self.settings.threads, gpus)
+        needs = ActorResources(self.settings.threads, gpus_per_worker(config.device))
         self._pass = CalibrationPass(self.settings, tokens, config.workers, needs)
         self._overwrite = overwrite
         database = self._pass.task.output
@@ -88,7 +90,7 @@ class Building:
         database.check(self._fingerprint, overwrite)
 
     @property
-    def report(self) -> Any:
+    def report(self) -> PassReport:
         """What the pass cost."""
         return self._pass.report
 
@@ -97,10 +99,8 @@ class Building:
         if self.database.levels and (self._overwrite or not self.database.finished):
             self._pass.check_weights()
 
-    def run(self, tracker: Any) -> None:
+    def run(self, tracker: Tracker) -> None:
         """Make the database, or what is missing of it; inside a Ray session."""
-        from hasten.jobs.common.calibration import open_output, run_pass
-
         self._wait()
         try:
             open_output(self.database, self._fingerprint, self._overwrite)
@@ -122,11 +122,11 @@ class Building:
                 _LOG.info("another run makes levels=%s: waiting for it", self.database.path)
             sleep(_SECONDS_BETWEEN_TRIES)
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[Record]:
         """One row for every layer and level."""
         return [row for layer in self._layers() for row in self.database.facts(layer.name).values()]
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Record:
         """Figures of the database and of what it cost."""
         weights = sum(layer.rows * layer.columns for layer in self._layers())
         return {
@@ -139,16 +139,12 @@ class Building:
             "calibrator_restarts": self.report.restarts,
         }
 
-    def _layers(self) -> Sequence[Any]:
+    def _layers(self) -> list[Layer]:
         return [layer for groups in self.database.layer_groups for group in groups for layer in group.layers]
 
 
-def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Any:
+def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Settings:
     """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
-    from hasten.accel.compression.levels.level import make_levels, parse_level
-    from hasten.jobs.cli.methods import build
-    from hasten.jobs.common.calibration import calibration_settings
-
     quantizer = build(config.quantizer)
     levels = make_levels(
         config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels

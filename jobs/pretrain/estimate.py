@@ -1,4 +1,4 @@
-"""What `hasten pretrain` will take."""
+"""Estimate of `hasten pretrain`."""
 
 import torch
 
@@ -10,13 +10,13 @@ from hasten.jobs.pretrain.options import PretrainConfig
 
 
 def shapes(config: PretrainConfig, gpus: int) -> Shapes:
-    """Those of the first model, which is trained in float32."""
+    """Shapes of the first model, which is trained in float32."""
     training = getattr(config, config.models[0])
     return Shapes(torch.float32, training.hidden_size, training.intermediate_size)
 
 
 def estimate(config: PretrainConfig, setting: Setting) -> Estimate:
-    """Every stage of every model."""
+    """Cost of training every model through its stages."""
     trainings = []
     for name in config.models:
         one = getattr(config, name)

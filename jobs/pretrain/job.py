@@ -1,11 +1,11 @@
 """`hasten pretrain`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job, Needs
+from hasten.jobs.descriptors.descriptor import Job, Needs
 from hasten.jobs.pretrain.options import PretrainConfig
 
 
 def needs(config: PretrainConfig) -> Needs:
-    """Of a run, whose workers are processes of its own, beside Ray's."""
+    """Resources of a run, whose workers are processes that Ray does not know."""
     return Needs(float(config.workers * config.threads), 0.0, config.threads)
 
 

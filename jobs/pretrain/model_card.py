@@ -1,9 +1,9 @@
 """The README.md that `hasten pretrain` puts beside a model."""
 
 import platform
-from typing import Any
 
 from hasten.jobs.cli.compose import compose
+from hasten.jobs.common.records import Record
 from hasten.jobs.pretrain.options import PretrainConfig, Training
 
 _CARD = """---
@@ -40,7 +40,7 @@ layer starts as the identity.
 """
 
 
-def model_card(model: str, facts: dict[str, Any], config: PretrainConfig) -> str:
+def model_card(model: str, facts: Record, config: PretrainConfig) -> str:
     """Text of the card of one trained model; facts are its figures in report.json."""
     training: Training = getattr(config, model)
     corpus = f"the source files of {platform.python_implementation()} {platform.python_version()}'s standard library"

@@ -15,19 +15,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.errors import UserError
+from hasten.accel.training.pretraining import (
+    Schedule,
+    Shape,
+    bits_per_byte,
+    build,
+    encode_documents,
+    train_in_processes,
+    train_tokenizer,
+)
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.tokenizer import Tokenizer
 from hasten.jobs.pretrain.model_card import model_card
 from hasten.jobs.pretrain.options import PretrainConfig, Training
-
-if TYPE_CHECKING:
-    from hasten.accel.training.pretraining import Schedule, Shape
-    from hasten.cluster.tracking.tracker import Tracker
 
 _LOG = logging.getLogger(__name__)
 MODELS = ("target", "draft")
@@ -41,8 +56,6 @@ def run(config: PretrainConfig) -> Path:
     Raises UserError, with nothing written, for options that make no sense together, a folder without text, and an
     output that holds something else or a training with other settings.
     """
-    from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-
     _check(config)
     root = Path(config.library) if config.library else library_root()
     train_files, held_out_files = _files(root)
@@ -68,9 +81,7 @@ def run(config: PretrainConfig) -> Path:
             models[model] = facts
             (folder / "README.md").write_text(model_card(model, facts, config), encoding="utf-8")
         children = os.times()
-        metrics: dict[str, Any] = {
-            f"{model}.{name}": value for model, facts in models.items() for name, value in facts.items()
-        }
+        metrics: Record = {f"{model}.{name}": value for model, facts in models.items() for name, value in facts.items()}
         metrics |= {
             "seconds": time.time() - started,
             "cpu_seconds": cpu_seconds() + children.children_user + children.children_system,
@@ -110,13 +121,13 @@ def _files(root: Path) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> dict[str, Any]:
+def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> Record:
     """Everything that decides what comes out, flat; how many processes share the work is left out."""
     digest = hashlib.sha256()
     for name in train_files:
         content = (root / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    settings: dict[str, Any] = {
+    settings: Record = {
         "text": digest.hexdigest()[:16],
         "vocab_size": config.vocab_size,
         "seed": config.seed,
@@ -127,10 +138,10 @@ def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> dic
     return settings
 
 
-def _claim(output: Path, settings: dict[str, Any], overwrite: bool, write: bool) -> None:
+def _claim(output: Path, settings: Record, overwrite: bool, write: bool) -> None:
     """Refuse an output that is not this training's; with write, empty it where that was asked for, and mark it."""
     mark = output / "state" / "settings.json"
-    earlier: dict[str, Any] = {}
+    earlier: Record = {}
     if mark.is_file():
         earlier = json.loads(mark.read_text(encoding="utf-8"))
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -145,19 +156,12 @@ def _claim(output: Path, settings: dict[str, Any], overwrite: bool, write: bool)
             f"output={output} holds a training with other settings ({changes}): overwrite=true starts again"
         )
     if write:
-        from hasten.accel.compression.outputs.resumable import write_whole
-
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_whole(mark, lambda temporary: temporary.write_text(json.dumps(earlier | settings, indent=1)))
 
 
-def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[str]) -> tuple[Any, Any]:
+def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[str]) -> tuple[Tokenizer, np.ndarray]:
     """Tokenizer, and the training text as one stream (N,) uint16; both are kept in state for a run that goes on."""
-    import numpy as np
-    from transformers import PreTrainedTokenizerFast
-
-    from hasten.accel.training.pretraining import encode_documents, train_tokenizer
-
     folder, stream_file = state / "tokenizer", state / "tokens.npy"
     # The stream is written last: where it is, the tokenizer is whole.
     if stream_file.exists():
@@ -174,9 +178,7 @@ def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[s
     return tokenizer, stream
 
 
-def _shape(training: Training) -> "Shape":
-    from hasten.accel.training.pretraining import Shape
-
+def _shape(training: Training) -> Shape:
     return Shape(
         hidden_size=training.hidden_size,
         intermediate_size=training.intermediate_size,
@@ -187,9 +189,7 @@ def _shape(training: Training) -> "Shape":
     )
 
 
-def _schedule(training: Training, seed: int) -> "Schedule":
-    from hasten.accel.training.pretraining import Schedule
-
+def _schedule(training: Training, seed: int) -> Schedule:
     return Schedule(
         depths=tuple((layers, tokens) for layers, tokens in training.depths),
         batch=training.batch,
@@ -204,13 +204,15 @@ def _schedule(training: Training, seed: int) -> "Schedule":
 
 
 def _train(
-    model: str, config: PretrainConfig, state: Path, run_dir: Path, tokenizer: Any, stream: Any, tracker: "Tracker"
-) -> dict[str, Any]:
+    model: str,
+    config: PretrainConfig,
+    state: Path,
+    run_dir: Path,
+    tokenizer: Tokenizer,
+    stream: np.ndarray,
+    tracker: Tracker,
+) -> dict[str, Tensor]:
     """Weights, by name, of the trained model; goes on where an earlier run was stopped."""
-    import torch
-
-    from hasten.accel.training.pretraining import train_in_processes
-
     training: Training = getattr(config, model)
     schedule = _schedule(training, config.seed)
     if len(stream) < 2 * training.sequence_length:
@@ -232,18 +234,17 @@ def _train(
         log_path = run_dir / f"{model}.log"
         with _watched(model, log_path, done, schedule.steps, tracker):
             train_in_processes(config.workers, config.threads, arguments, log_path)
-    return torch.load(state_path, weights_only=True)["model"]
+    weights: dict[str, Tensor] = torch.load(state_path, weights_only=True)["model"]
+    return weights
 
 
 def _steps(state_path: Path) -> int:
     """Steps that are done by the training state, 0 where there is none."""
-    import torch
-
     return int(torch.load(state_path, weights_only=True, mmap=True)["step"]) if state_path.exists() else 0
 
 
 @contextmanager
-def _watched(model: str, log_path: Path, done: int, total: int, tracker: "Tracker") -> Iterator[None]:
+def _watched(model: str, log_path: Path, done: int, total: int, tracker: Tracker) -> Iterator[None]:
     """Progress bar and tracked loss from the log that the training processes write."""
     finished = threading.Event()
     log_path.touch()
@@ -272,10 +273,8 @@ def _watched(model: str, log_path: Path, done: int, total: int, tracker: "Tracke
         progress.update(total)
 
 
-def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str, Any]) -> Path:
+def _save(model: str, config: PretrainConfig, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> Path:
     """Folder of the checkpoint, written in bfloat16 and renamed into place."""
-    from hasten.accel.training.pretraining import build
-
     training: Training = getattr(config, model)
     built = build(_shape(training), training.depths[-1][0], config.vocab_size)
     built.load_state_dict(weights)
@@ -290,21 +289,21 @@ def _save(model: str, config: PretrainConfig, tokenizer: Any, weights: dict[str,
 
 
 def _measure(
-    model: str, config: PretrainConfig, folder: Path, root: Path, held_out: list[str], tokenizer: Any
-) -> dict[str, Any]:
+    model: str,
+    config: PretrainConfig,
+    folder: Path,
+    root: Path,
+    held_out: list[str],
+    tokenizer: Tokenizer,
+) -> Record:
     """Figures of a saved checkpoint, read back: size, tokens seen, bits per byte of the held-out files.
 
     Bits per byte are given for the library's modules, for its tests, and for both together.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from hasten.accel.training.pretraining import bits_per_byte
-
     training: Training = getattr(config, model)
     saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.set_num_threads(config.threads * config.workers)
-    facts: dict[str, Any] = {
+    facts: Record = {
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),
         "bytes": (folder / "model.safetensors").stat().st_size,
         "tokens": _schedule(training, config.seed).steps * training.batch * training.sequence_length,

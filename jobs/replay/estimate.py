@@ -1,4 +1,4 @@
-"""What `hasten replay` will take."""
+"""Estimate of `hasten replay`."""
 
 from hasten.accel.costs import decoding
 from hasten.accel.costs.estimate import DRIVER, Estimate, Process, Step
@@ -9,13 +9,13 @@ from hasten.jobs.replay.options import ReplayConfig
 
 
 def shapes(config: ReplayConfig, gpus: int) -> Shapes:
-    """Those of the draft model, as a replay runs no target."""
+    """Shapes of the draft model, as a replay runs no target."""
     option, name = ("draft", config.draft) if config.draft else ("target", config.target)
     return shapes_of(model_of(option, name, config.dtype, gpus))
 
 
 def estimate(config: ReplayConfig, setting: Setting) -> Estimate:
-    """Drafting along the text at every budget."""
+    """Cost of drafting along the text at every budget."""
     rates = setting.rates
     base, seconds = {"process": rates.driver_bytes}, 0.0
     phases = {"replay": base}

@@ -1,7 +1,7 @@
 """`hasten replay`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import DRAFT_ACCEPTANCE_RATE, Metric
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import DRAFT_ACCEPTANCE_RATE, Metric
 from hasten.jobs.replay.options import ReplayConfig
 
 JOB = Job(
@@ -10,7 +10,7 @@ JOB = Job(
     options=ReplayConfig,
     run="hasten.jobs.replay.run:run",
     estimate="hasten.jobs.replay.estimate:estimate",
-    needs="hasten.jobs.common.needs:of_process",
+    needs="hasten.jobs.descriptors.needs:of_process",
     shapes="hasten.jobs.replay.estimate:shapes",
     in_ray=False,
     metrics=(

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from hasten.jobs.common.metrics import Metric
-from hasten.jobs.common.registry import metrics as listed
+from hasten.jobs.descriptors.metrics import Metric
+from hasten.jobs.descriptors.registry import metrics as listed
 
 _GIBI = 2.0**30
 QUALITY = ("kl_divergence", "perplexity", "top1_agreement")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.jobs.common.logs import LOG_FILE
-from hasten.jobs.common.metrics import texts
+from hasten.jobs.descriptors.metrics import texts
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Group, Row
 

@@ -1,4 +1,4 @@
-"""What `hasten search` will take."""
+"""Estimate of `hasten search`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from hasten.jobs.search.options import SearchConfig
 
 
 def estimate(config: SearchConfig, setting: Setting) -> Estimate:
-    """The level database unless it is there, the search, and every checkpoint that it writes and measures."""
+    """Cost of the level database, unless it exists, of the search, and of writing and evaluating each checkpoint."""
     work = levels_pass(config, setting)
     model, budgets = work.model, config.budget
     checkpoint = model.architecture.checkpoint

@@ -1,7 +1,7 @@
 """`hasten search`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import CHECKPOINT, Metric
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import CHECKPOINT, Metric
 from hasten.jobs.search.options import SearchConfig
 
 JOB = Job(

@@ -2,18 +2,22 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.markdown import table
+from hasten.jobs.common.plots import level_map, pareto
+from hasten.jobs.common.quality import FIGURES
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
 from hasten.jobs.search.allocation import Answer, Search
 from hasten.jobs.search.options import SearchConfig
 
 
 def run(config: SearchConfig) -> Path:
     """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.cluster import joined
-    from hasten.jobs.common.run import start, tracked
-
     started = perf_counter()
     search = Search(config)
     with joined(config, config.workers * config.threads, search.reads, search.writes):
@@ -24,9 +28,9 @@ def run(config: SearchConfig) -> Path:
             search.prepare(tracker)
             search.allocate(tracker)
             found = [search.answer(budget, tracker) for budget in config.budget]
-            table = search.compare(tracker)
+            comparison = search.compare(tracker)
             usage = search.close()
-            report = _report(config, found, table, usage, perf_counter() - started)
+            report = _report(config, found, comparison, usage, perf_counter() - started)
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -34,11 +38,8 @@ def run(config: SearchConfig) -> Path:
 
 
 def _report(
-    config: SearchConfig, found: list[Answer], table: list[dict[str, Any]], usage: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    from hasten.jobs.cli.compose import plain
-    from hasten.jobs.common.quality import FIGURES
-
+    config: SearchConfig, found: list[Answer], comparison: list[Record], usage: dict[str, float], seconds: float
+) -> Record:
     first = found[0]
     return {
         "job": "search",
@@ -46,14 +47,12 @@ def _report(
         "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
         "layers": [row | {"budget": answer.budget} for answer in found for row in answer.layers],
         "budgets": [answer.metrics | {"output": str(answer.output)} for answer in found],
-        "pareto": table,
+        "pareto": comparison,
         "output": str(first.output),
     }
 
 
-def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
-    from hasten.jobs.common.plots import level_map, pareto
-
+def _figures(report: Record, run_dir: Path, tracker: Tracker) -> None:
     for answer in report["budgets"]:
         rows = [row for row in report["layers"] if row["budget"] == answer["budget"]]
         tracker.figure(level_map(rows, run_dir / f"levels_{answer['budget']:g}.png"))
@@ -61,9 +60,7 @@ def _figures(report: dict[str, Any], run_dir: Path, tracker: Any) -> None:
         tracker.figure(pareto(report["pareto"], run_dir / "pareto.png"))
 
 
-def _print_summary(report: dict[str, Any]) -> None:
-    from hasten.cluster.storage.naming import as_given
-
+def _print_summary(report: Record) -> None:
     for answer in report["budgets"]:
         print(f"checkpoint: {as_given(answer['output'])}")
         quality = (
@@ -73,8 +70,6 @@ def _print_summary(report: dict[str, Any]) -> None:
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
     if report["pareto"]:
-        from hasten.jobs.common.markdown import table
-
         rows = [
             [
                 row["allocator"],

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
 from hasten.accel.errors import UserError
+from hasten.jobs.cli.methods import method_names
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,6 @@ def read(words: Sequence[str], groups: Sequence[str]) -> Words:
 
 
 def _without_quotes(word: str) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import QuotedString
-    from hydra.errors import HydraException
-
     try:
         value = OverridesParser.create().parse_override(word)._value
     except HydraException:
@@ -82,10 +83,6 @@ def _without_quotes(word: str) -> str:
 
 
 def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep
-    from hydra.errors import HydraException
-
     key, sign, text = word.partition("=")
     if not sign:
         return None
@@ -97,7 +94,7 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
         return None  # text as it is written
     if not override.is_sweep_override():
         return None
-    value: Any = override._value
+    value: object = override._value
     if isinstance(value, Glob):
         return Dimension(key, _globbed(word, key, value, groups))
     if isinstance(value, IntervalSweep):
@@ -130,9 +127,7 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
     return Dimension(key, texts)
 
 
-def _globbed(word: str, key: str, pattern: Any, groups: Sequence[str]) -> tuple[str, ...]:
-    from hasten.jobs.cli.methods import method_names
-
+def _globbed(word: str, key: str, pattern: Glob, groups: Sequence[str]) -> tuple[str, ...]:
     if key not in groups:
         raise UserError(
             f"{word}: {key} is not chosen from a folder; glob is for {', '.join(groups) or 'no option here'}"
@@ -143,7 +138,7 @@ def _globbed(word: str, key: str, pattern: Any, groups: Sequence[str]) -> tuple[
     return found
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """A value as an option's text; of a float the digits that are exact."""
     if value is None:
         return "null"
@@ -157,7 +152,7 @@ def as_text(value: Any) -> str:
     return str(getattr(value, "text", value))
 
 
-def _item(value: Any) -> str:
+def _item(value: object) -> str:
     """A value inside a list: there a text keeps its quotes."""
     text = getattr(value, "text", None)
     return as_text(value) if text is None else json.dumps(text)

@@ -5,7 +5,6 @@ hydra-ray-launcher returns everything only at the end, retries nothing and caps 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
@@ -36,7 +35,7 @@ class RayLauncher(Launcher):
         self.pool = Pool(retries, at_once)
         self._work: Callable[[Sequence[str]], Work] | None = None
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+    def setup(self, *, hydra_context: object, task_function: Callable[[Sequence[str]], Work], config: object) -> None:
         """Take the function that makes a point's work; its options are checked by it, and not by Hydra's context."""
         self._work = task_function
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.registry import metrics as known_metrics
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.registry import metrics as known_metrics
 from hasten.jobs.sweep.options import SweepConfig
 
 DIRECTIONS = ("minimize", "maximize")

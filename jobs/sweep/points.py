@@ -13,10 +13,10 @@ from hasten.accel.errors import UserError
 from hasten.cluster.programs.sweep_points import Work
 from hasten.cluster.storage.remote import Remote, in_place, is_uri
 from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.execute import run_job
 from hasten.jobs.cli.options import options, value_at
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.execute import run_job
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.descriptor import Job
 
 # What tells a file or folder from another of the same name, as JSON; None where nothing does.
 Identity = object

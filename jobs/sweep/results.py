@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hasten.jobs.common.records import Record
 from hasten.jobs.sweep.points import Point
 
 _CELL_CHARACTERS = 40
@@ -22,7 +23,7 @@ class Row:
     error: Mapping[str, str] | None = None
     repeated: bool = False
 
-    def plain(self, folder: Path) -> dict[str, Any]:
+    def plain(self, folder: Path) -> Record:
         """For report.json; folder: of the sweep."""
         return {
             "name": self.point.name,
@@ -78,7 +79,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float) and not value.is_integer():
@@ -86,7 +87,7 @@ def _cell(value: Any) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> int | float | str:
     """Number of a text that is one, else the text."""
     try:
         return int(text)

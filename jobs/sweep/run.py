@@ -7,21 +7,38 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from hasten.accel.errors import UserError
+from hasten.cluster.programs.sweep_points import Ending, Work, is_finished, metrics_of, read_point
+from hasten.cluster.runtime.placement import check as check_placement
+from hasten.cluster.runtime.session import session
+from hasten.cluster.runtime.visibility import check as check_files
+from hasten.cluster.tracking.sweep import SweepTracker
+from hasten.cluster.tracking.tracker import write_report
 from hasten.jobs.cli.options import options, split_off
-from hasten.jobs.common.descriptor import Job
+from hasten.jobs.common.logs import log_to_folder
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.schema import Tracking
+from hasten.jobs.descriptors.descriptor import Job
 from hasten.jobs.sweep.dimensions import Words, read
 from hasten.jobs.sweep.grid import grid
+from hasten.jobs.sweep.launcher import RayLauncher
 from hasten.jobs.sweep.objectives import objectives, sampler
 from hasten.jobs.sweep.options import PREFIX, SweepConfig
 from hasten.jobs.sweep.points import Point, Points
 from hasten.jobs.sweep.results import Row, failures, table
+
+if TYPE_CHECKING:
+    from hasten.jobs.sweep.study import Study
 
 _LOG = logging.getLogger(__name__)
 STATE = "sweep.json"
@@ -67,25 +84,17 @@ class Sweep:
         # All points of a grid; else one for every value and bound.
         self._examples: list[Point] = []
         self._trials: dict[str, list[int]] = {}
-        self._study: Any = None
-        self._tracker: Any = None
-        self._progress: Any = None
-        self._launcher: Any = None
+        self._study: Study | None = None
+        self._launcher = RayLauncher(self._settings.retries, self._settings.at_once)
         self._interrupted = False
         self._begun = self._reported = 0.0
 
     def run(self) -> tuple[Path, int]:
         """Path of the sweep's report, and the exit code."""
-        from hasten.cluster.runtime.session import session
-        from hasten.jobs.common.logs import log_to_folder
-        from hasten.jobs.common.progress import Progress
-        from hasten.jobs.sweep.launcher import RayLauncher
-
         self.check()
         self._points.check_inputs(self._examples)
         example = max(self._examples, key=lambda point: sum(bundle.get("CPU", 0) for bundle in self._needs(point)))
         work = self._points.work(example)
-        self._launcher = RayLauncher(self._settings.retries, self._settings.at_once)
         address = self._settings.address or _value(self._words, "address")
         cpus = self._settings.cpus or int(sum(bundle.get("CPU", 0) for bundle in work.needs))
         with session(address, cpus, exactly=self._settings.cpus is not None):
@@ -116,7 +125,7 @@ class Sweep:
         self._print()
         return path, 130 if self._is_cut else 1 if failed else 0
 
-    def next(self) -> Any:
+    def next(self) -> Work | None:
         """The next point's work; None where there is none now."""
         while True:
             point = self._next_point()
@@ -132,12 +141,12 @@ class Sweep:
         """How many points it may still give."""
         return len(self._waiting) if self._study is None else int(self._study.left)
 
-    def started(self, work: Any) -> None:
+    def started(self, work: Work) -> None:
         """A point was handed to the cluster."""
         self._rows[work.name].status = "running"
         self._tracker.begin(work.name, work.folder)
 
-    def ended(self, work: Any, ending: Any) -> None:
+    def ended(self, work: Work, ending: Ending) -> None:
         """A point has come to its end: show it, track it, tell Optuna."""
         row = self._rows[work.name]
         row.status, row.seconds, row.error, row.repeated = (
@@ -193,23 +202,18 @@ class Sweep:
 
     def _check_cluster(self) -> None:
         """UserError where the cluster cannot hold a point, or one of its nodes does not see the points' files."""
-        from hasten.cluster.runtime.placement import check
-        from hasten.cluster.runtime.visibility import check as check_files
-
         for needs in {str(needs): needs for needs in map(self._needs, self._examples)}.values():
-            check(needs, "a point of the sweep")
+            check_placement(needs, "a point of the sweep")
         files = [(self._points.reads(point), self._points.writes(point)) for point in self._examples]
         for reads, writes in {str(both): both for both in files}.values():
             check_files(reads, {"run_dir": self.folder, **writes})
 
-    def _needs(self, point: Point) -> Any:
+    def _needs(self, point: Point) -> Sequence[Mapping[str, float]]:
         return self._points.work(point).needs
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time works at a sweep; UserError for the second."""
-        from filelock import FileLock, Timeout
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / ".lock", timeout=1)
@@ -225,11 +229,11 @@ class Sweep:
         finally:
             lock.release()
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> Record:
         """What sweep.json holds: the sweep's key, made once, and its words; UserError for another job's folder."""
         path = self.folder / STATE
         what = self._job.title
-        state: dict[str, Any] = {"job": what, "key": uuid.uuid4().hex, "words": self._given}
+        state: Record = {"job": what, "key": uuid.uuid4().hex, "words": self._given}
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
@@ -245,6 +249,7 @@ class Sweep:
 
     def _open_study(self) -> None:
         if self._sampler != "grid":
+            # Optuna takes a second to import, and a grid needs none of it.
             from hasten.jobs.sweep.study import Study
 
             settings = self._settings
@@ -257,9 +262,7 @@ class Sweep:
                 settings.trials,
             )
 
-    def _tracked(self, tracking: Any, title: str, key: str) -> Any:
-        from hasten.cluster.tracking.sweep import SweepTracker
-
+    def _tracked(self, tracking: Tracking, title: str, key: str) -> SweepTracker:
         name = tracking.name or f"{title} {self.folder.name}"
         return SweepTracker(tracking.uri, tracking.experiment, name, key, self.folder)
 
@@ -278,8 +281,6 @@ class Sweep:
         self._progress.begin(done)
 
     def _has_finished(self, row: Row) -> bool:
-        from hasten.cluster.programs.sweep_points import is_finished, metrics_of, read_point
-
         folder = row.point.folder
         if not is_finished(folder, self._points.sends(row.point)):
             return False
@@ -303,6 +304,8 @@ class Sweep:
 
     def _tell(self, row: Row) -> None:
         """Give Optuna the figures of a point; one without them has failed."""
+        if self._study is None:
+            return
         for number in self._trials.pop(row.point.name, ()):
             values = None
             if row.status == "finished":
@@ -329,8 +332,6 @@ class Sweep:
         }
 
     def _write_report(self) -> Path:
-        from hasten.cluster.tracking.tracker import write_report
-
         self._reported = perf_counter()
         return write_report(
             self.folder,
@@ -355,7 +356,7 @@ class Sweep:
             return
         pool = self._launcher.pool
 
-        def interrupt(number: int, frame: Any) -> None:
+        def interrupt(number: int, frame: FrameType | None) -> None:
             # `hasten stop` of a submitted sweep sends one signal, and SIGKILL half a minute later.
             pool.stopping = pool.draining or number == signal.SIGTERM or "RAY_JOB_STOP_SIGNAL" in os.environ
             pool.draining = self._interrupted = True

@@ -6,9 +6,12 @@ Source: Akiba et al. 2019, arXiv:1907.10902.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import optuna
+from optuna import distributions, samplers
 
 from hasten.accel.errors import UserError
+from hasten.jobs.common.records import Record
 from hasten.jobs.sweep.dimensions import Dimension, as_text
 
 _LOG = logging.getLogger(__name__)
@@ -31,8 +34,6 @@ class Study:
         seed: int,
         trials: int,
     ) -> None:
-        import optuna
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._dimensions = {dimension.key: dimension for dimension in dimensions}
         self._distributions = {dimension.key: _distribution(dimension) for dimension in dimensions}
@@ -55,7 +56,7 @@ class Study:
         self._open = [trial for trial in earlier if trial.state == states.RUNNING]
         done = [trial for trial in earlier if trial.state == states.COMPLETE]
         known = [trial.params for trial in (*done, *self._open)]
-        self._again: list[dict[str, Any]] = []
+        self._again: list[Record] = []
         for trial in earlier:
             if trial.state == states.FAIL and trial.params not in known:
                 self._again.append(trial.params)
@@ -85,8 +86,6 @@ class Study:
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
         """A trial has ended with these values of the metrics; None: it failed."""
-        import optuna
-
         if values is None:
             self._study.tell(number, state=optuna.trial.TrialState.FAIL)
         else:
@@ -109,7 +108,7 @@ class Study:
         anew.replace(file)
         self._study = _open(file, directions)
 
-    def _could_have_made(self, params: Mapping[str, Any]) -> bool:
+    def _could_have_made(self, params: Record) -> bool:
         """Whether the parameters are all of this sweep's options, with values that they have."""
         if params.keys() != self._distributions.keys():
             return False
@@ -121,15 +120,13 @@ class Study:
         except ValueError:  # a text that is no number, or not in the list
             return False
 
-    def _texts(self, params: Mapping[str, Any]) -> dict[str, str]:
+    def _texts(self, params: Record) -> dict[str, str]:
         """Parameters as options' texts, in the order of the words."""
         return {key: as_text(params[key]) for key in self._dimensions}
 
 
-def _open(file: Path, directions: Sequence[str]) -> Any:
+def _open(file: Path, directions: Sequence[str]) -> optuna.Study:
     """The study of a file, made where there is none."""
-    import optuna
-
     return optuna.create_study(
         storage=f"sqlite:///{file.as_posix()}",
         study_name=_NAME,
@@ -138,9 +135,7 @@ def _open(file: Path, directions: Sequence[str]) -> Any:
     )
 
 
-def _distribution(dimension: Dimension) -> Any:
-    from optuna import distributions
-
+def _distribution(dimension: Dimension) -> distributions.BaseDistribution:
     if dimension.is_numeric:
         step = dimension.step
         if dimension.is_integer:
@@ -151,9 +146,7 @@ def _distribution(dimension: Dimension) -> Any:
     return distributions.CategoricalDistribution(dimension.values or ())
 
 
-def _sampler(name: str, seed: int) -> Any:
-    from optuna import samplers
-
+def _sampler(name: str, seed: int) -> samplers.BaseSampler:
     if name == "tpe":
         # Trials that run count as bad ones meanwhile, so that those that are asked for together differ.
         return samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)

@@ -1,7 +1,7 @@
 """`hasten train_drafter`: the descriptor."""
 
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import BYTES
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import BYTES
 from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 JOB = Job(
@@ -10,7 +10,7 @@ JOB = Job(
     options=TrainDrafterConfig,
     run="hasten.jobs.train_drafter.run:run",
     estimate="hasten.jobs.train_drafter.estimate:estimate",
-    needs="hasten.jobs.common.needs:of_process",
+    needs="hasten.jobs.descriptors.needs:of_process",
     shapes="hasten.jobs.train_drafter.estimate:shapes",
     in_ray=False,
     metrics=(BYTES,),

@@ -11,11 +11,11 @@ from hasten.jobs.cli.compose import compose, plain
 from hasten.jobs.cli.help import job_help, overview
 from hasten.jobs.cli.methods import CONF
 from hasten.jobs.cli.options import MULTIRUN, options, split_plan
-from hasten.jobs.common import registry
-from hasten.jobs.common.descriptor import Job, load
-from hasten.jobs.common.metrics import PEAK_RSS_BYTES, SECONDS
-from hasten.jobs.common.registry import job_of, jobs
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors import registry
+from hasten.jobs.descriptors.descriptor import Job, load
+from hasten.jobs.descriptors.metrics import PEAK_RSS_BYTES, SECONDS
+from hasten.jobs.descriptors.registry import job_of, jobs
 from hasten.jobs.sweep.run import check
 
 JOBS = list(jobs().values())

@@ -9,7 +9,7 @@ import yaml
 
 from hasten.jobs.cli.commands import submit
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RAY_JOB = EXAMPLES / "kuberay" / "rayjob.yaml"

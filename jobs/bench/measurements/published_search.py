@@ -65,7 +65,9 @@ class PublishedSearch:
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
         asked = Evaluation(source=source, sequences=windows)
-        tokens = held_out_windows(asked, self._tokenizer, self._path).tokens
+        held_out = held_out_windows(asked, self._tokenizer, self._path)
+        assert held_out is not None, "windows=0"
+        tokens = held_out.tokens
         candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)
         genome = tuple(unit.index(self._level(bits[unit.name])) for unit in self._units)
         whole = Sample(tuple((number, tokens.shape[1]) for number in range(len(tokens))))

@@ -2,9 +2,12 @@
 
 import sys
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hasten.jobs.cli.commands._arguments import Parser
+
+if TYPE_CHECKING:
+    from hasten.cluster.submission.job_server import Job, JobServer
 
 ADDRESS = "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's"
 
@@ -16,7 +19,7 @@ def parser(command: str, description: str) -> Parser:
     return found
 
 
-def follow(server: Any, name: str) -> int:
+def follow(server: "JobServer", name: str) -> int:
     """Print a job's output until it is over; exit code of the job, or 130 after Ctrl-C, which leaves it running."""
     try:
         job = server.follow(name, _print)
@@ -31,7 +34,7 @@ def follow(server: Any, name: str) -> int:
     return int(job.code)
 
 
-def ending(job: Any) -> str:
+def ending(job: "Job") -> str:
     """How a job stands, in one line."""
     if job.status == "FAILED":
         text = job.message.strip().splitlines() or [""]

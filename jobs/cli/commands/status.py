@@ -1,8 +1,11 @@
 """Show the jobs that were submitted to a Ray cluster, or one of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hasten.jobs.cli.commands._cluster import ending, parser, time_of
+
+if TYPE_CHECKING:
+    from hasten.cluster.submission.job_server import Job
 
 
 def main(words: list[str]) -> int:
@@ -21,7 +24,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _one(job: Any) -> str:
+def _one(job: "Job") -> str:
     rows = {
         "job": job.name,
         "status": f"{job.status}, {ending(job)}",
@@ -35,7 +38,7 @@ def _one(job: Any) -> str:
     return "\n".join(f"{key + ':':<11}{value}" for key, value in rows.items() if value)
 
 
-def _table(jobs: list[Any]) -> str:
+def _table(jobs: list["Job"]) -> str:
     head = ("ID", "STATUS", "STARTED", "SECONDS", "COMMAND")
     rows = [head, *((job.name, job.status, time_of(job.started), _seconds(job), f"hasten {job.words}") for job in jobs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
@@ -44,5 +47,5 @@ def _table(jobs: list[Any]) -> str:
     )
 
 
-def _seconds(job: Any) -> str:
+def _seconds(job: "Job") -> str:
     return "" if job.seconds is None else f"{job.seconds:.0f}"

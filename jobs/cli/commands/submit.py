@@ -9,14 +9,17 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+
+import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.commands._cluster import follow, parser
 from hasten.jobs.cli.options import MULTIRUN, Option, nearest, options, split_plan
-from hasten.jobs.common.descriptor import Job
 from hasten.jobs.common.logs import log_to_terminal
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.common.records import Record
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.registry import jobs
+from hasten.jobs.dry_run.options import parse_words
 
 
 def main(words: list[str]) -> int:
@@ -92,8 +95,6 @@ def _check(job: Job, words: list[str]) -> None:
         check(job, [word for word in words if word not in MULTIRUN])
         return
     if plans:
-        from hasten.jobs.dry_run.run import parse_words
-
         _, words = parse_words(words)
     compose(job.name, job.options, words)
 
@@ -139,9 +140,7 @@ def _workdir(given: str | None) -> str:
     return given
 
 
-def _runtime_env(file: str | None) -> dict[str, Any]:
-    import yaml
-
+def _runtime_env(file: str | None) -> Record:
     if file is None:
         return {}
     try:
@@ -155,9 +154,9 @@ def _runtime_env(file: str | None) -> dict[str, Any]:
     return found
 
 
-def _are_texts(env_vars: Any) -> bool:
+def _are_texts(env_vars: object) -> bool:
     return isinstance(env_vars, dict) and all(isinstance(each, str) for each in _flat(env_vars.items()))
 
 
-def _flat(pairs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
+def _flat(pairs: Iterable[tuple[object, object]]) -> Iterable[object]:
     return (each for pair in pairs for each in pair)

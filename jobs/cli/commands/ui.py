@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hasten.accel.errors import UserError
 from hasten.jobs.cli.commands._arguments import Parser
 
 
@@ -21,7 +22,6 @@ def main(words: list[str]) -> int:
 
 def tracking_uri(where: str | None) -> str:
     """URI of the store that a run's or sweep's folder was tracked in, or the URI itself; None is ./runs."""
-    from hasten.accel.errors import UserError
     from hasten.cluster.tracking import store
 
     if where is None:
@@ -39,7 +39,6 @@ def tracking_uri(where: str | None) -> str:
 
 
 def _of_folder(folder: Path) -> str:
-    from hasten.accel.errors import UserError
     from hasten.cluster.tracking.environment import tracking_uri as said
 
     uri = said(folder)

@@ -6,7 +6,7 @@ from hasten.accel.errors import UserError
 from hasten.jobs.bench.measurements.planned import moved_bytes
 from hasten.jobs.bench.plan import Compared, Config, _section, _worst, run
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 from tests.models import tiny
 
 FOUND = [

@@ -5,8 +5,8 @@ from hasten.jobs.cli import methods
 from hasten.jobs.cli.compose import compose, plain
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.cli.options import Option, nearest, options
-from hasten.jobs.common.registry import jobs
 from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.pretrain.options import PretrainConfig
 
 

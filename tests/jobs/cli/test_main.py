@@ -7,7 +7,7 @@ import pytest
 from hasten.jobs.cli.main import main
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.cli.options import options
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 
 HEAVY = ("torch", "transformers", "ray", "hydra", "omegaconf", "mlflow", "deepspeed", "numpy", "matplotlib")
 

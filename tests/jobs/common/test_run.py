@@ -9,7 +9,7 @@ import yaml
 from hasten.accel.errors import UserError
 from hasten.cluster.storage.naming import called
 from hasten.jobs.cli.main import main
-from hasten.jobs.common import run as runs
+from hasten.jobs.common import logs
 from hasten.jobs.common.logs import LOG_FILE
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.run import start
@@ -140,5 +140,5 @@ def test_progress_without_a_terminal_is_plain_lines_with_the_time_left(monkeypat
 @pytest.fixture(autouse=True)
 def without_handlers_afterwards():
     yield
-    runs.log_to_terminal()
-    logging.getLogger().removeHandler(runs._HANDLERS.pop())
+    logs.log_to_terminal()
+    logging.getLogger().removeHandler(logs._HANDLERS.pop())

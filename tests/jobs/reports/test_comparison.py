@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hasten.jobs.common.metrics import texts
+from hasten.jobs.descriptors.metrics import texts
 from hasten.jobs.report.comparison import compare, with_quality_of_checkpoints
 from hasten.jobs.report.reading import read
 from hasten.jobs.report.sentences import summary

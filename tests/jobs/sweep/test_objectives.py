@@ -3,7 +3,7 @@
 import pytest
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.sweep.objectives import Objectives, objectives, sampler
 from hasten.jobs.sweep.options import SweepConfig
 

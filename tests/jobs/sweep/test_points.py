@@ -8,7 +8,7 @@ import pytest
 
 from hasten.accel.errors import UserError
 from hasten.cluster.programs.sweep_points import is_finished
-from hasten.jobs.common.registry import job_of, jobs
+from hasten.jobs.descriptors.registry import job_of, jobs
 from hasten.jobs.sweep import points as sweep_points
 from hasten.jobs.sweep.points import Points
 

@@ -70,7 +70,7 @@ def test_a_training_writes_checkpoint_card_and_report_and_goes_on_where_it_was(t
     assert f"{metrics['draft.bits_per_byte']:.3f} over all files" in (folder / "README.md").read_text()
 
     weights = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr("hasten.accel.training.pretraining.train_in_processes", pytest.fail)
+    monkeypatch.setattr("hasten.jobs.pretrain.run.train_in_processes", pytest.fail)
     pretrain.run(tiny(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match=r"draft\.lr was 0\.006, is 0\.1.*overwrite=true"):

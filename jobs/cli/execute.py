@@ -1,11 +1,11 @@
 """Running a job: its options composed, URIs made local paths, and its run function called."""
 
 from hasten.cluster.storage.naming import as_given
-from hasten.jobs.common.descriptor import Job
 from hasten.jobs.common.logs import log_to_terminal, log_traceback
-from hasten.jobs.common.registry import job_of
 from hasten.jobs.common.schema import Run
 from hasten.jobs.common.storage import local_paths
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.registry import job_of
 
 
 def execute(job: Job, config: Run) -> str | None:

@@ -1,12 +1,12 @@
-"""Every job there is: the folders of jobs/ that hold a descriptor, and what all of them report."""
+"""The registry of jobs: all folders of jobs/ with a descriptor, and the metrics that these jobs report."""
 
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import hasten.jobs
-from hasten.jobs.common.descriptor import Job
-from hasten.jobs.common.metrics import PEAK_RSS_BYTES, SECONDS, Metric
+from hasten.jobs.descriptors.descriptor import Job
+from hasten.jobs.descriptors.metrics import PEAK_RSS_BYTES, SECONDS, Metric
 
 
 @cache

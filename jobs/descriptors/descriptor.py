@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hasten.jobs.common.metrics import Metric
 from hasten.jobs.common.schema import Run
+from hasten.jobs.descriptors.metrics import Metric
 
 if TYPE_CHECKING:
     from hasten.accel.costs.estimate import Estimate
@@ -66,7 +66,7 @@ class Job:
     position: int
     options: type[Run]
     run: str | None = None
-    needs: str = "hasten.jobs.common.needs:of_workers"
+    needs: str = "hasten.jobs.descriptors.needs:of_workers"
     estimate: str | None = None
     not_planned: str = ""
     shapes: str = "hasten.jobs.dry_run.models:shapes"
