@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hasten.jobs.cli.methods import CONF, method, method_names, target_of
 from hasten.jobs.cli.options import Option, options
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.sweep.options import SweepConfig
 
 PAGE = Path(__file__).parent / "methods.md"

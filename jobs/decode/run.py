@@ -21,6 +21,7 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
+from hasten.jobs.common.arithmetic import gpus_per_worker
 from hasten.jobs.common.cluster import joined
 from hasten.jobs.common.plots import acceptance, time_shares
 from hasten.jobs.common.progress import Progress
@@ -98,7 +99,7 @@ def run(config: DecodeConfig) -> Path:
 
 def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
     on_tokens = Printer(inputs.tokenizer).tokens if config.stream else None
-    gpus = 1 if inputs.spec.device == "cuda" else 0
+    gpus = gpus_per_worker(inputs.spec.device)
     needs = ActorResources(config.threads, gpus)
     with_model = inputs.spec.drafter is not None and inputs.spec.drafter.needs_draft_model
     drafter_needs = ActorResources(1, gpus if with_model else 0)

@@ -1,6 +1,6 @@
 """A budget of bits spread over a model: levels, allocators, and the checkpoints that come of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,15 +236,14 @@ class Search:
             rows += [{"layer": layer, "block": unit.block, "bits_per_weight": bits} for layer in unit.layers]
         return level_map(rows, path)
 
-    def _quality(self, output: Path) -> dict[str, object]:
+    def _quality(self, output: Path) -> Mapping[str, object]:
         if self._windows is None:
             return {}
         # Their memory is needed for the models to be compared.
         self._measuring.close()
         config, device = self._config, self._measuring.device
         quality = measured(output, self._source, self._windows, config.workers, config.threads, device)
-        metrics: dict[str, object] = quality.sums.metrics()
-        return metrics
+        return quality.sums.metrics()
 
     def _output(self, budget: float) -> Path:
         config = self._config

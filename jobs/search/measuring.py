@@ -20,7 +20,7 @@ from hasten.accel.evaluation.perplexity import Windows
 from hasten.cluster.actors.evaluator import EvaluatorSpec
 from hasten.cluster.programs.search import Evaluators
 from hasten.cluster.runtime.placement import ActorResources
-from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.arithmetic import gpus_per_worker, resolve_device, resolve_dtype
 from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Measuring:
                 threads=config.threads,
                 batch=config.search.batch,
             )
-            needs = ActorResources(config.threads, 1 if self.device == "cuda" else 0)
+            needs = ActorResources(config.threads, gpus_per_worker(self.device))
             self._running = text, Evaluators(spec, config.workers, needs)
         return self._running[1]
 

@@ -49,7 +49,10 @@ class Setup:
         self.device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.device)
         target, draft = resolve(config.target), resolve(config.draft)
-        self._tokenizer = load_tokenizer(target)
+        tokenizer = load_tokenizer(target)
+        if tokenizer is None:
+            raise UserError(f"target={config.target} has no tokenizer: prompts are texts")
+        self._tokenizer = tokenizer
         self.prompts = dict(self._prompts())
 
         def load(folder: Path) -> Generator:
