@@ -130,7 +130,8 @@ class Search:
             folder.release()
         weights = sum(unit.weights for unit in units)
         metrics: dict[str, object] = {"budget": budget, "budget_bits_per_weight": size(units, genome) / weights}
-        metrics |= sizes(Checkpoint(output)).metrics() | self._quality(output)
+        metrics |= sizes(Checkpoint(output)).metrics()
+        metrics |= self._quality(output)
         tracker.metrics({f"{name}/{budget:g}": value for name, value in metrics.items()})
         return Answer(budget, output, layers, metrics)
 
