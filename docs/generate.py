@@ -35,8 +35,8 @@ TITLES = {
 
 def families() -> list[str]:
     """Config groups: the folders of conf that hold methods."""
-    found = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
-    return sorted(found, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
+    names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
+    return sorted(names, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
 
 
 def methods_page() -> str:
@@ -53,9 +53,9 @@ def methods_page() -> str:
         lines += ["", f"## {TITLES.get(group, group)}", "", f"`{group}=NAME`", ""]
         lines += ["| name | method | source | hyper-parameters |", "| --- | --- | --- | --- |"]
         for name in method_names(group):
-            found = method(group, name)
-            fields = ", ".join(f"`{item.name}={_shown(item.default)}`" for item in found.fields)
-            lines.append(f"| `{name}` | {_cell(found.summary)} | {_cell(_source(group, name))} | {_cell(fields)} |")
+            entry = method(group, name)
+            fields = ", ".join(f"`{item.name}={_shown(item.default)}`" for item in entry.fields)
+            lines.append(f"| `{name}` | {_cell(entry.summary)} | {_cell(_source(group, name))} | {_cell(fields)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -80,7 +80,7 @@ def options_table(rows: list[Option]) -> str:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """MkDocs: the page with tables of options in it."""
-    return MARKER.sub(lambda found: options_table(_options(found[1])), markdown)
+    return MARKER.sub(lambda match: options_table(_options(match[1])), markdown)
 
 
 def _options(name: str) -> list[Option]:
@@ -91,8 +91,8 @@ def _source(group: str, name: str) -> str:
     """The `Source:` of a method's module, its first sentence."""
     path = CONF.parent.joinpath(*target_of(group, name).split(".")[1:-1]).with_suffix(".py")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    found = re.search(r"Source: (.+?)(?:\.\s|\.$|\n\n|$)", " ".join(docstring.split()))
-    return found[1] if found else "–"
+    match = re.search(r"Source: (.+?)(?:\.\s|\.$|\n\n|$)", " ".join(docstring.split()))
+    return match[1] if match else "–"
 
 
 def _shown(value: object) -> str:

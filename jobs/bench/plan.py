@@ -35,7 +35,7 @@ NORMAL: dict[str, dict[str, object]] = {
 class Config(Run):
     """Plan jobs and run them."""
 
-    model: str = option("embedded:target", f"what the jobs run on: {MODEL}", path="in")
+    model: str = option("embedded:target", f"model that the jobs run on: {MODEL}", path="in")
     jobs: list[str] = option(["compress", "levels", "evaluate", "decode", "search"], "jobs to plan and run")
     sizes: list[str] = option(["small", "normal"], "settings of the jobs: small ones, and their defaults")
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")

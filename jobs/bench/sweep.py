@@ -86,7 +86,7 @@ def _logging(config: Config, folder: Path) -> dict[str, float]:
 
 def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
     """Command of a sweep in a folder, with an MLflow store beside it; cpus: of a local Ray, None is all."""
-    own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
+    job_words = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
     command = [
         sys.executable,
         "-m",
@@ -95,7 +95,7 @@ def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str]
         "wait",
         "--multirun",
         f"point=range(0,{points})",
-        *own,
+        *job_words,
         *words,
     ]
     return command if cpus is None else [*command, f"sweep.cpus={cpus}"]

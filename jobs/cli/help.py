@@ -1,4 +1,4 @@
-"""What `hasten --help` and `hasten JOB --help` print; nothing heavy is imported for it."""
+"""Texts of `hasten --help` and `hasten JOB --help`, made without heavy imports."""
 
 import ast
 import shutil
@@ -17,7 +17,7 @@ _COMMANDS = Path(__file__).parent / "commands"
 
 
 def command_names() -> list[str]:
-    """Commands beside the jobs: the files of jobs/cli/commands."""
+    """Commands besides the jobs: the files of jobs/cli/commands."""
     return sorted(path.stem for path in _COMMANDS.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -89,10 +89,10 @@ def _variants(variants: Variants) -> list[str]:
 def _methods(group: str, with_fields: bool = False) -> list[str]:
     lines = []
     for name in method_names(group):
-        found = method(group, name)
-        lines += _row(name, found.summary)
-        if with_fields and found.fields:
-            words = ", ".join(f"{group}.{item.name}={_shown(item.default)}" for item in found.fields)
+        entry = method(group, name)
+        lines += _row(name, entry.summary)
+        if with_fields and entry.fields:
+            words = ", ".join(f"{group}.{item.name}={_shown(item.default)}" for item in entry.fields)
             lines += _wrap(words, _INDENT * 3)
     return lines
 
@@ -116,26 +116,26 @@ def _shown(value: object) -> str:
 
 
 def _flat(tree: Record, prefix: str = "") -> Record:
-    """Values of a job's file by flat key; what it chooses in a group under the group's name."""
-    found: Record = {}
+    """Values of a job's file by flat key, and the methods that it chooses by their group's name."""
+    values: Record = {}
     for key, value in tree.items():
         if key == "defaults" and not prefix:
             for entry in value:
-                found |= entry if isinstance(entry, dict) else {}
+                values |= entry if isinstance(entry, dict) else {}
         elif isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            values |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            values[prefix + key] = value
+    return values
 
 
-def _row(left: str, right: str, width: int = 20) -> list[str]:
-    """A term and its text, the text in a column of its own and wrapped there."""
-    lines = _wrap(right, " " * (len(_INDENT) + width))
-    if len(left) < width:
-        lines[0] = f"{_INDENT}{left:<{width}}{lines[0].lstrip()}"
+def _row(term: str, text: str, width: int = 20) -> list[str]:
+    """Lines with a term on the left and its text wrapped in a column on the right."""
+    lines = _wrap(text, " " * (len(_INDENT) + width))
+    if len(term) < width:
+        lines[0] = f"{_INDENT}{term:<{width}}{lines[0].lstrip()}"
         return lines
-    return [_INDENT + left, *lines]
+    return [_INDENT + term, *lines]
 
 
 def _wrap(text: str, indent: str) -> list[str]:

@@ -18,7 +18,7 @@ _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 @dataclass(frozen=True)
 class MethodField:
-    """A hyper-parameter of a method: its type (object where it is no simple one) and default (its text likewise)."""
+    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text."""
 
     name: str
     kind: type
@@ -27,7 +27,7 @@ class MethodField:
 
 @dataclass(frozen=True)
 class Method:
-    """A file of a config group, with the first sentence of the module behind it."""
+    """A file of a config group, with the first sentence of the method's module."""
 
     name: str
     summary: str
@@ -45,13 +45,13 @@ def method_names(group: str) -> list[str]:
 
 
 def target_of(group: str, name: str) -> str:
-    """Path of the class that a method's file names."""
+    """Import path of the class that a method's file names."""
     return str(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"])
 
 
 @cache
 def method(group: str, name: str) -> Method:
-    """One method of a group, which must be there; its module is parsed and not imported."""
+    """An existing method of a group; its module is parsed and not imported."""
     module, _, class_name = target_of(group, name).rpartition(".")
     path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -63,13 +63,13 @@ def method(group: str, name: str) -> Method:
 
 
 def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
-    found = []
+    fields = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
             annotation = ast.unparse(item.annotation)
             if not annotation.startswith("ClassVar"):
-                found.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
-    return tuple(found)
+                fields.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
+    return tuple(fields)
 
 
 def _value(node: ast.expr) -> object:
@@ -80,12 +80,12 @@ def _value(node: ast.expr) -> object:
 
 
 def build(settings: Record) -> Any:
-    """The method that a composed group describes; UserError where its hyper-parameters make no sense."""
+    """The method that a composed group describes; UserError if it refuses its hyper-parameters."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     try:
-        # Else a list of methods would become one of their hyper-parameters.
+        # Without _convert_, a list of methods would be passed on as a list of OmegaConf.
         return instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):

@@ -1,4 +1,4 @@
-"""`hasten replay`: what a drafter would be worth on a text, or on recorded completions, without a target."""
+"""`hasten replay`: measures a drafter's acceptance on a text or on recorded completions, without a target."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ def run(config: ReplayConfig) -> Path:
     started = perf_counter()
     torch.set_num_threads(config.threads)
     sequences, replayed = _prepared(config)
-    # Nothing was written so far: what is wrong in the input leaves nothing behind.
+    # Nothing was written so far: a mistake in the input leaves no files behind.
     run_dir = start(config)
     with tracked(config, "replay", run_dir) as tracker:
         tracker.params(plain(config))
@@ -83,7 +83,7 @@ def run(config: ReplayConfig) -> Path:
 
 
 def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callable[[int], DecodingStats]]:
-    """The sequences with the lengths of their prompts, and a function from a budget to the statistics of them all."""
+    """The sequences with their prompt lengths, and a function from a budget to the statistics over all sequences."""
     drafter: Drafter = build(config.drafter)
     if not config.budgets or min(config.budgets) < 1 or len(set(config.budgets)) < len(config.budgets):
         raise UserError(f"budgets={config.budgets} is wrong: expected different whole numbers, 1 or more")
@@ -100,7 +100,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callab
     sequences = _sequences(config, target, vocabulary)
 
     def replayed(budget: int) -> DecodingStats:
-        # A memory of its own for every budget: what was learned at one would flatter the next.
+        # Every budget starts with a new memory: tokens learned at one budget would favour the next.
         memory = drafter.new_memory(models)
         if learned:
             drafter.load(memory, learned)
@@ -119,7 +119,7 @@ def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tupl
     if config.prompt_length >= config.sequence_length:
         raise UserError(
             f"prompt_length={config.prompt_length} must be below sequence_length={config.sequence_length}: "
-            "the rest is what is replayed"
+            "the tokens after the prompt are replayed"
         )
     tokens = load_tokens(
         config.text,
