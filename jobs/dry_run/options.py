@@ -1,16 +1,12 @@
 """Options of `hasten plan JOB` and `plan=true`."""
 
-import re
 from dataclasses import dataclass
 
-from hasten.accel.errors import UserError
 from hasten.jobs.cli.options import split_off
 from hasten.jobs.common.schema import option
+from hasten.jobs.common.sizes import BYTES, parse_bytes
 
 PREFIX = "plan."
-BYTES = "bytes such as 80GB or 512MiB"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?)b?|b)?", re.IGNORECASE)
-_POWERS = "kmgtp"
 
 
 @dataclass
@@ -35,16 +31,6 @@ class PlanConfig:
     tokens_per_pass: float = option(
         1.0, "tokens that a pass of decoding gives, which no plan knows before; 1 is without drafts", at_least=1
     )
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """Bytes of a text such as 80GB or 512MiB; UserError names the option."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise UserError(f"{option}={text} is wrong: expected {BYTES}")
-    number, unit, binary = found.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** (_POWERS.index(unit.lower()) + 1 if unit else 0))
 
 
 def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:
