@@ -53,7 +53,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # Warnings are errors. The hook in docs/generate.py reads the options from the code.
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python docs/generate.py --check
-	$(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) -e '.[docs]'

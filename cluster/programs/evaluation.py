@@ -30,12 +30,10 @@ def measure(
     original: Path | None,
     cut: Windows,
     workers: int = 2,
-    threads: int = 1,
+    needs: ActorResources | None = None,
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
     device: str = "cpu",
-    gpus: float = 0,
-    memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     batch_option: str = "windows at once",
     instead: str = "a smaller evaluation.sequence_length, or fewer workers",
@@ -43,18 +41,18 @@ def measure(
     """Evaluate a model on all windows, against the original where one is given; progress(done, total) in parts.
 
     Runs inside a Ray session. A task whose process or node is lost is run again, and one that runs out of memory once
-    more with half the batch. threads, gpus, memory (bytes): what each task asks the cluster for. batch_option: the
-    config key of the batch; instead: other ways to save memory, for messages.
+    more with half the batch. needs: of each task, None is one CPU; it computes with as many threads as it has CPUs.
+    batch_option: the config key of the batch; instead: other ways to save memory, for messages.
     """
+    needs = needs or ActorResources()
     parts = min(workers, len(cut))
     batches = Batches(batch_option, batch, f"use {instead}")
     folders = str(model), str(original) if original else None
 
     def arguments(part: int) -> tuple[object, ...]:
-        return (*folders, cut.part(part, parts), threads, dtype, batches.of(part), device)
+        return (*folders, cut.part(part, parts), int(needs.cpus), dtype, batches.of(part), device)
 
     results: dict[int, Measured] = {}
-    needs = ActorResources(threads, gpus, memory)
     for part, result in task_results(_evaluate, arguments, parts, parts, needs, batches):
         results[part] = result
         if progress:

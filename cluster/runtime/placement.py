@@ -60,9 +60,9 @@ class ActorResources:
         }
 
 
-def check_workers(workers: int, threads: int, gpus: float = 0) -> None:
-    """UserError unless the cluster can hold so many workers, each with its threads and GPUs, at the same time."""
-    check([{"CPU": threads, "GPU": gpus}] * workers, f"workers={workers} of threads={threads}")
+def check_workers(workers: int, needs: ActorResources) -> None:
+    """UserError unless the cluster can hold all workers, each with what it needs, at the same time."""
+    check([needs.bundle] * workers, f"workers={workers} of threads={needs.cpus:g}")
 
 
 def check(bundles: Sequence[Bundle], asked: str) -> None:

@@ -5,7 +5,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from hasten.jobs.cli.methods import job_file, method, method_names
+from hasten.jobs.cli.methods import families, heading, job_file, method, method_names
 from hasten.jobs.cli.options import Option, options
 from hasten.jobs.common.records import Record
 from hasten.jobs.descriptors.descriptor import Job, Variants
@@ -36,15 +36,14 @@ def overview() -> str:
     lines += ["", "commands:"]
     for name in command_names():
         lines += _row(name, _command_summary(name))
-    families = ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier", "draft_length", "head")
-    for family in families:
-        lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
+    for family in families():
+        lines += ["", f"{heading(family)}:", *_methods(family)]
     for variants in [job.variants for job in jobs().values() if job.variants]:
         lines += ["", f"{variants.kind}s:", *_variants(variants)]
     lines += [
         "",
         "hasten JOB --help lists the options of a job, hasten COMMAND --help those of a command.",
-        "With --multirun options may have several values (bits=2,3,4): the job runs for each, on the whole cluster.",
+        "With --multirun options may have several values (bits=2,3,4), and the job runs for each on the whole cluster.",
         "Without options every job runs on the models that come with the package. hasten --version prints the version.",
     ]
     return "\n".join(lines)
@@ -65,10 +64,10 @@ def job_help(job: Job) -> str:
             groups.append(item.key)
         lines += _option(item, chosen.get(item.key, item.default))
     for group in groups:
-        lines += ["", f"{group}s:", *_methods(group, with_fields=True)]
+        lines += ["", f"{heading(group)}:", *_methods(group, with_fields=True)]
     lines += [
         "",
-        "of a sweep, with --multirun, where options may be bits=2,3,4, range(2,5), choice(a,b) or interval(0,1):",
+        "options of a sweep, with --multirun, where values may be 2,3,4, range(2,5), choice(a,b) or interval(0,1):",
     ]
     for item in options(SweepConfig, PREFIX):
         lines += _option(item, item.default)

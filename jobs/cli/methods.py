@@ -1,6 +1,7 @@
 """The methods of a config group, read from the folder conf/GROUP without importing any of them."""
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,11 @@ from hasten.accel.errors import UserError
 from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
+_FAMILIES = (
+    *("quantizer", "column_quantizer", "pruner", "level", "allocator", "fitness"),
+    *("drafter", "verifier", "draft_length", "head"),
+)
+_TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
 _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 
@@ -27,7 +33,7 @@ class MethodField:
 
 @dataclass(frozen=True)
 class Method:
-    """A file of a config group, with the first sentence of the method's module."""
+    """A file of a config group. summary: first sentence of the method's module, or of its class if methods share it."""
 
     name: str
     summary: str
@@ -37,6 +43,17 @@ class Method:
 def job_file(job: str) -> Record:
     """Content of conf/JOB.yaml."""
     return yaml.safe_load((CONF / f"{job}.yaml").read_text(encoding="utf-8"))
+
+
+def families() -> list[str]:
+    """Config groups of methods, the folders of conf, in the order of help and documentation; new ones come last."""
+    names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
+    return sorted(names, key=lambda name: _FAMILIES.index(name) if name in _FAMILIES else len(_FAMILIES))
+
+
+def heading(family: str) -> str:
+    """Plural of a family's name, for headings."""
+    return f"{family.replace('_', ' ')}{' functions' if family.endswith('s') else 's'}"
 
 
 def method_names(group: str) -> list[str]:
@@ -55,11 +72,18 @@ def method(group: str, name: str) -> Method:
     module, _, class_name = target_of(group, name).rpartition(".")
     path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    summary = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
-    fields = next(
-        (_fields(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), ()
+    method_class = next(
+        (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None
     )
-    return Method(name, summary, fields)
+    documented = method_class if method_class is not None and _is_shared(group, module) else tree
+    summary = " ".join((ast.get_docstring(documented) or "").partition("\n\n")[0].split()).removesuffix(".")
+    return Method(name, summary, () if method_class is None else _fields(method_class))
+
+
+def _is_shared(group: str, module: str) -> bool:
+    """Whether several methods of a group are classes of one module."""
+    texts = [path.read_text(encoding="utf-8") for path in (CONF / group).glob("*.yaml")]
+    return sum(match is not None and match[1] == module for match in map(_TARGET.search, texts)) > 1
 
 
 def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:

@@ -8,8 +8,7 @@ from typing import Protocol
 from hasten.cluster.runtime.placement import check_workers
 from hasten.cluster.runtime.session import session
 from hasten.cluster.runtime.visibility import check
-from hasten.jobs.common.arithmetic import gpus_per_worker
-from hasten.jobs.descriptors.needs import InWorkers
+from hasten.jobs.common.workers import InWorkers, worker_resources
 
 
 class InCluster(InWorkers, Protocol):
@@ -28,6 +27,6 @@ def cluster_session(
     tasks, which run one after the other if the cluster has room for fewer.
     """
     with session(config.address, cpus):
-        check_workers(1 if in_turn else config.workers, config.threads, gpus_per_worker(config.device))
+        check_workers(1 if in_turn else config.workers, worker_resources(config))
         check(reads, writes)
         yield

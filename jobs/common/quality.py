@@ -6,7 +6,7 @@ import torch
 
 from hasten.accel.evaluation.perplexity import Windows, load_windows
 from hasten.cluster.programs.evaluation import Measured, measure
-from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.cluster.runtime.placement import ActorResources
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.schema import Evaluation
 from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
@@ -34,7 +34,7 @@ def measured(
     original: Path | None,
     windows: Windows,
     workers: int,
-    threads: int,
+    needs: ActorResources,
     device: str,
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
@@ -42,7 +42,8 @@ def measured(
 ) -> Measured:
     """Result of hasten.cluster.programs.evaluation.measure, with a progress bar; inside a Ray session.
 
-    batch: windows that run at once. batch_option: name of the batch size in the message of an out-of-memory error.
+    needs: resources of each worker. batch: windows that run at once. batch_option: name of the batch size in messages
+    about too little memory.
     """
     with Progress("evaluate", min(workers, len(windows)), "part") as progress:
         return measure(
@@ -50,9 +51,8 @@ def measured(
             original,
             windows,
             workers,
-            threads,
+            needs,
             device=device,
-            gpus=gpus_per_worker(device),
             progress=lambda done, total: progress.update(done),
             dtype=dtype,
             batch=batch,

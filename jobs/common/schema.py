@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hasten.jobs.common.sizes import BYTES
+
 
 def option(
     default: Any,
@@ -42,6 +44,8 @@ def section(made_by: Callable[[], Any]) -> Any:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
+WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
+WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 
@@ -120,5 +124,7 @@ class Calibrated(Run):
     device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
     workers: int = option(2, "actors, a process each; their number changes the time and not the output", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
+    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
+    worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
     calibration: Calibration = section(Calibration)

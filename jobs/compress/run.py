@@ -13,12 +13,10 @@ from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import disk_bytes, sizes
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.calibration import CalibrationPass
-from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.arithmetic import gpus_per_worker
 from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
@@ -26,6 +24,7 @@ from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.compress.options import CompressConfig
 
 
@@ -37,8 +36,7 @@ def run(config: CompressConfig) -> Path:
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(config.calibration, settings, tokenizer)
     windows = held_out_windows(config.evaluation, tokenizer, source)
-    needs = ActorResources(settings.threads, gpus_per_worker(config.device))
-    compression = CalibrationPass(settings, tokens, config.workers, needs)
+    compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config))
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)
@@ -84,7 +82,9 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
 
 
 def _evaluate(config: CompressConfig, settings: Settings, windows: Windows) -> Record:
-    quality = measured(settings.output, settings.checkpoint, windows, config.workers, config.threads, settings.device)
+    quality = measured(
+        settings.output, settings.checkpoint, windows, config.workers, worker_resources(config), settings.device
+    )
     return quality.sums.metrics() | {"evaluation_peak_rss_bytes": quality.peak_rss_bytes}
 
 

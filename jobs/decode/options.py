@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import ADDRESS, DEVICES, DTYPES, MODEL, Run, group, option
+from hasten.jobs.common.schema import (
+    ADDRESS,
+    DEVICES,
+    DTYPES,
+    MODEL,
+    WORKER_GPUS,
+    WORKER_MEMORY,
+    Run,
+    group,
+    option,
+)
 
 
 @dataclass
@@ -73,4 +83,6 @@ class DecodeConfig(Run):
     device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
     workers: int = option(1, "actors that run the target, a process each", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
+    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
+    worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)

@@ -21,12 +21,12 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
-from hasten.jobs.common.arithmetic import gpus_per_worker
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.plots import acceptance, time_shares
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import Prompt, prompt_seed, save_learned
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.decode.completions import Record
 from hasten.jobs.decode.inputs import Inputs, prepare
 from hasten.jobs.decode.options import DecodeConfig
@@ -99,10 +99,9 @@ def run(config: DecodeConfig) -> Path:
 
 def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
     on_tokens = Printer(inputs.tokenizer).tokens if config.stream else None
-    gpus = gpus_per_worker(inputs.spec.device)
-    needs = ActorResources(config.threads, gpus)
+    needs = worker_resources(config)
     with_model = inputs.spec.drafter is not None and inputs.spec.drafter.needs_draft_model
-    drafter_needs = ActorResources(1, gpus if with_model else 0)
+    drafter_needs = ActorResources(1, needs.gpus if with_model else 0)
     return Decoders(
         inputs.spec, config.workers, config.drafter_actors, needs, drafter_needs, inputs.placement, on_tokens
     )

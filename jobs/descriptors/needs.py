@@ -7,6 +7,7 @@ needs a CPU for each of its threads.
 from typing import Protocol
 
 from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.workers import InWorkers, worker_resources
 from hasten.jobs.descriptors.descriptor import Needs
 
 
@@ -17,16 +18,9 @@ class InProcess(Protocol):
     threads: int
 
 
-class InWorkers(InProcess, Protocol):
-    """Options of a job that hands its work to actors."""
-
-    workers: int
-
-
 def of_workers(config: InWorkers) -> Needs:
     """Resources of a job that hands its work to `workers` actors."""
-    actor = {"CPU": float(config.threads), "GPU": float(gpus_per_worker(config.device))}
-    return Needs(0.0, 0.0, config.threads, (actor,) * config.workers)
+    return Needs(0.0, 0.0, config.threads, (worker_resources(config).bundle,) * config.workers)
 
 
 def of_process(config: InProcess) -> Needs:

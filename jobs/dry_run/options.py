@@ -1,16 +1,12 @@
 """Options of `hasten plan JOB` and `plan=true`."""
 
-import re
 from dataclasses import dataclass
 
-from hasten.accel.errors import UserError
 from hasten.jobs.cli.options import split_off
 from hasten.jobs.common.schema import option
+from hasten.jobs.common.sizes import BYTES, parse_bytes
 
 PREFIX = "plan."
-BYTES = "bytes such as 80GB or 512MiB"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?)b?|b)?", re.IGNORECASE)
-_POWERS = "kmgtp"
 
 
 @dataclass
@@ -36,16 +32,6 @@ class PlanConfig:
     tokens_per_pass: float = option(
         1.0, "tokens per target pass in decoding, which a plan cannot predict; 1 is without drafts", at_least=1
     )
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """Bytes of a text such as 80GB or 512MiB; UserError names the option."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise UserError(f"{option}={text} is wrong: expected {BYTES}")
-    number, unit, binary = match.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** (_POWERS.index(unit.lower()) + 1 if unit else 0))
 
 
 def parse_words(words: list[str]) -> tuple[PlanConfig, list[str]]:

@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass
 
-from hasten.jobs.common.schema import ADDRESS, DEVICES, DTYPES, MODEL, Evaluation, Run, option, section
+from hasten.jobs.common.schema import (
+    ADDRESS,
+    DEVICES,
+    DTYPES,
+    MODEL,
+    WORKER_GPUS,
+    WORKER_MEMORY,
+    Evaluation,
+    Run,
+    option,
+    section,
+)
 
 
 @dataclass
@@ -19,5 +30,7 @@ class EvaluateConfig(Run):
     batch: int = option(8, "sequences that are run at once", at_least=1)
     workers: int = option(2, "processes that share the sequences", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
+    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
+    worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
     evaluation: Evaluation = section(Evaluation)

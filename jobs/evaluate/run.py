@@ -25,6 +25,7 @@ from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.storage import copied
 from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.evaluate.options import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)
@@ -104,8 +105,10 @@ def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:
 def _measure(
     config: EvaluateConfig, folder: Path, original: Path | None, windows: Windows, dtype: torch.dtype, device: str
 ) -> tuple[Record, int]:
-    workers, threads = config.workers, config.threads
-    quality = measured(folder, original, windows, workers, threads, device, dtype, config.batch, batch_option="batch")
+    needs = worker_resources(config)
+    quality = measured(
+        folder, original, windows, config.workers, needs, device, dtype, config.batch, batch_option="batch"
+    )
     return quality.sums.metrics() | {"workers_cpu_seconds": quality.cpu_seconds}, quality.peak_rss_bytes
 
 

@@ -14,17 +14,16 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.calibration import CalibrationPass, PassReport
-from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.arithmetic import gpus_per_worker
 from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)
@@ -83,8 +82,7 @@ class DatabaseBuild:
             # Databases with other settings are in neighbouring folders.
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
-        needs = ActorResources(self.settings.threads, gpus_per_worker(config.device))
-        self._pass = CalibrationPass(self.settings, tokens, config.workers, needs)
+        self._pass = CalibrationPass(self.settings, tokens, config.workers, worker_resources(config))
         self._overwrite = overwrite
         database = self._pass.task.output
         assert isinstance(database, LevelDatabase)

@@ -32,6 +32,7 @@ from hasten.jobs.common.plots import level_map
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.quality import held_out_windows, measured
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.levels.run import DatabaseBuild
 from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig
@@ -244,7 +245,7 @@ class Search:
         # Stop the evaluators: the memory is needed for the two models of the evaluation.
         self._measurer.close()
         config, device = self._config, self._measurer.device
-        quality = measured(output, self._source, self._windows, config.workers, config.threads, device)
+        quality = measured(output, self._source, self._windows, config.workers, worker_resources(config), device)
         return quality.sums.metrics()
 
     def _output(self, budget: float) -> Path:

@@ -19,8 +19,8 @@ from hasten.accel.data.tokens import fingerprint
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.cluster.actors.evaluator import EvaluatorSpec
 from hasten.cluster.programs.search import Evaluators
-from hasten.cluster.runtime.placement import ActorResources
-from hasten.jobs.common.arithmetic import gpus_per_worker, resolve_device, resolve_dtype
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
@@ -117,8 +117,7 @@ class CandidateMeasurer:
                 threads=config.threads,
                 batch=config.search.batch,
             )
-            needs = ActorResources(config.threads, gpus_per_worker(self.device))
-            self._running = text, Evaluators(spec, config.workers, needs)
+            self._running = text, Evaluators(spec, config.workers, worker_resources(config))
         return self._running[1]
 
     def _key(self, tokens: Tensor) -> dict[str, object]:

@@ -9,9 +9,10 @@ from hasten.accel.costs.estimate import Rates
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
+from hasten.jobs.common.sizes import parse_bytes
 from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.dry_run.advice import with_options
-from hasten.jobs.dry_run.options import PlanConfig, parse_bytes, parse_words
+from hasten.jobs.dry_run.options import PlanConfig, parse_words
 from hasten.jobs.dry_run.planned import planned_jobs
 from hasten.jobs.dry_run.run import make_plan, plan
 from tests.jobs.report import last_report
