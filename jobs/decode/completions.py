@@ -47,7 +47,7 @@ class Completions:
             raise UserError(f"{self._meta} is no JSON: give another output, or overwrite=true to start again") from None
         if differing:
             raise UserError(
-                f"output={self.path} was written with other settings ({'; '.join(differing)}): run with those, "
+                f"output={self.path} was begun with other settings ({'; '.join(differing)}): run with those, "
                 "give another output, or overwrite=true to start again"
             )
         lines, _ = self._lines()

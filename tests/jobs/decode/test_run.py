@@ -206,7 +206,11 @@ WRONG = {
     ),
     "output of somebody else": (GOOD, {"output": "prompts.jsonl"}, ["output=prompts.jsonl holds something else"]),
     "output is a folder": (GOOD, {"output": "other"}, ["output=other is no file"]),
-    "no memory": (GOOD, {"memory": "prompts.jsonl"}, ["memory=prompts.jsonl cannot be read as what a drafter learned"]),
+    "no memory": (
+        GOOD,
+        {"memory": "prompts.jsonl"},
+        ["memory=prompts.jsonl cannot be read as a drafter's learned state"],
+    ),
 }
 
 

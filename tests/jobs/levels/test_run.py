@@ -81,5 +81,5 @@ def test_a_second_run_waits_for_the_one_that_makes_the_same_database_and_holds_n
         building._pass = SimpleNamespace(pause=pause)
         building._wait()
     assert len(paused) >= 3
-    assert caplog.messages == [f"another run makes levels={tmp_path / 'levels'}: waiting for it"]
+    assert caplog.messages == [f"another run builds levels={tmp_path / 'levels'}: waiting for it"]
     building.database.release()

@@ -94,7 +94,7 @@ def test_a_file_that_points_change_is_no_other_points():
 def test_a_path_that_is_not_there_is_named(tmp_path):
     made = points("evaluate")
     made.check_inputs([made.make({"model": "embedded:target"}), made.make({"model": str(tmp_path)})])
-    with pytest.raises(UserError, match=rf"model={tmp_path}/none is not there"):
+    with pytest.raises(UserError, match=rf"model={tmp_path}/none does not exist"):
         made.check_inputs([made.make({"model": f"{tmp_path}/none"})])
 
 

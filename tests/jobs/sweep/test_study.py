@@ -226,7 +226,7 @@ def test_what_a_driver_left_half_asked_is_left_out(study, tmp_path):
 
 def test_other_directions_are_refused(study):
     study(*PLANE)
-    with pytest.raises(UserError, match=r"study.db was begun to minimize, not to minimize, maximize: take another"):
+    with pytest.raises(UserError, match=r"study.db was begun to minimize, not to minimize, maximize: give another"):
         study(*PLANE, directions=("minimize", "maximize"))
 
 

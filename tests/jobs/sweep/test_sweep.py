@@ -227,8 +227,8 @@ WRONG = {
     "pont=1,2": "unknown option 'pont': did you mean point?",
     "point=1,2 sweep.trails=3": "unknown option 'sweep.trails': did you mean sweep.trials?",
     "point=1,2 sweep.sampler=tpe": "sweep.metrics is needed",
-    "point=interval(0,1) sweep.sampler=grid": "an interval has no end of points",
-    "point=1,2 done=a,b run_dir=x,y": "run_dir is the whole sweep's: give it one value",
+    "point=interval(0,1) sweep.sampler=grid": "an interval has infinitely many points",
+    "point=1,2 done=a,b run_dir=x,y": "run_dir applies to the whole sweep: give it one value",
     "point=range(3,3)": "point=range(3,3) is empty",
 }
 

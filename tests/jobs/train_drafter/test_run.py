@@ -86,7 +86,7 @@ def test_an_output_that_is_there_is_refused_and_kept(source, draft, folder, caps
     mine = folder / "mine.safetensors"
     mine.write_text("mine")
     line = refused(folder, capsys, train(**tokens(source, draft=draft, output=mine)))
-    assert f"output={mine} is there already" in line
+    assert f"output={mine} exists already" in line
     assert mine.read_text() == "mine"
 
 
