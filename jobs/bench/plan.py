@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start
-from hasten.jobs.common.schema import MODEL, Run, option
+from hasten.jobs.common.schema import MODEL, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "plan: dry runs against what happened"

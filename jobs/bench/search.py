@@ -11,11 +11,10 @@ from typing import TypedDict
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import ParetoRow, Report, hasten_job
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import MODEL, SOURCE, Run, option
+from hasten.jobs.common.schema import MODEL, SOURCE, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"

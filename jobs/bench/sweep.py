@@ -11,10 +11,9 @@ from pathlib import Path
 
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import Report
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "sweep: time, kills, logging"

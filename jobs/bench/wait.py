@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 
 @dataclass

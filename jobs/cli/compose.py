@@ -1,7 +1,6 @@
 """Makes a job's config from `key=value` words: Hydra composes the files, the job's options check the values."""
 
 import copy
-import dataclasses
 from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import TypeVar, cast
@@ -11,7 +10,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from hasten.accel.errors import UserError
-from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cli.methods import job_file
 from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
 from hasten.jobs.common.records import Record
@@ -89,9 +87,3 @@ def _check(config: Run, known: Iterable[Option]) -> None:
     for item in known:
         if not item.group:
             item.check(value_at(config, item.key))
-
-
-def plain(config: Run) -> Record:
-    """Config as nested dictionaries, for config.yaml, report.json and MLflow, with the user's URIs."""
-    settings: Record = as_given(dataclasses.asdict(config))
-    return settings

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from hasten.accel.errors import UserError
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.logs import log_to_folder
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 
 
 def start(config: Run) -> Path:
@@ -16,6 +13,9 @@ def start(config: Run) -> Path:
 
     A job calls this once, after it has checked its options and inputs.
     """
+    # `hasten bench NAME --help` must not wait for it.
+    from omegaconf import OmegaConf
+
     folder = Path(str(config.run_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)

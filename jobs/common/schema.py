@@ -5,10 +5,13 @@ Defaults are in the dataclass; conf/JOB.yaml chooses methods. Fields have types 
 options are imported for `hasten --help`, so they must import nothing heavy.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hasten.cluster.storage.naming import as_given
+from hasten.jobs.common.records import Record
 from hasten.jobs.common.sizes import BYTES
 
 
@@ -128,3 +131,9 @@ class Calibrated(Run):
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
     calibration: Calibration = section(Calibration)
+
+
+def plain(config: Run) -> Record:
+    """Config as nested dictionaries, for config.yaml, report.json and MLflow, with the user's URIs."""
+    settings: Record = as_given(dataclasses.asdict(config))
+    return settings

@@ -14,11 +14,11 @@ from hasten.accel.costs.placement import Node, Placed, Placement, place
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime import rates as measured
 from hasten.cluster.runtime.resources import usable_cores
-from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.common.logs import default_folder
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 from hasten.jobs.dry_run import estimates
 from hasten.jobs.dry_run.advice import Changes, advise
 from hasten.jobs.dry_run.options import PlanConfig, parse_words, size_of

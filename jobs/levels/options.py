@@ -17,7 +17,7 @@ class LevelOptions(Calibrated):
     )
     group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale per row")
     symmetric: bool = option(
-        True, "no zero points; transformers loads levels with zero points only if all layers have the same level"
+        True, "no zero points; transformers loads levels with zero points only if all layers have the same bits"
     )
     column_quantizer: dict[str, Any] = group("method for levels with bits per column, for column_bits")
     column_bits: list[float] = option(

@@ -36,10 +36,10 @@ from hasten.accel.training.pretraining import (
 )
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import Tokenizer
 from hasten.jobs.pretrain.model_card import model_card
 from hasten.jobs.pretrain.options import PretrainConfig, Training

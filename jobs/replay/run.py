@@ -14,13 +14,13 @@ from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import acceptance
 from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder, read_recorded
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.replay.options import ReplayConfig
 

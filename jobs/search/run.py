@@ -5,13 +5,13 @@ from time import perf_counter
 
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from hasten.accel.errors import UserError
 from hasten.cluster.programs.sweep_points import Work
 from hasten.cluster.storage.remote import Remote, in_place, is_uri
-from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.execute import run_job
 from hasten.jobs.cli.options import options, value_at
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 from hasten.jobs.descriptors.descriptor import Job
 
 # Identity of a file's or folder's content, a JSON value; None if it is unknown.

@@ -42,9 +42,7 @@ class Study:
         try:
             self._study = _open(file, directions)
         except Exception as error:  # SQLAlchemy's various errors of a damaged file
-            raise UserError(
-                f"{file} cannot be used ({str(error).splitlines()[0]}): remove it to start rebuilt"
-            ) from error
+            raise UserError(f"{file} cannot be used ({str(error).splitlines()[0]}): remove it to start anew") from error
         before = [direction.name.lower() for direction in self._study.directions]
         if before != list(directions):
             raise UserError(

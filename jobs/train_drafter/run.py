@@ -15,11 +15,11 @@ from hasten.accel.training.heads.base import Head, HeadModels
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import check_tokenizers, model_folder
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.head import chosen_head
 from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig

@@ -22,7 +22,7 @@ from hasten.jobs.sweep.options import SweepConfig
         ("pretrain", (), (), ()),
     ],
 )
-def test_each_job_has_what_is_usual_for_it(job, metrics, directions, shown):
+def test_each_job_has_its_default_objectives(job, metrics, directions, shown):
     assert objectives(jobs()[job], SweepConfig(), searches=False) == Objectives(metrics, directions, shown)
 
 
