@@ -114,7 +114,7 @@ def _measure(config: Config, folder: Path) -> Measured:
     runs = {}
     for workers in (1, 2):
         _LOG.info("the published search, %d evaluators", workers)
-        # A search that was finished would be found there, and not be made again.
+        # Saved states of the earlier search would be resumed instead of searching again.
         shutil.rmtree(folder / "five" / "model" / "searches", ignore_errors=True)
         options = {**published, **_SCHEDULE, "workers": workers}
         runs[workers], _ = hasten_job("search", folder / f"published-{workers}", options)

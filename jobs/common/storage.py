@@ -110,7 +110,7 @@ def _sending(mirrors: "Mapping[str, Mirror]") -> Iterator[None]:
                     mirror.push(final=False)
                 except (UserError, OSError) as error:  # the store may be reachable again at the end
                     if not warned:
-                        _LOG.warning("%s; the run goes on, and sends it at the end", error)
+                        _LOG.warning("%s; the run continues and uploads it at the end", error)
                     warned = True
 
     thread = threading.Thread(target=send, name="storage", daemon=True)

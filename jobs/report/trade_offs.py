@@ -36,7 +36,7 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
     if len(rows) < 2:
         return None
     values = {objective.metric: [row.metrics[objective.metric] or 0.0 for row in rows] for objective in (up, across)}
-    axes = {metric: known.fitted(metric, found) for metric, found in values.items()}
+    axes = {metric: known.fitted(metric, numbers) for metric, numbers in values.items()}
     points = list(zip(values[across.metric], values[up.metric], strict=True))
     on_front = set(front(points, [across.sign, up.sign]))
     series = _series(rows)
