@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from hasten.accel.errors import UserError
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.compose import plain
@@ -16,6 +14,9 @@ def start(config: Run) -> Path:
 
     A job calls this once, after everything that the user may have got wrong was checked.
     """
+    # Kept out of the help of benchmarks, whose modules import this one.
+    from omegaconf import OmegaConf
+
     folder = Path(str(config.run_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)

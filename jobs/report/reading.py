@@ -10,7 +10,7 @@ import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.common.logs import LOG_FILE
-from hasten.jobs.common.registry import jobs
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.report.metrics import number
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"

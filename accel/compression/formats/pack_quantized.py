@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from hasten.accel.compression.formats.base import Format
@@ -26,6 +23,8 @@ class PackQuantized(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """`weight_packed`, `weight_scale`, `weight_shape` and, on asymmetric grids, `weight_zero_point`."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
         bits = weight.scheme.bits
         stored = {
             # In pieces: the packing needs several times the memory of its codes.
@@ -41,6 +40,9 @@ class PackQuantized(Format):
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """Weight (R, C) by the library's own decompression, in the dtype of the scale."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
         compressor = BaseCompressor.get_value_from_registry("pack-quantized")
         described = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": _arguments(scheme)})
         return compressor.decompress(dict(stored), described)["weight"]

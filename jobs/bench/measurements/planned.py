@@ -17,9 +17,9 @@ from hasten.jobs.bench.plan import NORMAL, SMALL, Compared
 from hasten.jobs.bench.processes.watch import watched
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.common.calibration import original
-from hasten.jobs.common.registry import jobs
 from hasten.jobs.compress.options import CompressConfig
 from hasten.jobs.compress.run import make_settings
+from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.dry_run.options import PlanConfig
 from hasten.jobs.dry_run.run import make_plan
 

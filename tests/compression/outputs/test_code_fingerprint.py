@@ -12,6 +12,7 @@ import pytest
 
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.outputs import code_fingerprint as module
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
@@ -162,7 +163,7 @@ class OfAnotherPackage(GPTQ):
 
 
 def settings(**changes):
-    values = {"quantizer": GPTQ(), "scheme": Scheme(4, 32), "format": PackQuantized()}
+    values = {"quantizer": GPTQ(), "level": GridLevel(Scheme(4, 32)), "format": PackQuantized()}
     return Settings(Path("model"), Path("out"), **(values | changes))
 
 
@@ -174,7 +175,7 @@ def names(**changes):
 def test_a_compression_is_made_of_its_own_methods_and_of_the_pass():
     found = names()
     assert {"gptq", "grid", "factor", "solve", "shard", "statistics", "architecture", "settings"} <= found
-    assert {"pack_quantized", "op", "triton_kernel"} <= found
+    assert {"pack_quantized", "dequantize", "triton_kernel"} <= found
     assert not {"baq", "sparsegpt", "wanda", "evopress", "costs", "estimate"} & found
     # Experts that see few tokens are rounded to nearest, so this counts in every run; gptq does not.
     assert "gptq" not in names(quantizer=RoundToNearest())
@@ -183,11 +184,11 @@ def test_a_compression_is_made_of_its_own_methods_and_of_the_pass():
 
 def test_a_database_is_made_of_the_methods_of_its_levels():
     pruned = make_levels([], [32], False, [0.5])
-    assert "wanda" in names(levels=pruned, pruner=Wanda(), reference=pruned[0])
-    assert not {"sparsegpt", "gptq"} & names(levels=pruned, pruner=Wanda(), reference=pruned[0])
-    assert "sparsegpt" in names(levels=pruned, pruner=SparseGPT(), reference=pruned[0])
+    assert "wanda" in names(levels=pruned, pruner=Wanda(), level=pruned[0])
+    assert not {"sparsegpt", "gptq"} & names(levels=pruned, pruner=Wanda(), level=pruned[0])
+    assert "sparsegpt" in names(levels=pruned, pruner=SparseGPT(), level=pruned[0])
     grids = make_levels([4], [32], False, [])
-    assert "wanda" not in names(levels=grids, pruner=Wanda(), reference=grids[0])
+    assert "wanda" not in names(levels=grids, pruner=Wanda(), level=grids[0])
 
 
 def test_the_sources_are_found_wherever_hasten_is_and_nothing_heavy_is_imported_for_it(tmp_path):
