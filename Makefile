@@ -1,11 +1,11 @@
-# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# On a fresh machine `make demo` and `make test` do all the set-up themselves.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# `make gpu` checks and times on a GPU with PYTHON as it is, whose packages need be no more than torch, transformers,
-# triton, safetensors, accelerate, numpy, pytest and pytest-xdist. DEVICE=cpu makes a trial without a GPU. Reports go to
-# the folder that OUT names, if it does.
+# `make gpu` runs tests and kernel benchmarks on a GPU. It uses PYTHON as it is; needed packages: torch, transformers,
+# triton, safetensors, accelerate, numpy, pytest and pytest-xdist. DEVICE=cpu is a trial without a GPU. If OUT names a
+# folder, reports are written there.
 DEVICE ?= cuda
 OUT ?=
 GPU_TEST_SECONDS ?= 330
@@ -13,14 +13,14 @@ GPU_BENCHMARK_SECONDS ?= 120
 
 .PHONY: demo test quick gpu docs clean
 
-# overwrite: the demo shows a whole run each time, also after the code has changed.
+# overwrite=true: the demo runs from the start each time, also after the code has changed.
 demo: $(VENV)/.installed
 	$(VENV)/bin/hasten compress run_dir=runs/demo output=runs/demo/model overwrite=true
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/pytest
 
-# Useful while working: folders whose tests start no job and no Ray; under two minutes on two cores.
+# Tests to run while working: folders whose tests start no job and no Ray; under two minutes on two cores.
 QUICK ?= tests/costs tests/data tests/evaluation tests/models tests/kernels tests/training tests/decoding/lengths \
 	tests/decoding/verifiers tests/decoding/targets $(wildcard tests/decoding/test_*.py) tests/compression/quantizers \
 	tests/compression/pruners tests/compression/allocators tests/compression/formats tests/compression/calibration
@@ -28,7 +28,7 @@ QUICK ?= tests/costs tests/data tests/evaluation tests/models tests/kernels test
 quick: $(VENV)/.installed-test
 	$(VENV)/bin/pytest -m "not slow and not ray and not faults and not gpu" $(QUICK)
 
-# The table comes last, also where a test failed or hung.
+# The table of benchmarks is printed last, also if a test failed or hung.
 gpu:
 	@status=0; \
 	HASTEN_TEST_DEVICE=$(DEVICE) timeout --kill-after=10 $(GPU_TEST_SECONDS) \
@@ -40,7 +40,7 @@ gpu:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first, alone: pip then takes the build that this machine's index offers, and keeps it.
+# torch is installed first, alone, so that pip takes the build that this machine's index offers, and keeps it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	$(PIP) -e .

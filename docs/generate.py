@@ -1,7 +1,7 @@
-"""What the documentation takes from the code: the page of methods, their counts in the README, and the jobs' options.
+"""Parts of the documentation that are generated from the code: the methods, their counts, and the jobs' options.
 
-`python docs/generate.py` writes docs/methods.md and the table in README.md from conf; `--check` compares and writes
-nothing. MkDocs loads this file as a hook, which puts a table of options in place of `<!-- options: JOB -->`.
+`python docs/generate.py` writes docs/methods.md and the table of families in README.md from conf; `--check` only
+compares. MkDocs loads this file as a hook, which replaces `<!-- options: JOB -->` by a table of the job's options.
 """
 
 import ast
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from hasten.jobs.cli.methods import CONF, method, method_names, target_of
+from hasten.jobs.cli.methods import CONF, families, method, method_names, target_of
 from hasten.jobs.cli.options import Option, options
 from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.sweep.options import SweepConfig
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent / "methods.md"
 README = Path(__file__).parents[1] / "README.md"
 TABLE = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- options: (\w+) -->")
-# In the order of the page; a family that is not named here comes after these, by its own name.
+# Titles of families; a family that is not listed has its own name as title.
 TITLES = {
     "quantizer": "Quantizers",
     "column_quantizer": "Column quantizers",
@@ -31,12 +31,6 @@ TITLES = {
     "draft_length": "Draft lengths",
     "head": "Trained heads",
 }
-
-
-def families() -> list[str]:
-    """Config groups: the folders of conf that hold methods."""
-    found = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
-    return sorted(found, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
 
 
 def methods_page() -> str:
@@ -53,14 +47,14 @@ def methods_page() -> str:
         lines += ["", f"## {TITLES.get(group, group)}", "", f"`{group}=NAME`", ""]
         lines += ["| name | method | source | hyper-parameters |", "| --- | --- | --- | --- |"]
         for name in method_names(group):
-            found = method(group, name)
-            fields = ", ".join(f"`{item.name}={_shown(item.default)}`" for item in found.fields)
-            lines.append(f"| `{name}` | {_cell(found.summary)} | {_cell(_source(group, name))} | {_cell(fields)} |")
+            entry = method(group, name)
+            fields = ", ".join(f"`{item.name}={_shown(item.default)}`" for item in entry.fields)
+            lines.append(f"| `{name}` | {_cell(entry.summary)} | {_cell(_source(group, name))} | {_cell(fields)} |")
     return "\n".join(lines) + "\n"
 
 
 def readme() -> str:
-    """README.md with the table of families as conf has them."""
+    """README.md with the table of families from conf."""
     rows = ["| family | methods | names |", "| --- | --: | --- |"]
     for group in families():
         names = method_names(group)
@@ -79,8 +73,8 @@ def options_table(rows: list[Option]) -> str:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """MkDocs: the page with tables of options in it."""
-    return MARKER.sub(lambda found: options_table(_options(found[1])), markdown)
+    """Hook of MkDocs: the page with tables of options in place of markers."""
+    return MARKER.sub(lambda match: options_table(_options(match[1])), markdown)
 
 
 def _options(name: str) -> list[Option]:
@@ -88,11 +82,12 @@ def _options(name: str) -> list[Option]:
 
 
 def _source(group: str, name: str) -> str:
-    """The `Source:` of a method's module, its first sentence."""
+    """First sentence after `Source:` in a method's module."""
     path = CONF.parent.joinpath(*target_of(group, name).split(".")[1:-1]).with_suffix(".py")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    found = re.search(r"Source: (.+?)(?:\.\s|\.$|\n\n|$)", " ".join(docstring.split()))
-    return found[1] if found else "–"
+    # "et al." does not end the sentence.
+    match = re.search(r"Source: (.+?)(?:(?<!et al)\.(?=\s|$)|$)", " ".join(docstring.split()))
+    return match[1] if match else "–"
 
 
 def _shown(value: object) -> str:
@@ -110,12 +105,12 @@ def _cell(text: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Write both files, or with --check say which differ from conf; exit code 1 where one does."""
+    """Write both files; with --check print those that differ from conf and return 1 if there are any."""
     pages = {PAGE: methods_page(), README: readme()}
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in words:
         for path in stale:
-            print(f"{path.name} is not what conf says: run python docs/generate.py", file=sys.stderr)
+            print(f"{path.name} does not match conf: run python docs/generate.py", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")

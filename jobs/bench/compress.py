@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import Outcome, check_peer, hasten_compress, peer_compress
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import DTYPES, MODEL, SOURCE, Calibration, Run, option, section
+from hasten.jobs.common.schema import DTYPES, MODEL, SOURCE, Calibration, Run, option, plain, section
 
 if TYPE_CHECKING:
     from hasten.jobs.bench.measurements.quality import Quality

@@ -7,9 +7,8 @@ from time import process_time
 
 from hasten.cluster.runtime.resources import peak_rss_bytes
 from hasten.jobs.bench._document import provenance, publish
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, Run, option
+from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "decode: speculative decoding against transformers"

@@ -15,14 +15,14 @@ _NO_BENCHMARKS = ("job", "options")
 
 
 def needs(config: BenchConfig) -> Needs:
-    """Resources of a benchmark, which starts the jobs that it measures itself."""
+    """Resources of a benchmark's own process; the jobs that it measures run beside it."""
     return Needs(float(getattr(config, "threads", 1)), 0.0, getattr(config, "threads", 1))
 
 
 def names() -> list[str]:
     """Names that `hasten bench NAME` accepts, in order."""
-    found = sorted(path.stem for path in _FOLDER.glob("*.py"))
-    return [name for name in found if not name.startswith("_") and name not in _NO_BENCHMARKS]
+    stems = sorted(path.stem for path in _FOLDER.glob("*.py"))
+    return [name for name in stems if not name.startswith("_") and name not in _NO_BENCHMARKS]
 
 
 def summary(name: str) -> str:
@@ -33,7 +33,7 @@ def summary(name: str) -> str:
 
 @cache
 def find(name: str) -> Job:
-    """Descriptor of one benchmark, whose options are the class `Config` of its file, or the common ones."""
+    """Descriptor of one benchmark; its options are the class `Config` of its file, else BenchConfig."""
     module = f"hasten.jobs.bench.{name}"
     options: type[Run] = getattr(import_module(module), "Config", BenchConfig)
     return dataclasses.replace(JOB, variant=name, options=options, run=f"{module}:run", examples=())

@@ -20,10 +20,9 @@ import psutil
 
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import digest, hasten_compress
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import MODEL, Run, option
+from hasten.jobs.common.schema import MODEL, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "kills: SIGKILL at random moments"

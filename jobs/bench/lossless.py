@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hasten.jobs.bench._document import provenance, publish
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "lossless: what is decoded follows the target"

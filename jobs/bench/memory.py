@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import Outcome, hasten_compress
 from hasten.jobs.bench.processes.watch import Peak
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "memory: peak of every process"
@@ -71,6 +68,11 @@ def run(config: Config) -> Path:
 
 def _write_tokens(config: Config, folder: Path) -> Path:
     """File of random calibration tokens."""
+    # `hasten bench memory --help` must not wait for it.
+
+    # `hasten bench memory --help` must not wait for it.
+    import numpy as np
+
     generator = np.random.default_rng(config.seed)
     path = folder / "calibration.npy"
     np.save(path, generator.integers(config.vocab_size, size=(config.sequences, config.sequence_length)))

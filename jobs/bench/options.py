@@ -1,4 +1,4 @@
-"""Options of a benchmark that has none of its own."""
+"""Options of a benchmark that defines none itself."""
 
 from dataclasses import dataclass
 
@@ -9,5 +9,5 @@ from hasten.jobs.common.schema import MODEL, Run, option
 class BenchConfig(Run):
     """Run a benchmark by name and print its table."""
 
-    model: str = option("embedded:target", f"what the benchmark runs on: {MODEL}", path="in")
+    model: str = option("embedded:target", f"model to run on: {MODEL}", path="in")
     threads: int = option(1, "threads of every process", at_least=1)

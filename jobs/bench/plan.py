@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start
-from hasten.jobs.common.schema import MODEL, Run, option
+from hasten.jobs.common.schema import MODEL, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "plan: dry runs against what happened"
@@ -35,7 +34,7 @@ NORMAL: dict[str, dict[str, object]] = {
 class Config(Run):
     """Plan jobs and run them."""
 
-    model: str = option("embedded:target", f"what the jobs run on: {MODEL}", path="in")
+    model: str = option("embedded:target", f"model that the jobs run on: {MODEL}", path="in")
     jobs: list[str] = option(["compress", "levels", "evaluate", "decode", "search"], "jobs to plan and run")
     sizes: list[str] = option(["small", "normal"], "settings of the jobs: small ones, and their defaults")
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")

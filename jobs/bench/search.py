@@ -11,11 +11,10 @@ from typing import TypedDict
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import ParetoRow, Report, hasten_job
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import MODEL, SOURCE, Run, option
+from hasten.jobs.common.schema import MODEL, SOURCE, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "search: a budget of bits spread over the layers"
@@ -67,13 +66,13 @@ def run(config: Config) -> Path:
     folder = start(config)
     with tracked(config, "bench search", folder) as tracker:
         tracker.params(plain(config))
-        found = _measure(config, folder)
-        publish(config.document, folder, HEADING, _section(config, found))
+        measured = _measure(config, folder)
+        publish(config.document, folder, HEADING, _section(config, measured))
         report = {
             "job": "bench search",
             "config": plain(config),
-            "metrics": found["metrics"],
-            "pareto": found["tables"],
+            "metrics": measured["metrics"],
+            "pareto": measured["tables"],
             "output": str(folder),
         }
         return tracker.report(report)
@@ -143,11 +142,11 @@ def _peer(config: Config, folder: Path) -> dict[str, float]:
     options = {name.removeprefix("allocator."): str(value).strip("[]") for name, value in _SCHEDULE.items()}
     options["step_tokens"] = options.pop("tokens")
     # Scales are no part of what the peer counts.
-    found = search.run(config.peer_python or sys.executable, str(config.evopress), {"bits": 3, **options})
+    result = search.run(config.peer_python or sys.executable, str(config.evopress), {"bits": 3, **options})
     return {
-        "peer_search_cpu_seconds": found["cpu_seconds"],
-        "peer_kl": search.held_out(found["levels"], config.held_out, config.windows),
-        "peer_bytes_per_weight": found["bytes_per_weight"],
+        "peer_search_cpu_seconds": result["cpu_seconds"],
+        "peer_kl": search.held_out(result["levels"], config.held_out, config.windows),
+        "peer_bytes_per_weight": result["bytes_per_weight"],
     }
 
 
@@ -165,9 +164,9 @@ def _table(config: Config, folder: Path, options: Mapping[str, object], grouping
     report, _ = hasten_job("search", folder, {**options, **chosen})
     rows = report["pareto"]
     _LOG.info("random search of as many measured tokens, grouping=%s", grouping)
-    asked = {name: value for name, value in chosen.items() if not name.startswith("allocator.")}
-    asked |= _baseline(chosen, config.search_sequences) | {"compare": f"[{_BASELINE}]"}
-    report, _ = hasten_job("search", folder / _BASELINE, {**options, **asked})
+    shared = {name: value for name, value in chosen.items() if not name.startswith("allocator.")}
+    shared |= _baseline(chosen, config.search_sequences) | {"compare": f"[{_BASELINE}]"}
+    report, _ = hasten_job("search", folder / _BASELINE, {**options, **shared})
     return rows + report["pareto"]
 
 
@@ -209,16 +208,16 @@ def _metrics(
     }
 
 
-def _section(config: Config, found: Measured) -> str:
+def _section(config: Config, measured: Measured) -> str:
     """The document's section, without its heading."""
-    metrics, head, rows = found["metrics"], ["budget"], []
+    metrics, head, rows = measured["metrics"], ["budget"], []
     for grouping in config.groupings:
-        head += [f"{row['allocator']}, {grouping}" for row in found["tables"][grouping] if _first(row, config)]
+        head += [f"{row['allocator']}, {grouping}" for row in measured["tables"][grouping] if _first(row, config)]
     for budget in config.budgets:
         cells = [
             f"{row['kl_divergence']:.5f} ({row['bits_per_weight']:.3f})"
             for grouping in config.groupings
-            for row in found["tables"][grouping]
+            for row in measured["tables"][grouping]
             if row["budget"] == budget
         ]
         rows.append([f"{budget:g}", *cells])

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import Report
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "sweep: time, kills, logging"
@@ -86,7 +85,7 @@ def _logging(config: Config, folder: Path) -> dict[str, float]:
 
 def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
     """Command of a sweep in a folder, with an MLflow store beside it; cpus: of a local Ray, None is all."""
-    own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
+    job_words = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
     command = [
         sys.executable,
         "-m",
@@ -95,7 +94,7 @@ def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str]
         "wait",
         "--multirun",
         f"point=range(0,{points})",
-        *own,
+        *job_words,
         *words,
     ]
     return command if cpus is None else [*command, f"sweep.cpus={cpus}"]

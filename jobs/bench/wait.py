@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from hasten.accel.errors import UserError
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option
+from hasten.jobs.common.schema import Run, option, plain
 
 
 @dataclass
 class Config(Run):
     """Sleep or compute for a while, and log."""
 
-    point: int = option(0, "number that tells a run from others", at_least=0)
-    wait_seconds: float = option(1.0, "how long it takes", at_least=0)
-    busy: bool = option(False, "compute all the time, which takes a CPU; else sleep")
+    point: int = option(0, "number that distinguishes runs", at_least=0)
+    wait_seconds: float = option(1.0, "seconds that a run takes", at_least=0)
+    busy: bool = option(False, "compute all the time instead of sleeping")
     steps: int = option(0, "metric steps that are logged, evenly over the time", at_least=0)
-    actor: bool = option(False, "let a Ray actor do the waiting")
+    actor: bool = option(False, "wait in a Ray actor")
     fail: bool = option(False, "end with an error")
-    threads: int = option(1, "CPUs that a run takes of the cluster", at_least=1)
-    done: str | None = option(None, "file to which every run that came to its end adds a line", path="state")
+    threads: int = option(1, "CPUs of a run", at_least=1)
+    done: str | None = option(None, "file to which every finished run appends a line", path="state")
 
 
 def run(config: Config) -> Path:

@@ -1,1 +1,1 @@
-"""The hasten command: words to a job's config, help, and the commands beside the jobs."""
+"""The hasten command: from words to a job's config, help, and the commands besides the jobs."""

@@ -1,13 +1,11 @@
-"""From `key=value` words to a job's config: Hydra composes the files, the schemas check them."""
+"""Makes a job's config from `key=value` words: Hydra composes the files, the job's options check the values."""
 
 import copy
-import dataclasses
 from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from hasten.accel.errors import UserError
-from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cli.methods import job_file
 from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
 from hasten.jobs.common.records import Record
@@ -21,7 +19,7 @@ C = TypeVar("C", bound=Run)
 
 
 def compose(job: str, schema: type[C], words: list[str]) -> C:
-    """Config of a job, an object of its dataclass; UserError names the first word that is wrong."""
+    """Config of a job, an object of its dataclass; UserError names the first wrong word."""
     known = {item.key: item for item in options(schema)}
     assigned = _split(words, known)
     defaults = _defaults(job)
@@ -41,15 +39,15 @@ def compose(job: str, schema: type[C], words: list[str]) -> C:
 
 def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
     """Keys and texts of `key=value` words; a later word replaces an earlier one of the same key."""
-    found = {}
+    texts = {}
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
             near = nearest(word.lstrip("-"), known)
             hint = f", did you mean {near}=VALUE?" if near else ""
             raise UserError(f"{word!r} is no option: options are written key=value{hint}")
-        found[key] = text
-    return found
+        texts[key] = text
+    return texts
 
 
 def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str]) -> str:
@@ -62,7 +60,7 @@ def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str
 
 
 def _defaults(job: str) -> dict[str, str]:
-    """Method that the job's file chooses in every group."""
+    """Method that the job's file chooses, by group."""
     entries = job_file(job).get("defaults", [])
     return {key: name for entry in entries if isinstance(entry, dict) for key, name in entry.items()}
 
@@ -73,14 +71,14 @@ def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record)
 
     composed = copy.deepcopy(_with_groups(CONF_MODULE, job, cast(Hashable, schema), tuple(groups.items())))
     for key, value in values.items():
-        # Hyper-parameters of a method have their defaults in its dataclass and not in the composed config.
+        # Defaults of hyper-parameters are in the method's dataclass, so the composed config lacks their keys.
         OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
     return cast(C, OmegaConf.to_object(composed))
 
 
 @cache
 def _with_groups(folder: str, job: str, schema: Hashable, groups: tuple[tuple[str, str], ...]) -> "DictConfig":
-    """What Hydra makes of a job's file and the chosen groups, which is the same for most points of a sweep."""
+    """Hydra's config of a job's file and the chosen methods; cached, since most points of a sweep share it."""
     import hydra
     from hydra.core.config_store import ConfigStore
 
@@ -90,13 +88,7 @@ def _with_groups(folder: str, job: str, schema: Hashable, groups: tuple[tuple[st
 
 
 def _check(config: Run, known: Iterable[Option]) -> None:
-    """Files are held to the same rules as the command line."""
+    """Check values from files, too, by the rules of the command line."""
     for item in known:
         if not item.group:
             item.check(value_at(config, item.key))
-
-
-def plain(config: Run) -> Record:
-    """Config as nested dictionaries, for config.yaml, report.json and MLflow; with URIs as they were given."""
-    given: Record = as_given(dataclasses.asdict(config))
-    return given

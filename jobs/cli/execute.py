@@ -1,4 +1,4 @@
-"""Running a job: its options composed, URIs made local paths, and its run function called."""
+"""Runs a composed job: replaces URIs by local paths and calls the job's run function."""
 
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.common.logs import log_to_terminal, log_traceback
@@ -9,7 +9,7 @@ from hasten.jobs.descriptors.registry import job_of
 
 
 def execute(job: Job, config: Run) -> str | None:
-    """Run a job; path or URI of its report, None where it has none. Options that are URIs are local paths to it."""
+    """Run a job, with local paths in place of URIs; returns the path or URI of its report, None if it has none."""
     with local_paths(job.options, config) as local:
         report = job.start(local)
         return None if report is None else str(as_given(str(report)))

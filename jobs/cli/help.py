@@ -1,11 +1,11 @@
-"""What `hasten --help` and `hasten JOB --help` print; nothing heavy is imported for it."""
+"""Texts of `hasten --help` and `hasten JOB --help`, made without heavy imports."""
 
 import ast
 import shutil
 import textwrap
 from pathlib import Path
 
-from hasten.jobs.cli.methods import job_file, method, method_names
+from hasten.jobs.cli.methods import families, heading, job_file, method, method_names
 from hasten.jobs.cli.options import Option, options
 from hasten.jobs.common.records import Record
 from hasten.jobs.descriptors.descriptor import Job, Variants
@@ -17,7 +17,7 @@ _COMMANDS = Path(__file__).parent / "commands"
 
 
 def command_names() -> list[str]:
-    """Commands beside the jobs: the files of jobs/cli/commands."""
+    """Commands besides the jobs: the files of jobs/cli/commands."""
     return sorted(path.stem for path in _COMMANDS.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -36,15 +36,14 @@ def overview() -> str:
     lines += ["", "commands:"]
     for name in command_names():
         lines += _row(name, _command_summary(name))
-    families = ("quantizer", "column_quantizer", "pruner", "allocator", "drafter", "verifier", "draft_length", "head")
-    for family in families:
-        lines += ["", f"{family.replace('_', ' ')}s:", *_methods(family)]
+    for family in families():
+        lines += ["", f"{heading(family)}:", *_methods(family)]
     for variants in [job.variants for job in jobs().values() if job.variants]:
         lines += ["", f"{variants.kind}s:", *_variants(variants)]
     lines += [
         "",
         "hasten JOB --help lists the options of a job, hasten COMMAND --help those of a command.",
-        "With --multirun options may have several values (bits=2,3,4): the job runs for each, on the whole cluster.",
+        "With --multirun options may have several values (bits=2,3,4), and the job runs for each on the whole cluster.",
         "Without options every job runs on the models that come with the package. hasten --version prints the version.",
     ]
     return "\n".join(lines)
@@ -65,10 +64,10 @@ def job_help(job: Job) -> str:
             groups.append(item.key)
         lines += _option(item, chosen.get(item.key, item.default))
     for group in groups:
-        lines += ["", f"{group}s:", *_methods(group, with_fields=True)]
+        lines += ["", f"{heading(group)}:", *_methods(group, with_fields=True)]
     lines += [
         "",
-        "of a sweep, with --multirun, where options may be bits=2,3,4, range(2,5), choice(a,b) or interval(0,1):",
+        "options of a sweep, with --multirun, where values may be 2,3,4, range(2,5), choice(a,b) or interval(0,1):",
     ]
     for item in options(SweepConfig, PREFIX):
         lines += _option(item, item.default)
@@ -89,10 +88,10 @@ def _variants(variants: Variants) -> list[str]:
 def _methods(group: str, with_fields: bool = False) -> list[str]:
     lines = []
     for name in method_names(group):
-        found = method(group, name)
-        lines += _row(name, found.summary)
-        if with_fields and found.fields:
-            words = ", ".join(f"{group}.{item.name}={_shown(item.default)}" for item in found.fields)
+        entry = method(group, name)
+        lines += _row(name, entry.summary)
+        if with_fields and entry.fields:
+            words = ", ".join(f"{group}.{item.name}={_shown(item.default)}" for item in entry.fields)
             lines += _wrap(words, _INDENT * 3)
     return lines
 
@@ -116,26 +115,26 @@ def _shown(value: object) -> str:
 
 
 def _flat(tree: Record, prefix: str = "") -> Record:
-    """Values of a job's file by flat key; what it chooses in a group under the group's name."""
-    found: Record = {}
+    """Values of a job's file by flat key, and the methods that it chooses by their group's name."""
+    values: Record = {}
     for key, value in tree.items():
         if key == "defaults" and not prefix:
             for entry in value:
-                found |= entry if isinstance(entry, dict) else {}
+                values |= entry if isinstance(entry, dict) else {}
         elif isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            values |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            values[prefix + key] = value
+    return values
 
 
-def _row(left: str, right: str, width: int = 20) -> list[str]:
-    """A term and its text, the text in a column of its own and wrapped there."""
-    lines = _wrap(right, " " * (len(_INDENT) + width))
-    if len(left) < width:
-        lines[0] = f"{_INDENT}{left:<{width}}{lines[0].lstrip()}"
+def _row(term: str, text: str, width: int = 20) -> list[str]:
+    """Lines with a term on the left and its text wrapped in a column on the right."""
+    lines = _wrap(text, " " * (len(_INDENT) + width))
+    if len(term) < width:
+        lines[0] = f"{_INDENT}{term:<{width}}{lines[0].lstrip()}"
         return lines
-    return [_INDENT + left, *lines]
+    return [_INDENT + term, *lines]
 
 
 def _wrap(text: str, indent: str) -> list[str]:

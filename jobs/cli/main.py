@@ -16,7 +16,7 @@ _HELP = ("-h", "--help", "help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 of a sweep with failed points, 2 for a mistake, 130 interrupted."""
+    """Run the command. Exit code 0, 1 if points of a sweep failed, 2 for a user's mistake, 130 if interrupted."""
     try:
         return _main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hasten: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader (`hasten --help | head`) has seen enough. Python flushes once more at exit: to nowhere.
+        # The reader has closed the pipe (`hasten --help | head`). Python flushes once more at exit: to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             again = "make space and run the same command again; what is finished is kept"
             print(f"hasten: error: the disk is full{where}: {again}", file=sys.stderr)
             return 2
-        # A mistake of ours: the traceback is what we want to be sent.
+        # A bug in hasten: the user sees the traceback and can report it.
         log_traceback(error)
         raise
 
@@ -50,12 +50,12 @@ def _main(words: list[str]) -> int:
         return 0
     if words[0] in command_names():
         return _command(words[0], words[1:])
-    job, words = jobs()[_known(words[0], "job", [*jobs(), *command_names()])], words[1:]
+    job, words = jobs()[_check_name(words[0], "job", [*jobs(), *command_names()])], words[1:]
     asks_help = any(word in _HELP for word in words)
     variants = job.variants
     if variants is not None:
         if words and words[0] not in _HELP and "=" not in words[0]:
-            job, words = variants.find(_known(words[0], variants.kind, variants.names())), words[1:]
+            job, words = variants.find(_check_name(words[0], variants.kind, variants.names())), words[1:]
         elif not asks_help:
             raise UserError(variants.missing(job.name))
     if asks_help:
@@ -107,11 +107,11 @@ def _print_report(report: Path | str | None) -> None:
         print(f"report: {report}", flush=True)
 
 
-def _known(word: str, what: str, names: list[str]) -> str:
+def _check_name(word: str, kind: str, names: list[str]) -> str:
     if word not in names:
         near = nearest(word, names)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
-        raise UserError(f"unknown {what} {word!r}: {hint}")
+        raise UserError(f"unknown {kind} {word!r}: {hint}")
     return word
 
 

@@ -1,6 +1,7 @@
 """The methods of a config group, read from the folder conf/GROUP without importing any of them."""
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,17 @@ from hasten.accel.errors import UserError
 from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
+_FAMILIES = (
+    *("quantizer", "column_quantizer", "pruner", "level", "allocator", "fitness"),
+    *("drafter", "verifier", "draft_length", "head"),
+)
+_TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
 _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 
 @dataclass(frozen=True)
 class MethodField:
-    """A hyper-parameter of a method: its type (object where it is no simple one) and default (its text likewise)."""
+    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text."""
 
     name: str
     kind: type
@@ -27,7 +33,7 @@ class MethodField:
 
 @dataclass(frozen=True)
 class Method:
-    """A file of a config group, with the first sentence of the module behind it."""
+    """A file of a config group. summary: first sentence of the method's module, or of its class if methods share it."""
 
     name: str
     summary: str
@@ -39,37 +45,55 @@ def job_file(job: str) -> Record:
     return yaml.safe_load((CONF / f"{job}.yaml").read_text(encoding="utf-8"))
 
 
+def families() -> list[str]:
+    """Config groups of methods, the folders of conf, in the order of help and documentation; new ones come last."""
+    names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
+    return sorted(names, key=lambda name: _FAMILIES.index(name) if name in _FAMILIES else len(_FAMILIES))
+
+
+def heading(family: str) -> str:
+    """Plural of a family's name, for headings."""
+    return f"{family.replace('_', ' ')}{' functions' if family.endswith('s') else 's'}"
+
+
 def method_names(group: str) -> list[str]:
     """Names that GROUP= accepts, in order."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def target_of(group: str, name: str) -> str:
-    """Path of the class that a method's file names."""
+    """Import path of the class that a method's file names."""
     return str(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"])
 
 
 @cache
 def method(group: str, name: str) -> Method:
-    """One method of a group, which must be there; its module is parsed and not imported."""
+    """An existing method of a group; its module is parsed and not imported."""
     module, _, class_name = target_of(group, name).rpartition(".")
     path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    summary = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).removesuffix(".")
-    fields = next(
-        (_fields(node) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), ()
+    method_class = next(
+        (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None
     )
-    return Method(name, summary, fields)
+    documented = method_class if method_class is not None and _is_shared(group, module) else tree
+    summary = " ".join((ast.get_docstring(documented) or "").partition("\n\n")[0].split()).removesuffix(".")
+    return Method(name, summary, () if method_class is None else _fields(method_class))
+
+
+def _is_shared(group: str, module: str) -> bool:
+    """Whether several methods of a group are classes of one module."""
+    texts = [path.read_text(encoding="utf-8") for path in (CONF / group).glob("*.yaml")]
+    return sum(match is not None and match[1] == module for match in map(_TARGET.search, texts)) > 1
 
 
 def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
-    found = []
+    fields = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
             annotation = ast.unparse(item.annotation)
             if not annotation.startswith("ClassVar"):
-                found.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
-    return tuple(found)
+                fields.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
+    return tuple(fields)
 
 
 def _value(node: ast.expr) -> object:
@@ -80,12 +104,12 @@ def _value(node: ast.expr) -> object:
 
 
 def build(settings: Record) -> Any:
-    """The method that a composed group describes; UserError where its hyper-parameters make no sense."""
+    """The method that a composed group describes; UserError if it refuses its hyper-parameters."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     try:
-        # Else a list of methods would become one of their hyper-parameters.
+        # Without _convert_, a list of methods would be passed on as a list of OmegaConf.
         return instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):

@@ -1,4 +1,4 @@
-"""Options as the command line sees them: flat keys, their types and what each accepts."""
+"""Options of the command line: flat keys with their types and accepted values."""
 
 import dataclasses
 import difflib
@@ -24,7 +24,7 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 
 @dataclass(frozen=True)
 class Option:
-    """One `key=value`: kind is the type without None, which optional allows; group: value names a method."""
+    """A `key=value` option. kind: type without None. optional: None is allowed. group: the value names a method."""
 
     key: str
     kind: Any
@@ -39,7 +39,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What is accepted, in words."""
+        """Accepted values, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         words = _EXPECTED.get(self.kind, "a value")
@@ -53,7 +53,7 @@ class Option:
         return words + (", or null" if self.optional else "")
 
     def parse(self, text: str) -> Any:
-        """Value that the text stands for; UserError names key, text and what is expected."""
+        """The value of a text; UserError names the key, the text and the accepted values."""
         if self.optional and text.lower() in ("null", "none"):
             return None
         try:
@@ -64,7 +64,7 @@ class Option:
         return value
 
     def check(self, value: Any) -> None:
-        """UserError where a value of the right type is not among the choices or out of range."""
+        """UserError if a value of the right type is not one of the choices or out of range."""
         if value is None:
             return
         low = self.at_least is not None and value < self.at_least
@@ -78,13 +78,13 @@ class Option:
 
 
 def _several(text: str) -> str:
-    """A hint where the text would be several values of a sweep."""
+    """A hint if the text looks like several values of a sweep, else an empty text."""
     several = "," in text.strip("[]") and not text.startswith("[")
     return "; several values are a sweep, with --multirun" if several else ""
 
 
 def _read(kind: Any, text: str) -> Any:
-    """Text as a value of that kind; ValueError where it is none."""
+    """The text as a value of that kind; ValueError if it is not one."""
     if kind is str:
         return text
     if kind in (int, float):
@@ -120,28 +120,28 @@ def _fail(value: object) -> typing.NoReturn:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is spelled most like this one, None where none is close."""
+    """The known word with the most similar spelling, None if none is close."""
     known = list(known)
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not found:
-        # `groupsize` for `calibration.group_size`: what comes after the last dot counts, too.
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not matches:
+        # Compare the part after the last dot, too: `groupsize` is close to `calibration.group_size`.
         last = {key.rpartition(".")[2]: key for key in reversed(known)}
-        found = [last[key] for key in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
-    return found[0] if found else None
+        matches = [last[key] for key in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return matches[0] if matches else None
 
 
 def options(schema: type, prefix: str = "") -> list[Option]:
-    """Every option of a job's dataclass: the model, its own ones, those of its base, and so on.
+    """Every option of a job's dataclass: `model` first, then those of the class, of its base, and so on.
 
-    Those of nested dataclasses are `section.key`.
+    Keys of nested dataclasses are `section.key`.
     """
     hints = typing.get_type_hints(schema)
-    found: list[Option] = []
+    collected: list[Option] = []
     distance = {name: steps for steps, base in enumerate(schema.__mro__) for name in inspect.get_annotations(base)}
     for item in sorted(dataclasses.fields(schema), key=lambda item: (item.name != "model", distance[item.name])):
         kind, optional = _without_none(hints[item.name])
         if dataclasses.is_dataclass(kind):
-            found += options(typing.cast(type, kind), f"{prefix}{item.name}.")
+            collected += options(typing.cast(type, kind), f"{prefix}{item.name}.")
             continue
         rules = dict(item.metadata)
         text = rules.pop("help", "")
@@ -149,30 +149,30 @@ def options(schema: type, prefix: str = "") -> list[Option]:
             rules["choices"] = tuple(method_names(item.name))
             kind = str
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        found.append(Option(prefix + item.name, kind, optional, default, text, **rules))
-    return found
+        collected.append(Option(prefix + item.name, kind, optional, default, text, **rules))
+    return collected
 
 
 def value_at(config: object, key: str) -> Any:
-    """Value of an option in an object of the job's dataclass; dots in the key lead into sections."""
+    """Value of an option in a job's config; dots in the key separate sections."""
     for name in key.split("."):
         config = config.get(name) if isinstance(config, dict) else getattr(config, name)
     return config
 
 
 def set_value(config: object, key: str, value: object) -> None:
-    """Change an option of an object of the job's dataclass."""
+    """Set an option of a job's config."""
     section, _, name = key.rpartition(".")
     setattr(value_at(config, section) if section else config, name, value)
 
 
 def method_options(group: str, name: str) -> list[Option]:
-    """Options `group.field` of one method's hyper-parameters."""
+    """Options `group.field` for the hyper-parameters of a method."""
     return [Option(f"{group}.{item.name}", item.kind) for item in method(group, name).fields]
 
 
 def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
-    """Whether a dry run is asked for, and the words without that one; UserError for one of a sweep."""
+    """Whether the words ask for a dry run, and the words without plan=…; UserError for the dry run of a sweep."""
     words = list(words)
     if PLAN in words and set(MULTIRUN) & set(words):
         raise UserError(f"{PLAN} plans one run: leave --multirun and lists of values out")
@@ -180,16 +180,16 @@ def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:
 
 
 def split_off(schema: type[S], prefix: str, words: Iterable[str]) -> tuple[S, list[str]]:
-    """An object of a dataclass from the `key=value` words whose keys begin with its prefix, and the words left over.
+    """A dataclass filled from the `key=value` words whose keys begin with its prefix, and the remaining words.
 
     UserError names the first word that is wrong.
     """
     known = {item.key: item for item in options(schema, prefix)}
-    values, rest = {}, []
+    values, remaining = {}, []
     for word in words:
         key, sign, text = word.partition("=")
         if not key.startswith(prefix):
-            rest.append(word)
+            remaining.append(word)
             continue
         if key not in known:
             near = nearest(key, known)
@@ -198,11 +198,11 @@ def split_off(schema: type[S], prefix: str, words: Iterable[str]) -> tuple[S, li
         if not sign:
             raise UserError(f"{word!r} is no option: options are written key=value")
         values[key.removeprefix(prefix)] = known[key].parse(text)
-    return schema(**values), rest
+    return schema(**values), remaining
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        rest = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return rest[0], True
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return kinds[0], True
     return hint, False

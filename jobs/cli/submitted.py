@@ -1,4 +1,4 @@
-"""What a submitted job runs on the cluster: `python -m hasten.jobs.cli.submitted WORKDIR JOB words…`."""
+"""Entry point of a submitted job on the cluster: `python -m hasten.jobs.cli.submitted WORKDIR JOB words…`."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from hasten.jobs.cli.main import main as hasten
 
 
 def main(workdir: str, words: list[str]) -> int:
-    """Exit code of `hasten WORDS` in the folder workdir; 2 where there is none on this machine."""
+    """Exit code of `hasten WORDS` in the folder workdir; 2 if that folder does not exist on this machine."""
     try:
         os.chdir(workdir)
     except OSError as error:
         reason = f"is no folder on the cluster's head ({error.strerror})"
         print(f"hasten: error: --workdir {workdir} {reason}: name one that the cluster's nodes share", file=sys.stderr)
         return 2
-    # Processes that this one starts look here for it.
+    # Child processes read the current folder from PWD.
     os.environ["PWD"] = workdir
     return hasten(words)
 

@@ -1,1 +1,1 @@
-"""What several jobs share."""
+"""Options, logging, plots, storage and other parts that several jobs use."""

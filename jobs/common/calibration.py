@@ -1,4 +1,4 @@
-"""What the jobs that calibrate share: their checkpoint, tokens and settings, and the pass with its progress."""
+"""Shared by jobs that calibrate: checkpoint, tokens and settings, and the calibration pass with its progress."""
 
 import logging
 from pathlib import Path
@@ -25,16 +25,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def original(model: str) -> Path:
-    """Folder of the checkpoint to compress; UserError where it is none of a known family."""
-    # Absolute, as the workers of a cluster have other current folders.
+    """Folder of the checkpoint to compress; UserError if its model family is not supported."""
+    # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
-    # Before transformers reads the folder, whose errors are no single lines.
+    # Checked before transformers reads the folder, whose errors span many lines.
     family_of(Checkpoint(source).config.get("model_type"))
     return source
 
 
 def calibration_settings(config: Calibrated, source: Path, output: Path, **chosen: Any) -> Settings:
-    """Settings of a calibration pass: `chosen` ones, and those that are the same for every job."""
+    """Settings of a calibration pass: those of the common options, and `chosen` ones."""
     device = resolve_device(config.device)
     return Settings(
         checkpoint=source,
@@ -55,7 +55,7 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
 
 
 def calibration_tokens(calibration: Calibration, settings: Settings, tokenizer: Tokenizer | None) -> Tensor | None:
-    """Tokens [sequences, T]; None for methods that need none. tokenizer may be None for a file of tokens."""
+    """Calibration tokens (N, T); None if the methods need none. tokenizer may be None for a file of token ids."""
     if not settings.needs_hessian:
         return None
     return load_tokens(
@@ -70,15 +70,15 @@ def calibration_tokens(calibration: Calibration, settings: Settings, tokenizer: 
 
 
 def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool) -> None:
-    """Open a folder that a run fills block by block; says what this run does otherwise than the one that began it."""
+    """Open an output that is written block by block; logs settings that differ from the run that began it."""
     output.source_name = as_given(output.source_name)
     output.open(fingerprint, overwrite)
     for change in output.changed(fingerprint):
-        _LOG.warning("%s=%s goes on with another %s; the last bits may differ", output.option, output.path, change)
+        _LOG.warning("%s=%s continues with another %s; the last bits may differ", output.option, output.path, change)
 
 
 def run_pass(compression: CalibrationPass, title: str, tracker: Tracker) -> None:
-    """Run a calibration pass with a progress bar over its blocks, each of which is a step of the tracked run."""
+    """Run a calibration pass with a progress bar; each block is a step of the tracked run."""
     architecture, output = compression.task.architecture, compression.task.output
     finished = len(output.finished)
     if finished:

@@ -1,4 +1,4 @@
-"""The Ray session of a job, begun with a look at whether the cluster can do what the job asks of it."""
+"""The Ray session of a job, which first checks the cluster's resources and that its nodes see the job's files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ class InCluster(InWorkers, Protocol):
 
 
 @contextmanager
-def joined(
+def cluster_session(
     config: InCluster, cpus: int, reads: Mapping[str, Path], writes: Mapping[str, Path], in_turn: bool = False
 ) -> Iterator[None]:
-    """A Ray session at config.address, once it is seen to have the processors, and every node the files.
+    """Context with a Ray session at config.address; UserError if CPUs or GPUs are missing or a node lacks the files.
 
-    cpus: what the job's actors need together. reads, writes: paths that actors, not this process, read or write, by the
-    options that they come from. in_turn: workers are tasks, which wait for each other where there is room for fewer.
+    cpus: sum over the job's actors. reads, writes: paths that actors read or write, by option. in_turn: workers are
+    tasks, which run one after the other if the cluster has room for fewer.
     """
     with session(config.address, cpus):
         check_workers(1 if in_turn else config.workers, worker_resources(config))

@@ -9,13 +9,13 @@ from hasten.accel.errors import UserError
 from hasten.cluster.storage.naming import as_given
 
 LOG_FILE = "hasten.log"
-# Written to the log file alone: a user's mistake is one line on the terminal.
+# Tracebacks go to the log file alone: on the terminal a user's mistake is one line.
 _TRACEBACKS = logging.getLogger("hasten.traceback")
 _HANDLERS: list[logging.Handler] = []
 
 
 class _Terminal(logging.Handler):
-    """Log lines on standard error, above a progress bar where there is one."""
+    """Writes log lines to standard error, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")
@@ -27,14 +27,14 @@ class _Terminal(logging.Handler):
 
 
 class _AsGiven(logging.Formatter):
-    """Lines that name files as the user did."""
+    """Formats log lines, with the user's URIs in place of local paths."""
 
     def format(self, record: logging.LogRecord) -> str:
         return str(as_given(super().format(record)))
 
 
 def log_to_terminal() -> None:
-    """Show what hasten logs from level INFO, and what libraries log from WARNING; ends an earlier run's logs."""
+    """Log hasten from level INFO and libraries from WARNING to the terminal; closes the log of an earlier run."""
     while _HANDLERS:
         earlier = _HANDLERS.pop()
         for logger in (logging.getLogger(), _TRACEBACKS):
@@ -53,13 +53,13 @@ def _add(handler: logging.Handler, form: str, *loggers: logging.Logger) -> None:
 
 
 def default_folder(job: str) -> str:
-    """Folder, relative to the current one, of a run that starts now."""
+    """Default folder of a run that starts now, relative to the current folder."""
     # Milliseconds, because a script may start several runs in one second.
     return str(Path("runs", job, datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]))
 
 
 def log_to_folder(folder: Path) -> None:
-    """Write what is logged from here on, tracebacks too, to the log file in a run's folder."""
+    """From now on log, tracebacks included, to the log file in a run's folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
@@ -69,7 +69,7 @@ def log_to_folder(folder: Path) -> None:
 
 
 def log_traceback(error: BaseException) -> None:
-    """Put the traceback of an error into the run's log file, once, if the run has one by now."""
+    """Write the traceback of an error to the run's log file, if there is one already; at most once per error."""
     if _TRACEBACKS.handlers and not getattr(error, "is_logged", False):
         _TRACEBACKS.error("the run failed", exc_info=error)
         error.is_logged = True  # type: ignore[attr-defined]

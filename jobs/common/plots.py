@@ -23,8 +23,8 @@ Row = Mapping[str, Any]
 class Theme:
     """Colours and size of plots.
 
-    ink: of text and axes; paper: of the background; series: of lines and bars, in order. size: inches. titled: whether
-    plots have a title; below a heading that says the same they need none.
+    ink: colour of text and axes. paper: of the background. series: of lines and bars, in order. size: inches. titled:
+    whether plots have a title, which they do not need below a heading of the same words.
     """
 
     ink: str
@@ -45,7 +45,7 @@ _MARKERS = "osD^v<>P"
 
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
-    """Context in which plots have this theme and text is taken literally: a dollar sign starts no formula."""
+    """Context in which plots have this theme and text is literal: a dollar sign does not start a formula."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     rules: Any = dict.fromkeys(inked, theme.ink) | dict.fromkeys(papers, theme.paper)
@@ -68,7 +68,7 @@ def themed(theme: Theme) -> Iterator[None]:
 
 
 def recoloured(svg: str, theme: Theme, other: Theme) -> str:
-    """An SVG plot with the colours of another theme, as if it had been drawn again."""
+    """An SVG plot with its theme's colours replaced by another theme's."""
     colours = zip((theme.ink, theme.paper, *theme.series), (other.ink, other.paper, *other.series), strict=True)
     for old, new in colours:
         svg = svg.replace(old, new)
@@ -197,8 +197,8 @@ def marker(position: int) -> str:
 
 def _block(name: str, otherwise: int) -> int:
     """Block number in a module name such as model.layers.3.mlp.up_proj; `otherwise` if it has none."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else otherwise
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else otherwise
 
 
 def _kind(name: str) -> str:
@@ -231,8 +231,8 @@ def _heat_map(
                     ink = _ink_on(tuple(image.to_rgba(np.asarray(value))))
                     axes.text(block, position, f"{value:.3g}", ha="center", va="center", fontsize=7, color=ink)
     # Long names keep their end, which says what the layer is. A letter takes about a twelfth of an inch.
-    most = int(4.5 * figure.get_figwidth())
-    names = [line if len(line) <= most else f"…{line[1 - most :]}" for line in lines]
+    max_letters = int(4.5 * figure.get_figwidth())
+    names = [line if len(line) <= max_letters else f"…{line[1 - max_letters :]}" for line in lines]
     axes.set_yticks(range(len(lines)), names, fontsize=9)
     return save(figure, path)
 

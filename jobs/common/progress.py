@@ -1,4 +1,4 @@
-"""A progress bar with the time left; plain log lines where there is no terminal."""
+"""A progress bar with the remaining time; log lines if standard error is not a terminal."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Context of one piece of work that is done in `total` steps."""
+    """Progress of work in `total` steps, a context while the work runs."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title = title
@@ -39,14 +39,14 @@ class Progress:
             self._bar.close()
 
     def begin(self, done: int) -> None:
-        """Count steps that an earlier run did; they say nothing about the time left."""
+        """Count steps of an earlier run, which the estimate of the remaining time ignores."""
         self._done = self._first = done
         if self._bar is not None:
             self._bar.n = self._bar.initial = done
             self._bar.refresh()
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how many steps are done by now, all together."""
+        """Show that `done` steps are done in total, with an optional note."""
         self._done = done
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)

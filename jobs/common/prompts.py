@@ -1,4 +1,4 @@
-"""What `hasten decode` and `hasten replay` read: models that belong together, prompts, and what a drafter learned."""
+"""Inputs of `hasten decode` and `hasten replay`: compatible models, prompts, and a drafter's learned state."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 
-# JSON can hold half of a pair of surrogates, which neither a tokenizer nor a file takes.
+# JSON may contain a lone surrogate, which neither a tokenizer nor a text file accepts.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-_LEARNED = ("drafter", "vocabulary")  # what a file of a drafter's memory says of itself
+_LEARNED = ("drafter", "vocabulary")  # metadata in a file of learned state
 _LIBRARY_PROMPTS = 16
 _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's id as the file has it, and its token ids. where: what to call it in a message."""
+    """A prompt. id: as in the file. where: file and line, for messages."""
 
     id: object
     tokens: list[int]
@@ -38,12 +38,12 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """The id as text, which differs from that of every other prompt."""
+        """The id as text, unique among the prompts."""
         return str(self.id)
 
 
 def model_folder(option: str, model: str) -> Path:
-    """Absolute folder of a checkpoint; UserError names the option where there is none, or a broken one."""
+    """Absolute folder of a checkpoint; UserError names the option if it is missing or damaged."""
     try:
         folder = resolve(model).absolute()
     except UserError as error:
@@ -53,13 +53,13 @@ def model_folder(option: str, model: str) -> Path:
 
 
 def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None:
-    """UserError where ids of the draft model mean something else to the target, with what differs.
+    """UserError if the models' tokenizers differ, with an example.
 
-    reads_draft_probs: whether the models' distributions are compared, which then must be of the same length.
+    reads_draft_probs: whether the verifier compares the models' distributions, which then must have the same length.
     """
     tokenizers = [load_tokenizer(folder) for folder in (target, draft)]
-    ids, other_ids = ({} if each is None else each.get_vocab() for each in tokenizers)
-    right = "give a draft model with the target's tokenizer"
+    ids, other_ids = ({} if tokenizer is None else tokenizer.get_vocab() for tokenizer in tokenizers)
+    remedy = "give a draft model with the target's tokenizer"
     if None not in tokenizers and ids != other_ids:
         differing = sorted(token for token in ids if other_ids.get(token) != ids[token])
         differing += sorted(token for token in other_ids if token not in ids)
@@ -70,19 +70,19 @@ def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None
         )
         raise UserError(
             f"target={target} and draft={draft} have different tokenizers: {len(ids)} and {len(other_ids)} entries, "
-            f"{len(differing)} with another id, such as {example!r} ({named}); {right}"
+            f"{len(differing)} with another id, such as {example!r} ({named}); {remedy}"
         )
     sizes = vocabulary_size(target), vocabulary_size(draft)
-    # Rows behind the tokenizer's last entry are padding, which models of one family have more or less of.
+    # Vocabulary rows beyond the tokenizer's entries are padding, whose size differs within a model family.
     if sizes[0] != sizes[1] and (reads_draft_probs or None in tokenizers):
         raise UserError(
-            f"target={target} has a vocabulary of {sizes[0]} and draft={draft} one of {sizes[1]}: {right}"
+            f"target={target} has a vocabulary of {sizes[0]} and draft={draft} one of {sizes[1]}: {remedy}"
             + ("" if None in tokenizers else ", or use verifier=sample_and_match")
         )
 
 
 def draft_folder(draft: str | None, drafter: Drafter, target: Path, reads_draft_probs: bool) -> Path | None:
-    """Folder of the draft model that a drafter needs, None where it needs none; UserError where it does not fit."""
+    """Folder of the draft model, None if the drafter needs none; UserError if it does not fit the target."""
     if not drafter.needs_draft_model:
         return None
     if draft is None:
@@ -93,71 +93,71 @@ def draft_folder(draft: str | None, drafter: Drafter, target: Path, reads_draft_
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Ids that end what a model writes: as its generation config says, else its config, else its tokenizer."""
+    """Token ids that end a completion: from the model's generation config, else its config, else its tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
     end = getattr(tokenizer, "eos_token_id", None)
     return () if end is None else (end,)
 
 
 def context_length(folder: Path) -> int | None:
-    """Tokens that a model has positions for; None where it does not say."""
-    found = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
+    """Maximum context of a model in tokens; None if its config does not state one."""
+    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
 
 
 def read_prompts(
     path: Path, tokenizer: Tokenizer | None, vocabulary: int, prompt_field: str, id_field: str
 ) -> list[Prompt]:
-    """Prompts of a JSON Lines file; UserError names the line that is wrong."""
-    found: list[Prompt] = []
+    """Prompts of a JSON Lines file; UserError names the wrong line."""
+    prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     for number, record in read_records("prompts", path):
         where = f"prompts={path}, line {number}"
         if prompt_field not in record:
             raise UserError(f"{where} has no {prompt_field!r}, only {', '.join(record)}: give prompt_field=NAME")
         tokens = _tokens(record[prompt_field], tokenizer, vocabulary, where, prompt_field)
-        found.append(Prompt(record.get(id_field, number), tokens, where))
-        earlier = lines.setdefault(found[-1].key, number)
+        prompts.append(Prompt(record.get(id_field, number), tokens, where))
+        earlier = lines.setdefault(prompts[-1].key, number)
         if earlier != number:
-            raise UserError(f"prompts={path} has the id {found[-1].key!r} twice, in lines {earlier} and {number}")
-    return found
+            raise UserError(f"prompts={path} has the id {prompts[-1].key!r} twice, in lines {earlier} and {number}")
+    return prompts
 
 
 def library_prompts(tokenizer: Tokenizer | None, vocabulary: int) -> list[Prompt]:
-    """The beginnings of a few of the standard library's held-out files."""
+    """Prompts from the beginnings of held-out files of the standard library."""
     if tokenizer is None:
         raise UserError("prompts=null is text, and the target's folder has no tokenizer: give prompts of token ids")
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for name in library_files("held_out"):
         for text in read_texts(library_root(), [name]):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             step = (_LIBRARY_LONGEST - _LIBRARY_SHORTEST) // (_LIBRARY_PROMPTS - 1)
-            tokens = [*([] if begin is None else [begin]), *ids][: _LIBRARY_SHORTEST + step * len(found)]
+            tokens = [*([] if begin is None else [begin]), *ids][: _LIBRARY_SHORTEST + step * len(prompts)]
             if len(ids) >= 2 * _LIBRARY_LONGEST and max(tokens) < vocabulary:
-                found.append(Prompt(name, tokens, name))
-        if len(found) == _LIBRARY_PROMPTS:
+                prompts.append(Prompt(name, tokens, name))
+        if len(prompts) == _LIBRARY_PROMPTS:
             break
-    return found
+    return prompts
 
 
 def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None) -> None:
-    """UserError names a prompt that does not fit the target's context with its completion; None has no limit."""
-    for each in prompts:
-        if limit is not None and len(each.tokens) + max_new_tokens > limit:
+    """UserError names a prompt that exceeds the target's context with its completion; limit=None is no limit."""
+    for prompt in prompts:
+        if limit is not None and len(prompt.tokens) + max_new_tokens > limit:
             raise UserError(
-                f"{each.where}: the prompt {each.key!r} has {len(each.tokens)} tokens, and with max_new_tokens="
+                f"{prompt.where}: the prompt {prompt.key!r} has {len(prompt.tokens)} tokens, and with max_new_tokens="
                 f"{max_new_tokens} it is longer than the target's context of {limit}"
             )
 
 
 def read_recorded(path: Path, vocabulary: int) -> list[tuple[list[int], int]]:
-    """Sequences that `hasten decode` wrote: prompt and completion as ids, and the length of the prompt."""
-    found: list[tuple[list[int], int]] = []
+    """Sequences that `hasten decode` wrote: token ids of prompt and completion, and the prompt's length."""
+    sequences: list[tuple[list[int], int]] = []
     for number, record in read_records("recorded", path):
         prompt, completion = record.get("prompt_token_ids"), record.get("token_ids")
         if not (prompt and _are_ids(prompt, vocabulary) and _are_ids(completion, vocabulary)):
@@ -165,14 +165,14 @@ def read_recorded(path: Path, vocabulary: int) -> list[tuple[list[int], int]]:
                 f"recorded={path}, line {number} has no prompt_token_ids and token_ids below {vocabulary}: "
                 "give a file that hasten decode wrote with this target"
             )
-        found.append((prompt + completion, len(prompt)))
-    return found
+        sequences.append((prompt + completion, len(prompt)))
+    return sequences
 
 
 def read_records(option: str, path: Path) -> Iterator[tuple[int, Record]]:
-    """Number and object of every line that is not blank; UserError where one is no JSON object, or there is none."""
+    """Number and object of every line that is not blank; UserError if one is not a JSON object, or if all are blank."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UserError(f"{option}={path} cannot be read ({reason}): give a file of JSON Lines") from None
@@ -197,14 +197,14 @@ def read_records(option: str, path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def prompt_seed(seed: int, key: str) -> int:
-    """Seed of all that is drawn for a prompt, whatever prompts there are beside it."""
+    """Seed for sampling a prompt's completion, independent of the other prompts."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "big")
 
 
 def load_learned(path: Path, drafter: Mapping[str, object], vocabulary: int) -> dict[str, Tensor]:
-    """Tensors that an earlier run of the same drafter saved; none where there is no file yet.
+    """Tensors that an earlier run of the same drafter saved; empty if the file does not exist.
 
-    vocabulary: of the target, which must know the ids that were learned.
+    vocabulary: the target's size, which must equal the saved one.
     """
     if not path.exists():
         return {}
@@ -213,7 +213,7 @@ def load_learned(path: Path, drafter: Mapping[str, object], vocabulary: int) -> 
             note = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key in _LEARNED}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"memory={path} cannot be read as what a drafter learned: {error}") from None
+        raise UserError(f"memory={path} cannot be read as a drafter's learned state: {error}") from None
     made_by, known = (note.get(key) for key in _LEARNED)
     if made_by != drafter:
         raise UserError(f"memory={path} was learned by {_shown(made_by)}, and the drafter is {_shown(drafter)}")
@@ -226,7 +226,7 @@ def load_learned(path: Path, drafter: Mapping[str, object], vocabulary: int) -> 
 
 
 def save_learned(path: Path, drafter: Mapping[str, object], vocabulary: int, tensors: Mapping[str, Tensor]) -> None:
-    """Keep what a drafter learned, whole or not at all."""
+    """Save a drafter's learned state; the file is replaced atomically."""
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     note = {"drafter": json.dumps(drafter, sort_keys=True), "vocabulary": json.dumps(vocabulary)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,11 +249,11 @@ def _tokens(prompt: object, tokenizer: Tokenizer | None, vocabulary: int, where:
 
 
 def _are_ids(values: object, vocabulary: int) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(each) is int and 0 <= each < vocabulary for each in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < vocabulary for value in values)
 
 
 def _shown(settings: Mapping[str, object] | None) -> str:
     if settings is None:
         return "nobody known"
-    rest = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "_target_")
-    return str(settings["_target_"]).rpartition(".")[2] + (f" ({rest})" if rest else "")
+    settings_text = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "_target_")
+    return str(settings["_target_"]).rpartition(".")[2] + (f" ({settings_text})" if settings_text else "")

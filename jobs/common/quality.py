@@ -1,4 +1,4 @@
-"""What the jobs that measure a checkpoint share: the windows of held-out text, and the measuring with its progress."""
+"""Shared by jobs that evaluate a checkpoint: windows of held-out text, and the evaluation with its progress."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.schema import Evaluation
 from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
 
-# Figures of a report that are null where nothing was measured.
+# Metrics that are null in a report if nothing was measured.
 FIGURES = ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
 
 
 def held_out_windows(evaluation: Evaluation, tokenizer: Tokenizer | None, folder: Path) -> Windows | None:
-    """Windows of the evaluation's text; None where it asks for no sequence."""
+    """Windows of the evaluation text; None for evaluation.sequences=0."""
     if not evaluation.sequences:
         return None
     return load_windows(
@@ -40,10 +40,10 @@ def measured(
     batch: int = 8,
     batch_option: str = "windows at once",
 ) -> Measured:
-    """What hasten.cluster.programs.evaluation.measure returns, with a progress bar; inside a Ray session.
+    """Result of hasten.cluster.programs.evaluation.measure, with a progress bar; inside a Ray session.
 
-    needs: of each worker. batch: windows that run at once. batch_option: what a message about too large a batch calls
-    it.
+    needs: resources of each worker. batch: windows that run at once. batch_option: name of the batch size in messages
+    about too little memory.
     """
     with Progress("evaluate", min(workers, len(windows)), "part") as progress:
         return measure(

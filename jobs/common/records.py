@@ -2,5 +2,5 @@
 
 from typing import Any
 
-# An object of JSON whose keys its writer knows: a report, a row of one, a result.
+# A JSON object: a report, a row of one, a result.
 Record = dict[str, Any]

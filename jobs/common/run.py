@@ -1,20 +1,19 @@
-"""A run's folder and its tracker: made when work starts, so that a mistake in the options leaves nothing behind."""
+"""A run's folder and tracker, made when work starts, so that a mistake in the options leaves no files behind."""
 
 from pathlib import Path
 
 from hasten.accel.errors import UserError
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.logs import log_to_folder
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 
 
 def start(config: Run) -> Path:
     """Make config.run_dir with config.yaml and the log file in it, and return it.
 
-    A job calls this once, after everything that the user may have got wrong was checked.
+    A job calls this once, after it has checked its options and inputs.
     """
-    # Kept out of the help of benchmarks, whose modules import this one.
+    # `hasten bench NAME --help` must not wait for it.
     from omegaconf import OmegaConf
 
     folder = Path(str(config.run_dir))
@@ -28,7 +27,7 @@ def start(config: Run) -> Path:
 
 
 def tracked(config: Run, title: str, run_dir: Path) -> Tracker:
-    """The run's Tracker, by its options; title: of the job, for the name of the MLflow run."""
+    """The run's Tracker as its options describe it; title: the job's, for the name of the MLflow run."""
     tracking = config.tracking
     return Tracker(
         tracking.uri,

@@ -1,14 +1,17 @@
-"""What dataclasses of options are made of, and the options that several jobs share.
+"""Fields of dataclasses of options, and the options that several jobs share.
 
 A job's own options are a dataclass in jobs/JOB/options.py, from which help, checks and Hydra's schemas are made.
-Defaults live there; conf/JOB.yaml holds choices. Fields keep to the types that OmegaConf checks. Modules of options are
-read for `hasten --help` and import nothing heavy.
+Defaults are in the dataclass; conf/JOB.yaml chooses methods. Fields have types that OmegaConf supports. Modules of
+options are imported for `hasten --help`, so they must import nothing heavy.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hasten.cluster.storage.naming import as_given
+from hasten.jobs.common.records import Record
 from hasten.jobs.common.sizes import BYTES
 
 
@@ -20,10 +23,10 @@ def option(
     at_most: float | None = None,
     path: str | None = None,
 ) -> Any:
-    """Field of a job's dataclass with its help text and what is accepted; a default list is copied for every object.
+    """Field of a dataclass of options with help text and accepted values; a default list is copied for each object.
 
-    path: the value is a path or URI, perhaps a name of something else: that is only read (`in`), that a run makes
-    (`out`), or that it both reads and changes (`state`).
+    path: set where the value is a path or URI: `in` of something that a run only reads (a name is also allowed), `out`
+    of something that it writes, `state` of something that it reads and changes.
     """
     rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most, "path": path}
     if isinstance(default, list):
@@ -32,19 +35,19 @@ def option(
 
 
 def group(text: str) -> Any:
-    """Field whose value is chosen by name from the folder conf/FIELD."""
+    """Field whose value is a method, chosen by name from the folder conf/FIELD."""
     return field(default_factory=dict, metadata={"help": text, "group": True})
 
 
 def section(made_by: Callable[[], Any]) -> Any:
-    """Field that is a dataclass of options itself."""
+    """Field that is itself a dataclass of options."""
     return field(default_factory=made_by)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
-WORKER_GPUS = "GPUs of each worker, such as 0.5 where two share one; null is one where device is cuda"
+WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
@@ -52,14 +55,14 @@ SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file 
 
 @dataclass
 class Calibration:
-    """Tokens that the quantizer sees."""
+    """Tokens of the calibration."""
 
     source: str = option("library", f"text that the calibration tokens come from: {SOURCE}", path="in")
     sequences: int = option(128, "calibration sequences", at_least=1)
     sequence_length: int = option(512, "tokens in a calibration sequence", at_least=2)
-    seed: int = option(0, "which sequences of the source are drawn", at_least=0)
+    seed: int = option(0, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(4, "sequences that run through a block at once", at_least=1)
-    shards: int = option(8, "chunks that the sequences are cut into; as many calibrators can share them", at_least=1)
+    shards: int = option(8, "chunks of the sequences; at most as many calibrators share them", at_least=1)
     expert_tokens: int = option(128, "experts that saw fewer tokens are rounded to nearest", at_least=0)
 
 
@@ -71,33 +74,33 @@ class Evaluation:
     sequences: int = option(32, "evaluation sequences; 0 measures nothing", at_least=0)
     sequence_length: int = option(512, "tokens in a window", at_least=2)
     stride: int | None = option(
-        None, "tokens between two windows, those seen before are context only; null is sequence_length", at_least=1
+        None, "tokens between the starts of two windows, overlap is context only; null is sequence_length", at_least=1
     )
 
 
 @dataclass
 class Tracking:
-    """Where MLflow keeps the run."""
+    """Options of MLflow's tracking."""
 
     uri: str | None = option(None, "MLflow tracking URI; null is a sqlite file in runs/")
     experiment: str = option("hasten", "MLflow experiment")
     name: str | None = option(None, "name of the MLflow run; null names it by job and time")
     system_seconds: float = option(
-        10.0, "seconds between samples of the use of CPUs, memory, network and GPUs; 0 takes none", at_least=0
+        10.0, "seconds between samples of CPU, memory, network and GPU usage; 0 takes none", at_least=0
     )
     register: str | None = option(None, "registered model in MLflow whose next version the run's output becomes")
 
 
 @dataclass
 class Run:
-    """What every job has."""
+    """Options of every job."""
 
     run_dir: str | None = option(
-        None, "folder for config, log, report and figures; null is runs/JOB/DATE_TIME", path="out"
+        None, "folder for config, log, report and plots; null is runs/JOB/DATE_TIME", path="out"
     )
     cache: str | None = option(
         None,
-        "folder for copies of what is read and written by URI, on a cluster one that all nodes see; null is "
+        "folder for local copies of inputs and outputs given by URI, visible to all nodes of a cluster; null is "
         "HASTEN_CACHE, or ~/.cache/hasten",
     )
     seed: int = option(0, "seed of everything random that has no seed of its own", at_least=0)
@@ -106,7 +109,7 @@ class Run:
 
 @dataclass
 class Calibrated(Run):
-    """What every job has that calibrates a checkpoint block by block."""
+    """Options of every job that calibrates a checkpoint block by block."""
 
     ignore: list[str] = option(
         [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
@@ -115,16 +118,22 @@ class Calibrated(Run):
     skip_last: int = option(0, "blocks left as they are at the end", at_least=0)
     propagate: str = option(
         "quantized",
-        "whose output the next block is calibrated on; with original all blocks are independent",
+        "blocks whose output calibrates the next block; with original all blocks are independent",
         choices=("quantized", "original"),
     )
     dtype: str = option(
-        "auto", "dtype of the arithmetic; auto is bfloat16 where the machine multiplies it fast", choices=DTYPES
+        "auto", "dtype of the arithmetic; auto is bfloat16 where the hardware is fast in it", choices=DTYPES
     )
     device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
-    workers: int = option(2, "actors, a process each; they change the time and not a byte", at_least=1)
+    workers: int = option(2, "actors, a process each; their number changes the time and not the output", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
     calibration: Calibration = section(Calibration)
+
+
+def plain(config: Run) -> Record:
+    """Config as nested dictionaries, for config.yaml, report.json and MLflow, with the user's URIs."""
+    settings: Record = as_given(dataclasses.asdict(config))
+    return settings

@@ -1,4 +1,4 @@
-"""Sizes as options give them: a number with a unit, such as 80GB or 512MiB."""
+"""Sizes in options: a number with a unit, such as 80GB or 512MiB."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""Options that are URIs: a job works on local paths, and the store gets what it made.
+"""Options that are URIs: jobs work on local copies, and outputs are uploaded to the store.
 
-What a job only reads is copied before it starts; what it makes lies in a folder below `cache`, to which comes first
-what the store has of it, and from which is sent what is finished, every minute and at the end, of failed runs, too.
+Inputs are downloaded before the job starts. Outputs are written to a folder below `cache`: files that the store already
+has are downloaded first; finished files are uploaded every minute and at the end, also when the run fails.
 """
 
 import copy
@@ -33,17 +33,17 @@ _MEGABYTE = 10**6
 
 @contextmanager
 def local_paths(schema: type[Run], config: C) -> Iterator[C]:
-    """Config with local paths in place of URIs; when the block is left, what the run made is sent.
+    """Context with a config that has local paths in place of URIs; on exit the outputs are uploaded.
 
-    Config, report and messages name the URIs all the same. A run that ended well leaves nothing of its
-    outputs here, any other one what is not sent yet. UserError, before anything starts, where an input cannot be
-    copied or an output cannot be written to.
+    config.yaml, report and messages still name the URIs. After a successful run no local copies of outputs remain;
+    after a failed one, those that are not uploaded yet. UserError, before anything starts, if an input cannot be copied
+    or an output cannot be written to.
     """
-    given = _given(schema, config)
-    if not given:
+    uris = _uris(schema, config)
+    if not uris:
         yield config
         return
-    # It imports torch, which a run without URIs may do without.
+    # The module imports torch, which runs without URIs need not wait for.
     from hasten.cluster.storage.mirror import Mirror
 
     cache = _cache(config.cache)
@@ -51,7 +51,7 @@ def local_paths(schema: type[Run], config: C) -> Iterator[C]:
     names: dict[Path, str] = {}
     mirrors: dict[str, Mirror] = {}
     with ExitStack() as stack:
-        for key, (uri, kind) in given.items():
+        for key, (uri, kind) in uris.items():
             path = in_place(uri)
             if path is None and kind == "in":
                 path = copied(key, uri, config.cache)
@@ -75,28 +75,28 @@ def local_paths(schema: type[Run], config: C) -> Iterator[C]:
 
 
 def copied(key: str, uri: str, cache: str | None) -> Path:
-    """Local copy of what a job reads at a URI; key: the option. UserError where it cannot be copied."""
+    """Local copy of an input at a URI; key: its option. UserError if it cannot be copied."""
     with _progress(f"copy {key}") as progress:
         return localized(uri, _cache(cache), key, progress)
 
 
-def _cache(given: str | None) -> Path:
-    return Path(given) if given else default_cache()
+def _cache(cache: str | None) -> Path:
+    return Path(cache) if cache else default_cache()
 
 
-def _given(schema: type[Run], config: Run) -> dict[str, tuple[str, str]]:
-    """URI and kind (`in`, `out`, `state`) by the key of the option; without what is no URI."""
-    found = {}
+def _uris(schema: type[Run], config: Run) -> dict[str, tuple[str, str]]:
+    """URI and kind (`in`, `out`, `state`) of every option whose value is a URI, by the option's key."""
+    uris = {}
     for item in options(schema):
         value = value_at(config, item.key)
         if item.path and isinstance(value, str) and is_uri(value):
-            found[item.key] = (value, item.path)
-    return found
+            uris[item.key] = (value, item.path)
+    return uris
 
 
 @contextmanager
 def _sending(mirrors: "Mapping[str, Mirror]") -> Iterator[None]:
-    """Send what is finished from time to time, in a thread, while the block runs."""
+    """Context in which a thread regularly uploads the finished files."""
     if not mirrors:
         yield
         return
@@ -108,7 +108,7 @@ def _sending(mirrors: "Mapping[str, Mirror]") -> Iterator[None]:
             for mirror in mirrors.values():
                 try:
                     mirror.push(final=False)
-                except (UserError, OSError) as error:  # it may be back at the end
+                except (UserError, OSError) as error:  # the store may be reachable again at the end
                     if not warned:
                         _LOG.warning("%s; the run goes on, and sends it at the end", error)
                     warned = True
@@ -123,7 +123,7 @@ def _sending(mirrors: "Mapping[str, Mirror]") -> Iterator[None]:
 
 
 def _send(mirrors: "Mapping[str, Mirror]") -> None:
-    """Send what is not sent yet, all that can be; UserError of the first that cannot."""
+    """Upload all remaining files that can be; raises the UserError of the first output that cannot."""
     refusals = []
     for key, mirror in mirrors.items():
         try:
@@ -138,7 +138,7 @@ def _send(mirrors: "Mapping[str, Mirror]") -> None:
 
 
 def _failed(error: BaseException, mirrors: "Mapping[str, Mirror]") -> None:
-    """Have the error name URIs, and send what is finished; of a run that the user interrupted its folder alone."""
+    """Put URIs into the error's message and upload finished files; after an interrupt by the user only run_dir's."""
     # Ray raises a copy of an actor's exception, whose cause is the exception itself.
     mistake = getattr(error, "cause", None) if isinstance(getattr(error, "cause", None), UserError) else error
     if isinstance(mistake, UserError):
@@ -157,7 +157,7 @@ def _failed(error: BaseException, mirrors: "Mapping[str, Mirror]") -> None:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that begins when the first file has come or gone."""
+    """Context with a progress callback, whose bar appears once the first file was transferred."""
     with ExitStack() as stack:
         bars: list[Progress] = []
 

@@ -1,4 +1,4 @@
-"""What every actor of a job asks of the cluster, from the job's options."""
+"""Resources of a job's workers on the cluster, from the job's options."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ class InWorkers(Protocol):
 
 
 def worker_resources(config: InWorkers) -> ActorResources:
-    """CPUs, GPUs and memory of each of the job's workers; UserError where worker_memory is no size."""
+    """CPUs, GPUs and memory of each of the job's workers; UserError if worker_memory is not a size."""
     gpus = gpus_per_worker(config.device) if config.worker_gpus is None else config.worker_gpus
     memory = None if config.worker_memory is None else parse_bytes("worker_memory", config.worker_memory)
     return ActorResources(config.threads, gpus, memory)

@@ -1,4 +1,4 @@
-"""Estimate of `hasten compress`."""
+"""Cost estimate of `hasten compress`."""
 
 from hasten.accel.costs import compression
 from hasten.accel.costs.estimate import Estimate
@@ -14,5 +14,7 @@ def estimate(config: CompressConfig, setting: Setting) -> Estimate:
     """Cost of the calibration pass and of evaluating the checkpoint."""
     model = model_of("model", config.model, config.dtype, setting.gpus)
     settings = make_settings(with_local_arithmetic(config), model.architecture.checkpoint.path)
-    found = compression.estimate(calibration_pass(config.model, model, settings, config, setting), setting.rates)
-    return found.joined(quality(config.evaluation, config.workers, config.threads, model, setting))
+    pass_estimate = compression.estimate(
+        calibration_pass(config.model, model, settings, config, setting), setting.rates
+    )
+    return pass_estimate.joined(quality(config.evaluation, config.workers, config.threads, model, setting))

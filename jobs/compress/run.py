@@ -1,4 +1,4 @@
-"""`hasten compress`: a checkpoint in, a smaller one out, with what it cost in quality."""
+"""`hasten compress`: compresses a checkpoint and measures the loss of quality."""
 
 from pathlib import Path
 from time import perf_counter
@@ -15,14 +15,14 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
-from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
 from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.compress.options import CompressConfig
@@ -41,10 +41,10 @@ def run(config: CompressConfig) -> Path:
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)
     cpus = config.workers * config.threads
-    with joined(config, cpus, {"model": source}, {"output": output.path}):
+    with cluster_session(config, cpus, {"model": source}, {"output": output.path}):
         if config.overwrite or not output.finished:
             compression.check_weights()
-        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
         with tracked(config, "compress", run_dir) as tracker:
             tracker.params(plain(config))
@@ -82,10 +82,10 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
 
 
 def _evaluate(config: CompressConfig, settings: Settings, windows: Windows) -> Record:
-    found = measured(
+    quality = measured(
         settings.output, settings.checkpoint, windows, config.workers, worker_resources(config), settings.device
     )
-    return found.sums.metrics() | {"evaluation_peak_rss_bytes": found.peak_rss_bytes}
+    return quality.sums.metrics() | {"evaluation_peak_rss_bytes": quality.peak_rss_bytes}
 
 
 def _report(config: CompressConfig, compression: CalibrationPass, metrics: Record, seconds: float) -> Record:
@@ -94,7 +94,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
     layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
     stored = sizes(Checkpoint(output.path)).metrics()
     if not compression.task.settings.level.is_loaded_packed:
-        # The checkpoint holds such a level in a larger form that can be loaded: its size is what the facts count.
+        # The checkpoint stores such a level in a larger, loadable form: report the packed size from the layers' facts.
         stored["bits_per_weight"] = sum(row["stored_bits"] for row in layers) / sum(row["weights"] for row in layers)
     return {
         "job": "compress",

@@ -1,4 +1,4 @@
-"""Results of `hasten decode` in JSON Lines: each is written as it finishes, and a run started again keeps them."""
+"""Results of `hasten decode` in JSON Lines: each is written as it finishes, and a resumed run keeps earlier ones."""
 
 import fcntl
 import json
@@ -12,7 +12,7 @@ from hasten.accel.errors import UserError, is_disk_full
 
 
 class Record(TypedDict):
-    """A line of the file. completion: None where the target has no tokenizer. figures: counts and metrics by name."""
+    """A line of the file. completion: None if the target has no tokenizer. figures: counts and metrics by name."""
 
     id: object
     completion: str | None
@@ -23,7 +23,7 @@ class Record(TypedDict):
 
 
 class Completions:
-    """A file of results, a context while it is written. Beside it, in FILE.meta.json, stands what decides them."""
+    """A file of results, a context while it is written. The settings behind the results are in FILE.meta.json."""
 
     def __init__(self, path: Path, settings: Mapping[str, object], overwrite: bool) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class Completions:
         self._file: BinaryIO | None = None
 
     def kept(self) -> dict[str, Record]:
-        """Results that are there, by id as text; UserError where they are not this run's. Writes nothing."""
+        """Earlier results by id as text; UserError if another run, or something else, wrote them. Writes nothing."""
         self._check_place()
         if self._is_new():
             return {}
@@ -54,7 +54,7 @@ class Completions:
         return {str(record["id"]): record for record in lines}
 
     def __enter__(self) -> Self:
-        """Make the file ready: what an earlier run left half written goes."""
+        """Open the file for appending, without the incomplete last line of a killed run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab")
         try:
@@ -64,7 +64,7 @@ class Completions:
             raise UserError(f"another run writes output={self.path}: wait for it, or give another output") from None
         self._file = file
         if self._overwrite or self._is_new():
-            # Emptied first: killed in between, it is a new one.
+            # Empty the file before its settings change: after a kill in between, it counts as new.
             self.path.write_bytes(b"")
             self._meta.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
         else:
@@ -78,12 +78,12 @@ class Completions:
         assert self._file is not None
         try:
             self._file.close()
-        except OSError:  # a full disk again, with what could not be written before
+        except OSError:  # the disk is still full, and close() tried to write the rest
             if error is None:
                 raise
 
     def write(self, record: Record) -> None:
-        """Add a result; once this returns it is on the disk."""
+        """Append a result; when this returns, it is on the disk."""
         assert self._file is not None
         try:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -101,16 +101,16 @@ class Completions:
         return not self.path.exists() or self.path.stat().st_size == 0
 
     def _check_place(self) -> None:
-        here = self.path
-        while not os.path.lexists(here) and here != here.parent:
-            here = here.parent
-        if here == self.path and not here.is_file():
+        existing = self.path
+        while not os.path.lexists(existing) and existing != existing.parent:
+            existing = existing.parent
+        if existing == self.path and not existing.is_file():
             raise UserError(f"output={self.path} is no file: give a file that is new or an earlier run's")
-        if here != self.path and not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
-            raise UserError(f"output={self.path} cannot be made: {here} is no folder that can be written to")
+        if existing != self.path and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise UserError(f"output={self.path} cannot be made: {existing} is no folder that can be written to")
 
     def _lines(self) -> tuple[list[Record], int]:
-        """Results, and the bytes that they take: a last line that was cut off is none."""
+        """Results, and the number of bytes of their lines; an incomplete last line is left out."""
         records: list[Record] = []
         whole = 0
         lines = self.path.read_bytes().splitlines(keepends=True)

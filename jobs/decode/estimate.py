@@ -1,4 +1,4 @@
-"""Estimate of `hasten decode`."""
+"""Cost estimate of `hasten decode`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.dry_run.models import is_fast, model_of, shapes_of
 from hasten.jobs.dry_run.setting import Setting, Shapes
 
-# Of the library's own prompts: how many, their mean and their greatest length.
+# Number, mean length and maximum length, in tokens, of the prompts from the standard library.
 _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT = 16, 94, 128
 
 
@@ -60,10 +60,10 @@ def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
 
 
 def _prompt_lengths(config: DecodeConfig, target: Model) -> tuple[int, float, int]:
-    """Number of prompts, their mean and their greatest length in tokens."""
+    """Number of prompts, and their mean and maximum length in tokens."""
     if config.prompts is None:
         return _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT
     tokenizer = load_tokenizer(target.architecture.checkpoint.path)
-    found = read_prompts(Path(config.prompts), tokenizer, target.vocabulary, config.prompt_field, config.id_field)
-    lengths = [len(each.tokens) for each in found]
+    prompts = read_prompts(Path(config.prompts), tokenizer, target.vocabulary, config.prompt_field, config.id_field)
+    lengths = [len(prompt.tokens) for prompt in prompts]
     return len(lengths), sum(lengths) / len(lengths), max(lengths)

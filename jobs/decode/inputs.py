@@ -1,4 +1,4 @@
-"""What `hasten decode` works on: models, methods, prompts and earlier results, all checked before anything starts."""
+"""Inputs of `hasten decode`: models, methods, prompts and earlier results, all checked before anything starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from hasten.jobs.decode.options import DecodeConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """kept: results of an earlier run, by id. tokenizer: None where the target has none. placement: of the drafters."""
+    """Checked inputs. kept: earlier results by id. tokenizer: None if the target has none. placement: the drafters'."""
 
     spec: DecodeSpec
     sampling: Sampling
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def prepare(config: DecodeConfig) -> Inputs:
-    """Everything that a run needs; UserError where the options do not fit together."""
+    """Load and check all inputs of a run; UserError if options contradict each other."""
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     draft_length = chosen_draft_length(config)
     drafter: Drafter | None = build(config.drafter) if draft_length.max_tokens(config.max_draft_tokens) else None
@@ -106,13 +106,13 @@ def prepare(config: DecodeConfig) -> Inputs:
                 f"{prompt.where}: output={output} has a result of another prompt with the id {prompt.key!r}: "
                 "give another output, or overwrite=true to start again"
             )
-    wanted = {prompt.key for prompt in prompts}
-    kept = {key: record for key, record in kept.items() if key in wanted}
+    keys = {prompt.key for prompt in prompts}
+    kept = {key: record for key, record in kept.items() if key in keys}
     return Inputs(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
-    """Where drafters are, as far as it is known before anything is measured."""
+    """Placement of the drafters before costs are measured: private, shared, or auto."""
     refusal = sharing_refusal(spec, sampling)
     if refusal is not None and config.placement == "shared":
         raise UserError(refusal)
@@ -121,7 +121,7 @@ def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> st
 
 
 def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dict[str, Any]:
-    """What decides a result, apart from its prompt."""
+    """Settings that determine a completion, apart from its prompt."""
     return {
         "target": Checkpoint(spec.target).fingerprint()[:16],
         "draft": None if spec.draft is None else Checkpoint(spec.draft).fingerprint()[:16],
@@ -133,7 +133,7 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         "draft_length": config.draft_length if config.draft_tokens is None else None,
         "draft_tokens": config.draft_tokens,
         "max_draft_tokens": config.max_draft_tokens,
-        # A dtype that every run chooses by measurement is no setting.
+        # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
         "seed": config.seed,

@@ -1,4 +1,4 @@
-"""The resources that `hasten decode` takes of a cluster."""
+"""The resources of `hasten decode` on a cluster."""
 
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.descriptors.descriptor import Needs
@@ -6,7 +6,7 @@ from hasten.jobs.descriptors.needs import of_workers
 
 
 def needs(config: DecodeConfig) -> Needs:
-    """Resources of the workers and, where several workers may share drafters, of the actors that serve them."""
+    """Resources of the workers and, if several workers may share drafters, of the actors that run these."""
     needed = of_workers(config)
     if config.workers == 1 or config.placement == "private":
         return needed

@@ -20,68 +20,68 @@ from hasten.jobs.common.schema import (
 class DecodeConfig(Run):
     """Complete prompts by speculative decoding on a local or remote Ray cluster; resumable."""
 
-    target: str = option("embedded:target", f"whose completions they are, compressed or not: {MODEL}", path="in")
+    target: str = option("embedded:target", f"target model, compressed or not: {MODEL}", path="in")
     draft: str | None = option(
-        "embedded:draft", f"small model of the same tokenizer, for the drafters that need one: {MODEL}", path="in"
+        "embedded:draft", f"draft model with the target's tokenizer, for drafters that need one: {MODEL}", path="in"
     )
-    drafter: dict[str, Any] = group("how tokens are drafted")
-    verifier: dict[str, Any] = group("how the target accepts them")
+    drafter: dict[str, Any] = group("method that drafts tokens")
+    verifier: dict[str, Any] = group("rule by which the target accepts drafted tokens")
     prompts: str | None = option(
         None,
-        "JSON Lines with a prompt (text, or a list of token ids) and an id; null is the standard library's files",
+        "JSON Lines with a prompt (text, or a list of token ids) and an id; null takes files of the standard library",
         path="in",
     )
-    prompt_field: str = option("prompt", "what the prompt is called in a line")
-    id_field: str = option("id", "what the id is called in a line; without one it is the line's number")
+    prompt_field: str = option("prompt", "key of the prompt in a line")
+    id_field: str = option("id", "key of the id in a line; a line without it is identified by its number")
     output: str | None = option(None, "JSON Lines of the results; null is completions.jsonl in run_dir", path="out")
-    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
-    max_new_tokens: int = option(128, "tokens of a completion at most", at_least=1)
-    temperature: float = option(0.0, "0 takes the most probable token", at_least=0)
-    top_k: int = option(0, "draw from so many tokens only; 0 is all", at_least=0)
-    top_p: float = option(1.0, "draw from the most probable tokens that have this probability", at_least=0, at_most=1)
-    repetition_penalty: float = option(1.0, "above 1 makes tokens that were there before less probable", at_least=0)
-    stop: list[int] = option([], "token ids that end a completion, beside the model's own")
-    ignore_eos: bool = option(False, "the model's own ids do not end a completion")
-    draft_length: dict[str, Any] = group("how many tokens are drafted for a pass of the target")
+    overwrite: bool = option(False, "discard the output of an earlier run and start again")
+    max_new_tokens: int = option(128, "maximum tokens of a completion", at_least=1)
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy decoding", at_least=0)
+    top_k: int = option(0, "sample from this many most probable tokens; 0 is all", at_least=0)
+    top_p: float = option(1.0, "sample from the most probable tokens, up to this probability", at_least=0, at_most=1)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that occurred before less probable", at_least=0)
+    stop: list[int] = option([], "token ids that end a completion, in addition to the model's own")
+    ignore_eos: bool = option(False, "the model's own end tokens do not end a completion")
+    draft_length: dict[str, Any] = group("policy for the number of tokens drafted per target pass")
     draft_tokens: int | None = option(
         None,
-        "short for draft_length=fixed draft_length.tokens=N; 0 decodes without drafts, null is what draft_length says",
+        "shorthand for draft_length=fixed draft_length.tokens=N; 0 decodes without drafts; null follows draft_length",
         at_least=0,
     )
-    max_draft_tokens: int = option(32, "tokens drafted for a pass at most, where draft_length adapts", at_least=1)
-    in_flight: int = option(8, "prompts that a worker decodes at once; 1 is fastest for each of them", at_least=1)
-    prefill_chunk: int = option(512, "tokens of a prompt that are read at once", at_least=1)
+    max_draft_tokens: int = option(32, "maximum tokens drafted per target pass, if draft_length adapts", at_least=1)
+    in_flight: int = option(8, "prompts that a worker decodes at once; 1 has the lowest latency", at_least=1)
+    prefill_chunk: int = option(512, "tokens of a prompt per prefill pass", at_least=1)
     memory_bytes: int | None = option(
-        None, "bytes that a worker's target may take for caches and logits; null is no bound", at_least=1
+        None, "bytes that a worker's target may use for KV caches and logits; null is no limit", at_least=1
     )
-    stream: bool = option(False, "print tokens as they come, one prompt after the other, by one worker")
+    stream: bool = option(False, "print tokens as they are decoded, one prompt after the other, on one worker")
     memory: str | None = option(
         None,
-        "file of what the drafter learned: it starts from it, where there is one, and writes it at the end",
+        "file of the drafter's learned state, loaded at the start if it exists and saved at the end",
         path="state",
     )
     placement: str = option(
         "auto",
-        "where drafters are: in every worker, or in actors that serve all; auto shares those that learn, where it pays",
+        "private drafters in every worker, or shared ones in actors; auto shares drafters that learn, if it pays",
         choices=("auto", "shared", "private"),
     )
-    drafter_actors: int = option(1, "actors of shared drafters", at_least=1)
+    drafter_actors: int = option(1, "actors that run shared drafters", at_least=1)
     path: str = option(
         "auto",
-        "how the models run: as transformers has them, or faster if Llama-like",
+        "implementation of the models: transformers' own, or a faster one for Llama-like models",
         choices=("auto", "transformers", "llama"),
     )
-    compiled: bool = option(False, "compile the fast path, which takes a while for every size of a draft")
+    compiled: bool = option(False, "compile the fast path, once for every size of a draft")
     dtype: str = option(
         "auto",
-        "dtype of the arithmetic; auto is bfloat16 on a GPU, on a CPU with units for it whatever decodes quicker",
+        "dtype of the arithmetic; auto is bfloat16 on a GPU, and the faster dtype on a CPU with bfloat16 units",
         choices=DTYPES,
     )
     check_prompts: int = option(
         8, "greedy completions in a reduced dtype that are checked against float32 logits for ties", at_least=0
     )
     device: str = option("auto", "where the actors compute; auto is cuda where there is one", choices=DEVICES)
-    workers: int = option(1, "actors with the target, a process each", at_least=1)
+    workers: int = option(1, "actors that run the target, a process each", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)

@@ -1,4 +1,4 @@
-"""`hasten decode`: completions of prompts by speculative decoding, and the statistics of what drafting gave."""
+"""`hasten decode`: completes prompts by speculative decoding and reports acceptance and speed."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
-from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.plots import acceptance, time_shares
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import Prompt, prompt_seed, save_learned
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.decode.completions import Record
 from hasten.jobs.decode.inputs import Inputs, prepare
@@ -33,14 +33,14 @@ from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.streaming import Printer
 
 _LOG = logging.getLogger(__name__)
-# Prompts whose statistics go to MLflow, a call each; the report has all of them.
+# At most this many prompts are logged to MLflow, one call each; the report has all of them.
 _TRACKED_PROMPTS = 1000
-# Statistics of a prompt in the report.
+# Statistics in a prompt's row of the report.
 _PROMPT_STATS = ("num_tokens", "mean_acceptance_length", "draft_acceptance_rate", "tokens_per_second")
 
 
 def run(config: DecodeConfig) -> Path:
-    """Decode what is missing; returns the path of report.json."""
+    """Decode the prompts without a result; returns the path of report.json."""
     started = perf_counter()
     if config.stream:
         config.workers = config.in_flight = 1
@@ -50,13 +50,13 @@ def run(config: DecodeConfig) -> Path:
         if inputs.missing:
             drafters = 0 if inputs.placement == "private" else config.drafter_actors
             reads = {"target": inputs.spec.target} | ({} if inputs.spec.draft is None else {"draft": inputs.spec.draft})
-            stack.enter_context(joined(config, config.workers * config.threads + drafters, reads, {}))
+            stack.enter_context(cluster_session(config, config.workers * config.threads + drafters, reads, {}))
             decoders = _decoders(config, inputs)
             stack.callback(decoders.close)
-            # Before the actors take the processors.
+            # Checked before the actors occupy the CPUs.
             check_weights([inputs.spec.target], config.workers, config.threads)
             decoders.prepare()
-        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
         tracker = stack.enter_context(tracked(config, "decode", run_dir))
         tracker.params(plain(config))
@@ -110,7 +110,7 @@ def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
 def _decode(
     config: DecodeConfig, inputs: Inputs, decoders: Decoders, records: dict[str, Record]
 ) -> dict[str, float | None]:
-    """Metrics of this run alone; the results are written, and put among records."""
+    """Decode the missing prompts, write the results and add them to records; returns the metrics of this run."""
     prompts = {prompt.key: prompt for prompt in inputs.missing}
     requests = [
         Request(key, prompt.tokens, config.max_new_tokens, inputs.sampling, prompt_seed(config.seed, key))
@@ -131,7 +131,7 @@ def _decode(
                 progress.update(len(records), f"{tokens / (perf_counter() - started):.0f} tokens/s")
     seconds = perf_counter() - started
     if config.stream:
-        print()  # behind the last completion
+        print()  # end the line of the last completion
     if decoders.restarts:
         _LOG.warning("%d actor(s) were lost and replaced", decoders.restarts)
     nodes = round(drafted / steps) if steps else 0
@@ -147,7 +147,7 @@ def _decode(
 def _check_ties(
     config: DecodeConfig, inputs: Inputs, decoders: Decoders, records: Mapping[str, Record]
 ) -> dict[str, float]:
-    """What a reduced dtype changed in greedy completions; nothing where it can have changed none."""
+    """Metrics of ties that a reduced dtype broke in greedy completions; empty if none are possible."""
     chosen = [records[prompt.key] for prompt in inputs.missing[: config.check_prompts]]
     sampling = inputs.sampling
     if decoders.dtype == torch.float32 or not sampling.is_greedy or sampling.has_penalty or not chosen:
@@ -157,7 +157,7 @@ def _check_ties(
         return {}
     if ties.faults:
         _LOG.warning(
-            "%d of %d tokens are not the target's by float32 logits and no ties to rounding (gap up to %.3f)",
+            "%d of %d tokens differ from the target's by float32 logits by more than rounding (gap up to %.3f)",
             ties.faults,
             ties.tokens,
             ties.largest_gap,
@@ -190,7 +190,7 @@ def _record(prompt: Prompt, result: Result, tokenizer: PreTrainedTokenizerBase |
 
 
 def _total(records: Sequence[Record]) -> DecodingStats:
-    """Statistics of all results added up, those of earlier runs among them."""
+    """Sum of the statistics of all results, including those of earlier runs."""
 
     def restored() -> Iterator[DecodingStats]:
         for record in records:
@@ -206,7 +206,7 @@ def _metrics(total: DecodingStats, records: Sequence[Record]) -> dict[str, float
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """A prompt in the report."""
+    """A prompt's row in the report."""
     stats = record["figures"]
     return {
         "id": record["id"],
@@ -222,7 +222,7 @@ def _save_learned(config: DecodeConfig, vocabulary: int, decoders: Decoders) -> 
     if learned:
         save_learned(Path(config.memory), config.drafter, vocabulary, learned)
     else:
-        _LOG.warning("memory=%s is not written, as this drafter learns nothing", config.memory)
+        _LOG.warning("memory=%s is not written: this drafter has no learned state", config.memory)
 
 
 def _plots(total: DecodingStats, run_dir: Path, tracker: Tracker) -> None:

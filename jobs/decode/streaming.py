@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Printer:
-    """Prints completions as they are decoded, each under its prompt's id; token ids where there is no tokenizer."""
+    """Prints completions as they are decoded, each below its prompt's id; without a tokenizer as token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
@@ -15,7 +15,7 @@ class Printer:
         self._shown = ""
 
     def tokens(self, key: str, new: Sequence[int]) -> None:
-        """Print what is new of a completion; bytes that are no whole character yet wait."""
+        """Print new tokens of a completion; bytes of an incomplete character wait for the next tokens."""
         if key != self._id:
             print(f"{'' if self._id is None else chr(10)}--- {key}")
             self._id, self._ids, self._shown = key, [], ""

@@ -1,1 +1,1 @@
-"""The descriptor of a job, the types of its fields, and the registry of all jobs."""
+"""Descriptors of jobs, the types of their fields, and the registry of all jobs."""

@@ -1,7 +1,7 @@
 """The descriptor of a job: everything that help, sweeps, plans, reports and submission know of it.
 
-A job is a folder of jobs/ with a module `job.py`, whose JOB is the descriptor, and conf/JOB.yaml. What runs, plans or
-measures is named as `module:function` and imported when it is called, so that `hasten --help` stays quick.
+A job is a folder of jobs/ with a module `job.py`, whose JOB is the descriptor, and conf/JOB.yaml. Functions are named
+as `module:function` and imported when they are called, so that `hasten --help` stays fast.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Needs(NamedTuple):
-    """What a run takes of a cluster.
+    """Resources of a run on a cluster.
 
-    cpus, gpus: of its own process; threads: of each process; actors: resources of every actor that it starts.
+    cpus, gpus: of the run's own process. threads: of each process. actors: Ray resources of every actor that it starts.
     """
 
     cpus: float
@@ -32,10 +32,10 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Variants:
-    """Jobs under one name, told apart by a second word: `hasten JOB NAME`.
+    """Several jobs under one name, chosen by a second word: `hasten JOB NAME`.
 
-    kind: what one of them is called. names: all of them, in order. summary: what one does, in a sentence, read
-    without importing it. find: the descriptor of one.
+    kind: noun for one of them. names: returns all NAMEs, in order. summary: returns the first sentence of a variant's
+    module, without importing it. find: returns a variant's descriptor.
     """
 
     kind: str
@@ -44,22 +44,25 @@ class Variants:
     find: Callable[[str], "Job"]
 
     def missing(self, words: str) -> str:
-        """The refusal of a command that names none; words: of the command."""
+        """Error message for a command without NAME; words: the command's."""
         return f"hasten {words} needs the name of a {self.kind}: {', '.join(self.names())}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job. position: in `hasten --help`, the smallest first. options: the dataclass, whose docstring is the help.
+    """A job.
 
-    run: `module:function` from the options to the path of report.json; None of a job
-    whose variants run. needs: from the options to Needs.
-    estimate: from the options and a Setting to an Estimate of the run's own work; None where a run cannot be planned,
-    and not_planned says why. shapes: from the options and the GPUs of a worker to Shapes.
-    in_ray: the run starts actors or tasks in Ray. metrics: of its report, the columns of a table in order.
-    objectives: metrics that a sweep shows where none is named, the first of which it optimises.
-    examples: command lines for the help. output_in_run_dir: results lie in run_dir where no output is named.
-    shares_state: files that a run both reads and changes are meant for all points of a sweep.
+    position: sort key in `hasten --help`. options: the dataclass of options, whose docstring is the help text.
+    Functions, named as `module:function`:
+      run: from the config to the path of report.json; None if only the job's variants run.
+      needs: from the config to Needs.
+      estimate: from the config and a Setting to an Estimate of the job's own work; None if the job has no plan, for the
+        reason in not_planned.
+      shapes: from the config and the number of GPUs of a worker to Shapes.
+    in_ray: whether a run starts actors or tasks in Ray. metrics: those of its report, in the order of table columns.
+    objectives: metrics that a sweep shows by default; it optimizes the first.
+    examples: command lines for the help. output_in_run_dir: by default outputs are written to run_dir.
+    shares_state: all points of a sweep may share a file that a run both reads and changes.
     """
 
     name: str
@@ -85,7 +88,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What runs, sweeps and their folders are named after."""
+        """Name of the job in titles and folders of runs and sweeps."""
         return self.variant or self.name
 
     @property
@@ -95,38 +98,38 @@ class Job:
 
     @property
     def summary(self) -> str:
-        """What the job does, in one sentence."""
+        """One sentence on what the job does."""
         if self.variants is not None and self.variant is not None:
             return self.variants.summary(self.variant) + "."
         return " ".join((self.options.__doc__ or "").split())
 
     @property
     def module(self) -> str:
-        """The module that runs it."""
+        """Import path of the module of its run function."""
         assert self.run is not None, f"only variants of {self.name} run"
         return self.run.partition(":")[0]
 
     def start(self, config: Run) -> Path | str | None:
-        """Run the job with local paths; path of its report, None where it writes none."""
+        """Run the job on a config without URIs; returns the path of its report, None if it writes none."""
         assert self.run is not None, f"only variants of {self.name} run"
         report: Path | str | None = load(self.run)(config)
         return report
 
     def needs_of(self, config: Run) -> Needs:
-        """What a run with these options takes."""
-        found: Needs = load(self.needs)(config)
-        return found
+        """Resources of a run with this config."""
+        needs: Needs = load(self.needs)(config)
+        return needs
 
     def estimate_of(self, config: Run, setting: "Setting") -> "Estimate":
-        """What a run's own work holds, moves, writes and takes; UserError for what the job itself would refuse."""
+        """Estimate of the job's own work; UserError for options that the job itself would refuse."""
         assert self.estimate is not None, self.not_planned
-        found: Estimate = load(self.estimate)(config, setting)
-        return found
+        estimate: Estimate = load(self.estimate)(config, setting)
+        return estimate
 
     def shapes_of(self, config: Run, gpus: int) -> "Shapes":
-        """What rates are measured at; gpus: of every worker."""
-        found: Shapes = load(self.shapes)(config, gpus)
-        return found
+        """Shapes at which a plan measures rates; gpus: GPUs of every worker."""
+        shapes: Shapes = load(self.shapes)(config, gpus)
+        return shapes
 
 
 def load(path: str) -> Callable[..., Any]:

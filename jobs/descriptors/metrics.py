@@ -1,4 +1,4 @@
-"""What figures of a report.json are called, in which unit they are shown, and which way is better.
+"""Metrics of report.json: their titles, units and directions.
 
 A job's descriptor lists its metrics; those that several jobs report are defined here, once.
 """
@@ -12,7 +12,7 @@ _MEBI = 2.0**20
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of report.json. scale: what one unit is. better: minimize, maximize, or None where neither is."""
+    """A metric of report.json. scale: size of one shown unit. better: minimize, maximize, or None for neither."""
 
     name: str
     title: str
@@ -25,8 +25,8 @@ class Metric:
         """Title and unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
-    def told(self, value: float) -> str:
-        """A single value in a sentence."""
+    def text(self, value: float) -> str:
+        """A value with its unit."""
         text = texts([value / self.scale])[0]
         return f"{text}{'' if self.unit == '%' else ' '}{self.unit}".strip()
 
@@ -37,7 +37,7 @@ TOP1_AGREEMENT = Metric("top1_agreement", "same first token", "%", "maximize", 0
 BYTES = Metric("bytes", "size", "MiB", "minimize", _MEBI)
 BITS_PER_WEIGHT = Metric("bits_per_weight", "bits a weight")
 DRAFT_ACCEPTANCE_RATE = Metric("draft_acceptance_rate", "accepted of drafted", "%", "maximize", 0.01)
-# What every job reports, the last columns of a table.
+# Reported by every job; the last columns of a table.
 PEAK_RSS_BYTES = Metric("peak_rss_bytes", "peak memory", "MiB", "minimize", _MEBI)
 SECONDS = Metric("seconds", "time", "s")
 
@@ -46,12 +46,12 @@ CHECKPOINT = (KL_DIVERGENCE, PERPLEXITY, TOP1_AGREEMENT, BYTES, BITS_PER_WEIGHT)
 
 
 def texts(values: Sequence[float | None]) -> list[str]:
-    """Numbers of one column with the same decimals: four digits of the smallest, as far as the largest allows it."""
+    """Numbers of a column with the same decimals: four digits of the smallest, unless the largest gets too long."""
     known = [abs(value) for value in values if value]
     decimals = 0
     if any(value != int(value) for value in known):
-        wanted, most = (3 - math.floor(math.log10(min(known)))), 6 - math.floor(math.log10(max(known)))
-        decimals = max(0, min(6, wanted, most))
+        for_smallest, for_largest = (3 - math.floor(math.log10(min(known)))), 6 - math.floor(math.log10(max(known)))
+        decimals = max(0, min(6, for_smallest, for_largest))
     return [_text(value, decimals) for value in values]
 
 

@@ -1,7 +1,7 @@
-"""The resources that a run takes of a cluster.
+"""The resources of a run on a cluster.
 
-A job that hands its work to actors waits meanwhile and takes no processor itself; one that computes in its own process
-takes its threads.
+A job that hands its work to actors only waits, so its own process needs no CPU; a job that computes in its own process
+needs a CPU for each of its threads.
 """
 
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""The registry of jobs: all folders of jobs/ with a descriptor, and the metrics that these jobs report."""
+"""The registry of jobs: all folders of jobs/ with a descriptor, and the metrics of these jobs."""
 
 from functools import cache
 from importlib import import_module
@@ -13,8 +13,8 @@ from hasten.jobs.descriptors.metrics import PEAK_RSS_BYTES, SECONDS, Metric
 def jobs() -> dict[str, Job]:
     """Jobs by name, in the order of `hasten --help`."""
     names = sorted(path.parent.name for folder in hasten.jobs.__path__ for path in Path(folder).glob("*/job.py"))
-    found: list[Job] = [import_module(f"hasten.jobs.{name}.job").JOB for name in names]
-    return {job.name: job for job in sorted(found, key=lambda job: (job.position, job.name))}
+    descriptors: list[Job] = [import_module(f"hasten.jobs.{name}.job").JOB for name in names]
+    return {job.name: job for job in sorted(descriptors, key=lambda job: (job.position, job.name))}
 
 
 def job_of(name: str, variant: str | None = None) -> Job:

@@ -1,1 +1,1 @@
-"""`hasten plan`: what a job will hold, move, write and take."""
+"""`hasten plan`: memory, traffic, files and time of a job before it runs."""

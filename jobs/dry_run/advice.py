@@ -1,4 +1,4 @@
-"""Which option makes a job fit that does not, and at what value: all candidates are planned, the quickest first."""
+"""Options and values that make a job fit which does not: each candidate is planned, and the fastest come first."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -9,12 +9,12 @@ from hasten.jobs.cli.options import set_value
 from hasten.jobs.common.schema import Run
 
 C = TypeVar("C", bound=Run)
-# Options that are changed together, with their values.
+# Options that are changed together, and their new values.
 Changes = list[tuple[str, object]]
-# Seconds of a config, and what it lacks.
+# From a config to its planned seconds and to what fits nowhere.
 Judge = Callable[[C], tuple[float, list[str]]]
 
-# Tried in this order; the first ones change no result or hardly any.
+# Tried in this order; the first options change results little or not at all.
 _HALVED = (
     "calibration.batch",
     "search.batch",
@@ -37,23 +37,23 @@ _HALVED = (
 _DOUBLINGS = 7
 
 
-def advise(config: C, tried: Judge[C]) -> list[Changes]:
-    """Sets of (option, value) with which nothing is lacking, the quickest first; none where no set of options helps.
+def advise(config: C, judge: Judge[C]) -> list[Changes]:
+    """Sets of (option, value) pairs with which the job fits, the fastest first; empty if there is none.
 
-    tried: seconds of a config, and what it lacks. An option alone comes before several; several are put together from
-    what each option can do, in the order of what they cost in quality.
+    A single option is preferred. If none is enough, the largest changes of several options are combined, in the order
+    of their cost in quality.
     """
     moves = {key: list(_candidates(config, key)) for key in [*_HALVED, "dtype"]}
     moves["workers"] = [*moves.get("workers", []), *_more_workers(config)]
-    found = []
+    fitting = []
     for candidates in moves.values():
         for row in candidates:
-            changed = _tried(config, row, tried)
+            changed = _judged(config, row, judge)
             if changed is not None and not changed[1]:
-                found.append((changed[0], row))
+                fitting.append((changed[0], row))
                 break
-    if found:
-        return [row for _, row in sorted(found, key=lambda each: each[0])]
+    if fitting:
+        return [row for _, row in sorted(fitting, key=lambda pair: pair[0])]
     together: dict[str, object] = {}
     for key, candidates in moves.items():
         if key == "workers":
@@ -61,34 +61,34 @@ def advise(config: C, tried: Judge[C]) -> list[Changes]:
         if not candidates:
             continue
         together |= dict(candidates[-1])
-        changed = _tried(config, list(together.items()), tried)
+        changed = _judged(config, list(together.items()), judge)
         if changed is not None and not changed[1]:
-            return [_spared(config, together, tried)]
+            return [_needed_options(config, together, judge)]
     return []
 
 
 def with_options(config: C, row: Iterable[tuple[str, object]]) -> C:
-    """A copy of the config with some options changed."""
+    """A copy of the config with other values of these options."""
     changed = copy.deepcopy(config)
     for key, value in row:
         set_value(changed, key, value)
     return changed
 
 
-def _spared(config: C, together: dict[str, object], tried: Judge[C]) -> Changes:
-    """The options that are needed: each is left out if the rest is enough."""
+def _needed_options(config: C, together: dict[str, object], judge: Judge[C]) -> Changes:
+    """The combined changes without those that are not needed."""
     for key in list(together):
-        rest = {name: value for name, value in together.items() if name != key}
-        changed = _tried(config, list(rest.items()), tried)
-        if rest and changed is not None and not changed[1]:
-            together = rest
+        others = {name: value for name, value in together.items() if name != key}
+        changed = _judged(config, list(others.items()), judge)
+        if others and changed is not None and not changed[1]:
+            together = others
     return list(together.items())
 
 
-def _tried(config: C, row: Changes, tried: Judge[C]) -> tuple[float, list[str]] | None:
+def _judged(config: C, row: Changes, judge: Judge[C]) -> tuple[float, list[str]] | None:
     try:
-        return tried(with_options(config, row))
-    except UserError:  # options that make no sense together
+        return judge(with_options(config, row))
+    except UserError:  # the options contradict each other
         return None
 
 
@@ -112,7 +112,7 @@ def _candidates(config: Run, key: str) -> Iterable[Changes]:
 
 
 def _more_workers(config: Run) -> list[Changes]:
-    """More processes, which share what is shared; with as many chunks as they need."""
+    """Larger numbers of workers, which split the shared work, with as many calibration shards as they need."""
     workers, shards = _value(config, "workers"), _value(config, "calibration.shards")
     if not isinstance(workers, int):
         return []

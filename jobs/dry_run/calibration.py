@@ -10,7 +10,7 @@ from hasten.jobs.dry_run.setting import Setting
 
 
 def calibration_pass(name: str, model: Model, settings: Settings, config: Calibrated, setting: Setting) -> Pass:
-    """The pass whose cost is estimated; name: of the checkpoint. UserError for settings that the job would refuse."""
+    """The pass to estimate; name: the checkpoint's. UserError for settings that the job would refuse."""
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
     plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)

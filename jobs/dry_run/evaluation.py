@@ -28,6 +28,6 @@ def quality(options: Evaluation, workers: int, threads: int, model: Model, setti
 
 
 def windows(options: Evaluation) -> Windows:
-    """Windows of the text that quality is measured on."""
+    """Windows of the evaluation text."""
     length, stride = options.sequence_length, options.stride or options.sequence_length
     return Windows(-(-options.sequences * length // stride), length)

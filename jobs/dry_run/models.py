@@ -1,4 +1,4 @@
-"""The models that a config names, as plans see them: outlines of checkpoints, without reading a weight."""
+"""The models that a config names, for plans: shapes of checkpoints, without reading a weight."""
 
 import dataclasses
 from functools import cache
@@ -35,7 +35,7 @@ def shapes_of(model: Model) -> Shapes:
 
 
 def model_of(option: str, name: str, dtype: str, gpus: int) -> Model:
-    """The outline of an option's checkpoint, in the dtype that an option asks for; UserError names the option."""
+    """Shapes of an option's checkpoint, in the dtype that another option asks for; UserError names the option."""
     return Model(_architecture(option, name), resolve_dtype(dtype, "cuda" if gpus else "cpu"))
 
 
@@ -48,10 +48,10 @@ def _architecture(option: str, name: str) -> Architecture:
 
 
 def is_fast(path: str, model: Model) -> bool:
-    """Whether decoding runs the model by its own code and not by transformers; path: the option of that name."""
+    """Whether decoding uses the fast path for the model, not transformers; path: the option of that name."""
     return path != "transformers" and refusal(model.architecture.config) is None
 
 
 def with_local_arithmetic(config: C) -> C:
-    """The config with a device and dtype that this machine has, which checks the settings and may have no GPU."""
+    """The config with a device and dtype of this machine, which may lack the planned GPUs and checks the settings."""
     return dataclasses.replace(config, device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Which jobs have plans."""
+"""The jobs that have plans."""
 
 from hasten.accel.errors import UserError
 from hasten.jobs.descriptors.descriptor import Job
@@ -11,7 +11,7 @@ def planned_jobs() -> list[str]:
 
 
 def planned_job(name: str) -> Job:
-    """The job of that name; UserError where it has no plan or is none."""
+    """The job of that name; UserError if it does not exist or has no plan."""
     if name not in planned_jobs():
         raise UserError(f"{name} has no plan: there are plans of {', '.join(planned_jobs())}")
     return jobs()[name]

@@ -1,4 +1,4 @@
-"""Dry runs: what a job would hold, move, write and take, on this machine or on a cluster that is not there."""
+"""Dry runs: memory, traffic, files and time of a job, on this machine or on a described cluster."""
 
 import dataclasses
 import json
@@ -14,11 +14,11 @@ from hasten.accel.costs.placement import Node, Placed, Placement, place
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime import rates as measured
 from hasten.cluster.runtime.resources import usable_cores
-from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.common.logs import default_folder
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 from hasten.jobs.dry_run import estimates
 from hasten.jobs.dry_run.advice import Changes, advise
 from hasten.jobs.dry_run.options import PlanConfig, parse_words, size_of
@@ -26,16 +26,17 @@ from hasten.jobs.dry_run.planned import planned_job
 from hasten.jobs.dry_run.setting import Setting, Shapes
 
 _GPU_MEMORY = 80 * 10**9
-# Share of a node's memory that Ray gives its object store; what does not fit there goes to the disk.
+# Share of a node's memory that Ray gives its object store; Ray spills the rest to disk.
 _STORE_SHARE = 0.3
+_RESOURCES = {"memory": "memory", "gpu_memory": "a GPU's memory", "cpus": "processors", "gpus": "GPUs"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A plan: the estimate, where its processes go, and what would make it fit.
+    """A plan: the estimate, the placement of its processes, and options that would make it fit.
 
-    lacking: what fits nowhere, in words. advice: (option, value) pairs that make the job fit, one set a row, the
-    quickest first. processors: that compute, all nodes together.
+    lacking: sentences on the processes and files that fit nowhere. advice: sets of (option, value) pairs that make the
+    job fit, the fastest first. processors: number that compute, over all nodes.
     """
 
     estimate: Estimate
@@ -61,23 +62,23 @@ class Planned:
 
 
 def plan(job: str, config: Run, plan_config: PlanConfig) -> Path:
-    """Print what a composed job would take, and write it; returns the path of report.json. Nothing else is written.
+    """Print the plan of a composed job and write report.json, and nothing else; returns its path.
 
-    UserError for a job without a plan, for sizes that are none, and for what the job itself would refuse.
+    UserError for a job without a plan, for malformed sizes, and for options that the job itself would refuse.
     """
     started = perf_counter()
-    found = make_plan(job, config, plan_config)
+    planned = make_plan(job, config, plan_config)
     folder = Path(config.run_dir or default_folder("plan"))
-    text = "\n\n".join(tables(job, found))
+    text = "\n\n".join(tables(job, planned))
     print(text)
     report: Record = {
         "job": "plan",
         "plan_of": job,
         "config": plain(config),
-        "metrics": metrics(found) | {"seconds": perf_counter() - started},
+        "metrics": metrics(planned) | {"seconds": perf_counter() - started},
         "layers": [],
         "output": None,
-        "plan": {"cluster": dataclasses.asdict(plan_config), **_plain(found)},
+        "plan": {"cluster": dataclasses.asdict(plan_config), **_plain(planned)},
     }
     path = folder / "report.json"
     try:
@@ -89,53 +90,53 @@ def plan(job: str, config: Run, plan_config: PlanConfig) -> Path:
 
 
 def make_plan(name: str, config: Run, plan_config: PlanConfig, rates: Rates | None = None) -> Planned:
-    """The plan of a composed job; rates: None measures those of this machine."""
+    """The plan of a composed job; rates=None measures the rates of this machine."""
     nodes, gpus = _nodes(config, plan_config)
     job = planned_job(name)
     rates = _rates(plan_config, gpus, job.shapes_of(config, gpus), config, rates)
     free = _disk(plan_config, config)
 
-    def tried(changed: Run) -> tuple[Estimate, Placement, list[str]]:
+    def evaluate(changed: Run) -> tuple[Estimate, Placement, list[str]]:
         setting = Setting(rates, gpus, nodes[0].gpu_memory, len(nodes), plan_config.tokens_per_pass)
-        found = estimates.estimate(job, changed, setting)
-        return found, *_placed(found, nodes, free)
+        estimate = estimates.estimate(job, changed, setting)
+        return estimate, *_placed(estimate, nodes, free)
 
-    found, placement, lacking = tried(config)
-    # GPUs compute beside each other, however few processors there are.
+    estimate, placement, lacking = evaluate(config)
+    # GPUs compute in parallel, whatever the number of processors.
     processors = float("inf") if gpus else sum(node.cpus for node in nodes)
 
-    def judged(changed: Run) -> tuple[float, list[str]]:
-        other, _, lacks = tried(changed)
-        return other.seconds(rates.share, processors), lacks
+    def judge(changed: Run) -> tuple[float, list[str]]:
+        changed_estimate, _, changed_lacking = evaluate(changed)
+        return changed_estimate.seconds(rates.share, processors), changed_lacking
 
-    advice = advise(config, judged) if lacking else []
-    return Planned(_with_notes(found, nodes, gpus, plan_config), placement, rates, lacking, advice, processors)
+    advice = advise(config, judge) if lacking else []
+    return Planned(_with_notes(estimate, nodes, gpus, plan_config), placement, rates, lacking, advice, processors)
 
 
 def plan_words(name: str, words: list[str]) -> Path:
-    """The plan of a job by the words of a command line, those of the plan among them."""
+    """Plan the job of a command line, whose words include the plan's own options."""
     job = planned_job(name)
-    plan_config, rest = parse_words(words)
-    return plan(name, compose(name, job.options, rest), plan_config)
+    plan_config, remaining = parse_words(words)
+    return plan(name, compose(name, job.options, remaining), plan_config)
 
 
-def metrics(found: Planned) -> Record:
-    """The plan's figures under names of their own; memory of the largest process."""
-    processes = found.estimate.processes
+def metrics(planned: Planned) -> Record:
+    """Metrics of a plan; planned_peak_bytes and planned_gpu_bytes are those of the largest process."""
+    processes = planned.estimate.processes
     return {
-        "planned_seconds": found.seconds,
-        "planned_cpu_seconds": found.estimate.cpu_seconds,
+        "planned_seconds": planned.seconds,
+        "planned_cpu_seconds": planned.estimate.cpu_seconds,
         "planned_peak_bytes": max(process.peak_bytes for process in processes),
         "planned_gpu_bytes": max(process.device_bytes for process in processes),
-        "planned_moved_bytes": found.estimate.moved_bytes,
-        "planned_written_bytes": found.estimate.written_bytes,
-        "fits": found.fits,
+        "planned_moved_bytes": planned.estimate.moved_bytes,
+        "planned_written_bytes": planned.estimate.written_bytes,
+        "fits": planned.fits,
     }
 
 
-def tables(job: str, found: Planned) -> list[str]:
-    """What is printed: memory, placement, bytes, time, and what does not fit."""
-    estimate = found.estimate
+def tables(job: str, planned: Planned) -> list[str]:
+    """Text blocks to print: memory, placement, bytes, time, and what does not fit."""
+    estimate = planned.estimate
     memory = []
     for process in estimate.processes:
         on_gpu = bool(process.device)
@@ -148,9 +149,9 @@ def tables(job: str, found: Planned) -> list[str]:
                 words = ", ".join(f"{name} {readable(size)}" for name, size in largest if size)
                 memory.append([process.kind, str(process.count), where, readable(peak), words])
     text = [f"plan of hasten {job}", table(["process", "number", "of", "peak", "parts"], memory)]
-    used = [(number, each) for number, each in enumerate(found.placement.nodes) if each.processes]
+    used = [(number, node) for number, node in enumerate(planned.placement.nodes) if node.processes]
     rows = []
-    for numbers, one in _alike(used):
+    for numbers, one in _grouped_nodes(used):
         inside = ", ".join(f"{count} {kind}" for kind, count in one.processes.items())
         of = f"{readable(one.memory)} of {readable(one.node.memory)}"
         rows.append([numbers, inside, of, f"{one.gpus:g} of {one.node.gpus}"])
@@ -159,21 +160,21 @@ def tables(job: str, found: Planned) -> list[str]:
     sizes += [["written", name, readable(size)] for name, size in estimate.written.items()]
     sizes.append(["written", "together", readable(estimate.written_bytes)])
     text.append(table(["bytes", "of", "size"], sizes))
-    times = [[step.label, f"{found.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
-    times.append(["together", f"{found.seconds:.3g}", f"{estimate.cpu_seconds:.3g}"])
+    times = [[step.label, f"{planned.wall(step):.3g}", f"{step.cpu_seconds:.3g}"] for step in estimate.steps]
+    times.append(["together", f"{planned.seconds:.3g}", f"{estimate.cpu_seconds:.3g}"])
     text.append(table(["step", "seconds", "seconds of all processes"], times))
     text += [f"note: {note}" for note in estimate.notes]
-    if found.fits:
+    if planned.fits:
         text.append("fits: yes")
     else:
-        text.append("\n".join(["fits: no", *(f"does not fit: {each}" for each in found.lacking)]))
-        advice = [" ".join(f"{key}={value}" for key, value in row) for row in found.advice]
-        text.append("\n".join(f"fits with: {each}" for each in advice) or "no option makes it fit")
+        text.append("\n".join(["fits: no", *(f"does not fit: {reason}" for reason in planned.lacking)]))
+        advice = [" ".join(f"{key}={value}" for key, value in row) for row in planned.advice]
+        text.append("\n".join(f"fits with: {options}" for options in advice) or "no option makes it fit")
     return text
 
 
 def readable(size: float) -> str:
-    """Bytes with three digits and a unit."""
+    """Bytes as text, with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -181,47 +182,49 @@ def readable(size: float) -> str:
     return f"{size:.3g} PB"
 
 
-def _alike(used: list[tuple[int, Placed]]) -> list[tuple[str, Placed]]:
-    """Nodes with the same processes together, their numbers as a range."""
+def _grouped_nodes(used: list[tuple[int, Placed]]) -> list[tuple[str, Placed]]:
+    """A row for each run of nodes with the same processes: their numbers as a range, and one of them."""
     groups: list[tuple[list[int], Placed]] = []
-    for number, each in used:
-        if groups and groups[-1][1].processes == each.processes:
+    for number, node in used:
+        if groups and groups[-1][1].processes == node.processes:
             groups[-1][0].append(number)
         else:
-            groups.append(([number], each))
-    return [(f"{own[0] + 1}" if len(own) == 1 else f"{own[0] + 1} to {own[-1] + 1}", each) for own, each in groups]
+            groups.append(([number], node))
+    ends = [(members[0] + 1, members[-1] + 1) for members, _ in groups]
+    ranges = [f"{first}" if first == last else f"{first} to {last}" for first, last in ends]
+    return [(text, node) for text, (_, node) in zip(ranges, groups, strict=True)]
 
 
 def _nodes(config: Run, plan_config: PlanConfig) -> tuple[list[Node], int]:
-    """The cluster, and GPUs of every worker."""
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = here if plan_config.gpus is None else plan_config.gpus
+    """Nodes of the cluster, and the number of GPUs of every worker."""
+    local_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = local_gpus if plan_config.gpus is None else plan_config.gpus
     device = getattr(config, "device", "cpu")
     if device == "cuda" and not gpus:
         raise UserError("device=cuda, but the cluster has no GPU: give plan.gpus, or device=cpu")
     memory = size_of(plan_config, "memory")
     gpu_memory = size_of(plan_config, "gpu_memory")
     if gpu_memory is None:
-        gpu_memory = torch.cuda.get_device_properties(0).total_memory if here else _GPU_MEMORY
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory if local_gpus else _GPU_MEMORY
     node = Node(
         cpus=plan_config.cpus or usable_cores(),
-        # What other programs hold is theirs.
+        # Memory in use by other programs is not available.
         memory=memory or psutil.virtual_memory().available,
         gpus=gpus,
         gpu_memory=gpu_memory,
-        # A Ray that a job starts offers as many processors as it is asked for.
+        # A Ray cluster that a job starts offers as many processors as the job asks for.
         grows=plan_config.cpus is None and plan_config.nodes == 1 and getattr(config, "address", None) is None,
     )
     return [node] * plan_config.nodes, 1 if gpus and device != "cpu" else 0
 
 
 def _rates(plan_config: PlanConfig, gpus: int, shapes: Shapes, config: Run, known: Rates | None = None) -> Rates:
-    """Rates of this machine, and over them what is assumed of GPUs that are not here and what was given."""
-    # A product of the model's own shape, as far as it is measured in a moment.
+    """Rates of this machine, overridden by assumed rates of GPUs and by the plan's options."""
+    # Rates are measured on a product of the model's own shape, bounded so that measuring stays short.
     width, inner = min(shapes.hidden, 2048), min(shapes.inner, 8192)
     folder = Path(getattr(config, "output", None) or ".").absolute()
     kind = torch.float32 if gpus else shapes.dtype
-    found = known or measured.measure(kind, getattr(config, "threads", 1), width, inner, folder)
+    rates = known or measured.measure(kind, getattr(config, "threads", 1), width, inner, folder)
     changed: Record = {}
     if gpus:
         changed = {
@@ -231,8 +234,8 @@ def _rates(plan_config: PlanConfig, gpus: int, shapes: Shapes, config: Run, know
             "elements": measured.GPU_MEMORY / 8,
             "launch": measured.GPU_LAUNCH,
         }
-    given = {"network": "network", "disk_speed": "disk", "memory_speed": "memory"}
-    changed |= {rate: size_of(plan_config, name) for name, rate in given.items() if getattr(plan_config, name)}
+    rate_names = {"network": "network", "disk_speed": "disk", "memory_speed": "memory"}
+    changed |= {rate: size_of(plan_config, name) for name, rate in rate_names.items() if getattr(plan_config, name)}
     for name in ("flops", "exact_flops", "launch"):
         if getattr(plan_config, name) is not None:
             changed[name] = getattr(plan_config, name)
@@ -241,16 +244,16 @@ def _rates(plan_config: PlanConfig, gpus: int, shapes: Shapes, config: Run, know
     if plan_config.disk_speed:
         changed["read"] = changed["disk"]
     if plan_config.nodes > 1 or plan_config.gpus is not None:
-        # Another cluster is taken to be calm.
+        # Assume that nothing else runs on another cluster.
         changed["share"] = 1.0
-    return dataclasses.replace(found, **changed)
+    return dataclasses.replace(rates, **changed)
 
 
 def _disk(plan_config: PlanConfig, config: Run) -> int:
-    """Bytes that are free where a job writes."""
-    given = size_of(plan_config, "disk")
-    if given is not None:
-        return given
+    """Free bytes where the job writes."""
+    free = size_of(plan_config, "disk")
+    if free is not None:
+        return free
     folder = Path(getattr(config, "output", None) or ".").expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
@@ -258,17 +261,18 @@ def _disk(plan_config: PlanConfig, config: Run) -> int:
 
 
 def _placed(estimate: Estimate, nodes: list[Node], free: int) -> tuple[Placement, list[str]]:
-    """Where processes go, and what fits nowhere, in words."""
-    # Of the object store what does not fit is on disk.
+    """The placement of the processes, and a sentence for everything that fits nowhere."""
+    # Ray spills the part of the object store that does not fit to disk.
     room = int(_STORE_SHARE * sum(node.memory for node in nodes))
     placement = place(estimate.processes, nodes, min(estimate.store, room))
     lacking = []
-    for each in placement.refused:
-        is_bytes = each.resource in ("memory", "gpu_memory")
-        needed, there = (readable(size) if is_bytes else f"{size:g}" for size in (each.needed, each.there))
-        what = {"memory": "memory", "gpu_memory": "a GPU's memory", "cpus": "processors", "gpus": "GPUs"}[each.resource]
+    for refusal in placement.refused:
+        is_bytes = refusal.resource in ("memory", "gpu_memory")
+        needed, available = (readable(size) if is_bytes else f"{size:g}" for size in (refusal.needed, refusal.there))
+        resource = _RESOURCES[refusal.resource]
         lacking.append(
-            f"{each.count} {each.kind}: each needs {needed} of {what}, and no node has more than {there} left"
+            f"{refusal.count} {refusal.kind}: each needs {needed} of {resource}, "
+            f"and no node has more than {available} left"
         )
     if estimate.written_bytes > free:
         lacking.append(f"files: {readable(estimate.written_bytes)} are written, and {readable(free)} are free")
@@ -288,42 +292,42 @@ def _with_notes(estimate: Estimate, nodes: list[Node], gpus: int, plan_config: P
     return dataclasses.replace(estimate, notes=tuple(notes))
 
 
-def _plain(found: Planned) -> Record:
-    """The plan as plain values."""
+def _plain(planned: Planned) -> Record:
+    """The plan as JSON values."""
     return {
-        "fits": found.fits,
-        "lacking": found.lacking,
-        "advice": [dict(row) for row in found.advice],
-        "rates": dataclasses.asdict(found.rates),
+        "fits": planned.fits,
+        "lacking": planned.lacking,
+        "advice": [dict(row) for row in planned.advice],
+        "rates": dataclasses.asdict(planned.rates),
         "processes": [
             {
-                "kind": each.kind,
-                "count": each.count,
-                "cpus": each.cpus,
-                "gpus": each.gpus,
-                "peak_bytes": each.peak_bytes,
-                "parts": dict(each.peak_parts),
-                "gpu_bytes": each.device_bytes,
-                "gpu_parts": dict(each.device_parts),
+                "kind": process.kind,
+                "count": process.count,
+                "cpus": process.cpus,
+                "gpus": process.gpus,
+                "peak_bytes": process.peak_bytes,
+                "parts": dict(process.peak_parts),
+                "gpu_bytes": process.device_bytes,
+                "gpu_parts": dict(process.device_parts),
             }
-            for each in found.estimate.processes
+            for process in planned.estimate.processes
         ],
         "nodes": [
             {
-                "processes": each.processes,
-                "memory_bytes": each.memory,
-                "gpus": each.gpus,
-                "gpu_bytes": each.gpu_memory,
+                "processes": node.processes,
+                "memory_bytes": node.memory,
+                "gpus": node.gpus,
+                "gpu_bytes": node.gpu_memory,
             }
-            for each in found.placement.nodes
-            if each.processes
+            for node in planned.placement.nodes
+            if node.processes
         ],
-        "moved_bytes": dict(found.estimate.moved),
-        "store_bytes": found.estimate.store,
-        "written_bytes": dict(found.estimate.written),
+        "moved_bytes": dict(planned.estimate.moved),
+        "store_bytes": planned.estimate.store,
+        "written_bytes": dict(planned.estimate.written),
         "steps": [
-            {"step": step.name, "seconds": found.wall(step), "cpu_seconds": step.cpu_seconds}
-            for step in found.estimate.steps
+            {"step": step.name, "seconds": planned.wall(step), "cpu_seconds": step.cpu_seconds}
+            for step in planned.estimate.steps
         ],
-        "notes": list(found.estimate.notes),
+        "notes": list(planned.estimate.notes),
     }

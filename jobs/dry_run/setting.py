@@ -12,7 +12,7 @@ from hasten.accel.costs.estimate import Rates
 class Setting:
     """The hardware that a plan is made for.
 
-    gpus: of every worker, gpu_memory: bytes of each; nodes: of the cluster; rates: of a process.
+    rates: of a process. gpus: GPUs of every worker. gpu_memory: bytes of each. nodes: nodes of the cluster.
     """
 
     rates: Rates

@@ -1,4 +1,4 @@
-"""Estimate of `hasten evaluate`."""
+"""Cost estimate of `hasten evaluate`."""
 
 from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.costs import evaluation

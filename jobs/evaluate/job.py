@@ -10,7 +10,7 @@ JOB = Job(
     options=EvaluateConfig,
     run="hasten.jobs.evaluate.run:run",
     estimate="hasten.jobs.evaluate.estimate:estimate",
-    # Tasks of lm-eval report as TASK.METRIC.
+    # Metrics of lm-eval's tasks are named TASK.METRIC.
     metrics=(*CHECKPOINT, Metric("accuracy", "accuracy", "", "maximize")),
     objectives=("kl_divergence", "bytes"),
     examples=(

@@ -1,4 +1,4 @@
-"""`hasten evaluate`: what a checkpoint is worth, what it takes, and how far it is from its original."""
+"""`hasten evaluate`: measures a checkpoint's quality, size and divergence from its original."""
 
 import logging
 from contextlib import ExitStack
@@ -17,12 +17,12 @@ from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs.evaluation import check_weights
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.storage import copied
 from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.common.workers import worker_resources
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 def run(config: EvaluateConfig) -> Path:
     """Measure config.model; returns the path of report.json."""
     started = perf_counter()
-    # Absolute, as the workers of a cluster have other current folders.
+    # Absolute, since workers on a cluster have other current folders.
     folder = resolve(config.model).absolute()
     checkpoint = Checkpoint(folder)
     original = _original(config, checkpoint)
@@ -47,13 +47,13 @@ def run(config: EvaluateConfig) -> Path:
     windows = None
     if config.evaluation.sequences:
         for path in folders:
-            Architecture(Checkpoint(path))  # reads nothing, but refuses what cannot be run
+            Architecture(Checkpoint(path))  # reads no weights, but refuses models that cannot be run
         windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
     with ExitStack() as stack:
         if windows is not None:
-            stack.enter_context(joined(config, config.workers * config.threads, reads, {}, in_turn=True))
+            stack.enter_context(cluster_session(config, config.workers * config.threads, reads, {}, in_turn=True))
             check_weights(folders, config.workers, config.threads)
-        # Nothing was written so far: what is wrong in the input leaves nothing behind.
+        # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
         tracker = stack.enter_context(tracked(config, "evaluate", run_dir))
         tracker.params(plain(config))
@@ -90,34 +90,34 @@ def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:
     uri = source_name(checkpoint.path)
     if uri is not None and is_uri(uri):
         try:
-            found = copied("original", uri, config.cache)
-            noted = found if found.is_dir() else None
-        except UserError as error:  # nobody asked for it
+            copy = copied("original", uri, config.cache)
+            recorded = copy if copy.is_dir() else None
+        except UserError as error:  # the user did not ask for the comparison
             _LOG.warning("%s", error)
-            noted = None
+            recorded = None
     else:
-        noted = original_of(checkpoint.path)
-    if checkpoint.is_compressed and noted is None:
+        recorded = original_of(checkpoint.path)
+    if checkpoint.is_compressed and recorded is None:
         _LOG.warning("the original of %s is not known: give original=PATH to measure the divergence", checkpoint.path)
-    return noted
+    return recorded
 
 
 def _measure(
     config: EvaluateConfig, folder: Path, original: Path | None, windows: Windows, dtype: torch.dtype, device: str
 ) -> tuple[Record, int]:
     needs = worker_resources(config)
-    found = measured(
+    quality = measured(
         folder, original, windows, config.workers, needs, device, dtype, config.batch, batch_option="batch"
     )
-    return found.sums.metrics() | {"workers_cpu_seconds": found.cpu_seconds}, found.peak_rss_bytes
+    return quality.sums.metrics() | {"workers_cpu_seconds": quality.cpu_seconds}, quality.peak_rss_bytes
 
 
 def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float]:
-    """Metrics of lm-eval's tasks as task.metric."""
+    """Metrics of lm-eval's tasks, named TASK.METRIC."""
     if not config.tasks:
         return {}
     results = run_tasks(folder, config.tasks, batch=config.batch, device=device)
-    return {f"{task}.{metric}": value for task, found in results.items() for metric, value in found.items()}
+    return {f"{task}.{metric}": value for task, metrics in results.items() for metric, value in metrics.items()}
 
 
 def _layers(checkpoint: Checkpoint) -> list[Record]:

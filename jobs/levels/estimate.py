@@ -1,4 +1,4 @@
-"""Estimate of `hasten levels`."""
+"""Cost estimate of `hasten levels`."""
 
 from pathlib import Path
 
@@ -22,7 +22,9 @@ def levels_pass(config: LevelOptions, setting: Setting) -> Pass:
     """The calibration pass that makes a level database."""
     model = model_of("model", config.model, config.dtype, setting.gpus)
     if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
-        raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
+        raise UserError(
+            "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: give one or more of them"
+        )
     settings = make_settings(
         with_local_arithmetic(config), model.architecture.checkpoint.path, Path("runs", "levels", "planned")
     )

@@ -1,4 +1,4 @@
-"""`hasten levels`: a checkpoint in, a database of all its layers at all levels out."""
+"""`hasten levels`: compresses all layers of a checkpoint at all levels into a level database."""
 
 import logging
 from dataclasses import replace
@@ -16,30 +16,32 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.calibration import CalibrationPass, PassReport
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
-from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)
-# Of a run that waits for another.
+# Intervals of a run that waits for another one.
 _SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_TRIES = 0.5
 
 
 def run(config: LevelsConfig) -> Path:
-    """Quantize every layer of config.model at every level; returns the path of report.json."""
+    """Compress every layer of config.model at every level; returns the path of report.json."""
     started = perf_counter()
     if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
-        raise UserError("bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them")
-    building = Building(config, Path(config.output) if config.output else None, config.overwrite)
+        raise UserError(
+            "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: give one or more of them"
+        )
+    building = DatabaseBuild(config, Path(config.output) if config.output else None, config.overwrite)
     cpus = config.workers * config.threads
-    with joined(config, cpus, {"model": building.source}, {"output": building.database.path}):
+    with cluster_session(config, cpus, {"model": building.source}, {"output": building.database.path}):
         building.check()
         run_dir = start(config)
         with tracked(config, "levels", run_dir) as tracker:
@@ -64,10 +66,10 @@ def run(config: LevelsConfig) -> Path:
     return path
 
 
-class Building:
-    """A level database between its options and its files; output None is the place that its settings name.
+class DatabaseBuild:
+    """The build of one level database; output=None is a folder named after its settings.
 
-    Made before anything is written: UserError where options make no sense together.
+    The constructor writes nothing; UserError if options contradict each other.
     """
 
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
@@ -77,7 +79,7 @@ class Building:
         tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:
-            # Databases of other levels lie beside it.
+            # Databases with other settings are in neighbouring folders.
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
         self._pass = CalibrationPass(self.settings, tokens, config.workers, worker_resources(config))
@@ -89,16 +91,16 @@ class Building:
 
     @property
     def report(self) -> PassReport:
-        """What the pass cost."""
+        """Cost of the calibration pass."""
         return self._pass.report
 
     def check(self) -> None:
-        """UserError that names a damaged tensor, unless some blocks were finished before; inside a Ray session."""
+        """UserError names a damaged tensor; skipped if an earlier run finished some blocks. Inside a Ray session."""
         if self.database.levels and (self._overwrite or not self.database.finished):
             self._pass.check_weights()
 
     def run(self, tracker: Tracker) -> None:
-        """Make the database, or what is missing of it; inside a Ray session."""
+        """Build the missing blocks of the database; inside a Ray session."""
         self._wait()
         try:
             open_output(self.database, self._fingerprint, self._overwrite)
@@ -110,14 +112,14 @@ class Building:
             self.database.release()
 
     def _wait(self) -> None:
-        """Until no other run makes the same database, which is then there, or to be gone on with."""
-        told = -inf
+        """Wait until no other run writes the same database, and lock it; finished blocks of the other run are kept."""
+        last_line = -inf
         while not self.database.hold():
-            # What a run holds that waits, the other one may need.
+            # Release resources that the other run may need.
             self._pass.pause()
-            if perf_counter() - told >= _SECONDS_BETWEEN_LINES:
-                told = perf_counter()
-                _LOG.info("another run makes levels=%s: waiting for it", self.database.path)
+            if perf_counter() - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line = perf_counter()
+                _LOG.info("another run builds levels=%s: waiting for it", self.database.path)
             sleep(_SECONDS_BETWEEN_TRIES)
 
     def facts(self) -> list[Record]:
@@ -125,7 +127,7 @@ class Building:
         return [row for layer in self._layers() for row in self.database.facts(layer.name).values()]
 
     def metrics(self) -> Record:
-        """Figures of the database and of what it cost."""
+        """Metrics of the database and of its calibration pass."""
         weights = sum(layer.rows * layer.columns for layer in self._layers())
         return {
             "bytes": self.database.nbytes(),
@@ -142,7 +144,7 @@ class Building:
 
 
 def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Settings:
-    """Settings of the calibration pass that makes a level database; output: None is runs/levels/NAME."""
+    """Settings of the calibration pass that builds a level database; output=None is runs/levels/NAME."""
     quantizer = build(config.quantizer)
     levels = make_levels(
         config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels
@@ -150,8 +152,9 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
-    # Of several group sizes the largest; of sparsities, which fall, the last, as of bits of columns, which rise. Levels
-    # that are given by name come into question where there are no others.
+    # The reference level is the grid of `reference` bits with the largest group size. Without grids it is the last
+    # level: the lowest of sparsities, which fall, or the highest of column_bits, which rise. extra_levels count only if
+    # there are no others.
     usual = [level for level in levels if level.name not in config.extra_levels] or levels
     schemes = {level: level.loader_scheme for level in levels}
     grid = next((level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference), None)
@@ -163,7 +166,7 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
         quantizer=quantizer,
         column_quantizer=build(config.column_quantizer),
         pruner=build(config.pruner),
-        # Where there is no level at all, one that fits any layer.
+        # Without any level: one that fits every layer.
         level=grid or (usual[-1] if usual else parse_level("w8")),
         levels=levels,
     )

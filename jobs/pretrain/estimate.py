@@ -1,4 +1,4 @@
-"""Estimate of `hasten pretrain`."""
+"""Cost estimate of `hasten pretrain`."""
 
 import torch
 

@@ -5,7 +5,7 @@ from hasten.jobs.pretrain.options import PretrainConfig
 
 
 def needs(config: PretrainConfig) -> Needs:
-    """Resources of a run, whose workers are processes that Ray does not know."""
+    """Resources of a run; its workers are processes outside of Ray."""
     return Needs(float(config.workers * config.threads), 0.0, config.threads)
 
 

@@ -1,4 +1,4 @@
-"""The README.md that `hasten pretrain` puts beside a model."""
+"""The README.md that `hasten pretrain` writes for a model."""
 
 import platform
 
@@ -41,7 +41,7 @@ layer starts as the identity.
 
 
 def model_card(model: str, facts: Record, config: PretrainConfig) -> str:
-    """Text of the card of one trained model; facts are its figures in report.json."""
+    """Text of a trained model's card; facts: the model's entry in report.json."""
     training: Training = getattr(config, model)
     corpus = f"the source files of {platform.python_implementation()} {platform.python_version()}'s standard library"
     parts = [
@@ -66,7 +66,7 @@ def model_card(model: str, facts: Record, config: PretrainConfig) -> str:
 
 
 def _command(model: str, config: PretrainConfig) -> str:
-    """Command that makes this model again: the options that decide what comes out, where they are not the default."""
+    """Command that trains this model again: options that affect the result and differ from the defaults."""
     default = compose("pretrain", PretrainConfig, [])
     training, usual = vars(getattr(config, model)), vars(getattr(default, model))
     words = [f"hasten pretrain models=[{model}]"]

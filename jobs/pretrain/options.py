@@ -15,7 +15,7 @@ class Training:
     kv_heads: int = option(2, "key-value heads", at_least=1)
     head_dim: int = option(64, "size of a head", at_least=2)
     depths: list[list[int]] = option([], "stages [layers, tokens]; the last one has all layers")
-    batch: int = option(16, "sequences a step, over all workers", at_least=1)
+    batch: int = option(16, "sequences per step, over all workers", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence", at_least=2)
     lr: float = option(6e-3, "learning rate of the matrices (Muon)", at_least=0)
     embedding_lr: float = option(5e-3, "learning rate of embedding and norms (AdamW)", at_least=0)
@@ -36,7 +36,7 @@ class PretrainConfig(Run):
     output: str = option(
         "runs/models/embedded", "folder of the trained checkpoints and the state to resume from", path="out"
     )
-    overwrite: bool = option(False, "throw away what output holds, if it is an earlier training's, and start again")
+    overwrite: bool = option(False, "discard the output of an earlier training and start again")
     workers: int = option(2, "processes that share every step", at_least=1)
     threads: int = option(1, "threads of every process", at_least=1)
     target: Training = section(Training)

@@ -1,6 +1,6 @@
-"""Train the embedded models from nothing: a tokenizer, a target and a draft, on the standard library's sources.
+"""`hasten pretrain`: trains a tokenizer, a target and a draft model from scratch on the standard library's sources.
 
-The output folder holds a transformers checkpoint a model and `state/`, from which a stopped training goes on.
+The output folder holds a transformers checkpoint per model, and `state/`, from which a stopped training resumes.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ from hasten.accel.training.pretraining import (
 )
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import Tokenizer
 from hasten.jobs.pretrain.model_card import model_card
 from hasten.jobs.pretrain.options import PretrainConfig, Training
@@ -51,10 +51,10 @@ _POLL_SECONDS = 2.0
 
 
 def run(config: PretrainConfig) -> Path:
-    """Train what config names; returns the path of report.json.
+    """Train the models of config.models; returns the path of report.json.
 
-    Raises UserError, with nothing written, for options that make no sense together, a folder without text, and an
-    output that holds something else or a training with other settings.
+    Raises UserError, before anything is written, for contradicting options, a folder without text, and an output that
+    holds other files or a training with other settings.
     """
     _check(config)
     root = Path(config.library) if config.library else library_root()
@@ -111,7 +111,7 @@ def _check(config: PretrainConfig) -> None:
 
 
 def _files(root: Path) -> tuple[list[str], list[str]]:
-    """Paths below root of the files to train on and of those held out."""
+    """Paths below root: the files to train on, and the held-out files."""
     if not root.is_dir():
         raise UserError(f"library={root} is no folder: expected one with .py files")
     train, held_out = library_files("train", root), library_files("held_out", root)
@@ -122,7 +122,7 @@ def _files(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> Record:
-    """Everything that decides what comes out, flat; how many processes share the work is left out."""
+    """All settings that affect the result, with flat keys; the number of processes does not."""
     digest = hashlib.sha256()
     for name in train_files:
         content = (root / name).read_bytes()
@@ -139,7 +139,7 @@ def _settings(config: PretrainConfig, root: Path, train_files: list[str]) -> Rec
 
 
 def _claim(output: Path, settings: Record, overwrite: bool, write: bool) -> None:
-    """Refuse an output that is not this training's; with write, empty it where that was asked for, and mark it."""
+    """UserError if output holds something else than this training; with write, mark it, after emptying on overwrite."""
     mark = output / "state" / "settings.json"
     earlier: Record = {}
     if mark.is_file():
@@ -161,9 +161,9 @@ def _claim(output: Path, settings: Record, overwrite: bool, write: bool) -> None
 
 
 def _tokens(config: PretrainConfig, state: Path, root: Path, train_files: list[str]) -> tuple[Tokenizer, np.ndarray]:
-    """Tokenizer, and the training text as one stream (N,) uint16; both are kept in state for a run that goes on."""
+    """Tokenizer, and the training text as one stream (N,) uint16; both are saved in state for resumed runs."""
     folder, stream_file = state / "tokenizer", state / "tokens.npy"
-    # The stream is written last: where it is, the tokenizer is whole.
+    # The stream is written last: if it exists, the tokenizer is complete.
     if stream_file.exists():
         return PreTrainedTokenizerFast.from_pretrained(folder), np.load(stream_file)
     _LOG.info("training the tokenizer")
@@ -212,7 +212,7 @@ def _train(
     stream: np.ndarray,
     tracker: Tracker,
 ) -> dict[str, Tensor]:
-    """Weights, by name, of the trained model; goes on where an earlier run was stopped."""
+    """Weights of the trained model by name; resumes a stopped training."""
     training: Training = getattr(config, model)
     schedule = _schedule(training, config.seed)
     if len(stream) < 2 * training.sequence_length:
@@ -222,7 +222,7 @@ def _train(
     state_path = state / f"{model}.pt"
     done = _steps(state_path)
     if done < schedule.steps:
-        # One that a killed run left behind would make the processes wait for each other for ever.
+        # With a rendezvous file of a killed run, the processes would wait for each other forever.
         state_path.with_suffix(".rendezvous").unlink(missing_ok=True)
         arguments = {
             "stream": stream,
@@ -239,7 +239,7 @@ def _train(
 
 
 def _steps(state_path: Path) -> int:
-    """Steps that are done by the training state, 0 where there is none."""
+    """Finished steps in the training state, 0 if there is none."""
     return int(torch.load(state_path, weights_only=True, mmap=True)["step"]) if state_path.exists() else 0
 
 
@@ -252,10 +252,10 @@ def _watched(model: str, log_path: Path, done: int, total: int, tracker: Tracker
     def watch(progress: Progress) -> None:
         with log_path.open(encoding="utf-8") as log:
             ended = False
-            rest = ""
+            unread = ""
             while not ended:
                 ended = finished.wait(_POLL_SECONDS)
-                *lines, rest = (rest + log.read()).split("\n")
+                *lines, unread = (unread + log.read()).split("\n")
                 for line in lines:
                     step, tokens, loss, _ = line.split()
                     tracker.metrics({f"{model}.loss": float(loss), f"{model}.tokens": int(tokens)}, int(step))
@@ -296,9 +296,9 @@ def _measure(
     held_out: list[str],
     tokenizer: Tokenizer,
 ) -> Record:
-    """Figures of a saved checkpoint, read back: size, tokens seen, bits per byte of the held-out files.
+    """Metrics of a saved checkpoint, read back: size, tokens seen, bits per byte of the held-out files.
 
-    Bits per byte are given for the library's modules, for its tests, and for both together.
+    Bits per byte are those of the library's modules, of its tests, and of both together.
     """
     training: Training = getattr(config, model)
     saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

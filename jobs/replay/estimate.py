@@ -1,4 +1,4 @@
-"""Estimate of `hasten replay`."""
+"""Cost estimate of `hasten replay`."""
 
 from hasten.accel.costs import decoding
 from hasten.accel.costs.estimate import DRIVER, Estimate, Process, Step
@@ -9,7 +9,7 @@ from hasten.jobs.replay.options import ReplayConfig
 
 
 def shapes(config: ReplayConfig, gpus: int) -> Shapes:
-    """Shapes of the draft model, as a replay runs no target."""
+    """Shapes of the draft model, since a replay runs no target."""
     option, name = ("draft", config.draft) if config.draft else ("target", config.target)
     return shapes_of(model_of(option, name, config.dtype, gpus))
 

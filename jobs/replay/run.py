@@ -1,4 +1,4 @@
-"""`hasten replay`: what a drafter would be worth on a text, or on recorded completions, without a target."""
+"""`hasten replay`: measures a drafter's acceptance on a text or on recorded completions, without a target."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +14,13 @@ from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import acceptance
 from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder, read_recorded
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.replay.options import ReplayConfig
 
@@ -30,7 +30,7 @@ def run(config: ReplayConfig) -> Path:
     started = perf_counter()
     torch.set_num_threads(config.threads)
     sequences, replayed = _prepared(config)
-    # Nothing was written so far: what is wrong in the input leaves nothing behind.
+    # Nothing was written so far: a mistake in the input leaves no files behind.
     run_dir = start(config)
     with tracked(config, "replay", run_dir) as tracker:
         tracker.params(plain(config))
@@ -83,7 +83,7 @@ def run(config: ReplayConfig) -> Path:
 
 
 def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callable[[int], DecodingStats]]:
-    """The sequences with the lengths of their prompts, and a function from a budget to the statistics of them all."""
+    """The sequences with their prompt lengths, and a function from a budget to the statistics over all sequences."""
     drafter: Drafter = build(config.drafter)
     if not config.budgets or min(config.budgets) < 1 or len(set(config.budgets)) < len(config.budgets):
         raise UserError(f"budgets={config.budgets} is wrong: expected different whole numbers, 1 or more")
@@ -100,7 +100,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callab
     sequences = _sequences(config, target, vocabulary)
 
     def replayed(budget: int) -> DecodingStats:
-        # A memory of its own for every budget: what was learned at one would flatter the next.
+        # Every budget starts with a new memory: tokens learned at one budget would favour the next.
         memory = drafter.new_memory(models)
         if learned:
             drafter.load(memory, learned)
@@ -119,7 +119,7 @@ def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tupl
     if config.prompt_length >= config.sequence_length:
         raise UserError(
             f"prompt_length={config.prompt_length} must be below sequence_length={config.sequence_length}: "
-            "the rest is what is replayed"
+            "the tokens after the prompt are replayed"
         )
     tokens = load_tokens(
         config.text,

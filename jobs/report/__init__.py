@@ -1,1 +1,1 @@
-"""What `hasten report` reads, compares, draws and writes."""
+"""`hasten report`: reads and compares runs, draws charts, and writes tables and pages."""

@@ -9,9 +9,9 @@ from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Row
 from hasten.jobs.report.pictures import Chart
 
-# Limits of what can be compared: maps, and lines of the map of rows with the same bits everywhere.
+# Maximum number of maps, and of lines in the map of rows with uniform bits, that a reader can compare.
 _MAPS, _LINES = 6, 16
-# Layers that can be distinguished in a map of half the width.
+# Maximum number of layers that can be distinguished in a map of half width.
 _HALF_LAYERS = 400
 
 
@@ -23,13 +23,13 @@ def maps(rows: Sequence[Row]) -> list[Chart]:
     """A map for every distinct allocation of bits, winner and front first; uniform allocations share one map."""
     spreads: dict[Spread, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (not row.winner, not row.on_front, row.number)):
-        spread = _spread(row)
+        spread = _bits_of_layers(row)
         if spread:
             spreads.setdefault(spread, []).append(row)
     if not spreads:
         return []
     bits = [value for spread in spreads for _, value in spread]
-    # Equal limits would make no colour scale.
+    # A colour scale needs different limits.
     limits = (min(bits), max(bits)) if min(bits) < max(bits) else (min(bits) - 0.5, max(bits) + 0.5)
     even = {spread: some for spread, some in spreads.items() if len({value for _, value in spread}) == 1}
     if len(even) < 2:
@@ -37,11 +37,11 @@ def maps(rows: Sequence[Row]) -> list[Chart]:
     uneven = {spread: some for spread, some in spreads.items() if spread not in even}
     chosen = list(uneven.items())[:_MAPS]
     half = len(chosen) + bool(even) > 1 and max((len(spread) for spread, _ in chosen), default=0) <= _HALF_LAYERS
-    found = [_map(index, spread, some, limits, half) for index, (spread, some) in enumerate(chosen)]
+    charts = [_map(index, spread, some, limits, half) for index, (spread, some) in enumerate(chosen)]
     if len(uneven) > _MAPS:
-        caption = f"{found[-1].caption} {len(uneven) - _MAPS} further maps are left out."
-        found[-1] = replace(found[-1], caption=caption)
-    return found + ([_even_map(even, limits, half and bool(found))] if even else [])
+        caption = f"{charts[-1].caption} {len(uneven) - _MAPS} further maps are left out."
+        charts[-1] = replace(charts[-1], caption=caption)
+    return charts + ([_even_map(even, limits, half and bool(charts))] if even else [])
 
 
 def _map(index: int, spread: Spread, rows: Sequence[Row], limits: tuple[float, float], half: bool) -> Chart:
@@ -81,7 +81,7 @@ def _row_numbers(rows: Sequence[Row]) -> str:
     return f"Row{'s' if len(rows) > 1 else ''} {numbers}"
 
 
-def _spread(row: Row) -> Spread:
+def _bits_of_layers(row: Row) -> Spread:
     """Bits of a row's layers; empty if a layer occurs several times, as in a level database."""
     layers = row.entry.report.get("layers")
     if not isinstance(layers, list):

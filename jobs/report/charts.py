@@ -1,4 +1,4 @@
-"""The charts of a report that there is data for."""
+"""The charts of a report for which there are data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from hasten.jobs.report.comparison_plots import acceptance_by_depth, time_shares
 from hasten.jobs.report.pictures import Chart
 from hasten.jobs.report.trade_offs import against, objectives
 
-# Limits of what can be distinguished: lines, bars.
+# Maximum numbers of lines and bars that a reader can distinguish.
 _LINES, _BARS = 8, 16
 SECTIONS = (
     "quality against size",
@@ -27,29 +27,29 @@ ANNOUNCED = tuple(section for section in SECTIONS if section not in _OPTIONAL)
 
 
 def charts(groups: Sequence[Group]) -> list[Chart]:
-    """All charts that the groups have data for."""
+    """All charts for which the groups have data."""
     rows = [row for group in groups for row in group.rows if row.entry.finished]
     quality = quality_of(groups)
-    found: list[Chart | None] = []
+    drawable: list[Chart | None] = []
     if quality is not None:
-        found.append(against(groups, "quality against size", quality, "bytes"))
-        found.append(against(groups, "quality against tokens per second", quality, "tokens_per_second"))
-    found += [objectives(group, quality) for group in groups]
-    found += maps(rows)
-    found += [_allocators(row) for row in rows]
-    found += [_acceptance(rows), _times(rows)]
-    return [chart for chart in found if chart is not None]
+        drawable.append(against(groups, "quality against size", quality, "bytes"))
+        drawable.append(against(groups, "quality against tokens per second", quality, "tokens_per_second"))
+    drawable += [objectives(group, quality) for group in groups]
+    drawable += maps(rows)
+    drawable += [_allocators(row) for row in rows]
+    drawable += [_acceptance(rows), _times(rows)]
+    return [chart for chart in drawable if chart is not None]
 
 
 def _allocators(row: Row) -> Chart | None:
-    """Chart of the allocators of a search, once for all its budgets."""
+    """Chart of a search's allocators, only for the row of its first budget."""
     table = row.entry.report.get("pareto")
     budgets = row.entry.report.get("budgets")
     if not isinstance(table, list) or not table or not isinstance(budgets, list):
         return None
-    if row.values.get("budget") not in (None, f"{min(each['budget'] for each in budgets):g}"):
+    if row.values.get("budget") not in (None, f"{min(entry['budget'] for entry in budgets):g}"):
         return None
-    names = ", ".join(dict.fromkeys(str(each["allocator"]) for each in table))
+    names = ", ".join(dict.fromkeys(str(entry["allocator"]) for entry in table))
 
     def draw(path: Path) -> Path:
         return pareto(table, path)
@@ -64,28 +64,28 @@ def _allocators(row: Row) -> Chart | None:
 
 
 def _acceptance(rows: Sequence[Row]) -> Chart | None:
-    found = {
+    rates = {
         row.short: [float(share) for share in shares]
         for row in rows
         if isinstance(shares := row.entry.report.get("acceptance_per_position"), list) and shares
     }
-    if not found:
+    if not rates:
         return None
-    shown = dict(list(found.items())[:_LINES])
+    shown = dict(list(rates.items())[:_LINES])
 
     def draw(path: Path) -> Path:
         return acceptance_by_depth(shown, path)
 
     text = "; ".join(f"{name}: {values[0]:.0%} at depth 1, {len(values)} deep" for name, values in shown.items())
-    caption = "Share of target passes that accepted a drafted token at this depth." + _more(len(found), _LINES)
+    caption = "Share of target passes that accepted a drafted token at this depth." + _more(len(rates), _LINES)
     return Chart("acceptance by depth", "acceptance_by_depth", f"Acceptance by depth. {text}.", caption, draw)
 
 
 def _times(rows: Sequence[Row]) -> Chart | None:
-    found = {row.short: parts for row in rows if (parts := _parts(row))}
-    if not found:
+    parts_of_rows = {row.short: parts for row in rows if (parts := _parts(row))}
+    if not parts_of_rows:
         return None
-    shown = dict(list(found.items())[:_BARS])
+    shown = dict(list(parts_of_rows.items())[:_BARS])
 
     def draw(path: Path) -> Path:
         return time_shares_of_runs(shown, path)
@@ -94,12 +94,12 @@ def _times(rows: Sequence[Row]) -> Chart | None:
         f"{name}: " + ", ".join(f"{part} {value / sum(parts.values()):.0%}" for part, value in parts.items())
         for name, parts in shown.items()
     )
-    caption = "Share of the time of each row." + _more(len(found), _BARS)
+    caption = "Share of the time of each row." + _more(len(parts_of_rows), _BARS)
     return Chart("time share", "time_share", f"Time share. {text}.", caption, draw, 1.3 + 0.32 * len(shown))
 
 
 def _parts(row: Row) -> dict[str, float]:
-    """Time of a row by named part; empty if its report has none."""
+    """Times or shares of a row's parts, by name; empty if its report has none."""
     shares = {name: row.metric(f"{name}_share") for name in ("draft", "target", "verify")}
     if None not in shares.values():
         known_shares = {name: share for name, share in shares.items() if share is not None}

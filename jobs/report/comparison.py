@@ -71,20 +71,20 @@ def compare(sources: Sequence[Source]) -> list[Group]:
 
 
 def quality_of(groups: Sequence[Group]) -> Objective | None:
-    """The quality metric of the charts: that of the first objective on quality, else one that rows have; or None."""
+    """The quality metric of the charts: the first objective on quality, else one that rows have, else None."""
     names = [objective for group in groups for objective in group.objectives if objective.metric in known.QUALITY]
     if names:
         return names[0]
-    there = [
+    present = [
         name for name in known.QUALITY if any(row.metric(name) is not None for group in groups for row in group.rows)
     ]
-    return _objective(there[0]) if there else None
+    return _objective(present[0]) if present else None
 
 
 def with_quality_of_checkpoints(groups: Sequence[Group]) -> list[Group]:
-    """The groups; rows that decode a checkpoint get the quality that another row measured for it.
+    """The groups, in which rows that decode a checkpoint get the quality that another row measured for it.
 
-    Compressing says how good a checkpoint is, decoding how quick: together they make quality against speed.
+    Compression runs measure quality and decoding runs speed; joined, they give quality against speed.
     """
     measured: dict[str, dict[str, float | None]] = {}
     for group in groups:
@@ -124,7 +124,7 @@ def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
         job=job,
         rows=tuple(_marked(rows, objectives, front_of)),
         settings=tuple(keys),
-        metrics=tuple(known.columns([each.metric for each in objectives], finished)),
+        metrics=tuple(known.columns([objective.metric for objective in objectives], finished)),
         objectives=objectives,
         front_of=front_of,
         common=common(entries),

@@ -111,10 +111,10 @@ def time_shares_of_runs(seconds: Mapping[str, Mapping[str, float]], path: Path) 
     seconds: of the named parts, in any unit, by the run's name.
     """
     figure, axes = new_axes("Time share", "share of the time", "")
-    parts = list(dict.fromkeys(part for each in seconds.values() for part in each))
+    parts = list(dict.fromkeys(part for run_seconds in seconds.values() for part in run_seconds))
     starts = [0.0] * len(seconds)
     for position, part in enumerate(parts):
-        shares = [each.get(part, 0.0) / (sum(each.values()) or 1.0) for each in seconds.values()]
+        shares = [run_seconds.get(part, 0.0) / (sum(run_seconds.values()) or 1.0) for run_seconds in seconds.values()]
         axes.barh(range(len(seconds)), shares, left=starts, height=0.7, color=f"C{position % 8}", label=part)
         starts = [start + share for start, share in zip(starts, shares, strict=True)]
     axes.set_yticks(range(len(seconds)), [_short(name, figure, 4.2) for name in seconds])
@@ -145,5 +145,5 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 def _short(name: str, figure: Figure, letters_per_inch: float) -> str:
     """The name, cut if it is too wide for the figure."""
-    most = int(figure.get_figwidth() * letters_per_inch)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    max_letters = int(figure.get_figwidth() * letters_per_inch)
+    return name if len(name) <= max_letters else name[: max_letters - 1] + "…"

@@ -18,7 +18,7 @@ from hasten.jobs.report.sentences import facts, left_out, summary
 from hasten.jobs.report.tables import allocator_tables, comparison_table, failure_table
 
 PAGE = "report.html"
-# Charts of an earlier report, for which there may be no data now.
+# Files of charts, removed first: an earlier report may have charts for which there are no data now.
 _CHART_FILES = (
     *("quality_against_*.png", "objectives_*.png", "bits_per_layer*.png", "allocators_*.png"),
     *("acceptance_by_depth.png", "time_share.png"),
@@ -31,12 +31,14 @@ def missing_sections(shown: Sequence[Chart]) -> str:
     return left_out([section for section in ANNOUNCED if section not in present])
 
 
-def write(groups: Sequence[Group], joined: Sequence[Group], folders: Sequence[Path], output: Path) -> tuple[Path, str]:
+def write(
+    groups: Sequence[Group], chart_groups: Sequence[Group], folders: Sequence[Path], output: Path
+) -> tuple[Path, str]:
     """Write page and charts to the folder output; returns the page's path and the line that names missing sections.
 
-    groups: of the tables; joined: of the charts. Raises UserError if the folder cannot be written.
+    groups: rows of the tables; chart_groups: rows of the charts. UserError if the folder cannot be written.
     """
-    shown = charts(joined)
+    shown = charts(chart_groups)
     missing = missing_sections(shown)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -58,12 +60,16 @@ def write(groups: Sequence[Group], joined: Sequence[Group], folders: Sequence[Pa
 
 def html(groups: Sequence[Group], shown: Sequence[Chart], folders: Sequence[Path], missing: str) -> str:
     """The page."""
-    here = Path(__file__).parent
+    templates = Path(__file__).parent
     # Names and values of runs are untrusted text: all of it is escaped.
     environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    script = (here / "page.js").read_text(encoding="utf-8")
+    script = (templates / "page.js").read_text(encoding="utf-8")
     drawn = [pictures(chart) for chart in shown]
     return environment.get_template("page.html.jinja").render(
         title=_title(groups),
@@ -93,8 +99,8 @@ def _title(groups: Sequence[Group]) -> str:
     varied = " × ".join(group.settings[:4])
     if len(group.rows) == 1:
         return f"{group.job}: {group.rows[0].entry.name}"
-    what = f"Sweep of {group.job}" if group.sweep else f"{len(group.rows)} runs of {group.job}"
-    return f"{what}: {varied}" if varied else what
+    subject = f"Sweep of {group.job}" if group.sweep else f"{len(group.rows)} runs of {group.job}"
+    return f"{subject}: {varied}" if varied else subject
 
 
 def _marks(text: str) -> list[str]:

@@ -18,4 +18,4 @@ def front(points: Sequence[tuple[float, ...]], signs: Sequence[int]) -> list[int
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(mine <= its for mine, its in zip(one, other, strict=True))
+    return one != other and all(left <= right for left, right in zip(one, other, strict=True))

@@ -14,7 +14,7 @@ from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.report.metrics import number
 
 _EXPECTED = "expected the folder of a run or of a sweep, or its report.json"
-# The job of a run whose files do not name it.
+# Job name of a run whose files do not name the job.
 _UNKNOWN = "run"
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _RAISED = re.compile(r"([A-Za-z_][\w.]*(?:\(\w+\))?)(?:: (.*))?$")
@@ -45,9 +45,9 @@ class Objective:
 class Entry:
     """A run, a point of a sweep, or one budget of a run with several.
 
-    status: finished, failed, running, waiting, stopped, or unfinished, where nothing says why there is no report.
-    values: what the sweep chose. config: the whole configuration as it is in report.json or config.yaml, empty where
-    there is neither. report: report.json without these, empty where it is missing.
+    status: finished, failed, running, waiting, stopped, or unfinished: without a report for an unknown reason.
+    values: options that the sweep varied. config: the whole configuration from report.json or config.yaml, else empty.
+    report: report.json without job, config and metrics, empty if it is missing.
     """
 
     job: str
@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def finished(self) -> bool:
-        """Whether it finished, and its metrics are comparable."""
+        """Whether the run finished, so that its metrics are comparable."""
         return self.status == "finished"
 
 
@@ -78,7 +78,7 @@ class Source:
 
 
 def read(paths: Sequence[Path]) -> list[Source]:
-    """Contents of the folders; UserError if one is neither run nor sweep, is damaged, or if nothing has finished."""
+    """Read the folders; UserError if one is neither run nor sweep, is damaged, or if no run has finished."""
     folders = [path.parent if path.name == "report.json" and path.is_file() else path for path in paths]
     repeated = {folder for folder in folders if [other.resolve() for other in folders].count(folder.resolve()) > 1}
     if repeated:
@@ -119,25 +119,25 @@ def _sweep(folder: Path, report: Mapping[str, object]) -> Source:
     job = str(report.get("sweep_of", _UNKNOWN))
     rows = _listed(folder, report, "points")
     points = [_point(folder / str(row["folder"]), job, row) for row in rows]
-    # A killed sweep may have started points after it wrote its report.
+    # A sweep may have started points between its last report and a kill.
     known = {point.folder.name for point in points}
-    points += [_begun(path, job) for path in _point_folders(folder) if path.name not in known]
+    points += [_unreported_point(path, job) for path in _point_folders(folder) if path.name not in known]
     return _as_source(folder, report, points)
 
 
 def _unfinished_sweep(folder: Path) -> Source:
-    """A sweep that has not ended, from what its points have written so far."""
+    """A sweep without a report, read from the files of its points."""
     plan = _json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
     job = str(plan.get("sweep_of") or plan.get("job") or _UNKNOWN)
-    return _as_source(folder, plan, [_begun(path, job) for path in _point_folders(folder)])
+    return _as_source(folder, plan, [_unreported_point(path, job) for path in _point_folders(folder)])
 
 
 def _point_folders(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "points").glob("*") if path.is_dir())
 
 
-def _begun(folder: Path, job: str) -> Entry:
-    """A point that is missing in its sweep's report."""
+def _unreported_point(folder: Path, job: str) -> Entry:
+    """A point that its sweep's report does not list."""
     try:
         row = _json(folder / "point.json") if (folder / "point.json").exists() else {}
     except UserError as error:
@@ -163,13 +163,13 @@ def _point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
     if (folder / "report.json").exists():
         try:
             report = _report(folder / "report.json")
-        except UserError as error:  # the other points are still shown
+        except UserError as error:  # show the other points
             damage = Failure("damaged", str(error))
     status = str(row.get("status") or ("finished" if report else "unfinished"))
     if damage and status == "finished":
         status = "failed"
     if report and status != "failed":
-        # The report is written last; the sweep may have been killed before it noted the end of the point.
+        # A point writes its report last, so it finished, even if its sweep was killed before noting this.
         status = "finished"
     metrics = _mapping(row.get("metrics")) or _mapping(report.get("metrics"))
     seconds = row.get("seconds")
@@ -183,7 +183,7 @@ def _point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
         metrics=metrics,
         seconds=number(metrics.get("seconds") if seconds is None else seconds),
         failure=damage or _failure(row.get("error"), status, folder),
-        report=_rest(report),
+        report=_without_main_keys(report),
     )
 
 
@@ -205,7 +205,7 @@ def _finished(folder: Path, name: str, report: Mapping[str, object]) -> Entry:
         config=_mapping(report.get("config")),
         metrics=metrics,
         seconds=number(metrics.get("seconds")),
-        report=_rest(report),
+        report=_without_main_keys(report),
     )
 
 
@@ -244,20 +244,20 @@ def _rows(value: object) -> list[Mapping[str, object]]:
     return value if isinstance(value, list) else []
 
 
-def _rest(report: Mapping[str, object]) -> dict[str, object]:
+def _without_main_keys(report: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in report.items() if key not in ("job", "config", "metrics")}
 
 
 def _report(path: Path) -> dict[str, object]:
-    found = _json(path)
-    if not isinstance(found.get("job"), str) or not isinstance(found.get("metrics"), dict):
+    report = _json(path)
+    if not isinstance(report.get("job"), str) or not isinstance(report.get("metrics"), dict):
         raise UserError(f"{path} is no report of a run or sweep: expected the keys job and metrics in it")
-    return found
+    return report
 
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is damaged: expected whole JSON, but line {error.lineno} has {_lower(error.msg)}; "
@@ -265,9 +265,9 @@ def _json(path: Path) -> dict[str, object]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} is no report of a run or sweep: expected an object with the keys job and metrics")
-    return found
+    return content
 
 
 def _lower(message: str) -> str:
@@ -283,19 +283,19 @@ def _listed(folder: Path, report: Mapping[str, object], key: str) -> list[Mappin
 
 def _config(folder: Path) -> dict[str, object]:
     try:
-        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _job_of(folder: Path) -> str:
-    """Job of a run without a report, from the default folder runs/JOB/DATE_TIME."""
+    """Job of a run without a report, from its folder if that is the default runs/JOB/DATE_TIME."""
     return folder.absolute().parent.name if folder.absolute().parent.name in jobs() else _UNKNOWN
 
 
 def _from_log(path: Path) -> Failure | None:
-    """The error at the end of the log, if it ends with the traceback of a failed run."""
+    """The error of a log that ends with the traceback of a failed run, else None."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -303,15 +303,15 @@ def _from_log(path: Path) -> Failure | None:
     stamped = [number for number, line in enumerate(lines) if _STAMP.match(line)]
     if not stamped or not lines[stamped[-1]].endswith("the run failed"):
         return None
-    raised = [found for found in map(_RAISED.match, lines[stamped[-1] + 1 :]) if found]
+    raised = [match for match in map(_RAISED.match, lines[stamped[-1] + 1 :]) if match]
     return Failure(raised[-1][1].rpartition(".")[2], raised[-1][2] or "") if raised else None
 
 
 def _counts(entries: Sequence[Entry]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for entry in entries:
-        found[entry.status] = found.get(entry.status, 0) + 1
-    return found
+        counts[entry.status] = counts.get(entry.status, 0) + 1
+    return counts
 
 
 def _first_failure(entries: Sequence[Entry]) -> str:

@@ -9,7 +9,7 @@ from hasten.jobs.report.comparison import Group, Row, complete
 
 @dataclass(frozen=True)
 class Summary:
-    """A sentence, split after its subject."""
+    """A sentence in two parts: the subject, which pages highlight, and the rest."""
 
     subject: str
     rest: str
@@ -23,26 +23,26 @@ def summary(group: Group) -> Summary:
     finished = [row for row in group.rows if row.entry.finished]
     if not group.objectives or not finished:
         return Summary(
-            _counted(len(finished), f"{group.job} {_what(group)}"), "finished; there is no metric to compare."
+            _counted(len(finished), f"{group.job} {_noun(group)}"), "finished; there is no metric to compare."
         )
     first = group.objectives[0]
     compared = complete(group.rows, [first.metric])
     metric = known.metric(first.metric)
     if not compared:
-        return Summary(f"No {group.job} {_what(group)}", f"has a value of {metric.title}.")
+        return Summary(f"No {group.job} {_noun(group)}", f"has a value of {metric.title}.")
     best = compared[0]
     value = best.metrics[first.metric] or 0.0
     if len(compared) == 1:
         return Summary(
             best.label,
-            f"is the only {_what(group)} with a value of {metric.title}: {metric.told(value)}{_size(best)}.",
+            f"is the only {_noun(group)} with a value of {metric.title}: {metric.text(value)}{_size(best)}.",
         )
     shared = [row for row in compared if row.winner]
     if len(shared) > 1:
         others = _counted(len(shared) - 1, "other")
-        text = f"and {others} share the best {metric.title}, {metric.told(value)}."
+        text = f"and {others} share the best {metric.title}, {metric.text(value)}."
     else:
-        text = f"won by {metric.title}: {metric.told(value)}{_size(best)}{_ahead(compared, metric, value)}."
+        text = f"won by {metric.title}: {metric.text(value)}{_size(best)}{_ahead(compared, metric, value)}."
     return Summary(best.label, text + _front(group, finished))
 
 
@@ -52,7 +52,7 @@ def facts(group: Group) -> str:
     for row in group.rows:
         counts[row.entry.status] = counts.get(row.entry.status, 0) + 1
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{group.job}, {_counted(len(group.rows), _what(group))}: {text}"
+    return f"{group.job}, {_counted(len(group.rows), _noun(group))}: {text}"
 
 
 def left_out(sections: Sequence[str]) -> str:
@@ -60,20 +60,20 @@ def left_out(sections: Sequence[str]) -> str:
     return f"Left out for lack of data: {', '.join(sections)}." if sections else ""
 
 
-def _what(group: Group) -> str:
+def _noun(group: Group) -> str:
     return "point" if group.sweep else "run"
 
 
 def _size(row: Row) -> str:
     size = row.metric("bytes")
-    return "" if size is None else f" at {known.fitted('bytes', [size]).told(size)}"
+    return "" if size is None else f" at {known.fitted('bytes', [size]).text(size)}"
 
 
 def _ahead(compared: Sequence[Row], metric: known.Metric, value: float) -> str:
     """Lead of the best row over the next, as a ratio where both values are positive."""
     other = compared[1].metrics[metric.name] or 0.0
     if value <= 0 or other <= 0:
-        return f"; the next, {compared[1].label}, has {metric.told(other)}"
+        return f"; the next, {compared[1].label}, has {metric.text(other)}"
     share = abs(value - other) / other
     if value < other / 2:
         return f", {_rounded(other / value)} times lower than the next, {compared[1].label}"
@@ -85,7 +85,7 @@ def _ahead(compared: Sequence[Row], metric: known.Metric, value: float) -> str:
 
 def _value_text(row: Row, name: str) -> str:
     value = row.metrics[name] or 0.0
-    return f"{known.metric(name).title} {known.fitted(name, [value]).told(value)}"
+    return f"{known.metric(name).title} {known.fitted(name, [value]).text(value)}"
 
 
 def _rounded(ratio: float) -> str:
@@ -97,7 +97,7 @@ def _front(group: Group, finished: Sequence[Row]) -> str:
     if not group.front_of:
         return ""
     best = [row for row in group.rows if row.on_front]
-    titles = " and ".join(known.metric(each.metric).title for each in group.front_of)
+    titles = " and ".join(known.metric(objective.metric).title for objective in group.front_of)
     verb = "is" if len(best) == 1 else "are"
     text = f" {len(best)} of {_counted(len(finished), 'setting')} {verb} on the Pareto front of {titles}"
     second = group.front_of[1]
@@ -106,7 +106,7 @@ def _front(group: Group, finished: Sequence[Row]) -> str:
         return text + "."
     word = {"bytes": "smallest", "tokens_per_second": "quickest"}.get(second.metric)
     extreme = f"the {word}" if word else f"the best by {known.metric(second.metric).title}"
-    values = ", ".join(_value_text(end, each.metric) for each in group.front_of)
+    values = ", ".join(_value_text(end, objective.metric) for objective in group.front_of)
     return f"{text}; {extreme} of them is {end.label} ({values})."
 
 

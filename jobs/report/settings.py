@@ -1,26 +1,26 @@
-"""Configurations of runs as flat settings, and which of them differ."""
+"""Configurations of runs as flat settings, and the choice of settings that differ."""
 
 from collections.abc import Mapping, Sequence
 
 from hasten.jobs.report.reading import Entry, Source
 
-# Options that say where results and logs go, not what was tried.
+# Options that affect where results and logs are written, but not the results.
 _PLACES = ("run_dir", "output", "overwrite", "stream", "tracking", "address")
 
 
 def flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Values by `section.key`; a method is its name under its family, followed by its hyper-parameters."""
-    found: dict[str, object] = {}
+    """Values by `section.key`. A method becomes `FAMILY`, its name, and `FAMILY.FIELD`, its hyper-parameters."""
+    values: dict[str, object] = {}
     for key, value in config.items():
         if key == "_target_":
-            found[prefix.removesuffix(".")] = _method(value)
+            values[prefix.removesuffix(".")] = _method(value)
         elif not prefix and key in _PLACES:
             continue
         elif isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            values[prefix + key] = value
+    return values
 
 
 def settings(entry: Entry) -> dict[str, object]:
@@ -31,8 +31,8 @@ def settings(entry: Entry) -> dict[str, object]:
 def differing(sources: Sequence[Source], entries: Sequence[Entry]) -> list[str]:
     """Settings that become columns of the table of these entries.
 
-    For one sweep those that it varied; otherwise these and all with different values. A setting that only some
-    configurations have, such as a hyper-parameter of one method, is compared among those.
+    For a single sweep, the varied options; otherwise these and all settings with different values. A setting that only
+    some configurations have, such as a hyper-parameter of one method, is compared among these.
     """
     varied = list(dict.fromkeys(key for source in sources for key in source.varied or ()))
     chosen = list(dict.fromkeys(key for entry in entries for key in entry.values))
@@ -78,5 +78,5 @@ def shown(value: object) -> str:
 
 
 def _method(target: object) -> str:
-    """Name of a method, which is that of its module: gptq for hasten.accel.compression.quantizers.gptq.GPTQ."""
+    """Name of a method, taken from its module: gptq for hasten.accel.compression.quantizers.gptq.GPTQ."""
     return str(target).rpartition(".")[0].rpartition(".")[2] or str(target)

@@ -21,7 +21,7 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Title and unit in a line."""
+        """Title and unit on one line."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
@@ -101,8 +101,8 @@ def allocator_tables(groups: Sequence[Group]) -> list[Table]:
         if not isinstance(pareto, list) or not pareto or str(row.entry.folder) in tables:
             continue
         names = ("budget", "bits_per_weight", "bytes", "kl_divergence")
-        parts = [(Column("allocator"), [_text(str(each["allocator"])) for each in pareto])]
-        parts += [_numbers(name, [known.number(each.get(name)) for each in pareto]) for name in names]
+        parts = [(Column("allocator"), [_text(str(entry["allocator"])) for entry in pareto])]
+        parts += [_numbers(name, [known.number(entry.get(name)) for entry in pareto]) for name in names]
         cells = tuple(zip(*(cells for _, cells in parts), strict=True))
         title = f"Allocators of {row.entry.folder.name}"
         tables[str(row.entry.folder)] = Table(title, tuple(column for column, _ in parts), cells)
@@ -110,7 +110,7 @@ def allocator_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def _marks(row: Row) -> Cell:
-    marks = [name for name, there in ((WINNER, row.winner), (FRONT, row.on_front)) if there]
+    marks = [name for name, applies in ((WINNER, row.winner), (FRONT, row.on_front)) if applies]
     return Cell(", ".join(marks), 2 - len(marks) if marks else None)
 
 

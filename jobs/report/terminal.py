@@ -1,4 +1,4 @@
-"""The tables of a report in the terminal."""
+"""Prints the tables of a report to the terminal."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from hasten.jobs.report.comparison import Group
 from hasten.jobs.report.sentences import facts, summary
 from hasten.jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
 
-# Columns that are shown however narrow the terminal is.
+# Kinds of columns that are shown in every terminal, however narrow.
 _KEPT = 4
 
 
@@ -31,7 +31,7 @@ def show(groups: Sequence[Group], left_out: str) -> None:
 
 
 def _show(table: Table) -> None:
-    # Output to a file or a pipe is not limited in width.
+    # A file or a pipe has no width.
     width = Console(file=sys.stdout).width if sys.stdout.isatty() else None
     console = Console(file=sys.stdout, highlight=False, width=100_000)
     columns = list(range(len(table.columns)))
@@ -50,7 +50,7 @@ def _show(table: Table) -> None:
 def _drawn(table: Table, columns: Sequence[int]) -> RichTable:
     drawn = RichTable(box=box.MARKDOWN)
     for index in columns:
-        # Text, since rich would read square brackets as in [2.5,3] as markup.
+        # Text objects: rich would interpret square brackets, as in [2.5,3], as markup.
         justify: Literal["right", "left"] = "right" if table.columns[index].kind == "number" else "left"
         drawn.add_column(Text(table.columns[index].heading), justify=justify, overflow="fold")
     for row in table.rows:

@@ -10,12 +10,12 @@ from hasten.jobs.report.pareto import front
 from hasten.jobs.report.pictures import Chart
 from hasten.jobs.report.reading import Objective
 
-# Values of a setting that can be distinguished by colour.
+# Maximum number of values of a setting that colours can distinguish.
 _SERIES = 6
 
 
 def against(groups: Sequence[Group], section: str, quality: Objective, cost: str) -> Chart | None:
-    """Chart of quality against cost, of the rows of all groups that have both; None for fewer than two rows."""
+    """Chart of quality against cost for the rows that have both metrics; None for fewer than two rows."""
     rows = complete([row for group in groups for row in group.rows], [quality.metric, cost])
     name = "quality_against_size" if cost == "bytes" else "quality_against_speed"
     return _trade_off(section, name, rows, quality, Objective(cost, known.metric(cost).better or "minimize"))
@@ -35,7 +35,7 @@ def objectives(group: Group, quality: Objective | None) -> Chart | None:
 def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, across: Objective) -> Chart | None:
     if len(rows) < 2:
         return None
-    values = {each.metric: [row.metrics[each.metric] or 0.0 for row in rows] for each in (up, across)}
+    values = {objective.metric: [row.metrics[objective.metric] or 0.0 for row in rows] for objective in (up, across)}
     axes = {metric: known.fitted(metric, found) for metric, found in values.items()}
     points = list(zip(values[across.metric], values[up.metric], strict=True))
     on_front = set(front(points, [across.sign, up.sign]))
@@ -66,7 +66,7 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
         )
 
     members = "; ".join(
-        f"{rows[index].label}: {axes[up.metric].told(points[index][1])}, {axes[across.metric].told(points[index][0])}"
+        f"{rows[index].label}: {axes[up.metric].text(points[index][1])}, {axes[across.metric].text(points[index][0])}"
         for index in sorted(on_front, key=lambda index: points[index])
     )
     alt = f"{title} of {len(rows)} finished rows. On the Pareto front: {members}."

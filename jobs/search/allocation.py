@@ -1,4 +1,4 @@
-"""A budget of bits spread over a model: levels, allocators, and the checkpoints that come of them."""
+"""Spreads a budget of bits over a model: builds the levels, runs the allocators and writes the checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.quality import held_out_windows, measured
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.common.workers import worker_resources
-from hasten.jobs.levels.run import Building
-from hasten.jobs.search.measuring import Measuring
+from hasten.jobs.levels.run import DatabaseBuild
+from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig
 from hasten.jobs.search.searching import SavedStates, SearchRun
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A finished checkpoint: facts of its layers, and what it was measured to be worth."""
+class WrittenCheckpoint:
+    """A written checkpoint with the facts of its layers and its metrics."""
 
     budget: float
     output: Path
@@ -50,7 +50,7 @@ class Answer:
 
 
 class Search:
-    """One run of the job; made before anything is written. UserError where options make no sense together."""
+    """One run of the job. The constructor writes nothing; UserError if options contradict each other."""
 
     def __init__(self, config: SearchConfig) -> None:
         if not config.budget or len(set(config.budget)) < len(config.budget):
@@ -60,9 +60,9 @@ class Search:
         self._allocator: AllocationMethod = build(config.allocator)
         self._compared = self._allocators() if len(config.budget) > 1 else {}
         self._fitness: Fitness = build(config.fitness)
-        # A database that is given counts as it is; the options of `levels` are for one that is made here.
-        self._building = None if config.levels else Building(config, None, overwrite=False)
-        self._source = self._building.source if self._building else original(config.model)
+        # A given database is used as it is; the options of `levels` apply to one that is built here.
+        self._database_build = None if config.levels else DatabaseBuild(config, None, overwrite=False)
+        self._source = self._database_build.source if self._database_build else original(config.model)
         tokenizer = load_tokenizer(self._source)
         tokens = config.search
         self._tokens: Tensor = load_tokens(
@@ -80,44 +80,44 @@ class Search:
                 allocator.check_tokens(self._tokens.numel())
         self._architecture, self.database = self._levels()
         self._check_budgets()
-        # Choices of the units by allocator and budget.
+        # Genomes, which are the indices of the units' choices, by allocator and budget.
         self._genomes: dict[tuple[str, float], Genome] = {}
         self._runs: list[SearchRun] = []
 
     @property
     def reads(self) -> dict[str, Path]:
-        """What actors read, by option."""
-        return {"model": self._source} | ({} if self._building else {"levels": self.database.path})
+        """Paths that actors read, by option."""
+        return {"model": self._source} | ({} if self._database_build else {"levels": self.database.path})
 
     @property
     def writes(self) -> dict[str, Path]:
-        """What is written and then read by actors, by option; levels that are made here go by their model."""
+        """Paths that are written and then read by actors, by option."""
         made = {"output": self._output(self._config.budget[0])}
-        return made | ({"levels": self.database.path} if self._building else {})
+        return made | ({"levels": self.database.path} if self._database_build else {})
 
     def check(self) -> None:
-        """UserError for what must be read to be known, before levels are made; inside a Ray session."""
-        if self._building:
-            self._building.check()
+        """UserError for damaged weights, before levels are built; inside a Ray session."""
+        if self._database_build:
+            self._database_build.check()
 
     def prepare(self, tracker: Tracker) -> None:
-        """The levels, made where they are not there yet."""
-        if self._building:
-            self._building.run(tracker)
+        """Build the missing levels."""
+        if self._database_build:
+            self._database_build.run(tracker)
         config = self._config
         units = make_units(self.database, config.grouping, config.keep, config.drop)
-        self._measuring = Measuring(config, self.database, units, self._tokens, self._windows, self._fitness)
+        self._measurer = CandidateMeasurer(config, self.database, units, self._tokens, self._windows, self._fitness)
 
     def allocate(self, tracker: Tracker) -> None:
-        """What every allocator makes of every budget, all of it before the evaluators are needed for other text."""
+        """Run every allocator at every budget, before the evaluators are needed for the held-out text."""
         for name, allocator in ({self._name: self._allocator} | self._compared).items():
             for budget in self._config.budget:
                 self._genomes[name, budget] = self._assign(name, allocator, budget, tracker)
 
-    def answer(self, budget: float, tracker: Tracker) -> Answer:
-        """The checkpoint of one budget, written and measured."""
+    def write(self, budget: float, tracker: Tracker) -> WrittenCheckpoint:
+        """Write and measure the checkpoint of one budget."""
         output = self._output(budget)
-        units = self._measuring.units
+        units = self._measurer.units
         genome = self._genomes[self._name, budget]
         assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
@@ -134,10 +134,10 @@ class Search:
         metrics |= sizes(Checkpoint(output)).metrics()
         metrics |= self._quality(output)
         tracker.metrics({f"{name}/{budget:g}": value for name, value in metrics.items()})
-        return Answer(budget, output, layers, metrics)
+        return WrittenCheckpoint(budget, output, layers, metrics)
 
     def compare(self, tracker: Tracker) -> list[dict[str, object]]:
-        """A row for every allocator and budget: bits, and divergence from the original on the held-out text."""
+        """A row for every allocator and budget: bits, and KL divergence from the original on the held-out text."""
         rows = []
         for name in self._compared:
             for budget in self._config.budget:
@@ -146,9 +146,9 @@ class Search:
         return rows
 
     def close(self) -> dict[str, Any]:
-        """End what is running; returns what levels and evaluators used together."""
-        usage = self._measuring.close()
-        made = self._building.metrics() if self._building else {}
+        """Stop the evaluators; returns the resources used by levels and evaluators together."""
+        usage = self._measurer.close()
+        made = self._database_build.metrics() if self._database_build else {}
         seconds = sum(run.seconds for run in self._runs)
         return {
             "cpu_seconds": usage.get("cpu_seconds", 0.0) + made.get("cpu_seconds", 0.0),
@@ -159,19 +159,20 @@ class Search:
         }
 
     def _levels(self) -> tuple[Architecture, LevelDatabase]:
-        """The model, and its database, which may still have to be made."""
+        """The model, and its level database, which may not be built yet."""
         architecture = Architecture(Checkpoint(self._source))
-        if self._building:
-            return architecture, self._building.database
+        if self._database_build:
+            return architecture, self._database_build.database
         assert self._config.levels is not None
         return architecture, LevelDatabase.read(Path(self._config.levels).expanduser().absolute(), architecture)
 
     def _check_budgets(self) -> None:
-        """UserError where no mixture of the levels has so many bits per weight; known before there are any."""
+        """UserError if no mixture of the levels fits a budget; works before the levels are built."""
         config = self._config
         if not self.database.levels and not config.keep:
             raise UserError(
-                "bits=[], column_bits=[] and sparsities=[] leave no level: give one or more of them, or keep=true"
+                "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: "
+                "give one or more of them, or keep=true"
             )
         zero_points = [name for name in self.database.levels if name.endswith("a")]
         if zero_points and {"attention", "mlp"} & set(config.drop):
@@ -184,7 +185,7 @@ class Search:
             check_budget(units, _bits(units, budget))
 
     def _allocators(self) -> dict[str, AllocationMethod]:
-        """The allocators to compare by name, the configured one among them."""
+        """The allocators to compare by name, including the configured one."""
         known = method_names("allocator")
         unknown = [name for name in self._config.compare if name not in known]
         if unknown:
@@ -194,35 +195,35 @@ class Search:
         return {self._name: self._allocator} | others
 
     def _row(self, name: str, budget: float, genome: Sequence[int]) -> dict[str, object]:
-        units = self._measuring.units
+        units = self._measurer.units
         bits = size(units, genome)
         return {
             "allocator": name,
             "budget": budget,
             "bits_per_weight": bits / sum(unit.weights for unit in units),
             "bytes": bits / 8,
-            "kl_divergence": self._measuring.held_out(tuple(genome)),
+            "kl_divergence": self._measurer.held_out(tuple(genome)),
         }
 
     def _assign(self, name: str, allocator: AllocationMethod, budget: float, tracker: Tracker) -> Genome:
-        """Index of the choice of every unit."""
+        """The genome that an allocator or searcher finds for a budget."""
         if isinstance(allocator, Searcher):
             return self._searched(name, allocator, budget, tracker)
-        units = self._measuring.units_with_errors() if allocator.needs_errors else self._measuring.units
+        units = self._measurer.units_with_errors() if allocator.needs_errors else self._measurer.units
         levels = allocator.allocate(units, _bits(units, budget))
         return tuple(unit.index(levels[unit.name]) for unit in units)
 
     def _searched(self, name: str, searcher: Searcher, budget: float, tracker: Tracker) -> Genome:
-        """The answer of a search from the optimum of the additive model: it need not find again what is known."""
-        units = self._measuring.units_with_errors()
+        """The genome that a search finds when it starts from the exact optimum of the additive errors."""
+        units = self._measurer.units_with_errors()
         bits = _bits(units, budget)
         start = Exact().choose(units, bits)
         run = SearchRun(
             name,
             searcher,
             budget,
-            Problem(units, bits, self._measuring.lengths, self._config.seed, start),
-            self._measuring.measure,
+            Problem(units, bits, self._measurer.lengths, self._config.seed, start),
+            self._measurer.measure,
             SavedStates(self.database, self.database.path / "searches" / digest(self._key(searcher, budget, start))),
             self._draw,
             tracker,
@@ -231,8 +232,8 @@ class Search:
         return run.answer().incumbent
 
     def _draw(self, genome: Genome, path: Path) -> Path:
-        """Heat map of the levels."""
-        units, rows = self._measuring.units, []
+        """Heat map of a genome's levels; returns path."""
+        units, rows = self._measurer.units, []
         for unit, index, out in zip(units, genome, left_out(units, genome), strict=True):
             bits = unit.choices[index].bits / unit.weights if unit.weights and not out else 0.0
             rows += [{"layer": layer, "block": unit.block, "bits_per_weight": bits} for layer in unit.layers]
@@ -241,9 +242,9 @@ class Search:
     def _quality(self, output: Path) -> Mapping[str, object]:
         if self._windows is None:
             return {}
-        # Their memory is needed for the models to be compared.
-        self._measuring.close()
-        config, device = self._config, self._measuring.device
+        # Stop the evaluators: the memory is needed for the two models of the evaluation.
+        self._measurer.close()
+        config, device = self._config, self._measurer.device
         quality = measured(output, self._source, self._windows, config.workers, worker_resources(config), device)
         return quality.sums.metrics()
 
@@ -256,7 +257,7 @@ class Search:
         return output / f"{budget:g}"
 
     def _key(self, searcher: Searcher, budget: float, start: Sequence[int]) -> dict[str, object]:
-        """Everything that a search depends on besides the levels that its state is kept beside."""
+        """Everything that a search depends on, besides the level database in which its states are saved."""
         config = self._config
         return {
             "code": code_fingerprint(searcher, self._fitness, units, candidates),
@@ -269,16 +270,16 @@ class Search:
             "fitness": repr(self._fitness),
             "tokens": fingerprint(self._tokens),
             "seed": config.seed,
-            "dtype": str(self._measuring.dtype),
+            "dtype": str(self._measurer.dtype),
         }
 
 
 def _bits(units: Sequence[Unit], budget: float) -> int:
-    """Bits of all units together."""
+    """Bits of all units together at a budget of bits per weight."""
     return int(budget * sum(unit.weights for unit in units))
 
 
 def _name(target: str) -> str:
-    """Name of an allocator in conf/allocator, by the path of its class; of one that is not there, its class's."""
+    """Name in conf/allocator of an allocator's class; without such a file, the class's name in lower case."""
     names = (name for name in method_names("allocator") if target_of("allocator", name) == target)
     return next(names, target.rpartition(".")[2].lower())

@@ -1,4 +1,4 @@
-"""Estimate of `hasten search`."""
+"""Cost estimate of `hasten search`."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     allocators = [build(config.allocator)]
     if len(budgets) > 1:
         allocators += [build({"_target_": target_of("allocator", name)}) for name in names]
-    allocators = list({type(each): each for each in reversed(allocators)}.values())
+    allocators = list({type(allocator): allocator for allocator in reversed(allocators)}.values())
     measured = {"output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
     logits = torch.zeros(1, model.vocabulary)
     kept = build(config.fitness).reference(logits, torch.zeros(1, dtype=torch.long))
@@ -52,9 +52,9 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     levels = Estimate((), ()) if config.levels else compression.estimate(work, setting.rates)
     weights = sum(unit.weights for unit in units)
     names_ = [layer.name for groups in work.plan for group in groups for layer in group.layers]
-    rest = model.stored_bytes() - sum(checkpoint.stored_bytes(f"{name}.weight") for name in names_)
-    written = {f"checkpoint of {budget:g} bits": int(budget * weights / 8) + rest for budget in budgets}
-    found = levels.joined(of_search).joined(dataclasses.replace(Estimate((), ()), written=written))
+    unquantized = model.stored_bytes() - sum(checkpoint.stored_bytes(f"{name}.weight") for name in names_)
+    written = {f"checkpoint of {budget:g} bits": int(budget * weights / 8) + unquantized for budget in budgets}
+    total = levels.joined(of_search).joined(dataclasses.replace(Estimate((), ()), written=written))
     for _ in budgets:
-        found = found.joined(quality(config.evaluation, config.workers, config.threads, model, setting))
-    return found
+        total = total.joined(quality(config.evaluation, config.workers, config.threads, model, setting))
+    return total

@@ -1,4 +1,4 @@
-"""Candidates of a search measured on the cluster: on the search's tokens, and in the end on held-out text."""
+"""Measures candidates of a search on the cluster: on the search's tokens, and in the end on held-out text."""
 
 import json
 import logging
@@ -26,11 +26,11 @@ from hasten.jobs.search.options import SearchConfig
 _LOG = logging.getLogger(__name__)
 
 
-class Measuring:
-    """One set of evaluators at a time: two would hold the model twice. Used inside a Ray session.
+class CandidateMeasurer:
+    """Measures candidates with one set of evaluators at a time, since two would hold the model twice.
 
-    database: finished levels. units: what candidates choose for, with errors of their outputs. tokens: (N, T) of the
-    search. windows: held-out ones, None where nothing is measured.
+    Used inside a Ray session. database: finished level database. units: the units of a candidate, with output errors.
+    tokens: (N, T) of the search. windows: held-out windows, None for no held-out measurement.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class Measuring:
         return [self._tokens.shape[1]] * len(self._tokens)
 
     def measure(self, requests: Sequence[Request]) -> list[list[float]]:
-        """Losses of candidates on some of the search's tokens, a list for each request; all are measured at once."""
+        """Losses of candidates on samples of the search's tokens, a list per request; requests run in parallel."""
         evaluators = self._evaluators("search", self._tokens, self._fitness)
         evaluators.prefetch(requests)
         return [evaluators(request.genomes, request.sample) for request in requests]
 
     def held_out(self, genome: Genome) -> float | None:
-        """KL divergence from the original on the held-out text; None where there is none."""
+        """KL divergence from the original on the held-out windows; None if there are none."""
         if self._windows is None:
             return None
         evaluators = self._evaluators("held out", self._windows.tokens, KL())
         return evaluators([genome], _whole(self._windows.tokens))[0]
 
     def units_with_errors(self) -> list[Unit]:
-        """The units with the errors that the option `errors` asks for; measured ones are kept beside the levels."""
+        """The units with errors as the option `errors` says; measured errors are saved in the level database."""
         if self._config.errors == "output":
             return self.units
         if self._with_errors is None:
@@ -80,7 +80,7 @@ class Measuring:
                 self._with_errors = [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
             else:
                 sample = _whole(used)
-                _LOG.info("measuring what each layer costs alone, on %d tokens", sample.tokens)
+                _LOG.info("measuring the error of each unit alone, on %d tokens", sample.tokens)
                 evaluators = self._evaluators("search", self._tokens, self._fitness)
                 scaled = self._config.errors == "kl_scaled"
                 self._with_errors = with_errors(self.units, evaluators, sample, scaled)
@@ -90,7 +90,7 @@ class Measuring:
         return self._with_errors
 
     def close(self) -> dict[str, float]:
-        """End the evaluators; returns what all of them used together, nothing where there were none."""
+        """Stop the evaluators; returns the resources that all of them used, empty if there were none."""
         if self._running is not None:
             _, evaluators = self._running
             self._running = None
@@ -102,7 +102,7 @@ class Measuring:
         return dict(self._usage)
 
     def _evaluators(self, text: str, tokens: Tensor, fitness: Fitness) -> Evaluators:
-        """The evaluators for one text, `search` or `held out`; those for another are ended first."""
+        """The evaluators for one text, `search` or `held out`; those for the other text are stopped first."""
         if self._running is None or self._running[0] != text:
             self.close()
             config = self._config
@@ -121,7 +121,7 @@ class Measuring:
         return self._running[1]
 
     def _key(self, tokens: Tensor) -> dict[str, object]:
-        """Everything that the errors of the units depend on, besides the levels that they are kept beside."""
+        """Everything that the errors of the units depend on, besides the level database in which they are saved."""
         return {
             "errors": self._config.errors,
             "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self.units],
@@ -132,7 +132,7 @@ class Measuring:
 
 
 def _whole(tokens: Tensor) -> Sample:
-    """All of tokens (N, T)."""
+    """The sample of all tokens (N, T)."""
     return Sample(tuple((number, tokens.shape[1]) for number in range(len(tokens))))
 
 

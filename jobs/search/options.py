@@ -15,43 +15,43 @@ class SearchTokens:
     sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence", at_least=2)
     error_sequences: int = option(
-        8, "of the sequences, those on which errors=kl and kl_scaled measure layers alone", at_least=1
+        8, "how many of the sequences errors=kl and errors=kl_scaled are measured on", at_least=1
     )
-    seed: int = option(1, "which sequences of the source are drawn", at_least=0)
-    batch: int = option(1, "sequences that run through a block at once; more pay on a GPU", at_least=1)
+    seed: int = option(1, "seed for drawing sequences from the source", at_least=0)
+    batch: int = option(1, "sequences that run through a block at once; more are faster on a GPU", at_least=1)
 
 
 @dataclass
 class SearchConfig(LevelOptions):
-    """Spend a budget of bits over the layers: make the levels, choose among them, write the checkpoint; resumable."""
+    """Spread a budget of bits over the layers: build the levels, choose among them, write the checkpoint; resumable."""
 
     budget: list[float] = option(
-        [3.2], "average bits of a quantized weight, scales counted; a list gives a table of all allocators"
+        [3.2], "average bits per quantized weight, scales included; a list adds a table that compares allocators"
     )
-    allocator: dict[str, Any] = group("how the budget is spread")
+    allocator: dict[str, Any] = group("method that gives each layer a level within the budget")
     grouping: str = option(
         "serving",
-        "which layers get the same level: with serving those that servers fuse (q/k/v, gate/up, experts)",
+        "layers that share a level: with serving those that servers fuse (q/k/v, gate/up, experts)",
         choices=("none", "serving"),
     )
-    keep: bool = option(False, "layers may also stay as they are, at the bits of the checkpoint")
-    drop: list[str] = option([], "parts of a block that may be left out: attention, mlp, block")
+    keep: bool = option(False, "layers may also stay uncompressed, at the bits of the checkpoint")
+    drop: list[str] = option([], "parts of a block that may be dropped: attention, mlp, block")
     errors: str = option(
         "kl_scaled",
-        "what allocators that add up errors go by: each layer's output error; the KL divergence of every level alone, "
-        "or that of one level of each layer, carried to the others by the output errors",
+        "errors whose sum allocators minimize: output error of each layer; KL divergence of each level alone; or KL "
+        "divergence of one level per layer, scaled to the other levels by the output errors",
         choices=("output", "kl", "kl_scaled"),
     )
-    fitness: dict[str, Any] = group("what a search compares candidates by")
+    fitness: dict[str, Any] = group("loss by which a search compares candidates")
     compare: list[str] = option(
-        [], "allocators in the table that a list of budgets gives, with their own defaults; [] is all that there are"
+        [], "allocators in the table for a list of budgets, with default hyper-parameters; [] is all of them"
     )
     levels: str | None = option(
         None,
-        "folder of a finished level database, whose levels count; null makes the one in runs/levels/NAME",
+        "folder of a finished level database, whose levels are used; null builds one in runs/levels/NAME",
         path="in",
     )
     output: str | None = option(None, "folder of the checkpoint; null is runs/models/NAME", path="out")
-    overwrite: bool = option(False, "throw away what output holds, if it is an earlier run's, and start again")
+    overwrite: bool = option(False, "discard the output of an earlier run and start again")
     search: SearchTokens = section(SearchTokens)
     evaluation: Evaluation = section(Evaluation)

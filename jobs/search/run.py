@@ -1,18 +1,18 @@
-"""`hasten search`: a checkpoint and a budget of bits in, the best mixture of levels of that size out."""
+"""`hasten search`: finds the best mixture of levels within a budget of bits and writes the checkpoint."""
 
 from pathlib import Path
 from time import perf_counter
 
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
-from hasten.jobs.common.cluster import joined
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.search.allocation import Answer, Search
+from hasten.jobs.common.schema import plain
+from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 
 
@@ -20,17 +20,17 @@ def run(config: SearchConfig) -> Path:
     """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
     started = perf_counter()
     search = Search(config)
-    with joined(config, config.workers * config.threads, search.reads, search.writes):
+    with cluster_session(config, config.workers * config.threads, search.reads, search.writes):
         search.check()
         run_dir = start(config)
         with tracked(config, "search", run_dir) as tracker:
             tracker.params(plain(config))
             search.prepare(tracker)
             search.allocate(tracker)
-            found = [search.answer(budget, tracker) for budget in config.budget]
+            answers = [search.write(budget, tracker) for budget in config.budget]
             comparison = search.compare(tracker)
             usage = search.close()
-            report = _report(config, found, comparison, usage, perf_counter() - started)
+            report = _report(config, answers, comparison, usage, perf_counter() - started)
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -38,15 +38,19 @@ def run(config: SearchConfig) -> Path:
 
 
 def _report(
-    config: SearchConfig, found: list[Answer], comparison: list[Record], usage: dict[str, float], seconds: float
+    config: SearchConfig,
+    answers: list[WrittenCheckpoint],
+    comparison: list[Record],
+    usage: dict[str, float],
+    seconds: float,
 ) -> Record:
-    first = found[0]
+    first = answers[0]
     return {
         "job": "search",
         "config": plain(config),
         "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
-        "layers": [row | {"budget": answer.budget} for answer in found for row in answer.layers],
-        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in found],
+        "layers": [row | {"budget": answer.budget} for answer in answers for row in answer.layers],
+        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in answers],
         "pareto": comparison,
         "output": str(first.output),
     }

@@ -1,4 +1,4 @@
-"""One search on the cluster: its steps tracked and drawn, and its states kept, so that a stopped run goes on."""
+"""Runs one search: tracks and draws its steps, and saves its states, so that a stopped run resumes."""
 
 import json
 import logging
@@ -19,22 +19,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedStates:
-    """States of one search beside the levels, a file a step: a search of more steps goes on from one of fewer.
+    """States of one search in the level database, a file per step: a search of more steps resumes one of fewer.
 
-    folder: of everything that the search depends on, so that runs with other outputs find it.
+    folder: named after all settings of the search except its output, so that runs with other outputs share it.
     """
 
     database: LevelDatabase
     folder: Path
 
     def latest(self, steps: int) -> State | None:
-        """That of the last step that was finished, of so many steps; None where none was."""
+        """State of the last finished step, at most `steps`; None if there is none."""
         paths = (self._path(step) for step in range(steps, -1, -1))
         saved = next((path for path in paths if path.exists()), None)
         return State.from_json(json.loads(saved.read_text())) if saved else None
 
     def save(self, state: State) -> None:
-        """Write a state, whole or not at all."""
+        """Save a state; the file is replaced atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.database.write_json(self._path(state.step), state.to_json())
 
@@ -44,10 +44,10 @@ class SavedStates:
 
 @dataclass
 class SearchRun:
-    """One searcher with one budget. name: the searcher's. budget: bits per weight. draw: the heat map of a genome.
+    """One searcher with one budget. name: the searcher's. budget: bits per weight. draw: draws a genome's heat map.
 
-    evaluated, seconds: candidates compared by the steps of this run, and what they took; not by the first candidates,
-    which wait until the evaluators have loaded the model.
+    evaluated, seconds: candidates of this run's steps and their time, without the first candidates, which wait until
+    the evaluators have loaded the model.
     """
 
     name: str
@@ -62,7 +62,7 @@ class SearchRun:
     seconds: float = field(default=0.0, init=False)
 
     def answer(self) -> State:
-        """The answer of the search, which goes on where an earlier run was stopped."""
+        """Run the search, or resume a stopped one; returns its final state."""
         searcher, state = self.searcher, self.saved.latest(self.searcher.steps)
         title = f"{self.name} at {self.budget:g} bits"
         with Progress(title, searcher.steps, searcher.step_name) as progress:
@@ -94,7 +94,7 @@ class SearchRun:
             "changed": stats.changed,
         }
         self.tracker.metrics({f"{key}/{self.budget:g}": value for key, value in values.items()}, state.step)
-        # A step that changed nothing has the map of the one before.
+        # The map of a step without changes equals the previous one.
         if stats.changed or not state.step:
             unit = self.searcher.step_name
             name = f"{self.name}_{self.budget:g}_{unit}_{state.step:04d}.png"

@@ -17,9 +17,9 @@ from hasten.jobs.cli.methods import method_names
 
 @dataclass(frozen=True)
 class Dimension:
-    """One option with several values. values: texts in order, None for an interval; low to high otherwise.
+    """One option with several values. values: texts in order; None for an interval from low to high.
 
-    is_integer, is_log: what an interval's numbers are; step: of a range, None where any number goes.
+    is_integer, is_log: kind of an interval's numbers. step: of a range; None if any number is allowed.
     """
 
     key: str
@@ -44,33 +44,33 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Words:
-    """A sweep's words: those that have one value, as they were written, and those that have several."""
+    """A sweep's words. fixed: those with one value, as written. dimensions: those with several values."""
 
     fixed: tuple[str, ...]
     dimensions: tuple[Dimension, ...]
 
     @property
     def is_discrete(self) -> bool:
-        """Whether all points can be counted."""
+        """Whether the number of points is finite."""
         return all(dimension.values is not None for dimension in self.dimensions)
 
 
 def read(words: Sequence[str], groups: Sequence[str]) -> Words:
-    """The words of a sweep; a word that has one value need not be Hydra's grammar. groups: options with a folder.
+    """Parse the words of a sweep; a word with one value need not follow Hydra's grammar. groups: options with methods.
 
-    Quotes keep a text with commas together and are no part of it.
+    Quotes keep a text with commas together and are removed.
     """
     fixed: list[str] = []
     dimensions: dict[str, Dimension] = {}
     for word in words:
         key = word.partition("=")[0]
-        found = _dimension(word, groups)
+        dimension = _dimension(word, groups)
         fixed = [other for other in fixed if other.partition("=")[0] != key]
         dimensions.pop(key, None)
-        if found is None:
+        if dimension is None:
             fixed.append(_without_quotes(word))
         else:
-            dimensions[key] = found
+            dimensions[key] = dimension
     return Words(tuple(fixed), tuple(dimensions.values()))
 
 
@@ -91,7 +91,7 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
     except HydraException as error:
         if re.match(r"\s*(choice|range|interval|glob|tag|sort|shuffle)\s*\(", text):
             raise UserError(f"{word} is no list of values: {' '.join(str(error).split())}") from None
-        return None  # text as it is written
+        return None  # a plain text
     if not override.is_sweep_override():
         return None
     value: object = override._value
@@ -111,10 +111,10 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
         numbers: list[Any] = []
         if value.step:  # int() may have made it 0
             numbers = list(override.sweep_iterator(transformer=lambda item: item))
-        # Sums of floats may end just below the bound, which is not to be among them.
+        # A sum of floats may end just below the bound, which does not belong to the range.
         numbers = [number for number in numbers if (float(as_text(number)) - end) * value.step < 0]
         if not numbers:
-            raise UserError(f"{word} is empty: expected range(FIRST,BEHIND_LAST[,STEP])")
+            raise UserError(f"{word} is empty: expected range(START,STOP[,STEP]), without STOP")
         texts = tuple(as_text(number) for number in numbers)
         is_integer = all(isinstance(number, int) for number in numbers)
         low, high = (float(as_text(bound(numbers))) for bound in (min, max))
@@ -122,7 +122,7 @@ def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
     assert isinstance(value, ChoiceSweep)
     if any(isinstance(item, RangeSweep | IntervalSweep | ChoiceSweep | Glob) for item in value.list):
         raise UserError(f"{word} mixes a list with ranges: expected one of the two, or every value by itself")
-    # `sort` and `shuffle` have been applied by the parser's iterator.
+    # The parser's iterator has applied `sort` and `shuffle`.
     texts = tuple(as_text(item) for item in override.sweep_iterator(transformer=lambda item: item))
     return Dimension(key, texts)
 
@@ -132,14 +132,14 @@ def _globbed(word: str, key: str, pattern: Glob, groups: Sequence[str]) -> tuple
         raise UserError(
             f"{word}: {key} is not chosen from a folder; glob is for {', '.join(groups) or 'no option here'}"
         )
-    found = tuple(pattern.filter(method_names(key)))
-    if not found:
+    names = tuple(pattern.filter(method_names(key)))
+    if not names:
         raise UserError(f"{word} matches none of {', '.join(method_names(key))}")
-    return found
+    return names
 
 
 def as_text(value: object) -> str:
-    """A value as an option's text; of a float the digits that are exact."""
+    """A value as an option's text; floats with the 15 digits that are exact."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -148,11 +148,11 @@ def as_text(value: object) -> str:
         return f"[{','.join(_item(item) for item in value)}]"
     if isinstance(value, float):
         return str(float(f"{value:.15g}"))
-    # A quoted text carries its quotes beside it.
+    # A quoted text is an object with the attribute `text`.
     return str(getattr(value, "text", value))
 
 
 def _item(value: object) -> str:
-    """A value inside a list: there a text keeps its quotes."""
+    """A value inside a list, where a quoted text keeps its quotes."""
     text = getattr(value, "text", None)
     return as_text(value) if text is None else json.dumps(text)

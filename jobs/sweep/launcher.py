@@ -1,6 +1,6 @@
-"""Hydra's launcher of ours: the points of a sweep as Ray tasks, which come back one by one and are retried.
+"""A Hydra launcher that runs the points of a sweep as Ray tasks, reports each as it ends, and retries lost ones.
 
-hydra-ray-launcher returns everything only at the end, retries nothing and caps the object store.
+hydra-ray-launcher returns all results only at the end, retries nothing and caps the object store.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="hasten_ray", node=Ray
 class RayLauncher(Launcher):
     """Runs points inside a Ray session. The task function of `setup` makes a point's `Work` from its overrides.
 
-    `launch` runs a batch, as Hydra's sweepers ask for; `stream` what a source hands out while others end.
+    `launch` runs a batch, for Hydra's sweepers; `stream` runs points that a source hands out while others end.
     """
 
     def __init__(self, retries: int = 3, at_once: int | None = None) -> None:
@@ -36,11 +36,11 @@ class RayLauncher(Launcher):
         self._work: Callable[[Sequence[str]], Work] | None = None
 
     def setup(self, *, hydra_context: object, task_function: Callable[[Sequence[str]], Work], config: object) -> None:
-        """Take the function that makes a point's work; its options are checked by it, and not by Hydra's context."""
+        """Set the function that makes a point's work and checks its options; Hydra's context is not used."""
         self._work = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all points of a batch; how each ended (an `Ending` each), in the order of the batch."""
+        """Run all points of a batch; returns their results, with an `Ending` as value, in the order of the batch."""
         assert self._work is not None, "setup comes first"
         batch = _Batch([self._work(overrides) for overrides in job_overrides])
         self.stream(batch)
@@ -57,21 +57,21 @@ class RayLauncher(Launcher):
 
 
 class _Batch:
-    """Points that are all known beforehand."""
+    """Source of points that are all known in advance."""
 
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
         self.endings: dict[str, Ending] = {}
-        self._given = 0
+        self._handed_out = 0
 
     def next(self) -> Work | None:
         if not self.left():
             return None
-        self._given += 1
-        return self.works[self._given - 1]
+        self._handed_out += 1
+        return self.works[self._handed_out - 1]
 
     def left(self) -> int:
-        return len(self.works) - self._given
+        return len(self.works) - self._handed_out
 
     def started(self, work: Work) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What a sweep goes by: metrics of its points' reports, and whether less or more of each is better."""
+"""Objectives of a sweep: metrics of its points' reports, each with a direction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ DIRECTIONS = ("minimize", "maximize")
 
 @dataclass(frozen=True)
 class Objectives:
-    """metrics: what is optimised, with a direction each; shown: metrics for tables, those first."""
+    """metrics: optimized metrics. directions: of each, minimize or maximize. shown: metrics in tables, these first."""
 
     metrics: tuple[str, ...]
     directions: tuple[str, ...]
     shown: tuple[str, ...]
 
     def values(self, metrics: Mapping[str, Any]) -> list[float]:
-        """The metrics of a finished point; UserError where it has not got one of them."""
+        """Values of the optimized metrics in a finished point's report; UserError if one is missing."""
         missing = [name for name in self.metrics if not isinstance(metrics.get(name), int | float)]
         if missing:
             known = sorted(name for name, value in metrics.items() if isinstance(value, int | float))
@@ -32,17 +32,17 @@ class Objectives:
 
     @property
     def plain(self) -> list[dict[str, str]]:
-        """For the sweep's report."""
+        """Metrics and directions as JSON values, for the sweep's report."""
         pairs = zip(self.metrics, self.directions, strict=True)
         return [{"metric": metric, "direction": direction} for metric, direction in pairs]
 
 
 def objectives(job: Job, settings: SweepConfig, searches: bool) -> Objectives:
-    """What the sweep's options name, or what is usual for the job; searches: Optuna needs something to go by."""
+    """Objectives from the sweep's options, else the job's; searches: Optuna chooses points and needs a metric."""
     usual = job.objectives
     metrics = tuple(settings.metrics) or usual[:1]
     if searches and not metrics:
-        raise UserError(f"sweep.metrics is needed: which metric of {job.name}'s report.json is to be optimised")
+        raise UserError(f"sweep.metrics is needed: name a metric of {job.name}'s report.json to optimize")
     directions = tuple(settings.directions) or tuple(_usual_direction(metric) for metric in metrics)
     if len(directions) != len(metrics):
         raise UserError(
@@ -55,15 +55,17 @@ def objectives(job: Job, settings: SweepConfig, searches: bool) -> Objectives:
 
 
 def _usual_direction(metric: str) -> str:
-    """As the descriptors say it, of TASK.METRIC by its last part; of a metric that none of them lists: minimize."""
+    """Direction in the jobs' descriptors, for TASK.METRIC by its last part; minimize for a metric not listed there."""
     known = known_metrics().get(metric.rpartition(".")[2])
     return "minimize" if known is None or known.better is None else known.better
 
 
 def sampler(settings: SweepConfig, is_discrete: bool) -> str:
-    """The sampler that `auto` stands for, or the one that is named; UserError where a grid has no end."""
+    """The sampler of the options, with `auto` resolved; UserError for a grid of infinitely many points."""
     if settings.sampler == "grid" and not is_discrete:
-        raise UserError("sweep.sampler=grid needs a list of values for every option: an interval has no end of points")
+        raise UserError(
+            "sweep.sampler=grid needs a list of values for every option: an interval has infinitely many points"
+        )
     if settings.sampler != "auto":
         return settings.sampler
     if is_discrete:

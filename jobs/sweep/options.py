@@ -13,19 +13,19 @@ class SweepConfig:
 
     sampler: str = option(
         "auto",
-        "how points are chosen: grid takes all, the others are Optuna's; auto is grid where every option has a list, "
-        "else tpe, or nsgaii for several metrics",
+        "how points are chosen: grid runs all, the others are Optuna's samplers; auto is grid if every option has a "
+        "list of values, else tpe, or nsgaii for several metrics",
         choices=("auto", "grid", "tpe", "nsgaii", "random"),
     )
     trials: int = option(20, "points that Optuna chooses", at_least=1)
-    metrics: list[str] = option([], "metrics that Optuna optimises and tables show first, names as in report.json")
-    directions: list[str] = option([], "minimize or maximize, for each of metrics; [] is what is usual for each")
-    at_once: int | None = option(None, "points that run at the same time at most; null is as many as fit", at_least=1)
-    retries: int = option(3, "times that a point starts again after its process or node died", at_least=0)
+    metrics: list[str] = option([], "metrics that Optuna optimizes and tables show first, named as in report.json")
+    directions: list[str] = option([], "minimize or maximize, for each of metrics; [] is the usual direction of each")
+    at_once: int | None = option(None, "maximum points that run at the same time; null is as many as fit", at_least=1)
+    retries: int = option(3, "restarts of a point after its process or node died", at_least=0)
     seed: int = option(0, "seed of Optuna's sampler", at_least=0)
-    address: str | None = option(None, f"{ADDRESS}; for all points, whose own addresses do not count")
+    address: str | None = option(None, f"{ADDRESS}; it holds for all points")
     cpus: int | None = option(
         None,
-        "CPUs that a Ray started for the sweep offers, more or fewer than there are; null is what the machine has",
+        "CPUs of the Ray cluster that the sweep starts, which need not be the machine's; null is the machine's",
         at_least=1,
     )

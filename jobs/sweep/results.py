@@ -1,4 +1,4 @@
-"""What became of each point of a sweep: rows of report.json, lines as they come, and the tables at the end."""
+"""Results of a sweep's points: rows of report.json, log lines, and the tables at the end."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ _CELL_CHARACTERS = 40
 
 @dataclass
 class Row:
-    """One point: waiting, running, finished, failed or stopped."""
+    """Result of one point. status: waiting, running, finished, failed or stopped."""
 
     point: Point
     status: str = "waiting"
@@ -24,7 +24,7 @@ class Row:
     repeated: bool = False
 
     def plain(self, folder: Path) -> Record:
-        """For report.json; folder: of the sweep."""
+        """The row as JSON values, for report.json; folder: the sweep's."""
         return {
             "name": self.point.name,
             "folder": str(self.point.folder.relative_to(folder)),
@@ -37,7 +37,7 @@ class Row:
         }
 
     def line(self, shown: Iterable[str]) -> str:
-        """Values and figures in one line."""
+        """Values and metrics in one line."""
         values = " ".join(f"{key}={text}" for key, text in self.point.values.items())
         if self.error:
             return f"{values}: {self.status}: {self.error['type']}: {self.error['message']}"
@@ -46,22 +46,22 @@ class Row:
 
 
 def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:
-    """Lines of a table of the finished points, the best first by the first metric that is shown."""
+    """Lines of a table of the finished points, sorted by the first shown metric, the best first."""
     done = [row for row in rows if row.status == "finished"]
     if not done:
         return []
-    there = [name for name in shown if any(row.metrics.get(name) is not None for row in done)]
-    if there:
-        known = [row for row in done if row.metrics.get(there[0]) is not None]
-        unknown = [row for row in done if row.metrics.get(there[0]) is None]
-        known.sort(key=lambda row: float(row.metrics[there[0]]), reverse=not ascending)
+    present = [name for name in shown if any(row.metrics.get(name) is not None for row in done)]
+    if present:
+        known = [row for row in done if row.metrics.get(present[0]) is not None]
+        unknown = [row for row in done if row.metrics.get(present[0]) is None]
+        known.sort(key=lambda row: float(row.metrics[present[0]]), reverse=not ascending)
         done = known + unknown
     keys = list(done[0].point.values)
-    head = [*keys, *there, "seconds"]
+    head = [*keys, *present, "seconds"]
     cells = [
         [
             *(row.point.values.get(key, "")[:_CELL_CHARACTERS] for key in keys),
-            *(_cell(row.metrics.get(name)) for name in there),
+            *(_cell(row.metrics.get(name)) for name in present),
             f"{row.seconds or 0:.1f}",
         ]
         for row in done
@@ -71,7 +71,7 @@ def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[st
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Lines that say of each failed point what went wrong and where it is written."""
+    """A line for each failed point with its error and the file of its output."""
     return [
         f"  {row.point.name}: {row.error['type']}: {row.error['message']} ({row.point.folder}/output.txt)"
         for row in rows
@@ -88,7 +88,7 @@ def _cell(value: object) -> str:
 
 
 def _value(text: str) -> int | float | str:
-    """Number of a text that is one, else the text."""
+    """The text as a number if it is one, else the text."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`hasten JOB --multirun`: all points of a sweep, results as they come, and what is needed to go on after any end."""
+"""`hasten JOB --multirun`: runs all points of a sweep, reports results as they come, and resumes a stopped sweep."""
 
 import hashlib
 import json
@@ -42,55 +42,55 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 STATE = "sweep.json"
-# A report of a sweep that is going on is not written more often.
+# Minimum interval between two reports of a running sweep.
 _REPORT_SECONDS = 5.0
 
 
 def run(job: Job, words: Sequence[str]) -> tuple[Path, int]:
-    """Run a sweep: path of its report, and an exit code, 1 where a point failed and 130 where it was interrupted.
+    """Run a sweep; returns the path of its report and the exit code: 1 if a point failed, 130 if it was interrupted.
 
-    UserError for what is wrong with any point, before one starts.
+    UserError for a mistake in any point, before the first one starts.
     """
     return Sweep(job, words).run()
 
 
 def check(job: Job, words: Sequence[str]) -> None:
-    """UserError for what is wrong with any point of a sweep, as far as a machine outside of its cluster can tell."""
-    Sweep(job, words, looks=False).check()
+    """UserError for a mistake in any point of a sweep, as far as it can be found outside of the sweep's cluster."""
+    Sweep(job, words, query_stores=False).check()
 
 
 class Sweep:
-    """One sweep in its folder; the source that the launcher takes its points from.
+    """One sweep in its folder; the launcher takes its points from it.
 
-    looks: whether stores are asked about what points read by URI, which tells one version of it from another.
+    query_stores: whether fingerprints include the versions of inputs at URIs, which needs access to the stores.
     """
 
-    def __init__(self, job: Job, words: Sequence[str], looks: bool = True) -> None:
-        self._job, self._given = job, list(words)
+    def __init__(self, job: Job, words: Sequence[str], query_stores: bool = True) -> None:
+        self._job, self._sweep_words = job, list(words)
         self._settings, words = split_off(SweepConfig, PREFIX, words)
         self._words = read(words, [item.key for item in options(job.options) if item.group])
         for dimension in self._words.dimensions:
             if dimension.key in ("run_dir", "address") or dimension.key.startswith("tracking."):
-                raise UserError(f"{dimension.key} is the whole sweep's: give it one value")
+                raise UserError(f"{dimension.key} applies to the whole sweep: give it one value")
         if "://" in (_value(self._words, "run_dir") or ""):
-            raise UserError("run_dir of a sweep must be a folder; what points make may go to output=URI/{point}")
+            raise UserError("run_dir of a sweep must be a folder; outputs of points may go to output=URI/{point}")
         self.folder = Path(_value(self._words, "run_dir") or _default_folder(job.title, words)).expanduser().absolute()
         self._sampler = sampler(self._settings, self._words.is_discrete)
         self._objectives = objectives(job, self._settings, self._sampler != "grid")
         fixed = [word for word in self._words.fixed if word.partition("=")[0] not in ("run_dir", "address")]
-        self._points = Points(job, fixed, self.folder, looks)
+        self._points = Points(job, fixed, self.folder, query_stores)
         self._rows: dict[str, Row] = {}
         self._waiting: list[Point] = []
-        # All points of a grid; else one for every value and bound.
+        # Points to check: all of a grid, else one for every value and bound of an option.
         self._examples: list[Point] = []
         self._trials: dict[str, list[int]] = {}
         self._study: Study | None = None
         self._launcher = RayLauncher(self._settings.retries, self._settings.at_once)
         self._interrupted = False
-        self._begun = self._reported = 0.0
+        self._started_at = self._reported_at = 0.0
 
     def run(self) -> tuple[Path, int]:
-        """Path of the sweep's report, and the exit code."""
+        """Run the sweep; returns the path of its report and the exit code."""
         self.check()
         self._points.check_inputs(self._examples)
         example = max(self._examples, key=lambda point: sum(bundle.get("CPU", 0) for bundle in self._needs(point)))
@@ -99,7 +99,7 @@ class Sweep:
         cpus = self._settings.cpus or int(sum(bundle.get("CPU", 0) for bundle in work.needs))
         with session(address, cpus, exactly=self._settings.cpus is not None):
             self._check_cluster()
-            with self._alone():
+            with self._locked():
                 log_to_folder(self.folder)
                 key = self._state()["key"]
                 self._open_study()
@@ -115,18 +115,18 @@ class Sweep:
                             work, [self._job.module, "hasten.jobs.common.run", "hasten.cluster.tracking.tracker"]
                         )
                         _LOG.info("%d point%s at once", count, "s" * (count != 1))
-                    self._begun = perf_counter()
+                    self._started_at = perf_counter()
                     with self._interruptible():
                         self._launcher.stream(self)
                     path = self._write_report()
                     failed = any(row.status == "failed" for row in self._rows.values())
-                    status = "KILLED" if self._is_cut else "FAILED" if failed else "FINISHED"
+                    status = "KILLED" if self._is_incomplete else "FAILED" if failed else "FINISHED"
                     self._tracker.finish(status, self._metrics(), [path, self.folder / "hasten.log"])
         self._print()
-        return path, 130 if self._is_cut else 1 if failed else 0
+        return path, 130 if self._is_incomplete else 1 if failed else 0
 
     def next(self) -> Work | None:
-        """The next point's work; None where there is none now."""
+        """Work of the next point; None if there is none."""
         while True:
             point = self._next_point()
             if point is None:
@@ -134,20 +134,20 @@ class Sweep:
             row = self._rows.setdefault(point.name, Row(point))
             if row.status in ("waiting", "stopped"):
                 return self._points.work(point)
-            if row.status != "running":  # Optuna asked for the same once more
+            if row.status != "running":  # Optuna chose a finished point again
                 self._tell(row)
 
     def left(self) -> int:
-        """How many points it may still give."""
+        """Maximum number of points still to come."""
         return len(self._waiting) if self._study is None else int(self._study.left)
 
     def started(self, work: Work) -> None:
-        """A point was handed to the cluster."""
+        """Note that a point was handed to the cluster."""
         self._rows[work.name].status = "running"
         self._tracker.begin(work.name, work.folder)
 
     def ended(self, work: Work, ending: Ending) -> None:
-        """A point has come to its end: show it, track it, tell Optuna."""
+        """Show and track the end of a point, and tell Optuna."""
         row = self._rows[work.name]
         row.status, row.seconds, row.error, row.repeated = (
             ending.status,
@@ -163,26 +163,26 @@ class Sweep:
         done = [other for other in self._rows.values() if other.status in ("finished", "failed")]
         _LOG.info("%d of %d: %s", len(done), self._total(), row.line(self._objectives.shown))
         self._progress.update(len(done))
-        if perf_counter() - self._reported > _REPORT_SECONDS:
+        if perf_counter() - self._reported_at > _REPORT_SECONDS:
             self._write_report()
 
     def waiting(self) -> None:
-        """Points run: write to MLflow what they have told."""
+        """Called while points run: write their new events to MLflow."""
         self._tracker.poll()
 
     @property
-    def _is_cut(self) -> bool:
-        """Whether it was interrupted before its last point."""
+    def _is_incomplete(self) -> bool:
+        """Whether the sweep was interrupted before its last point."""
         if not self._interrupted:
             return False
-        left = bool(self._waiting) or (self._study is not None and self._study.left > 0)
-        return left or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
+        has_more = bool(self._waiting) or (self._study is not None and self._study.left > 0)
+        return has_more or any(row.status in ("stopped", "waiting", "running") for row in self._rows.values())
 
     def _total(self) -> int:
         return self._settings.trials if self._sampler != "grid" else len(self._rows)
 
     def check(self) -> None:
-        """UserError for what is wrong with any point of the sweep. Writes nothing."""
+        """UserError for a mistake in any point of the sweep. Writes nothing."""
         if self._sampler == "grid":
             for values in grid(self._words.dimensions):
                 point = self._points.make(values)
@@ -201,7 +201,7 @@ class Sweep:
                 self._examples.append(self._points.make({**first, dimension.key: text}))
 
     def _check_cluster(self) -> None:
-        """UserError where the cluster cannot hold a point, or one of its nodes does not see the points' files."""
+        """UserError if the cluster cannot run a point, or if one of its nodes does not see the points' files."""
         for needs in {str(needs): needs for needs in map(self._needs, self._examples)}.values():
             check_placement(needs, "a point of the sweep")
         files = [(self._points.reads(point), self._points.writes(point)) for point in self._examples]
@@ -212,15 +212,15 @@ class Sweep:
         return self._points.work(point).needs
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process at a time works at a sweep; UserError for the second."""
+    def _locked(self) -> Iterator[None]:
+        """Context with the sweep's lock; UserError if another process runs the sweep."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / ".lock", timeout=1)
             lock.acquire()
         except Timeout:
             raise UserError(
-                f"another process runs the sweep in {self.folder}: wait for it, or take run_dir=…"
+                f"another process runs the sweep in {self.folder}: wait for it, or give another run_dir"
             ) from None
         except OSError as error:
             raise UserError(f"run_dir={self.folder} cannot be written: {error.strerror}") from error
@@ -230,15 +230,15 @@ class Sweep:
             lock.release()
 
     def _state(self) -> Record:
-        """What sweep.json holds: the sweep's key, made once, and its words; UserError for another job's folder."""
+        """Write and return sweep.json: the sweep's words and its lasting key. UserError for another job's folder."""
         path = self.folder / STATE
-        what = self._job.title
-        state: Record = {"job": what, "key": uuid.uuid4().hex, "words": self._given}
+        title = self._job.title
+        state: Record = {"job": title, "key": uuid.uuid4().hex, "words": self._sweep_words}
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-                if before["job"] != what:
-                    raise UserError(f"run_dir={self.folder} holds a sweep of {before['job']}: take another")
+                if before["job"] != title:
+                    raise UserError(f"run_dir={self.folder} holds a sweep of {before['job']}: give another run_dir")
                 state["key"] = before["key"]
             except (ValueError, KeyError):
                 raise UserError(f"{path} is damaged: remove it; finished points are kept") from None
@@ -249,7 +249,7 @@ class Sweep:
 
     def _open_study(self) -> None:
         if self._sampler != "grid":
-            # Optuna takes a second to import, and a grid needs none of it.
+            # A grid does not need Optuna, whose import takes a second.
             from hasten.jobs.sweep.study import Study
 
             settings = self._settings
@@ -267,15 +267,15 @@ class Sweep:
         return SweepTracker(tracking.uri, tracking.experiment, name, key, self.folder)
 
     def _skip_finished(self) -> None:
-        """Points that an earlier run of this sweep finished are not run again."""
-        left = []
+        """Take points that an earlier run of this sweep finished out of the queue."""
+        unfinished = []
         for point in self._waiting:
             if self._has_finished(self._rows[point.name]):
                 self._track_end(self._rows[point.name])
             else:
-                left.append(point)
-        self._waiting = left
-        done = len(self._rows) - len(left)
+                unfinished.append(point)
+        self._waiting = unfinished
+        done = len(self._rows) - len(unfinished)
         if done:
             _LOG.info("%d of %d points are finished already in %s", done, self._total(), self.folder)
         self._progress.begin(done)
@@ -291,10 +291,10 @@ class Sweep:
     def _next_point(self) -> Point | None:
         if self._study is None:
             return self._waiting.pop(0) if self._waiting else None
-        asked = self._study.ask()
-        if asked is None:
+        trial = self._study.ask()
+        if trial is None:
             return None
-        number, values = asked
+        number, values = trial
         point = self._points.make(values)
         self._trials.setdefault(point.name, []).append(number)
         row = self._rows.setdefault(point.name, Row(point))
@@ -303,7 +303,7 @@ class Sweep:
         return point
 
     def _tell(self, row: Row) -> None:
-        """Give Optuna the figures of a point; one without them has failed."""
+        """Tell Optuna the metrics of a point; a point without them counts as failed."""
         if self._study is None:
             return
         for number in self._trials.pop(row.point.name, ()):
@@ -321,24 +321,24 @@ class Sweep:
         self._tracker.end(row.point.name, row.point.folder, status, error)
 
     def _metrics(self) -> dict[str, float]:
-        """Figures of the sweep itself; seconds: from the first point's start."""
+        """Metrics of the sweep itself; seconds: since the start of the first point."""
         counts = [row.status for row in self._rows.values()]
         return {
             "points": len(counts),
             "finished": counts.count("finished"),
             "failed": counts.count("failed"),
             "repeated": sum(row.repeated for row in self._rows.values()),
-            "seconds": perf_counter() - self._begun,
+            "seconds": perf_counter() - self._started_at,
         }
 
     def _write_report(self) -> Path:
-        self._reported = perf_counter()
+        self._reported_at = perf_counter()
         return write_report(
             self.folder,
             {
                 "job": "sweep",
                 "sweep_of": self._job.title,
-                "config": {"words": self._given, "sweep": vars(self._settings), "sampler": self._sampler},
+                "config": {"words": self._sweep_words, "sweep": vars(self._settings), "sampler": self._sampler},
                 "varied": [dimension.key for dimension in self._words.dimensions],
                 "objectives": self._objectives.plain,
                 "metrics": self._metrics(),
@@ -350,7 +350,7 @@ class Sweep:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C once: no new points; twice, or SIGTERM: none at all. Either way the same command goes on later."""
+        """Context in which Ctrl-C once lets running points finish, and twice, or SIGTERM, stops them, to be resumed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -362,7 +362,7 @@ class Sweep:
             pool.draining = self._interrupted = True
             running = sum(row.status == "running" for row in self._rows.values())
             if pool.stopping:
-                _LOG.warning("stopping; the same command goes on from here")
+                _LOG.warning("stopping; the same command resumes the sweep")
             else:
                 _LOG.warning("interrupted: waiting for %d running points; interrupt once more to stop them", running)
 
@@ -385,11 +385,11 @@ class Sweep:
 
 
 def _value(words: Words, key: str) -> str | None:
-    """What a word of the sweep says of an option."""
+    """Text of an option in the sweep's fixed words, None if it is not given."""
     return next((text for name, _, text in (word.partition("=") for word in words.fixed) if name == key), None)
 
 
 def _default_folder(title: str, words: Sequence[str]) -> Path:
-    """The same folder for the same words, so that the command typed again goes on."""
+    """Default folder, the same for the same words, so that the same command resumes the sweep."""
     mark = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
     return Path("runs", "sweeps", f"{title}-{mark}")

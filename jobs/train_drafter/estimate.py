@@ -1,4 +1,4 @@
-"""What `hasten train_drafter` will take."""
+"""Cost estimate of `hasten train_drafter`."""
 
 from hasten.accel.costs import training
 from hasten.accel.costs.estimate import Estimate
@@ -9,12 +9,12 @@ from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 
 def shapes(config: TrainDrafterConfig, gpus: int) -> Shapes:
-    """Those of the target."""
+    """Shapes of the target."""
     return shapes_of(model_of("target", config.target, config.dtype, gpus))
 
 
 def estimate(config: TrainDrafterConfig, setting: Setting) -> Estimate:
-    """Both models over the texts, and the training of the head."""
+    """Cost of running both models on the texts and of training the head."""
     text, head = config.text, chosen_head(config)
     name = config.draft if head.needs_draft_model else config.target
     draft = model_of("draft", name, config.dtype, setting.gpus)

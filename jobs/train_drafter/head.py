@@ -1,4 +1,4 @@
-"""The head that the options of `hasten train_drafter` ask for."""
+"""The head that the options of `hasten train_drafter` choose."""
 
 from collections.abc import Sized
 from dataclasses import fields, replace
@@ -10,12 +10,12 @@ from hasten.accel.training.heads.base import Head
 from hasten.jobs.cli.methods import build
 from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
-# Options that override the hyper-parameter of the same name, from before heads could be chosen.
+# Options of the job that override the head's hyper-parameter of the same name; older than the option `head`.
 _OVERRIDES = ("blocks", "mixing", "reject_weight", "epochs", "lr", "batch")
 
 
 def chosen_head(config: TrainDrafterConfig) -> Head[Sized, nn.Module]:
-    """config.head with the hyper-parameters that other options override; UserError where it has none of that name."""
+    """config.head with hyper-parameters overridden by other options; UserError if the head lacks one of them."""
     head: Head[Sized, nn.Module] = build(config.head)
     if config.drafter not in (None, head.drafter):
         raise UserError(f"drafter={config.drafter} is wrong: expected {head.drafter}, which {_name(head)} is for")

@@ -14,7 +14,7 @@ class DrafterText:
     sequences: int = option(512, "sequences to train on", at_least=1)
     held_out: int = option(64, "sequences to measure on; of the library from its held-out files", at_least=1)
     sequence_length: int = option(256, "tokens in a sequence", at_least=2)
-    seed: int = option(0, "which sequences of the source are drawn", at_least=0)
+    seed: int = option(0, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(8, "sequences that run through the models at once", at_least=1)
 
 
@@ -22,10 +22,10 @@ class DrafterText:
 class TrainDrafterConfig(Run):
     """Train the head that a drafter needs, for one target and one draft model."""
 
-    target: str = option("embedded:target", f"model that is to be sped up: {MODEL}", path="in")
-    draft: str = option("embedded:draft", f"smaller model of the same tokenizer: {MODEL}", path="in")
-    head: dict[str, Any] = group("what is trained")
-    drafter: str | None = option(None, "drafter that the head is for, checked against head; null is any")
+    target: str = option("embedded:target", f"target model: {MODEL}", path="in")
+    draft: str = option("embedded:draft", f"draft model with the target's tokenizer: {MODEL}", path="in")
+    head: dict[str, Any] = group("head to train")
+    drafter: str | None = option(None, "drafter that the head must be for; null accepts any")
     blocks: int | None = option(None, "head.blocks, where the head has them; null is head's own", at_least=0)
     mixing: float | None = option(
         None, "head.mixing, where the head has it; null is head's own", at_least=0, at_most=0.99

@@ -1,4 +1,4 @@
-"""`hasten train_drafter`: train the head that a drafter needs, on texts that a target and a draft model read."""
+"""`hasten train_drafter`: trains the head that a drafter needs, on texts that target and draft model process."""
 
 from collections.abc import Sized
 from pathlib import Path
@@ -15,11 +15,11 @@ from hasten.accel.training.heads.base import Head, HeadModels
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.compose import plain
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import check_tokenizers, model_folder
 from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.head import chosen_head
 from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
@@ -28,9 +28,9 @@ _STEPS_BETWEEN_LOSSES = 10
 
 
 def run(config: TrainDrafterConfig) -> Path:
-    """Train for config.target and config.draft; returns the path of report.json.
+    """Train a head for config.target and config.draft; returns the path of report.json.
 
-    Raises UserError, with nothing written, for models, texts and outputs that do not fit.
+    Raises UserError, before anything is written, for models, texts and outputs that do not fit.
     """
     started = perf_counter()
     head = chosen_head(config)
@@ -79,7 +79,7 @@ def run(config: TrainDrafterConfig) -> Path:
 def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
     """Token ids (S, T) to train on and to measure on."""
     tokenizer = load_tokenizer(folders["target"])
-    # A model may have rows for ids that no tokenizer makes, and the other fewer of them.
+    # Models may have vocabulary rows beyond the tokenizer's ids, and different numbers of them.
     vocabulary = min(vocabulary_size(folder) for folder in folders.values())
     if text.source == LIBRARY:
         train, held_out = (
@@ -87,7 +87,7 @@ def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]
             for count, split in ((text.sequences, "train"), (text.held_out, "held_out"))
         )
         return train, held_out
-    # Only the library has a split of its own.
+    # Only the library has held-out files; of other texts the last sequences are held out.
     count = text.sequences + text.held_out
     tokens = load_tokens(text.source, tokenizer, count, text.sequence_length, "train", text.seed, vocabulary)
     return tokens[: text.sequences], tokens[text.sequences :]
@@ -95,7 +95,7 @@ def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]
 
 def _check_output(output: Path) -> None:
     if output.exists():
-        raise UserError(f"output={output} is there already: give the path of a new file")
+        raise UserError(f"output={output} exists already: give the path of a new file")
     if not output.absolute().parent.is_dir():
         raise UserError(f"output={output} cannot be made: {output.absolute().parent} is no folder")
 

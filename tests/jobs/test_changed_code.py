@@ -62,7 +62,7 @@ def append(path, line):
 
 
 @pytest.mark.slow
-def test_a_half_done_run_goes_on_with_another_quantizer_changed_and_not_with_its_own(checkout, source):
+def test_a_half_done_run_resumes_if_another_quantizer_changed_and_not_if_its_own_did(checkout, source):
     stopped = compress(checkout, source, "-c", STOPPED)
     assert stopped.returncode != 0
     assert Path("out").is_dir()

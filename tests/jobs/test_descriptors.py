@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import hasten.jobs
-from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.help import job_help, overview
 from hasten.jobs.cli.methods import CONF
 from hasten.jobs.cli.options import MULTIRUN, options, split_plan
-from hasten.jobs.common.schema import Run
+from hasten.jobs.common.schema import Run, plain
 from hasten.jobs.descriptors import registry
 from hasten.jobs.descriptors.descriptor import Job, load
 from hasten.jobs.descriptors.metrics import PEAK_RSS_BYTES, SECONDS
@@ -73,14 +73,14 @@ def test_its_examples_are_commands_that_compose(job, tmp_path, monkeypatch):
             assert type(compose(chosen.name, chosen.options, words)) is chosen.options
 
 
-def test_what_it_runs_needs_and_plans_can_be_called(any_job):
+def test_the_functions_that_a_descriptor_names_exist(any_job):
     paths = [any_job.needs, *([any_job.run] if any_job.run else []), *([any_job.estimate] if any_job.estimate else [])]
     for path in [*paths, *([any_job.shapes] if any_job.estimate else [])]:
         assert callable(load(path)), path
     assert any_job.run or any_job.variants
 
 
-def test_it_takes_something_of_a_cluster(any_job):
+def test_a_run_needs_resources_of_a_cluster(any_job):
     needs = any_job.needs_of(compose(any_job.name, any_job.options, []))
     assert needs.threads >= 1
     assert needs.cpus + sum(actor["CPU"] for actor in needs.actors) > 0

@@ -59,7 +59,7 @@ def test_both_start_the_same_job():
     hasten, *words = kuberay_words()
     assert hasten == "hasten"
     asked = submit._parser().parse_args(slurm_words()[2:])
-    sent = submit._words(jobs()[asked.job], asked.words, lambda text: f"{asked.workdir}/{text}")
+    sent = submit._remote_words(jobs()[asked.job], asked.words, lambda text: f"{asked.workdir}/{text}")
     assert sorted(sent) == sorted(words)
     assert compose("compress", jobs()["compress"].options, sent[1:]).bits == 3
 

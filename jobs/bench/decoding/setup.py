@@ -1,4 +1,4 @@
-"""What all measurements of `hasten bench decode` share: models, prompts, pass costs, and engines."""
+"""Shared by all measurements of `hasten bench decode`: models, prompts, pass costs, and engines."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ from hasten.jobs.common.tokenizer import load_tokenizer
 
 
 class Generator(Protocol):
-    """What is called of a transformers model."""
+    """The method of a transformers model that benchmarks call."""
 
     def generate(self, prompt: Tensor, **options: object) -> Tensor:
         """Prompt (1, T) and new tokens, (1, T + new)."""

@@ -1,1 +1,1 @@
-"""What benchmarks compute with torch, transformers or Ray: a benchmark imports its part when it runs."""
+"""Measurements of benchmarks that need torch, transformers or Ray; a benchmark imports them when it runs."""

@@ -73,8 +73,8 @@ def joint(logits: Tensor, prompt: Sequence[int], sampling: Sampling, length: int
     for done in range(length):
         rows = []
         for path in product(range(size), repeat=done):
-            seen = [*prompt, *path]
-            row = sampling.penalised(logits[seen[-2], seen[-1]], torch.tensor(seen))
+            tokens = [*prompt, *path]
+            row = sampling.penalised(logits[tokens[-2], tokens[-1]], torch.tensor(tokens))
             rows.append(sampling.probs(row).double())
         after = torch.stack(rows)
         probs = (probs[:, None] * after / after.sum(-1, keepdim=True)).flatten()

@@ -25,7 +25,7 @@ from hasten.jobs.search.options import SearchTokens
 
 
 class PeerResult(TypedDict):
-    """What the published search found and cost; levels: bits by layer name."""
+    """Result and cost of the published search; levels: bits by layer name."""
 
     cpu_seconds: float
     levels: dict[str, int]
@@ -33,7 +33,7 @@ class PeerResult(TypedDict):
 
 
 class PublishedSearch:
-    """The peer's search on the model, levels and tokens of ours.
+    """The peer's search on the model, levels and tokens of our search.
 
     model: as in `hasten search`. levels: finished level database with one quantized level for every number of bits.
     source, sequences: text that candidates are compared on. folder: for all files that are written.
@@ -64,8 +64,8 @@ class PublishedSearch:
 
     def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
-        asked = Evaluation(source=source, sequences=windows)
-        held_out = held_out_windows(asked, self._tokenizer, self._path)
+        evaluation = Evaluation(source=source, sequences=windows)
+        held_out = held_out_windows(evaluation, self._tokenizer, self._path)
         assert held_out is not None, "windows=0"
         tokens = held_out.tokens
         candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)

@@ -25,8 +25,8 @@ class Quality:
     def measure(self, folder: Path) -> dict[str, float | int | None]:
         """`perplexity` of all windows, and `kl_divergence` and `perplexity_original` of the first ones."""
         model, original = Architecture(Checkpoint(folder)), Architecture(Checkpoint(self.original))
-        first, rest = self.windows[: self.divergence], self.windows[self.divergence :]
-        sums = evaluate(model, first, original) + (evaluate(model, rest) if len(rest) else Sums())
+        first, remaining = self.windows[: self.divergence], self.windows[self.divergence :]
+        sums = evaluate(model, first, original) + (evaluate(model, remaining) if len(remaining) else Sums())
         return sums.metrics()
 
 

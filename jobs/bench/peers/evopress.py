@@ -63,10 +63,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     source = Path(options.checkout, "evo_quant_search.py").read_text(encoding="utf-8")
-    for published, here in _EDITS.items():
+    for published, ours in _EDITS.items():
         if published not in source:
             raise SystemExit(f"{options.checkout} is another version of EvoPress: no {published!r} in its search")
-        source = source.replace(published, here)
+        source = source.replace(published, ours)
 
     tokens = torch.from_numpy(np.load(options.tokens).astype(np.int64))
     begun: list[tuple[float, float]] = []

@@ -61,7 +61,7 @@ def watched(
     """
     merged = {**os.environ, **(environment or {})}
     before, started = _child_cpu_seconds(), time.perf_counter()
-    seen: dict[tuple[int, float], _Process] = {}
+    processes: dict[tuple[int, float], _Process] = {}
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             command,
@@ -73,12 +73,12 @@ def watched(
         )
         try:
             while _is_running(process, interval):
-                _poll(process.pid, seen)
+                _poll(process.pid, processes)
         finally:
             _terminate(process)
     seconds = time.perf_counter() - started
-    cpu = max(_child_cpu_seconds() - before, sum(known.cpu_seconds for known in seen.values()))
-    return Usage(process.returncode, seconds, cpu, _peaks(seen.values()))
+    cpu = max(_child_cpu_seconds() - before, sum(known.cpu_seconds for known in processes.values()))
+    return Usage(process.returncode, seconds, cpu, _peaks(processes.values()))
 
 
 def kind_of(words: Sequence[str]) -> str:
@@ -118,7 +118,7 @@ def _child_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _poll(root: int, seen: dict[tuple[int, float], _Process]) -> None:
+def _poll(root: int, processes: dict[tuple[int, float], _Process]) -> None:
     """Update `seen`, by process id and start time, from the tree below root."""
     try:
         parent = psutil.Process(root)
@@ -130,7 +130,7 @@ def _poll(root: int, seen: dict[tuple[int, float], _Process]) -> None:
             words = process.cmdline()
             memory, cpu = process.memory_info(), process.cpu_times()
             # Process ids are reused: id and start time identify a process.
-            known = seen.setdefault((process.pid, process.create_time()), _Process(_IDLE))
+            known = processes.setdefault((process.pid, process.create_time()), _Process(_IDLE))
             kind = _DRIVER if process.pid == root else kind_of(words)
             known.kind = known.kind if kind == _IDLE else kind
             known.rss_bytes = max(known.rss_bytes, memory.rss, _high_water(process.pid))

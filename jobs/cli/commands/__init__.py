@@ -1,1 +1,1 @@
-"""Commands beside the jobs, one per file: each has `main(words)`, and its first sentence stands in `hasten --help`."""
+"""Commands besides the jobs, one per file with a function `main(words)`; `hasten --help` shows its first sentence."""

@@ -1,4 +1,4 @@
-"""Arguments of the commands: argparse, whose refusals are one line like all others."""
+"""Argument parser of the commands: argparse, with errors of one line as everywhere in hasten."""
 
 import argparse
 from typing import NoReturn

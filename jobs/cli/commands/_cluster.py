@@ -1,4 +1,4 @@
-"""What the commands about jobs on a cluster share: their --address, and how a job's output is followed."""
+"""Shared by the commands about submitted jobs: the argument --address, and following a job's output."""
 
 import sys
 from datetime import datetime
@@ -12,21 +12,22 @@ if TYPE_CHECKING:
 ADDRESS = "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's"
 
 
-def parser(command: str, description: str) -> Parser:
-    """Parser that has --address."""
-    found = Parser(command, description)
-    found.add_argument("--address", metavar="URL", help=ADDRESS)
-    return found
+def cluster_parser(command: str, description: str) -> Parser:
+    """Argument parser of a command, with --address."""
+    parser = Parser(command, description)
+    parser.add_argument("--address", metavar="URL", help=ADDRESS)
+    return parser
 
 
 def follow(server: "JobServer", name: str) -> int:
-    """Print a job's output until it is over; exit code of the job, or 130 after Ctrl-C, which leaves it running."""
+    """Print a job's output until it ends; returns its exit code, or 130 after Ctrl-C, which leaves it running."""
     try:
         job = server.follow(name, _print)
     except KeyboardInterrupt:
         where = f"--address {server.url} {name}"
         print(
-            f"\n{name} goes on: hasten logs --follow {where} looks again, hasten stop {where} ends it", file=sys.stderr
+            f"\n{name} keeps running: hasten logs --follow {where} shows it, hasten stop {where} ends it",
+            file=sys.stderr,
         )
         return 130
     if job.status != "SUCCEEDED" and job.exit_code is None:
@@ -35,7 +36,7 @@ def follow(server: "JobServer", name: str) -> int:
 
 
 def ending(job: "Job") -> str:
-    """How a job stands, in one line."""
+    """Status of a job in words, one line."""
     if job.status == "FAILED":
         text = job.message.strip().splitlines() or [""]
         return f"failed with exit code {job.exit_code}" if job.exit_code is not None else f"failed: {text[-1][-300:]}"
@@ -44,7 +45,7 @@ def ending(job: "Job") -> str:
 
 
 def time_of(seconds: float | None) -> str:
-    """Local time of a moment, empty where it has not come."""
+    """Local time of a Unix timestamp, empty for None."""
     return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 

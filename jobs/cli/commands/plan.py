@@ -1,4 +1,4 @@
-"""Say what a job would hold, move, write and take, on this machine or on a cluster that is not there."""
+"""Estimate memory, traffic, files and time of a job, on this machine or on a described cluster."""
 
 from hasten.jobs.cli.commands._arguments import Parser
 from hasten.jobs.cli.options import options
@@ -9,7 +9,7 @@ _EXAMPLES = """examples:
   hasten plan compress model=/models/llama
   hasten plan compress model=/models/llama-405b workers=8 plan.nodes=8 plan.gpus=8 plan.gpu_memory=80GB plan.memory=1TB
 
-A model's folder needs nothing but config.json. plan=true among the words of a job does the same.
+The model's folder needs only a config.json. `hasten JOB … plan=true` does the same.
 """
 
 
@@ -20,7 +20,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("job", help=f"one of {', '.join(planned_jobs())}")
     parser.add_argument("words", nargs="*", metavar="key=value", help="options of the job, and of the plan")
     arguments = parser.parse_args(words)
-    # The help needs nothing of it.
+    # Imports torch, which --help must not wait for.
     from hasten.jobs.dry_run.run import plan_words
 
     print(f"report: {plan_words(arguments.job, arguments.words)}", flush=True)

@@ -1,7 +1,7 @@
 """Compare runs, or the points of a sweep: tables in the terminal, one HTML page and its charts.
 
-RUN and SWEEP are folders of runs and sweeps, or the report.json in them. The page needs nothing but itself; beside it
-lie the charts as PNG files. A sweep that has not ended is compared as far as it is.
+RUN and SWEEP are folders of runs and sweeps, or the report.json in them. The page is one self-contained file; the
+charts are also written beside it as PNG files. Of a sweep that still runs, the finished points are compared.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from hasten.jobs.cli.commands._arguments import Parser
 
 
 def main(words: list[str]) -> int:
-    """0 once the page is written; UserError where a folder is none of a run or sweep, or nothing has finished."""
+    """0 once the page is written; UserError if a folder is not that of a run or sweep, or if nothing has finished."""
     parser = Parser("report", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="folder, or the report.json in it")
     parser.add_argument(

@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from hasten.jobs.cli.commands._cluster import ending, parser, time_of
+from hasten.jobs.cli.commands._cluster import cluster_parser, ending, time_of
 
 if TYPE_CHECKING:
     from hasten.cluster.submission.job_server import Job
 
 
 def main(words: list[str]) -> int:
-    """0 once it is printed, however the jobs stand."""
-    found = parser("status", (__doc__ or "").strip())
-    found.add_argument("id", metavar="ID", nargs="?", help="the job; without it, all that hasten has submitted")
-    asked = found.parse_args(words)
+    """0 once the status is printed, whatever it is."""
+    parser = cluster_parser("status", (__doc__ or "").strip())
+    parser.add_argument("id", metavar="ID", nargs="?", help="the job; without it, all jobs that hasten submitted")
+    arguments = parser.parse_args(words)
     from hasten.cluster.submission.job_server import JobServer
 
-    server = JobServer(asked.address)
-    if asked.id is None:
+    server = JobServer(arguments.address)
+    if arguments.id is None:
         jobs = server.jobs()
         print(_table(jobs) if jobs else f"no jobs at {server.url}")
     else:
-        print(_one(server.job(asked.id)))
+        print(_one(server.job(arguments.id)))
     return 0
 
 

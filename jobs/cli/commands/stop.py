@@ -1,16 +1,16 @@
-"""Stop a submitted job; the same command submitted again goes on where it was."""
+"""Stop a submitted job; submitted again with the same words, it resumes."""
 
-from hasten.jobs.cli.commands._cluster import ending, parser
+from hasten.jobs.cli.commands._cluster import cluster_parser, ending
 
 
 def main(words: list[str]) -> int:
-    """0 once the job is over."""
-    found = parser("stop", (__doc__ or "").strip())
-    found.add_argument("id", metavar="ID", help="the job, as hasten status lists it")
-    asked = found.parse_args(words)
+    """0 once the job has ended."""
+    parser = cluster_parser("stop", (__doc__ or "").strip())
+    parser.add_argument("id", metavar="ID", help="the job, as hasten status lists it")
+    arguments = parser.parse_args(words)
     from hasten.cluster.submission.job_server import JobServer
 
-    server = JobServer(asked.address)
-    server.stop(asked.id)
-    print(f"{asked.id} {ending(server.job(asked.id))}")
+    server = JobServer(arguments.address)
+    server.stop(arguments.id)
+    print(f"{arguments.id} {ending(server.job(arguments.id))}")
     return 0

@@ -1,7 +1,7 @@
 """Run a job on a Ray cluster and follow its output.
 
 The words after JOB are those of `hasten JOB`. They are checked here, then sent with the code to the cluster,
-where the job runs in --workdir. The exit code is the job's, 130 where it was stopped. Ctrl-C leaves it running.
+where the job runs in --workdir. The exit code is the job's, 130 if it was stopped. Ctrl-C leaves the job running.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from hasten.accel.errors import UserError
-from hasten.jobs.cli.commands._cluster import follow, parser
+from hasten.jobs.cli.commands._cluster import cluster_parser, follow
 from hasten.jobs.cli.options import MULTIRUN, Option, nearest, options, split_plan
 from hasten.jobs.common.logs import log_to_terminal
 from hasten.jobs.common.records import Record
@@ -23,50 +23,52 @@ from hasten.jobs.dry_run.options import parse_words
 
 
 def main(words: list[str]) -> int:
-    """Exit code of the job; 0 with --no-wait, once the cluster has it."""
-    asked = _parser().parse_args(words)
-    job, job_words = _named(asked.job, asked.words)
-    workdir = _workdir(asked.workdir)
+    """Exit code of the job; with --no-wait 0 once the cluster has accepted it."""
+    arguments = _parser().parse_args(words)
+    job, job_words = _job_and_options(arguments.job, arguments.words)
+    workdir = _workdir(arguments.workdir)
     _check(job, job_words)
-    sent = _words(job, job_words, lambda text: str(Path(workdir, text)))
+    command = _remote_words(job, job_words, lambda text: str(Path(workdir, text)))
     from hasten.cluster.submission.code_package import source
     from hasten.cluster.submission.job_server import JobServer
 
-    env = source(asked.env)
-    runtime_env = _runtime_env(asked.runtime_env)
+    env = source(arguments.env)
+    runtime_env = _runtime_env(arguments.runtime_env)
     log_to_terminal()
-    server = JobServer(asked.address)
-    submitted = server.submit(sent, workdir, env, runtime_env, asked.name)
-    if asked.no_wait:
-        print(submitted)
+    server = JobServer(arguments.address)
+    job_id = server.submit(command, workdir, env, runtime_env, arguments.name)
+    if arguments.no_wait:
+        print(job_id)
         return 0
-    print(f"{submitted} is sent to {server.url}: hasten {shlex.join(sent)}", file=sys.stderr)
-    return follow(server, submitted)
+    print(f"{job_id} submitted to {server.url}: hasten {shlex.join(command)}", file=sys.stderr)
+    return follow(server, job_id)
 
 
 def _parser() -> argparse.ArgumentParser:
-    found = parser("submit", (__doc__ or "").strip())
-    found.add_argument("--no-wait", action="store_true", help="print the job's id and return")
-    found.add_argument(
+    parser = cluster_parser("submit", (__doc__ or "").strip())
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
+    parser.add_argument(
         "--workdir",
         metavar="PATH",
         help="folder on the cluster that relative paths start from; default: the current one",
     )
-    found.add_argument(
+    parser.add_argument(
         "--env",
         metavar="tree|installed|none|WHEEL",
         help="code that the job runs: this checkout's files, the installed packages, a wheel, or what the cluster has; "
         "default: what this command runs from",
     )
-    found.add_argument("--runtime-env", metavar="FILE", help="YAML file of Ray's runtime environment: env_vars, pip, …")
-    found.add_argument("--name", metavar="ID", help="the job's id, must be new; default: hasten-JOB-TIME")
-    found.add_argument("job", metavar="JOB", help=f"one of {', '.join(jobs())}")
-    found.add_argument("words", metavar="key=value", nargs=argparse.REMAINDER, help="options of the job; --multirun")
-    return found
+    parser.add_argument(
+        "--runtime-env", metavar="FILE", help="YAML file of Ray's runtime environment: env_vars, pip, …"
+    )
+    parser.add_argument("--name", metavar="ID", help="the job's id, must be new; default: hasten-JOB-TIME")
+    parser.add_argument("job", metavar="JOB", help=f"one of {', '.join(jobs())}")
+    parser.add_argument("words", metavar="key=value", nargs=argparse.REMAINDER, help="options of the job; --multirun")
+    return parser
 
 
-def _named(name: str, words: list[str]) -> tuple[Job, list[str]]:
-    """The job, or the variant that the first word names, and the words that are left."""
+def _job_and_options(name: str, words: list[str]) -> tuple[Job, list[str]]:
+    """The job, or its variant that the first word names, and the remaining words."""
     if name not in jobs():
         near = nearest(name, jobs())
         raise UserError(
@@ -81,34 +83,34 @@ def _named(name: str, words: list[str]) -> tuple[Job, list[str]]:
 
 
 def _check(job: Job, words: list[str]) -> None:
-    """UserError where the job itself would refuse its words."""
+    """UserError if the job itself would refuse its words."""
     from hasten.jobs.cli.compose import compose
 
-    own = {word.partition("=")[0] for word in _parser()._option_string_actions}
+    submit_options = {word.partition("=")[0] for word in _parser()._option_string_actions}
     for word in words:
-        if word.partition("=")[0] in own:
+        if word.partition("=")[0] in submit_options:
             raise UserError(f"{word} belongs to submit: it comes before {job.name}")
-    plans, words = split_plan(words)
+    is_plan, words = split_plan(words)
     if set(MULTIRUN) & set(words):
         from hasten.jobs.sweep.run import check
 
         check(job, [word for word in words if word not in MULTIRUN])
         return
-    if plans:
+    if is_plan:
         _, words = parse_words(words)
     compose(job.name, job.options, words)
 
 
-def _words(job: Job, words: list[str], absolute: Callable[[str], str]) -> list[str]:
-    """Words of `hasten` on the cluster: paths made absolute, and an address, so that the job joins what it runs on."""
+def _remote_words(job: Job, words: list[str], absolute: Callable[[str], str]) -> list[str]:
+    """Words of `hasten` on the cluster, with absolute paths and an address, so that the job joins that cluster."""
     known = {item.key: item for item in options(job.options)}
     is_sweep = bool(set(MULTIRUN) & set(words))
     sent = [_absolute(word, known, is_sweep, absolute) for word in words]
-    given = {word.partition("=")[0] for word in words}
+    keys = {word.partition("=")[0] for word in words}
     if is_sweep:
-        if not {"sweep.address", "address"} & given:
+        if not {"sweep.address", "address"} & keys:
             sent.append("sweep.address=auto")
-    elif "address" in known and "address" not in given:
+    elif "address" in known and "address" not in keys:
         sent.append("address=auto")
     return [*job.words, *sent]
 
@@ -118,7 +120,7 @@ def _absolute(word: str, known: dict[str, Option], is_sweep: bool, absolute: Cal
     item = known.get(key)
     if item is None or item.path is None or not sign:
         return word
-    # One option may have several paths in a sweep.
+    # In a sweep one option may have several paths.
     several = is_sweep and not any(mark in text for mark in "()[]{}'\"\\")
     parts = text.split(",") if several else [text]
     return f"{key}={','.join(absolute(part) if _is_relative(part, item) else part for part in parts)}"
@@ -127,36 +129,36 @@ def _absolute(word: str, known: dict[str, Option], is_sweep: bool, absolute: Cal
 def _is_relative(text: str, item: Option) -> bool:
     if not text or "://" in text or text[0] in "/~" or (item.optional and text.lower() in ("null", "none")):
         return False
-    # What is only read may be a name: embedded:target, library, hub:NAME.
+    # An input may be a name: embedded:target, library, hub:NAME.
     return item.path != "in" or Path(text).exists()
 
 
-def _workdir(given: str | None) -> str:
-    """Absolute, and as it was written: its links are the cluster's."""
-    if given is None:
+def _workdir(workdir: str | None) -> str:
+    """Absolute path, with symbolic links not resolved: they are the cluster's."""
+    if workdir is None:
         return str(Path.cwd())
-    if not Path(given).is_absolute():
-        raise UserError(f"--workdir {given} is wrong: expected an absolute path, of a folder on the cluster")
-    return given
+    if not Path(workdir).is_absolute():
+        raise UserError(f"--workdir {workdir} is wrong: expected an absolute path, of a folder on the cluster")
+    return workdir
 
 
 def _runtime_env(file: str | None) -> Record:
     if file is None:
         return {}
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--runtime-env {file} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict) or not _are_texts(found.get("env_vars", {})):
+    if not isinstance(content, dict) or not _are_texts(content.get("env_vars", {})):
         raise UserError(
             f"--runtime-env {file} is wrong: expected keys of Ray's runtime environment, env_vars with texts"
         )
-    return found
+    return content
 
 
 def _are_texts(env_vars: object) -> bool:
-    return isinstance(env_vars, dict) and all(isinstance(each, str) for each in _flat(env_vars.items()))
+    return isinstance(env_vars, dict) and all(isinstance(text, str) for text in _flat(env_vars.items()))
 
 
 def _flat(pairs: Iterable[tuple[object, object]]) -> Iterable[object]:
-    return (each for pair in pairs for each in pair)
+    return (item for pair in pairs for item in pair)

@@ -1,4 +1,4 @@
-"""Open MLflow's pages on the store of these runs, as a server that runs then write through."""
+"""Start MLflow's web server on the store of these runs; while it runs, jobs write through it."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address that the server listens on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port that it listens on (5000)")
     parser.add_argument("--open", action="store_true", help="show it in a browser")
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
 
     from hasten.cluster.tracking.server import serve
 
-    return serve(tracking_uri(given.where), given.host, given.port, given.open)
+    return serve(tracking_uri(arguments.where), arguments.host, arguments.port, arguments.open)
 
 
 def tracking_uri(where: str | None) -> str:
@@ -39,9 +39,9 @@ def tracking_uri(where: str | None) -> str:
 
 
 def _of_folder(folder: Path) -> str:
-    from hasten.cluster.tracking.environment import tracking_uri as said
+    from hasten.cluster.tracking.environment import tracking_uri as recorded_uri
 
-    uri = said(folder)
+    uri = recorded_uri(folder)
     if uri is None:
         raise UserError(
             f"{folder} is no folder of a run or a sweep, and no tracking URI such as sqlite:///runs/mlflow.db"

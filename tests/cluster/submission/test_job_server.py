@@ -92,7 +92,7 @@ def test_ctrl_c_leaves_a_job_running_until_it_is_stopped_by_its_id(head, tmp_pat
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 130
-    assert f"long goes on: hasten logs --follow --address {head.url} long looks again, hasten stop " in err
+    assert f"long keeps running: hasten logs --follow --address {head.url} long shows it, hasten stop " in err
     assert "status:    RUNNING, is running\n" in head.hasten("status", "long", cwd=tmp_path).stdout
 
     stopped = head.hasten("stop", "long", cwd=tmp_path)

@@ -33,7 +33,7 @@ def test_every_figure_has_a_row_with_its_ratio():
     assert rows[3] == "| compress, small | seconds | 3.0 | 2.0 | 1.500 |"
 
 
-def test_what_calibrators_send_is_counted_for_all_blocks(tmp_path):
+def test_bytes_sent_by_calibrators_are_counted_for_all_blocks(tmp_path):
     tiny.save(tmp_path / "model", "llama")
     words = [
         f"model={tmp_path / 'model'}",

@@ -30,7 +30,7 @@ def rows(better):
     ]
 
 
-def test_what_the_issue_asks_for_is_figured_from_the_runs():
+def test_metrics_are_computed_from_the_runs():
     wanted = {
         "levels_ratio": 1.5,
         "kl_cut": 0.3,

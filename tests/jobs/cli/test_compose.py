@@ -2,9 +2,10 @@ import pytest
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli import methods
-from hasten.jobs.cli.compose import compose, plain
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.cli.options import Option, nearest, options
+from hasten.jobs.common.schema import plain
 from hasten.jobs.compress.options import CompressConfig
 from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.pretrain.options import PretrainConfig
@@ -29,7 +30,7 @@ def test_words_set_keys_of_every_type():
 
 
 @pytest.mark.parametrize("path", ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "'quoted'", "3"])
-def test_text_is_taken_as_it_is_written(path):
+def test_texts_are_kept_verbatim(path):
     assert compose("compress", CompressConfig, [f"model={path}"]).model == path
 
 
@@ -90,7 +91,7 @@ def test_the_nearest_key_may_differ_in_its_section():
     assert nearest("zzz", ["model", "bits"]) is None
 
 
-def test_what_is_expected_is_said_in_words():
+def test_accepted_values_are_described_in_words():
     expected = {item.key: item.expected for item in options(CompressConfig)}
     assert expected["bits"] == "a whole number from 2 to 8"
     assert expected["output"] == "text, or null"

@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_anywhere_is_one_line(capsys, monkeypatch, error, wo
     assert words in err.splitlines()[-1]
 
 
-def test_an_error_of_ours_is_raised_as_it_is(monkeypatch):
+def test_other_errors_are_raised_unchanged(monkeypatch):
     def fail(config):
         raise OSError(errno.EIO, "Input/output error")
 

@@ -139,7 +139,7 @@ def test_a_runtime_environment_is_handed_on(sent, folder):
     assert sent[-1][4] == {"env_vars": {"A": "one"}, "pip": ["packaging"]}
 
 
-def test_what_runs_on_the_cluster_changes_to_its_folder_or_says_that_there_is_none(folder, monkeypatch, capsys):
+def test_a_submitted_job_changes_to_its_workdir_or_names_a_missing_one(folder, monkeypatch, capsys):
     place = folder / "it's here"
     place.mkdir()
     monkeypatch.setattr(submitted, "hasten", lambda words: print(os.getcwd(), words) or 7)

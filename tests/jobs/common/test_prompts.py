@@ -15,7 +15,7 @@ def read(path, content):
     return {each.key: each.tokens for each in read_prompts(path, None, 9, "prompt", "id")}
 
 
-def test_what_editors_of_windows_write_is_read(tmp_path):
+def test_files_with_a_byte_order_mark_and_crlf_are_read(tmp_path):
     content = b'\xef\xbb\xbf{"prompt": [1]}\r\n\r\n{"prompt": [2], "id": "\xc3\xa9"}\r\n'
     assert read(tmp_path / "prompts.jsonl", content) == {"1": [1], "é": [2]}
 

@@ -108,7 +108,7 @@ def test_a_compression_by_uri_has_the_bytes_of_a_local_one_and_names_uris(
 
 
 @pytest.mark.ray
-def test_a_run_that_failed_goes_on_on_a_fresh_machine(source, sent, store, folder, monkeypatch, ray_session):
+def test_a_failed_run_resumes_on_a_fresh_machine(source, sent, store, folder, monkeypatch, ray_session):
     def fail(self):
         raise RuntimeError("the machine is on fire")
 
@@ -148,7 +148,7 @@ def test_an_original_that_is_gone_is_done_without(noted, folder, caplog):
     assert ("does not exist" in caplog.text) == noted.startswith("memory")
 
 
-def test_without_uris_the_config_is_handed_on_as_it_is():
+def test_without_uris_the_config_is_passed_on_unchanged():
     config = DecodeConfig()
     with local_paths(DecodeConfig, config) as local:
         assert local is config
@@ -183,7 +183,7 @@ def test_state_is_fetched_changed_and_sent(store):
     assert store.cat_file("/memory/learned.safetensors") == b"before and after"
 
 
-def test_results_are_sent_while_the_run_goes_on(store, monkeypatch):
+def test_finished_files_are_uploaded_while_the_run_continues(store, monkeypatch):
     monkeypatch.setattr(storage, "_SECONDS_BETWEEN_SENDS", 0.01)
     config = DecodeConfig(output="memory://out/completions.jsonl", run_dir="here")
     with local_paths(DecodeConfig, config) as local:

@@ -61,9 +61,7 @@ def decode(source, **changes):
 
 
 @pytest.mark.ray
-def test_every_prompt_gets_a_result_and_the_run_its_figures_and_a_second_run_adds_what_is_missing(
-    source, folder, capsys, ray_session
-):
+def test_every_prompt_gets_a_result_and_a_second_run_adds_the_missing_ones(source, folder, capsys, ray_session):
     write(folder / "prompts.jsonl", dict(list(PROMPTS.items())[:3]))
     assert decode(source) == 0
     report, run_dir = last_report(capsys)
@@ -112,9 +110,7 @@ def test_every_prompt_gets_a_result_and_the_run_its_figures_and_a_second_run_add
 
 
 @pytest.mark.ray
-def test_what_a_drafter_learned_is_kept_and_drawn_tokens_depend_on_the_seed_and_the_id_alone(
-    source, folder, capsys, ray_session
-):
+def test_learned_state_is_saved_and_sampled_tokens_depend_on_seed_and_id_alone(source, folder, capsys, ray_session):
     write(folder / "prompts.jsonl", PROMPTS)
     options = {"drafter": "token_recycling", "temperature": 1.0, "memory": "memory.safetensors"}
     assert decode(source, **options) == 0
@@ -206,7 +202,11 @@ WRONG = {
     ),
     "output of somebody else": (GOOD, {"output": "prompts.jsonl"}, ["output=prompts.jsonl holds something else"]),
     "output is a folder": (GOOD, {"output": "other"}, ["output=other is no file"]),
-    "no memory": (GOOD, {"memory": "prompts.jsonl"}, ["memory=prompts.jsonl cannot be read as what a drafter learned"]),
+    "no memory": (
+        GOOD,
+        {"memory": "prompts.jsonl"},
+        ["memory=prompts.jsonl cannot be read as a drafter's learned state"],
+    ),
 }
 
 

@@ -52,7 +52,7 @@ def known_rates(monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_plan_of_the_embedded_model_is_what_happens(tmp_path, ray_session, monkeypatch):
+def test_a_plan_of_the_embedded_model_matches_a_real_run(tmp_path, ray_session, monkeypatch):
     # This process has imported whatever other tests needed: of the run, actors and tasks are what can be compared.
     monkeypatch.setattr("hasten.cluster.programs.calibration.peak_rss_bytes", lambda: 0)
     words = [
@@ -136,7 +136,7 @@ def test_every_advice_makes_the_job_fit(job, words, knob):
         assert make_plan(job, with_options(config, row), plan_config, RATES).fits, row
 
 
-def test_what_no_option_can_change_is_said(capsys, folder):
+def test_a_plan_says_when_no_option_helps(capsys, folder):
     config = compose("compress", jobs()["compress"].options, [])
     plan_config, _ = parse_words(["plan.memory=600MB"])
     plan_with_rates = make_plan("compress", config, plan_config, RATES)

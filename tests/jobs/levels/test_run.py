@@ -7,7 +7,7 @@ import pytest
 
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.jobs.cli.main import main
-from hasten.jobs.levels.run import Building
+from hasten.jobs.levels.run import DatabaseBuild
 from tests.compression.local import contents
 from tests.compression.other_run import held
 from tests.jobs.report import last_report
@@ -68,7 +68,7 @@ def test_levels_that_make_no_sense_are_refused_and_nothing_is_written(changes, m
 def test_a_second_run_waits_for_the_one_that_makes_the_same_database_and_holds_nothing(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "hasten.jobs.levels.run")
     monkeypatch.setattr("hasten.jobs.levels.run._SECONDS_BETWEEN_TRIES", 0.01)
-    building = object.__new__(Building)
+    building = object.__new__(DatabaseBuild)
     building.database = ResumableFolder(tmp_path / "levels", tmp_path)
     paused = []
     with held(tmp_path / "levels/.hasten/lock") as other:
@@ -81,5 +81,5 @@ def test_a_second_run_waits_for_the_one_that_makes_the_same_database_and_holds_n
         building._pass = SimpleNamespace(pause=pause)
         building._wait()
     assert len(paused) >= 3
-    assert caplog.messages == [f"another run makes levels={tmp_path / 'levels'}: waiting for it"]
+    assert caplog.messages == [f"another run builds levels={tmp_path / 'levels'}: waiting for it"]
     building.database.release()

@@ -50,7 +50,7 @@ def tiny(tmp_path, *words, models=("draft",)):
 
 
 @pytest.mark.slow
-def test_a_training_writes_checkpoint_card_and_report_and_goes_on_where_it_was(tmp_path, library, monkeypatch):
+def test_a_training_writes_checkpoint_card_and_report_and_resumes(tmp_path, library, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The processes that train inherit it: compiling takes longer than everything else here together.

@@ -76,7 +76,7 @@ WRONG = {
     "no budget": ({"budgets": "[8,0]"}, "budgets=[8, 0] is wrong: expected different whole numbers, 1 or more"),
     "all prompt": (
         {"prompt_length": 256},
-        "prompt_length=256 must be below sequence_length=256: the rest is what is replayed",
+        "prompt_length=256 must be below sequence_length=256: the tokens after the prompt are replayed",
     ),
     "no draft model": (
         {"drafter": "draft_model", "draft": "null"},

@@ -115,7 +115,7 @@ def test_runs_of_several_jobs_are_groups_that_are_numbered_on(folder):
     assert [(group.job, group.rows[0].number) for group in found] == [("compress", 1), ("decode", 2)]
 
 
-def test_what_decodes_a_compressed_checkpoint_has_its_quality(folder):
+def test_a_decoding_run_gets_the_quality_of_its_compressed_checkpoint(folder):
     compressed = folders.compress(folder / "a", 3, "gptq", 0.2, 300)
     decoded = folders.decode(folder / "b", str(compressed / "model"), "union", 9.0)
     other = folders.decode(folder / "c", str(folder / "elsewhere"), "union", 8.0)

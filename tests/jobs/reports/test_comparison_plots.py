@@ -102,7 +102,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-def test_a_recoloured_figure_is_what_drawing_it_in_the_other_look_gives(tmp_path: Path) -> None:
+def test_a_recoloured_plot_equals_one_drawn_with_the_other_theme(tmp_path: Path) -> None:
     written = []
     for name, theme in {"light": LIGHT, "dark": DARK}.items():
         with themed(theme):

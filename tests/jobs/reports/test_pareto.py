@@ -23,7 +23,7 @@ def test_a_single_point_is_a_front():
     assert front([(3.0, 1.0)], [1, 1]) == [0]
 
 
-def test_the_front_is_what_nothing_beats_in_every_pair():
+def test_points_on_the_front_are_not_dominated():
     points = [(a * 7 % 5, b * 3 % 4, (a + b) % 3) for a, b in product(range(6), range(5))]
     unbeaten = [
         index

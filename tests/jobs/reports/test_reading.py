@@ -119,7 +119,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("named", WRONG)
-def test_what_is_no_run_is_one_line_that_says_what_was_expected(folder, named):
+def test_a_folder_without_a_run_is_one_line_with_what_was_expected(folder, named):
     (folder / "note.txt").write_text("a note")
     (folder / "empty").mkdir()
     folders.compress(folder / "runs" / "one", 3, "gptq", 0.2, 300)

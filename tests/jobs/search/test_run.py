@@ -70,7 +70,7 @@ def test_a_search_ends_in_a_checkpoint_within_the_budget_that_transformers_loads
 
 
 @pytest.mark.ray
-def test_a_search_goes_on_from_the_last_generation_that_was_finished(source, folder, caplog, ray_session):
+def test_a_search_resumes_at_the_last_finished_generation(source, folder, caplog, ray_session):
     tried = {}
     for name, generations in (("stopped", 2), ("stopped", 4), ("whole", 4)):
         if name == "whole":
@@ -137,11 +137,11 @@ def test_whole_parts_can_be_dropped_without_any_level(source, folder, capsys, ra
         ({"levels": "nothing"}, ["levels=", "is no level database"]),
         ({"drop": "[atention]"}, ["drop=atention is none of attention, mlp, block"]),
         ({"drop": "[mlp]", "symmetric": "false"}, ["drop=[mlp] cannot stand next to levels with zero points (w2g32a)"]),
-        ({"bits": "[]"}, ["bits=[], column_bits=[] and sparsities=[] leave no level"]),
+        ({"bits": "[]"}, ["bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level"]),
         ({"sparsities": "[1.5]"}, ["sparsity=1.5 is out of range"]),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(changes, words, source, folder, capsys, ray_session):
+def test_wrong_options_are_refused_in_one_line(changes, words, source, folder, capsys, ray_session):
     assert search(source, **changes) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("hasten: error: ")

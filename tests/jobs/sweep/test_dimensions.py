@@ -85,7 +85,7 @@ def test_the_ends_of_an_interval_are_texts_of_its_kind():
         "--help",
     ],
 )
-def test_a_word_with_one_value_stays_as_it_is_written(word):
+def test_a_word_with_one_value_is_kept_verbatim(word):
     assert read([word], []) == Words((word,), ())
 
 

@@ -18,7 +18,7 @@ def run(folder: Path, value: int) -> None:
     write_report(folder, {"metrics": {"square": value * value}})
 
 
-def test_a_batch_comes_back_in_its_order_with_what_failed(tmp_path, ray_session):
+def test_results_of_a_batch_are_in_order_and_include_failures(tmp_path, ray_session):
     def work(overrides):
         value = int(overrides[0].partition("=")[2])
         return Work(f"point-{value}", tmp_path / str(value), partial(run, tmp_path / str(value), value))

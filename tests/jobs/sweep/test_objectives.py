@@ -1,4 +1,4 @@
-"""What is optimised by default, in which direction, and what is said where it is missing."""
+"""Objectives of a sweep: the default metrics and directions, and the errors for missing ones."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from hasten.jobs.sweep.options import SweepConfig
         ("pretrain", (), (), ()),
     ],
 )
-def test_each_job_has_what_is_usual_for_it(job, metrics, directions, shown):
+def test_each_job_has_its_default_objectives(job, metrics, directions, shown):
     assert objectives(jobs()[job], SweepConfig(), searches=False) == Objectives(metrics, directions, shown)
 
 
@@ -43,7 +43,7 @@ def test_directions_that_are_given_count():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SweepConfig(), "sweep.metrics is needed: which metric of bench's report.json"),
+        (SweepConfig(), "sweep.metrics is needed: name a metric of bench's report.json"),
         (
             SweepConfig(metrics=["a"], directions=["minimize"] * 2),
             "sweep.directions has 2 entries and sweep.metrics 1: give one each",
@@ -54,7 +54,7 @@ def test_directions_that_are_given_count():
         ),
     ],
 )
-def test_what_cannot_be_optimised_is_named(settings, message):
+def test_settings_that_cannot_be_optimized_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         objectives(jobs()["bench"], settings, searches=True)
 

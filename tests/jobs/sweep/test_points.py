@@ -91,10 +91,10 @@ def test_a_file_that_points_change_is_no_other_points():
     assert [each.config.memory for each in (one, two)] == [f"m/{one.name}", f"m/{two.name}"]
 
 
-def test_a_path_that_is_not_there_is_named(tmp_path):
+def test_a_missing_input_path_is_named(tmp_path):
     made = points("evaluate")
     made.check_inputs([made.make({"model": "embedded:target"}), made.make({"model": str(tmp_path)})])
-    with pytest.raises(UserError, match=rf"model={tmp_path}/none is not there"):
+    with pytest.raises(UserError, match=rf"model={tmp_path}/none does not exist"):
         made.check_inputs([made.make({"model": f"{tmp_path}/none"})])
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_value_is_named_before_anything_runs():
 
 
 @pytest.mark.parametrize("job", ["compress", "search", "levels", "pretrain"])
-def test_what_a_point_makes_goes_into_its_folder(job):
+def test_outputs_of_a_point_are_in_its_folder(job):
     point = points(job).make({"seed": "3"})
     assert point.config.output == f"/sweep/points/{point.name}/output"
 

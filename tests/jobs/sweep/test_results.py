@@ -47,7 +47,7 @@ def test_without_finished_points_there_is_no_table():
     assert table([ROWS[2], ROWS[4]], ["kl"], ascending=True) == []
 
 
-def test_failures_say_what_went_wrong_and_where_it_is_written():
+def test_failures_name_the_error_and_the_file_of_the_output():
     assert failures(ROWS) == ["  4: UserError: no memory (/sweep/points/4/output.txt)"]
 
 

@@ -43,7 +43,7 @@ def bowl(values):
     return (float(values["x"]) - 1) ** 2 + (float(values["y"]) + 2) ** 2
 
 
-def test_what_it_learns_from_leads_it_to_the_minimum(study):
+def test_told_values_lead_the_sampler_to_the_minimum(study):
     made = study(*PLANE, sampler="tpe", trials=30)
     found = []
     while (asked := made.ask()) is not None:
@@ -103,7 +103,7 @@ def test_the_same_seed_asks_the_same_and_another_does_not(tables, tmp_path):
     assert first("c", 4) != first("d", 3)
 
 
-def test_a_study_that_goes_on_counts_what_is_complete_and_asks_first_for_what_was_left(study, tmp_path):
+def test_a_resumed_study_counts_complete_trials_and_asks_first_for_unfinished_ones(study, tmp_path):
     made = study(*PLANE, trials=4)
     asked = [made.ask() for _ in range(3)]
     made.tell(asked[1][0], [1.0])
@@ -118,7 +118,7 @@ def test_a_study_that_goes_on_counts_what_is_complete_and_asks_first_for_what_wa
     assert study(*PLANE, trials=4).ask() is None
 
 
-def test_a_study_that_goes_on_does_not_repeat_its_first_values(study):
+def test_a_resumed_study_does_not_repeat_its_first_values(study):
     found = []
     for count in (3, 6):
         made = study(*PLANE, trials=count)
@@ -165,7 +165,7 @@ def test_a_failed_trial_that_succeeded_later_is_not_asked_for_again(study):
         (("bits=2,3", "lr=tag(log,interval(1e-9,1))"), 3),
     ],
 )
-def test_a_study_goes_on_with_the_trials_that_changed_options_could_have_made(study, tmp_path, words, kept):
+def test_a_resumed_study_keeps_the_trials_that_are_possible_with_changed_options(study, tmp_path, words, kept):
     made = study("bits=2,3", "lr=interval(0,1)")
     asked = [made.ask() for _ in range(4)]
     for number, values in asked[:3]:
@@ -188,7 +188,7 @@ def test_a_study_goes_on_with_the_trials_that_changed_options_could_have_made(st
     assert count == 4 - kept
 
 
-def test_a_driver_that_dies_while_it_begins_anew_loses_no_trial(study, tmp_path, monkeypatch):
+def test_a_driver_that_dies_while_rebuilding_the_study_loses_no_trial(study, tmp_path, monkeypatch):
     from optuna import Study as Trials
 
     made = study("bits=2,3", "lr=interval(0,1)")
@@ -212,7 +212,7 @@ def test_a_driver_that_dies_while_it_begins_anew_loses_no_trial(study, tmp_path,
     assert [trial.values for trial in trials(tmp_path)] == [trial.values for trial in before]
 
 
-def test_what_a_driver_left_half_asked_is_left_out(study, tmp_path):
+def test_trials_without_parameters_are_ignored(study, tmp_path):
     import optuna
 
     study(*PLANE)
@@ -226,7 +226,7 @@ def test_what_a_driver_left_half_asked_is_left_out(study, tmp_path):
 
 def test_other_directions_are_refused(study):
     study(*PLANE)
-    with pytest.raises(UserError, match=r"study.db was begun to minimize, not to minimize, maximize: take another"):
+    with pytest.raises(UserError, match=r"study.db was begun to minimize, not to minimize, maximize: give another"):
         study(*PLANE, directions=("minimize", "maximize"))
 
 

@@ -94,7 +94,7 @@ def test_a_point_that_fails_stops_no_other_and_is_tried_again_by_the_same_comman
     assert sorted(run.info.status for run in children) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
 
 
-def test_a_larger_grid_goes_on_from_the_points_of_a_smaller_one(here):
+def test_a_larger_grid_reuses_the_points_of_a_smaller_one(here):
     assert sweep("point=0,1", "wait_seconds=0") == 0
     assert sweep("point=range(0,4)", "wait_seconds=0") == 0
     assert done() == [0, 1, 2, 3]
@@ -137,7 +137,7 @@ def test_a_killed_process_costs_only_its_own_attempt(here):
         assert steps == list(range(5))
 
 
-def test_a_killed_driver_is_followed_by_one_that_goes_on(here):
+def test_a_new_driver_resumes_the_sweep_of_a_killed_one(here):
     words = ["bench", "wait", "--multirun", "run_dir=sweep", f"done={here / 'done'}", "point=range(0,6)", "steps=4"]
     command = [sys.executable, "-m", "hasten", *words, "wait_seconds=0.5", "sweep.cpus=2"]
     driver = subprocess.Popen(
@@ -158,7 +158,7 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(here):
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, "step")] == list(range(4))
 
 
-def test_interrupted_once_it_lets_points_finish_and_goes_on_later(here):
+def test_interrupted_once_it_lets_points_finish_and_resumes_later(here):
     def interrupt():
         while not list(here.glob("sweep/points/*/point.json")):
             time.sleep(0.02)
@@ -180,7 +180,7 @@ def test_interrupted_once_it_lets_points_finish_and_goes_on_later(here):
     assert (parent.info.status, len(children)) == ("FINISHED", 6)
 
 
-def test_interrupted_twice_it_stops_and_goes_on_later(here):
+def test_interrupted_twice_it_stops_and_resumes_later(here):
     ended = threading.Event()
 
     def interrupt():
@@ -227,8 +227,8 @@ WRONG = {
     "pont=1,2": "unknown option 'pont': did you mean point?",
     "point=1,2 sweep.trails=3": "unknown option 'sweep.trails': did you mean sweep.trials?",
     "point=1,2 sweep.sampler=tpe": "sweep.metrics is needed",
-    "point=interval(0,1) sweep.sampler=grid": "an interval has no end of points",
-    "point=1,2 done=a,b run_dir=x,y": "run_dir is the whole sweep's: give it one value",
+    "point=interval(0,1) sweep.sampler=grid": "an interval has infinitely many points",
+    "point=1,2 done=a,b run_dir=x,y": "run_dir applies to the whole sweep: give it one value",
     "point=range(3,3)": "point=range(3,3) is empty",
 }
 

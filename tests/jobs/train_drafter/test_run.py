@@ -82,11 +82,11 @@ def test_hyper_parameters_of_the_head_are_given_by_either_name(source, draft, fo
     assert len(AcceptanceHead.load(folder / "short").blocks) == 1
 
 
-def test_an_output_that_is_there_is_refused_and_kept(source, draft, folder, capsys):
+def test_an_existing_output_is_refused_and_kept(source, draft, folder, capsys):
     mine = folder / "mine.safetensors"
     mine.write_text("mine")
     line = refused(folder, capsys, train(**tokens(source, draft=draft, output=mine)))
-    assert f"output={mine} is there already" in line
+    assert f"output={mine} exists already" in line
     assert mine.read_text() == "mine"
 
 
