@@ -69,8 +69,6 @@ def run(config: Config) -> Path:
 def _write_tokens(config: Config, folder: Path) -> Path:
     """File of random calibration tokens."""
     # `hasten bench memory --help` must not wait for it.
-
-    # `hasten bench memory --help` must not wait for it.
     import numpy as np
 
     generator = np.random.default_rng(config.seed)
