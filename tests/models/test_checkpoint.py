@@ -172,7 +172,7 @@ def test_truncated_shards_are_named(sharded):
         shard.write_bytes(content[:size])
         refused(sharded, shard.name, "truncated")
     shard.write_bytes((2**62).to_bytes(8, "little") + content[8:])
-    refused(sharded, shard.name, "truncated or no safetensors file")
+    refused(sharded, shard.name, "truncated or not a safetensors file")
     shard.write_bytes((10).to_bytes(8, "little") + b"{not json}")
     refused(sharded, shard.name, "header cannot be read")
 
