@@ -76,7 +76,7 @@ def test_gptq_is_worked_by_hand():
     assert fitted.solve.elements - plain.solve.elements == 6 * weights * 2
 
 
-def test_wanda_factors_nothing_and_reads_the_second_moment():
+def test_wanda_factors_nothing_and_reads_the_hessian():
     cost = Wanda().cost(LAYERS, Sparsity(0.5))
     assert cost.prepare.seconds(RATES) == 0
     assert cost.prepared_bytes == hessian_bytes(64) == 4 * 64 * 64
