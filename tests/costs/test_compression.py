@@ -1,4 +1,4 @@
-"""A calibration pass against what the real calibrators hold, send and write, and by hand for a tiny Llama."""
+"""Estimates of a calibration pass, compared with the real calibrators, and worked by hand for a tiny Llama."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
+def test_traffic_of_calibrators_is_planned_to_the_byte(folder, model, tmp_path, workers):
     chosen = settings(folder, tmp_path / "out")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
     sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
@@ -131,7 +131,7 @@ def test_more_workers_hold_fewer_hidden_states_each_and_send_more_sums(model):
 def test_sums_travel_between_nodes_where_there_are_several(model):
     near, far = (estimate(planned(model, workers=4, nodes=count), RATES) for count in (1, 2))
     assert "sums between nodes" not in near.moved
-    # Each of two nodes that solve fetches what the other one has: half of the sums.
+    # Each of two solving nodes fetches the sums of the other one: half of all.
     assert far.moved["sums between nodes"] == near.moved["sums of second moments"]
     network = next(step for step in far.steps if step.name == "network")
     assert network.waits == pytest.approx(near.moved["sums of second moments"] / 2 / RATES.network)
@@ -145,7 +145,7 @@ def test_seconds_are_arithmetic_on_rates(model):
 
 
 def faster(times):
-    """Rates of a machine that does everything quicker."""
+    """Rates of a machine that is faster by a factor."""
     values = vars(RATES)
     changed = {name: values[name] * times for name in ("flops", "exact_flops", "elements", "memory", "store", "read")}
     return Rates(**(values | changed | {"launch": RATES.launch / times}))
