@@ -11,7 +11,7 @@ from hasten.accel.compression.method import Method
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
-from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.model import Model, with_retained
 from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
@@ -161,7 +161,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
-            host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
+            host["collect"] = with_retained({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
         solving = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
         reads = {SHARED: hessian_bytes(group.columns) * sent_sums(work.chunks, work.workers)}
@@ -176,7 +176,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             device["solve"] = {"context": rates.device_bytes, **hidden, **solving, "codes": _weights(group)}
         else:
             states = hidden if work.sequences else {}
-            host["solve"] = with_kept_back({**always, **states, **reads, **own, **solving}, sum(solving.values()))
+            host["solve"] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
     return Process("calibrator", work.workers, work.threads, host, work.gpus, device)
 
 

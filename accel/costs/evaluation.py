@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.model import Model, with_retained
 
 # Elementwise operations on a logit: softmax of one model; softmax of two models and their divergence.
 _LOGIT_ALONE, _LOGIT_COMPARED = 6, 14
@@ -64,7 +64,7 @@ def estimate(
         }
     else:
         phases = (("embed", joined, 0), ("run", run, run["activations"]), ("compare", compare, compare["logits"]))
-        host = {name: with_kept_back({"process": rates.worker_bytes, **held}, freed) for name, held, freed in phases}
+        host = {name: with_retained({"process": rates.worker_bytes, **held}, freed) for name, held, freed in phases}
         device = {}
     tokens, work = windows.number * windows.length, Work()
     load = Work()

@@ -148,6 +148,6 @@ class Model:
         return sorted({0, self.blocks // 2, self.blocks - 1})
 
 
-def with_kept_back(parts: Mapping[str, int], freed: int) -> dict[str, int]:
+def with_retained(parts: Mapping[str, int], freed: int) -> dict[str, int]:
     """Parts of a process's memory, and the memory that its C library does not return of `freed` bytes."""
     return {**parts, "kept by the C library": min(_KEPT_BACK_BYTES, freed)}

@@ -36,14 +36,14 @@ class Placed:
 class Refusal:
     """Processes of a kind that fit on no node. resource: what is lacking: cpus, gpus, gpu_memory or memory.
 
-    needed: amount that a process needs. there: amount that is available on the node with most of it.
+    needed: amount that a process needs. available: amount that is free on the node with most of it.
     """
 
     kind: str
     count: int
     resource: str
     needed: float
-    there: float
+    available: float
 
 
 @dataclass(frozen=True)

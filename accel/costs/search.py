@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hasten.accel.compression.search.base import AllocationMethod, Searcher
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.model import Model, with_retained
 
 # Candidates that share their first blocks run these once: share of the blocks that each candidate runs on average.
 _NOT_SHARED = 0.6
@@ -63,7 +63,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
         device = {"search": {"context": rates.device_bytes, **held}}
     else:
         parts = {"process": rates.worker_bytes, **held}
-        host, device = {"search": with_kept_back(parts, held["activations"] + held["logits"])}, {}
+        host, device = {"search": with_retained(parts, held["activations"] + held["logits"])}, {}
     process = Process("evaluator", search.workers, search.threads, host, search.gpus, device)
     tokens = float(search.measured * search.error_sequences * search.length)
     tokens += search.budgets * sum(searcher.measured_tokens(search.sequences * search.length) for searcher in searchers)

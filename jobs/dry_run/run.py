@@ -265,7 +265,7 @@ def _placed(estimate: Estimate, nodes: list[Node], free: int) -> tuple[Placement
     lacking = []
     for each in placement.refused:
         is_bytes = each.resource in ("memory", "gpu_memory")
-        needed, there = (readable(size) if is_bytes else f"{size:g}" for size in (each.needed, each.there))
+        needed, there = (readable(size) if is_bytes else f"{size:g}" for size in (each.needed, each.available))
         what = {"memory": "memory", "gpu_memory": "a GPU's memory", "cpus": "processors", "gpus": "GPUs"}[each.resource]
         lacking.append(
             f"{each.count} {each.kind}: each needs {needed} of {what}, and no node has more than {there} left"

@@ -34,7 +34,7 @@ def test_workers_are_spread_over_nodes_and_the_driver_is_on_the_first():
 )
 def test_processes_that_fit_nowhere_are_refused_with_the_lacking_resource(process, resource, count, needed, there):
     (refusal,) = place([process], [NODE, NODE]).refused
-    assert (refusal.resource, refusal.count, refusal.needed, refusal.there) == (resource, count, needed, there)
+    assert (refusal.resource, refusal.count, refusal.needed, refusal.available) == (resource, count, needed, there)
 
 
 def test_stages_use_the_same_node_one_after_the_other():

@@ -37,12 +37,12 @@ class BAQ(Allocator):
         """Index of the choice of every unit; UserError where the budget needs a part dropped."""
         check_errors(units)
         options = [_options(unit) for unit in units]
-        least = sum(unit.choices[own[0]].bits for unit, own in zip(units, options, strict=True))
-        if least > budget:
+        min_bits = sum(unit.choices[own[0]].bits for unit, own in zip(units, options, strict=True))
+        if min_bits > budget:
             weights = sum(unit.weights for unit in units)
             raise UserError(
                 f"budget={budget / weights:g} needs parts to be dropped, which BAQ does not: "
-                f"it takes {least / weights:.5g} bits per weight or more"
+                f"it takes {min_bits / weights:.5g} bits per weight or more"
             )
         constants = [
             self.log2_constant(unit) if len(own) > 1 else _LOG2_OF_ZERO
@@ -72,9 +72,9 @@ def water_fill(wishes: Tensor, weights: Tensor, lowest: Tensor, highest: Tensor,
     R = clamp(wish + constant, lowest, highest), all (L,) float64. This minimises the sum of c 2^(-2R) where a wish is
     log2(c / weights) / 2. Where the budget is out of range, all of R is lowest, or all of it highest.
     """
-    rates, free, left = torch.empty_like(wishes), torch.ones_like(wishes, dtype=torch.bool), float(budget)
+    rates, free, remaining = torch.empty_like(wishes), torch.ones_like(wishes, dtype=torch.bool), float(budget)
     while bool(free.any()):
-        constant = (left - (weights * wishes)[free].sum()) / weights[free].sum()
+        constant = (remaining - (weights * wishes)[free].sum()) / weights[free].sum()
         unclamped = wishes + constant
         clamped = unclamped.clamp(lowest, highest)
         # Raising units to their lowest level takes bits from the rest, so units clamped at the highest level may leave
@@ -84,7 +84,7 @@ def water_fill(wishes: Tensor, weights: Tensor, lowest: Tensor, highest: Tensor,
         if excess == 0 or not bool(pinned.any()):
             pinned = free
         rates[pinned] = clamped[pinned]
-        left -= float((weights * clamped)[pinned].sum())
+        remaining -= float((weights * clamped)[pinned].sum())
         free = free & ~pinned
     return rates
 
@@ -134,8 +134,9 @@ def _round_down(
     weights = torch.tensor([units[place].weights for place in free], dtype=torch.float64)
     wishes = (torch.tensor([constants[place] for place in free], dtype=torch.float64) - weights.log2()) / 2
     lowest, highest = torch.tensor([(own[0], own[-1]) for own in rates], dtype=torch.float64).unbind(1)
-    left = budget - sum(own[0] for own in sizes) + sum(sizes[place][0] for place in free)
-    spread = water_fill(wishes, weights, lowest, highest, left).tolist()
+    # Without the bits of the units that have no choice.
+    free_budget = budget - sum(own[0] for own in sizes) + sum(sizes[place][0] for place in free)
+    spread = water_fill(wishes, weights, lowest, highest, free_budget).tolist()
     for place, own, rate in zip(free, rates, spread, strict=True):
         chosen[place] = max(0, sum(option <= rate for option in own) - 1)
     return chosen
@@ -150,7 +151,7 @@ def _spend(
 ) -> None:
     """Raise `chosen`, indices among the options, by the greatest modelled gain per bit as long as a step fits."""
     sizes = [[unit.choices[index].bits for index in own] for unit, own in zip(units, options, strict=True)]
-    left = budget - sum(own[place] for own, place in zip(sizes, chosen, strict=True))
+    remaining = budget - sum(own[place] for own, place in zip(sizes, chosen, strict=True))
 
     def step(unit: int) -> tuple[float, int] | None:
         """Negative logarithm of the gain per bit of the unit's next level; the gain may be too small for a float."""
@@ -168,8 +169,8 @@ def _spend(
         _, unit = heapq.heappop(heap)
         cost = sizes[unit][chosen[unit] + 1] - sizes[unit][chosen[unit]]
         # The remaining bits only shrink: a step that does not fit now never will.
-        if cost <= left:
-            left, chosen[unit] = left - cost, chosen[unit] + 1
+        if cost <= remaining:
+            remaining, chosen[unit] = remaining - cost, chosen[unit] + 1
             entry = step(unit)
             if entry is not None:
                 heapq.heappush(heap, entry)

@@ -127,14 +127,14 @@ class _Problem:
         now = np.array(chosen) + self.starts
         # Only units outside dropped parts are changed, and none is dropped.
         open_ = self.alive(now)[self.owner] & self.holds & self.holds[now][self.owner]
-        left = self.budget - size(self.units, chosen)
+        remaining = self.budget - size(self.units, chosen)
         while True:
             cost = self.bits - self.bits[now][self.owner]
-            gain = np.where(open_ & (cost <= left), self.errors[now][self.owner] - self.errors, 0.0)
+            gain = np.where(open_ & (cost <= remaining), self.errors[now][self.owner] - self.errors, 0.0)
             best = int(gain.argmax())
             if gain[best] <= 0:
                 return (now - self.starts).tolist()
-            left -= int(cost[best])
+            remaining -= int(cost[best])
             now[self.owner[best]] = best
 
 
@@ -172,11 +172,11 @@ class _Search:
     def solve(self) -> list[int]:
         """Index of the choice of every unit."""
         problem, chosen = self.problem, [0] * len(self.problem.units)
-        left, open_ = problem.budget, []
+        remaining, open_ = problem.budget, []
         for states in map(self._unit, problem.inner[-1]):
             if len(states.bits) == 1:
                 self._trace(states, 0, chosen)
-                left -= int(states.bits[0])
+                remaining -= int(states.bits[0])
             else:
                 open_.append(states)
         # Units with large steps first: states of the small ones coincide more often, and are pruned.
@@ -185,7 +185,7 @@ class _Search:
         total = self._nothing()
         for states in open_:
             needed -= int(states.bits[0])
-            total = self._join(total, states, left - needed)
+            total = self._join(total, states, remaining - needed)
         self._trace(total, len(total.bits) - 1, chosen)
         return chosen
 

@@ -28,10 +28,10 @@ class Uniform(Allocator):
         sizes = [size(units, chosen) for chosen in candidates]
         fitting = [place for place, bits in enumerate(sizes) if bits <= budget]
         if not fitting:
-            weights, least = sum(unit.weights for unit in units), min(sizes)
+            weights, min_bits = sum(unit.weights for unit in units), min(sizes)
             raise UserError(
-                f"budget={budget / weights:g} is below {levels[sizes.index(least)]}, the lowest level that all layers "
-                f"have: it takes {least / weights:.5g} bits per weight"
+                f"budget={budget / weights:g} is below {levels[sizes.index(min_bits)]}, the lowest level that all "
+                f"layers have: it takes {min_bits / weights:.5g} bits per weight"
             )
         return candidates[max(fitting, key=lambda place: sizes[place])]
 

@@ -36,7 +36,7 @@ class Factor:
     notes: tuple[str, ...]
     is_known: bool = True
 
-    def back(self) -> Tensor:
+    def inverse_order(self) -> Tensor:
         """Row (C,) of every input column: the inverse of order."""
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(len(back), device=back.device)

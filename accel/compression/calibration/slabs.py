@@ -1,4 +1,4 @@
-"""How many weights are solved at once: few on a CPU, because of its caches; many on a GPU, because of its launches."""
+"""Number of weights that are solved at once: few on a CPU, for its caches; many on a GPU, to save launches."""
 
 from collections.abc import Iterator, Sequence
 

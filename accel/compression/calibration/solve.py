@@ -24,7 +24,7 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedMethod:
     """State that all levels of a group share, if one method makes them.
 
     prepared: result of method.prepare(). tokens: number of tokens in the statistics. too_few: the required number of
@@ -39,7 +39,7 @@ class Ready:
 
 def prepare_group(
     group: Group, method: Method, hessian: Hessian | None, expert_tokens: int, device: str = "cpu"
-) -> Ready:
+) -> PreparedMethod:
     """Run method.prepare(), such as a factorisation, once for all layers and levels of a group.
 
     hessian: Hessian of the group's input; None where no token reached it, or no method needs it. An expert that saw
@@ -47,20 +47,20 @@ def prepare_group(
     """
     tokens = hessian.tokens if hessian is not None else 0
     if method.needs_hessian and (not tokens or (group.is_expert and tokens < expert_tokens)):
-        return Ready(method, None, tokens, max(1, expert_tokens))
-    return Ready(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
+        return PreparedMethod(method, None, tokens, max(1, expert_tokens))
+    return PreparedMethod(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
 
 
 def solve_group(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], level: Level, device: str = "cpu"
+    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], level: Level, device: str = "cpu"
 ) -> Solved:
     """Compress the layers of a group at a level, by the prepared method of the level's family."""
-    ready = next(candidate for candidate in methods if isinstance(candidate.method, level.family))
-    method, prepared, notes = ready.method, ready.prepared, list[str]()
-    if ready.too_few:
+    chosen = next(candidate for candidate in methods if isinstance(candidate.method, level.family))
+    method, prepared, notes = chosen.method, chosen.prepared, list[str]()
+    if chosen.too_few:
         method, instead = level.without_statistics(method)
         prepared = method.prepare(None)
-        notes = [f"saw {ready.tokens} calibration tokens, fewer than {ready.too_few}: {instead}"]
+        notes = [f"saw {chosen.tokens} calibration tokens, fewer than {chosen.too_few}: {instead}"]
 
     def read(layer: Layer) -> Tensor:
         return checkpoint.tensor(f"{layer.name}.weight")
@@ -68,14 +68,14 @@ def solve_group(
     solved = level.solve(method, group.layers, read, prepared, device)
     facts = [
         _facts(group, layer, level, solved[layer.name])
-        | {"method": type(method).__name__, "tokens": ready.tokens, "notes": [*notes, *solved[layer.name].notes]}
+        | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": [*notes, *solved[layer.name].notes]}
         for layer in group.layers
     ]
     return Solved({name: result.weight for name, result in solved.items()}, facts)
 
 
 def solve_for_checkpoint(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
+    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], device: str = "cpu"
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
     """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts."""
     solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
@@ -84,7 +84,11 @@ def solve_for_checkpoint(
 
 
 def solve_levels(
-    database: LevelDatabase, group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
+    database: LevelDatabase,
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    device: str = "cpu",
 ) -> list[Facts]:
     """Write the layers of a group at every level to a database; returns one row of facts a layer and level."""
     packed: dict[str, dict[str, dict[str, Tensor]]] = {layer.name: {} for layer in group.layers}

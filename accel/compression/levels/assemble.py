@@ -69,7 +69,7 @@ def mixed_output(
         layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in shared.items()]
     if experts is None and any(layer_groups):
         raise UserError(
-            "experts got no level of quantization, and other layers did: transformers cannot load such a mixture"
+            "experts got no level of quantization, and other layers did: transformers cannot load such a checkpoint"
         )
     if zeros and not all(scheme.symmetric for scheme in schemes(layer_groups).values()):
         raise UserError(
@@ -116,7 +116,7 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
             packed[name] = zeros.parts(output.architecture.checkpoint, output.format.pack)
             facts.append(_dropped(block, layer, zeros))
         elif level != KEEP:
-            packed[name] = database.written(name, level)
+            packed[name] = database.checkpoint_tensors(name, level)
             facts.append(database.facts(name)[level])
     output.write_block(block, packed, facts)
 

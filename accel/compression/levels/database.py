@@ -124,7 +124,7 @@ class LevelDatabase(ResumableFolder):
         """Weight (R, C) of a layer at a level, as a loader unpacks it."""
         return parse_level(level).unpack(self.parts(layer, level))
 
-    def written(self, layer: str, level: str) -> dict[str, Tensor]:
+    def checkpoint_tensors(self, layer: str, level: str) -> dict[str, Tensor]:
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
         return parse_level(level).checkpoint_tensors(self.parts(layer, level))
 

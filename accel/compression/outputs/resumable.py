@@ -191,7 +191,7 @@ def source_name(folder: Path) -> str | None:
 def original_of(folder: Path) -> Path | None:
     """Checkpoint that a folder was made from; None where it is not recorded or no longer exists."""
     name = source_name(folder)
-    original = None if name is None else embedded.referred(name)
+    original = None if name is None else embedded.from_reference(name)
     return original if original is not None and original.is_dir() else None
 
 

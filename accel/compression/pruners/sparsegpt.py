@@ -101,7 +101,7 @@ class SparseGPT(Pruner[Factor]):
             # L is a factor of the damped Hessian: the damping's part is not an error of the output.
             error += (carried.mul_(pivots[span]).square_() - damping[span] * residual[span].square()).sum(0)
             power += (signal.mul_(pivots[span]).square_() - damping[span] * target[span].square()).sum(0)
-        back = prepared.back()
+        back = prepared.inverse_order()
         pruned = PrunedWeight(solved[back].T.contiguous(), mask[back].T.contiguous())
         return Result(pruned, error.clamp_(min=0), power.clamp_(min=0), prepared.notes)
 

@@ -135,7 +135,7 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
         target, pivots = _target(weight, factor), _pivots(factor)
         scale = self._search(target, pivots, grid, weight.dtype)
         error = _solve(target, factor, grid, scale, weight.dtype).error
-        return error.double().square_().sum(1)[factor.back()]
+        return error.double().square_().sum(1)[factor.inverse_order()]
 
     def widths(self, losses: Tensor, level: ColumnBits) -> Tensor:
         """Bits of every column by the closed form, (C,) uint8, from losses (C,)."""
@@ -151,7 +151,7 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
             solved = _solve(target, factor, grid, best.scale, dtype) if refit else best
             solved = _refit(solved, factor, grid, dtype)
             best = best.where_better(solved)
-        codes = best.codes[factor.back()].T.contiguous()
+        codes = best.codes[factor.inverse_order()].T.contiguous()
         power = _outputs(target, factor).square_().sum(0)
         error = best.error.square().sum(0)
         return Result(ColumnWeight(codes, widths.to(torch.uint8), best.scale.to(dtype)), error, power, factor.notes)
@@ -167,13 +167,13 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
         # and larger where there are outliers.
         low, high = 0.3 * root, torch.maximum(1.6 * root, peak / 2)
         ratio = high / low.clamp(min=torch.finfo(torch.float32).tiny)
-        best, least = low, torch.full_like(low, torch.inf)
+        best, least_loss = low, torch.full_like(low, torch.inf)
         for index in range(self.search):
             scale = (low * ratio ** (index / (self.search - 1))).to(dtype).float()
             value = _values(_codes(target, grid, scale), grid, scale)
             loss = value.sub_(target).mul_(pivots).square_().sum(0)
-            better = loss < least
-            least, best = torch.where(better, loss, least), torch.where(better, scale, best)
+            better = loss < least_loss
+            least_loss, best = torch.where(better, loss, least_loss), torch.where(better, scale, best)
         return best
 
 

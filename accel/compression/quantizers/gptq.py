@@ -109,7 +109,7 @@ class GPTQ(Quantizer[Factor]):
                 solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
             self._refit(solved, prepared, scheme.columns(columns), weight.dtype)
             best = solved if solved is best else best.where_better(solved)
-        back = prepared.back()
+        back = prepared.inverse_order()
         quantized = QuantizedWeight(
             best.codes[back].T.contiguous(),
             best.scales.T.contiguous().to(weight.dtype),
@@ -183,7 +183,7 @@ class GPTQ(Quantizer[Factor]):
     @staticmethod
     def _refit(solved: "_Solved", prepared: Factor, size: int, dtype: torch.dtype) -> None:
         """Fit the scales to the codes, in place, for the least output error; one group of `size` columns at a time."""
-        columns, place = len(prepared.order), prepared.back()
+        columns, place = len(prepared.order), prepared.inverse_order()
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]

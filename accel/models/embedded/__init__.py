@@ -19,7 +19,7 @@ def reference(folder: Path) -> str:
     return f"embedded:{resolved.name}" if is_embedded else str(resolved)
 
 
-def referred(name: str) -> Path:
+def from_reference(name: str) -> Path:
     """Folder that a name from `reference` refers to; it may no longer exist."""
     kind, _, model = name.partition(":")
     return path(model) if kind == "embedded" and model in NAMES else Path(name)
