@@ -35,9 +35,6 @@ class Unstated(Pruner):
     """A new pruner that does not state its cost."""
 
     def prepare(self, hessian):
-        return None
-
-    def prepare(self, hessian):
         raise NotImplementedError
 
     def prune(self, weight, prepared, pattern, grid=None):
