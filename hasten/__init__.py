@@ -1,7 +1,7 @@
 """hasten makes large language models cheaper to run.
 
-The folders `accel`, `kernels`, `cluster`, `jobs` and `conf` are installed below this package. In a checkout they lie
-beside it, at the top of the repository, and are found there without an installation.
+The folders `accel`, `kernels`, `cluster`, `jobs` and `conf` are installed as subpackages. In a checkout they are beside
+this folder, at the top of the repository, from where they can be imported without an installation.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
 """Benchmark of every kernel against its torch reference: `python -m hasten.kernels.benchmark [--device cuda|cpu]`.
 
-Each op's `benchmark.py` lists its cases. The output is compared with the reference first, then both are timed: inputs
-are random and rotated through more memory than the cache holds; CUDA events around one rotation, after warm-up; the
-median and the 10th and 90th percentile of the samples, per call. Bytes per second are also given as a share of the
-device's copy rate, measured in the same run. With the variable OUT set, kernels.json and kernels.md are written to that
-folder. The table is printed last. Nothing is imported but torch, triton and kernels.
+Each op's `benchmark.py` lists its cases. For each case the kernel's output is compared with the reference's; then both
+are timed. Inputs are random, and rotated through more memory than the cache holds. A sample is one rotation, after
+warm-up, timed with CUDA events on a GPU; the table gives the median and the 10th and 90th percentile per call. Bytes
+per second are also given as a share of the device's copy rate, measured in the same run. If the environment variable
+OUT is set, kernels.json and kernels.md are written to that folder. Only torch, triton and kernels are imported.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from hasten.kernels.timing import SAMPLES, SEED, Case, Skipped, Timing, check, c
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one implementation in one case; copy_share: of the copy rate of the device it ran on."""
+    """Measurements of one implementation in one case.
+
+    copy_share: bytes per second divided by the device's copy rate. speedup: over the reference.
+    """
 
     op: str
     implementation: str
@@ -43,17 +46,17 @@ class Row:
 
 
 def all_cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
-    """Cases of every op; dry: sizes that take a moment in Triton's interpreter."""
-    for module in sorted(pkgutil.iter_modules(hasten.kernels.__path__), key=lambda found: found.name):
+    """Cases of every op; dry: sizes small enough for Triton's interpreter."""
+    for module in sorted(pkgutil.iter_modules(hasten.kernels.__path__), key=lambda module: module.name):
         if module.ispkg:
             yield from importlib.import_module(f"hasten.kernels.{module.name}.benchmark").cases(device, dry)
 
 
 def measure(case: Case, device: torch.device, rate: float, dry: bool) -> list[Row]:
-    """Rows of the kernel and of its reference."""
+    """Rows of the kernel and its reference. rate: copy rate of the device, in bytes per second."""
     buffers = rotation(case, device, dry)
     implementations = {"kernel": case.kernel, "reference": case.reference}
-    # The first calls compile.
+    # Compilation happens in the warm-up calls.
     timings = {name: time_calls(function, buffers, 3 if dry else SAMPLES) for name, function in implementations.items()}
     return [
         Row(
@@ -73,7 +76,7 @@ def measure(case: Case, device: torch.device, rate: float, dry: bool) -> list[Ro
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """Facts that the figures depend on."""
+    """Device, versions, commit and seed, on which the measurements depend."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -111,14 +114,14 @@ def table(facts: dict[str, str | int], rates: dict[str, float], rows: Sequence[R
     """Markdown: the environment, then a row for each implementation of each case."""
     lines = ["## Kernels", "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
     lines += [f"copy rate of {name}: {rate / 1e9:.1f} GB/s (bytes read and written)" for name, rate in rates.items()]
-    lines += [f"{each.op} is not measured: {each.reason}" for each in skipped]
+    lines += [f"{case.op} is not measured: {case.reason}" for case in skipped]
     lines += [
         "",
         "| op | implementation | shape | dtype | device | µs, median (10–90 %) | GB/s | of copy | GFLOP/s | speedup |",
         "|---|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        low, middle, high = (1e6 * each for each in (row.seconds.low, row.seconds.median, row.seconds.high))
+        low, middle, high = (1e6 * value for value in (row.seconds.low, row.seconds.median, row.seconds.high))
         time = f"{middle:.1f} ({low:.1f}–{high:.1f})" + (" launch-bound" if row.seconds.launch_bound else "")
         lines.append(
             f"| {row.op} | {row.implementation} | {row.shape} | {row.dtype} | {row.device} | {time} "
@@ -129,15 +132,17 @@ def table(facts: dict[str, str | int], rates: dict[str, float], rows: Sequence[R
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 where an output was wrong, 2 where there is no such device."""
+    """Exit code: 0, 1 if an output was wrong, 2 if the device does not exist."""
     parser = argparse.ArgumentParser(prog="python -m hasten.kernels.benchmark", description="Benchmark all kernels.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial on tiny sizes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on tiny sizes")
     chosen = torch.device(parser.parse_args(arguments).device)
     dry = chosen.type == "cpu"
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, with the first op's cases
     elif not torch.cuda.is_available():
-        print("kernel benchmarks need a GPU, and torch finds no CUDA device; --device cpu makes a trial without one")
+        print(
+            "kernel benchmarks need a GPU, and torch finds no CUDA device: use --device cpu for a dry run without one"
+        )
         return 2
     rates: dict[str, float] = {}
     rows: list[Row] = []
@@ -161,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = environment(chosen)
     report = table(facts, rates, rows, skipped)
     if dry:
-        report += "\n\ntrial on a CPU, Triton kernels interpreted: the times mean nothing"
+        report += "\n\ndry run on a CPU with interpreted Triton kernels: the times mean nothing"
     for failure in wrong:
         report += f"\n\nWRONG OUTPUT, not timed: {failure}"
     out = os.environ.get("OUT")
@@ -172,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "environment": facts,
             "dry": dry,
             "copy_bytes_per_second": rates,
-            "skipped": [asdict(each) for each in skipped],
+            "skipped": [asdict(case) for case in skipped],
             "rows": [asdict(row) for row in rows],
             "wrong": wrong,
         }

@@ -1,4 +1,4 @@
-"""Folder of files that can be built or downloaded again."""
+"""The cache folder, for files that can be built or downloaded again."""
 
 import os
 from pathlib import Path

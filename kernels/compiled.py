@@ -1,7 +1,7 @@
-"""Compiles a kernel's C source for the processor it runs on, once per machine.
+"""Compiles a kernel's C source for this machine's processor, once per machine.
 
-The shared library is cached under a hash of source, compiler, options and processor. Without a working compiler there
-is no library, and the op runs its torch reference.
+The shared library is cached under a hash of source, compiler, options and processor. Without a working compiler, the
+op runs its torch reference.
 """
 
 import ctypes
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from hasten.kernels.cache import default_cache
 
-# OpenMP is not linked: its symbols come from the copy that torch has loaded. A second copy would have threads of its
-# own, which compete with torch's for the cores.
+# OpenMP is not linked: its symbols come from the copy that torch has loaded. A second copy would start its own threads,
+# which would compete with torch's for the cores.
 _OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 _TIMEOUT_SECONDS = 120
 
 
 @cache
 def load_library(source: Path) -> ctypes.CDLL | None:
-    """Library compiled from a C file; None where it cannot be compiled."""
+    """The library compiled from a C file; None if it cannot be compiled."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     key = hashlib.sha256(source.read_bytes())
     for part in (*compiler, *_OPTIONS, _version(compiler), _processor()):
@@ -37,7 +37,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
-    # The cache is not writable, is full, or is mounted noexec.
+    # The cache folder is not writable, is full, or is mounted noexec: compile into a temporary folder instead.
     with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         _compile(compiler, source, path)
@@ -53,7 +53,7 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
             [*compiler, "-shared", str(object_file), "-o", str(temporary)],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_SECONDS)
-        # Renamed atomically: other processes may be compiling the same source.
+        # An atomic rename, because other processes may compile the same source.
         temporary.replace(library)
 
 
@@ -65,7 +65,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Model and instruction set: machines with different processors may share one cache."""
+    """Model and instruction set of the processor, because machines with different ones may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

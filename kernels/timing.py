@@ -12,22 +12,23 @@ Operands = tuple[Tensor, ...]
 
 SEED = 0
 SAMPLES, _WARMUP = 20, 3
-# Rotated inputs fill this many times the cache, so that none is still there when its turn comes again.
+# Rotated inputs fill the cache this many times, so that no input is still cached when it is used again.
 _CACHES = 4
 _CPU_CACHE_BYTES = 2**26
 _MAX_BUFFERS = 160
-# The device waits this many clock cycles, about 20 ms, while the host queues a rotation: otherwise the time of small
-# kernels would be the time in which Python launches them.
+# The device sleeps for this many clock cycles, about 20 ms, while the host queues a rotation. Otherwise Python's launch
+# time would be measured for small kernels.
 _QUEUE_CYCLES = 40_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one size.
+    """One op with inputs of one size.
 
-    device_type: `cuda` or `cpu`, where the kernel runs. operands(generator, device): fresh inputs. kernel, reference:
-    the two implementations, on the same operands. nbytes: that the kernel reads and writes in one call, by which the
-    reference is rated, too. flops: of one call. rtol, atol: of the comparison.
+    device_type: `cuda` or `cpu`, where the kernel runs. operands(generator, device): new random inputs. kernel,
+    reference: the two implementations, which take the same operands. nbytes: bytes that the kernel reads and writes in
+    a call, also used for the reference's bytes per second. flops: operations of a call. rtol, atol: tolerances of the
+    comparison.
     """
 
     op: str
@@ -45,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median, 10th and 90th percentile. launch_bound: the host was slower than the device."""
+    """Seconds per call: median, 10th and 90th percentile. launch_bound: whether the host was slower than the device."""
 
     median: float
     low: float
@@ -55,20 +56,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An op that cannot be measured here, and why."""
+    """An op that cannot be measured on this machine, and why."""
 
     op: str
     reason: str
 
 
 def check(case: Case, device: torch.device) -> None:
-    """AssertionError where the kernel's output differs from the reference's."""
+    """AssertionError if the kernel's output differs from the reference's."""
     operands = case.operands(torch.Generator(device).manual_seed(SEED), device)
     torch.testing.assert_close(case.kernel(*operands), case.reference(*operands), rtol=case.rtol, atol=case.atol)
 
 
 def time_calls(function: Callable[..., Tensor], buffers: Sequence[Operands], samples: int) -> Timing:
-    """Time of one call, by rotations over all buffers."""
+    """Time per call, from `samples` rotations over all buffers."""
     on_gpu = buffers[0][0].is_cuda
     rotate = _rotate_on_gpu if on_gpu else _rotate_on_cpu
     results = [rotate(function, buffers) for _ in range(_WARMUP + samples)][_WARMUP:]
@@ -78,14 +79,14 @@ def time_calls(function: Callable[..., Tensor], buffers: Sequence[Operands], sam
 
 
 def _rotate_on_gpu(function: Callable[..., Tensor], buffers: Sequence[Operands]) -> tuple[float, bool]:
-    """Seconds that the device takes for one call on every buffer, and whether it ran out of queued calls."""
+    """Seconds of one call on every buffer on the device, and whether the device ran out of queued calls."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_QUEUE_CYCLES)
     start.record()
-    # All outputs are kept: else they would be written to the same memory, which the cache holds.
+    # All outputs are kept: otherwise they would be written to the same memory, which is cached.
     outputs = [function(*operands) for operands in buffers]
     stop.record()
-    # A start that has passed already means that the device did not wait for the whole rotation to be queued.
+    # If the start event has passed already, the device began before the whole rotation was queued.
     launch_bound = start.query()
     torch.cuda.synchronize()
     del outputs
@@ -101,7 +102,7 @@ def _rotate_on_cpu(function: Callable[..., Tensor], buffers: Sequence[Operands])
 
 
 def rotation(case: Case, device: torch.device, dry: bool) -> list[Operands]:
-    """Operands, all different, that together exceed the cache of the device."""
+    """Operands of several calls, all different, which together exceed the device's cache."""
     on_gpu = device.type == "cuda"
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size) if on_gpu else _CPU_CACHE_BYTES
     count = 2 if dry else min(_MAX_BUFFERS, max(2, -(-_CACHES * cache // case.nbytes)))
@@ -110,7 +111,7 @@ def rotation(case: Case, device: torch.device, dry: bool) -> list[Operands]:
 
 
 def copy_rate(device: torch.device, dry: bool) -> float:
-    """Bytes per second of a copy within the device's memory, read and written."""
+    """Bytes per second, read and written, of a copy within the device's memory."""
     size = 2**24 if dry else 2**28
     generator = torch.Generator(device).manual_seed(SEED)
     source, target = (torch.randn(size, generator=generator, device=device) for _ in range(2))

@@ -1,1 +1,1 @@
-"""Smaller checkpoints: the calibration pass, quantizers and the formats they are written in."""
+"""Compression of checkpoints: calibration, quantizers, pruners, levels, allocators, searches, and stored formats."""

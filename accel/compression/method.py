@@ -1,11 +1,11 @@
-"""What all compression methods have in common: the statistics that they need, and what is made of these once."""
+"""Base class of all compression methods: which statistics they need, and what they precompute from these."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from hasten.accel.compression.calibration.statistics import Hessian
 
-# What a method makes of the statistics: a factor of the Hessian, say.
+# What a method precomputes from the statistics, such as a factor of the Hessian.
 P = TypeVar("P")
 
 
@@ -19,7 +19,7 @@ class Method(ABC, Generic[P]):
 
     @abstractmethod
     def prepare(self, hessian: Hessian | None) -> P:
-        """What depends on the inputs alone, made once for every layer and level that shares them.
+        """Precompute what depends on the layers' input alone; done once for all layers and levels with that input.
 
-        hessian: of the layers' input over the calibration tokens, None where there is none.
+        hessian: Hessian of the layers' input over the calibration tokens; None where no statistics were collected.
         """

@@ -1,4 +1,4 @@
-"""What a quantizer or a pruner gives back for the rows of one or several layers."""
+"""Result of a quantizer or a pruner for the rows of one or several layers."""
 
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-# What a report says of a layer at a level; every kind of level adds entries of its own.
+# A report's entries for a layer at a level; every kind of level adds entries of its own.
 Facts = dict[str, Any]
 
 
@@ -18,11 +18,11 @@ class CompressedWeight(Protocol):
         """Exact size."""
 
     def rows(self, start: int, stop: int) -> Self:
-        """The rows of one of several layers that were solved together."""
+        """Rows start to stop, such as those of one of several layers that were solved together."""
 
     @classmethod
     def join(cls, parts: list[Self]) -> Self:
-        """Consecutive rows as one weight."""
+        """One weight from its consecutive pieces."""
 
 
 W = TypeVar("W", bound=CompressedWeight, covariant=True)
@@ -30,10 +30,11 @@ W = TypeVar("W", bound=CompressedWeight, covariant=True)
 
 @dataclass(frozen=True)
 class Result(Generic[W]):
-    """A compressed weight (R, C) with the squared error it makes, row by row.
+    """A compressed weight (R, C) with its squared error, row by row.
 
-    error, power: (R,) float32, mean squared output error and output over the calibration tokens; without statistics
-    they are squared weight error and weight. notes: what a user should know (damping raised, fallback taken).
+    error, power: (R,) float32, mean squared error of the output and mean squared output over the calibration tokens;
+    without statistics, squared error of the weights and squared weights. notes: messages for the report (damping
+    raised, fallback taken).
     """
 
     weight: W
@@ -42,12 +43,12 @@ class Result(Generic[W]):
     notes: tuple[str, ...] = field(default=())
 
     def rows(self, start: int, stop: int) -> "Result[W]":
-        """What concerns some of the rows."""
+        """Result of rows start to stop."""
         return Result(self.weight.rows(start, stop), self.error[start:stop], self.power[start:stop], self.notes)
 
     @classmethod
     def join(cls, parts: "list[Result[W]]") -> "Result[W]":
-        """Results of a layer's consecutive rows as one."""
+        """One result from those of a layer's consecutive pieces."""
         weights = [part.weight for part in parts]
         error, power = torch.cat([part.error for part in parts]), torch.cat([part.power for part in parts])
         return cls(type(weights[0]).join(weights), error, power, parts[0].notes)

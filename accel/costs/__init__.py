@@ -1,1 +1,1 @@
-"""What a job will hold, move, write and take, from the model's shapes alone. One file a family of jobs."""
+"""Estimates of a job's memory, traffic, files and seconds, from the model's shapes alone. One file a family of jobs."""

@@ -11,12 +11,12 @@ from hasten.accel.compression.method import Method
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
-from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.model import Model, with_retained
 from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
 _TOKEN_BYTES = 8
-# What the driver holds of a block: as it came, and as it is written.
+# Copies of a block's packed layers in the driver: received, and being written.
 _COPIES_OF_PACKED = 2
 
 
@@ -24,14 +24,14 @@ _COPIES_OF_PACKED = 2
 class Pass:
     """A calibration pass as plain values.
 
-    plan: groups of every block. methods: what layers are compressed by. levels: of a database, None for a checkpoint.
-    sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: chunks they are cut into.
-    gpus: of every worker; gpu_memory: bytes of each, 0 without one. nodes: that the workers lie on. propagates: whether
-    the next block sees what the compressed one makes.
+    layer_groups: groups of every block. methods: methods of the compression. levels: levels of a database, None for a
+    checkpoint. sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: number of
+    chunks of calibration sequences. gpus: of every worker; gpu_memory: bytes of each GPU, 0 without one. nodes: number
+    of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs.
     """
 
     model: Model
-    plan: Sequence[Sequence[Group]]
+    layer_groups: Sequence[Sequence[Group]]
     methods: Sequence[Method]
     sequences: int
     length: int
@@ -52,25 +52,25 @@ class Pass:
 
     @property
     def max_chunks(self) -> int:
-        """Most chunks that one worker has."""
+        """Largest number of chunks of a worker."""
         return max((len(part) for part in split(self.chunks, self.workers)), default=0)
 
     @property
     def max_sequences(self) -> int:
-        """Most sequences that one worker has."""
+        """Largest number of sequences of a worker."""
         return self.max_chunks * ceil(self.sequences / self.chunks) if self.chunks else 0
 
 
 def estimate(work: Pass, rates: Rates) -> Estimate:
     """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = (
-        checkpoint_files(work.model.architecture, work.plan)
+        checkpoint_files(work.model.architecture, work.layer_groups)
         if work.levels is None
-        else database_files(work.model.architecture, work.plan, work.levels)
+        else database_files(work.model.architecture, work.layer_groups, work.levels)
     )
-    largest = max(work.plan, key=lambda groups: sum(_weights(group) for group in groups))
+    largest = max(work.layer_groups, key=lambda groups: sum(_weights(group) for group in groups))
     packed = sum(_packed_bytes(work, group) for group in largest)
-    sums = _sums_bytes(largest) * nodes(work.chunks, work.workers) if work.sequences else 0
+    sums = _sums_bytes(largest) * sent_sums(work.chunks, work.workers) if work.sequences else 0
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
@@ -81,8 +81,8 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     )
 
 
-def nodes(chunks: int, workers: int) -> int:
-    """Sums of a group that all workers together send: each merges its chunks as far as the one tree over all allows."""
+def sent_sums(chunks: int, workers: int) -> int:
+    """Number of sums of a group that all workers send: each merges its chunks as far as the tree over all allows."""
     total = 0
     for part in split(chunks, workers):
         start = part.start
@@ -94,8 +94,8 @@ def nodes(chunks: int, workers: int) -> int:
     return total
 
 
-def _held_nodes(chunks: int) -> int:
-    """Sums of a group that a worker with so many chunks holds at once: those of each size wait for their siblings."""
+def _held_sums(chunks: int) -> int:
+    """Number of sums of a group that a worker with `chunks` chunks holds at once, each awaiting its sibling."""
     return chunks.bit_length() if chunks & (chunks - 1) == 0 else chunks.bit_length() + 1
 
 
@@ -108,7 +108,7 @@ def _weights(group: Group) -> int:
 
 
 def _packed_bytes(work: Pass, group: Group) -> int:
-    """Bytes of a group's layers as they are stored, at all levels."""
+    """Stored bytes of a group's layers, at all levels."""
     checkpoint = work.model.architecture.checkpoint
     total = 0
     for layer in group.layers:
@@ -121,23 +121,23 @@ def _packed_bytes(work: Pass, group: Group) -> int:
 
 
 def _moved(work: Pass) -> dict[str, int]:
-    """Bytes between processes: tokens to the calibrators, sums to those that solve, packed layers to the driver."""
+    """Bytes sent between processes: tokens to calibrators, sums to solving processes, packed layers to the driver."""
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
-        count = nodes(work.chunks, work.workers)
-        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.plan)
+        count = sent_sums(work.chunks, work.workers)
+        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.layer_groups)
         if work.nodes > 1:
-            away = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.plan)
-            moved[BETWEEN] = int(count * away * (1 - 1 / work.nodes))
+            fetched = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
+            moved[BETWEEN] = int(count * fetched * (1 - 1 / work.nodes))
     if work.levels is None:
-        moved["packed layers"] = sum(_packed_bytes(work, group) for groups in work.plan for group in groups)
+        moved["packed layers"] = sum(_packed_bytes(work, group) for groups in work.layer_groups for group in groups)
     return {name: size for name, size in moved.items() if size}
 
 
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
     block = model.largest_block()
-    groups = max(work.plan, key=_sums_bytes)
+    groups = max(work.layer_groups, key=_sums_bytes)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
     hidden = {"hidden states": model.hidden_bytes(work.max_sequences, work.length)}
@@ -152,19 +152,19 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             "weights of a block": model.block_bytes(block),
             "activations": model.activation_bytes(work.batch, work.length),
         }
-        # A layer's input once more in float32, where it is not.
-        wide = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
-        running["activations"] += wide
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_nodes(work.max_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * nodes(work.max_chunks, 1)}
+        # The float32 copy of a layer's input, where the input has another dtype.
+        float32_copy = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
+        running["activations"] += float32_copy
+        sums = {"sums of second moments": _sums_bytes(groups) * _held_sums(work.max_chunks)}
+        sent = {SHARED: _sums_bytes(groups) * sent_sums(work.max_chunks, 1)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
-            host["collect"] = with_kept_back({**always, **running, **sums, **sent}, running["activations"])
+            host["collect"] = with_retained({**always, **running, **sums, **sent}, running["activations"])
     for group in sorted(groups, key=lambda group: -group.cost)[:1]:
-        found = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
-        reads = {SHARED: hessian_bytes(group.columns) * nodes(work.chunks, work.workers)}
+        solving = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
+        reads = {SHARED: hessian_bytes(group.columns) * sent_sums(work.chunks, work.workers)}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
             "codes": _weights(group),
@@ -173,15 +173,15 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         reads = reads if work.sequences else {}
         if on_device:
             host["solve"] = {**always, **reads, **own}
-            device["solve"] = {"context": rates.device_bytes, **hidden, **found, "codes": _weights(group)}
+            device["solve"] = {"context": rates.device_bytes, **hidden, **solving, "codes": _weights(group)}
         else:
-            kept = hidden if work.sequences else {}
-            host["solve"] = with_kept_back({**always, **kept, **reads, **own, **found}, sum(found.values()))
+            states = hidden if work.sequences else {}
+            host["solve"] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
     return Process("calibrator", work.workers, work.threads, host, work.gpus, device)
 
 
 def _checked(model: Model) -> dict[str, int]:
-    """The largest tensor, which is read whole to be checked for values that are not finite."""
+    """Memory of the check for values that are not finite: the largest tensor, which is read whole."""
     checkpoint = model.architecture.checkpoint
     return {"largest tensor": max(checkpoint.nbytes(name) for name in checkpoint.names)}
 
@@ -206,14 +206,15 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
     cpu = dict(wall)
 
-    def add(name: str, todo: Work, of_one: float, copies: int = 1) -> None:
-        seconds = todo.seconds(rates)
-        wall[name] += of_one * seconds
+    def add(name: str, arithmetic: Work, worker_share: float, copies: int = 1) -> None:
+        seconds = arithmetic.seconds(rates)
+        wall[name] += worker_share * seconds
         cpu[name] += copies * seconds
 
-    for block, groups in enumerate(work.plan):
+    for block, groups in enumerate(work.layer_groups):
         if work.sequences:
-            # In front of the next block, where its input is what the compressed block makes; else with the sums.
+            # With propagation a block runs twice: for the sums, which stops at the last group's input, and, compressed,
+            # for the next block's input. Without, one run gives both.
             last = groups[-1].layers if groups else ()
             stops = work.propagates and not any(group.is_expert for group in groups)
             if groups:
@@ -224,7 +225,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 add("forward", run, share)
                 add("load", model.load(block), 1.0, workers)
                 add("sums", _collected(work, groups, tokens), share)
-            if work.propagates and block + 1 < len(work.plan):
+            if work.propagates and block + 1 < len(work.layer_groups):
                 add("forward", model.run(block, tokens, work.length, work.batch), share)
                 add("load", model.load(block) * 2, 1.0, workers)
         solves = sorted((_solve_seconds(work, group, rates) for group in groups), reverse=True)
@@ -236,31 +237,31 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     guess = "; ".join(_guesses(work))
     steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
-    here = sum(moved.values()) - moved.get(BETWEEN, 0)
-    steps.append(Step("move and write", here / workers / rates.store, 2 * here / rates.store, written / rates.disk))
+    local = sum(moved.values()) - moved.get(BETWEEN, 0)
+    steps.append(Step("move and write", local / workers / rates.store, 2 * local / rates.store, written / rates.disk))
     if BETWEEN in moved:
         steps.append(Step("network", 0.0, 0.0, _network_bytes(work) / rates.network))
     return steps
 
 
 def _network_bytes(work: Pass) -> float:
-    """Bytes through the busiest node's network, in or out: who solves a group fetches the sums of its whole block."""
+    """Bytes through the busiest node's network, in or out: a solving node fetches the sums of the whole block."""
     total = 0.0
-    for groups in work.plan:
-        sums = _sums_bytes(groups) * nodes(work.chunks, work.workers)
+    for groups in work.layer_groups:
+        sums = _sums_bytes(groups) * sent_sums(work.chunks, work.workers)
         solving = min(work.nodes, len(groups))
         total += sums * (1 - 1 / work.nodes) * max(1.0, solving / work.nodes)
     return total
 
 
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
-    """Accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
-    found = Work()
+    """Work of accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
+    total = Work()
     for group in groups:
         share = work.model.active_share(group.block) if group.is_expert else 1.0
-        found += collect_work([group], tokens * share)
+        total += collect_work([group], tokens * share)
     passes = ceil(work.sequences / work.batch)
-    return Work(found.flops, found.exact_flops, found.elements, found.launches * passes)
+    return Work(total.flops, total.exact_flops, total.elements, total.launches * passes)
 
 
 def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
@@ -268,12 +269,12 @@ def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
 
 
 def _solves(work: Pass, group: Group) -> list[tuple[Method, Level]]:
-    """The levels that a group is compressed to, each with the method that does it."""
+    """The levels at which a group is compressed, each with its method."""
     levels = [group.level] if work.levels is None else work.levels
     return [(level.method_of(work.methods), level) for level in levels]
 
 
 def _guesses(work: Pass) -> tuple[str, ...]:
     """A note for every method that states no cost."""
-    group = next((group for groups in work.plan for group in groups), None)
+    group = next((group for groups in work.layer_groups for group in groups), None)
     return () if group is None else guess_notes(_solves(work, group), stack_of(group, work.gpu_memory))

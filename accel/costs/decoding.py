@@ -1,4 +1,4 @@
-"""Decoding: targets with their caches, drafters with theirs, passes that read all weights once."""
+"""Cost of decoding: targets and draft models with their caches, and forward passes that read all weights once."""
 
 from dataclasses import dataclass
 from math import prod
@@ -8,25 +8,26 @@ import torch
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model
 
-# Logits, their float32 copy, and what verification makes of them (hasten.accel.decoding.bounds).
+# Logits, their float32 copy, and the copy that verification makes (hasten.accel.decoding.bounds).
 _COPIES_OF_LOGITS = 3
-# Second copies of weights in the processor library's own order may take this much in a process, in float32 alone.
-_MOST_PACKED_BYTES = 2**31
-# Operations of a block in a pass of the fast path, and of the loop around a pass.
+# Limit of a process for second copies of weights in the CPU library's own layout, which exist for float32 only.
+_MAX_PACKED_BYTES = 2**31
+# Operations of a block in a pass of the fast path, and operations of the loop around a pass.
 _LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS = 26, 250
-# Passes that time the target at every size before decoding starts: sizes, and repetitions of each.
+# Repetitions at every size when the target's passes are timed before decoding starts.
 _TIMED_PASSES = 20
-# Of a result's line: all but ids and text; and the text of a token.
+# Bytes of a result's line without ids and text, and bytes of the text of a token.
 _RESULT_BYTES, _TEXT_BYTES = 690, 3.6
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoding as plain values.
+    """A decoding job as plain values.
 
-    prompts: how many, prompt_tokens: their mean length, longest: the longest, completion included. draft: the model
-    that a drafter needs, None without. drafted: tokens drafted at most. fast: whether the fast path runs the models.
-    tokens_per_pass: what a pass gives to a sequence.
+    prompts: number of prompts. prompt_tokens: their mean length. longest: length of the longest sequence, completion
+    included. draft: the drafter's model, None without one. drafted: maximum number of draft tokens. measures: whether
+    passes are timed before decoding. fast: whether the fast path runs the models. tokens_per_pass: tokens that a pass
+    adds to a sequence.
     """
 
     target: Model
@@ -50,11 +51,11 @@ class Decoding:
 def estimate(decoding: Decoding, rates: Rates) -> Estimate:
     """Memory and seconds of verifiers and their drafters, and bytes of the file of completions."""
     one = decoding
-    lot = -(-one.prompts // (2 * one.workers if one.workers > 1 else 1))
-    slots = max(1, min(one.in_flight, max(one.in_flight, lot), one.prompts))
+    share = -(-one.prompts // (2 * one.workers if one.workers > 1 else 1))
+    slots = max(1, min(one.in_flight, max(one.in_flight, share), one.prompts))
     held = _caches(one.target, one, slots)
     if one.memory_bytes is not None:
-        held = _cut(held, one.memory_bytes)
+        held = _bounded(held, one.memory_bytes)
     kept = weights(one.target, one.fast, bool(one.gpus))
     loading = {"weights": sum(kept.values()), "model as it is loaded": loaded_bytes(one.target, one.fast)}
     drafts = {}
@@ -80,9 +81,9 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
 
 
 def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
-    """One forward pass over `tokens` tokens of each sequence, with `length` in the caches: all weights are read.
+    """Work of one forward pass over `tokens` tokens of each sequence, with `length` tokens in the caches.
 
-    itemsize: bytes of a weight; None is those of the model's dtype.
+    A pass reads all weights. itemsize: bytes of a weight; None is the model's dtype.
     """
     rows = sequences * tokens
     weights = model.elements() * (itemsize or model.dtype.itemsize)
@@ -90,14 +91,15 @@ def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: 
     cache = sequences * length * model.token_bytes
     launches = model.blocks * _LAUNCHES_OF_A_BLOCK + _LAUNCHES_OF_A_PASS
     elements = rows * (model.blocks * (24 * model.hidden + 4 * model.inner) + 4 * model.vocabulary)
-    # Few rows take as long as weights come out of memory, many as long as they are multiplied.
+    # With few rows a pass is bound by reading the weights, with many rows by the products.
     return Work(flops=flops, memory_bytes=weights + cache, elements=elements, launches=launches)
 
 
 def weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
-    """The model in memory; the fast path on a CPU has a head that is the embedding twice.
+    """Bytes of the model in memory. The fast path on a CPU holds an embedding that is also the head twice.
 
-    In float32 it keeps weights of two bytes as they are, and others once more in the library's order.
+    Running in float32, the fast path keeps bfloat16 weights as stored; it holds other weights a second time, in the
+    layout of the CPU library.
     """
     itemsize = itemsize_of(model, fast, on_device)
     if not fast or on_device:
@@ -108,14 +110,14 @@ def weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
         if "embed_tokens" in name and name == model.architecture.head_name():
             elements += prod(checkpoint.shape(name))
     size = elements * itemsize
-    found = {"weights": size}
+    parts = {"weights": size}
     if itemsize == 4:
-        found["weights in the library's order"] = min(_MOST_PACKED_BYTES, size)
-    return found
+        parts["weights in the library's order"] = min(_MAX_PACKED_BYTES, size)
+    return parts
 
 
 def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
-    """Bytes of a weight that a pass reads; the fast path on a CPU keeps those of bfloat16 as they are."""
+    """Bytes of a weight that a pass reads; the fast path on a CPU keeps bfloat16 weights as stored."""
     if not fast or on_device:
         return model.dtype.itemsize
     stored = model.architecture.checkpoint.dtype(model.architecture.head_name())
@@ -123,7 +125,7 @@ def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
 
 
 def loaded_bytes(model: Model, fast: bool) -> int:
-    """Memory beside the weights while the model is loaded: a whole copy where the fast path converts it."""
+    """Additional memory while the model is loaded: a whole copy where the fast path converts it."""
     return model.elements() * model.dtype.itemsize if fast else model.stored_bytes() // 4
 
 
@@ -137,15 +139,15 @@ def _caches(model: Model, decoding: Decoding, slots: int) -> dict[str, int]:
     }
 
 
-def _cut(held: dict[str, int], bound: int) -> dict[str, int]:
-    """Caches and logits scaled down to a common bound in bytes."""
+def _bounded(held: dict[str, int], bound: int) -> dict[str, int]:
+    """Memory with caches and logits scaled down so that together they take at most `bound` bytes."""
     total = held["caches"] + held["logits"]
     share = min(1.0, bound / total) if total else 1.0
     return held | {name: int(held[name] * share) for name in ("caches", "logits")}
 
 
 def _line_bytes(decoding: Decoding) -> float:
-    """Bytes of a result: the ids of prompt and completion, the completion's text, figures."""
+    """Bytes of a result's line: ids of prompt and completion, the completion's text, and statistics."""
     number = len(str(decoding.target.vocabulary - 1)) + 1
     ids = number * (decoding.prompt_tokens + decoding.new_tokens)
     return _RESULT_BYTES + ids + _TEXT_BYTES * decoding.new_tokens

@@ -5,20 +5,21 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 DRIVER = "driver"
-# Memory that all processes of a node map and that is counted once.
+# Memory that all processes of a node share, and that is counted once.
 SHARED = "sums in the object store"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput of one process with its threads, and memory of a process that has only imported what it needs.
+    """Throughput of one process with its threads, and memory of a process after its imports.
 
     flops: FLOP/s of matrix products in the job's dtype; exact_flops: in float32. elements: float32 numbers a second
-    through a small operation. launch: seconds of an operation on next to nothing. memory, store, read, disk, network:
-    bytes a second copied where the arithmetic is, copied between processes, read from files, written to files, sent
-    between two nodes. start: CPU seconds until a process has imported what it needs; finish: until the driver has what
-    reports and tracking need; session: until Ray is there. worker_bytes, driver_bytes: of a process with its imports.
-    device_bytes: of the GPU before anything is put there. share: of a processor that a busy process gets at present.
+    through an elementwise operation. launch: seconds of an operation on a tiny tensor. memory, store, read, disk,
+    network: bytes per second copied in the memory of the computing device, copied between processes, read from files,
+    written to files, sent between two nodes. start: CPU seconds of a process's imports; finish: of the driver's imports
+    for reports and tracking; session: seconds to start Ray. worker_bytes, driver_bytes: memory of a process after its
+    imports. device_bytes: GPU memory of a process without tensors. share: share of a processor that a busy process gets
+    at present.
     """
 
     flops: float
@@ -41,10 +42,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic to be done. flops: in the job's dtype; exact_flops: in float32.
+    """An amount of work. flops: of matrix products in the job's dtype; exact_flops: in float32.
 
-    elements: float32 numbers that go through small operations, launches: how many operations there are. memory_bytes:
-    read where the arithmetic is; file_bytes: read from files.
+    elements: float32 numbers through elementwise operations. launches: number of operations. memory_bytes: read from
+    the memory of the computing device. file_bytes: read from files.
     """
 
     flops: float = 0.0
@@ -61,7 +62,7 @@ class Work:
         return Work(*(getattr(self, name) * times for name in self.__dataclass_fields__))
 
     def seconds(self, rates: Rates) -> float:
-        """CPU seconds of one process that does it alone."""
+        """CPU seconds of one process that does all of the work."""
         return (
             self.flops / rates.flops
             + self.exact_flops / rates.exact_flops
@@ -74,10 +75,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Process:
-    """Processes of one kind. cpus, gpus: that each asks the cluster for.
+    """Processes of one kind. cpus, gpus: resources that each process requests.
 
-    host, device: bytes of its own memory and of its GPU's, by phase of its work and by what takes them. stage: of the
-    job; but for the driver, processes of different stages are not there at once.
+    host, device: bytes of its main memory and of its GPU's memory, by phase of its work and by purpose. stage: stage of
+    the job; processes of different stages do not exist at the same time, except for the driver.
     """
 
     kind: str
@@ -90,22 +91,22 @@ class Process:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory that one of them holds."""
+        """Peak memory of one process."""
         return sum(self.peak_parts.values())
 
     @property
     def own_bytes(self) -> int:
-        """Most memory that one of them holds without what it shares with others."""
+        """Peak memory of one process without the memory that it shares with others."""
         return max((sum(parts.values()) - parts.get(SHARED, 0) for parts in self.host.values()), default=0)
 
     @property
     def device_bytes(self) -> int:
-        """Most memory that one of them holds on its GPU; 0 without one."""
+        """Peak GPU memory of one process; 0 without a GPU."""
         return sum(self.device_parts.values())
 
     @property
     def peak_parts(self) -> Mapping[str, int]:
-        """Bytes by what takes them, in the phase that takes most."""
+        """Bytes by purpose, in the phase that takes most memory."""
         return _largest(self.host)
 
     @property
@@ -120,10 +121,10 @@ def _largest(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a job: wall seconds with whole processors, CPU seconds of all processes, seconds that are only waited.
+    """A part of a job. seconds: wall time where every process has its processors. cpu_seconds: of all processes.
 
-    waits: seconds of wall time in which nothing is computed: disks, networks, other programs. guess: what of it is
-    guessed, as for a method that states no cost; empty where nothing is.
+    waits: wall time, in addition, in which nothing is computed: disks, networks, other programs. guess: what is guessed
+    in the estimate, such as a method that states no cost; empty where nothing is.
     """
 
     name: str
@@ -138,7 +139,7 @@ class Step:
         return f"{self.name} ({self.guess})" if self.guess else self.name
 
     def wall(self, share: float = 1.0, processors: float = inf) -> float:
-        """Seconds on so many processors, of which a busy process gets this share."""
+        """Wall seconds on `processors` processors, where a busy process gets this share of one."""
         return max(self.seconds, self.cpu_seconds / processors) / share + self.waits
 
 
@@ -146,8 +147,8 @@ class Step:
 class Estimate:
     """Resources that a job needs.
 
-    moved: bytes that travel between processes, by what they are. store: bytes that lie in the object store at most.
-    written: bytes of files, by what they are. notes: what the estimate does not know.
+    moved: bytes sent between processes, by content. store: peak bytes in the object store. written: bytes of files, by
+    content. notes: limits of the estimate.
     """
 
     processes: tuple[Process, ...]
@@ -159,7 +160,7 @@ class Estimate:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that travel."""
+        """Bytes sent between processes."""
         return sum(self.moved.values())
 
     @property
@@ -169,15 +170,15 @@ class Estimate:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all processes together."""
+        """CPU seconds of all processes."""
         return sum(step.cpu_seconds for step in self.steps)
 
     def seconds(self, share: float = 1.0, processors: float = inf) -> float:
-        """Wall seconds on so many processors, of which a busy process gets this share."""
+        """Wall seconds on `processors` processors, where a busy process gets this share of one."""
         return sum(step.wall(share, processors) for step in self.steps)
 
     def joined(self, later: "Estimate") -> "Estimate":
-        """One part of a job after the other: steps and bytes add up, and of two drivers the larger one counts."""
+        """Estimate of two parts of a job in sequence: steps and bytes are added, and the larger driver counts."""
         stage = max((process.stage for process in self.processes), default=-1) + 1
         drivers = [process for process in (*self.processes, *later.processes) if process.kind == DRIVER]
         others = [process for process in self.processes if process.kind != DRIVER]
@@ -186,7 +187,7 @@ class Estimate:
         ]
         return replace(
             self,
-            processes=(*others, *([max(drivers, key=lambda each: each.peak_bytes)] if drivers else [])),
+            processes=(*others, *([max(drivers, key=lambda driver: driver.peak_bytes)] if drivers else [])),
             steps=self.steps + later.steps,
             moved=_added(self.moved, later.moved),
             store=max(self.store, later.store),

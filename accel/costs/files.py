@@ -1,4 +1,4 @@
-"""Bytes of the files that a run writes, to the byte for tensors and nearly so for what stands around them."""
+"""Bytes of the files that a run writes: exact for tensors, and close for headers and small files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
@@ -12,7 +12,7 @@ from hasten.accel.compression.levels.kinds.grid import grid_tensors
 from hasten.accel.compression.outputs.checkpoint import COPIED, OWN, outer_shards
 from hasten.accel.models.architecture import Architecture, Layer
 
-# Name, dtype as safetensors calls it, shape, bytes.
+# (name, dtype by its safetensors name, shape, bytes) of every tensor.
 Tensors = list[tuple[str, str, tuple[int, ...], int]]
 
 _NAMES = {
@@ -25,17 +25,17 @@ _NAMES = {
     torch.uint8: "U8",
 }
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8")
-# A row of facts, of a layer at a level, in JSON: in a file of its own with indents, and within a header.
+# Facts of a layer at a level, in JSON: in a file with indents, and in the header of a layer's file.
 _FACTS_BYTES, _LEVEL_FACTS_BYTES = 350, 340
-# Digests of the modules that a run is made of, in its fingerprint.
+# Digests of a run's modules, in its fingerprint.
 _CODE_BYTES = 3400
 
 
 def safetensors_bytes(tensors: Tensors, note: int = len('"format":"pt"')) -> int:
-    """Bytes of a file with these tensors; note: of the entry in its metadata."""
+    """Bytes of a safetensors file with these tensors. note: bytes of the entry in its metadata."""
     header, offset = len('{"__metadata__":{}') + note, 0
-    # Offsets are longer the later they come: safetensors sorts by dtype, then by name.
-    for name, dtype, shape, size in sorted(tensors, key=lambda each: (_ORDER.index(each[1]), each[0])):
+    # Later offsets have more digits, so the order matters: safetensors sorts by dtype, then by name.
+    for name, dtype, shape, size in sorted(tensors, key=lambda tensor: (_ORDER.index(tensor[1]), tensor[0])):
         numbers = ",".join(map(str, shape))
         entry = f',"{name}":{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":[{offset},{offset + size}]}}'
         header, offset = header + len(entry), offset + size
@@ -44,7 +44,7 @@ def safetensors_bytes(tensors: Tensors, note: int = len('"format":"pt"')) -> int
 
 
 def checkpoint_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
-    """What a checkpoint has of a layer at a level: the codes of its grid, or the dense weight."""
+    """Tensors of a layer at a level in a checkpoint: codes on a grid, or the dense weight."""
     scheme, dtype = level.loader_scheme, _dtype(itemsize)
     if scheme is None:
         return _listed(layer, [StoredTensor("weight", dtype, (layer.rows, layer.columns))])
@@ -52,9 +52,9 @@ def checkpoint_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
 
 
 def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
-    """What a level database stores of a layer at a level.
+    """Tensors of a layer at a level in a level database.
 
-    Names in the file begin with the level and not with the layer, whose name is about as long.
+    Names begin here with the layer's name; in the file they begin with the level's, which is about as long.
     """
     return _listed(layer, level.stored_tensors(layer.rows, layer.columns, _dtype(itemsize)))
 
@@ -104,21 +104,21 @@ def database_files(
                 itemsize = architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize
                 tensors: Tensors = []
                 for level in levels:
-                    own = level.of_expert() if group.is_expert else level
-                    tensors += level_tensors(layer, own, itemsize)
+                    layer_level = level.of_expert() if group.is_expert else level
+                    tensors += level_tensors(layer, layer_level, itemsize)
                 total += safetensors_bytes(tensors, _LEVEL_FACTS_BYTES * len(levels))
     return {"levels": total}
 
 
 def copied_bytes(folder: Path) -> int:
-    """Bytes of the tokenizer's and the like files of a checkpoint, which are copied."""
-    found = {
+    """Bytes of the files of a checkpoint that are copied, such as the tokenizer's."""
+    copied = {
         file
         for pattern in COPIED
         for file in folder.glob(pattern)
         if file.name not in OWN and not file.name.endswith(".index.json")
     }
-    return sum(file.stat().st_size for file in found)
+    return sum(file.stat().st_size for file in copied)
 
 
 def _plain(architecture: Architecture, names: Iterable[str]) -> Tensors:
@@ -130,7 +130,7 @@ def _plain(architecture: Architecture, names: Iterable[str]) -> Tensors:
 
 
 def _config_bytes(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> int:
-    """Bytes of config.json, with what is added on the quantization, and of what a run notes about itself."""
+    """Bytes of config.json with its quantization_config, and of the files in which a run records its settings."""
     known: Mapping[str, object] = architecture.checkpoint.config
     names = {layer.name for groups in layer_groups for group in groups for layer in group.layers}
     untouched = sum(

@@ -1,7 +1,7 @@
-"""What a compression method states of its own cost, and the parts that such a statement is put together from.
+"""Cost that a compression method states for itself, and building blocks for stating it.
 
-A method's `cost` stands in its file, beside the algorithm whose operations it counts. A method that states nothing is
-planned by `guessed_cost`, and the plan says so.
+A method's `cost` is in its own file, next to the algorithm whose operations it counts. A method without it is estimated
+by `guessed_cost`, and the dry run says so.
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, searched_wei
 from hasten.accel.compression.calibration.statistics import panel_bounds
 from hasten.accel.costs.estimate import Work
 
-# Bytes of a weight that is rounded or pruned by itself, in float32 and codes.
+# Bytes of a weight that is rounded or pruned independently: float32 copies and codes.
 ROUNDED_BYTES = 14
-# Small operations on every weight for each range that a grid is searched among, and for one visit of its column: the
-# column itself, and its error propagated within the columns that are visited one by one.
+# Elementwise operations on every weight for each range of a grid search, and for one visit of its column, which solves
+# the column and propagates its error within the columns that are visited one by one.
 _TRIED, _VISITED = 9, 28
 _LAUNCHES_OF_A_COLUMN = 50
 _ROUNDED = 10
-# Columns from which a factorisation runs as fast as a product; and operations to put an element in its place.
+# Columns from which a factorisation runs as fast as a product; operations for moving an element to its place.
 _FAST_COLUMNS, _PLACED = 8192, 30
 
 
@@ -26,7 +26,7 @@ _FAST_COLUMNS, _PLACED = 8192, 30
 class LayerStack:
     """Shape of linear layers that share an input and are solved together.
 
-    rows: of all layers. columns: of each. gpu_memory: bytes of the GPU that solves them, 0 on a processor.
+    rows: of all layers together. columns: of each layer. gpu_memory: bytes of the GPU that solves them, 0 for a CPU.
     """
 
     rows: int
@@ -40,7 +40,7 @@ class LayerStack:
 
     @property
     def slabs(self) -> int:
-        """Slabs of rows that are solved one after the other."""
+        """Number of slabs of rows, which are solved one after the other."""
         return ceil(self.weights / slab_weights(self.gpu_memory))
 
     @property
@@ -51,10 +51,10 @@ class LayerStack:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What a method takes for a stack of layers at one level; reading the weights is counted by the plan.
+    """Cost of a method for a stack of layers at one level, without reading the weights.
 
-    solve: arithmetic at this level. prepare: arithmetic of prepare(), done once for all levels. weight_bytes: memory
-    for each weight of a slab while it is solved. prepared_bytes: memory of what prepare() makes.
+    solve: work at this level. prepare: work of prepare(), done once for all levels. weight_bytes: memory for each
+    weight of a slab while it is solved. prepared_bytes: memory of the result of prepare().
     """
 
     solve: Work
@@ -65,33 +65,33 @@ class MethodCost:
 
 def factored_cost(layers: LayerStack, solve: Work) -> MethodCost:
     """Cost of a method that factors the Hessian of its input and solves all columns of a slab against it."""
-    # The sums come to a GPU panel by panel, and lie there once more while they are put together.
+    # The sums are copied to a GPU panel by panel, and held there twice while they are assembled.
     copies = 2 * hessian_bytes(layers.columns) if layers.gpu_memory else 0
     return MethodCost(solve, SOLVE_BYTES, factorisation(layers.columns), 4 * layers.columns**2 + copies)
 
 
 def guessed_cost(layers: LayerStack, needs_hessian: bool) -> MethodCost:
-    """Cost of a method that states none: of rounding to nearest, or of one visit of all columns, as GPTQ's."""
+    """Guess for a method that states no cost: rounding to nearest, or, with a Hessian, one visit of all columns."""
     if not needs_hessian:
         return MethodCost(rounding(layers))
     return factored_cost(layers, rounding(layers) + column_visits(layers, 1))
 
 
 def rounding(layers: LayerStack) -> Work:
-    """Every weight goes to a value of its own."""
+    """Work of rounding every weight independently."""
     return Work(elements=layers.weights * _ROUNDED, launches=100 * layers.slabs)
 
 
 def range_search(layers: LayerStack, ranges: int) -> Work:
-    """Search of the scales of all groups among so many ranges, by squared error."""
+    """Work of searching the scales of all groups among `ranges` ranges, by squared error."""
     parts = ceil(layers.weights / searched_weights(layers.gpu_memory > 0))
     return Work(elements=layers.weights * _TRIED * ranges, launches=30 * ranges * parts)
 
 
 def column_visits(layers: LayerStack, solves: int) -> Work:
-    """Column by column, with the error of finished columns propagated to the rest, so many times.
+    """Work of `solves` solves column by column, each propagating the error of finished columns to the rest.
 
-    The first solve alone computes what the output would have been.
+    Only the first solve also computes the power of the output.
     """
     return Work(
         exact_flops=(solves + 1) * layers.weights * layers.columns,
@@ -101,7 +101,7 @@ def column_visits(layers: LayerStack, solves: int) -> Work:
 
 
 def scale_fits(layers: LayerStack, fits: int, groups: int) -> Work:
-    """Scales fitted to the codes by the output error, so many times; groups: scales of a row."""
+    """Work of fitting scales to the codes by the output error, `fits` times. groups: number of scales of a row."""
     return Work(
         exact_flops=2 * fits * layers.weights * layers.columns,
         elements=fits * 6 * layers.weights * groups,
@@ -110,17 +110,17 @@ def scale_fits(layers: LayerStack, fits: int, groups: int) -> Work:
 
 
 def factorisation(columns: int) -> Work:
-    """Cholesky factorisation of a Hessian, its columns put in the order of the solve."""
-    # Small matrices are bound by latency; and elements are put in their places one by one.
+    """Work of the Cholesky factorisation of a Hessian, including sorting its columns in the order of the solve."""
+    # Small matrices are bound by latency, and sorting moves elements one by one.
     flops = columns**3 / 3 * max(1.0, _FAST_COLUMNS / columns)
     return Work(exact_flops=flops, elements=_PLACED * columns**2, launches=8 * len(panel_bounds(columns)))
 
 
 def hessian_elements(columns: int) -> int:
-    """Elements of the sums of a Hessian, of which panels up to the diagonal are kept."""
+    """Number of stored elements of a Hessian: its panels up to the diagonal."""
     return sum((stop - start) * stop for start, stop in panel_bounds(columns))
 
 
 def hessian_bytes(columns: int) -> int:
-    """Bytes of these sums."""
+    """Bytes of the stored elements of a Hessian."""
     return 4 * hessian_elements(columns)

@@ -1,4 +1,4 @@
-"""Arithmetic of running a model's blocks and head, and memory of activations."""
+"""Work of running a model's blocks and head, and memory of activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,25 +9,26 @@ import torch
 from hasten.accel.costs.estimate import Work
 from hasten.accel.models.architecture import Architecture, Layer
 
-# Numbers of the hidden size, and of the inner size, that go through small operations for a token of a block: norms,
-# residuals, rotations; activation and product.
+# Elementwise operations of a block on a token, on vectors of the hidden size (norms, residuals, rotations) and of the
+# inner size (activation and product).
 _NARROW, _WIDE = 24, 4
-# Operations of a block, products among them.
+# Operations of a block, including products.
 _LAUNCHES = 60
-# Of a tensor that is read: its file is opened, its module is made.
+# Operations for reading a tensor: opening its file, making its module.
 _LAUNCHES_OF_A_TENSOR = 300
-# Numbers for a query and a key: what softmax makes of their product.
+# Elementwise operations on a pair of query and key: the softmax of its score.
 _SCORES = 3
-# Of a token, in the widest part of a block: what came in, the residual and the norm; gate, up and their product.
+# Vectors of a token in the widest part of a block, of the hidden size (input, residual, norm) and of the inner size
+# (gate, up and their product).
 _NARROW_HELD, _WIDE_HELD = 4, 3
 _LOGITS_BYTES = 4 << 20
-# Most of what was freed that the C library does not give back to the system.
+# Limit of freed memory that the C library does not return to the system.
 _KEPT_BACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a checkpoint's model that runs in a dtype."""
+    """Sizes of a checkpoint's model; dtype: in which it runs."""
 
     architecture: Architecture
     dtype: torch.dtype
@@ -49,7 +50,7 @@ class Model:
 
     @property
     def inner(self) -> int:
-        """Widest input of a layer: that of the feed-forward network's last one, or the hidden size."""
+        """Widest input of a linear layer: the inner size of the feed-forward network, or the hidden size."""
         return max(max(layer.columns for layer in self.architecture.linears(index)) for index in self._kinds())
 
     @property
@@ -61,52 +62,52 @@ class Model:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the keys and values of one token, all blocks together."""
+        """Bytes of the keys and values of one token in all blocks."""
         config = self.architecture.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(self.blocks * 2 * heads * size * self.dtype.itemsize)
 
     def block_elements(self, index: int) -> int:
-        """Numbers in a block's tensors."""
+        """Number of elements of a block's tensors."""
         checkpoint = self.architecture.checkpoint
         return sum(prod(checkpoint.shape(name)) for name in self.architecture.block_tensors(index))
 
     def block_bytes(self, index: int) -> int:
-        """Bytes of a block in the dtype that it runs in."""
+        """Bytes of a block in the dtype in which it runs."""
         return self.block_elements(index) * self.dtype.itemsize
 
     def largest_block(self) -> int:
-        """Number of the block that takes most."""
+        """Index of the largest block."""
         return max(self._kinds(), key=self.block_bytes)
 
     def elements(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements of all tensors."""
         checkpoint = self.architecture.checkpoint
         return sum(prod(checkpoint.shape(name)) for name in checkpoint.names)
 
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as the checkpoint has them."""
+        """Bytes of all tensors as stored in the checkpoint."""
         checkpoint = self.architecture.checkpoint
         return sum(checkpoint.stored_bytes(name) for name in checkpoint.names)
 
     def head_bytes(self) -> int:
-        """Bytes of the head as it is stored."""
+        """Bytes of the head as stored."""
         checkpoint, head = self.architecture.checkpoint, self.architecture.head_name()
         return checkpoint.nbytes(head)
 
     def load(self, index: int) -> Work:
-        """Reading a block and turning it into the dtype it runs in."""
+        """Work of reading a block and converting it to the dtype in which it runs."""
         checkpoint = self.architecture.checkpoint
         names = self.architecture.block_tensors(index)
         stored = sum(checkpoint.nbytes(name) for name in names)
-        # Read, looked through for what is not finite, converted.
+        # Tensors are read, checked for values that are not finite, and converted.
         return Work(
             elements=2 * self.block_elements(index), launches=_LAUNCHES_OF_A_TENSOR * len(names), file_bytes=stored
         )
 
     def run(self, index: int, tokens: int, length: int, batch: int, without: str | None = None) -> Work:
-        """Running a block on `tokens` tokens in sequences of `length`; without: name of a layer that is not run."""
+        """Work of a block on `tokens` tokens in sequences of `length`. without: name of a layer that is not run."""
         share = self.active_share(index)
         layers = [layer for layer in self.architecture.linears(index) if layer.name != without]
         products = sum(2 * layer.rows * layer.columns * self._used(layer, share) for layer in layers)
@@ -117,20 +118,20 @@ class Model:
         return Work(flops=tokens * (products + scores), elements=tokens * small, launches=passes * _LAUNCHES)
 
     def logits(self, tokens: int) -> Work:
-        """Logits of `tokens` tokens."""
+        """Work of the logits of `tokens` tokens."""
         at_once = max(1, _LOGITS_BYTES // (4 * self.vocabulary))
         return Work(flops=2 * tokens * self.hidden * self.vocabulary, launches=-(-tokens // at_once) * 10)
 
     def activation_bytes(self, batch: int, length: int) -> int:
-        """Bytes between the layers of a block that runs so many sequences at once."""
+        """Bytes of the activations in a block that runs `batch` sequences at once."""
         return batch * length * (_NARROW_HELD * self.hidden + _WIDE_HELD * self.inner) * self.dtype.itemsize
 
     def hidden_bytes(self, sequences: int, length: int) -> int:
-        """Bytes of the hidden states of sequences of one length."""
+        """Bytes of the hidden states of `sequences` sequences of `length` tokens."""
         return sequences * length * self.hidden * self.dtype.itemsize
 
     def active_share(self, index: int) -> float:
-        """Share of a block's experts that a token goes through; 1 where there are none."""
+        """Share of a block's experts to which a token is routed; 1 without experts."""
         config = self.architecture.config
         number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         used: int | None = getattr(config, "num_experts_per_tok", None)
@@ -143,10 +144,10 @@ class Model:
         return self.attention // int(self.architecture.config.num_attention_heads)
 
     def _kinds(self) -> list[int]:
-        """Blocks to look at for the largest: a model may have two kinds, dense ones and mixtures."""
+        """Sample of blocks that contains the largest: a model may have two kinds, dense blocks and mixtures."""
         return sorted({0, self.blocks // 2, self.blocks - 1})
 
 
-def with_kept_back(parts: Mapping[str, int], freed: int) -> dict[str, int]:
-    """Parts of a process's memory, and what its C library keeps of so many bytes that come and go."""
+def with_retained(parts: Mapping[str, int], freed: int) -> dict[str, int]:
+    """Parts of a process's memory, and the memory that its C library does not return of `freed` bytes."""
     return {**parts, "kept by the C library": min(_KEPT_BACK_BYTES, freed)}

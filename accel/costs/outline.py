@@ -1,4 +1,4 @@
-"""A checkpoint of which there may be nothing but config.json: transformers knows its tensors' names and shapes."""
+"""A checkpoint without weights: transformers derives the names and shapes of its tensors from config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from hasten.accel.models.shards import Stored
 
 
 class Outline(Checkpoint):
-    """Names, shapes and dtypes of a checkpoint as transformers would save it; there is nothing to read.
+    """Names, shapes and dtypes of a checkpoint as transformers would save it; its tensors cannot be read.
 
-    Of several tensors that are tied the first counts. UserError where the family is not supported, and where
-    transformers refuses the config.
+    Of tied tensors only the first is listed. UserError where the family is not supported, and where transformers
+    refuses the config.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class Outline(Checkpoint):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint of a folder; its outline where the folder has no weights."""
+    """The checkpoint in a folder; an Outline where the folder has no weights."""
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return Outline(path)
     return Checkpoint(path)
@@ -52,7 +52,7 @@ def _skeleton(path: Path) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers cannot build a model from {path / 'config.json'}: {reason}") from None
-    # named_parameters names a tensor that is there twice only once.
+    # After tying, named_parameters lists a shared tensor only once.
     model.tie_weights()
     return model
 

@@ -1,15 +1,15 @@
-"""Evaluators of a search: the whole model in each of them, and candidates that are measured on a few tokens."""
+"""Cost of a search: evaluators that each hold the whole model and measure candidates on samples of tokens."""
 
 from dataclasses import dataclass
 
 from hasten.accel.compression.search.base import AllocationMethod, Searcher
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.model import Model, with_kept_back
+from hasten.accel.costs.model import Model, with_retained
 
-# Candidates that share their first blocks run these once: about so much of the blocks is left to run for each.
+# Candidates that share their first blocks run these once: share of the blocks that each candidate runs on average.
 _NOT_SHARED = 0.6
-# Several evaluators wait for each other at the end of every step of a selection: so much of the time they are at work,
-# which takes each of them longer than one that is alone on the machine, whose memory and clock they share.
+# Several evaluators wait for each other at the end of every selection step: share of the time in which they work, and
+# slowdown of each, because they share the memory bandwidth and the clock of the machine.
 _BUSY, _TOGETHER = 0.9, 1.16
 _LOGIT_NUMBERS = 6
 _LOGITS_BYTES = 16 << 20
@@ -20,9 +20,9 @@ _FIXED_CACHE = 2**30
 class Search:
     """A search as plain values. sequences, length: of the search's tokens; error_sequences: those of `errors`.
 
-    levels: of a layer, at most. measured: candidates whose errors are measured. allocators: those that run, once for
-    each of `budgets`; searchers among them measure candidates. original_bytes: kept for a token of the original's
-    predictions.
+    levels: maximum number of a layer's levels. measured: number of choices whose errors are measured. allocators: each
+    runs once for each of `budgets`; searchers among them measure candidates. original_bytes: stored for a token of the
+    original's predictions.
     """
 
     model: Model
@@ -41,12 +41,12 @@ class Search:
 
 
 def estimate(search: Search, rates: Rates) -> Estimate:
-    """What the evaluators take; levels, and the checkpoint that comes out, are apart."""
+    """Estimate of the evaluators, without the levels and without writing the resulting checkpoint."""
     model = search.model
     weights = sum(model.block_bytes(index) for index in range(model.blocks))
     searchers = [allocator for allocator in search.allocators if isinstance(allocator, Searcher)]
     swapped = min(_FIXED_CACHE, (search.levels if searchers else 1) * weights)
-    # Samples are drawn from all sequences, and soon each of them was in one.
+    # Samples are drawn from all sequences, and soon every sequence was in one.
     used = search.sequences if searchers else min(search.sequences, search.error_sequences if search.measured else 0)
     known = used * search.length
     held = {
@@ -63,7 +63,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
         device = {"search": {"context": rates.device_bytes, **held}}
     else:
         parts = {"process": rates.worker_bytes, **held}
-        host, device = {"search": with_kept_back(parts, held["activations"] + held["logits"])}, {}
+        host, device = {"search": with_retained(parts, held["activations"] + held["logits"])}, {}
     process = Process("evaluator", search.workers, search.threads, host, search.gpus, device)
     tokens = float(search.measured * search.error_sequences * search.length)
     tokens += search.budgets * sum(searcher.measured_tokens(search.sequences * search.length) for searcher in searchers)
@@ -71,7 +71,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     for index in range(model.blocks):
         blocks += model.run(index, search.length, search.length, search.batch)
     head = model.logits(search.length) + Work(elements=_LOGIT_NUMBERS * search.length * model.vocabulary)
-    # Each evaluator runs the original on the sequences that it meets.
+    # Each evaluator runs the original on the sequences of its samples.
     own = search.workers * known
     seconds = blocks.seconds(rates) * (own + tokens * _NOT_SHARED) + head.seconds(rates) * (own + tokens)
     seconds *= (_TOGETHER if search.workers > 1 else 1.0) / search.length

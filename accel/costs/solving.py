@@ -1,4 +1,4 @@
-"""What compressing groups of layers takes, from what the methods state of their cost; knows no method by name."""
+"""Cost of compressing groups of layers, from the costs that methods state; no method is named here."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from hasten.accel.costs.method import LayerStack, MethodCost, guessed_cost, hess
 
 
 def collect_work(groups: Sequence[Group], tokens: float) -> Work:
-    """Accumulating the Hessians of the groups' inputs over `tokens` tokens."""
+    """Work of accumulating the Hessians of the groups' inputs over `tokens` tokens."""
     total = Work()
     for group in groups:
         total += Work(flops=2 * tokens * hessian_elements(group.columns), launches=4 * len(panel_bounds(group.columns)))
@@ -24,20 +24,20 @@ def stack_of(group: Group, gpu_memory: int = 0) -> LayerStack:
 
 
 def method_cost(layers: LayerStack, method: Method, level: Level) -> MethodCost:
-    """What the method states, or a guess where it states nothing."""
+    """Cost that the method states, or a guess where it states none."""
     return level.cost(method, layers) or guessed_cost(layers, method.needs_hessian)
 
 
 def guess_notes(solves: Sequence[tuple[Method, Level]], layers: LayerStack) -> tuple[str, ...]:
-    """`guess: METHOD states no cost` for every method that does not."""
+    """`guess: METHOD states no cost` for every method without a stated cost."""
     guessed = dict.fromkeys(type(method).__name__ for method, level in solves if level.cost(method, layers) is None)
     return tuple(f"guess: {name} states no cost" for name in guessed)
 
 
 def group_work(layers: LayerStack, solves: Sequence[tuple[Method, Level]]) -> Work:
-    """Solving a group at levels, each by its method: what methods prepare, once each, and the solves themselves.
+    """Work of solving a group at levels, each by its method: prepare() once for each method, and the solves.
 
-    The statistics are there.
+    Collecting the statistics is not included.
     """
     costs = [method_cost(layers, method, level) for method, level in solves]
     prepared: dict[int, Work] = {}
@@ -50,7 +50,7 @@ def group_work(layers: LayerStack, solves: Sequence[tuple[Method, Level]]) -> Wo
 
 
 def group_bytes(layers: LayerStack, solves: Sequence[tuple[Method, Level]]) -> dict[str, int]:
-    """Memory of the solve of a group, by part: slab of weights and factor; the sums that it reads are counted apart."""
+    """Memory of the solve of a group, by part: slab of weights, and factor. The sums that it reads are not included."""
     costs = [method_cost(layers, method, level) for method, level in solves]
     parts = {"slab of weights": layers.slab * max(cost.weight_bytes for cost in costs)}
     prepared = max(cost.prepared_bytes for cost in costs)

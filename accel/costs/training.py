@@ -1,4 +1,4 @@
-"""Trainings: the embedded models from nothing, and the networks of drafters."""
+"""Cost of training: the embedded models from scratch, and the heads of drafters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model
 
-# Weights, gradients, the optimizer's state, and gradients put together to be averaged.
+# Weights, gradients, the optimizer's state, and concatenated gradients for averaging.
 _COPIES_OF_WEIGHTS = 5
-# Of a token: what every layer keeps for the way back, in widths of the hidden and of the inner size.
+# Vectors of a token that every block keeps for the backward pass, of the hidden size and of the inner size.
 _KEPT_NARROW, _KEPT_WIDE = 12, 5
 _LOGIT_COPIES, _HEAD_LOGIT_COPIES = 3, 6
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model that is trained from nothing. stages: (blocks, tokens); batch: sequences a step, over all workers."""
+    """A model that is trained from scratch. stages: (blocks, tokens). batch: sequences of a step, of all workers."""
 
     name: str
     hidden: int
@@ -28,7 +28,7 @@ class Training:
     length: int
 
     def elements(self, blocks: int) -> int:
-        """Numbers of a model with so many blocks, whose head is its embedding."""
+        """Number of parameters of the model with `blocks` blocks, whose head is tied to its embedding."""
         block = (
             self.hidden * (2 * self.attention + 2 * self.key_values) + 3 * self.hidden * self.inner + 2 * self.hidden
         )
@@ -36,7 +36,7 @@ class Training:
 
 
 def pretrain(trainings: Sequence[Training], workers: int, threads: int, rates: Rates) -> Estimate:
-    """What training the models takes, one after the other."""
+    """Estimate of training the models one after the other."""
     host: dict[str, dict[str, int]] = {}
     steps: list[Step] = []
     written: dict[str, int] = {}
@@ -54,11 +54,9 @@ def pretrain(trainings: Sequence[Training], workers: int, threads: int, rates: R
         }
         work = 0.0
         for blocks, seen in training.stages:
-            of_stage = (
-                6.0 * seen * training.elements(blocks) + 12.0 * seen * training.length * training.attention * blocks
-            )
+            flops = 6.0 * seen * training.elements(blocks) + 12.0 * seen * training.length * training.attention * blocks
             small = seen * blocks * (40 * training.hidden + 12 * training.inner) + seen * 10 * training.vocabulary
-            work += Work(flops=of_stage, elements=small).seconds(rates)
+            work += Work(flops=flops, elements=small).seconds(rates)
         steps.append(Step(f"train the {training.name}", rates.start + work / workers, workers * rates.start + work))
         written[f"{training.name} checkpoint"] = 2 * elements
         written[f"{training.name} state"] = 4 * elements * 3
@@ -85,9 +83,9 @@ def train_drafter(
     rates: Rates,
     gpus: int = 0,
 ) -> Estimate:
-    """What reading the texts with both models and training a head takes.
+    """Estimate of running both models on the texts and training a head.
 
-    parameters: of the head. examples_per_token: share of the tokens that become examples.
+    parameters: number of the head's parameters. examples_per_token: share of the tokens that become examples.
     """
     models = {
         "target": target.elements() * target.dtype.itemsize,

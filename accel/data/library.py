@@ -1,7 +1,7 @@
-"""Text that every machine with Python has: the standard library's own source files.
+"""Text that every machine with Python has: the source files of the standard library.
 
-Whole files are held out, chosen by a hash of their path below the library's root, so that the split
-is the same on every machine and in every Python version.
+The held-out split consists of whole files, chosen by a hash of their path below the library's root. So the split is
+the same on every machine and in every Python version.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 HELD_OUT_ONE_IN = 20
 SPLITS = ("train", "held_out")
-# Installed packages are no part of the library, and byte code is no text.
+# Installed packages are not part of the standard library, and byte code is not text.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "config", "lib-dynload"}
 
 
@@ -31,16 +31,16 @@ def library_files(split: str, root: Path | None = None) -> list[str]:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}")
     root = root or library_root()
-    found = []
+    names = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and path.is_file():
-            found.append(relative.as_posix())
-    return sorted(name for name in found if is_held_out(name) == (split == "held_out"))
+            names.append(relative.as_posix())
+    return sorted(name for name in names if is_held_out(name) == (split == "held_out"))
 
 
 def read_texts(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Contents of files below root; those that are not UTF-8 (a few test fixtures) and empty ones are left out."""
+    """Contents of files below root. Empty files, and files that are not UTF-8 (a few test fixtures), are skipped."""
     for name in names:
         try:
             text = (root / name).read_bytes().decode("utf-8")

@@ -1,7 +1,7 @@
-"""Windows of token ids for calibration and evaluation, from the library, a file or the hub.
+"""Windows of token ids for calibration and evaluation, from the standard library's sources, a file or the hub.
 
-Documents are joined to one stream, each after the tokenizer's begin-of-text (else end-of-text) token. Only as
-much text is read and tokenized as the windows need.
+Documents are concatenated to one stream. Before each of them stands the tokenizer's begin-of-text token, or its
+end-of-text token where it has no other. Text is read and tokenized only until there are enough tokens for the windows.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from hasten.accel.errors import UserError
 
 LIBRARY = "library"
 SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
-# Windows are drawn from this many times the tokens asked for, so that they come from many documents.
+# Windows are drawn from this many times the requested tokens, so that they come from many documents.
 MARGIN = 4
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_PER_TOKEN = 8
@@ -39,13 +39,13 @@ def load_tokens(
     """Token ids (sequences, sequence_length) int64 from the source.
 
     source: `library` (the standard library's files of that split, in an order drawn by seed), a file of token ids
-    (.npy: rows, or one stream) or text (.txt, .md, .jsonl), or `hub:NAME[:split[:field]]`.
-    tokenizer: of transformers; None is enough for .npy.
-    split: `train` draws windows by seed and without replacement; `held_out` draws from the library's held-out files,
-    and of every other source takes the first windows in order, as is usual for perplexity. Rows of a two-dimensional
-    .npy are taken in order in both.
-    vocabulary: ids must be below it; None takes the tokenizer's size.
-    Raises UserError for a source that is missing, broken, too short or holds ids outside the vocabulary.
+    (.npy: rows, or one stream) or of text (.txt, .md, .jsonl), or `hub:NAME[:split[:field]]`.
+    tokenizer: a tokenizer of transformers; may be None for .npy.
+    split: `train` draws windows by seed and without replacement. `held_out` draws from the library's held-out files;
+    of every other source it takes the first windows in order, as is usual for perplexity. Rows of a two-dimensional
+    .npy are taken in order in both splits.
+    vocabulary: number of token ids; all ids must be below it. None is the tokenizer's size.
+    Raises UserError where the source is missing, broken or too short, or holds ids outside the vocabulary.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
@@ -55,19 +55,19 @@ def load_tokens(
     if vocabulary is None and tokenizer is not None:
         vocabulary = len(tokenizer)
     if _kind(source) == ".npy":
-        found = _read_ids(Path(source))
-        if found.ndim == 2:
-            rows = _first_rows(found, source, sequences, sequence_length)
+        ids = _read_ids(Path(source))
+        if ids.ndim == 2:
+            rows = _first_rows(ids, source, sequences, sequence_length)
             return _checked(rows, source, vocabulary)
-        stream = found
+        stream = ids
     else:
         if tokenizer is None:
             raise UserError(
                 f"source={source} is text, and the model's folder has no tokenizer; give a .npy of token ids"
             )
-        drawn = split == "train" or source == LIBRARY
-        wanted = sequences * sequence_length * (MARGIN if drawn else 1)
-        stream = _stream(source, tokenizer, split, seed, wanted)
+        is_drawn = split == "train" or source == LIBRARY
+        min_tokens = sequences * sequence_length * (MARGIN if is_drawn else 1)
+        stream = _stream(source, tokenizer, split, seed, min_tokens)
     return _checked(_windows(stream, source, sequences, sequence_length, split, seed), source, vocabulary)
 
 
@@ -79,7 +79,7 @@ def fingerprint(tokens: Tensor) -> str:
 
 
 def holds_rows(source: str) -> bool:
-    """Whether the source is a .npy of rows: windows that are already cut."""
+    """Whether the source is a two-dimensional .npy, whose rows are windows already."""
     return _kind(source) == ".npy" and _read_ids(Path(source)).ndim == 2
 
 
@@ -104,14 +104,15 @@ def _windows(stream: np.ndarray, source: str, sequences: int, length: int, split
             f"source={source} holds {len(stream)} tokens, fewer than the {sequences * length} asked for "
             f"({sequences} sequences of {length})"
         )
-    cut = stream[: len(stream) // length * length].reshape(-1, length)
+    windows = stream[: len(stream) // length * length].reshape(-1, length)
     if split == "held_out" and source != LIBRARY:
-        return cut[:sequences]
-    # Python's own generator draws the same numbers in every version of every package.
-    return cut[random.Random(seed).sample(range(len(cut)), sequences)]
+        return windows[:sequences]
+    # Python's own generator draws the same numbers whatever versions of torch and numpy are installed.
+    return windows[random.Random(seed).sample(range(len(windows)), sequences)]
 
 
 def _checked(windows: np.ndarray, source: str, vocabulary: int | None) -> Tensor:
+    """The windows as int64; UserError names a token id outside the vocabulary."""
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         wrong = low if low < 0 else high
@@ -144,11 +145,11 @@ def _first_rows(ids: np.ndarray, source: str, sequences: int, length: int) -> np
     return ids[:sequences, :length]
 
 
-def _stream(source: str, tokenizer: Any, split: str, seed: int, wanted: int) -> np.ndarray:
-    """At least `wanted` token ids of the source's text where it has them, else all of them."""
+def _stream(source: str, tokenizer: Any, split: str, seed: int, min_tokens: int) -> np.ndarray:
+    """Token ids of the source's text: min_tokens or more, or all of them where the source has fewer."""
     kind = _kind(source)
     if kind in (".txt", ".md"):
-        return _text_stream(Path(source), tokenizer, wanted)
+        return _text_stream(Path(source), tokenizer, min_tokens)
     if kind == LIBRARY:
         documents = _library_documents(split, seed)
     elif kind == "hub":
@@ -157,17 +158,17 @@ def _stream(source: str, tokenizer: Any, split: str, seed: int, wanted: int) -> 
         documents = _json_documents(Path(source))
     parts: list[np.ndarray] = []
     count = 0
-    while count < wanted and (batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))):
+    while count < min_tokens and (batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))):
         parts.append(_encode(tokenizer, batch))
         count += len(parts[-1])
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _encode(tokenizer: Any, documents: Iterable[str]) -> np.ndarray:
-    """One stream of ids (N,): every document after the token that begins one, if the tokenizer has such a token."""
+    """One stream of ids (N,): before every document stands the token that begins a text, if the tokenizer has one."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     stream: list[int] = []
-    # verbose=False: a document longer than the model's context is no mistake here, it is cut into windows.
+    # verbose=False: a document may be longer than the model's context, since it is cut into windows.
     for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
         if begin is not None:
             stream.append(begin)
@@ -181,9 +182,9 @@ def _library_documents(split: str, seed: int) -> Iterator[str]:
     yield from read_texts(library_root(), names)
 
 
-def _text_stream(path: Path, tokenizer: Any, wanted: int) -> np.ndarray:
-    """Ids of the file's beginning: as much as `wanted` tokens need, because a file may be far larger than that."""
-    characters = wanted * _CHARACTERS_PER_TOKEN
+def _text_stream(path: Path, tokenizer: Any, min_tokens: int) -> np.ndarray:
+    """Token ids of the beginning of a file, min_tokens or more; the rest of a large file is not read."""
+    characters = min_tokens * _CHARACTERS_PER_TOKEN
     while True:
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -191,8 +192,8 @@ def _text_stream(path: Path, tokenizer: Any, wanted: int) -> np.ndarray:
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"source={path} cannot be read as UTF-8 text: {_first_line(error)}") from error
         stream = _encode(tokenizer, [text]) if text else np.zeros(0, dtype=np.int64)
-        # The cut may have split the last word: tokens are only taken from well before it.
-        if len(text) < characters or len(stream) >= wanted + 64:
+        # Reading may have stopped inside a word, so the last 64 tokens are not used.
+        if len(text) < characters or len(stream) >= min_tokens + 64:
             return stream
         characters *= 2
 
@@ -210,15 +211,15 @@ def _json_documents(path: Path) -> Iterator[str]:
                 raise UserError(
                     f"source={path} line {number} must be an object with a field `text` or other text fields"
                 )
-            text = _joined(record)
+            text = _record_text(record)
             if text is None:
-                raise UserError(f"source={path} line {number} has no text in it; its fields are {', '.join(record)}")
+                raise UserError(f"source={path} line {number} has no text; its fields are {', '.join(record)}")
             if text:
                 yield text
 
 
-def _joined(record: dict[str, Any], field: str | None = None) -> str | None:
-    """The text of one record: the field named, else `text`, else all string fields; None where there is none."""
+def _record_text(record: dict[str, Any], field: str | None = None) -> str | None:
+    """Text of a record: the named field, else `text`, else all string fields joined; None where there is none."""
     if field is not None or isinstance(record.get("text"), str):
         value = record.get(field or "text")
         return value if isinstance(value, str) else None
@@ -227,7 +228,7 @@ def _joined(record: dict[str, Any], field: str | None = None) -> str | None:
 
 
 def _hub_documents(source: str) -> Iterator[str]:
-    """Texts of a data set hub:NAME[:split[:field]]; a third part of the name, owner/name/part, is its configuration."""
+    """Texts of a data set hub:NAME[:split[:field]]; in a NAME of three parts, the last is the configuration."""
     parts = source.removeprefix("hub:").split(":")
     if not parts[0] or len(parts) > 3:
         raise UserError(f"source={source} must be hub:NAME[:split[:field]]")
@@ -240,17 +241,17 @@ def _hub_documents(source: str) -> Iterator[str]:
     if name.count("/") == 2:
         owner_and_name, configuration = name.rsplit("/", 1)
     try:
-        # Streamed: of a large data set only the first part is needed.
+        # Streamed, because only the first part of a large data set is needed.
         rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
         for row in rows:
-            text = _joined(row, field or None)
+            text = _record_text(row, field or None)
             if text is None:
                 raise UserError(f"source={source}: no text in field {field or 'text'!r}; fields are {', '.join(row)}")
             if text:
                 yield text
     except UserError:
         raise
-    except Exception as error:  # the library raises its own, the network's and the file formats' errors
+    except Exception as error:  # `datasets` raises its own errors, and those of the network and of file formats
         raise UserError(f"source={source} cannot be loaded: {_first_line(error)}") from error
 
 

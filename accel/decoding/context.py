@@ -1,4 +1,4 @@
-"""One sequence that is being decoded, as drafters and verifiers see it."""
+"""The state of one sequence that is being decoded, which drafters and verifiers read."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -11,10 +11,11 @@ from hasten.accel.decoding.sampling import Sampling
 
 @dataclass
 class Context:
-    """tokens: the prompt's ids and all that were committed since; prompt_length of them are the prompt.
+    """tokens: ids of the prompt, then all committed ids; the first prompt_length are the prompt.
 
-    generator: of the verifier. draft_generator: of the drafter; apart, so that with the sample-and-match verifier a
-    seed gives the same text whatever the drafter. state: what drafters keep of this sequence, each under its own key.
+    generator: random numbers of the verifier. draft_generator: those of the drafter. They are separate, so that with
+    the sample-and-match verifier a seed gives the same text with every drafter. state: per-sequence state of drafters;
+    each drafter is the key of its own.
     """
 
     tokens: list[int]
@@ -26,6 +27,6 @@ class Context:
 
     @classmethod
     def start(cls, prompt: list[int], sampling: Sampling | None = None, seed: int = 0) -> "Context":
-        """A sequence of which nothing was decoded yet."""
+        """Context of a prompt, before the first token is decoded."""
         generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
         return cls(list(prompt), len(prompt), sampling or Sampling(), *generators)

@@ -1,4 +1,4 @@
-"""The decoding loop: propose, one pass of the target over the tree, verify, commit; for several sequences at once."""
+"""The decoding loop for several sequences: draft trees, run the target over them in one pass, verify, commit."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from hasten.accel.decoding.bounds import bounded
+from hasten.accel.decoding.bounds import fit_to_memory
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
 from hasten.accel.decoding.lengths.base import LengthController
@@ -24,7 +24,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token. sampling: what the user asked for. seed: of all that is drawn for it."""
+    """A prompt of at least one token. seed: of all random numbers that are drawn for it."""
 
     id: str
     tokens: Sequence[int]
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """token_ids: what was decoded, a stop token that ended it among them. ended: `stop` or `length`."""
+    """token_ids: the decoded ids, including a final stop token. ended: `stop` or `length`."""
 
     id: str
     token_ids: list[int]
@@ -50,17 +50,19 @@ class _Running:
     stats: DecodingStats = field(default_factory=DecodingStats)
 
     @property
-    def made(self) -> int:
+    def generated(self) -> int:
+        """Number of decoded tokens."""
         return len(self.context.tokens) - self.context.prompt_length
 
 
 class Engine:
-    """One target, one drafter with its memory, one verifier.
+    """Decodes requests with one target, one drafter with its memory, and one verifier.
 
-    drafter: None decodes plainly. stop: ids that end a sequence. in_flight: sequences at once. policy: how many tokens
-    to draft. on_tokens: called with a request's id and the ids it has just grown by, for streaming. memory_bytes: what
-    caches and logits may take, None is no bound; trees and then the sequences in flight are cut to it. draft_clock: the
-    seconds that drafting is timed by; None is the policy's clock, which leaves out what other processes compute.
+    drafter: None decodes without drafts. policy: decides how many tokens are drafted. stop: ids that end a sequence.
+    in_flight: sequences decoded at once. memory_bytes: bound of the bytes of caches and logits; the trees and then
+    in_flight are reduced to fit; None sets no bound. on_tokens: called with a request's id and its new ids after every
+    pass, for streaming. draft_clock: clock that drafting is timed with; None takes the one of `timing.clock`, which
+    does not count time spent by other processes.
     """
 
     def __init__(
@@ -91,13 +93,13 @@ class Engine:
         self._running: list[_Running] = []
 
     def refusal(self, sampling: Sampling) -> str | None:
-        """Why this drafter and this verifier do not go together; None where they do."""
+        """Why this verifier cannot verify this drafter's drafts; None if it can."""
         if self.drafter is None:
             return None
         return self.verifier.refusal(self.drafter.draft_sampling(sampling), self.drafter.chains(), sampling.is_greedy)
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results as they end, in no particular order; raises UserError before the first where something is wrong."""
+        """Results as sequences end, in no particular order; raises UserError for an invalid request before decoding."""
         waiting = deque(requests)
         for request in waiting:
             self._check(request)
@@ -105,7 +107,7 @@ class Engine:
             return
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
-        bound = bounded(self.target, slots, longest, self.policy.max_nodes, self._memory_bytes)
+        bound = fit_to_memory(self.target, slots, longest, self.policy.max_nodes, self._memory_bytes)
         slots, self._max_nodes = bound.in_flight, bound.max_nodes
         self.target.reserve(slots, longest + self._max_nodes + 1)
         self._running = []
@@ -114,7 +116,7 @@ class Engine:
                 self._begin(waiting.popleft())
             self._step()
             for index in reversed(range(len(self._running))):
-                ended = self._ended(self._running[index])
+                ended = self._finish_reason(self._running[index])
                 if ended is not None:
                     yield self._end(index, ended)
 
@@ -128,7 +130,8 @@ class Engine:
         if needed > self.target.max_length:
             raise UserError(
                 f"prompt {request.id} has {len(request.tokens)} tokens, and with max_new_tokens="
-                f"{request.max_new_tokens} it is longer than the model's context of {self.target.max_length}"
+                f"{request.max_new_tokens} it is longer than the model's context of {self.target.max_length}: "
+                "use a shorter prompt or a smaller max_new_tokens"
             )
 
     @torch.no_grad()
@@ -138,7 +141,7 @@ class Engine:
         slot = len(self._running)
         started = perf_counter()
         self.target.clear(slot)
-        # The last token is the root of the first tree.
+        # The last token is not prefilled: it is the root of the first tree.
         self.target.prefill(slot, context.tokens[:-1], self._chunk)
         running.stats.prefill_seconds = perf_counter() - started
         if self.drafter is not None:
@@ -149,10 +152,10 @@ class Engine:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """One token at least for every running sequence."""
+        """One pass of the target; every running sequence grows by at least one token."""
         running = self._running
         started, counted = perf_counter(), self._clock()
-        trees = self._drafts()
+        trees = self._propose()
         drafted, draft_seconds = perf_counter(), self._clock() - counted
         rows = self.target.forward(
             range(len(running)),
@@ -160,7 +163,7 @@ class Engine:
             [[ROOT, *(parent + 1 for parent in tree.parents)] for tree in trees],
         )
         if rows.logits.is_cuda:
-            torch.cuda.synchronize(rows.logits.device)  # else the pass would be counted where its result is read
+            torch.cuda.synchronize(rows.logits.device)  # otherwise verification would be charged with the pass
         passed = perf_counter()
         shares = (drafted - started) / len(running), (passed - drafted) / len(running)
         self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
@@ -173,10 +176,10 @@ class Engine:
             verified = perf_counter()
             outcome = Outcome(sequence.context, tree, verdict.path, verdict.token)
             if self.drafter is not None:
-                outcome = outcome.shown_to(self.drafter, rows.logits[slot, : len(tree) + 1])
+                outcome = outcome.with_top_tokens(self.drafter, rows.logits[slot, : len(tree) + 1])
                 self.drafter.observe(self.memory, outcome)
                 self.policy.observe(outcome)
-            new = self._cut(sequence, outcome.committed)
+            new = self._truncate(sequence, outcome.committed)
             sequence.context.tokens += new
             sequence.stats.add(
                 outcome,
@@ -188,7 +191,7 @@ class Engine:
             if self._on_tokens is not None:
                 self._on_tokens(sequence.request.id, new)
 
-    def _drafts(self) -> list[DraftTree]:
+    def _propose(self) -> list[DraftTree]:
         running = self._running
         if self.drafter is None:
             return [DraftTree()] * len(running)
@@ -199,34 +202,34 @@ class Engine:
         drafts = []
         for sequence, tree in zip(running, trees, strict=True):
             assert len(tree) <= budget, (self.drafter, len(tree), budget)
-            # Nothing may be drafted behind the last token that is wanted.
-            left = sequence.request.max_new_tokens - sequence.made - 1
+            # Nodes beyond max_new_tokens are not verified: the pass itself gives one more token.
+            max_depth = sequence.request.max_new_tokens - sequence.generated - 1
             whole = self.verifier.reads_draft_probs and tree.draft_probs is not None
             tree = self.policy.select(tree, len(running), whole)
-            if tree.depths and max(tree.depths) > left:
-                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
+            if tree.depths and max(tree.depths) > max_depth:
+                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= max_depth])
             drafts.append(tree)
         return drafts
 
-    def _cut(self, running: _Running, new: list[int]) -> list[int]:
-        """What of the new tokens is wanted: up to a stop token and the length asked for."""
-        new = new[: running.request.max_new_tokens - running.made]
+    def _truncate(self, running: _Running, new: list[int]) -> list[int]:
+        """The new tokens up to the first stop token, and within max_new_tokens."""
+        new = new[: running.request.max_new_tokens - running.generated]
         for index, token in enumerate(new):
             if token in self._stop:
                 return new[: index + 1]
         return new
 
-    def _ended(self, running: _Running) -> str | None:
-        if running.made and running.context.tokens[-1] in self._stop:
+    def _finish_reason(self, running: _Running) -> str | None:
+        if running.generated and running.context.tokens[-1] in self._stop:
             return "stop"
-        return "length" if running.made >= running.request.max_new_tokens else None
+        return "length" if running.generated >= running.request.max_new_tokens else None
 
     def _end(self, index: int, ended: str) -> Result:
         running = self._running[index]
         if self.drafter is not None:
             self.drafter.end(running.context, self.memory)
         last = len(self._running) - 1
-        if index != last:  # the slots in use stay neighbours
+        if index != last:  # the slots in use stay adjacent
             self.target.swap(index, last)
             self._running[index] = self._running[last]
         self._running.pop()

@@ -1,8 +1,8 @@
-"""A drafter measured on a text as if a target had written it greedily, without one: the text says what is accepted.
+"""Replay: measures a drafter without a target, on a text that stands for greedy output of the target.
 
-Departs from decoding where a drafter observes the target's most probable tokens: all that a text tells is its own next
-token, which is given as certain, and nothing of drafted tokens that it does not go on with. A drafter that learns from
-such tokens is flattered by none of this, and mostly loses.
+Differs from decoding for a drafter that observes the target's most probable tokens: a text gives only its own next
+token, with probability 1, and nothing after drafted tokens that it does not continue with. Such a drafter is never
+overestimated, and mostly underestimated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,25 +20,25 @@ from hasten.accel.decoding.verifiers.base import descend
 def replay(
     drafter: Drafter, memory: Memory, sequences: Iterable[tuple[Sequence[int], int]], budget: int
 ) -> list[DecodingStats]:
-    """Statistics of every sequence (ids, and how many of them are the prompt), one after the other.
+    """Statistics of every sequence, replayed one after the other. sequences: ids, and the length of the prompt.
 
-    At each step at most `budget` tokens are drafted; the longest path that the text goes along is accepted, and the
-    token after it follows. draft_seconds are those of proposing and observing; no other seconds are counted.
+    At each step the drafter drafts at most `budget` tokens; the longest path that the text follows is accepted, and the
+    text's next token is committed after it. draft_seconds: time of proposing and observing; other times are zero.
     """
     return [_replayed(drafter, memory, tokens, prompt, budget) for tokens, prompt in sequences]
 
 
 def distinct_share(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
-    """Different n-grams of each sequence as a share of all of its n-grams, over all sequences; 1 where there is none.
+    """Distinct n-grams of each sequence divided by all of its n-grams, summed over sequences; 1 if there are none.
 
-    The lower it is, the more a text repeats itself, which flatters drafters that copy.
+    A low share means a repetitive text, which favours drafters that copy.
     """
-    different = number = 0
+    distinct = total = 0
     for tokens in sequences:
         grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-        different += len(set(grams))
-        number += len(grams)
-    return different / number if number else 1.0
+        distinct += len(set(grams))
+        total += len(grams)
+    return distinct / total if total else 1.0
 
 
 def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: int, budget: int) -> DecodingStats:
@@ -46,18 +46,18 @@ def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: i
     stats = DecodingStats()
     drafter.begin(context, memory)
     while len(context.tokens) < len(tokens):
-        left = tokens[len(context.tokens) :]
+        rest = tokens[len(context.tokens) :]
         started = perf_counter()
         tree = drafter.propose(context, memory, budget)
         seconds = perf_counter() - started
-        # As in decoding: nothing may be drafted behind the last token that is wanted.
-        if tree.depths and max(tree.depths) >= len(left):
-            tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth < len(left)])
+        # As in decoding, nodes beyond the last token are dropped.
+        if tree.depths and max(tree.depths) >= len(rest):
+            tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth < len(rest)])
         depths = {ROOT: 0, **dict(enumerate(tree.depths))}
-        verdict = descend(tree, lambda node, left=left, depths=depths: left[depths[node]])  # type: ignore[misc]
+        verdict = descend(tree, lambda node, rest=rest, depths=depths: rest[depths[node]])  # type: ignore[misc]
         outcome = Outcome(context, tree, verdict.path, verdict.token)
         started = perf_counter()
-        drafter.observe(memory, _with_top(outcome) if drafter.observes else outcome)
+        drafter.observe(memory, _with_text_tokens(outcome) if drafter.observes else outcome)
         seconds += perf_counter() - started
         stats.add(outcome, len(outcome.committed), seconds, 0.0, 0.0)
         context.tokens += outcome.committed
@@ -65,8 +65,8 @@ def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: i
     return stats
 
 
-def _with_top(outcome: Outcome) -> Outcome:
-    """What the text says after each accepted node; the others are left out, as it says nothing about them."""
+def _with_text_tokens(outcome: Outcome) -> Outcome:
+    """The outcome with the text's own tokens as top tokens, without rejected nodes, which the text does not cover."""
     accepted = outcome.tree.keep(outcome.path) if outcome.path else DraftTree()
     top_tokens = torch.tensor(outcome.committed)[:, None]
     path = range(len(accepted))

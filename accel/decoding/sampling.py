@@ -1,7 +1,7 @@
-"""The distribution that a user asks for: temperature, top-k, top-p and repetition penalty on a model's logits.
+"""Sampling parameters: temperature, top-k, top-p and repetition penalty, applied to a model's logits.
 
-It is applied to the target before verification, so that losslessness is about this distribution. Order and meaning are
-those of transformers' logits processors.
+They are applied to the target before verification: lossless decoding has this distribution. Their order and meaning
+are those of transformers' logits processors.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.accel.errors import UserError
 
-_CHUNK = 64  # ids that are looked at together in search of the most probable ones
+_CHUNK = 64  # ids in a chunk of the two-step search for the most probable ones
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, right, expected in (
+        for name, valid, expected in (
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
-            if not right:
+            if not valid:
                 raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether there is nothing to draw."""
+        """Whether tokens are chosen by argmax (temperature 0) and nothing is drawn."""
         return self.temperature == 0
 
     @property
@@ -45,7 +45,7 @@ class Sampling:
         return self.repetition_penalty != 1
 
     def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits (V,) float32 with those of the ids in seen (T,) int64 lowered; logits itself where nothing changes."""
+        """Logits (V,) float32, lowered for the ids in seen (T,) int64; the logits themselves without a penalty."""
         if not self.has_penalty:
             return logits
         penalised = logits.float().clone()
@@ -55,7 +55,7 @@ class Sampling:
         return penalised
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Distribution (…, V) float32 of penalised logits (…, V); one-hot where it is greedy."""
+        """Distribution (…, V) float32 of penalised logits (…, V); one-hot if greedy."""
         if self.is_greedy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         scaled = logits.float() / self.temperature
@@ -63,7 +63,7 @@ class Sampling:
             smallest = scaled.topk(self.top_k, -1).values[..., -1:]
             scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
         if self.top_p < 1:
-            # Ascending, and the tail whose mass is at most 1 - top_p goes: as transformers does.
+            # As transformers does: in ascending order, the tail with a mass of at most 1 - top_p is removed.
             ordered, order = scaled.sort(-1)
             tail = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
             tail[..., -1] = False
@@ -72,9 +72,9 @@ class Sampling:
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
-    """One id drawn from a distribution (V,), which need not add up to one exactly.
+    """One id drawn from a distribution (V,), which need not sum to exactly one.
 
-    One number is taken from the generator, whatever the size: the inverse of the cumulative distribution.
+    It is drawn by inverting the cumulative distribution, with one number of the generator whatever the vocabulary.
     """
     # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share. numpy, because its
     # operations on so few numbers cost less than torch's.
@@ -84,12 +84,12 @@ def draw(probs: Tensor, generator: torch.Generator) -> int:
 
 
 def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest logits of each row (N, V), float32, and their ids, (N, count) each, in falling order."""
+    """The largest logits of each row of (N, V), float32, and their ids: (N, count) each, in descending order."""
     rows, vocabulary = logits.shape
     logits, count = logits.float(), min(count, vocabulary)
     if vocabulary % _CHUNK or vocabulary < count * _CHUNK:
         return logits.topk(count, -1)
-    # Two steps, which take half the time on a CPU: the chunks with the largest maxima hold all of them.
+    # Two steps take half the time on a CPU: the `count` chunks with the largest maxima contain all of them.
     chunks = logits.view(rows, -1, _CHUNK)
     best = chunks.amax(-1).topk(count, -1, sorted=False).indices
     values, inside = chunks.gather(1, best[:, :, None].expand(-1, -1, _CHUNK)).flatten(1).topk(count, -1)

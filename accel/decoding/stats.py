@@ -1,4 +1,4 @@
-"""What a decoding did, under vLLM's names for its statistics."""
+"""Statistics of speculative decoding, under vLLM's names."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from hasten.accel.decoding.drafters.base import Outcome
 
 @dataclass
 class DecodingStats:
-    """Counts of one sequence, or of several added up.
+    """Statistics of one sequence, or the sum over several.
 
-    num_spec_steps: passes of the target. histogram: passes by the number of drafted tokens that they accepted.
-    drafted_at, accepted_at: passes that had a node at each depth, and that accepted one there; the first is depth 1.
+    num_spec_steps: passes of the target. histogram: number of passes by accepted draft tokens. drafted_at,
+    accepted_at: number of passes that drafted, and that accepted, a node at each depth; the first item is depth 1.
     """
 
     num_tokens: int = 0
@@ -51,20 +51,20 @@ class DecodingStats:
         total = cls()
         for part in parts:
             for name, value in vars(part).items():
-                mine = getattr(total, name)
+                current = getattr(total, name)
                 if isinstance(value, dict):
                     for key, count in value.items():
-                        mine[key] = mine.get(key, 0) + count
+                        current[key] = current.get(key, 0) + count
                 elif isinstance(value, list):
-                    mine += [0] * (len(value) - len(mine))
+                    current += [0] * (len(value) - len(current))
                     for index, count in enumerate(value):
-                        mine[index] += count
+                        current[index] += count
                 else:
-                    setattr(total, name, mine + value)
+                    setattr(total, name, current + value)
         return total
 
     def metrics(self) -> dict[str, float]:
-        """Statistics under vLLM's names; mean_acceptance_length counts the token that every pass gives anyway."""
+        """Statistics under vLLM's names; mean_acceptance_length includes the one token that every pass yields."""
         steps, drafted = self.num_spec_steps, self.num_draft_tokens
         spent = self.draft_seconds + self.target_seconds + self.verify_seconds
         shares = {
@@ -84,10 +84,10 @@ class DecodingStats:
 
     @property
     def acceptance_histogram(self) -> list[int]:
-        """Passes that accepted 0, 1, 2, … drafted tokens."""
+        """Number of passes that accepted 0, 1, 2, … draft tokens."""
         return [self.histogram.get(count, 0) for count in range(max(self.histogram, default=-1) + 1)]
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Share of passes that accepted a token at depth 1, 2, …, of all passes."""
+        """Share of all passes that accepted a token at depth 1, 2, …."""
         return [count / self.num_spec_steps for count in self.accepted_at]

@@ -1,8 +1,8 @@
-"""Whether greedy output in a reduced type is the target's own, up to ties to rounding.
+"""Checks that greedy output in a reduced dtype equals the target's own output, except for ties within rounding.
 
-In bfloat16 a pass over several tokens rounds differently from a pass over one, so that two tokens whose logits agree
-to rounding may change places. Every token that is not the most probable one by float32 logits is looked at: how far
-below that one it lies tells a tie from a fault.
+In bfloat16 a pass over several tokens rounds differently from a pass over one, so two tokens whose logits are equal up
+to rounding may swap. Each decoded token that is not the most probable one by float32 logits is classified by the gap
+between the two logits: a small gap is a tie, a larger one a fault.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,17 +13,17 @@ import torch
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT
 
-# A logit of a model in bfloat16 is a sum that was rounded to 8 bits of mantissa many times on its way: this many units
-# in the last place of the largest logit were enough for all ties seen.
+# Largest gap of a tie, in units in the last place of the largest logit. A bfloat16 logit is a sum that was rounded to 8
+# bits of mantissa many times; this many units covered all observed ties.
 _UNITS = 8
 
 
 @dataclass(frozen=True)
 class Ties:
-    """Tokens that are not the most probable ones by float32 logits.
+    """Counts of decoded tokens that are not the most probable ones by float32 logits.
 
-    tokens: all that were looked at. ties: those within rounding of it. faults: the others. largest_gap: between the two
-    logits.
+    tokens: all decoded tokens. ties: those within rounding of the most probable token. faults: the others.
+    largest_gap: largest difference between the two logits.
     """
 
     tokens: int = 0
@@ -33,14 +33,14 @@ class Ties:
 
     @classmethod
     def total(cls, parts: Iterable["Ties"]) -> "Ties":
-        """Of several sequences."""
+        """Sum over several sequences."""
         sequences = list(parts)
         tokens, ties, faults = (sum(getattr(part, name) for part in sequences) for name in ("tokens", "ties", "faults"))
         return cls(tokens, ties, faults, max((part.largest_gap for part in sequences), default=0.0))
 
 
 def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dtype: torch.dtype) -> Ties:
-    """Compare greedily decoded tokens with the logits of a float32 target. dtype: that they were decoded in."""
+    """Compare greedily decoded tokens with the logits of a float32 target. dtype: the one they were decoded in."""
     tokens = [*prompt, *decoded]
     target.reserve(1, len(tokens))
     target.prefill(0, prompt[:-1])

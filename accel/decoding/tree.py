@@ -1,4 +1,4 @@
-"""A draft: tokens that may follow a sequence, as a tree below its last token. A chain is a tree."""
+"""Drafts: a tree of tokens below the last token of a sequence. A chain is a tree without branches."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ ROOT = -1  # the last committed token, as a parent
 
 
 class DraftSampling(Enum):
-    """How the children of a node were chosen, which decides who can verify them without bias."""
+    """How the children of a node were chosen, which determines the verifiers that are unbiased for them."""
 
     DETERMINISTIC = "deterministic"
     INDEPENDENT = "independent"
@@ -20,14 +20,14 @@ class DraftSampling(Enum):
 
 @dataclass(frozen=True)
 class DraftTree:
-    """N drafted tokens, each below its parent.
+    """A tree of N drafted tokens.
 
-    tokens: N ids. parents: index of each node's parent, lower than its own, or ROOT. Siblings stand in the order in
-    which they were drawn, and differ. The most promising nodes come first: the first n nodes are the tree to take where
-    only n may be verified.
-    draft_probs: for every parent (ROOT among them) the distribution (V,) that its first child was drawn from, float32;
-    None for deterministic drafts. counts: how often each node was drawn, for independent draws; None is once.
-    labels: a class of each node whose acceptance is alike (match length, rank, …); None is its depth and rank.
+    tokens: N ids. parents: index of each node's parent, smaller than its own, or ROOT. Siblings are distinct and in the
+    order in which they were drawn. The most promising nodes come first: if only n nodes may be verified, take the first
+    n.
+    draft_probs: for every parent, including ROOT, the distribution (V,) float32 that its first child was drawn from;
+    None for deterministic drafts. counts: number of times that each node was drawn, for independent draws; None is
+    once. labels: class of each node for acceptance estimates (match length, rank, …); None takes its depth and rank.
     """
 
     tokens: Sequence[int] = ()
@@ -54,14 +54,14 @@ class DraftTree:
         draft_probs: Sequence[Tensor] | None = None,
         labels: Sequence[Hashable] | None = None,
     ) -> "DraftTree":
-        """Tokens one after the other; with draft_probs each was drawn from its (V,) distribution."""
+        """A chain of tokens. draft_probs: distribution (V,) that each was drawn from; None for deterministic drafts."""
         probs = None if draft_probs is None else dict(zip(range(ROOT, len(tokens) - 1), draft_probs, strict=True))
         draft_sampling = DraftSampling.DETERMINISTIC if probs is None else DraftSampling.INDEPENDENT
         return cls(tokens, range(ROOT, len(tokens) - 1), draft_sampling, probs, labels=labels)
 
     @cached_property
     def children(self) -> dict[int, list[int]]:
-        """Nodes below every parent that has any, in the order in which they were drawn."""
+        """Children of every parent that has any, in the order in which they were drawn."""
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(self.parents):
             children.setdefault(parent, []).append(node)
@@ -69,7 +69,7 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> list[int]:
-        """Edges from each node to the last committed token: 1 for its children."""
+        """Depth of each node; 1 for children of ROOT."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -81,13 +81,13 @@ class DraftTree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def label(self, node: int) -> Hashable:
-        """Class of a node."""
+        """Class of a node for acceptance estimates."""
         if self.labels is not None:
             return self.labels[node]
         return self.depths[node], self.children[self.parents[node]].index(node)
 
     def path(self, node: int) -> list[int]:
-        """Nodes from the top to this one, itself included; none for ROOT."""
+        """Nodes from the root to this one, itself included; empty for ROOT."""
         nodes = []
         while node != ROOT:
             nodes.append(node)
@@ -95,13 +95,13 @@ class DraftTree:
         return nodes[::-1]
 
     def first(self, count: int) -> "DraftTree":
-        """The tree of the first nodes."""
+        """The tree of the first `count` nodes."""
         return self if count >= len(self) else self.keep(range(count))
 
     def keep(self, nodes: Sequence[int]) -> "DraftTree":
-        """The tree of some nodes, in rising order, each with its parent.
+        """The tree of some nodes, in ascending order, each with its parent.
 
-        Leaving nodes out by what was drawn makes every verifier that looks at draft_probs biased.
+        A choice that depends on drawn tokens biases every verifier that reads draft_probs.
         """
         new = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
         parents = [new[self.parents[node]] for node in nodes]
@@ -114,5 +114,5 @@ class DraftTree:
             self.draft_sampling,
             probs,
             None if self.counts is None else [self.counts[node] for node in nodes],
-            [self.label(node) for node in nodes],  # ranks among siblings that may be left out
+            [self.label(node) for node in nodes],  # explicit, because ranks among siblings change
         )

@@ -1,1 +1,1 @@
-"""How good a checkpoint is, how large, and how far it is from the original."""
+"""Evaluation of checkpoints: perplexity, divergence from the original, task suites, and sizes."""

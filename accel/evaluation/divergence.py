@@ -1,7 +1,7 @@
-"""Perplexity of a model and its divergence from the original, one block in memory at a time.
+"""Perplexity of a model and its divergence from the original, with one block in memory at a time.
 
-KL divergence is KL(original || compressed), in nats per token: how many the compressed model's predictions cost more
-than the original's own, on text that the original would write.
+The divergence is KL(original || compressed) in nats per token: the loss that is added where the compressed model
+predicts text that the original would write.
 """
 
 import math
@@ -15,17 +15,18 @@ from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows, windows
 from hasten.accel.models.architecture import Architecture
 
-# Logits of this many bytes are made at once, for each model: more do not stay in the processor's cache, and the sums
-# over the vocabulary then take twice as long.
+# Bytes of each model's logits that are computed at once: more do not fit in the processor's cache, and sums over the
+# vocabulary then take twice as long.
 _LOGITS_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over scored tokens, which add up over windows, actors and machines.
+    """Sums over scored tokens; sums over windows, actors and machines can be added.
 
-    nll: minus the log probability of each token, nats. compared: tokens that the original predicted too; the last
-    three are sums over those: its nll, KL(original || model) in nats, and on how many both put the same token first.
+    tokens: number of scored tokens. nll: negative log-likelihood of the model, nats. compared: number of tokens that
+    the original predicted, too. Over the compared tokens: nll_original, the original's negative log-likelihood; kl,
+    KL(original || model), nats; agreed, on how many both models rank the same token first.
     """
 
     tokens: int = 0
@@ -39,7 +40,7 @@ class Sums:
         return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Means under the report's keys; None for what needs an original where there was none."""
+        """Means by the report's keys; metrics of the comparison are None where there was no original."""
         compared = self.compared or None
         return {
             "perplexity": _perplexity(self.nll, self.tokens),
@@ -57,16 +58,16 @@ def evaluate(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sums:
-    """Sums over the windows of a model, and of its divergence from the original where one is given.
+    """Sums of a model over windows, compared with the original where one is given.
 
     tokens: windows, or token ids (N, T), each row of which is one window that scores all but its first token.
-    batch: windows that run through a block at once. progress(done, total) is called after every block and once more
+    batch: windows that run through a block at once. progress(done, total) is called after every block, and once more
     after the logits.
-    Peak memory: the hidden states of all windows (of both models), the largest block and a few logits; the output
-    layers stay in the architectures until those are closed.
-    Raises UserError where the two models differ in their vocabularies.
+    Peak memory: the hidden states of all windows (of both models), the largest block and a few logits. The
+    architectures keep their output layers until they are closed.
+    Raises UserError where the two models have different vocabularies.
     """
-    cut = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
+    scored_windows = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
     models = [architecture] if original is None else [architecture, original]
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if sizes[0] != sizes[-1]:
@@ -78,14 +79,14 @@ def evaluate(
     done = 0
     hidden = []
     for model in models:
-        states = _embed(model, cut.tokens, batch)
+        states = _embed(model, scored_windows.tokens, batch)
         for index in range(model.num_blocks):
             _run_block(model, index, states, batch)
             done += 1
             if progress is not None:
                 progress(done, total)
         hidden.append(states)
-    sums = _compare(models, hidden, cut, max(1, _LOGITS_BYTES // (4 * sizes[0])))
+    sums = _compare(models, hidden, scored_windows, max(1, _LOGITS_BYTES // (4 * sizes[0])))
     if progress is not None:
         progress(total, total)
     return sums
@@ -98,28 +99,28 @@ def _embed(model: Architecture, tokens: Tensor, batch: int) -> Tensor:
 
 
 def _run_block(model: Architecture, index: int, states: Tensor, batch: int) -> None:
-    """Sends the states through one block, in place; the block is freed on return."""
+    """Run the states through one block, in place; the block is freed on return."""
     block = model.load_block(index)
     with torch.inference_mode():
         for part in states.split(batch):
             part.copy_(model.run_block(block, index, part))
 
 
-def _compare(models: list[Architecture], hidden: list[Tensor], cut: Windows, positions: int) -> Sums:
-    """Sums from the last hidden states (N, T, D) of the model and, where there are two, the original.
+def _compare(models: list[Architecture], hidden: list[Tensor], windows: Windows, chunk: int) -> Sums:
+    """Sums from the last hidden states (N, T, D) of the model and, where there are two, of the original.
 
-    positions: how many tokens' logits are made at once.
+    chunk: number of tokens whose logits are computed at once.
     """
-    position = torch.arange(cut.tokens.shape[1])
-    scored = (position >= cut.first[:, None]) & (position < cut.stop[:, None])
-    window, place = scored.nonzero(as_tuple=True)
+    position = torch.arange(windows.tokens.shape[1])
+    is_scored = (position >= windows.first[:, None]) & (position < windows.stop[:, None])
+    rows, columns = is_scored.nonzero(as_tuple=True)
     sums = Sums()
     with torch.inference_mode():
-        for at, to in zip(window.split(positions), place.split(positions), strict=True):
+        for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):
             # The state at position t predicts token t + 1.
-            states = [each[at, to - 1][None] for each in hidden]
+            states = [of_model[row, column - 1][None] for of_model in hidden]
             logits = [model.head(state)[0] for model, state in zip(models, states, strict=True)]
-            sums += _sums(logits, cut.tokens[at, to])
+            sums += _sums(logits, windows.tokens[row, column])
     return sums
 
 
@@ -131,7 +132,7 @@ def _sums(logits: list[Tensor], targets: Tensor) -> Sums:
     if len(logits) == 1:
         return Sums(len(targets), nll)
     original = logits[1].to(model.device).log_softmax(-1)
-    # Logits are finite, so no probability's logarithm is infinite.
+    # Logits are finite, so all log probabilities are finite.
     kl = torch.linalg.vecdot(original.exp(), original - model)
     return Sums(
         tokens=len(targets),

@@ -1,4 +1,4 @@
-"""Windows of a token stream, so that perplexity scores every token once with as much context as the windows allow.
+"""Windows of a token stream for perplexity: every token is scored once, with as much context as the windows allow.
 
 Source: the stride rule of transformers' guide "Perplexity of fixed-length models".
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 from hasten.accel.data.tokens import LIBRARY, holds_rows, load_tokens
 from hasten.accel.errors import UserError
 
-# Windows that overlap need longer texts to move over; a library excerpt is this many windows' tokens long.
-_EXCERPT = 8
+# Overlapping windows move over excerpts of the library; an excerpt is as long as this many windows.
+_EXCERPT_WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of one length and the positions that each of them scores.
+    """Windows of one length, and the positions that each of them scores.
 
-    tokens: (N, T) int64. first, stop: (N,) int64, window n scores its positions first[n] <= t < stop[n]; what stands
-    at stop[n] and later is filler. first[n] is at least 1: a token without any before it has no probability.
+    tokens: (N, T) int64. first, stop: (N,) int64; window n scores positions first[n] <= t < stop[n], and positions from
+    stop[n] on are padding. first[n] is at least 1: a token without a predecessor has no probability.
     """
 
     tokens: Tensor
@@ -41,7 +41,7 @@ class Windows:
         return int((self.stop - self.first).sum())
 
     def part(self, index: int, parts: int) -> "Windows":
-        """The index-th of so many parts of nearly equal size; their sums add up to those of the whole."""
+        """Part `index` of `parts` parts of nearly equal size, which hold every window once."""
         low, high = len(self) * index // parts, len(self) * (index + 1) // parts
         return Windows(self.tokens[low:high], self.first[low:high], self.stop[low:high])
 
@@ -55,11 +55,11 @@ def load_windows(
     seed: int = 0,
     vocabulary: int | None = None,
 ) -> Windows:
-    """Windows over sequences * sequence_length held-out tokens of a source, see load_tokens.
+    """Windows over sequences * sequence_length held-out tokens of a source; for sources see load_tokens.
 
-    Where windows overlap (stride below sequence_length), they move over the beginning of a file as one stream, and
-    over excerpts of the library that are several windows long.
-    Raises UserError for a stride out of range, and for one that would have to move over the rows of a .npy.
+    Overlapping windows (stride below sequence_length) move over the beginning of a file as one stream, or over excerpts
+    of the library that are several windows long.
+    Raises UserError where the stride is out of range, and where windows of a two-dimensional .npy would overlap.
     """
     stride = sequence_length if stride is None else stride
     if sequence_length < 2:
@@ -70,17 +70,17 @@ def load_windows(
     if stride < sequence_length:
         if holds_rows(source):
             raise UserError(f"stride={stride} has nothing to move over: {source} holds single windows, not a stream")
-        rows = -(-sequences // _EXCERPT) if source == LIBRARY else 1
+        rows = -(-sequences // _EXCERPT_WINDOWS) if source == LIBRARY else 1
     length = -(-sequences * sequence_length // rows)
     return windows(load_tokens(source, tokenizer, rows, length, "held_out", seed, vocabulary), sequence_length, stride)
 
 
 def windows(tokens: Tensor, length: int, stride: int | None = None) -> Windows:
-    """Windows of a stream (S,), or of every row of (R, S) as a stream of its own.
+    """Windows of a stream (S,), or of the rows of (R, S), each of which is a separate stream.
 
-    A window moves on by stride positions and scores the tokens that no window before it has scored: the first window
-    of a stream all but its first token, every other its last stride tokens. Where a stream ends inside a window, the
-    rest of that window is filler behind the scored tokens, which no causal model lets them see.
+    A window starts stride positions after the one before it and scores the tokens that no earlier window has scored:
+    the first window of a stream all but its first token, every other window its last stride tokens. Where a stream ends
+    inside a window, the window is padded behind the scored tokens, which a causal model does not attend to.
     None and stride == length give disjoint windows, which score all but their first token.
     """
     stride = length if stride is None else stride
@@ -92,7 +92,7 @@ def windows(tokens: Tensor, length: int, stride: int | None = None) -> Windows:
     scored = 1
     for start in range(0, max(size - 1, 0), stride):
         end = min(start + length, size)
-        # A disjoint window's own first token has nothing before it.
+        # The first token of a disjoint window has no predecessor.
         spans.append((start, end, max(scored - start, 1)))
         scored = end
         if end == size:
@@ -104,9 +104,9 @@ def windows(tokens: Tensor, length: int, stride: int | None = None) -> Windows:
             row[: end - start] = stream[start:end]
             rows.append(row)
     # A window that starts at the stream's last token would score nothing.
-    kept = [first < end - start for start, end, first in spans] * len(streams)
+    scores_any = [first < end - start for start, end, first in spans] * len(streams)
     first = torch.tensor([first for _, _, first in spans] * len(streams), dtype=torch.int64)
     stop = torch.tensor([end - start for start, end, _ in spans] * len(streams), dtype=torch.int64)
-    keep = torch.tensor(kept, dtype=torch.bool)
+    keep = torch.tensor(scores_any, dtype=torch.bool)
     joined = torch.stack(rows) if rows else streams.new_zeros((0, length))
     return Windows(joined[keep], first[keep], stop[keep])

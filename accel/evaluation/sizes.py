@@ -1,8 +1,8 @@
-"""What a checkpoint takes: exact bits per weight, and bytes on disk.
+"""Size of a checkpoint: exact bits per weight, and bytes on disk.
 
-Counted for a quantized layer: its packed codes with their padding, scales, zero points and group indices. Not counted:
-the shape that compressed-tensors stores next to them (16 bytes a layer, whatever the layer's size); it is in the
-bytes on disk, as are the files' headers.
+The size of a quantized layer includes its packed codes with their padding, scales, zero points and group indices. It
+excludes the shape that compressed-tensors stores (16 bytes a layer of any size), which counts in the bytes on disk, as
+the files' headers do.
 """
 
 import math
@@ -16,8 +16,8 @@ from hasten.accel.models.checkpoint import Checkpoint
 class Sizes:
     """Sizes of a checkpoint.
 
-    weights, stored_bytes: of the quantized layers; total_weights, total_bytes: of all tensors. disk_bytes: all
-    safetensors files.
+    weights, stored_bytes: number of weights and bytes of the quantized layers. total_weights, total_bytes: the same of
+    all tensors. disk_bytes: size of all safetensors files.
     """
 
     weights: int
@@ -33,11 +33,11 @@ class Sizes:
 
     @property
     def model_bits_per_weight(self) -> float:
-        """Bits per weight over all tensors, embeddings and norms among them; tied ones are stored and counted once."""
+        """Bits per weight over all tensors, including embeddings and norms; tied ones are stored and counted once."""
         return 8 * self.total_bytes / self.total_weights
 
     def metrics(self) -> dict[str, float | int]:
-        """Sizes under the report's keys."""
+        """Sizes by the report's keys."""
         return {
             "bits_per_weight": self.bits_per_weight,
             "bits_per_weight_model": self.model_bits_per_weight,
@@ -49,12 +49,12 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
     """Sizes from the files' headers; no tensor is read."""
     weights = stored = total_weights = total_bytes = 0
     for name in checkpoint.names:
-        count, taken = math.prod(checkpoint.shape(name)), checkpoint.stored_bytes(name)
+        count, size = math.prod(checkpoint.shape(name)), checkpoint.stored_bytes(name)
         total_weights += count
-        total_bytes += taken
+        total_bytes += size
         if checkpoint.quantization(name) is not None:
             weights += count
-            stored += taken
+            stored += size
     return Sizes(weights, stored, total_weights, total_bytes, disk_bytes(checkpoint.path))
 
 

@@ -1,6 +1,6 @@
 """Task suites of lm-eval (EleutherAI's lm-evaluation-harness), run on a checkpoint loaded by transformers.
 
-lm-eval holds the whole model in memory; everything else in hasten does not.
+lm-eval loads the whole model into memory, unlike everything else in hasten.
 """
 
 import difflib
@@ -20,10 +20,10 @@ def run_tasks(
     device: str = "cpu",
     task_folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each task, {task: {metric: value}}, standard errors under `metric_stderr`.
+    """Metrics of each task, {task: {metric: value}}, with standard errors as `metric_stderr`.
 
-    limit: documents of each task; None takes all. task_folder: YAML files of tasks besides lm-eval's own.
-    Raises UserError where lm-eval is missing, a task is unknown, or its data cannot be had.
+    limit: number of documents of each task; None takes all. task_folder: folder with YAML files of further tasks.
+    Raises UserError where lm-eval is missing, a task is unknown, or its data set cannot be loaded.
     """
     if not tasks:
         return {}
@@ -31,14 +31,14 @@ def run_tasks(
     lm_eval, HFLM, _ = _imported(tasks)
     try:
         model = HFLM(pretrained=str(folder), device=device, batch_size=batch)
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model=model, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000
         )
     except (OSError, ConnectionError, ValueError) as error:
-        # Above all: the task's data set is not on this machine and the hub cannot be reached.
+        # Most often the task's data set is not on this machine and the hub cannot be reached.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tasks={list(tasks)} could not be run: {reason}") from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    return {task: _numbers(metrics) for task, metrics in evaluation["results"].items()}
 
 
 def check_tasks(tasks: Sequence[str], task_folder: Path | None = None) -> Any:
@@ -51,7 +51,7 @@ def check_tasks(tasks: Sequence[str], task_folder: Path | None = None) -> Any:
 
 
 def _imported(tasks: Sequence[str]) -> tuple[Any, Any, Any]:
-    """The module lm_eval and its classes HFLM and TaskManager."""
+    """The module lm_eval and its classes HFLM and TaskManager; UserError where they are not installed."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -64,7 +64,7 @@ def _imported(tasks: Sequence[str]) -> tuple[Any, Any, Any]:
 
 
 def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError for the first task that is not among those known, with the nearest that is."""
+    """UserError where a task is not known; it suggests known tasks with a similar name."""
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3, cutoff=0.5)

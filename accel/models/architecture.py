@@ -1,7 +1,7 @@
-"""A checkpoint's model block by block: what its parts are called, and how each of them runs.
+"""The model of a checkpoint, described and run block by block.
 
-Blocks are transformers' own modules, and so are the rotary embeddings and masks that they are called with. No more
-than one block's weights are read at a time.
+Blocks are transformers' own modules, called with transformers' own rotary embeddings and masks. A call reads the
+weights of one block at most.
 """
 
 import copy
@@ -21,15 +21,16 @@ from hasten.accel.models.families import family_of
 from hasten.accel.models.skeleton import build_skeleton
 
 _EXPERTS = "mlp.experts"
-# Rows of the head are converted by so many elements at a time: the whole of it in float32 can outweigh a block.
+# Elements of the head that are converted at a time: the whole head in float32 can be larger than a block.
 _HEAD_CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer: its checkpoint name without `.weight`, and its path in the block that `load_block` returns.
+    """One linear layer.
 
-    group is equal for layers that read the same input. expert is the expert's number, None outside a mixture.
+    name: its name in the checkpoint, without `.weight`. module: its path in the block that `load_block` returns.
+    group: equal for layers that read the same input. expert: number of the expert, None outside a mixture of experts.
     """
 
     name: str
@@ -41,9 +42,9 @@ class Layer:
 
 
 class Architecture:
-    """Runs and describes the model of a checkpoint; weights and hidden states in dtype, on device.
+    """The model of a checkpoint; weights and hidden states have this dtype and lie on this device.
 
-    UserError where the family is not supported, or where a tensor is missing or has another shape than its place.
+    Raises UserError where the model family is not supported, or where a tensor is missing or has a wrong shape.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Architecture:
         self.num_blocks = len(self._skeleton.blocks)
         self.hidden_size = int(self.config.hidden_size)
         self._prefix = self._find_prefix()
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._arguments: dict[int, list[dict[str, object]]] = {}
         self._head: tuple[nn.Module, nn.Module | None, Tensor] | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -75,7 +76,8 @@ class Architecture:
         rows = self.checkpoint.rows(name, unique)
         self.checkpoint.check_finite(rows, name)
         table = decoder.embed_tokens
-        # The model's own module, which may scale, over a table of the rows in use; padding is one of these or none.
+        # The model's own module, which may scale, with a table of only the rows in use. So padding_idx, which counts
+        # rows of the whole table, must not apply.
         table.padding_idx = None
         table.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         with torch.no_grad():
@@ -87,7 +89,7 @@ class Architecture:
                 hidden = hidden + decoder.embed_positions(torch.ones_like(tokens[:1], device=self.device))
         return hidden
 
-    def block_arguments(self, length: int) -> list[dict[str, Any]]:
+    def block_arguments(self, length: int) -> list[dict[str, object]]:
         """Keyword arguments of each block's forward for sequences of this length, at batch size 1."""
         if length not in self._arguments:
             self._check_length(length)
@@ -97,12 +99,12 @@ class Architecture:
             inputs = torch.zeros(1, length, width, dtype=self.dtype, device=self.device)
             with torch.no_grad():
                 decoder(inputs_embeds=inputs, use_cache=False)
-            # Masks are quadratic in the length, and few lengths occur: only the last one is kept.
+            # Masks are quadratic in the length, and few lengths occur: only the last length's are kept.
             self._arguments = {length: [recorder.take() for recorder in decoder.layers]}
         return self._arguments[length]
 
     def load_block(self, index: int) -> nn.Module:
-        """Block with its weights, experts as linear layers of their own; UserError names one that is not finite."""
+        """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
         original = self._skeleton.blocks[index]
         block = copy.deepcopy(original, {id(self.config): self.config})
         if self._is_mixture(original):
@@ -128,7 +130,7 @@ class Architecture:
                 hidden = project_out(hidden)
             step = max(1, _HEAD_CHUNK // weight.shape[1])
             if step >= len(weight):
-                # Without the copy below, which takes as long as the product.
+                # In one piece: the copy below takes as long as the product.
                 logits = F.linear(hidden, weight.to(self.dtype)).float()
             else:
                 logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
@@ -144,7 +146,7 @@ class Architecture:
         self._head, self._arguments = None, {}
 
     def linears(self, index: int) -> list[Layer]:
-        """Linear layers of a block in execution order; reads nothing."""
+        """Linear layers of a block in execution order; no tensor is read."""
         block, layers = self._skeleton.blocks[index], []
         for group in self._family.inputs:
             for path in group:
@@ -183,15 +185,15 @@ class Architecture:
         for prefix in self._family.prefixes:
             if any(name.startswith(f"{prefix}layers.0.") for name in self.checkpoint.names):
                 return prefix
-        wanted = f"{self._family.prefixes[0]}layers.0."
-        raise UserError(f"tensors {wanted}* are missing from {self.checkpoint.path}: its model_type has such blocks")
+        expected = f"{self._family.prefixes[0]}layers.0."
+        raise UserError(f"tensors {expected}* are missing from {self.checkpoint.path}: its model_type has such blocks")
 
     def _sort_names(self) -> dict[int | None, list[str]]:
         pattern = re.compile(re.escape(self._prefix) + r"layers\.(\d+)\.")
         names: dict[int | None, list[str]] = {}
         for name in self.checkpoint.names:
-            found = pattern.match(name)
-            names.setdefault(int(found[1]) if found else None, []).append(name)
+            match = pattern.match(name)
+            names.setdefault(int(match[1]) if match else None, []).append(name)
         return names
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -216,16 +218,16 @@ class Architecture:
                     yield f"{self._prefix}{start}{local}", tuple(parameter.shape)
 
     def _check_length(self, length: int) -> None:
-        # Rotary positions have no end; learned ones do.
-        most = self.config.max_position_embeddings
-        if hasattr(self._skeleton.decoder, "embed_positions") and length > most:
-            raise UserError(f"sequence length {length} is too long for the model: it has learned {most} positions")
+        # Rotary embeddings exist for any position, learned ones do not.
+        limit = self.config.max_position_embeddings
+        if hasattr(self._skeleton.decoder, "embed_positions") and length > limit:
+            raise UserError(f"sequence length {length} is too long for the model: it has learned {limit} positions")
 
     def _check_tensors(self) -> None:
         for name, shape in self._expected():
-            found = self.checkpoint.shape(name)
-            if found != shape:
-                where = f"in {self.checkpoint.path} has shape {list(found)}"
+            stored = self.checkpoint.shape(name)
+            if stored != shape:
+                where = f"in {self.checkpoint.path} has shape {list(stored)}"
                 raise UserError(f"tensor {name} {where}: the config needs {list(shape)}")
 
     def _embedding_name(self) -> str:
@@ -246,7 +248,10 @@ class Architecture:
         return tensor.to(self.device, self.dtype)
 
     def _fill(self, module: nn.Module, start: str, skip: str = "\0") -> None:
-        """Reads every parameter of a module on the meta device; start is its name in the checkpoint."""
+        """Read every parameter of a module on the meta device.
+
+        start: the module's prefix in the checkpoint. skip: parameters whose names begin with it are left out.
+        """
         for local, _ in list(module.named_parameters()):
             if not local.startswith(skip):
                 parent, _, leaf = local.rpartition(".")
@@ -254,7 +259,7 @@ class Architecture:
                 setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
     def _load_front(self) -> None:
-        """What lies before the blocks beside the embedding: OPT's positions and projection, and the buffers."""
+        """Load what runs before the blocks, except the embedding: OPT's positions and projection, and the buffers."""
         if not self._front_is_loaded:
             decoder = self._skeleton.decoder
             self._fill(decoder, self._prefix, skip="embed_tokens.")
@@ -268,14 +273,14 @@ class Architecture:
         self._fill(norm, f"{self._prefix}{self._family.norm}.")
         if project_out is not None:
             self._fill(project_out, f"{self._prefix}project_out.")
-        # As stored: `head` converts a few rows at a time.
+        # In the stored dtype: `head` converts a few rows at a time.
         weight = self.checkpoint.tensor(self.head_name())
         self.checkpoint.check_finite(weight, self.head_name())
         return norm, project_out, weight.to(self.device)
 
 
 def _find(module: Any, path: str) -> Any:
-    """The submodule of that path, or None."""
+    """The submodule at a path, or None."""
     for part in path.split("."):
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):

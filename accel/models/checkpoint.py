@@ -1,10 +1,10 @@
-"""A checkpoint folder: its tensors by name, read one at a time and never mapped."""
+"""A checkpoint folder, whose tensors are read by name, one at a time, and never memory-mapped."""
 
 import hashlib
 import json
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.families import FAMILIES
 from hasten.accel.models.packed import COUNTED, PACKED, PARTS, Packing
 from hasten.accel.models.shards import Stored, read_header
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -23,9 +26,9 @@ _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
 def resolve(model: str, weights: bool = True) -> Path:
-    """Local folder of a model: `embedded:target`, a folder, or a hub name, which is downloaded, if asked with weights.
+    """Local folder of a model: `embedded:target`, a folder, or a name on the hub, which is downloaded.
 
-    UserError where there is no such thing.
+    weights: whether to download the weights, too. UserError where there is no such model.
     """
     if model.startswith(_EMBEDDED):
         from hasten.accel.models import embedded
@@ -41,7 +44,7 @@ def resolve(model: str, weights: bool = True) -> Path:
     if model and path.exists():
         raise UserError(f"model={model!r} is a file: give the folder of a checkpoint")
     right = "give a checkpoint folder, a hub name such as org/name, or embedded:target"
-    # A name below a folder that is here was meant as a path.
+    # A name whose first part is a local folder was meant as a path.
     if model.count("/") != 1 or model[0] in "./~" or model.endswith("/") or path.parent.is_dir():
         raise UserError(f"model={model!r} does not exist: {right}")
     return _download(model, right, weights)
@@ -56,15 +59,15 @@ def _download(name: str, right: str, weights: bool) -> Path:
     # The hub's client raises its own, httpx's and the operating system's errors, without a common base.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model={name!r} is no folder here and not on the hub ({reason}): {right}") from None
+        raise UserError(f"model={name!r} is not a local folder and not on the hub ({reason}): {right}") from None
 
 
 class Checkpoint:
-    """Tensors of a transformers checkpoint in safetensors, by their logical names.
+    """Tensors of a transformers checkpoint in safetensors, by their logical names (see models.families).
 
-    Only config.json, the index and the headers are read at first; UserError names the file or the tensor where they do
-    not fit together. Experts stored fused appear one by one, and a weight packed by compressed-tensors appears as the
-    weight that it stands for.
+    Making one reads only config.json, the index and the headers; UserError names the file or the tensor where they do
+    not fit together. Fused experts appear as separate tensors, and a weight packed by compressed-tensors appears as the
+    unpacked weight.
     """
 
     def __init__(self, path: Path | str):
@@ -87,7 +90,7 @@ class Checkpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def _entries(self) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
-        """Logical names: of plain tensors, and of packed weights with their stored parts."""
+        """Places of plain tensors, and of the stored parts of packed weights, by logical name."""
         family = FAMILIES.get(str(self.config.get("model_type")))
         plain: dict[str, Stored] = {}
         packed: dict[str, dict[str, Stored]] = {}
@@ -129,7 +132,7 @@ class Checkpoint:
         return bool(self._packed)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; of a packed weight, the shape of what it stands for."""
+        """Shape of a tensor; of a packed weight, the unpacked shape."""
         if name not in self._packed:
             return self._place(name).shape
         if name not in self._shapes:
@@ -137,7 +140,7 @@ class Checkpoint:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype; of a packed weight, that of its scales, which it is unpacked to."""
+        """Stored dtype; of a packed weight, the dtype of its scales, in which it is unpacked."""
         return self._packed[name]["weight_scale"].dtype if name in self._packed else self._place(name).dtype
 
     def nbytes(self, name: str) -> int:
@@ -150,7 +153,7 @@ class Checkpoint:
             return sum(part.nbytes for leaf, part in self._packed[name].items() if leaf in COUNTED)
         return self._place(name).nbytes
 
-    def quantization(self, name: str) -> Any:
+    def quantization(self, name: str) -> "QuantizationArgs | None":
         """compressed-tensors' QuantizationArgs of a packed weight; None for a plain tensor."""
         if name not in self._packed:
             return None
@@ -159,7 +162,7 @@ class Checkpoint:
         return None if scheme is None else scheme.weights
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A private copy; dtype None leaves it as stored."""
+        """A private copy of a tensor; dtype None is the stored dtype."""
         if name in self._packed:
             assert self._packing is not None
             parts = {leaf: part.read() for leaf, part in self._packed[name].items()}
@@ -169,7 +172,7 @@ class Checkpoint:
         return tensor if dtype is None else tensor.to(dtype)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows index (N,) of a matrix, [N, columns] in the stored dtype; the others are not read."""
+        """Rows of a matrix by index (N,), as [N, columns] in the stored dtype; other rows are not read."""
         if name in self._packed:
             return self.tensor(name)[index]
         if not len(index):
@@ -178,23 +181,23 @@ class Checkpoint:
         if int(unique[0]) < 0 or int(unique[-1]) >= self.shape(name)[0]:
             wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
             raise UserError(f"row {wrong} of {name} in {self.path} does not exist: it has {self.shape(name)[0]} rows")
-        # Neighbours are read in one call.
+        # Consecutive rows are read in one call.
         starts = torch.cat([torch.tensor([0]), (unique.diff() != 1).nonzero()[:, 0] + 1])
         ends = torch.cat([starts[1:], torch.tensor([len(unique)])])
         runs = list(zip(unique[starts].tolist(), (ends - starts).tolist(), strict=True))
         return self._place(name).read_rows(runs)[inverse]
 
     def check(self, name: str) -> None:
-        """UserError that names a tensor which holds NaN or infinite values; of a packed weight the scales are read."""
+        """UserError where a tensor holds NaN or infinite values; of a packed weight only the scales are read."""
         if name in self._packed:
             self.check_finite(self._packed[name]["weight_scale"].read(), f"{name}_scale")
         else:
             self.check_finite(self.tensor(name), name)
 
     def check_finite(self, tensor: Tensor, name: str) -> None:
-        """UserError that names the tensor if it holds NaN or infinite values."""
+        """UserError, which names the tensor, where it holds NaN or infinite values."""
         if tensor.numel() and tensor.is_floating_point():
-            # The extremes carry NaN along and need no copy of the tensor.
+            # aminmax propagates NaN and needs no copy of the tensor.
             low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
             if not (low.isfinite() and high.isfinite()):
                 kind = "NaN" if low.isnan() else "infinite"
@@ -219,7 +222,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Object that a file of a checkpoint holds; UserError where there is none."""
+    """JSON object in a file of a checkpoint; UserError where the file is missing or holds no object."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give the folder of a transformers checkpoint")
     try:
@@ -232,7 +235,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shards(path: Path) -> dict[str, list[str]]:
-    """Files of a checkpoint, each with the names that the index puts there (none where there is no index)."""
+    """Files of a checkpoint, each with the tensors that the index lists for it (none where there is no index)."""
     if (path / _SINGLE).is_file():
         return {_SINGLE: []}
     if (path / _INDEX).is_file():

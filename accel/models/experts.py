@@ -1,15 +1,22 @@
-"""A layer's experts as linear layers of their own.
+"""The experts of a mixture as separate linear layers.
 
-transformers keeps them fused in three-dimensional parameters, where no hook sees what one expert is fed.
+transformers fuses them in three-dimensional parameters, where no hook sees the input of a single expert.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 FUSED = ("gate_up_proj", "down_proj")
+
+
+class FusedExperts(Protocol):
+    """A module of transformers that fuses all experts of a layer: gate_up_proj is [experts, 2 * inner, width]."""
+
+    gate_up_proj: Tensor
+    act_fn: Callable[[Tensor], Tensor]
 
 
 class Expert(nn.Module):
@@ -28,9 +35,9 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Stands in for transformers' fused experts, with the same call; made on the meta device."""
+    """Replacement of transformers' fused experts with the same forward; made on the meta device."""
 
-    def __init__(self, fused: Any):
+    def __init__(self, fused: FusedExperts):
         number, inner, width = expert_sizes(fused)
         dtype = fused.gate_up_proj.dtype
         super().__init__(Expert(width, inner, fused.act_fn, dtype) for _ in range(number))
@@ -48,8 +55,8 @@ class Experts(nn.ModuleList):
         return output
 
 
-def expert_sizes(fused: Any) -> tuple[int, int, int]:
-    """Experts, inner width and outer width of a fused module."""
+def expert_sizes(fused: FusedExperts) -> tuple[int, int, int]:
+    """Number of experts, their inner width and their outer width."""
     number, double, width = fused.gate_up_proj.shape
     return number, double // 2, width
 

@@ -1,8 +1,8 @@
-"""What is known of each model family: the names and the order of its parts.
+"""The supported model families: names and order of their parts.
 
-Two sets of names meet here. *Local* names are transformers' own, below one decoder block as this package builds it
-(experts one by one: `mlp.experts.3.gate_proj`). *Logical* names are the checkpoint's, in the form that other programs
-read: Mixtral's experts stay under `block_sparse_moe.experts.3.w1`, whichever form a checkpoint stores.
+There are two sets of names. *Local* names are relative to a decoder block as this package builds it, with transformers'
+module names and unfused experts: `mlp.experts.3.gate_proj`. *Logical* names are those of the checkpoint, in the form
+that other programs read: Mixtral's experts are `block_sparse_moe.experts.3.w1`, whichever form a checkpoint stores.
 """
 
 import re
@@ -18,7 +18,7 @@ _MODULE_FORM = re.compile(r"(.*\blayers\.\d+\.)mlp\.(.+)")
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Logical names of a mixture: its module below the block, and an expert's three projections."""
+    """Logical names in a mixture of experts: its module in the block, and the three projections of an expert."""
 
     parent: str
     gate: str
@@ -28,12 +28,12 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one family.
+    """One model family.
 
-    inputs: local names of a block's linear layers, those that read the same input together, in execution order; a
-    block may lack some. prefixes: where the decoder's tensors may lie in a checkpoint. heads: names of the output
-    projection. decoder: path of the decoder in the transformers model. norm: its last norm. caps_logits: whether the
-    config's final_logit_softcapping is heeded. experts: None for dense families.
+    inputs: local names of a block's linear layers in execution order, grouped by the input that they read; a block may
+    lack some of them. prefixes: possible prefixes of the decoder's tensors in a checkpoint. heads: possible names of
+    the output projection. decoder: path of the decoder in the transformers model. norm: its last norm. caps_logits:
+    whether the model applies the config's final_logit_softcapping. experts: None for dense families.
     """
 
     inputs: tuple[tuple[str, ...], ...] = _ATTENTION + _GATED
@@ -45,7 +45,7 @@ class Family:
     experts: ExpertNames | None = None
 
     def logical(self, local: str) -> str:
-        """Logical name, below the block, of a local one."""
+        """Logical name, relative to the block, of a local name."""
         if self.experts is None:
             return local
         expert = _LOCAL_EXPERT.fullmatch(local)
@@ -55,16 +55,16 @@ class Family:
         return f"{self.experts.parent}.{local[4:]}" if local.startswith("mlp.") else local
 
     def canonical(self, stored: str) -> str:
-        """Logical name of a stored one: checkpoints saved in transformers' module form are renamed."""
+        """Logical name of a stored name: names in transformers' module form are translated."""
         if self.experts is None or self.experts.parent == "mlp":
             return stored
-        found = _MODULE_FORM.fullmatch(stored)
-        return f"{found[1]}{self.experts.parent}.{found[2]}" if found else stored
+        match = _MODULE_FORM.fullmatch(stored)
+        return f"{match[1]}{self.experts.parent}.{match[2]}" if match else stored
 
     def fused(self, logical: str) -> list[tuple[str, int, int]] | None:
-        """How a fused tensor [experts, rows, columns] of this name splits; None where it is none.
+        """How to split the fused tensor [experts, rows, columns] of this name; None where the name is not of one.
 
-        Each part is (name with `{}` for the expert's number, first row, last row), rows in halves of the whole.
+        Each part is (name with `{}` for the expert's number, first row, end row), counted in halves of the rows.
         """
         if self.experts is None:
             return None
@@ -112,7 +112,7 @@ FAMILIES = {
 
 
 def family_of(model_type: object) -> Family:
-    """Facts of a config's model_type; UserError lists the supported ones."""
+    """Family of a config's model_type; UserError lists the supported ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is not supported: supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -1,40 +1,47 @@
-"""Reading weights that compressed-tensors packed: which scheme a module has, and its weight as numbers again.
+"""Reading weights that compressed-tensors packed: the scheme of a module, and its unpacked weight.
 
-The library itself matches names and unpacks, so that what is read is what transformers would run. It is imported inside
-functions: plain checkpoints are read without it, also by the GPU checks, whose machines do not have it.
+compressed-tensors itself matches names and unpacks, so that the weights are those that transformers would run. It is
+imported inside functions: plain checkpoints are read without it, also by the GPU checks, whose machines do not have it.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
 
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
 PACKED = "weight_packed"
-# What counts towards a layer's size; weight_shape only says the shape, as a header does.
+# Tensors that count in a layer's size; weight_shape is not data, it states the shape as a header does.
 COUNTED = (PACKED, "weight_scale", "weight_zero_point")
 PARTS = (*COUNTED, "weight_shape")
 _FORMAT = "pack-quantized"
 
 
 class Packing:
-    """The quantization_config of one checkpoint; UserError where it is not pack-quantized."""
+    """The quantization_config of a checkpoint; UserError where it is not pack-quantized.
 
-    def __init__(self, config: dict[str, Any], where: str):
+    where: the file it was read from, for error messages.
+    """
+
+    def __init__(self, config: Mapping[str, object], where: str):
         from compressed_tensors.quantization import QuantizationConfig
 
         self._where = where
         method = config.get("quant_method", "compressed-tensors")
         if method != "compressed-tensors":
             raise UserError(f"quant_method={method!r} in {where} is not supported: only compressed-tensors is")
-        # transformers adds keys of its own to what the library wrote.
+        # transformers adds keys of its own to those of compressed-tensors.
         known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
         try:
             self._config = QuantizationConfig.model_validate(known)
         except ValueError as error:
             raise UserError(f"quantization_config in {where} is not valid: {_first_line(error)}") from None
-        self._schemes: dict[str, Any] = {}
+        self._schemes: dict[str, QuantizationScheme] = {}
         for group in self._config.config_groups.values():
             form = getattr(group, "format", None) or self._config.format
             if form != _FORMAT:
@@ -42,18 +49,18 @@ class Packing:
             for target in group.targets:
                 self._schemes[target] = group
 
-    def scheme(self, module: str) -> Any:
-        """The library's QuantizationScheme of the module of this checkpoint name; None where it has none."""
+    def scheme(self, module: str) -> "QuantizationScheme | None":
+        """QuantizationScheme of the module with this name in the checkpoint; None for a plain module."""
         from compressed_tensors.utils.match import is_match, match_targets
 
         linear = torch.nn.Linear(1, 1, device="meta")
         if not is_match(module, linear, list(self._schemes), self._config.ignore or []):
             return None
-        # Sorted by the library from the most specific on; it takes the first one too.
+        # The library sorts matches from the most specific on, and takes the first one itself.
         return self._schemes[match_targets(module, linear, list(self._schemes))[0]]
 
     def unpack(self, module: str, parts: dict[str, Tensor]) -> Tensor:
-        """Weight [rows, columns], in the dtype of its scales, from its stored parts."""
+        """Weight [rows, columns], in the dtype of its scales, from its stored tensors."""
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 
         scheme = self.scheme(module)

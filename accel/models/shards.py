@@ -1,6 +1,6 @@
-"""safetensors files, read without mapping them: headers, and byte ranges straight into a tensor's own memory.
+"""safetensors files, read without memory maps: headers, and byte ranges straight into a tensor's memory.
 
-A mapped file's pages count as the process's memory; what is read with plain calls does not.
+Pages of a mapped file count in the process's memory; files that are read with plain calls do not.
 """
 
 import json
@@ -29,12 +29,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LENGTH_BYTES = 8  # a little-endian count of the header's bytes opens the file
+_LENGTH_BYTES = 8  # a file begins with the length of its header, a little-endian integer of this many bytes
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: begin counts bytes from the start of the file."""
+    """Place of a stored tensor. begin: its first byte, counted from the start of the file."""
 
     file: Path
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Stored:
         return Stored(self.file, self.dtype, (last - first, columns), self.begin + skipped)
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor, in new memory."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if tensor.numel():
             with self.file.open("rb", buffering=0) as file:
@@ -61,7 +61,7 @@ class Stored:
         return tensor
 
     def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
-        """Rows of a matrix, the given runs of them (first, count) one after the other."""
+        """Rows of a matrix, concatenated. runs: (first row, number of rows) of each run of consecutive rows."""
         columns = self.shape[1]
         tensor = torch.empty(sum(count for _, count in runs), columns, dtype=self.dtype)
         done = 0
@@ -74,7 +74,7 @@ class Stored:
         return tensor
 
     def strip(self, offset: int, size: int) -> bytes:
-        """Some of the tensor's bytes, from offset on."""
+        """Bytes of the tensor from offset on, size of them or as many as there are."""
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.begin + offset)
             return file.read(min(size, self.nbytes - offset))
@@ -92,9 +92,9 @@ def _fill(file: FileIO, begin: int, tensor: Tensor) -> None:
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
-    """Header of one file, as it stands and as the places of its tensors.
+    """Raw header of a file, and the places of its tensors by name.
 
-    UserError where the file is missing, cut short, or no safetensors file.
+    UserError where the file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
         raise UserError(f"shard {path} is missing: the checkpoint needs every file that its index names")
@@ -103,7 +103,9 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
         opening = file.read(_LENGTH_BYTES)
         length = struct.unpack("<Q", opening)[0] if len(opening) == _LENGTH_BYTES else 0
         if len(opening) < _LENGTH_BYTES or (opening[:1] and _LENGTH_BYTES + length > size):
-            raise UserError(f"shard {path} is truncated or no safetensors file: its {size} bytes end inside the header")
+            raise UserError(
+                f"shard {path} is truncated or not a safetensors file: its {size} bytes end inside the header"
+            )
         raw = file.read(length)
     try:
         entries = json.loads(raw)
@@ -112,7 +114,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"shard {path} is no safetensors file: its header cannot be read") from None
+        raise UserError(f"shard {path} is not a safetensors file: its header cannot be read") from None
     return raw, places
 
 

@@ -1,11 +1,11 @@
-"""A family's transformers model without its weights.
+"""The transformers model of a checkpoint without its weights.
 
-Everything lies on the meta device, except the buffers that no checkpoint stores (rotary frequencies, embedding
-scales): these are computed, by transformers itself.
+Parameters are on the meta device. Buffers that no checkpoint stores (rotary frequencies, embedding scales) are computed
+by transformers itself.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +14,34 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.families import family_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Recorder(nn.Module):
-    """Stands in for a decoder block: keeps the keyword arguments that it is called with."""
+    """Replacement of a decoder block that records the keyword arguments of its call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[str, object] = {}
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        """hidden_states as they came."""
+    def forward(self, hidden_states: Tensor, **arguments: object) -> Tensor:
+        """hidden_states, unchanged."""
         self.arguments = arguments
         return hidden_states
 
-    def take(self) -> dict[str, Any]:
-        """The arguments, which are kept no longer."""
+    def take(self) -> dict[str, object]:
+        """The recorded arguments, which are then forgotten."""
         arguments, self.arguments = self.arguments, {}
         return arguments
 
 
 @dataclass
 class Skeleton:
-    """Parts of a model: decoder has recorders for blocks and no last norm; the head's own parts stand apart.
+    """Parts of a model without weights.
 
-    norm may be an identity; project_out, OPT's, may be None; tied says whether head and embedding may share a tensor.
+    decoder: transformers' decoder with Recorders for blocks and without its last norm. norm: that norm, or an identity.
+    project_out: OPT's projection before the head, else None. tied: whether head and embedding may share a tensor.
     """
 
     config: Any
@@ -57,7 +61,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     try:
         whole = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         config = whole.get_text_config(decoder=True)
-        # Weights are read here, packed ones too: the model itself is to be a plain one.
+        # This package reads and unpacks the weights, so transformers must build the plain model.
         vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -77,12 +81,13 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     return Skeleton(config, decoder, blocks, norm or nn.Identity(), project_out, model.lm_head, tied)
 
 
-def _compute_buffers(model: Any, decoder: nn.Module) -> None:
+def _compute_buffers(model: "PreTrainedModel", decoder: nn.Module) -> None:
+    """Compute the decoder's buffers that are on the meta device."""
     for module in decoder.modules():
         missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
         for name, buffer in missing.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if missing:
-            # transformers fills them so when it loads a model itself.
+            # The method by which transformers fills them when it loads a checkpoint.
             with torch.no_grad():
                 model._init_weights(module)

@@ -1,9 +1,9 @@
-"""Muon: momentum whose matrix is replaced by its nearest orthogonal one before the step.
+"""Muon: an optimizer that replaces the momentum matrix by the nearest orthogonal matrix before each step.
 
 Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The step is scaled to AdamW's root mean
 square (Liu et al. 2025, arXiv:2502.16982), so that both optimizers share one learning rate.
-Departs from torch.optim.Muon: the iteration runs in float32. torch's runs in bfloat16, which costs four
-times as much on a CPU without matrix units and was a quarter of a training step there.
+Departs from torch.optim.Muon: the iteration runs in float32. torch's runs in bfloat16, which takes four
+times as long on a CPU without matrix units, and was a quarter of a training step there.
 """
 
 from collections.abc import Iterable

@@ -1,9 +1,9 @@
-"""Training of the embedded models: a tokenizer, a small target and a smaller draft, from nothing.
+"""Pretraining of the embedded models: a tokenizer, a small target model and a smaller draft model.
 
-The trunk starts shallow and gains layers on the way (progressive depth: Gong et al. 2019, ICML,
-"Efficient training of BERT by progressively stacking"; Reddi et al. 2023): early tokens teach embedding
-and first layers at a fraction of the cost. A new layer starts as the identity (its output projections
-are zero), so that the loss does not jump.
+The model starts shallow and gains layers during training (progressive depth: Gong et al. 2019, ICML,
+"Efficient training of BERT by progressively stacking"; Reddi et al. 2023), so that early tokens train the
+embedding and the first layers at a fraction of the cost. A new layer starts as the identity (its output
+projections are zero), so that the loss does not jump.
 """
 
 import math
@@ -45,10 +45,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train.
+    """Stages, batch size and learning rates.
 
-    depths: (layers, tokens) stages; the last one has all layers of the shape. batch: sequences a step.
-    decay: share of all steps, at the end, over which the learning rate falls to zero.
+    depths: (layers, tokens) of each stage; the last one has all layers of the shape. batch: sequences in a step.
+    sequence: tokens of a sequence. decay: share of all steps, at the end, in which the learning rate falls to zero.
     """
 
     depths: tuple[tuple[int, int], ...]
@@ -116,7 +116,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -
 
 
 def windows(stream: np.ndarray, length: int, seed: int) -> Iterable[np.ndarray]:
-    """Endless windows (length,) of the stream: every epoch cuts it anew and shuffles the cuts."""
+    """Endless windows (length,) of the stream: every epoch starts at a random offset and shuffles its windows."""
     epoch = 0
     while True:
         generator = np.random.default_rng((seed, epoch))
@@ -129,7 +129,7 @@ def windows(stream: np.ndarray, length: int, seed: int) -> Iterable[np.ndarray]:
 
 
 def build(shape: Shape, layers: int, vocab_size: int) -> LlamaForCausalLM:
-    """Untrained Llama of that shape with the given number of layers, float32."""
+    """An untrained Llama of a shape with this number of layers, in float32; all its layers are identities."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -153,13 +153,13 @@ def build(shape: Shape, layers: int, vocab_size: int) -> LlamaForCausalLM:
 
 
 def _make_identity(layer: LlamaDecoderLayer) -> None:
-    """Zero what a layer adds to the residual stream."""
+    """Make a layer the identity: zero its output projections, so that it adds nothing to the residual stream."""
     torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def grow(model: LlamaForCausalLM, shape: Shape, layers: int) -> LlamaForCausalLM:
-    """Deeper copy of model: its layers spread evenly, identity layers behind each of them."""
+    """A deeper copy of the model: its layers are spread evenly, with identity layers after each of them."""
     deeper = build(shape, layers, model.config.vocab_size)
     old = len(model.model.layers)
     deeper.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
@@ -208,13 +208,13 @@ def train(
 ) -> LlamaForCausalLM:
     """Train a model on a token stream; returns it in float32.
 
-    With world > 1 every rank calls this inside an initialised process group and takes its share of each
-    batch. State is written to state_path every save_every steps and read from there at the start, so that a
-    killed training goes on. report(step, tokens, loss) is called after every step of rank 0.
+    With world > 1 every rank calls this inside an initialised process group and takes its part of each
+    batch. The state is saved to state_path every save_every steps and read from there at the start, so that a
+    killed training resumes. Rank 0 calls report(step, tokens, loss) after every step.
     """
     torch.manual_seed(schedule.seed)
     source = iter(windows(stream, schedule.sequence, schedule.seed))
-    # State is read before any rank can write it again.
+    # All ranks read the state before rank 0 can overwrite it.
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if world > 1:
         torch.distributed.barrier()
@@ -315,7 +315,7 @@ def bits_per_byte(
 
 
 def train_in_processes(workers: int, threads: int, arguments: dict[str, Any], log_path: Path) -> None:
-    """Run train on one process a worker, gradients averaged over gloo; progress goes to log_path."""
+    """Run `train` in `workers` processes, which average gradients over gloo; progress is written to log_path."""
     torch.multiprocessing.start_processes(
         _train_rank, args=(workers, threads, arguments, str(log_path)), nprocs=workers, start_method="spawn"
     )

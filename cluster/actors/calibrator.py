@@ -1,4 +1,4 @@
-"""The actor that owns a shard of the calibration sequences: it collects statistics and solves layers."""
+"""The calibrator actor: it holds a shard of the calibration sequences, collects statistics and quantizes layers."""
 
 from collections.abc import Collection, Mapping
 from time import perf_counter
@@ -15,14 +15,15 @@ from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
-# What collect() sends for a group: nodes of the summation tree (start, size, tokens, sums).
+# What collect() returns for a layer group: nodes of the summation tree as (start, size, tokens, sums).
 Nodes = list[tuple[int, int, int, np.ndarray]]
 
 
 class Calibrator:
-    """Hidden states of some chunks, block by block; after a loss, its replacement recomputes them from finished shards.
+    """Holds the hidden states of some chunks and advances them block by block.
 
-    chunks: calibration tokens [sequences, T] by the number of their chunk; empty where no statistics are needed.
+    After a loss, the replacement recomputes the hidden states from the finished blocks. chunks: calibration tokens
+    [sequences, T] by chunk number; empty if no statistics are needed.
     """
 
     def __init__(self, settings: Settings, chunks: Mapping[int, Tensor]) -> None:
@@ -42,13 +43,13 @@ class Calibrator:
         release_memory()
 
     def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
-        """Sums of layer inputs in a block over this shard, by the keys of the groups that are wanted.
+        """Sums of layer inputs in a block over this shard, for the layer groups `keys`.
 
-        Experts that no token reached have an empty list. What is on the disk must not decide which groups are
-        collected: shards that look at different times would leave out different groups.
+        Experts that no token reached have an empty list. The caller chooses the groups: if each shard looked on the
+        disk for unfinished ones, shards that look at different times would collect different groups.
 
-        Hidden states that are missing are computed from the blocks before, which must be finished where their quantized
-        outputs are propagated.
+        Missing hidden states are computed from the earlier blocks. These must be finished if their quantized outputs
+        are propagated.
         """
         release_memory()
         shard = self._catch_up(block)
@@ -64,10 +65,10 @@ class Calibrator:
     def solve(
         self, block: int, keys: list[str], *collected: Mapping[str, Nodes]
     ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], float]:
-        """Quantize groups of a block from what all calibrators collected.
+        """Quantize layer groups of a block. collected: results of `collect` of all calibrators.
 
-        Returns packed tensors by layer, one row of facts a layer, and the wall seconds that it took. Layers of a level
-        database are written here: there are no packed tensors, and one row for every level.
+        Returns packed tensors by layer, one row of facts for each layer, and the wall seconds. For a level database,
+        layers are written here: there are no packed tensors, and one row for each level.
         """
         started = perf_counter()
         release_memory()
@@ -96,7 +97,7 @@ class Calibrator:
         return packed, facts, perf_counter() - started
 
     def usage(self) -> tuple[float, int]:
-        """CPU seconds of the work since the start, and the peak of resident memory in bytes."""
+        """CPU seconds since the actor was created, and peak resident memory in bytes."""
         return cpu_seconds() - self._cpu_before, peak_rss_bytes()
 
     def _catch_up(self, block: int) -> Shard:

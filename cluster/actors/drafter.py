@@ -1,6 +1,6 @@
-"""Drafters on a cluster: one actor serves several verifiers, and learns from what all of them decode.
+"""The drafter actor and its client: one drafter serves several verifiers, and learns from what all of them decode.
 
-Messages hold committed and drafted ids, parents, labels, and where a drafter observes the target, the ids and
+Messages contain committed and drafted ids, parents and labels, and for drafters that observe the target the ids and
 probabilities of its most probable tokens. Distributions over the vocabulary are never sent.
 """
 
@@ -25,12 +25,12 @@ from hasten.cluster.runtime.recovery import is_loss
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
-# After so many seconds without an answer a drafter is unresponsive, and decoding goes on without drafts.
+# A drafter that has not answered for this many seconds is unresponsive; decoding continues without drafts.
 PATIENCE_SECONDS = 10.0
-# Events are sent with the next request for trees, or on their own once there are this many.
+# Events are sent with the next request for trees, or separately once there are this many.
 _MAX_EVENTS = 256
 _RECONNECT_SECONDS = 0.2
-# How many replacements of a lost drafter are looked for, as the first of them may be lost, too.
+# Number of successive replacements that are tried, because the first replacement may be lost, too.
 _REPLACEMENTS = 3
 
 
@@ -43,16 +43,16 @@ class PlainTree(NamedTuple):
 
     @classmethod
     def of(cls, tree: DraftTree) -> "PlainTree":
-        """The tree without the distributions that it was drawn from."""
+        """A plain copy of a tree, without draft_probs."""
         return cls(list(tree.tokens), list(tree.parents), None if tree.labels is None else list(tree.labels))
 
     def tree(self) -> DraftTree:
-        """The tree."""
+        """The tree as a DraftTree."""
         return DraftTree(self.tokens, self.parents, labels=self.labels)
 
 
 class Begin(NamedTuple):
-    """A sequence starts, or continues at a drafter that does not know it. seed: of the drafter's random numbers."""
+    """A sequence starts, or continues at a new drafter instance. seed: of the drafter's random numbers."""
 
     key: int
     tokens: list[int]
@@ -62,7 +62,7 @@ class Begin(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """An outcome. new: ids committed since the last message. tree: None if it is the one that was proposed."""
+    """An outcome. new: ids committed since the last message. tree: None if it is the proposed one."""
 
     key: int
     new: list[int]
@@ -85,7 +85,7 @@ Event = Begin | Observed | End
 class DrafterActor:
     """A drafter with its memory in one process, for the sequences of several verifiers.
 
-    make_memory: a new memory from what was learned before, called at the first use.
+    make_memory: builds the memory, including what was learned before; called at the first use.
     """
 
     def __init__(self, drafter: Drafter, make_memory: Callable[[], object]) -> None:
@@ -101,19 +101,19 @@ class DrafterActor:
         self._cpu_before = cpu_seconds()
 
     def prepare(self) -> None:
-        """Return once the memory is made."""
+        """Build the memory if that has not been done."""
         if not self._is_prepared:
             self._memory = self._make_memory()
             self._is_prepared = True
 
     def ping(self, payload: object) -> object:
-        """The payload, to measure a round trip."""
+        """Return the payload, to measure a round trip."""
         return payload
 
     def serve(
         self, client: str, events: Sequence[Event], requests: Sequence[tuple[int, list[int]]], budget: int
     ) -> list[PlainTree]:
-        """A tree for each request (a sequence's key, and its new ids), after all events in their order."""
+        """Apply events in order, then return a tree for each request (key of a sequence, its new ids)."""
         self.prepare()
         for event in events:
             self._apply(client, event)
@@ -128,7 +128,7 @@ class DrafterActor:
         return [PlainTree.of(tree) for tree in trees]
 
     def forget(self, client: str) -> None:
-        """A verifier was lost: free what is held of its sequences."""
+        """Free the sequences of a verifier that was lost."""
         for owner, key in list(self._sequences):
             if owner == client:
                 self._apply(client, End(key))
@@ -140,13 +140,13 @@ class DrafterActor:
         return dict(self._drafter.saved(self._memory))
 
     def snapshot(self, seconds: float) -> dict[str, Tensor] | None:
-        """What the drafter has learned; None if nothing is new, or if the last snapshot was less than `seconds` ago."""
+        """What the drafter has learned; None without new observations, or within `seconds` of the last snapshot."""
         if self._observed == self._saved_at or time.monotonic() - self._saved < seconds:
             return None
         return self.learned()
 
     def usage(self) -> dict[str, float]:
-        """CPU seconds since the start, and peak memory."""
+        """CPU seconds since the actor was created, and peak resident memory in bytes."""
         release_memory()
         return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}
 
@@ -178,7 +178,10 @@ class DrafterActor:
 
 @dataclass
 class _Sequence:
-    """What the drafter knows of a sequence: ids sent, and its last tree; connection: number of that instance."""
+    """What a drafter instance knows of a sequence.
+
+    connection: number of the instance. sent: number of ids sent to it. tree: the last tree that it proposed.
+    """
 
     key: int
     connection: int = -1
@@ -187,26 +190,26 @@ class _Sequence:
 
 
 class Address(NamedTuple):
-    """Where a drafter is found: its name, and how many were lost before it."""
+    """Address of a drafter. number: how many instances of this drafter were lost before this one."""
 
     name: str
     number: int = 0
 
     @property
     def actor(self) -> str:
-        """Name in Ray. A replacement has another one: processes cache the handle of a name."""
+        """The actor's name in Ray. Every replacement has a new one, because processes cache the handle of a name."""
         return f"{self.name}.{self.number}"
 
     def replacement(self, ahead: int = 1) -> "Address":
-        """Where the replacement is found, or a later one."""
+        """Address of the replacement that is `ahead` instances later."""
         return self._replace(number=self.number + ahead)
 
 
 class Connection:
-    """A verifier's connection to a drafter actor; if that is lost, its replacement is looked for.
+    """A verifier's connection to a drafter actor; after a loss it connects to the replacement.
 
-    An unresponsive drafter is treated as lost. When it answers, it is a new instance and all contexts are resent.
-    client: the verifier's name. number: of the current instance, -1 before the first. lost: how many were lost.
+    An unresponsive drafter is treated as lost. When it answers, it counts as a new instance and all contexts are
+    resent. client: the verifier's name. number: of the current instance, -1 before the first. lost: instances lost.
     """
 
     def __init__(self, address: Address, client: str) -> None:
@@ -220,19 +223,19 @@ class Connection:
         self.lost = 0
 
     def new_key(self) -> int:
-        """A key for a sequence."""
+        """A new key for a sequence."""
         self._keys += 1
         return self._keys
 
     def is_up(self) -> bool:
-        """Whether a drafter is believed to answer."""
+        """Whether there is a drafter that responds; tries to connect to a replacement if not."""
         if self._late is not None:
             if not ray.wait([self._late], timeout=0)[0]:
                 return False
             late, self._late = self._late, None
             if self._answer(late) is not None:
-                _LOG.info("the drafter answers again")
-                # It may have missed that sequences ended.
+                _LOG.info("the drafter responds again; drafting resumes")
+                # It may have missed End events.
                 self._handle.forget.remote(self._client)
                 self.number += 1
                 self._events = []
@@ -243,7 +246,7 @@ class Connection:
                 address = self._address.replacement(ahead)
                 try:
                     self._handle = ray.get_actor(address.actor)
-                except ValueError:  # not started yet, or lost already
+                except ValueError:  # there is no such actor: it is not started yet, or was lost
                     continue
                 self._address = address
                 self.number += 1
@@ -252,13 +255,13 @@ class Connection:
         return self._handle is not None
 
     def send(self, event: Event) -> None:
-        """Send an event with the next call."""
+        """Queue an event; it is sent with the next call."""
         self._events.append(event)
         if len(self._events) >= _MAX_EVENTS:
             self.flush()
 
     def flush(self) -> None:
-        """Send all events now, without waiting for an answer."""
+        """Send all queued events now, without waiting for an answer."""
         if self._handle is not None and self._late is None:
             self._handle.serve.remote(self._client, self._events, [], 0)
         self._events = []
@@ -272,7 +275,10 @@ class Connection:
         try:
             trees: list[PlainTree] = ray.get(call, timeout=PATIENCE_SECONDS)
         except GetTimeoutError:
-            _LOG.warning("the drafter has not answered for %.0f s: without drafts until it does", PATIENCE_SECONDS)
+            _LOG.warning(
+                "the drafter has not answered for %.0f s; decoding continues without drafts until it does",
+                PATIENCE_SECONDS,
+            )
             self._late = call
             return None
         except RayError as error:
@@ -294,11 +300,11 @@ class Connection:
 
 
 class RemoteDrafter(Drafter):
-    """Takes the place of a drafter that is in another process; its memory is the connection.
+    """Proxy of a drafter in another process; its memory is the connection.
 
-    One call a step asks for the trees of all sequences, and sends what was observed since the last one. While no
-    drafter answers, nothing is drafted. Trees come without distributions: only verifiers that do not read them, and
-    deterministic drafts, give correct results.
+    One call a step requests the trees of all sequences and sends the outcomes since the last call. While no drafter
+    responds, drafts are empty. Trees come without distributions, so that results are correct only for deterministic
+    drafts, or with verifiers that do not read distributions.
     """
 
     def __init__(self, inner: Drafter) -> None:
@@ -306,7 +312,7 @@ class RemoteDrafter(Drafter):
 
     @property
     def observes(self) -> int:  # type: ignore[override]
-        """As many as the drafter itself."""
+        """As the drafter itself."""
         return self._inner.observes
 
     @property
@@ -328,19 +334,19 @@ class RemoteDrafter(Drafter):
         return self._inner.chains()
 
     def new_memory(self, models: Models) -> object:
-        """There is none in this process."""
+        """Not supported: the memory is in the drafter's process."""
         raise AssertionError("the memory of a remote drafter is its connection")
 
     def begin(self, context: Context, memory: Connection) -> None:
-        """The drafter is told of the sequence with the first request for its tree."""
+        """Assign a key; the drafter gets the sequence with the first request for its tree."""
         context.state[self] = _Sequence(memory.new_key())
 
     def propose(self, context: Context, memory: Connection, budget: int) -> DraftTree:
-        """One of `propose_all`."""
+        """The tree of one sequence, see propose_all."""
         return self.propose_all([context], memory, budget)[0]
 
     def propose_all(self, contexts: Sequence[Context], memory: Connection, budget: int) -> list[DraftTree]:
-        """Trees of all sequences in one call; empty ones while no drafter answers."""
+        """Trees of all sequences, from one call; empty while no drafter responds."""
         empty = [DraftTree()] * len(contexts)
         if not memory.is_up():
             return empty
@@ -354,7 +360,7 @@ class RemoteDrafter(Drafter):
         return trees
 
     def observe(self, memory: Connection, outcome: Outcome) -> None:
-        """Sent with the next request for trees."""
+        """Queue the outcome; it is sent with the next request for trees."""
         if not memory.is_up():
             return
         sequence = outcome.context.state[self]
@@ -365,12 +371,12 @@ class RemoteDrafter(Drafter):
         memory.send(Observed(sequence.key, new, tree, list(outcome.path), outcome.token, *tops))
 
     def end(self, context: Context, memory: Connection) -> None:
-        """Sent at once, with what was observed last."""
+        """Send all queued outcomes and the end of the sequence now."""
         memory.send(End(context.state[self].key))
         memory.flush()
 
     def _new(self, context: Context, memory: Connection) -> list[int]:
-        """Ids that the drafter does not know yet; an instance that does not know the sequence is sent all of it."""
+        """Ids that the drafter does not have yet; to a new instance a Begin event with the whole sequence is sent."""
         sequence: _Sequence = context.state[self]
         if sequence.connection != memory.number:
             seed = context.draft_generator.initial_seed()

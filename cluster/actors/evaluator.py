@@ -1,4 +1,4 @@
-"""The actor that measures candidates of a search: a model whose layers are swapped in place."""
+"""The evaluator actor: it measures the candidates of a search on a model whose layers are swapped in place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, releas
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """What an evaluator is made from, as plain values. tokens: (N, T); dtype: of the arithmetic."""
+    """Arguments of an evaluator, as picklable values. tokens: (N, T). dtype: of the arithmetic."""
 
     checkpoint: Path
     levels: Path
@@ -35,7 +35,7 @@ class EvaluatorSpec:
 
 
 class Evaluator:
-    """A model in one process, whose layers change from candidate to candidate; loaded at the first use."""
+    """A model in one process whose layers are swapped for each candidate; it is loaded at the first use."""
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -49,7 +49,7 @@ class Evaluator:
         return self._loaded().losses(genomes, sample)
 
     def usage(self) -> dict[str, float]:
-        """CPU seconds since the model was loaded, peak memory, and what swapping took of the evaluations."""
+        """CPU seconds since the model was loaded, peak memory, and time and counts of evaluations and swaps."""
         release_memory()
         candidates = self._candidates
         return {

@@ -1,4 +1,4 @@
-"""The actor of a verifier: a target in one process, with a drafter of its own or a connection to a shared one."""
+"""The verifier actor: a target in one process, with a private drafter or a connection to a shared one."""
 
 import queue
 import statistics
@@ -34,14 +34,14 @@ OnTokens = Callable[[str, list[int]], None]
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """What verifiers and drafters are made from, as plain values.
+    """Arguments of verifiers and drafters, as picklable values.
 
-    target, draft: checkpoint folders; draft may be None where the drafter needs none. vocabulary: of the target.
-    drafter: None decodes without drafts. path: see hasten.accel.decoding.targets.loading. stop: ids that end a
-    sequence. draft_length: how many tokens are drafted for a pass, at most max_draft_tokens where it adapts.
-    memory_bytes: bound of what caches take. dtype, other_dtypes: of the arithmetic; of several the fastest is chosen.
-    compiled: whether the fast path is compiled. learned: what the drafter learned before. snapshot_seconds: time
-    between two snapshots of a shared drafter's memory, from which its replacement starts.
+    target, draft: checkpoint folders; draft is None if the drafter needs no draft model. vocabulary: size of the
+    target's. drafter: None decodes without drafts. path: see hasten.accel.decoding.targets.loading. stop: ids that end
+    a sequence. draft_length: how many tokens are drafted for a pass; max_draft_tokens bounds adaptive lengths.
+    memory_bytes: bound of caches and logits. dtype, other_dtypes: of the arithmetic; the fastest of them is chosen.
+    compiled: whether the fast path is compiled. learned: what the drafter learned before. snapshot_seconds: interval of
+    snapshots of a shared drafter's memory, from which its replacement starts.
     """
 
     target: Path
@@ -66,7 +66,7 @@ class DecodeSpec:
 
 
 def make_memory(spec: DecodeSpec, learned: Mapping[str, Tensor] | None) -> Any:
-    """Memory of the drafter, with what was learned before."""
+    """The drafter's memory, including what was learned before."""
     assert spec.drafter is not None
     draft = spec.draft
     hidden = spec.drafter.needs_hidden
@@ -80,19 +80,20 @@ def make_memory(spec: DecodeSpec, learned: Mapping[str, Tensor] | None) -> Any:
 
 
 def sharing_refusal(spec: DecodeSpec, sampling: Sampling) -> str | None:
-    """Why a drafter in another process would be wrong: no distributions travel. None where no verifier reads them."""
+    """Why the drafter cannot be shared; None if it can. A shared drafter sends no distributions to the verifier."""
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
         return None
     if spec.drafter.draft_sampling(sampling) is DraftSampling.DETERMINISTIC:
         return None
     return (
-        f"placement=shared does not go with verifier={type(spec.verifier).__name__} and drafts that are drawn, whose "
-        "distributions do not travel: use placement=private or verifier=sample_and_match"
+        f"placement=shared does not work with verifier={type(spec.verifier).__name__} and random drafts: the verifier "
+        "needs their distributions, which a shared drafter does not send; use placement=private or "
+        "verifier=sample_and_match"
     )
 
 
 class VerifierActor:
-    """A target in one process, with a drafter of its own or a connection to a shared one. client: its name there."""
+    """A target in one process, with a private drafter or a connection to a shared one, which knows it as `client`."""
 
     def __init__(self, spec: DecodeSpec, client: str) -> None:
         torch.set_num_threads(spec.threads)
@@ -114,11 +115,11 @@ class VerifierActor:
         return self._target
 
     def loaded(self) -> None:
-        """Return once the target is there."""
+        """Return once the target is loaded."""
         self.prepare()
 
     def connect(self, shared: Address | None) -> None:
-        """Connect to the shared drafter at an address, or make a drafter here; does nothing if there is one."""
+        """Connect to the shared drafter at an address, or build a private one for None; no effect the second time."""
         if self._spec.drafter is None or self._drafter is not None:
             return
         if shared is None:
@@ -130,33 +131,33 @@ class VerifierActor:
         """Median seconds of a round trip to a shared drafter, and of a pass of the target."""
         connection = Connection(shared, self._client)
         payload = [([0] * nodes, [0] * nodes)] * sequences
-        trips = [connection.ping(payload) for _ in range(2 * _TRIPS)][_TRIPS:]  # the first ones make the connection
+        trips = [connection.ping(payload) for _ in range(2 * _TRIPS)][_TRIPS:]  # the first ones open the connection
         return statistics.median(trips), self._passes().seconds(nodes + 1, sequences)
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Tokens per second that the target promises in a type, before anything is known of the drafts."""
+        """Expected tokens per second of the target in a dtype, with the prior acceptance of drafts."""
         self.use(dtype)
-        most = 0 if self._spec.drafter is None else self._spec.max_draft_tokens
-        return expected_rate(self._passes(), most, self._spec.in_flight)
+        max_nodes = 0 if self._spec.drafter is None else self._spec.max_draft_tokens
+        return expected_rate(self._passes(), max_nodes, self._spec.in_flight)
 
     def use(self, dtype: torch.dtype) -> None:
-        """Decode in this type from now on."""
+        """Decode in this dtype from now on."""
         if dtype != self._spec.dtype:
             self._spec = replace(self._spec, dtype=dtype)
             self._target = self._costs = None
 
     def target_efficiency(self, sequences: int, nodes: int) -> float:
-        """Time of a pass over one token a sequence as a share of that over so many drafted ones more (MoESD)."""
+        """Time of a pass over one token a sequence, divided by that with `nodes` draft tokens more (MoESD)."""
         return self._passes().efficiency(1 + nodes, sequences)
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties:
-        """What greedy decoding in a reduced type changed of some prompts, by a float32 target that is loaded for it."""
+        """Check greedily decoded (prompt, tokens) in a reduced dtype against a float32 target, which is loaded here."""
         spec = self._spec
         exact = load_target(spec.target, torch.float32, spec.device, spec.path)
         return Ties.total(check_ties(exact, prompt, tokens, spec.dtype) for prompt, tokens in decoded)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
-        """The decoding loop; what the policy learned is kept from one assignment to the next."""
+        """A decoding loop; the length controller keeps its state over assignments."""
         spec, target = self._spec, self.prepare()
         if self._policy is None and self._drafter is not None:
             self._policy = spec.draft_length.start(self._passes, spec.max_draft_tokens)
@@ -171,23 +172,23 @@ class VerifierActor:
             prefill_chunk=spec.prefill_chunk,
             memory_bytes=spec.memory_bytes,
             on_tokens=on_tokens,
-            # Time on this process's CPU would leave out what a drafter in another process takes.
+            # The CPU time of this process would not include that of a drafter in another process.
             draft_clock=perf_counter if isinstance(self._drafter, RemoteDrafter) else None,
         )
 
     def _passes(self) -> PassCosts:
-        """Costs of the target's passes, measured at the first call; what its caches held is gone then."""
+        """Costs of the target's passes, measured at the first call, which empties the target's caches."""
         if self._costs is None:
             spec = self._spec
-            most = spec.draft_length.max_tokens(spec.max_draft_tokens)
-            widths = [1 << power for power in range((most + 1).bit_length())]
-            self._costs = measure_costs(self.prepare(), [*widths, most + 1], spec.in_flight)
+            max_nodes = spec.draft_length.max_tokens(spec.max_draft_tokens)
+            widths = [1 << power for power in range((max_nodes + 1).bit_length())]
+            self._costs = measure_costs(self.prepare(), [*widths, max_nodes + 1], spec.in_flight)
         return self._costs
 
     def decode(
         self, requests: Sequence[Request], shared: Address | None, stream: bool
     ) -> Iterator[Result | tuple[str, list[int]]]:
-        """Results as they end; with stream also (id, new ids) after every pass."""
+        """Results as sequences end; with `stream` also (id, new ids) after every pass."""
         self.connect(shared)
         if not stream:
             yield from self._engine().decode(requests)
@@ -211,12 +212,12 @@ class VerifierActor:
             yield item
 
     def learned(self) -> dict[str, Tensor]:
-        """What the drafter of this process has learned; nothing where it is shared."""
+        """What the private drafter has learned; empty if the drafter is shared."""
         if self._drafter is None or isinstance(self._drafter, RemoteDrafter):
             return {}
         return dict(self._drafter.saved(self._memory))
 
     def usage(self) -> dict[str, float]:
-        """CPU seconds since the target was there, and peak memory."""
+        """CPU seconds since the target was loaded, and peak resident memory in bytes."""
         release_memory()
         return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}

@@ -1,8 +1,8 @@
-"""The calibration pass on a cluster: blocks one after another, and the recovery of calibrators that are lost.
+"""The calibration pass on a cluster: blocks are compressed one after another, and lost calibrators are replaced.
 
-A block is the unit of work. Its statistics are collected on every shard, its layer groups are solved by whichever
-calibrator is free, and its shard is written by the driver. A lost calibrator's replacement takes over its chunks, and
-only what it was computing is computed again. Solves that are stragglers are re-executed on a free calibrator.
+For each block, every calibrator collects statistics of its shard, idle calibrators solve the layer groups, and the
+driver writes the block's file. The replacement of a lost calibrator takes over its chunks, and only the work in
+progress is repeated. Solves that are stragglers are re-executed on an idle calibrator.
 """
 
 import logging
@@ -30,17 +30,17 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, releas
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-# Large temporaries go back to the system as soon as they are freed. By itself glibc raises the first bound to 32 MiB,
-# and keeps hundreds of MB after a few blocks. The second keeps it from giving back small ones.
+# glibc returns large temporaries to the system as soon as they are freed. By default it raises the first threshold to
+# 32 MiB by itself, and holds hundreds of MB after a few blocks. The second threshold keeps small blocks.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24), "MALLOC_TRIM_THRESHOLD_": str(1 << 26)}
 
 
 @dataclass
 class PassReport:
-    """What a pass cost. seconds: wall time of the blocks computed in this run; cpu_seconds: of all processes together.
+    """Cost of a pass. seconds: wall time of the blocks computed in this run. cpu_seconds: sum over all processes.
 
-    blocks: one row for every block computed in this run. resumed: blocks that were finished before. restarts:
-    calibrators that were lost and replaced.
+    blocks: one row for each block computed in this run. resumed: number of blocks that were finished before. restarts:
+    number of calibrators that were lost and replaced.
     """
 
     seconds: float = 0.0
@@ -52,9 +52,9 @@ class PassReport:
 
 
 class CalibrationPass:
-    """Drives one compression; `tokens` [sequences, T] are None where the quantizer needs no statistics.
+    """Runs one compression. tokens: [sequences, T], None if the quantizer needs no statistics.
 
-    needs: what each calibrator asks the cluster for; its CPUs are settings.threads where it is None.
+    needs: resources that each calibrator requests; None is settings.threads CPUs.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class CalibrationPass:
         return self._task
 
     def check_weights(self) -> None:
-        """Raise UserError naming a tensor that has NaN or Inf; starts the calibrators, which read all of them.
+        """Raise UserError naming a tensor with NaN or Inf; starts the calibrators, which share the reading.
 
-        Writes nothing, so that a damaged checkpoint leaves nothing behind.
+        Nothing is written, so that a damaged checkpoint leaves no files behind.
         """
         before = cpu_seconds()
         self._pool.begin()
@@ -114,12 +114,12 @@ class CalibrationPass:
         return self.report
 
     def pause(self) -> None:
-        """End the calibrators, which start again when they are needed: meanwhile others may use their resources."""
+        """End the calibrators to free their resources; they are started again when they are needed."""
         self._end()
 
     def _run_blocks(self, blocks: Sequence[int], progress: Callable[[int, Facts], None] | None) -> None:
         self._pool.begin()
-        # Start-up is no part of the pass.
+        # The start-up is not counted.
         self._retry(lambda: wait_for_all([self._pool], [actor.usage.remote() for actor in self._pool.actors]))
         started = perf_counter()
         for count, block in enumerate(blocks, 1):
@@ -130,14 +130,14 @@ class CalibrationPass:
         self.report.seconds = perf_counter() - started
 
     def _start(self, index: int, cpus: float) -> ActorHandle:
-        """A calibrator; a replacement is asked for the same sums as its predecessor."""
+        """Start a calibrator; a replacement gets the same requests for sums as its predecessor."""
         options = self._needs.options(cpus, self._settings.threads, _ALLOCATOR)
         actor = start_actor(Calibrator, options, self._settings, self._chunks[index])
         self._sums.request_again(index, actor)
         return actor
 
     def _add_usage(self) -> None:
-        """Add what the calibrators used to the report."""
+        """Add the calibrators' CPU time and memory to the report."""
         calls = [self._pool.actors[index].usage.remote() for index in self._pool.alive]
         for seconds, peak in recovery.answers(calls):
             self.report.cpu_seconds += seconds
@@ -158,7 +158,7 @@ class CalibrationPass:
         wait_for_all([self._pool], calls)
 
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
-        """Compute a block; returns its row. solved: what is there of it, kept if this attempt fails."""
+        """Compute a block; returns its row. solved: solutions of earlier attempts, to which new ones are added."""
         started = perf_counter()
         keys = {key for unit in solved for key in unit}
         groups = [group for group in self._task.output.unfinished(block) if group.key not in keys]
@@ -187,21 +187,22 @@ class CalibrationPass:
         }
 
     def _collect(self, block: int, groups: list[Group]) -> None:
-        """Ask for the sums of a block's groups, each calibrator for its own chunks: stragglers are not re-executed.
+        """Request the sums of a block's groups from all calibrators, each of which has its own chunks.
 
-        Where the original's outputs are propagated, the next unfinished block does not depend on what is solved here.
-        Its sums are asked for at once: no calibrator waits for another's solve.
+        So a straggler cannot be re-executed elsewhere. If the original's outputs are propagated, the next unfinished
+        block does not depend on this block's solutions. Its sums are requested now, too, so that no calibrator is idle
+        while another solves.
         """
-        wanted = {block: groups}
+        requested = {block: groups}
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
-            wanted |= dict(islice(((other, left) for other, left in unfinished if left), 1))
-        for wanted_block, left in wanted.items():
-            self._sums.request(wanted_block, left, self._pool.actors)
+            requested |= dict(islice(((other, rest) for other, rest in unfinished if rest), 1))
+        for requested_block, block_groups in requested.items():
+            self._sums.request(requested_block, block_groups, self._pool.actors)
 
     def _solve(self, block: int, groups: list[Group], solved: dict[Unit, Solution]) -> None:
-        """Solve groups, most expensive first, and enter the results."""
+        """Solve groups, most expensive first, and add the results to `solved`."""
         costs = {group.key: group.cost for group in groups}
         units = {unit: sum(costs[key] for key in unit) for unit in self._units(groups)}
         self._work.begin(block, units)
@@ -210,13 +211,13 @@ class CalibrationPass:
             solved[unit] = solution
 
     def _units(self, groups: list[Group]) -> list[Unit]:
-        """Keys of groups to be solved in one call: many small ones, such as experts, share the cost of a call."""
+        """Keys of the groups of each call: small groups, such as experts, are solved together to save calls."""
         ordered = sorted(groups, key=lambda group: (-group.cost, group.key))
-        enough = sum(group.cost for group in ordered) / (8 * len(self._chunks))
+        min_cost = sum(group.cost for group in ordered) / (8 * len(self._chunks))
         units: list[list[str]] = []
-        cost = enough
+        cost = min_cost
         for group in ordered:
-            if cost >= enough:
+            if cost >= min_cost:
                 units.append([])
                 cost = 0.0
             units[-1].append(group.key)
@@ -224,7 +225,7 @@ class CalibrationPass:
         return [tuple(unit) for unit in units]
 
     def _retry(self, work: Callable[[], T]) -> T:
-        """Result of work that needs all calibrators, as chunks are bound to them."""
+        """Result of work that needs all calibrators, because each has its own chunks; repeated after losses."""
 
         def attempt() -> T:
             self._pool.fill()
@@ -233,14 +234,14 @@ class CalibrationPass:
         return recovery.retry(attempt, lost=self._recover, out_of_memory=self._halve)
 
     def _recover(self, _: BaseException) -> None:
-        """Replace lost calibrators, and collect the sums that are lost with them again."""
+        """Replace lost calibrators, and collect the sums again that were lost with them."""
         for index, error in self._pool.lost().items():
             self._pool.replace(index, error)
         self._pool.fill()
         self._sums.recover()
 
     def _halve(self, _: BaseException) -> None:
-        """Replace all calibrators by ones with half the batch: those that share a node ran out of memory together."""
+        """Replace all calibrators by ones with half the batch, because all on a node run out of memory together."""
         self._batches.halve(0, self._pool.name)
         self._settings = replace(self._settings, batch=self._batches.of(0))
         self._sums.clear()
@@ -249,7 +250,7 @@ class CalibrationPass:
 
 
 def _chunks(settings: Settings, tokens: Tensor | None, workers: int) -> list[dict[int, Tensor]]:
-    """Calibration sequences of each calibrator, in chunks by number; empty where none are needed."""
+    """For each calibrator its chunks of calibration sequences by number; empty if none are needed."""
     if tokens is None or not len(tokens):
         return [{} for _ in range(workers)]
     chunks = tokens.tensor_split(min(settings.shards, len(tokens)))

@@ -1,4 +1,4 @@
-"""What calibrators compute of a block: sums over their own sequences, and then layer groups, whoever is free."""
+"""The work of calibrators on a block: sums over their own sequences, then layer groups, solved by idle calibrators."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,36 +17,36 @@ from hasten.cluster.runtime.dispatcher import PoolWorkload
 Unit = tuple[str, ...]
 # One row of a block's or a layer's report.
 Facts = dict[str, Any]
-# What a call returns: packed tensors by layer, one row of facts a layer, and the wall seconds that it took.
+# What a solve returns: packed tensors by layer, one row of facts for each layer, and the wall seconds.
 Solution = tuple[dict[str, dict[str, Tensor]], list[Facts], float]
 
 
 class CollectedSums:
-    """References to the sums of layer inputs that calibrators collect, one of each calibrator, by block.
+    """References to the sums of layer inputs that calibrators collect: for each block, one of each calibrator.
 
-    A calibrator's sums are lost with it: its replacement is asked for the same ones as it starts.
+    A calibrator's sums are lost with it, so its replacement is asked for the same ones when it starts.
     """
 
     def __init__(self) -> None:
         self._sums: dict[int, list[ObjectRef]] = {}
         self._keys: dict[int, list[str]] = {}
-        # Of the current block, by calibrator, those of replacements: needed only if their predecessors' are lost.
+        # Sums of the current block by replacements; used only if those of their predecessors are lost.
         self._replacements: dict[int, ObjectRef] = {}
         self._block = -1
 
     def begin(self, block: int) -> None:
-        """A block becomes the current one."""
+        """Make a block the current one."""
         self._block = block
 
     def request(self, block: int, groups: Sequence[Group], calibrators: Sequence[ActorHandle]) -> None:
-        """Ask all calibrators for the sums of some groups, unless they have been asked for this block."""
+        """Request the sums of some groups from all calibrators, unless this block was requested before."""
         if block not in self._sums:
-            # The same groups for all, whenever each of them comes to it.
+            # The keys are fixed here, so that all calibrators collect the same groups.
             self._keys[block] = [group.key for group in groups]
             self._sums[block] = [calibrator.collect.remote(block, self._keys[block]) for calibrator in calibrators]
 
     def request_again(self, index: int, calibrator: ActorHandle) -> None:
-        """Ask the replacement of a calibrator for what its predecessor was asked for."""
+        """Send the requests of a lost calibrator to its replacement."""
         for block in sorted(self._sums):
             sums: ObjectRef = calibrator.collect.remote(block, self._keys[block])
             if block == self._block:
@@ -55,35 +55,35 @@ class CollectedSums:
                 self._sums[block][index] = sums
 
     def of(self, block: int) -> list[ObjectRef]:
-        """Sums of a block, by calibrator; empty where no statistics are needed."""
+        """Sums of a block, one reference for each calibrator; empty if no statistics are needed."""
         return self._sums.get(block, [])
 
     def recover(self) -> None:
-        """After a loss, use the replacements' sums of the current block; without any, all are collected again."""
+        """After a loss, use the replacements' sums of the current block; if there are none, drop all sums."""
         if self._replacements and self._block in self._sums:
             for index, sums in self._replacements.items():
                 self._sums[self._block][index] = sums
             self._replacements.clear()
         else:
-            # It is not known whose sums are lost.
+            # It is unknown which sums are lost: all are collected again.
             self._sums.clear()
 
     def finish(self, block: int) -> None:
-        """Free a block's sums in the object store, whose room the next block's may need."""
+        """Free a block's sums in the object store, to make room for those of the next block."""
         self._sums.pop(block, None)
         self._replacements.clear()
 
     def clear(self) -> None:
-        """Free all."""
+        """Free all sums."""
         self._sums.clear()
         self._replacements.clear()
 
 
 class SolveWorkload(PoolWorkload[Unit, Solution]):
-    """Layer groups of one block, solved by whichever calibrator is free.
+    """Layer groups of one block, solved by idle calibrators.
 
-    Two calibrators that solve the same groups compute the same bits, and until their files are complete each writes to
-    names of its own.
+    Two calibrators that solve the same groups compute the same bits, and write to different names until their files
+    are complete.
     """
 
     def __init__(self, pool: ActorPool, sums: CollectedSums) -> None:
@@ -91,24 +91,24 @@ class SolveWorkload(PoolWorkload[Unit, Solution]):
         self._sums = sums
         self._block = -1
         self._costs: Mapping[Unit, float] = {}
-        # Largest cost that was solved: more expensive units may well take longer.
+        # Largest cost that was solved: a more expensive unit may take longer without being a straggler.
         self._max_cost = 0.0
 
     def begin(self, block: int, costs: Mapping[Unit, float]) -> None:
-        """A block and the costs of its units."""
+        """Set the block and the costs of its units."""
         self._block, self._costs = block, costs
 
     def submit(self, worker: int, keys: Sequence[Unit]) -> ActorHandle:
-        """A solve."""
+        """Start a solve."""
         (unit,) = keys
         return self.pool.actors[worker].solve.remote(self._block, list(unit), *self._sums.of(self._block))
 
     def solved(self, unit: Unit) -> None:
-        """A unit's result is there."""
+        """Note that a unit was solved."""
         self._max_cost = max(self._max_cost, self._costs[unit])
 
     def recover(self, worker: int, keys: Sequence[Unit], error: RayError) -> None:
-        """Replace a lost calibrator; all other losses, and out of memory, concern the whole pass."""
+        """Replace a lost calibrator; re-raise other losses and out of memory, which the whole pass must handle."""
         if recovery.is_out_of_memory(error) or not (recovery.is_actors_own(error) and recovery.is_loss(error)):
             raise error
         self.pool.replace(worker, error)

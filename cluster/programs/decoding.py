@@ -1,9 +1,9 @@
-"""Decoding on a cluster: verifiers, each with the target, share the prompts; drafters are theirs or serve them all.
+"""Decoding on a cluster: verifiers, each with the target, share the prompts; drafters are private or shared.
 
-Every prompt ends with exactly one result. Results are streamed as they finish. The prompts of a lost actor start again
-on another one. They give the same tokens where these do not depend on the drafts (greedily, or with sample and match),
-as everything random in a prompt comes from its own seed. Such prompts of a straggler are re-executed on an idle
-verifier.
+Every prompt has exactly one result, and results are streamed as they finish. The prompts of a lost verifier are decoded
+again by another one. They give the same tokens if these do not depend on the drafts (greedy decoding, or sample and
+match), because all random numbers of a prompt come from its own seed. Such prompts of a straggler are re-executed on an
+idle verifier.
 """
 
 import logging
@@ -32,21 +32,21 @@ from hasten.cluster.runtime.placement import ActorResources, check, grows, nodes
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-# Drafters are shared where round trips take at most this share of a pass of the target.
+# placement=auto shares drafters if a round trip takes at most this share of a pass of the target.
 _MAX_ROUND_TRIP = 0.2
-# How long a run waits for streams to end after the last result, so that its verifiers are free at once.
+# Time that a run waits for streams to end after the last result, so that its verifiers are idle afterwards.
 _SETTLE_SECONDS = 0.5
-# Draft tokens of the round trip that is timed, where their number is chosen later.
+# Draft tokens of the timed round trip if the draft length adapts.
 _DRAFT_TOKENS = 16
 
 
 class Decoders:
-    """Several verifiers, and drafters where they are shared; started at the first use, inside a Ray session.
+    """Verifiers, and shared drafters if any; they are started at the first use, inside a Ray session.
 
-    placement: `shared` drafters are actors of their own, `private` ones live in every verifier; `auto` shares those
-    that learn, among two verifiers or more, where a round trip is short compared with a pass of the target. shared:
-    which it is. needs, drafter_needs: what each verifier and each shared drafter asks the cluster for; None is
-    spec.threads CPUs, and 1 CPU. on_tokens: called with an id and new tokens as they come.
+    placement: `shared` drafters are separate actors, `private` ones run inside each verifier. `auto` shares drafters
+    that learn, if there are two verifiers or more and a round trip is short compared with a pass of the target. needs,
+    drafter_needs: resources of each verifier and each shared drafter; None is spec.threads CPUs, and 1 CPU. on_tokens:
+    called with a request's id and its new ids after every pass.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Decoders:
         self._count, self._drafter_count = workers, drafters
         self._needs = needs or ActorResources(spec.threads)
         self._drafter_needs = drafter_needs or ActorResources()
-        # The workload's spec may be replaced by one with another type; memories of drafters are made from that one.
+        # Memories are built from the workload's spec, because _choose_dtype may replace it by one with another dtype.
         self._drafters = SharedDrafters(
             f"hasten-drafter-{uuid.uuid4().hex}",
             spec.drafter,
@@ -89,11 +89,11 @@ class Decoders:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the arithmetic; chosen once the actors are prepared."""
+        """Dtype of the arithmetic; chosen once the actors are prepared."""
         return self._work.spec.dtype
 
     def prepare(self) -> None:
-        """Start the actors, load the models, and choose where drafters are; UserError where something is wrong."""
+        """Start the actors, load the models, choose dtype and placement; UserError for wrong options or resources."""
         if self._verifiers.actors:
             return
         self._check_resources()
@@ -104,9 +104,9 @@ class Decoders:
             raise
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """One result for every request, which differ in their ids, as they end."""
+        """One result for each request, as they end; the requests' ids must be distinct."""
         requests = list(requests)
-        assert len({request.id for request in requests}) == len(requests), "ids differ"
+        assert len({request.id for request in requests}) == len(requests), "ids must be distinct"
         self.prepare()
         spec = self._work.spec
         refusals = (sharing_refusal(spec, request.sampling) for request in requests) if self.shared else ()
@@ -119,24 +119,24 @@ class Decoders:
         self._dispatcher.settle(_SETTLE_SECONDS)
 
     def target_efficiency(self, nodes: int) -> float | None:
-        """Of passes with so many draft tokens a sequence, measured; None where an actor or its memory failed."""
+        """Measured target efficiency with `nodes` draft tokens a sequence; None if the actor was lost meanwhile."""
         sequences = min(self._work.batches.of(worker) for worker in range(self._count))
         return self._ask(lambda verifier: verifier.target_efficiency.remote(sequences, nodes))
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties | None:
-        """What a reduced type changed of greedily decoded (prompt, tokens); None where an actor or memory failed."""
+        """Ties and faults of greedily decoded (prompt, tokens) in a reduced dtype; None if the actor was lost."""
         return self._ask(lambda verifier: verifier.ties.remote(list(decoded)))
 
     def learned(self) -> Mapping[str, Tensor]:
-        """What drafters learned: the first shared one, or the first verifier's own."""
+        """What the drafter learned: that of the first shared one, or of the first verifier's private one."""
         if self.shared:
             return self._drafters.learned()
         return self._ask(lambda verifier: verifier.learned.remote()) or self._work.spec.learned or {}
 
     def close(self) -> dict[str, float]:
-        """End the actors; returns what they used, added up, and the largest peak of memory."""
+        """End the actors; returns the sum of their CPU seconds and the largest peak memory."""
         pools = (self._verifiers, self._drafters.pool)
-        # Some may be lost or busy.
+        # Lost or busy actors do not answer, and are not counted.
         usages = recovery.answers([pool.actors[index].usage.remote() for pool in pools for index in pool.alive])
         self._verifiers.end()
         self._drafters.end()
@@ -155,7 +155,7 @@ class Decoders:
             and spec.drafter.learns
             and packs(nodes(), self._bundles(shared=True))
         )
-        # After a loss the nodes that are left may hold each pool but not both.
+        # After a loss, the remaining nodes may have room for either pool but not for both.
         fits = packs(nodes(), self._bundles(maybe_shared)) or grows()
         if maybe_shared:
             self._drafters.pool.begin(fits)
@@ -178,16 +178,16 @@ class Decoders:
             for worker in range(self._count):
                 self._work.batches.halve(worker, f"verifier {worker}")
         else:
-            _LOG.warning("lost an actor (%s); starting all of them again", recovery.reason(error))
+            _LOG.warning("lost an actor (%s); restarting all actors", recovery.reason(error))
         self._drafters.renew_addresses()
 
     def _all(self, calls: Sequence[ObjectRef]) -> Any:
-        """Results of calls, in their order."""
+        """Results of calls, in the order of the calls."""
         wait_for_all([self._verifiers, self._drafters.pool], calls)
         return recovery.get(list(calls))
 
     def _ask(self, call: Callable[[ActorHandle], "ObjectRef[T]"]) -> T | None:
-        """Result of a call of a verifier, an idle one if there is one; None where it is lost or out of memory."""
+        """Result of a call to a verifier, preferably an idle one; None if it is lost or out of memory."""
         alive = sorted(self._verifiers.alive, key=lambda worker: (self._dispatcher.is_busy(worker), worker))
         if not alive:
             self._verifiers.fill()
@@ -200,26 +200,26 @@ class Decoders:
         return result
 
     def _choose_dtype(self) -> None:
-        """Measure the target in every type that is allowed, once, and take the fastest for all."""
+        """Measure the target in each allowed dtype on one verifier, and use the fastest on all."""
         spec = self._work.spec
         if not spec.other_dtypes:
             return
         dtypes = (spec.dtype, *spec.other_dtypes)
         rates = {dtype: float(self._all([self._verifiers.actors[0].rate.remote(dtype)])[0]) for dtype in dtypes}
         chosen = max(dtypes, key=lambda dtype: rates[dtype])
-        promised = ", ".join(f"{rate:.0f} tokens/s in {_name(dtype)}" for dtype, rate in rates.items())
-        _LOG.info("dtype=auto: %s, as passes promise %s", _name(chosen), promised)
+        expected = ", ".join(f"{rate:.0f} tokens/s in {_name(dtype)}" for dtype, rate in rates.items())
+        _LOG.info("dtype=auto: using %s; expected from timed passes: %s", _name(chosen), expected)
         self._work.spec = replace(spec, dtype=chosen, other_dtypes=())
         self._all([verifier.use.remote(chosen) for verifier in self._verifiers.actors])
 
     def _check_resources(self) -> None:
-        """Ray would wait for ever for processors that do not exist."""
+        """Raise UserError if the cluster lacks the resources, for which Ray would wait for ever."""
         shared = self._placement == "shared"
         drafters = f" and drafter_actors={self._drafter_count}" if shared else ""
         check(self._bundles(shared), f"workers={self._count} of threads={self._work.spec.threads}{drafters}")
 
     def _bundles(self, shared: bool) -> list[dict[str, float]]:
-        """What all actors take, with private drafters or shared ones."""
+        """Resources of all actors, with shared or private drafters."""
         verifiers = [self._needs.bundle] * self._count
         return verifiers + [self._drafter_needs.bundle] * (self._drafter_count * shared)
 
@@ -232,8 +232,8 @@ class Decoders:
         trip, one_pass = self._all([costs])[0]
         pays = bool(trip <= _MAX_ROUND_TRIP * one_pass)
         _LOG.info(
-            "placement=auto: %s, as a round trip takes %.1f ms and a pass of the target %.1f ms (it pays up to %.0f%%)",
-            f"{self._drafter_count} shared drafter(s)" if pays else "a drafter in every verifier",
+            "placement=auto: %s, because a round trip takes %.1f ms and a pass of the target %.1f ms (limit: %.0f%%)",
+            f"{self._drafter_count} shared drafter(s)" if pays else "a private drafter in every verifier",
             1e3 * trip,
             1e3 * one_pass,
             100 * _MAX_ROUND_TRIP,

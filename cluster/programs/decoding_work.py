@@ -1,4 +1,4 @@
-"""Prompts that verifiers decode: what a verifier is given at once, and what comes back as a stream."""
+"""Prompts as a workload: assignments of several prompts to a verifier, and the stream of their results."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,9 +17,9 @@ from hasten.cluster.runtime.placement import ActorResources
 
 
 class DecodeWorkload(PoolWorkload[str, Result]):
-    """Prompts by id. An assignment is several prompts, and its handle a stream of results and of new tokens.
+    """Prompts by id. An assignment is several prompts; its handle is a stream of results and new tokens.
 
-    drafters: which serve the verifiers if shared is set. on_tokens: called with an id and new tokens as they come.
+    drafters: the shared drafters; used if `shared` is set. on_tokens: called with a request's id and its new ids.
     """
 
     def __init__(
@@ -40,25 +40,25 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         )
 
     def queue(self, requests: Iterable[Request]) -> SharedQueue[str]:
-        """Prompts to decode, in large assignments at first, so that slots are seldom empty, then in small ones."""
+        """Prompts to decode; assignments are large at first, so that slots are seldom empty, and small at the end."""
         self._requests = {request.id: request for request in requests}
         parts = 2 * self._count if self._count > 1 else 1
         return SharedQueue(self._requests, lambda waiting: max(self.spec.in_flight, -(-waiting // parts)))
 
     def submit(self, worker: int, keys: Sequence[str]) -> object:
-        """A stream."""
+        """Start decoding; returns the stream."""
         decode = self.pool.actors[worker].decode.options(num_returns="streaming")
         requests = [self._requests[key] for key in keys]
         return decode.remote(requests, self.address(worker), self._on_tokens is not None)
 
     def wait(self, handles: Sequence[object], seconds: float) -> Sequence[object]:
-        """Streams with something new; drafters are replaced meanwhile, too."""
+        """Streams with a new item; lost drafters are replaced meanwhile, too."""
         ready = all_ready([self.pool, self._drafters.pool], handles, seconds)
         self._drafters.poll()
         return ready
 
     def receive(self, assignment: Assignment[str]) -> tuple[Sequence[tuple[str, Result]], bool]:
-        """The next result of the stream, none if it is new tokens."""
+        """The next result of the stream; none if the next item is new tokens."""
         stream = assignment.handle
         assert isinstance(stream, Iterator)
         try:
@@ -81,7 +81,7 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         elif not recovery.is_loss(error):
             raise error
         self._drafters.forget(self._clients[worker])
-        # Even if only an item of the stream was lost: the verifier would stay busy with the rest of it.
+        # The verifier is replaced even if only an item of the stream was lost: it would be busy with the rest.
         self.pool.replace(worker, None if out_of_memory else error)
 
     def batch(self, worker: int) -> int:
@@ -89,17 +89,17 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         return self.batches.of(worker)
 
     def is_repeatable(self, key: str) -> bool:
-        """Whether the tokens depend neither on the drafts, which differ between verifiers, nor were shown before."""
+        """Whether another verifier decodes the same tokens (they do not depend on drafts), and none were streamed."""
         verifier, greedy = self.spec.verifier, self._requests[key].sampling.is_greedy
         fixed = self.spec.drafter is None or verifier.is_independent_of_drafts(greedy)
         return fixed and self._on_tokens is None
 
     def address(self, worker: int) -> Address | None:
-        """Where the shared drafter of a verifier is found; None where each has its own."""
+        """Address of a verifier's shared drafter; None with private drafters."""
         return self._drafters.address(worker) if self.shared else None
 
     def _start(self, worker: int, cpus: float) -> ActorHandle:
-        # Another name after every loss: late messages of the old verifier must not be taken for the new one's.
+        # A new client name after every loss, so that drafters do not mistake late messages of the old verifier.
         self._clients[worker] = f"{worker}.{self.pool.restarts}"
         spec = replace(self.spec, in_flight=self.batches.of(worker))
         return start_actor(VerifierActor, self._needs.options(cpus, spec.threads), spec, self._clients[worker])

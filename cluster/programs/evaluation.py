@@ -1,4 +1,4 @@
-"""Evaluation in several processes of a cluster: each evaluates some of the windows, and the sums are added up."""
+"""Evaluation on a cluster: each process evaluates a part of the windows, and the sums are added."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hasten.cluster.runtime.tasks import task_results
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over all windows, CPU seconds of all processes, and the largest peak of memory of one of them, in bytes."""
+    """Sums over all windows, CPU seconds of all processes, and the largest peak memory of a process, in bytes."""
 
     sums: Sums
     cpu_seconds: float
@@ -38,11 +38,12 @@ def measure(
     batch_option: str = "windows at once",
     instead: str = "a smaller evaluation.sequence_length, or fewer workers",
 ) -> Measured:
-    """Evaluate a model on all windows, against the original where one is given; progress(done, total) in parts.
+    """Evaluate a model on all windows, against the original if one is given; inside a Ray session.
 
-    Runs inside a Ray session. A task whose process or node is lost is run again, and one that runs out of memory once
-    more with half the batch. needs: of each task, None is one CPU; it computes with as many threads as it has CPUs.
-    batch_option: the config key of the batch; instead: other ways to save memory, for messages.
+    A task whose process or node is lost is run again; a task that runs out of memory is run once more with half the
+    batch. cut: the windows. needs: resources of each task, None is one CPU; a task computes with as many threads as it
+    has CPUs. progress(done, total): called with numbers of tasks. batch_option: config key of the batch, for messages.
+    instead: other ways to save memory, for messages.
     """
     needs = needs or ActorResources()
     parts = min(workers, len(cut))
@@ -57,19 +58,19 @@ def measure(
         results[part] = result
         if progress:
             progress(len(results), parts)
-    # In the order of the windows: a sum's last bits depend on its order.
-    parted = [results[part] for part in range(parts)]
+    # In the order of the windows, because the last bits of a sum depend on its order.
+    ordered = [results[part] for part in range(parts)]
     return Measured(
-        sum((part.sums for part in parted), Sums()),
-        sum(part.cpu_seconds for part in parted),
-        max(part.peak_rss_bytes for part in parted),
+        sum((result.sums for result in ordered), Sums()),
+        sum(result.cpu_seconds for result in ordered),
+        max(result.peak_rss_bytes for result in ordered),
     )
 
 
 def check_weights(folders: Iterable[Path], workers: int, threads: int) -> None:
-    """UserError naming a tensor that holds NaN or Inf; `workers` processes share the reading.
+    """Raise UserError naming a tensor with NaN or Inf; `workers` processes share the reading.
 
-    Runs inside a Ray session and writes nothing. Of packed weights the scales are looked at: codes cannot hold NaN.
+    Runs inside a Ray session and writes nothing. For packed weights only scales are checked: codes cannot be NaN.
     """
     calls = [(str(folder), part, workers) for folder in folders for part in range(workers)]
     batches = Batches("tensors at once", 1, "use fewer workers")

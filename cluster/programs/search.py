@@ -1,7 +1,7 @@
-"""Evaluators on a cluster: each holds the model once, and together they measure the candidates of a search.
+"""Evaluation of search candidates on a cluster: evaluators, each with a copy of the model, share the candidates.
 
-The result does not depend on how many there are: every candidate's loss on every sequence is the same to the bit
-wherever it is computed, and the losses are added exactly.
+The result does not depend on the number of evaluators: a candidate's loss on a sequence has the same bits on every
+evaluator, and losses are summed exactly.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from hasten.cluster.runtime.placement import ActorResources
 
 @dataclass(frozen=True)
 class _Call:
-    """Candidates that an evaluator measures on some pieces of a sample. worker: to which it belongs."""
+    """One call: candidates, and the pieces of a sample to measure them on. worker: the evaluator that should run it."""
 
     worker: int
     genomes: tuple[Genome, ...]
@@ -36,7 +36,7 @@ class _Call:
 
 
 class _OwnQueues:
-    """Calls by number, a queue for each evaluator; one that has nothing to do takes from the longest of the others."""
+    """A queue of call numbers for each evaluator; an idle evaluator takes from the longest queue of the others."""
 
     def __init__(self, calls: Sequence[_Call], count: int) -> None:
         self._queues: list[deque[int]] = [deque() for _ in range(count)]
@@ -44,20 +44,20 @@ class _OwnQueues:
             self._queues[call.worker].append(number)
 
     def take(self, worker: int, idle: bool) -> list[int]:
-        """The first of its own, or the last of another's."""
+        """The first call of its own queue; an idle evaluator with an empty queue takes the last of the longest one."""
         if self._queues[worker]:
             return [self._queues[worker].popleft()]
         longest = max(self._queues, key=len)
-        # The first calls of a queue have most prefixes in common with what its owner has cached.
+        # The last call, because the first ones share the most prefixes with the owner's cache.
         return [longest.pop()] if idle and longest else []
 
     def put_back(self, worker: int, keys: Sequence[int]) -> None:
-        """To the front of the evaluator's own."""
+        """Put calls back at the front of the evaluator's queue."""
         self._queues[worker].extendleft(reversed(keys))
 
 
 class _EvaluateWorkload(PoolWorkload[int, Tensor]):
-    """Calls by number, of which every evaluator has two at once."""
+    """Calls by number. Every evaluator has two assignments at once, so that it never waits for the next."""
 
     depth = 2
 
@@ -71,11 +71,11 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor]):
         self._loaded: set[int] = set()
 
     def kind(self, worker: int) -> Hashable:
-        """An evaluator's first call loads the model, and is compared with other first ones alone."""
+        """Whether the model is loaded. The first call loads it, and is compared with other first calls only."""
         return worker in self._loaded
 
     def submit(self, worker: int, keys: Sequence[int]) -> ObjectRef:
-        """A call."""
+        """Start a call."""
         (number,) = keys
         call = self.calls[number]
         reference: ObjectRef = self.pool.actors[worker].losses.remote(call.genomes, _joined(call.pieces))
@@ -88,7 +88,7 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor]):
         return received
 
     def recover(self, worker: int, keys: Sequence[int], error: RayError) -> None:
-        """Replace an evaluator that was lost or ran out of memory; after other losses its call is made again."""
+        """Replace an evaluator that was lost or ran out of memory; if an object was lost, only repeat the call."""
         if recovery.is_out_of_memory(error):
             self._batches.halve(worker, self.name)
             self.pool.replace(worker)
@@ -108,11 +108,10 @@ def _joined(pieces: Sequence[Sample]) -> Sample:
 
 
 class Evaluators:
-    """Several evaluators of one model; started at the first use, inside a Ray session.
+    """Several evaluators of one model; they are started at the first use, inside a Ray session.
 
-    What was measured once is never measured again, be it on another sample that has the same sequences in it.
-    needs: what each evaluator asks the cluster for; None is spec.threads CPUs. evaluated: how often a candidate was
-    measured on a batch of sequences.
+    Losses are cached by candidate and batch of sequences, also across samples. needs: resources of each evaluator;
+    None is spec.threads CPUs. evaluated: number of measurements of a candidate on a batch.
     """
 
     def __init__(self, spec: EvaluatorSpec, workers: int, needs: ActorResources | None = None) -> None:
@@ -120,8 +119,8 @@ class Evaluators:
         self._count = workers
         self._work = _EvaluateWorkload(spec, workers, needs or ActorResources(spec.threads))
         self._dispatcher = Dispatcher(self._work)
-        # Losses of the parts of each piece that runs at once: those depend on nothing else.
-        self._known: dict[tuple[Genome, Sample], tuple[float, ...]] = {}
+        # Losses of each part of a piece, which is a batch: they depend on the candidate and the piece only.
+        self._cached: dict[tuple[Genome, Sample], tuple[float, ...]] = {}
         self.evaluated = 0
 
     @property
@@ -135,30 +134,32 @@ class Evaluators:
         pieces = batches(sample, self._spec.batch)
         length = self._spec.tokens.shape[1]
         scored = sum(min(used, length - 1) for _, used in sample.parts)
-        return [math.fsum(loss for piece in pieces for loss in self._known[each, piece]) / scored for each in genomes]
+        return [
+            math.fsum(loss for piece in pieces for loss in self._cached[genome, piece]) / scored for genome in genomes
+        ]
 
     def prefetch(self, measurements: Sequence[tuple[Sequence[Genome], Sample]]) -> None:
-        """Measure what is not known of several (candidates, sample), all at once: no evaluator waits between them."""
-        wanted: dict[Sample, set[Genome]] = {}
+        """Measure what is not cached of several (candidates, sample) together: no evaluator is idle between them."""
+        missing: dict[Sample, set[Genome]] = {}
         for genomes, sample in measurements:
             for piece in batches(sample, self._spec.batch):
-                new = {genome for genome in genomes if (genome, piece) not in self._known}
+                new = {genome for genome in genomes if (genome, piece) not in self._cached}
                 if new:
-                    wanted.setdefault(piece, set()).update(new)
+                    missing.setdefault(piece, set()).update(new)
         calls = [
             _Call(worker, genomes, pieces)
-            for worker, items in enumerate(self._shares(wanted))
+            for worker, items in enumerate(self._shares(missing))
             for genomes, pieces in self._calls(items)
         ]
         for call, losses in zip(calls, self._run(calls), strict=True):
             for genome, row in zip(call.genomes, losses.tolist(), strict=True):
                 values = iter(row)
                 for piece in call.pieces:
-                    self._known[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
+                    self._cached[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
             self.evaluated += len(call.genomes) * len(call.pieces)
 
     def close(self) -> dict[str, float]:
-        """End the evaluators; returns what they used, added up, and the largest peak of memory."""
+        """End the evaluators; returns the sum of their usage, with the largest peak memory."""
         pool = self._work.pool
         usages = recovery.answers([pool.actors[index].usage.remote() for index in pool.alive])
         pool.end()
@@ -168,25 +169,26 @@ class Evaluators:
             total["peak_rss_bytes"] = max(usage["peak_rss_bytes"] for usage in usages)
         return total
 
-    def _shares(self, wanted: dict[Sample, set[Genome]]) -> list[list[tuple[tuple[Genome, ...], Sample]]]:
-        """Candidates and pieces for every evaluator.
+    def _shares(self, missing: dict[Sample, set[Genome]]) -> list[list[tuple[tuple[Genome, ...], Sample]]]:
+        """(candidates, piece) for each evaluator.
 
-        Whole pieces as far as they come out even: all candidates together share the most prefixes. The candidates of
-        the remaining pieces are divided, sorted, so that neighbours, which share prefixes, stay together.
+        As many pieces as divide evenly are assigned whole, because all candidates of a piece together share the most
+        prefixes. The candidates of the remaining pieces are sorted and divided, so that neighbours, which share
+        prefixes, stay together.
         """
-        items = [(tuple(sorted(genomes)), piece) for piece, genomes in wanted.items()]
+        items = [(tuple(sorted(genomes)), piece) for piece, genomes in missing.items()]
         items.sort(key=lambda item: -len(item[0]))
         even = len(items) - len(items) % self._count
         shares = [items[worker : even : self._count] for worker in range(self._count)]
         for genomes, piece in items[even:]:
-            for worker, each in enumerate(split(len(genomes), self._count)):
-                shares[worker].append((genomes[each.start : each.stop], piece))
+            for worker, part in enumerate(split(len(genomes), self._count)):
+                shares[worker].append((genomes[part.start : part.stop], piece))
         return shares
 
     def _calls(
         self, items: Sequence[tuple[tuple[Genome, ...], Sample]]
     ) -> list[tuple[tuple[Genome, ...], list[Sample]]]:
-        """Pieces of the same candidates in one call, which saves swaps, if they would still run in the same batches."""
+        """Join pieces of the same candidates into one call, which saves swaps, if the batches stay the same."""
         calls: list[tuple[tuple[Genome, ...], list[Sample]]] = []
         for genomes, piece in items:
             if calls and calls[-1][0] == genomes:
@@ -198,7 +200,7 @@ class Evaluators:
         return calls
 
     def _run(self, calls: Sequence[_Call]) -> list[Tensor]:
-        """Results of calls in their order."""
+        """Results of calls, in the order of the calls."""
         if not calls:
             return []
         self._work.pool.begin()

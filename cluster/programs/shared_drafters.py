@@ -1,4 +1,4 @@
-"""Drafters in actors of their own, each of which serves several verifiers, and what they have learned."""
+"""Shared drafters: actors that each serve several verifiers, with snapshots of what they have learned."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ _POLL_SECONDS = 0.5
 class SharedDrafters:
     """Actors of one drafter, with snapshots of what each has learned, from which its replacement starts.
 
-    name: unique in the cluster. make_memory: a new memory from what was learned before, called in the actor.
-    snapshot_seconds: time between two snapshots.
+    name: unique in the cluster. make_memory(learned): returns the function that builds the memory in the actor.
+    snapshot_seconds: interval between snapshots.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class SharedDrafters:
         self.pool = ActorPool("a drafter", count, needs, self._start)
 
     def address(self, verifier: int) -> Address:
-        """Where the drafter of a verifier is found."""
+        """Address of a verifier's drafter."""
         return self._addresses[verifier % len(self._addresses)]
 
     def renew_addresses(self) -> None:
-        """All actors have been ended: those that come next have other names."""
+        """Give new names to the next actors, after all current ones were ended."""
         self._addresses = [address.replacement() for address in self._addresses]
 
     def poll(self) -> None:
-        """Replace lost drafters, and take snapshots of what others have learned; to be called every now and then."""
+        """Replace lost drafters and request snapshots from the others; to be called regularly."""
         now = time.monotonic()
         if now - self._polled < _POLL_SECONDS:
             return
@@ -76,7 +76,7 @@ class SharedDrafters:
             self._snapshots[number] = self.pool.actors[number].snapshot.remote(self._snapshot_seconds)
 
     def learned(self) -> Learned:
-        """What the first drafter has learned, or its last snapshot where it is lost or does not respond."""
+        """What the first drafter has learned; its last snapshot if it is lost or unresponsive."""
         actor = self.pool.actors[0]
         try:
             call = actor.learned.remote() if actor else None
@@ -87,7 +87,7 @@ class SharedDrafters:
         return self._learned[0] or {}
 
     def forget(self, client: str) -> None:
-        """A verifier was lost: free what drafters hold of its sequences."""
+        """Free the sequences of a verifier that was lost, in all drafters."""
         for number in self.pool.alive:
             self.pool.actors[number].forget.remote(client)
 

@@ -1,7 +1,7 @@
-"""The points of a sweep as Ray tasks: as many at once as fit, each finished exactly once despite losses.
+"""Runs the points of a sweep as Ray tasks: as many at once as fit, each finished exactly once despite losses.
 
-A point is finished when its folder has a report.json, which its job writes last. Whoever starts a point (a driver, or
-Ray after the loss of a process or node) looks for that file first, while it holds the folder's lock.
+A point is finished when its folder has a report.json, which its job writes last. A task, started by a driver or by Ray
+after the loss of a process or node, first checks for that file while it holds the folder's lock.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from hasten.cluster.tracking.environment import environment
 _LOG = logging.getLogger(__name__)
 REPORT, POINT, OUTPUT = "report.json", "point.json", "output.txt"
 _LOCK = ".lock"
-# A process that lost its driver ends within seconds; the next one waits so long for the folder's lock.
+# How long a task waits for the folder's lock: a process that lost its driver ends within seconds.
 _PATIENCE_SECONDS = 60.0
 _WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Work:
-    """One point: what is run, where, and what it takes.
+    """One point: its function, folder and resources.
 
-    facts: written to the folder's point.json. cpus and gpus: of the process that runs it; bundles: what it starts in
-    the cluster itself. sends: what it made goes to a store after its report was written.
+    facts: written to the folder's point.json. cpus, gpus: of the process that runs it. bundles: resources of the actors
+    that it starts. sends: whether its output is uploaded to a store after the report was written.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Work:
 
     @property
     def needs(self) -> list[Mapping[str, float]]:
-        """Everything that it takes of the cluster while it runs."""
+        """Bundles of all resources that it occupies while it runs."""
         bundles = ({"CPU": self.cpus, "GPU": self.gpus}, *self.bundles)
-        found = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
-        return [bundle for bundle in found if bundle]
+        nonzero = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+        return [bundle for bundle in nonzero if bundle]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a point ended: finished, failed or stopped.
+    """How a point ended. status: finished, failed or stopped.
 
-    error: type and message; repeated: it was finished before; metrics: of its report.
+    error: type and message. repeated: whether it was finished before. metrics: those of its report.
     """
 
     status: str
@@ -78,26 +78,30 @@ class Ending:
 
 
 class Source(Protocol):
-    """Where points come from."""
+    """Supplies points, and is told of their progress."""
 
     def next(self) -> Work | None:
-        """The next point to start, None where there is none now; asked again when one has ended."""
+        """The next point to start; None if there is none now. Called again when a point has ended."""
 
     def left(self) -> int:
-        """How many more it may give."""
+        """Upper bound of the number of further points."""
 
     def started(self, work: Work) -> None:
-        """A point was handed to the cluster."""
+        """Called when a point was submitted."""
 
     def ended(self, work: Work, ending: Ending) -> None:
-        """A point has come to its end."""
+        """Called when a point has ended."""
 
     def waiting(self) -> None:
         """Called several times a second while points run."""
 
 
 class Pool:
-    """Runs points inside a Ray session. retries: after the loss of a point's process; at_once: None is what fits."""
+    """Runs points inside a Ray session.
+
+    retries: attempts after losses of a point's process. at_once: largest number of running points; None sets no limit
+    but the cluster's resources.
+    """
 
     def __init__(self, retries: int = 3, at_once: int | None = None) -> None:
         self._retries, self._at_once = retries, at_once
@@ -105,7 +109,10 @@ class Pool:
         self.draining = self.stopping = False
 
     def run(self, source: Source) -> None:
-        """Run points until the source has none and none runs; with `draining` no new ones, with `stopping` none."""
+        """Run points until the source has no more and all have ended.
+
+        If `draining` is set meanwhile, no new points are started; if `stopping` is set, running points are cancelled.
+        """
         held: Work | None = None
         demand = Demand() if grows() else None
         while not self.stopping:
@@ -141,7 +148,7 @@ class Pool:
         self._running = {}
 
     def warm_up(self, work: Work, modules: Sequence[str]) -> int:
-        """Start as many processes as points like this one fit at once, with these modules; returns how many."""
+        """Start a process for each point that fits at once, and import modules in it; returns their number."""
         count = 1
         limit = self._at_once or 2**16
         while count < limit and packs(nodes(), work.needs * (count + 1)):
@@ -162,7 +169,7 @@ class Pool:
         )
 
     def _room(self, count: int) -> int:
-        """How many of so many points may start, by `at_once` alone."""
+        """How many of `count` points may start without exceeding `at_once`."""
         return count if self._at_once is None else min(count, self._at_once - len(self._running))
 
     def _fits(self, work: Work) -> bool:
@@ -171,7 +178,7 @@ class Pool:
 
     @staticmethod
     def _refusal(work: Work) -> Ending | None:
-        """How a point ends that no node can run: Ray would wait for ever."""
+        """A failure if no node can run the point, for which Ray would wait for ever; else None."""
         try:
             check(work.needs, work.name)
         except UserError as error:
@@ -181,17 +188,17 @@ class Pool:
     @staticmethod
     def _ending(reference: ObjectRef) -> Ending:
         try:
-            found: Ending = ray.get(reference)
+            ending: Ending = ray.get(reference)
         except ray.exceptions.TaskCancelledError:
             return Ending("stopped")
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Ending("failed", error={"type": type(error).__name__, "message": lines[-1]})
-        return found
+        return ending
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Do once what the first point of a process would wait for."""
+    """Import modules and read the environment, so that the process's first point does not have to."""
     for module in modules:
         import_module(module)
     environment()
@@ -199,7 +206,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def _run(work: Work, current: str) -> Ending:
-    """In a process of the cluster: run a point that is not finished."""
+    """Run a point in a process of the cluster, unless it is finished."""
     try:
         os.chdir(current)
     except OSError as error:
@@ -210,7 +217,7 @@ def _run(work: Work, current: str) -> Ending:
         with FileLock(work.folder / _LOCK, timeout=_PATIENCE_SECONDS):
             return _run_once(work)
     except Timeout:
-        message = f"another process still works in {work.folder} after {_PATIENCE_SECONDS:.0f} s"
+        message = f"another process has held the lock of {work.folder} for {_PATIENCE_SECONDS:.0f} s: wait, or end it"
         return Ending("failed", error={"type": "Timeout", "message": message})
     except OSError as error:
         return Ending("failed", error={"type": type(error).__name__, "message": str(error)})
@@ -231,13 +238,13 @@ def _run_once(work: Work) -> Ending:
                 work.function()
         except KeyboardInterrupt:
             raise
-        except BaseException as failure:  # whatever a job raises ends this point and no other
+        except BaseException as failure:  # an error of a job fails its point, and must not end the worker process
             cause = getattr(failure, "cause", None)
             known = cause if isinstance(cause, UserError) else failure
             error = {"type": type(known).__name__, "message": " ".join(str(known).split()) or type(known).__name__}
             output.write("".join(traceback.format_exception(failure)))
     seconds = perf_counter() - started
-    # The report itself may not be seen at once where the driver is, in a folder on the network.
+    # Metrics are returned, because on a network folder the driver may see the report later.
     metrics = {} if error else metrics_of(work.folder)
     ending = Ending("failed" if error else "finished", seconds, error, metrics=metrics)
     _write_point(work.folder, {**facts, "status": ending.status, "seconds": seconds, "error": error})
@@ -247,32 +254,32 @@ def _run_once(work: Work) -> Ending:
 
 
 def _collect_garbage() -> None:
-    """Free what the latest point left; modules and whatever else is left then is not looked at again, for 0.1 s."""
+    """Free the latest point's garbage, and exclude surviving objects from later collections, which saves 0.1 s each."""
     gc.collect()
     gc.freeze()
 
 
 def is_finished(folder: Path, sends: bool) -> bool:
-    """Whether a point has come to its end: its report is written, and what it made is sent where it `sends`."""
+    """Whether a point is finished: its report is written, and with `sends` its output is uploaded."""
     return (folder / REPORT).exists() and (not sends or read_point(folder).get("status") == "finished")
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
-    """Metrics in the report of a run's folder; none where it has no report."""
+    """Metrics in the report of a run's folder; empty without a report."""
     try:
-        found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))["metrics"]
+        metrics: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))["metrics"]
     except FileNotFoundError:
         return {}
-    return found
+    return metrics
 
 
 def read_point(folder: Path) -> dict[str, Any]:
-    """A point's facts and state; empty where it never began."""
+    """A point's facts and status; empty if it never started."""
     try:
-        found: dict[str, Any] = json.loads((folder / POINT).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((folder / POINT).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return found
+    return facts
 
 
 def _write_point(folder: Path, facts: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
-"""Actors of one kind, each of which is replaced after a loss, on the nodes that are left.
+"""A pool of equal actors; a lost actor is replaced on the remaining nodes.
 
-The CPUs of a lost node are gone: replacements that find none of their own share those of others, and wait for GPUs.
+If the remaining nodes lack CPUs, replacements share those of other actors. If they lack GPUs or memory, replacements
+wait for a node.
 """
 
 import logging
@@ -20,21 +21,21 @@ from hasten.cluster.runtime.placement import ActorResources, grows, nodes, packs
 from hasten.cluster.runtime.recovery import get, is_loss, raise_if_refused, reason
 
 _LOG = logging.getLogger(__name__)
-# Environment variable: how many seconds an actor waits for a node with GPUs to come back.
+# Environment variable with the seconds that an actor waits for a node with GPUs or memory to return.
 WAIT_VARIABLE = "HASTEN_NODE_WAIT_SECONDS"
 _WAIT_SECONDS = 600.0
 _LOG_SECONDS = 30.0
-# Other jobs may have taken the CPUs of a lost node: an actor waits so long for free ones, and then shares.
+# Other jobs may use the remaining CPUs: a replacement waits for free ones for this long, and then shares.
 _CPU_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-# A busy actor answers only after its call: so long it is not known to be alive. All actors of a lost node are reported
-# within a second of each other.
+# lost() waits for answers of busy actors for this long, because an actor answers only after its current call. After the
+# first loss it waits only for the grace period: Ray reports all actors of a lost node within a second.
 _ANSWER_SECONDS = 30.0
 _GRACE_SECONDS = 1.0
 
 
 class Wait:
-    """A wait for a node that can hold `name`: logged every 30 seconds, and given up after ten minutes.
+    """A wait for a node with room for `name`: logged every 30 seconds, and an error after ten minutes.
 
     The environment variable HASTEN_NODE_WAIT_SECONDS sets another limit.
     """
@@ -45,16 +46,16 @@ class Wait:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start of the wait."""
         return time.monotonic() - self._since
 
     def go_on(self, needed: str) -> None:
-        """Log now and then what is waited for; UserError once the limit has passed."""
+        """Log the needed resources every 30 seconds; UserError once the limit has passed."""
         limit = float(os.environ.get(WAIT_VARIABLE) or _WAIT_SECONDS)
         if self.seconds >= limit:
             raise UserError(
-                f"{self._name} needs {needed}, which no node has had for {limit:g} s since one was lost: start a node "
-                f"that has and run the same command again, what is finished is kept; {WAIT_VARIABLE} sets the limit"
+                f"{self._name} needs {needed}, which no node has had for {limit:g} s since one was lost: start such a "
+                f"node and run the same command again, finished work is kept; {WAIT_VARIABLE} sets the limit"
             )
         if time.monotonic() - self._logged >= _LOG_SECONDS:
             self._logged = time.monotonic()
@@ -64,13 +65,13 @@ class Wait:
 
 
 def _nothing() -> None:
-    """The task that tests whether a place is free."""
+    """Body of the probe task, which Ray runs once the resources are free."""
 
 
 class PendingReplacement:
-    """An actor that was lost and whose replacement has no place yet.
+    """A replacement that waits for resources.
 
-    probe: a task that asks for the same resources, and ends once they are free; cpus: what it asks for.
+    probe: a task that requests the same resources, and ends once they are free. cpus: CPUs that it requests.
     """
 
     def __init__(self, name: str) -> None:
@@ -80,12 +81,12 @@ class PendingReplacement:
 
 
 class ActorPool:
-    """Actors of one kind, each of which is replaced after a loss.
+    """A pool of equal actors, each of which is replaced after a loss.
 
-    start(index, cpus): makes one that asks for so many CPUs; it has a method `usage`. name: of one, in messages.
-    needs: of each. A replacement whose CPUs the nodes that are left do not have asks for none and shares those of
-    others; for GPUs and memory it waits, see Wait. Until it has a place, it is None among the actors.
-    restarts: replacements so far.
+    name: of one actor, in messages. needs: resources of each. start(index, cpus): starts an actor that requests this
+    many CPUs; the actor must have a method `usage`. A replacement requests no CPUs, and shares those of others, if the
+    remaining nodes do not have as many; for GPUs and memory it waits, see Wait. While it waits, its item of `actors` is
+    None. restarts: number of replacements so far.
     """
 
     def __init__(
@@ -93,21 +94,21 @@ class ActorPool:
     ) -> None:
         self.name = name
         self._count, self._needs, self._start = count, needs, start
-        # Handles have the methods of their class, which a type checker cannot see.
+        # Any, because a type checker does not know the methods of actor handles.
         self.actors: list[Any] = []
         self.restarts = 0
         self._pending: dict[int, PendingReplacement] = {}
         # CPUs of each actor, and the nodes that were alive when it was started.
         self._places: dict[int, tuple[float, frozenset[str]]] = {}
-        # First calls of actors that may still be waiting for their place.
+        # First calls of actors that may not have been placed yet.
         self._starting: dict[int, ObjectRef] = {}
         self._polled = 0.0
 
     def begin(self, fits: bool | None = None) -> None:
         """Start the actors, unless they are started.
 
-        fits: whether the cluster holds all of them together with the actors that are started beside them, or grows
-        until it does; None finds out. If not, as after a loss, each gets its place as a replacement does, see fill().
+        fits: whether the cluster has room for all of them and for the actors that are started with them, or grows until
+        it has; None checks for these actors alone. If not, as after a loss, each waits like a replacement, see fill().
         """
         if self.actors:
             return
@@ -122,28 +123,28 @@ class ActorPool:
 
     @property
     def alive(self) -> list[int]:
-        """Indices of the actors that are not being replaced."""
+        """Indices of the actors that are not waiting for a replacement."""
         return [index for index, actor in enumerate(self.actors) if actor is not None]
 
     def replace(self, index: int, error: BaseException | None = None) -> None:
-        """End an actor; poll() starts its replacement as soon as there is a place. error: the sign of its loss."""
+        """End an actor; its replacement starts now or, once there is room, in poll(). error: the error of its loss."""
         if index in self._pending:
             return
         if error is not None:
-            _LOG.warning("lost %s (%s); starting another", self.name, reason(error))
+            _LOG.warning("lost %s (%s); starting a replacement", self.name, reason(error))
         _kill(self.actors[index])
         self.actors[index] = None
         self._starting.pop(index, None)
         self.restarts += 1
         cpus, known = self._places.pop(index)
-        # An unavailable actor may be on a node whose loss is not known yet.
+        # An unavailable actor may be on a lost node that Ray still lists.
         if known <= node_ids() and not isinstance(error, ActorUnavailableError):
             self._start_actor(index, cpus)
         else:
             self._pending[index] = PendingReplacement(self.name)
 
     def poll(self) -> bool:
-        """Start replacements that have found a place; returns whether one has. To be called every now and then."""
+        """Start replacements whose resources are free; returns whether any was started. To be called regularly."""
         now = time.monotonic()
         if now - self._polled < _POLL_SECONDS or not (self._pending or self._starting):
             return False
@@ -152,8 +153,8 @@ class ActorPool:
             if ray.wait([answer], timeout=0)[0]:
                 del self._starting[index]
             elif not self._places[index][1] <= node_ids():
-                # Its place may have been on the lost node, and it would wait for ever for another one. Once it is
-                # killed its calls fail, and it is replaced.
+                # A node was lost before the actor answered. The actor may have been placed on it, and would wait for
+                # ever. Killing it makes its calls fail, so that it is replaced.
                 del self._starting[index]
                 _kill(self.actors[index])
         before = len(self._pending)
@@ -165,13 +166,13 @@ class ActorPool:
         return len(self._pending) < before
 
     def fill(self) -> None:
-        """Wait until every actor has a place."""
+        """Wait until all replacements are started."""
         while self._pending:
             self.poll()
             time.sleep(_POLL_SECONDS / 2)
 
     def lost(self) -> dict[int, BaseException]:
-        """Actors that are lost, with the error that says so; calls all of them, and waits a while for busy ones."""
+        """Lost actors with their errors. Calls all actors, and waits a limited time for busy ones."""
         calls = {self.actors[index].usage.remote(): index for index in self.alive}
         lost: dict[int, BaseException] = {}
         until = time.monotonic() + _ANSWER_SECONDS
@@ -202,7 +203,7 @@ class ActorPool:
         self._starting[index] = self.actors[index].usage.remote()
 
     def _place(self, pending: PendingReplacement) -> float | None:
-        """CPUs that a replacement may ask for now; None while it has to wait."""
+        """CPUs that a replacement may request now; None while it has to wait."""
         if pending.probe is not None and ray.wait([pending.probe], timeout=0)[0]:
             probe, pending.probe = pending.probe, None
             try:
@@ -213,7 +214,7 @@ class ActorPool:
             else:
                 return pending.cpus
         waits = any(self._needs.fixed.values())
-        # Where the cluster grows, the probe below is what an autoscaler adds a node for.
+        # On a cluster with an autoscaler, the probe below makes it add a node.
         if waits and not (self._fits(1, 0) or grows()):
             pending.wait.go_on(self._needs.fixed_text())
             return None
@@ -221,7 +222,7 @@ class ActorPool:
         late = pending.wait.seconds >= _CPU_SECONDS and not waits
         if cpus and (late or not (self._fits(1 if waits else self._count, cpus) or grows())):
             _LOG.warning(
-                "%s that was lost has no CPUs of its own any more: all %d share the %g that are left",
+                "the replacement of %s has no CPUs of its own: all %d actors share the remaining %g CPUs",
                 self.name,
                 self._count,
                 ray.cluster_resources().get("CPU", 0),
@@ -233,7 +234,7 @@ class ActorPool:
         if not cpus and not waits:
             return cpus
         if pending.probe is None:
-            # An actor that waits for a place cannot be told from one that is being made; a task that does nothing can.
+            # A waiting actor looks like one that is starting; whether a trivial task has run can be seen.
             task = ray.remote(_nothing).options(num_cpus=cpus, num_gpus=self._needs.gpus, memory=self._needs.memory)
             pending.probe, pending.cpus = task.remote(), cpus
         elif waits:
@@ -241,36 +242,36 @@ class ActorPool:
         return None
 
     def _fits(self, count: int, cpus: float) -> bool:
-        """Whether the nodes that are alive could hold so many actors with so many CPUs, if they were free."""
+        """Whether `count` actors with these CPUs would fit on the nodes that are alive, if nothing else ran there."""
         return packs(nodes(), [{"CPU": cpus, **self._needs.fixed}] * count)
 
 
 def wait(pools: Iterable[ActorPool], references: Sequence[Any], seconds: float | None = None) -> list[Any]:
-    """What is ready among references, which may be none after so many seconds; replacements are started meanwhile.
+    """Ready references; replacements are started meanwhile.
 
-    Returns early when a replacement was started. seconds None: waits as long as it takes.
+    Returns an empty list after `seconds` (None waits without limit), or when a replacement was started.
     """
     pools = list(pools)
     until = None if seconds is None else time.monotonic() + seconds
     while True:
-        left = _POLL_SECONDS if until is None else max(0.0, min(_POLL_SECONDS, until - time.monotonic()))
+        timeout = _POLL_SECONDS if until is None else max(0.0, min(_POLL_SECONDS, until - time.monotonic()))
         ready: list[Any] = []
         if references:
-            ready, _ = ray.wait(list(references), num_returns=1, timeout=left)
+            ready, _ = ray.wait(list(references), num_returns=1, timeout=timeout)
         else:
-            time.sleep(left)
+            time.sleep(timeout)
         replaced = [pool for pool in pools if pool.poll()]
         if ready or replaced or (until is not None and time.monotonic() >= until):
             return ready
 
 
 def wait_for_all(pools: Iterable[ActorPool], references: Sequence[ObjectRef]) -> None:
-    """Return once all calls have ended; raises the first error, a UserError as it was raised in the actor."""
-    pools, left = list(pools), list(references)
-    while left:
-        for reference in wait(pools, left):
+    """Return once all calls have ended; raises the first error. A UserError of an actor is raised unwrapped."""
+    pools, unfinished = list(pools), list(references)
+    while unfinished:
+        for reference in wait(pools, unfinished):
             get(reference)
-            left.remove(reference)
+            unfinished.remove(reference)
 
 
 def start_actor(kind: type, options: Mapping[str, Any], *arguments: object) -> ActorHandle:
@@ -279,7 +280,7 @@ def start_actor(kind: type, options: Mapping[str, Any], *arguments: object) -> A
 
 
 def _kill(actor: ActorHandle) -> None:
-    with suppress(RayError):  # one that could not be made cannot be ended
+    with suppress(RayError):  # raised for an actor that could not be created
         ray.kill(actor)
 
 

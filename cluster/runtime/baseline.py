@@ -1,7 +1,7 @@
-"""What a process holds and takes before it does anything: run as a program, it imports what others import and tells.
+"""Measures the memory and CPU time that a process takes for its imports and first calls, before any work.
 
-`python -m hasten.cluster.runtime.baseline` prints a line of JSON: bytes and CPU seconds of a worker that has run each
-kind of arithmetic once, and what a driver has more of both, which also tracks, draws and reads text.
+`python -m hasten.cluster.runtime.baseline` prints a line of JSON: bytes and CPU seconds of a worker, which has run each
+kind of arithmetic once, bytes of a driver, and its additional CPU seconds; a driver also tracks, plots and reads text.
 """
 
 import json
@@ -16,13 +16,13 @@ def main() -> None:
 
     started, worker = cpu_seconds(), peak_rss_bytes()
     _as_driver()
-    found = {
+    measured = {
         "worker_bytes": worker,
         "start": started,
         "driver_bytes": peak_rss_bytes(),
         "finish": cpu_seconds() - started,
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(measured), flush=True)
 
 
 def _as_worker() -> None:

@@ -1,7 +1,7 @@
-"""One loop for all distributed work: assign keys to workers, wait, count losses, re-execute what was lost or is late.
+"""The loop of all distributed work: it assigns keys to workers, waits, and re-executes lost and straggling assignments.
 
-A `Workload` says what differs between programs: how an assignment is submitted, what it returns, and how a worker is
-recovered. Every key gets exactly one result, whose value must not depend on the worker that computed it.
+A `Workload` defines what differs between programs: how an assignment is submitted, what it returns, and how a worker is
+replaced. Every key gets exactly one result, whose value must not depend on the worker that computed it.
 """
 
 import logging
@@ -20,7 +20,7 @@ from hasten.cluster.runtime.actor_pool import ActorPool
 from hasten.cluster.runtime.recovery import StragglerDetector
 
 _LOG = logging.getLogger(__name__)
-# How often stragglers, and actors that were lost or replaced, are looked for.
+# Interval of checks for stragglers and for lost or replaced actors.
 POLL_SECONDS = 0.25
 
 K = TypeVar("K", bound=Hashable)
@@ -31,8 +31,9 @@ R = TypeVar("R")
 class Assignment(Generic[K]):
     """Keys that one worker computes in one call.
 
-    keys: those whose result is still needed, in the worker's order; none once other workers were faster. handle: what
-    the workload returned on submission. owner: the actor that it was submitted to, None for a task.
+    keys: those whose result is still needed, in the order in which the worker computes them; empty once other workers
+    have computed all. handle: what the workload returned on submission. owner: the actor that it was submitted to; None
+    for a task.
     """
 
     worker: int
@@ -45,34 +46,34 @@ class Queue(Protocol[K]):
     """Keys that are not assigned yet."""
 
     def take(self, worker: int, idle: bool) -> list[K]:
-        """Keys of one assignment; none if the worker should get none. idle: it has no other assignment."""
+        """Keys of the worker's next assignment, empty for none. idle: whether it has no other assignment."""
 
     def put_back(self, worker: int, keys: Sequence[K]) -> None:
-        """Keys of a failed assignment, which come first again."""
+        """Return the keys of a failed assignment to the front."""
 
 
 class SharedQueue(Generic[K]):
-    """One queue for all workers. size: of an assignment, by the number of keys that wait; None is 1."""
+    """One queue for all workers. size: function from the number of queued keys to that of an assignment; None is 1."""
 
     def __init__(self, keys: Iterable[K], size: Callable[[int], int] | None = None) -> None:
         self._keys = deque(keys)
         self._size = size
 
     def take(self, worker: int, idle: bool) -> list[K]:
-        """The first keys."""
+        """The first keys of the queue."""
         size = 1 if self._size is None else self._size(len(self._keys))
         return [self._keys.popleft() for _ in range(min(size, len(self._keys)))]
 
     def put_back(self, worker: int, keys: Sequence[K]) -> None:
-        """To the front, in their order."""
+        """Return keys to the front, in their order."""
         self._keys.extendleft(reversed(keys))
 
 
 class Workload(ABC, Generic[K, R]):
-    """What differs between programs.
+    """The part of distributed work that differs between programs.
 
-    name: of a worker in messages, such as `a verifier`. depth: assignments that a worker has at once; with 2 the next
-    one is there already when one ends.
+    name: of a worker in messages, such as `a verifier`. depth: number of assignments that a worker has at once; with 2,
+    the next one is queued when one ends.
     """
 
     name: str
@@ -88,21 +89,21 @@ class Workload(ABC, Generic[K, R]):
 
     @abstractmethod
     def wait(self, handles: Sequence[object], seconds: float) -> Sequence[object]:
-        """Handles with something new, none after so many seconds; replacements of lost actors start meanwhile."""
+        """Handles with new results; empty after `seconds`. Replacements of lost actors are started meanwhile."""
 
     @abstractmethod
     def receive(self, assignment: Assignment[K]) -> tuple[Sequence[tuple[K, R]], bool]:
-        """New results, and whether the assignment has ended. A RayError if it failed: it has ended, too."""
+        """New results, and whether the assignment has ended. Raises RayError if it failed, which ends it, too."""
 
     @abstractmethod
     def recover(self, worker: int, keys: Sequence[K], error: RayError) -> None:
-        """Replace a worker or halve its batch; raises errors that are not recoverable.
+        """Replace a worker or halve its batch; re-raise errors that are not recoverable.
 
         keys: those of the failed assignment that no other worker computes.
         """
 
     def owner(self, worker: int) -> object:
-        """The actor behind a worker; what was submitted to another one is lost. None for tasks."""
+        """The worker's current actor; assignments to an earlier one are lost. None for tasks."""
         return None
 
     def kind(self, worker: int) -> Hashable:
@@ -110,17 +111,17 @@ class Workload(ABC, Generic[K, R]):
         return None
 
     def batch(self, worker: int) -> int:
-        """Keys of a straggler that an idle worker takes at once."""
+        """Number of a straggler's keys that an idle worker re-executes at once."""
         return 1
 
     def is_repeatable(self, key: K) -> bool:
-        """Whether another worker may compute a straggler's key as well, and has room for it."""
+        """Whether another worker may re-execute a straggler's key, and has resources for it."""
         return True
 
     def cancel(self, assignment: Assignment[K]) -> bool:
-        """End an assignment whose results came from other workers.
+        """Cancel an assignment whose results came from other workers; returns whether it was cancelled.
 
-        False where that is impossible: an actor cannot be interrupted, and stays busy until its call ends.
+        An actor's call cannot be cancelled: the actor stays busy until the call ends.
         """
         return False
 
@@ -128,55 +129,55 @@ class Workload(ABC, Generic[K, R]):
 class Dispatcher(Generic[K, R]):
     """Runs a workload; the first result of a key counts.
 
-    To be kept over several runs: workers may still be busy with assignments of earlier ones, and durations are known.
-    clock: of these durations, in seconds.
+    Use one dispatcher for several runs of a workload: it knows which workers are still busy with earlier assignments,
+    and the durations of earlier calls. clock: for these durations, in seconds.
     """
 
     def __init__(self, workload: Workload[K, R], clock: Callable[[], float] = time.monotonic) -> None:
         self._workload, self._clock = workload, clock
         self._running: list[Assignment[K]] = []
         self._detectors: dict[Hashable, StragglerDetector] = {}
-        # Of each busy worker: since when it has been at its first assignment or its next result, and of which kind.
+        # For each busy worker: when its current assignment or its wait for the next result began, and its kind.
         self._periods: dict[int, tuple[float, Hashable]] = {}
         self._failures = 0
 
     def run(self, keys: Iterable[K], queue: Queue[K]) -> Iterator[tuple[K, R]]:
-        """Every key, all of which the queue holds, with its result, in the order in which they come."""
-        left = set(keys)
+        """(key, result) of every key, in the order of arrival; the queue must hold all keys."""
+        missing = set(keys)
         for assignment in self._running:
             assignment.keys.clear()
         self._failures = 0
-        while left:
+        while missing:
             self._drop_lost(queue)
             self._assign(queue)
             for assignment in self._ready(POLL_SECONDS):
                 for key, result in self._receive(assignment, queue):
-                    left.remove(key)
+                    missing.remove(key)
                     yield key, result
 
     def settle(self, seconds: float) -> None:
-        """Let assignments end that are about to; those that are not keep their workers busy."""
+        """Wait up to `seconds` for assignments to end; the others keep their workers busy."""
         until = self._clock() + seconds
         while self._running and self._clock() < until:
             for assignment in self._ready(seconds / 5):
                 try:
                     _, has_ended = self._workload.receive(assignment)
                 except RayError:
-                    has_ended = True  # the next assignment of this worker will meet the loss
+                    has_ended = True  # the worker's next assignment will raise the loss again
                 if has_ended:
                     self._running.remove(assignment)
 
     def reset(self) -> None:
-        """All workers have been ended."""
+        """Forget all assignments, after all workers were ended."""
         self._running.clear()
 
     def is_busy(self, worker: int) -> bool:
         """Whether a worker has an assignment."""
-        return any(each.worker == worker for each in self._running)
+        return any(assignment.worker == worker for assignment in self._running)
 
     def _assign(self, queue: Queue[K]) -> None:
         for worker in self._workload.workers():
-            count = sum(each.worker == worker for each in self._running)
+            count = sum(assignment.worker == worker for assignment in self._running)
             while count < self._workload.depth:
                 keys = queue.take(worker, idle=not count)
                 if not keys and not count:
@@ -190,12 +191,12 @@ class Dispatcher(Generic[K, R]):
                 count += 1
 
     def _ready(self, seconds: float) -> list[Assignment[K]]:
-        ready = self._workload.wait([each.handle for each in self._running], seconds)
-        return [each for each in self._running if any(each.handle is handle for handle in ready)]
+        ready = self._workload.wait([assignment.handle for assignment in self._running], seconds)
+        return [assignment for assignment in self._running if any(assignment.handle is handle for handle in ready)]
 
     def _receive(self, assignment: Assignment[K], queue: Queue[K]) -> list[tuple[K, R]]:
-        """The first results of their keys."""
-        # What was received before may have cancelled or dropped this one.
+        """New results of an assignment, without those of keys that already have one."""
+        # An assignment received before this one may have cancelled or dropped it.
         if assignment not in self._running:
             return []
         try:
@@ -217,8 +218,8 @@ class Dispatcher(Generic[K, R]):
         return first
 
     def _supersede(self, key: K) -> None:
-        """Its result is there: other workers that compute it need not."""
-        for other in [each for each in self._running if key in each.keys]:
+        """Remove a key that has a result from all other assignments."""
+        for other in [assignment for assignment in self._running if key in assignment.keys]:
             other.keys.remove(key)
             if not other.keys and self._workload.cancel(other):
                 self._running.remove(other)
@@ -234,33 +235,35 @@ class Dispatcher(Generic[K, R]):
         queue.put_back(assignment.worker, keys)
 
     def _drop_lost(self, queue: Queue[K]) -> None:
-        """Put back what was submitted to actors that have been replaced."""
+        """Put back the keys that were submitted to actors that have been replaced."""
         for assignment in reversed(self._running.copy()):
             if self._workload.owner(assignment.worker) is not assignment.owner:
                 self._running.remove(assignment)
                 queue.put_back(assignment.worker, self._without_copies(assignment))
 
     def _without_copies(self, assignment: Assignment[K]) -> list[K]:
-        """Keys of an assignment that no other one holds."""
-        others = {key for each in self._running if each is not assignment for key in each.keys}
+        """Keys of an assignment that are in no other assignment."""
+        others = {key for other in self._running if other is not assignment for key in other.keys}
         return [key for key in assignment.keys if key not in others]
 
     def _straggling(self, worker: int) -> list[K]:
-        """What an idle worker computes as well: keys of the worker that is late longest, those first that it has last.
+        """Keys for an idle worker to re-execute: the last keys of the oldest straggler, in reverse order.
 
-        That worker is the likeliest never to come to them.
+        The straggler is least likely to get to its last keys.
         """
         now = self._clock()
-        busy = {each.worker for each in self._running if each.keys}
-        for other in sorted(busy, key=lambda each: self._periods[each][0]):
+        busy = {assignment.worker for assignment in self._running if assignment.keys}
+        for other in sorted(busy, key=lambda worker: self._periods[worker][0]):
             since, kind = self._periods[other]
             if not self._detector(kind).is_late(now - since):
                 continue
-            assignments = [each for each in self._running if each.worker == other]
-            keys = [key for each in assignments for key in self._without_copies(each)]
+            assignments = [assignment for assignment in self._running if assignment.worker == other]
+            keys = [key for assignment in assignments for key in self._without_copies(assignment)]
             keys = [key for key in keys if self._workload.is_repeatable(key)]
             if keys:
-                _LOG.info("%s is late (%.0f s): another one computes the same", self._workload.name, now - since)
+                _LOG.info(
+                    "%s is a straggler (%.0f s); re-executing its work on an idle one", self._workload.name, now - since
+                )
                 return keys[-self._workload.batch(worker) :][::-1]
         return []
 
@@ -272,14 +275,14 @@ class Dispatcher(Generic[K, R]):
 
 
 class PoolWorkload(Workload[K, R]):
-    """A workload of actors in a pool, each assignment of which is one key and one call with one result."""
+    """A workload for a pool of actors; an assignment is one key, one call and one result."""
 
     def __init__(self, pool: ActorPool) -> None:
         self.pool = pool
         self.name = pool.name
 
     def workers(self) -> Sequence[int]:
-        """Actors that are alive."""
+        """Indices of the actors that are alive."""
         return self.pool.alive
 
     def owner(self, worker: int) -> object:
@@ -287,11 +290,11 @@ class PoolWorkload(Workload[K, R]):
         return self.pool.actors[worker] if self.pool.actors else None
 
     def wait(self, handles: Sequence[object], seconds: float) -> Sequence[object]:
-        """All that is ready once one is."""
+        """All ready handles, once one is ready."""
         return all_ready([self.pool], handles, seconds)
 
     def receive(self, assignment: Assignment[K]) -> tuple[Sequence[tuple[K, R]], bool]:
-        """The result of its only key; one that is not needed any more is not fetched."""
+        """The result of the only key; a result that is not needed any more is not fetched."""
         if not assignment.keys:
             return [], True
         (key,) = assignment.keys
@@ -299,7 +302,7 @@ class PoolWorkload(Workload[K, R]):
 
 
 def all_ready(pools: Iterable[ActorPool], handles: Sequence[object], seconds: float) -> Sequence[object]:
-    """Every reference or stream that is ready, once one is; none after so many seconds or once an actor is replaced."""
+    """All ready references and streams, once one is ready; empty after `seconds`, or when an actor was replaced."""
     if not actor_pool.wait(pools, handles, seconds):
         return []
     return list(ray.wait(list(handles), num_returns=len(handles), timeout=0)[0])

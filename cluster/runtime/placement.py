@@ -1,4 +1,4 @@
-"""What actors need, and whether the cluster has it: Ray would wait for ever for resources that do not exist."""
+"""Resources of actors, and checks that the cluster has them: Ray would wait for ever for missing resources."""
 
 import json
 import logging
@@ -17,14 +17,15 @@ from hasten.accel.errors import UserError
 _LOG = logging.getLogger(__name__)
 # Ray's resolution of resources.
 _ROUNDING = 1e-4
-_KIND_OF_ONE = re.compile("node_[0-9a-f]+")
+# Node type that Ray makes up for each node of a cluster without an autoscaler's configuration.
+_DEFAULT_TYPE = re.compile("node_[0-9a-f]+")
 
 Bundle = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class ActorResources:
-    """What one actor or task asks the cluster for; memory: bytes that Ray reserves, None reserves nothing."""
+    """Resources that an actor or task requests. memory: bytes that Ray reserves; None reserves none."""
 
     cpus: float = 1
     gpus: float = 0
@@ -32,24 +33,24 @@ class ActorResources:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """By Ray's names."""
+        """All resources by Ray's names."""
         return {"CPU": self.cpus, **self.fixed}
 
     @property
     def fixed(self) -> dict[str, float]:
-        """What cannot be shared with others: GPUs and memory, by Ray's names."""
+        """Resources that cannot be shared: GPUs and memory, by Ray's names."""
         return {"GPU": self.gpus} | ({} if self.memory is None else {"memory": float(self.memory)})
 
     def fixed_text(self, state: str = "") -> str:
-        """What cannot be shared, for messages; state: such as `free`."""
+        """The resources that cannot be shared, for messages. state: an adjective for them, such as `free`."""
         amounts = [f"{self.gpus:g} {state} GPU(s)"] if self.gpus else []
         amounts += [] if self.memory is None else [f"{self.memory} {state} bytes of memory"]
         return " and ".join(amounts).replace("  ", " ")
 
     def options(self, cpus: float, threads: int, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Options of Ray for an actor that asks for other CPUs; threads: of OpenMP; variables: of its environment.
+        """Ray's options for an actor. cpus: CPUs to request. threads: of OpenMP. variables: environment variables.
 
-        Ray must not restart an actor: it could not restore its state.
+        max_restarts is 0, because Ray could not restore an actor's state.
         """
         return {
             "num_cpus": cpus,
@@ -61,22 +62,23 @@ class ActorResources:
 
 
 def check_workers(workers: int, needs: ActorResources) -> None:
-    """UserError unless the cluster can hold all workers, each with what it needs, at the same time."""
+    """UserError unless the cluster has room for all workers, each with what it needs, at the same time."""
     check([needs.bundle] * workers, f"workers={workers} of threads={needs.cpus:g}")
 
 
 def check(bundles: Sequence[Bundle], asked: str) -> None:
-    """UserError unless every bundle of resources fits on a node, and all of them at once in the cluster.
+    """UserError unless every bundle of resources fits on a node, and all of them fit in the cluster at once.
 
-    Runs inside a Ray session. bundles: such as {"CPU": 2, "GPU": 1}, each of one actor or task. asked: the options
-    that they come from, for the error. Where an autoscaler may add what is missing, there is a warning instead.
+    Runs inside a Ray session. bundles: resources of each actor or task, such as {"CPU": 2, "GPU": 1}. asked: the
+    options that they come from, for the error. With an autoscaler, which may add nodes, it only warns.
     """
-    refusal = _refusal(nodes(), [{name: need for name, need in each.items() if need} for each in bundles], asked)
+    needed = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    refusal = _refusal(nodes(), needed, asked)
     if refusal is None:
         return
     if not grows():
         raise UserError(refusal)
-    _LOG.warning("%s; waiting for the autoscaler to add what is missing", refusal)
+    _LOG.warning("%s; waiting for the autoscaler to add nodes", refusal)
 
 
 def nodes() -> list[Bundle]:
@@ -84,27 +86,27 @@ def nodes() -> list[Bundle]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _refusal(there: Sequence[Bundle], bundles: Sequence[Bundle], asked: str) -> str | None:
-    has = f"the cluster has {len(there)} node{'s' * (len(there) != 1)}: {_amounts(_sum(there), bundles)}"
+def _refusal(node_resources: Sequence[Bundle], bundles: Sequence[Bundle], asked: str) -> str | None:
+    count = len(node_resources)
+    has = f"the cluster has {count} node{'s' * (count != 1)}: {_amounts(_sum(node_resources), bundles)}"
     for bundle in bundles:
-        if not any(_fits(bundle, node) for node in there):
-            most = {name: max((node.get(name, 0.0) for node in there), default=0.0) for name in bundle}
-            return (
-                f"{has}, no more than {_amounts(most, [bundle])} on one; {asked} need {_amounts(bundle, [bundle])} each"
-            )
-    if packs(there, bundles):
+        if not any(_fits(bundle, node) for node in node_resources):
+            largest = {name: max((node.get(name, 0.0) for node in node_resources), default=0.0) for name in bundle}
+            need = _amounts(bundle, [bundle])
+            return f"{has}, no more than {_amounts(largest, [bundle])} on one; {asked} need {need} each"
+    if packs(node_resources, bundles):
         return None
     needed = _sum(bundles)
-    # Enough in all, but in pieces that are too small.
-    each = f", {_amounts(bundles[0], bundles[:1])} each" if _fits(needed, _sum(there)) else ""
+    # The sum is sufficient, but the resources are spread over too many nodes.
+    each = f", {_amounts(bundles[0], bundles[:1])} each" if _fits(needed, _sum(node_resources)) else ""
     return f"{has}; {asked} need {_amounts(needed, bundles)}{each}"
 
 
-def packs(there: Sequence[Bundle], bundles: Sequence[Bundle]) -> bool:
-    """Whether all bundles find a node with room when the largest are placed first."""
-    free: list[dict[str, float]] = [dict(node) for node in there]
-    for bundle in sorted(bundles, key=lambda each: (each.get("GPU", 0), each.get("CPU", 0)), reverse=True):
-        node = next((each for each in free if _fits(bundle, each)), None)
+def packs(node_resources: Sequence[Bundle], bundles: Sequence[Bundle]) -> bool:
+    """Whether all bundles fit on the nodes, if they are placed one by one with the largest first."""
+    free: list[dict[str, float]] = [dict(node) for node in node_resources]
+    for bundle in sorted(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle.get("CPU", 0)), reverse=True):
+        node = next((node for node in free if _fits(bundle, node)), None)
         if node is None:
             return False
         for name, need in bundle.items():
@@ -122,7 +124,7 @@ def _sum(bundles: Sequence[Bundle]) -> dict[str, float]:
 
 
 def _amounts(amounts: Bundle, wanted: Sequence[Bundle]) -> str:
-    """Amounts of the CPUs and of whatever else is wanted: `4 CPUs and 0 GPUs`."""
+    """Text of the amounts of CPUs and of all other resources in `wanted`: `4 CPUs and 0 GPUs`."""
     names = ["CPU", *(name for name in _sum(wanted) if name != "CPU")]
     return " and ".join(_amount(amounts.get(name, 0), name) for name in names)
 
@@ -134,14 +136,14 @@ def _amount(amount: float, name: str) -> str:
 def grows() -> bool:
     """Whether an autoscaler may add nodes to the cluster; inside a Ray session.
 
-    An autoscaler's configuration names its node types. Without one, Ray gives every node a type of its own.
+    An autoscaler's configuration names its node types. Without one, Ray makes up a type for every node.
     """
-    return any(_KIND_OF_ONE.fullmatch(kind) is None for kind in _kinds_of_nodes())
+    return any(_DEFAULT_TYPE.fullmatch(node_type) is None for node_type in _node_types())
 
 
-def _kinds_of_nodes() -> list[str]:
-    """Node types that the autoscaler's monitor reports; empty for a Ray that a driver started."""
-    # None of this is public; `ray status` asks the same, in every version of Ray that hasten runs with.
+def _node_types() -> list[str]:
+    """Node types that the autoscaler's monitor reports; empty if a driver started Ray."""
+    # These interfaces are not public, but `ray status` uses them in every version of Ray that hasten supports.
     if is_autoscaler_v2():
         from ray.autoscaler.v2.sdk import get_cluster_status
 

@@ -1,4 +1,4 @@
-"""Rates of this machine, measured in a few seconds, and those that are assumed of GPUs and networks not at hand."""
+"""Rates of this machine, measured in a few seconds, and assumed rates of GPUs and networks that it does not have."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.costs.estimate import Rates
 
-# Of a GPU that is not here, as of an H100: half of what its data sheet says of matrix products in bfloat16 and float32,
-# its memory, the mean of kernels' launches and of the views between them, its context.
+# Assumed of a GPU that this machine lacks, after an H100: half of the data sheet's FLOP/s of matrix products in
+# bfloat16 and float32, bytes per second of its memory, mean seconds of a kernel launch or a view, bytes of a context.
 GPU_FLOPS, GPU_EXACT_FLOPS, GPU_MEMORY, GPU_LAUNCH, GPU_CONTEXT = 4e14, 3e13, 2e12, 3e-6, 600 * 10**6
-# Between two nodes: 10 Gbit/s.
+# Assumed bytes per second between two nodes: 10 Gbit/s.
 NETWORK = 1.25e9
-# Seconds until a Ray started here answers, on a calm machine.
+# Seconds to start Ray on an idle machine.
 SESSION = 6.0
 _SECONDS = 0.25
 _COPIED_BYTES, _WRITTEN_BYTES = 1 << 26, 1 << 25
@@ -31,10 +31,10 @@ _CACHED = 1 << 16
 
 @cache
 def measure(dtype: torch.dtype, threads: int, width: int, inner: int, folder: Path) -> Rates:
-    """Rates of one process with so many threads; measured once in a process.
+    """Rates of one process with this number of threads; cached in the process.
 
-    width, inner: of the products. folder: where the disk is tried. Of arithmetic the CPU seconds count, so that what
-    else runs on the machine changes `share` alone.
+    width, inner: sizes of the matrix products. folder: where disk writes are timed. Arithmetic is timed in CPU seconds,
+    so that other load on the machine affects only `share`.
     """
     baseline = _Baseline()
     before = torch.get_num_threads()
@@ -48,7 +48,7 @@ def measure(dtype: torch.dtype, threads: int, width: int, inner: int, folder: Pa
     finally:
         torch.set_num_threads(before)
     share = (time.process_time() - cpu) / threads / (time.perf_counter() - wall)
-    told = baseline.told()
+    process = baseline.result()
     return Rates(
         flops=flops,
         exact_flops=exact,
@@ -59,18 +59,18 @@ def measure(dtype: torch.dtype, threads: int, width: int, inner: int, folder: Pa
         read=memory,
         disk=_disk(folder),
         network=NETWORK,
-        start=told["start"],
-        finish=told["finish"],
+        start=process["start"],
+        finish=process["finish"],
         session=SESSION,
-        worker_bytes=int(told["worker_bytes"]),
-        driver_bytes=int(told["driver_bytes"]),
+        worker_bytes=int(process["worker_bytes"]),
+        driver_bytes=int(process["driver_bytes"]),
         device_bytes=GPU_CONTEXT,
         share=min(1.0, share),
     )
 
 
 class _Baseline:
-    """A process beside this one that imports what the processes of a job import, and tells what that took."""
+    """A separate process that runs hasten.cluster.runtime.baseline, while this one measures its rates."""
 
     def __init__(self) -> None:
         root = Path(hasten.__file__).resolve().parents[1]
@@ -81,17 +81,17 @@ class _Baseline:
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
 
-    def told(self) -> dict[str, float]:
-        """Its figures; RuntimeError where it failed."""
+    def result(self) -> dict[str, float]:
+        """What it measured; RuntimeError if it failed."""
         output, errors = self._process.communicate()
         if self._process.returncode:
             raise RuntimeError(f"hasten.cluster.runtime.baseline failed: {errors.strip().splitlines()[-1:]}")
-        found: dict[str, float] = json.loads(output.strip().splitlines()[-1])
-        return found
+        measured: dict[str, float] = json.loads(output.strip().splitlines()[-1])
+        return measured
 
 
 def _seconds(work: Callable[[], object], threads: int = 1) -> float:
-    """Mean CPU seconds of a thread for one call, of as many calls as take a moment."""
+    """Mean CPU seconds of a thread for one call, over as many calls as take 0.25 s."""
     work()
     begin, calls = time.process_time(), 0
     while time.process_time() - begin < _SECONDS * threads:
@@ -107,7 +107,7 @@ def _flops(dtype: torch.dtype, width: int, inner: int, threads: int) -> float:
 
 
 def _elements(threads: int) -> float:
-    """Numbers a second through an operation, of those that grids are searched with."""
+    """Numbers per second through an elementwise operation of the search for quantization grids."""
     weight, tried = torch.rand(_CACHED // 256, 256), 8
     seconds = _seconds(lambda: find_grid(weight, Scheme(4, 128), tried), threads)
     return weight.numel() * tried * 9 / seconds
@@ -116,12 +116,12 @@ def _elements(threads: int) -> float:
 def _launch() -> float:
     x, y = torch.ones(64, 32), torch.ones(32)
 
-    def few() -> None:
+    def launches() -> None:
         for row in range(16):
             y.add_(x[row])
 
-    # A view and an operation in place, each of which counts.
-    return _seconds(few) / 32
+    # 16 views and 16 operations in place; each counts as a launch.
+    return _seconds(launches) / 32
 
 
 def _memory(threads: int) -> float:
@@ -130,7 +130,7 @@ def _memory(threads: int) -> float:
 
 
 def _disk(folder: Path) -> float:
-    """Bytes a second written and synced below a folder, or where it will be made."""
+    """Bytes per second written and synced in a folder, or in its nearest existing parent."""
     while not folder.is_dir():
         folder = folder.parent
     content = bytes(_WRITTEN_BYTES)

@@ -1,4 +1,4 @@
-"""What a process used and what it runs on."""
+"""Resource usage of this process, and facts about the machine and the code that it runs."""
 
 import ctypes
 import importlib.metadata
@@ -22,23 +22,23 @@ _MADV_DONTNEED = 4
 
 
 def peak_rss_bytes() -> int:
-    """Most memory that this process has held, in bytes; mapped files count while they are mapped."""
+    """Peak resident memory of this process in bytes; mapped files count while they are mapped."""
     try:
-        # ru_maxrss survives exec: a process started from a large one would report its parent's peak.
+        # Not ru_maxrss, which survives exec: a process started by a large one would report its parent's peak.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_memory() -> None:
-    """Hand memory that is not in use back to the system: freed blocks, and pages of Ray's object store.
+    """Return unused memory to the system: freed blocks of the C library, and mapped pages of Ray's object store.
 
-    The C library keeps what lay between blocks still in use. Of the object store every page that was ever touched
-    stays in a process's resident set; it lies in shared memory and is mapped again where it is read again.
+    The C library keeps freed blocks between blocks that are in use. Every page of the object store that was touched
+    stays in the resident set; the page is in shared memory, and is mapped again when it is read again.
     """
     if sys.platform != "linux":
         return
@@ -47,14 +47,14 @@ def release_memory() -> None:
         library.malloc_trim(0)
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, modes, *_ = line.split()
-        # Letting go of a private page would lose what is in it.
+        # Only shared mappings: releasing a private page would lose its content.
         if modes.endswith("s") and "/plasma" in line:
             first, last = (int(bound, 16) for bound in span.split("-"))
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process so far, all threads together, without its children."""
+    """CPU seconds of all threads of this process so far, without its children."""
     return time.process_time()
 
 
@@ -78,20 +78,20 @@ def usable_cores() -> int:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU has matrix units for bfloat16; without them it multiplies float32 several times faster."""
+    """Whether the CPU has matrix units for bfloat16; without them float32 products are several times faster."""
     try:
         return " amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
 
 
 def cpu_model() -> str:
-    """Model name of the first CPU, or the architecture's name where the system does not tell."""
+    """Model name of the first CPU, or the architecture if the model is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.lower().startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
 
@@ -99,13 +99,13 @@ def cpu_model() -> str:
 def gpu_names() -> list[str]:
     """Names of the machine's NVIDIA GPUs.
 
-    Asked of nvidia-smi, because torch would make a CUDA context, and hold memory on the GPU, to answer.
+    They are read from nvidia-smi, because torch would create a CUDA context, which holds memory on the GPU.
     """
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             [command, "--query-gpu=name", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -114,11 +114,11 @@ def gpu_names() -> list[str]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in result.stdout.splitlines() if line.strip()]
 
 
 def package_version() -> str:
-    """Version of the installed distribution; `unknown` where the packages are only on the path."""
+    """Version of the installed distribution; `unknown` if hasten runs without an installation."""
     try:
         return importlib.metadata.version("hasten")
     except importlib.metadata.PackageNotFoundError:
@@ -126,9 +126,9 @@ def package_version() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, with `-dirty` where files differ; None outside of one."""
+    """Commit of the checkout that this code runs from, with `-dirty` if files differ; None outside a checkout."""
     root = _ROOT
-    # An installed package inside somebody else's repository must not report that repository's commit.
+    # A package that is installed inside another repository must not report that repository's commit.
     if not (root / ".git").exists():
         return None
     try:
@@ -139,7 +139,7 @@ def git_commit() -> str | None:
 
 
 def git_diff() -> str | None:
-    """What differs from the commit in the checkout that this code runs from; None outside of one."""
+    """Diff to the commit of the checkout that this code runs from; None outside a checkout."""
     root = _ROOT
     if not (root / ".git").exists():
         return None
@@ -150,7 +150,7 @@ def git_diff() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    # A diff holds lines in any encoding.
     command = ["git", "-C", str(root), *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
-    return found.stdout.strip()
+    # errors="replace", because a diff may contain text in any encoding.
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+    return result.stdout.strip()

@@ -1,4 +1,4 @@
-"""A Ray session: joined by its address, or started on this machine and ended with the job."""
+"""Ray sessions: joins a cluster by its address, or starts Ray on this machine for the time of a job."""
 
 import logging
 import os
@@ -22,17 +22,17 @@ _START = "start Ray there with `ray start --head`, or leave address out to start
 
 @contextmanager
 def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[None]:
-    """Ray for the time of the block; one that is already running in this process is used and left running.
+    """Context with a Ray session; a session that is already open in this process is used and left open.
 
-    address: of a cluster, `auto` for the one that RAY_ADDRESS or this machine names, None to start Ray here. cpus: what
-    the job's actors need together; a local Ray offers that many even where the machine has fewer,
-    and no more with `exactly`.
+    address: of a cluster; `auto` is the one of RAY_ADDRESS or the one on this machine; None starts Ray on this machine.
+    cpus: sum over the job's actors. Ray on this machine offers at least that many, even if the machine has fewer cores,
+    and with `exactly` no more.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would copy the working folder to every node and hide GPUs from actors that ask for none.
+    # By default Ray hides all GPUs from actors that request none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
         _join(address)
@@ -49,58 +49,58 @@ def _join(address: str) -> None:
         raise _dashboard(address)
     _check_port(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address, address)
     use_token()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         try:
-            with _stderr_to(said):
+            with _stderr_to(stderr):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             ray.shutdown()
-            said.seek(0)
-            raise _explained(f"address={address}", error, said.read()) from None
+            stderr.seek(0)
+            raise _explained(f"address={address}", error, stderr.read()) from None
 
 
 def _check_port(target: str, address: str) -> None:
-    """UserError where nothing listens, or a web server: Ray itself would try for minutes."""
+    """UserError if nothing listens at the address, or a web server does; Ray itself would try for minutes."""
     host, _, port = target.rpartition(":")
     if not host or not port.isdigit() or "/" in target:
         return
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER) as line:
             line.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            said = line.recv(5)
+            answer = line.recv(5)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         where = f" (RAY_ADDRESS={target})" if target != address else ""
         raise UserError(f"address={address}{where} does not answer ({reason}): {_START}") from None
-    if said == b"HTTP/":
+    if answer == b"HTTP/":
         raise _dashboard(address)
 
 
 def _dashboard(address: str) -> UserError:
     return UserError(
-        f"address={address} is a dashboard, to which `hasten submit --address` sends jobs: a job itself joins by "
-        "HOST:6379 or auto"
+        f"address={address} is a dashboard, to which `hasten submit --address` sends jobs: for a job itself, give "
+        "address=HOST:6379 or address=auto"
     )
 
 
 @contextmanager
 def _stderr_to(file: IO[str]) -> Iterator[None]:
-    """What Ray's compiled half writes to standard error, past Python, goes to a file."""
+    """Redirect file descriptor 2, to which Ray's C++ code writes directly, to a file."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    original = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
 
 
-def _explained(cluster: str, error: Exception, said: str) -> UserError:
-    """One line for what Ray raised and wrote when a cluster was to be joined."""
+def _explained(cluster: str, error: Exception, stderr: str) -> UserError:
+    """An error in one line for what Ray raised, and wrote to stderr, when it could not join a cluster."""
     text = str(error).strip()
-    if type(error).__name__ == "AuthenticationError" or "Unauthenticated" in said:
+    if type(error).__name__ == "AuthenticationError" or "Unauthenticated" in stderr:
         return refusal(cluster)
     versions = re.findall(r"(Ray|Python): *(\S+)", text)
     if "ersion mismatch" in text and len(versions) == 4:
@@ -110,14 +110,14 @@ def _explained(cluster: str, error: Exception, said: str) -> UserError:
 
 
 def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str | None]) -> UserError:
-    """What to say of a cluster with other versions of Ray and Python than here; None is a version not compared."""
+    """The error for a cluster with other versions of (Ray, Python) than this machine; None: not compared."""
     if theirs[0] != ours[0]:
         return UserError(
-            f"{cluster} runs Ray {theirs[0]}, and here is Ray {ours[0]}: they must be the same, "
+            f"{cluster} runs Ray {theirs[0]}, and this machine Ray {ours[0]}: they must be the same, "
             f"pip install 'ray[default]=={theirs[0]}' here or 'ray[default]=={ours[0]}' on every node"
         )
     return UserError(
-        f"{cluster} runs Python {theirs[1]}, and here is Python {ours[1]}: they must be the same, "
+        f"{cluster} runs Python {theirs[1]}, and this machine Python {ours[1]}: they must be the same, "
         f"install Python {theirs[1]} here or use `hasten submit`, which runs the whole job on the cluster"
     )
 
@@ -135,7 +135,7 @@ def _start_here(cpus: int) -> None:
             )
             return
         except Exception:
-            # On a busy machine the start can outlast a fixed wait inside Ray.
+            # On a busy machine the start can exceed a fixed time limit inside Ray.
             ray.shutdown()
             if attempt == 2:
                 raise

@@ -1,4 +1,4 @@
-"""Ray tasks whose results arrive however often a process, a node or memory is lost, and however slow one is."""
+"""Ray tasks with recovery: lost tasks are re-executed, out of memory halves the batch, stragglers are duplicated."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class _Task:
-    """A submitted task, by its number. reference: of its result."""
+    """A submitted task. number: its index among all tasks. reference: of its result."""
 
     number: int
     reference: ObjectRef
@@ -35,17 +35,18 @@ def task_results(
     needs: ActorResources,
     batches: Batches,
 ) -> Iterator[tuple[int, R]]:
-    """Number and result of each of `count` tasks of one function, as they end; inside a Ray session.
+    """(number, result) of each of `count` tasks of one function, as they end; inside a Ray session.
 
-    arguments: of a task, by its number, called before every attempt. at_once: tasks that run at the same time. needs:
-    of each; a task runs with no CPUs of its own where no node that is left has as many. batches: halved by number.
+    arguments(number): arguments of a task, called before every attempt. at_once: number of tasks that run at the same
+    time. needs: resources of each task; if no remaining node has as many CPUs, a task requests none. batches: batch
+    sizes by number.
     """
     work = _TaskWorkload(function, arguments, at_once, needs, batches)
     yield from Dispatcher(work).run(range(count), SharedQueue(range(count)))
 
 
 class _TaskWorkload(Workload[int, R], Generic[R]):
-    """Tasks of one function; a worker is one of the places of tasks that run at the same time."""
+    """Tasks of one function; a worker is one of the `at_once` places for running tasks."""
 
     name = "a task"
 
@@ -59,18 +60,18 @@ class _TaskWorkload(Workload[int, R], Generic[R]):
     ) -> None:
         self._function, self._arguments, self._at_once = function, arguments, at_once
         self._needs, self._batches = needs, batches
-        # CPUs that each task asks for, where it is not what it needs.
+        # CPUs that a task requests, if they differ from what it needs.
         self._cpus: dict[int, float] = {}
         self._running: list[_Task] = []
         self._known_nodes = node_ids()
         self._waiting: Wait | None = None
 
     def workers(self) -> Sequence[int]:
-        """Places."""
+        """Indices of the places."""
         return range(self._at_once)
 
     def submit(self, worker: int, keys: Sequence[int]) -> _Task:
-        """A task."""
+        """Start a task."""
         (number,) = keys
         task = _Task(number, self._start(number))
         self._running.append(task)
@@ -87,28 +88,28 @@ class _TaskWorkload(Workload[int, R], Generic[R]):
         return [task for task in tasks if task.reference in ready]
 
     def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, R]], bool]:
-        """Its result."""
+        """The task's result."""
         task = self._end(assignment)
         return [(task.number, recovery.get(task.reference))], True
 
     def recover(self, worker: int, keys: Sequence[int], error: RayError) -> None:
-        """Nothing but a warning: the task is started again."""
+        """Only warn or halve the batch: the dispatcher starts the task again."""
         if recovery.is_out_of_memory(error):
-            # Another process that computes the same may have the memory.
+            # `keys` is empty if a copy of the task is still running, which may have enough memory.
             for number in keys:
                 self._batches.halve(number, self.name)
         elif recovery.is_loss(error):
-            _LOG.warning("lost a task (%s); starting it again", recovery.reason(error))
+            _LOG.warning("lost a task (%s); restarting it", recovery.reason(error))
         else:
             raise error
 
     def is_repeatable(self, key: int) -> bool:
-        """Whether a node has room for it beside all that run: a copy that waits for room would help nobody."""
+        """Whether a node has room for a copy beside all running tasks: a copy that waits would not help."""
         running = [self._bundle(task.number) for task in self._running]
         return packs(nodes(), [*running, self._bundle(key)])
 
     def cancel(self, assignment: Assignment[int]) -> bool:
-        """End the process."""
+        """End the task's process."""
         ray.cancel(self._end(assignment).reference, force=True)
         return True
 
@@ -122,7 +123,7 @@ class _TaskWorkload(Workload[int, R], Generic[R]):
         return {**self._needs.bundle, "CPU": self._cpus.get(number, self._needs.cpus)}
 
     def _start(self, number: int) -> ObjectRef:
-        # Ray must not retry: where memory runs out it would do so without end.
+        # Ray must not retry by itself: after out of memory it would retry without end.
         task = ray.remote(self._function).options(
             num_cpus=self._cpus.get(number, self._needs.cpus),
             num_gpus=self._needs.gpus,
@@ -134,10 +135,10 @@ class _TaskWorkload(Workload[int, R], Generic[R]):
         return reference
 
     def _share_cpus(self) -> None:
-        """Tasks that no node can hold after a loss share the CPUs that are left; for GPUs and memory they wait."""
+        """After a loss, tasks for which no node has enough CPUs share them; for GPUs and memory they wait."""
         alive, known = nodes(), node_ids()
         self._known_nodes |= known
-        # Before a loss, a task that no node can hold waits for a node that the autoscaler is yet to add.
+        # Before any loss, a task for which no node has room waits for the autoscaler to add one.
         if self._known_nodes == known and grows():
             return
         for task in self._running:
@@ -145,7 +146,7 @@ class _TaskWorkload(Workload[int, R], Generic[R]):
                 self._waiting = self._waiting or Wait(self.name)
                 self._waiting.go_on(self._needs.fixed_text())
             elif not packs(alive, [self._bundle(task.number)]):
-                _LOG.warning("no node that is left has %g CPUs: a task shares those that there are", self._needs.cpus)
+                _LOG.warning("no remaining node has %g CPUs: a task shares those of others", self._needs.cpus)
                 self._cpus[task.number] = 0
                 ray.cancel(task.reference, force=True)
                 task.reference = self._start(task.number)

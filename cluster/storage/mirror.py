@@ -1,9 +1,9 @@
-"""An output behind a URI: it is made in a local folder, fetched first and sent as it grows.
+"""Outputs at a URI: a run writes a local mirror, which is downloaded first and uploaded as it grows.
 
-What says that an output is complete (config.json, the index of its shards, …) is sent last, and removed first where
-something else is to replace it: an output that was interrupted is visibly unfinished. Beside the folder stands what
-the store has of it, so that a run that was killed sends only the rest, and so that files count as sent by what they
-are and not by their size, which another seed does not change.
+Files that mark an output as complete (config.json, the index of its shards, …) are uploaded last, and removed first
+when the output is replaced, so that an interrupted output is visibly incomplete. Notes beside the mirror list what was
+uploaded, so that a run after a kill uploads only the rest. A changed file is recognised by its time of change, because
+its size may be the same, for instance with another seed.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from hasten.accel.errors import UserError
 from hasten.cluster.storage.remote import Entry, Progress, Remote, check_space, get_all, locked, writable
 
 _LOG = logging.getLogger(__name__)
-# What tells whose an output is: without it the rest would be taken for something else.
+# Endings of files that identify an output, which are uploaded first: without them, fetch() would refuse the rest.
 _FIRST = ("fingerprint.json", "source.json", "settings.json", ".meta.json")
-# What a finished one has, in the order in which it is sent.
+# Files that mark an output as complete, in the order in which they are uploaded.
 _LAST = (
     "quantization_config.json",
     "recipe.yaml",
@@ -31,14 +31,15 @@ _LAST = (
     "database.json",
     "report.json",
 )
+# Files of which every output folder of hasten has one.
 _MARKS = (".hasten/fingerprint.json", "state/settings.json", "config.yaml")
-# Results in a file have their settings beside them.
+# Endings of the files beside an output that is a single file: its settings.
 _BESIDE = (".meta.json",)
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A local file that the store has: size and time of change here, and what the store says of it, None if unasked."""
+    """An uploaded file: size and time of change (ns) of the local file, and the store's version, None if unknown."""
 
     size: int
     changed: int
@@ -46,7 +47,7 @@ class _Sent:
 
 
 class Mirror:
-    """A local path (`path`) for an output at a URI. option: whose value it is, for messages."""
+    """Local mirror of an output at a URI. path: the local path. option: the option with the URI, for messages."""
 
     def __init__(self, uri: str, cache: Path, option: str = "output") -> None:
         self._remote = Remote(uri, option)
@@ -59,7 +60,7 @@ class Mirror:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Context in which no other process writes the same output."""
+        """Context with the output's lock, in which no other process writes the same output."""
         uri, option = self._remote.uri, self._remote.option
         with writable(self._cache, option, uri):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -68,24 +69,26 @@ class Mirror:
             yield
 
     def fetch(self, progress: Progress | None = None) -> None:
-        """Bring what the store has and is not here; what a killed run left here stays, unless the store has changed.
+        """Download the files that the mirror lacks; files of a killed run are kept, unless the store has changed.
 
-        UserError where the URI cannot be written to, or holds something that no run of hasten made.
+        UserError if the URI is not writable, or contains something that hasten did not write.
         """
         self._remote.check_writable()
         files = self._remote.files(*_BESIDE)
         below = {name.partition("/")[2] for name in files}
         if any(below) and not any(mark in below for mark in _MARKS):
             option, uri = self._remote.option, self._remote.uri
-            raise UserError(f"{option}={uri} holds something else: give a URI that is new or empty")
+            raise UserError(f"{option}={uri} holds something else, not an output of hasten: give a new or empty URI")
         self._read_notes()
         if self._is_outdated(files):
             _LOG.warning(
-                "%s has changed since a run left files for it in %s: they are thrown away", self._remote.uri, self.path
+                "%s has changed since an earlier run; discarding that run's local files in %s",
+                self._remote.uri,
+                self.path,
             )
             self.discard()
         for name in [name for name, sent in self._sent.items() if sent and not (self._folder / name).exists()]:
-            # No run removes a file before it is started: somebody made space.
+            # The local file was deleted by hand, for instance to free space: it is downloaded again.
             self._forget(name)
         missing = {name: entry for name, entry in files.items() if name not in self._sent}
         check_space(self._folder, missing, f"{self._remote.option}={self._remote.uri}")
@@ -96,41 +99,41 @@ class Mirror:
         get_all(self._remote, self._folder, files, missing, progress, note)
 
     def push(self, final: bool = True, progress: Progress | None = None) -> int:
-        """Send what the store has not, or not as it is here, and remove there what went here; returns how many files.
+        """Upload new and changed files, and remove deleted ones from the store; returns the number of uploaded files.
 
-        final: what makes the output complete is sent too, and the store is asked whether it has everything.
+        final: also upload the files that mark the output as complete, and check that the store has all files.
         """
-        here = {name: state for name in self._names() if (state := self._state(name)) is not None}
+        local = {name: state for name in self._names() if (state := self._state(name)) is not None}
         if final:
             files = self._remote.files(*_BESIDE)
             for name, sent in list(self._sent.items()):
                 if sent is not None and (name not in files or files[name].size != sent.size):
                     self._note(name, None)
-        changed = [name for name in here if not _same(self._sent.get(name), here[name])]
-        gone = [name for name in self._sent if name not in here]
-        if any(not _is_last(name) for name in (*changed, *gone)):
-            # First, so that nobody takes a mixture of old and new for complete.
-            for name in [name for name in self._sent if _is_last(name) and name in (*changed, *gone)]:
+        changed = [name for name in local if not _same(self._sent.get(name), local[name])]
+        deleted = [name for name in self._sent if name not in local]
+        if any(not _is_last(name) for name in (*changed, *deleted)):
+            # First, so that a mixture of old and new files is not marked as complete.
+            for name in [name for name in self._sent if _is_last(name) and name in (*changed, *deleted)]:
                 self._note(name, None)
                 self._remote.remove(name)
-        for name in gone:
+        for name in deleted:
             self._note(name, None)
             self._remote.remove(name)
             self._forget(name)
-        waiting = sorted((name for name in changed if final or not _is_last(name)), key=_turn)
-        total = sum(here[name].size for name in waiting)
+        waiting = sorted((name for name in changed if final or not _is_last(name)), key=_upload_order)
+        total = sum(local[name].size for name in waiting)
         done = 0
         for name in waiting:
-            # Killed from here on, what is here counts and not what the store has.
+            # If the run is killed during the upload, the local file is uploaded again.
             self._note(name, None)
             try:
                 self._remote.put(self._folder / name, name)
             except UserError:
                 if (self._folder / name).exists():
                     raise
-                continue  # it went while the run goes on
-            self._note(name, here[name])
-            done += here[name].size
+                continue  # the run deleted it meanwhile
+            self._note(name, local[name])
+            done += local[name].size
             if progress is not None:
                 progress(done, total)
         if final and waiting:
@@ -141,15 +144,15 @@ class Mirror:
         return len(waiting)
 
     def discard(self) -> None:
-        """Throw away what is here."""
-        # First: what is noted and not here would be removed from the store.
+        """Delete all local files."""
+        # The notes first: files that are noted as uploaded but missing locally would be removed from the store.
         self._notes.unlink(missing_ok=True)
         self._sent = {}
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def _is_outdated(self, files: dict[str, Entry]) -> bool:
-        """Whether the store lacks a file that it had, or has another one, or one that is here and was never sent."""
+        """Whether the store lost or changed an uploaded file, or has a file that the mirror has but never uploaded."""
         for name, sent in self._sent.items():
             if sent is not None and (
                 name not in files or files[name].size != sent.size or sent.version not in (None, files[name].version)
@@ -166,13 +169,13 @@ class Mirror:
 
     def _state(self, name: str, version: str | None = None) -> _Sent | None:
         try:
-            found = (self._folder / name).stat()
-        except FileNotFoundError:  # it went meanwhile
+            status = (self._folder / name).stat()
+        except FileNotFoundError:  # deleted meanwhile
             return None
-        return _Sent(found.st_size, found.st_mtime_ns, version)
+        return _Sent(status.st_size, status.st_mtime_ns, version)
 
     def _note(self, name: str, sent: _Sent | None) -> None:
-        """Remember what the store has; None is what it may have, and what does not count."""
+        """Note that a file is uploaded; None: the store may have it in an unknown state, and it is not uploaded."""
         self._sent[name] = sent
         self._write(_line(name, sent))
 
@@ -190,7 +193,7 @@ class Mirror:
         for line in lines:
             try:
                 name, *sent = json.loads(line)
-            except ValueError:  # cut off when the process was killed: as if it had been killed before
+            except ValueError:  # a line that is incomplete because the process was killed
                 continue
             if sent:
                 self._sent[name] = None if sent[0] is None else _Sent(*sent[0])
@@ -201,20 +204,20 @@ class Mirror:
 
 
 def _line(name: str, *sent: _Sent | None) -> str:
-    """Line of the notes; without anything after the name it says that the file is gone."""
-    return json.dumps([name, *(each and [each.size, each.changed, each.version] for each in sent)]) + "\n"
+    """Line of the notes; one with the name alone means that the file was removed."""
+    return json.dumps([name, *(state and [state.size, state.changed, state.version] for state in sent)]) + "\n"
 
 
-def _same(sent: _Sent | None, here: _Sent) -> bool:
-    return sent is not None and (sent.size, sent.changed) == (here.size, here.changed)
+def _same(sent: _Sent | None, local: _Sent) -> bool:
+    return sent is not None and (sent.size, sent.changed) == (local.size, local.changed)
 
 
 def _is_last(name: str) -> bool:
     return name.rpartition("/")[2] in _LAST
 
 
-def _turn(name: str) -> tuple[int, str]:
-    """Place of a file in the order of sending."""
+def _upload_order(name: str) -> tuple[int, str]:
+    """Sort key of a file in the order of uploads."""
     file = name.rpartition("/")[2]
     if file in _LAST:
         return 1 + _LAST.index(file), name

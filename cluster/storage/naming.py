@@ -1,4 +1,4 @@
-"""What users called the files that a run works on: URIs in place of local copies, in all that the run writes down."""
+"""Replaces the paths of local copies by the URIs that the user gave, in everything that a run writes."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Of this process, not of a thread: what a run writes down is in part written by others than its own.
+# URI by local path. Global to the process and not to a thread, because other threads write for the run, too.
 _GIVEN: dict[str, str] = {}
 
 
 @contextmanager
 def called(names: Mapping[Path, str]) -> Iterator[None]:
-    """For the time of the block `as_given` knows these absolute local paths by the URIs that stand for them."""
+    """Context in which `as_given` replaces these absolute local paths by their URIs."""
     before = dict(_GIVEN)
     _GIVEN.update({str(path): uri.rstrip("/") for path, uri in names.items()})
     try:
@@ -23,7 +23,7 @@ def called(names: Mapping[Path, str]) -> Iterator[None]:
 
 
 def as_given(value: Any) -> Any:
-    """The value with URIs where texts in it name local copies of what lies there; mappings and lists item by item."""
+    """The value with URIs in place of the paths of local copies in its strings; goes into mappings and lists."""
     if not _GIVEN:
         return value
     if isinstance(value, Mapping):
@@ -35,6 +35,6 @@ def as_given(value: Any) -> Any:
     text = str(value)
     for path, uri in _GIVEN.items():
         if path in text:
-            # Neither the end of a longer path, which a URI is too, nor the beginning of another name.
+            # Matches neither the end of a longer path or URI nor the beginning of a longer name.
             text = re.sub(rf"(?<![\w./~-]){re.escape(path)}(?=/|$|[^\w.-]|\.$|\. )", uri.replace("\\", "\\\\"), text)
     return text if isinstance(value, str) or text != str(value) else value

@@ -1,8 +1,8 @@
-"""Files behind a URI (s3, gs and whatever else fsspec knows), and local copies of those that are only read.
+"""Files at a URI (s3, gs and all other schemes of fsspec), and local copies of inputs.
 
-A copy lies in CACHE/inputs/KEY/NAME, where KEY stands for the URI and for what the store says of every file: of what
-changes there, another copy is made, and whoever reads the earlier one is not disturbed. Files are renamed into place
-one by one, so that a copy that was killed goes on with those that are missing.
+A copy is in CACHE/inputs/KEY/NAME, where KEY is a hash of the URI and of the size and version of every file. So a
+changed input gets a new copy, and readers of the earlier copy are not disturbed. Files are renamed into place one by
+one, so that an interrupted copy resumes with the missing files.
 """
 
 import fcntl
@@ -25,11 +25,11 @@ from hasten.accel.errors import UserError, is_disk_full
 _LOG = logging.getLogger(__name__)
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE = "file://"
-# What stores call the version of a file, the surest first.
+# Keys of a file's version in the listings of stores, most reliable first; times are the fallback.
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "checksum")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 _FILES_AT_ONCE = 4
-# As they lie beside safetensors in a checkpoint's folder; transformers reads none of them then.
+# Other formats beside safetensors in a checkpoint's folder, which transformers does not read then.
 _DUPLICATES = ("original/", "consolidated", "pytorch_model", "flax_model", "tf_model")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _CREDENTIALS = (
@@ -40,28 +40,28 @@ Progress = Callable[[int, int], None]
 
 
 def is_uri(text: str) -> bool:
-    """Whether a text is `scheme://…`, and neither a path nor a name such as hub:NAME or embedded:NAME."""
+    """Whether a text is a URI `scheme://…`, and not a path or a name such as hub:NAME or embedded:NAME."""
     return _URI.match(text) is not None
 
 
 def in_place(uri: str) -> Path | None:
-    """Path that a file:// URI stands for; None for every other one."""
+    """The path of a file:// URI; None for other URIs."""
     return Path(uri[len(_FILE) :]).absolute() if uri.lower().startswith(_FILE) else None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a store says of a file: its bytes, and a text that is another one once the file was replaced."""
+    """A file in a store. size: bytes. version: a text that changes when the file is replaced."""
 
     size: int
     version: str
 
 
 class Remote:
-    """A file or folder behind a URI. option: whose value it is, for messages.
+    """A file or folder at a URI. option: the option with the URI, for messages.
 
-    Files go by their path below the folder that holds it, with slashes: `llama/config.json` of s3://bucket/llama. Every
-    method raises UserError, one line, where the store refuses.
+    Names of files are paths relative to the parent folder, with slashes: `llama/config.json` of s3://bucket/llama.
+    Every method raises UserError, in one line, for errors of the store.
     """
 
     def __init__(self, uri: str, option: str) -> None:
@@ -71,10 +71,10 @@ class Remote:
 
     @cached_property
     def _place(self) -> tuple[Any, str, str]:
-        """The file system, the path on it, and the folder that holds it, with its slash."""
+        """The fsspec file system, the path on it, and the path's parent folder with a slash at its end."""
         import fsspec
 
-        # It writes tracebacks of what it tries again; what does not help in the end it raises.
+        # gcsfs logs tracebacks of errors that it retries; final errors are raised in any case.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         with self.refusals():
             system, path = fsspec.url_to_fs(self.uri, use_listings_cache=False)
@@ -84,31 +84,32 @@ class Remote:
         return system, path, path[: -len(self.name)]
 
     def files(self, *beside: str) -> dict[str, Entry]:
-        """All files; empty where there is nothing. beside: endings of further files that lie beside it."""
+        """All files; empty if there are none. beside: endings of further files, `.meta.json` for URI.meta.json."""
         system, path, above = self._place
         with self.refusals():
-            found = self._found(path)
+            listed = self._listed(path)
             for ending in beside:
-                found |= self._found(path + ending) if system.isfile(path + ending) else {}
-        files = {name.removeprefix(above): _entry(info) for name, info in sorted(found.items())}
+                listed |= self._listed(path + ending) if system.isfile(path + ending) else {}
+        files = {name.removeprefix(above): _entry(info) for name, info in sorted(listed.items())}
         unsafe = next((name for name in files if {"", ".", ".."} & set(name.split("/"))), None)
         if unsafe is not None:
-            raise UserError(f"{self.option}={self.uri} holds {unsafe!r}, which is no path below it")
+            raise UserError(f"{self.option}={self.uri} contains a file with the unsafe name {unsafe!r}: rename it")
         return files
 
-    def _found(self, path: str) -> dict[str, dict[str, Any]]:
+    def _listed(self, path: str) -> dict[str, dict[str, Any]]:
+        """The store's information about a file, or about all files of a folder, by path."""
         system, _, _ = self._place
         system.invalidate_cache()
         try:
-            found = system.find(path, detail=True)
+            listing = system.find(path, detail=True)
         except FileNotFoundError:
             return {}
-        # What stands for a folder in some stores is none; of a single file some say nothing yet.
-        described = {name: info or system.info(name) for name, info in found.items() if not name.endswith("/")}
+        # Some stores list markers of folders, whose names end with a slash; some list a single file without details.
+        described = {name: info or system.info(name) for name, info in listing.items() if not name.endswith("/")}
         return {name: info for name, info in described.items() if info["type"] == "file"}
 
     def get(self, name: str, path: Path) -> None:
-        """Copy a file to a local path: renamed into place when it is whole."""
+        """Download a file to a local path; it is renamed into place when it is complete."""
         system, _, above = self._place
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
@@ -122,27 +123,27 @@ class Remote:
             temporary.unlink(missing_ok=True)
 
     def put(self, path: Path, name: str) -> None:
-        """Send a local file; stores show it when it is whole."""
+        """Upload a local file; stores show it only when it is complete."""
         system, _, above = self._place
         with self.refusals("written"):
             system.put_file(str(path), above + name)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         system, _, above = self._place
         with self.refusals("written"), suppress(FileNotFoundError):
             system.rm_file(above + name)
 
     def check_writable(self) -> None:
-        """UserError where files cannot be sent and removed."""
+        """UserError if files cannot be uploaded and removed."""
         system, path, _ = self._place
         with self.refusals("written"):
-            system.pipe_file(f"{path}.check", b"hasten looks whether it may write here\n")
+            system.pipe_file(f"{path}.check", b"hasten checks that it may write here\n")
             system.rm_file(f"{path}.check")
 
     @contextmanager
     def refusals(self, what: str = "read") -> Iterator[None]:
-        """Errors of the store's client, which have no common base, as one line."""
+        """Context that turns errors of the store's client, which have no common base class, into a UserError."""
         try:
             yield
         except UserError:
@@ -158,8 +159,8 @@ class Remote:
             return f"the disk is full while copying {named}: make space and run the same command again"
         if isinstance(error, ImportError):
             package = _PACKAGES.get(scheme)
-            right = f"pip install 'hasten[cloud]', which brings {package}" if package else "install what it names"
-            return f"{named} needs a package that is not installed ({reason}): {right}"
+            remedy = f"pip install 'hasten[cloud]', which brings {package}" if package else "install that package"
+            return f"{named} needs a package that is not installed ({reason}): {remedy}"
         if isinstance(error, ValueError) and "Protocol not known" in reason:
             return f"{named} has an unknown scheme: give file://, s3://, gs:// or another one that fsspec knows"
         if isinstance(error, FileNotFoundError):
@@ -170,29 +171,29 @@ class Remote:
 
 
 def localized(uri: str, cache: Path, option: str = "model", progress: Progress | None = None) -> Path:
-    """Absolute path of a local copy of the file or folder at a URI; of file:// the path itself.
+    """Absolute path of a local copy of the file or folder at a URI; for file:// the path itself.
 
-    cache: folder that the copy is made in, unless it is there. progress(bytes that are there, of all bytes) is called
-    when a file has come. UserError where there is nothing, it cannot be read or it changes meanwhile.
+    cache: folder for copies; an existing copy is used. progress(bytes copied, all bytes) is called after each file.
+    UserError if there is nothing at the URI, it cannot be read, or it changes meanwhile.
     """
     path = in_place(uri)
     if path is not None:
         return path
     remote = Remote(uri, option)
-    found = _needed(remote.files())
-    if not found:
+    files = _needed(remote.files())
+    if not files:
         raise UserError(f"{option}={uri} does not exist: there is no file, and no folder with files in it")
-    folder = cache.expanduser().absolute() / "inputs" / _key(uri, found)
+    folder = cache.expanduser().absolute() / "inputs" / _key(uri, files)
     with writable(cache, option, uri):
         folder.mkdir(parents=True, exist_ok=True)
-    # Another process that copies the same waits here, and then finds everything.
+    # A second process that needs the same copy waits here, and then finds it complete.
     with locked(folder.with_suffix(".lock")):
-        missing = {name: entry for name, entry in found.items() if not _is_there(folder / name, entry)}
+        missing = {name: entry for name, entry in files.items() if not _is_there(folder / name, entry)}
         if missing:
             check_space(folder, missing, f"{option}={uri}")
             _LOG.info("copying %s to %s", uri, folder / remote.name)
-            get_all(remote, folder, found, missing, progress)
-            if _needed(remote.files()) != found:
+            get_all(remote, folder, files, missing, progress)
+            if _needed(remote.files()) != files:
                 shutil.rmtree(folder)
                 raise UserError(f"{option}={uri} changed while it was copied: run the same command again")
     return folder / remote.name
@@ -201,13 +202,16 @@ def localized(uri: str, cache: Path, option: str = "model", progress: Progress |
 def get_all(
     remote: Remote,
     folder: Path,
-    found: Mapping[str, Entry],
+    files: Mapping[str, Entry],
     missing: Mapping[str, Entry],
     progress: Progress | None = None,
     then: Callable[[str], None] | None = None,
 ) -> None:
-    """Copy the missing ones of the found files into a folder, a few at a time; then(name) is called after each."""
-    total = sum(entry.size for entry in found.values())
+    """Copy the missing files into a folder, a few at a time; then(name) is called after each.
+
+    files: all files, for the total of progress(bytes copied, all bytes).
+    """
+    total = sum(entry.size for entry in files.values())
     done = total - sum(entry.size for entry in missing.values())
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="storage") as pool:
         copies = [(name, pool.submit(remote.get, name, folder / name)) for name in missing]
@@ -229,19 +233,19 @@ def get_all(
 
 
 def check_space(folder: Path, missing: Mapping[str, Entry], what: str) -> None:
-    """UserError where the disk of a folder has no room for the missing files."""
+    """UserError if the disk of a folder has no room for the missing files."""
     needed = sum(entry.size for entry in missing.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{what} takes {needed / 2**30:.1f} GiB, and the disk of {folder} has {free / 2**30:.1f} GiB left: make "
-            "space, or give cache=FOLDER on a larger disk"
+            "space, or set cache=FOLDER on a larger disk"
         )
 
 
 @contextmanager
 def writable(cache: Path, option: str, uri: str) -> Iterator[None]:
-    """UserError where the folder for copies cannot be made."""
+    """Context that turns an OSError, because the folder for copies cannot be created, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -253,9 +257,9 @@ def writable(cache: Path, option: str, uri: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """One process at a time; a second one waits, or raises UserError with `busy` as its message.
+    """Context with an exclusive lock on a file; a second process waits, or raises UserError(busy) if that is given.
 
-    Where a file system has no locks, nobody is kept out.
+    On a file system without locks, it does not exclude other processes.
     """
     with path.open("ab") as file:
         try:
@@ -263,7 +267,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         except BlockingIOError:
             if busy is not None:
                 raise UserError(busy) from None
-            _LOG.info("waiting for another process that copies the same")
+            _LOG.info("waiting for another process that copies the same files")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
@@ -276,7 +280,7 @@ def _entry(info: Mapping[str, Any]) -> Entry:
 
 
 def _needed(files: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Files without those that a folder with safetensors has for other programs."""
+    """The files without duplicates in other formats, if there are safetensors files."""
     if not any(name.endswith(".safetensors") for name in files):
         return dict(files)
     below = {name: name.partition("/")[2] for name in files}

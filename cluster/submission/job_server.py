@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster through its job server: sent, watched and stopped over HTTP."""
+"""Client of a Ray cluster's job server: submits, follows and stops jobs over HTTP."""
 
 import asyncio
 import json
@@ -24,23 +24,28 @@ from hasten.cluster.submission.code_package import pack
 
 _LOG = logging.getLogger(__name__)
 _PORT = 8265
-# Ray's dashboard takes no larger upload.
+# Largest upload that Ray's dashboard accepts.
 _UPLOAD_BYTES = 100 * 2**20
 _SECONDS_TO_ANSWER = 10.0
-_SECONDS_BETWEEN_LOOKS = 0.5
-# A dashboard that restarts is back by then.
+_POLL_SECONDS = 0.5
+# Number of reconnections while following a job, enough for a restart of the dashboard.
 _RECONNECTS = 20
 _ATTEMPTS = 3
 _START = "start Ray there with `ray start --head`; the address is the dashboard's, http://HOST:8265"
 _MARK = "hasten"
-# Ctrl-C instead of Ray's SIGTERM, and time to act on it: sweeps let go of their points, tracked runs end as killed.
+# Stop jobs with SIGINT, as Ctrl-C does, instead of SIGTERM, and with time for it: sweeps stop their points, and tracked
+# runs are marked KILLED.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job. status: Ray's, such as RUNNING; exit_code: None until it ended by itself; times: seconds."""
+    """A submitted job.
+
+    words: the command line after `hasten`. status: Ray's, such as RUNNING. exit_code: None unless it ended by itself.
+    started, ended: seconds since 1970.
+    """
 
     name: str
     words: str
@@ -53,35 +58,35 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the job has ended."""
         return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
 
     @property
     def code(self) -> int:
-        """Exit code that says how the job ended: its own, 130 where it was stopped, 1 where Ray could not run it."""
+        """Exit code for a shell: the job's own, 130 if it was stopped, 1 if Ray could not run it."""
         if self.status == "STOPPED":
             return INTERRUPTED
         if self.exit_code is None:
             return 0 if self.status == "SUCCEEDED" else 1
-        # A signal's number is negative in Python and above 128 in a shell.
+        # Death by a signal is a negative number in Python, and 128 plus the signal's number in a shell.
         return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
 
     @property
     def seconds(self) -> float | None:
-        """How long it has run, or ran."""
+        """Seconds that the job has been running, or ran; None if it has not started."""
         return None if self.started is None else (self.ended or time.time()) - self.started
 
 
 def dashboard_url(address: str | None) -> str:
-    """URL of the job server: of http://HOST:8265, HOST:8265 or HOST, or, for None and `auto`, of the cluster at hand.
+    """URL of the job server at address: http://HOST:8265, HOST:8265 or HOST.
 
-    That is the one of RAY_API_SERVER_ADDRESS, else the one of RAY_ADDRESS, else this machine's.
+    None and `auto` take the server of RAY_API_SERVER_ADDRESS, else that of RAY_ADDRESS, else that of this machine.
     """
     if address in (None, "", "auto"):
         address = os.environ.get("RAY_API_SERVER_ADDRESS") or ""
         ray_address = os.environ.get("RAY_ADDRESS", "")
         if not address and ray_address not in ("", "auto", "local"):
-            # HOST:6379 and ray://HOST:10001 name other servers of the host.
+            # HOST:6379 and ray://HOST:10001 are other servers of the host: only the host is used.
             is_dashboard = ray_address.startswith(("http://", "https://"))
             host = ray_address.split("://")[-1]
             address = ray_address if is_dashboard else host.rpartition(":")[0] or host
@@ -97,7 +102,7 @@ def dashboard_url(address: str | None) -> str:
 
 
 class JobServer:
-    """The job server of a cluster; UserError where it does not answer, runs another Ray or wants another token."""
+    """The job server of a cluster; UserError if it does not answer, has another Ray version, or rejects the token."""
 
     def __init__(self, address: str | None) -> None:
         self.url = dashboard_url(address)
@@ -121,14 +126,16 @@ class JobServer:
         runtime_env: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> str:
-        """Send `hasten WORDS`, to run in the folder workdir of the cluster's head; returns the job's id.
+        """Submit `hasten WORDS`, to run in the folder workdir of the cluster's head node; returns the job's id.
 
-        env: see code_package.source. runtime_env: of Ray, joined with ours. name: the id; None makes one up.
+        env: see code_package.source. runtime_env: Ray's, merged with hasten's. name: the id; None generates one.
         """
         environment = dict(runtime_env or {})
         environment["env_vars"] = _STOP | environment.get("env_vars", {})
         if env != "none" and "working_dir" in environment:
-            raise UserError("working_dir in --runtime-env is where hasten's code goes: use --env none, or leave it out")
+            raise UserError(
+                "--runtime-env sets working_dir, which hasten's code needs: remove it, or send no code with --env none"
+            )
         name = name or f"hasten-{words[0]}-{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
         with tempfile.TemporaryDirectory() as folder:
             if env != "none":
@@ -136,7 +143,7 @@ class JobServer:
                 pack(env, package)
                 _check_size(package)
                 environment["working_dir"] = str(package)
-            # -P: not the code that may lie in the current folder, but what was sent.
+            # -P keeps the current folder off the import path, so that the sent code is used.
             entrypoint = shlex.join(["python", "-P", "-m", "hasten.jobs.cli.submitted", workdir, *words])
             metadata = {_MARK: shlex.join(words), "workdir": workdir, "submission": uuid.uuid4().hex}
             with self._errors():
@@ -149,41 +156,41 @@ class JobServer:
                 self._client.submit_job(**job)
                 return
             except OSError:
-                # A dashboard with much to do drops connections, also after it has taken the job.
+                # A busy dashboard drops connections, sometimes after it has accepted the job.
                 if attempt == _ATTEMPTS:
                     raise
             except RuntimeError:
                 if attempt > 1 and self._client.get_job_info(job["submission_id"]).metadata == job["metadata"]:
                     return
                 raise
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
 
     def job(self, name: str) -> Job:
-        """One job."""
+        """The job with this id; UserError if there is none."""
         with self._errors(name):
             return _job(self._client.get_job_info(name))
 
     def jobs(self) -> list[Job]:
-        """Every job that hasten has sent to the cluster, the latest last."""
+        """All jobs that hasten has submitted to the cluster, in the order of their start."""
         with self._errors():
-            found = [each for each in self._client.list_jobs() if _MARK in (each.metadata or {})]
-        return sorted((_job(each) for each in found), key=lambda each: each.started or 0.0)
+            details = [job for job in self._client.list_jobs() if _MARK in (job.metadata or {})]
+        return sorted((_job(job) for job in details), key=lambda job: job.started or 0.0)
 
     def logs(self, name: str) -> str:
-        """All that a job has printed."""
+        """Everything that a job has printed."""
         with self._errors(name):
             text: str = self._client.get_job_logs(name)
         return text
 
     def follow(self, name: str, write: Callable[[str], None]) -> Job:
-        """Hand on what a job has printed and what it prints until it is over; returns how it ended."""
+        """Call write with all that a job has printed and prints until it ends; returns the ended job."""
         written = 0
 
         async def tail() -> None:
             nonlocal written
             position = 0
             async for text in self._client.tail_job_logs(name):
-                # After a lost connection Ray begins at the start again.
+                # After a lost connection Ray sends the log from its beginning.
                 new = text[max(written - position, 0) :]
                 position += len(text)
                 written = max(written, position)
@@ -204,33 +211,33 @@ class JobServer:
                 lost += 1
                 if lost > _RECONNECTS:
                     raise
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
 
     def stop(self, name: str) -> bool:
-        """End a job and wait until it has; returns whether it was still running."""
+        """Stop a job and wait until it has ended; returns whether it was still running."""
         with self._errors(name):
             was_running = bool(self._client.stop_job(name))
         while was_running and not self.job(name).is_over:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         return was_running
 
     @contextmanager
     def _errors(self, name: str | None = None) -> Iterator[None]:
-        """What Ray's client raises becomes one line. name: of the job that is asked for."""
+        """Context that turns errors of Ray's client into a UserError of one line. name: of the requested job."""
         try:
             yield
         except UserError:
             raise
-        # requests raises kinds of OSError of its own.
+        # OSError includes the errors of requests.
         except (OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             if name is not None and "status code 404" in text:
-                raise UserError(f"there is no job {name} at {self.url}: hasten status lists those there are") from None
+                raise UserError(f"there is no job {name} at {self.url}: hasten status lists all jobs") from None
             if "already exists" in text:
-                raise UserError(f"there is a job of that name at {self.url} already: choose another --name") from None
+                raise UserError(f"a job with this name exists already at {self.url}: choose another --name") from None
             if isinstance(error, OSError):
                 raise UserError(f"address={self.url} does not answer ({text[:200]}): {_START}") from None
-            raise UserError(f"{self.url} refuses: {text[-300:]}") from None
+            raise UserError(f"{self.url} refuses the request: {text[-300:]}") from None
         except Exception as error:
             if type(error).__module__.startswith("aiohttp"):
                 raise UserError(f"address={self.url} does not answer ({type(error).__name__}): {_START}") from None
@@ -254,7 +261,7 @@ def _job(details: Any) -> Job:
 
 
 def _probe(url: str) -> None:
-    """UserError unless a Ray dashboard answers; from here on a token is sent if this one wants it."""
+    """UserError unless a Ray dashboard answers. If it requires a token, the token is sent from here on."""
     try:
         with urllib.request.urlopen(f"{url}/api/version", timeout=_SECONDS_TO_ANSWER) as answer:
             is_ray = "ray_version" in json.load(answer)
@@ -275,7 +282,7 @@ def _probe(url: str) -> None:
 
 @contextmanager
 def _address(url: str) -> Iterator[None]:
-    """Ray takes the address from its variable even where one was given."""
+    """Context with RAY_API_SERVER_ADDRESS=url: Ray prefers this variable to an address that is passed to it."""
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = url
@@ -292,7 +299,7 @@ def _check_size(package: Path) -> None:
     size = package.stat().st_size
     if size > _UPLOAD_BYTES:
         raise UserError(
-            f"the code is {size / 2**20:.1f} MiB, and Ray's dashboard takes {_UPLOAD_BYTES // 2**20} MiB: leave large "
+            f"the code is {size / 2**20:.1f} MiB, and Ray's dashboard takes {_UPLOAD_BYTES // 2**20} MiB: move large "
             "files out of the checkout's packages, or install hasten on the cluster and use --env none"
         )
     _LOG.info("sending %.1f MiB of code", size / 2**20)

@@ -1,4 +1,4 @@
-"""What a run ran with: commit and changes of the checkout, versions of packages, the machine."""
+"""The environment of a run: commit and diff of the checkout, versions of packages, and the machine."""
 
 import json
 from functools import cache
@@ -13,10 +13,11 @@ _DIFF_CHARACTERS = 1_000_000
 
 @cache
 def environment() -> dict[str, object]:
-    """Keys hasten (version), git (commit and diff; None outside of a checkout), packages (versions), machine."""
+    """Keys hasten (version), git (commit and diff; None outside a checkout), packages (versions), machine."""
     commit = resources.git_commit()
     diff = (resources.git_diff() or "")[:_DIFF_CHARACTERS] if commit and commit.endswith("-dirty") else ""
-    packages = {found.metadata["Name"]: found.version for found in metadata.distributions() if found.metadata["Name"]}
+    distributions = metadata.distributions()
+    packages = {package.metadata["Name"]: package.version for package in distributions if package.metadata["Name"]}
     return {
         "hasten": resources.package_version(),
         "git": {"commit": commit, "diff": diff} if commit else None,
@@ -26,16 +27,16 @@ def environment() -> dict[str, object]:
 
 
 def write_environment(folder: Path, tracking_uri: str) -> Path:
-    """Path of folder/environment.json, with where the run is tracked under `tracking_uri`."""
+    """Write the environment and the tracking URI to folder/environment.json; returns its path."""
     path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"tracking_uri": tracking_uri, **environment()}
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    facts = {"tracking_uri": tracking_uri, **environment()}
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def tracking_uri(folder: Path) -> str | None:
-    """Where the run of a folder was tracked; None where the folder does not say."""
+    """Tracking URI of the run of a folder; None if it is unknown."""
     try:
         return str(json.loads((folder / FILE).read_text(encoding="utf-8"))["tracking_uri"])
     except (OSError, ValueError, KeyError, TypeError):

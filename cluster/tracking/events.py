@@ -1,4 +1,4 @@
-"""What a run tells its tracking store: parameters, metrics, files, a checkpoint to register; one line of JSON each."""
+"""Events that a run logs to its tracking store: parameters, metrics, artifacts and a checkpoint to register."""
 
 import dataclasses
 import json
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _LOG = logging.getLogger(__name__)
-# MLflow's limits of one call.
+# MLflow's limits for one call.
 _PARAMS_AT_ONCE = 100
 _METRICS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Params:
-    """Parameters by name, as texts."""
+    """Parameters by name, as strings."""
 
     values: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers of one step by name; milliseconds since 1970."""
+    """Numbers of one step by name. milliseconds: time since 1970."""
 
     values: Mapping[str, float]
     step: int = 0
@@ -36,7 +36,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file, which is read when the store takes it; folder: where it goes among the run's artifacts, None on top."""
+    """A file, read when it is uploaded. folder: its folder among the run's artifacts; None is the top level."""
 
     path: str
     folder: str | None = None
@@ -44,7 +44,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Registered:
-    """A finished checkpoint as a new version of a model in the registry; what it is, as tags."""
+    """A finished checkpoint, to register as a new version of the model `name`, with tags."""
 
     name: str
     path: str
@@ -56,7 +56,7 @@ _KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Param
 
 
 def encode(event: Event) -> str:
-    """One line that `decode` reads."""
+    """The event as one line of JSON, for `decode`."""
     return json.dumps({"kind": type(event).__name__.lower(), **dataclasses.asdict(event)})
 
 
@@ -68,9 +68,9 @@ def decode(line: str) -> Event:
 
 
 def write(client: "MlflowClient", run_id: str, events: Iterable[Event]) -> None:
-    """Write events to a run, as many metrics and parameters in a call as MLflow takes.
+    """Write events to a run; metrics and parameters are batched up to MLflow's limits.
 
-    An artifact that is gone by now is left out: a run that was begun anew has replaced it.
+    Artifacts that no longer exist are skipped: a new attempt of the run has replaced them.
     """
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
@@ -102,9 +102,9 @@ def write(client: "MlflowClient", run_id: str, events: Iterable[Event]) -> None:
 
 
 def _register(client: "MlflowClient", run_id: str, event: Registered) -> None:
-    """A version of a registered model, whose source is where the checkpoint lies: nothing is copied.
+    """Create a version of a registered model with the checkpoint's path as its source; nothing is copied.
 
-    Events that are written once more, because the first who wrote them was killed, make no second version.
+    An event that is written again, because the first writer was killed, creates no second version.
     """
     from mlflow.exceptions import MlflowException
 

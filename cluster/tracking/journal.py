@@ -1,6 +1,6 @@
-"""A run's journal: what a point of a sweep tells, in a file, from which one process writes to MLflow.
+"""Journals: a point of a sweep writes its events to a file, from which the sweep's driver writes them to MLflow.
 
-A point that is killed leaves a journal that can be read; one that starts again begins a new one with a new attempt.
+The journal of a killed point remains readable. Each new attempt of a point starts a new journal.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ _current: "Journal | None" = None
 
 
 class Journal:
-    """Writes events as lines; each is in the file when `write` comes back."""
+    """Writes events as lines; an event is in the file when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Named anew, not emptied: a reader of the earlier attempt sees another file, never a cut line.
+        # A new file is renamed into place, so that a reader of the earlier attempt never sees an incomplete line.
         unfinished = folder / f".{FILE}.{uuid.uuid4().hex}"
         self._file = unfinished.open("w", encoding="utf-8")
         self._lock = threading.Lock()
@@ -29,11 +29,11 @@ class Journal:
         unfinished.replace(folder / FILE)
 
     def write(self, event: Event) -> None:
-        """Append an event; any thread may."""
+        """Append an event; thread-safe."""
         self._line(encode(event))
 
     def close(self) -> None:
-        """No more events."""
+        """Close the file."""
         self._file.close()
 
     def _line(self, text: str) -> None:
@@ -44,7 +44,7 @@ class Journal:
 
 @contextlib.contextmanager
 def recording(folder: Path) -> Iterator[None]:
-    """Inside the block every Tracker of this process writes to the folder's journal, and not to MLflow."""
+    """Context in which every Tracker of this process writes to the folder's journal, and not to MLflow."""
     global _current
     _current = Journal(folder)
     try:
@@ -55,12 +55,12 @@ def recording(folder: Path) -> Iterator[None]:
 
 
 def current() -> Journal | None:
-    """Where Trackers of this process write, if not to MLflow."""
+    """The journal that Trackers of this process write to; None if they write to MLflow."""
     return _current
 
 
 class Reader:
-    """Reads a journal that is being written. attempt: the one that events come from; empty before there is a file."""
+    """Reads a journal while it is being written. attempt: id of the attempt that was read; empty before the first."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
@@ -68,7 +68,7 @@ class Reader:
         self._position = 0
 
     def read(self) -> tuple[bool, list[Event]]:
-        """Whether another attempt has begun since the last call, and the events that are new, whole lines only."""
+        """Whether a new attempt has begun since the last call, and the new events; incomplete lines are left unread."""
         try:
             with self._path.open("rb") as file:
                 attempt = json.loads(file.readline())["attempt"]

@@ -1,7 +1,7 @@
-"""The one thread of a process that writes to a tracking store, and what all runs have as tags.
+"""The thread of a process that writes to the tracking store, and the tags of all runs.
 
-Several processes may have one sqlite file: each of their calls holds a lock beside it, so that none ever finds the
-database locked. Where `hasten ui` serves the file, they write through its server.
+Several processes may use one sqlite file: each call holds a lock file beside it, so that sqlite never reports a locked
+database. While `hasten ui` serves the file, they write through its server.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ _NICE = 10
 
 
 class Writer:
-    """Makes calls to MLflow in order, in a thread of its own: nobody waits for the database or the server.
+    """Makes calls to MLflow in order, in a separate thread, so that callers do not wait for the database or server.
 
-    uri: any MLflow tracking URI; None is a sqlite file in `runs` of the current folder. A store that cannot be
-    reached is a UserError of `open`; one that is lost later costs what is written from then on, and a warning.
+    uri: any MLflow tracking URI; None is a sqlite file in the folder `runs`. `open` raises UserError if the store
+    cannot be reached. If the store is lost later, there is one warning, and later calls are dropped.
     """
 
     def __init__(self, uri: str | None, experiment: str) -> None:
@@ -45,29 +45,30 @@ class Writer:
         self.lost = self._is_served = False
         self._client: MlflowClient | None = None
         self._experiment_id = ""
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking", initializer=_lower_priority)
         self._opened: Future[None] | None = None
 
     def open(self) -> None:
-        """Connect; a new sqlite file gets its tables in the thread, which takes seconds."""
+        """Connect to the store; UserError if that fails."""
         store.check_reachable(self.uri)
         store.import_mlflow()
-        # A new sqlite file cannot be wrong, so the job goes on meanwhile.
-        waits = not store.is_new(self.uri)
+        # A new sqlite file gets its tables in the thread, which takes seconds. The job need not wait for that, because
+        # a new file has no errors to report.
+        exists = not store.is_new(self.uri)
         self._opened = self._thread.submit(self._connect)
-        if waits:
+        if exists:
             try:
                 self._opened.result()
-            except Exception as error:  # MLflow's, the database's or the network's
+            except Exception as error:  # of MLflow, the database or the network
                 self._thread.shutdown()
                 raise UserError(f"tracking.uri={self.uri} cannot be used: {store.first_line(error)}") from error
 
     def close(self) -> None:
-        """Return when all is written."""
+        """Wait until all calls are done, and end the thread."""
         self._thread.shutdown()
 
     def submit(self, function: Callable[..., T], *arguments: object, **named: object) -> Future[T | None]:
-        """Call function(client, experiment id, …) when those before are done; None where the store is lost."""
+        """Call function(client, experiment id, …) after all earlier calls; the result is None if the store is lost."""
         return self._thread.submit(lambda: self._call(function, *arguments, **named))
 
     def _call(self, function: Callable[..., T], *arguments: object, **named: object) -> T | None:
@@ -78,26 +79,30 @@ class Writer:
             if self.lost:
                 return None
             try:
-                return self._made(function, *arguments, **named)
+                return self._call_locked(function, *arguments, **named)
             except Exception:
                 if not self._is_served or store.serving(self.uri):
                     raise
-                # `hasten ui` was ended: the file itself is there.
+                # `hasten ui` has ended: write to the sqlite file directly.
                 from mlflow import MlflowClient
 
                 self._is_served, self._client = False, MlflowClient(tracking_uri=self.uri)
-                return self._made(function, *arguments, **named)
-        except Exception as error:  # a job of hours must not end with the tracking server
+                return self._call_locked(function, *arguments, **named)
+        except Exception as error:  # the loss of the tracking server must not end a job
             if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
-                LOG.warning("MLflow refuses what a run tells: %s", store.first_line(error))
+                LOG.warning("MLflow rejected a value of the run: %s", store.first_line(error))
             elif not self.lost:
                 self.lost = True
-                LOG.warning("nothing more is tracked at %s: %s", self.uri, store.first_line(error))
+                LOG.warning(
+                    "nothing more is tracked at %s (report.json still gets all results): %s",
+                    self.uri,
+                    store.first_line(error),
+                )
                 LOG.debug("the call that failed", exc_info=error)
             return None
 
-    def _made(self, function: Callable[..., T], *arguments: object, **named: object) -> T:
-        with self._turn():
+    def _call_locked(self, function: Callable[..., T], *arguments: object, **named: object) -> T:
+        with self._lock():
             return function(self._client, self._experiment_id, *arguments, **named)
 
     def _connect(self) -> None:
@@ -109,32 +114,33 @@ class Writer:
         server = store.serving(self.uri)
         self._is_served = server is not None
         client = MlflowClient(tracking_uri=server or self.uri)
-        with self._turn():
-            experiment = self._found_experiment(client)
+        with self._lock():
+            experiment = self._experiment_of(client)
             _close_dead_runs(client, experiment)
         self._client, self._experiment_id = client, experiment
 
-    def _turn(self) -> contextlib.AbstractContextManager[object]:
+    def _lock(self) -> contextlib.AbstractContextManager[object]:
+        """The lock of the store's sqlite file; no lock for other stores."""
         file = store.sqlite_file(self.uri)
         return contextlib.nullcontext() if file is None else FileLock(f"{file}.lock")
 
-    def _found_experiment(self, client: "MlflowClient") -> str:
-        """Id of the experiment, made where it is missing."""
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
+    def _experiment_of(self, client: "MlflowClient") -> str:
+        """Id of the experiment, which is created if it is missing."""
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
         try:
             return str(client.create_experiment(self.experiment, artifact_location=store.artifact_location(self.uri)))
         except Exception:
-            # Another run may have made it meanwhile.
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
+            # Another run may have created it meanwhile.
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is None:
                 raise
-            return str(found.experiment_id)
+            return str(experiment.experiment_id)
 
 
 def run_tags(run_dir: Path, parent: str | None = None) -> dict[str, str]:
-    """Tags of a run: folder, code version, process, machine, and the run that it is nested in."""
+    """Tags of a run: folder, code version, process, machine, and the id of its parent run."""
     machine = resources.machine()
     commit = resources.git_commit()
     tags = {
@@ -157,14 +163,14 @@ def status(error: BaseException | None) -> str:
     return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
-def _give_way() -> None:
-    """Tracking takes what processors the work leaves; on Linux a thread has a niceness of its own."""
+def _lower_priority() -> None:
+    """Lower the tracking thread's priority below the job's; on Linux each thread has its own niceness."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _close_dead_runs(client: "MlflowClient", experiment: str) -> None:
-    """Marks runs KILLED that SIGKILL or a power cut left as running on this machine."""
+    """Mark runs of this machine KILLED that are still RUNNING in the store, but whose process has ended."""
     here = platform.node()
     query = f"attributes.status = 'RUNNING' and tags.`machine.host` = '{here}'"
     for run in client.search_runs([experiment], query, max_results=_RUNS_AT_ONCE):
@@ -174,7 +180,7 @@ def _close_dead_runs(client: "MlflowClient", experiment: str) -> None:
 
 
 def _alive(process: str) -> bool:
-    """Whether the process of a `hasten.process` tag still runs: its id, and its start, for ids are used again."""
+    """Whether the process of a `hasten.process` tag still runs. Its start time is compared, too, as ids are reused."""
     number, started = process.split()
     with contextlib.suppress(psutil.Error):
         return abs(psutil.Process(int(number)).create_time() - float(started)) < 1

@@ -1,4 +1,4 @@
-"""MLflow's server on a store; while it serves a sqlite file, runs on this machine write through it."""
+"""Runs MLflow's server for a store. While it serves a sqlite file, runs on this machine write through the server."""
 
 import json
 import os
@@ -20,9 +20,9 @@ _START_SECONDS = 120.0
 
 
 def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
-    """Run the server until it is interrupted; returns its exit code, 0 where it was asked to end.
+    """Run the server until it is interrupted; returns its exit code, 0 if it was told to end.
 
-    UserError where the port is taken, or the store is a server already.
+    UserError if the port is in use, or the store is or has a server already.
     """
     if uri.startswith(("http://", "https://")):
         raise UserError(f"{uri} is a server already: open it in a browser")
@@ -43,23 +43,23 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
         "--port",
         str(port),
     ]
-    # One process alone writes to a sqlite file.
+    # One worker, because only one process should write to a sqlite file.
     command += ["--workers", "1"]
     artifacts = store.artifact_location(uri)
     if artifacts:
-        # Runs read and write these files themselves, as they do without the server.
+        # Runs read and write artifacts directly, as they do without the server.
         command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    # A line for every request goes to a file that nobody sees; a pipe would be full one day and hold it up.
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+    # The server logs every request. The log goes to a temporary file, because a full pipe would block the server.
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
         before = {
             number: signal.signal(number, lambda number, frame: server.terminate())
             for number in (signal.SIGTERM, signal.SIGHUP)
         }
         note = _note(uri)
         try:
-            _wait_for(url, server, said)
+            _wait_for(url, server, log)
             if note is not None:
                 _write(note, url, server.pid)
             print(f"{url} shows {uri}; Ctrl-C ends it", flush=True)
@@ -107,8 +107,9 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: IO[str]) -> None
     while monotonic() < end:
         if server.poll() is not None:
             log.seek(0)
-            said = log.read().strip().splitlines()
-            raise UserError(f"MLflow's server did not start: {said[-1] if said else f'exit code {server.returncode}'}")
+            lines = log.read().strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {server.returncode}"
+            raise UserError(f"MLflow's server did not start: {reason}")
         try:
             store.check_reachable(url)
             return

@@ -1,7 +1,7 @@
-"""A sweep in MLflow: one parent run, and a child for each point, written by the sweep's driver from their journals.
+"""Sweeps in MLflow: a parent run, and a child run for each point, which the sweep's driver writes from the journals.
 
-A child is found again by what it is, its parent and its point, so that a driver that was killed anywhere leaves
-nothing that the next one would write twice: what is not marked as whole is deleted and written again.
+A child run is identified by tags for its parent and its point. After a driver was killed, the next driver finds the
+child runs by these tags: it deletes and rewrites those that are not tagged as complete, so that nothing is there twice.
 """
 
 import logging
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _LOG = logging.getLogger(__name__)
-_SWEEP, _POINT, _WHOLE = "hasten.sweep", "hasten.point", "hasten.whole"
+_SWEEP, _POINT, _COMPLETE = "hasten.sweep", "hasten.point", "hasten.whole"
 _ARTIFACTS = ("report.json", "hasten.log", "output.txt")
 _PAGE = 1000
 _JOURNAL_SECONDS = 10.0
@@ -30,16 +30,16 @@ _VALUE_CHARACTERS = 6000
 
 
 class SweepTracker:
-    """Context of a sweep's runs. name: of the parent; key: what it is found by when the sweep goes on.
+    """Context of a sweep's runs; entering it raises UserError if the store cannot be reached.
 
-    folder: of the sweep. Entering raises UserError where the store cannot be reached.
+    name: of the parent run. key: identifies the parent run when the sweep is resumed. folder: of the sweep.
     """
 
     def __init__(self, uri: str | None, experiment: str, name: str, key: str, folder: Path) -> None:
         self._writer = Writer(uri, experiment)
         self._name, self._key, self._folder = name, key, folder
         self._parent = ""
-        # Of the points that have one: MLflow's id, and whether it is whole.
+        # Child run of each point: MLflow's id, and whether it is complete.
         self._children: dict[str, tuple[str, bool]] = {}
         self._readers: dict[str, tuple[Path, Reader]] = {}
         self._polling: Future[None] | None = None
@@ -59,42 +59,42 @@ class SweepTracker:
 
     @property
     def uri(self) -> str:
-        """Of the store, absolute."""
+        """URI of the store; a sqlite path in it is absolute."""
         return self._writer.uri
 
     def params(self, values: Mapping[str, str]) -> None:
-        """Parameters of the parent; one that was written before stays as it is, for MLflow never changes any."""
+        """Log parameters of the parent run; those that exist are kept, because MLflow does not change parameters."""
         self._writer.submit(self._write_params, dict(values))
 
     def begin(self, point: str, folder: Path) -> None:
-        """A point runs now in a folder: what it tells is written as it comes, at each `poll`."""
+        """A point has started in a folder: each `poll` writes its new events."""
         self._readers[point] = folder, Reader(folder)
 
     def poll(self) -> None:
-        """Write what running points have told since the last time; nothing while that is still being written."""
+        """Write the new events of running points, unless the previous poll is still writing."""
         if self._polling is None or self._polling.done():
             self._polling = self._writer.submit(self._follow, dict(self._readers))
 
     def end(self, point: str, folder: Path, status: str, error: str | None = None) -> None:
-        """A point came to its end with this status of MLflow's, now or in an earlier driver's time."""
+        """A point has ended, now or under an earlier driver. status: MLflow's."""
         _, reader = self._readers.pop(point, (folder, Reader(folder)))
         self._writer.submit(self._finish, point, folder, reader, status, error)
 
     def finish(self, status: str, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
-        """The sweep came to its end, with this status of MLflow's; returns when all is written.
+        """The sweep has ended; returns when everything is written. status: MLflow's.
 
-        Runs of points that began and did not end are marked KILLED.
+        Child runs of points that have started but not ended are marked KILLED.
         """
-        told: list[events.Event] = [events.Metrics(metrics), *(events.Artifact(str(path)) for path in artifacts)]
-        self._writer.submit(self._write_parent, told)
+        final: list[events.Event] = [events.Metrics(metrics), *(events.Artifact(str(path)) for path in artifacts)]
+        self._writer.submit(self._write_parent, final)
         self._finished = True
         self._writer.submit(self._terminate, status, list(self._readers)).result()
 
     def _begin(self, client: "MlflowClient", experiment: str) -> None:
-        """Find the parent and its children, or make the parent."""
-        found = client.search_runs([experiment], f"tags.`{_SWEEP}` = '{self._key}'", max_results=1)
-        if found:
-            self._parent = found[0].info.run_id
+        """Find the parent run and its child runs, or create the parent run."""
+        parents = client.search_runs([experiment], f"tags.`{_SWEEP}` = '{self._key}'", max_results=1)
+        if parents:
+            self._parent = parents[0].info.run_id
             client.update_run(self._parent, status="RUNNING")
             for name, value in run_tags(self._folder).items():
                 client.set_tag(self._parent, name, value)
@@ -108,10 +108,10 @@ class SweepTracker:
             )
             for child in children:
                 point = child.data.tags.get(_POINT, "")
-                if point in self._children:  # two drivers wrote at once, which the sweep's lock forbids
+                if point in self._children:  # only if two drivers wrote at once, which the sweep's lock prevents
                     client.delete_run(child.info.run_id)
                     continue
-                self._children[point] = child.info.run_id, child.data.tags.get(_WHOLE) == "true"
+                self._children[point] = child.info.run_id, child.data.tags.get(_COMPLETE) == "true"
             page = children.token
             if not page:
                 break
@@ -121,11 +121,11 @@ class SweepTracker:
             self._read(client, experiment, point, folder, reader)
 
     def _read(self, client: "MlflowClient", experiment: str, point: str, folder: Path, reader: Reader) -> None:
-        begins, told = reader.read()
-        if begins:
-            self._anew(client, experiment, point, folder)
-        if told and point in self._children:
-            events.write(client, self._children[point][0], told)
+        is_new_attempt, new_events = reader.read()
+        if is_new_attempt:
+            self._create_child(client, experiment, point, folder)
+        if new_events and point in self._children:
+            events.write(client, self._children[point][0], new_events)
 
     def _finish(
         self,
@@ -138,37 +138,37 @@ class SweepTracker:
         error: str | None,
     ) -> None:
         if not reader.attempt and self._children.get(point, ("", False))[1]:
-            return  # an earlier driver wrote all of it
+            return  # an earlier driver has written the run completely
         self._read(client, experiment, point, folder, reader)
         end = monotonic() + _JOURNAL_SECONDS
         while not reader.attempt and status == "FINISHED" and monotonic() < end:
-            sleep(0.5)  # a folder on the network shows another node's files late
+            sleep(0.5)  # a network folder shows files of other nodes with a delay
             self._read(client, experiment, point, folder, reader)
-        if not reader.attempt:  # it died before it could tell anything
-            self._anew(client, experiment, point, folder)
+        if not reader.attempt:  # the point was killed before it wrote its journal
+            self._create_child(client, experiment, point, folder)
         run = self._children[point][0]
         events.write(client, run, [events.Artifact(str(folder / name)) for name in _ARTIFACTS])
         if error:
             client.set_tag(run, "hasten.error", error[:5000])
         client.set_terminated(run, status=status)
-        # Last: without it the next driver writes this run again.
-        client.set_tag(run, _WHOLE, str(status == "FINISHED").lower())
+        # This tag is written last: without it, the next driver rewrites the run.
+        client.set_tag(run, _COMPLETE, str(status == "FINISHED").lower())
         self._children[point] = run, status == "FINISHED"
 
-    def _anew(self, client: "MlflowClient", experiment: str, point: str, folder: Path) -> None:
-        """A new child for a point, in place of one from an attempt that did not come to its end."""
+    def _create_child(self, client: "MlflowClient", experiment: str, point: str, folder: Path) -> None:
+        """Create the child run of a point; deletes that of an earlier, unfinished attempt."""
         if point in self._children:
             client.delete_run(self._children.pop(point)[0])
         tags = {**run_tags(folder, self._parent), _POINT: point}
         run = client.create_run(experiment, run_name=point, tags=tags)
         self._children[point] = run.info.run_id, False
 
-    def _write_parent(self, client: "MlflowClient", experiment: str, told: Iterable[events.Event]) -> None:
-        events.write(client, self._parent, told)
+    def _write_parent(self, client: "MlflowClient", experiment: str, new_events: Iterable[events.Event]) -> None:
+        events.write(client, self._parent, new_events)
 
     def _write_params(self, client: "MlflowClient", experiment: str, values: Mapping[str, str]) -> None:
-        there = client.get_run(self._parent).data.params
-        new = {name: value[:_VALUE_CHARACTERS] for name, value in values.items() if name not in there}
+        existing = client.get_run(self._parent).data.params
+        new = {name: value[:_VALUE_CHARACTERS] for name, value in values.items() if name not in existing}
         events.write(client, self._parent, [events.Params(new)])
 
     def _terminate(self, client: "MlflowClient", experiment: str, status: str, running: Iterable[str]) -> None:

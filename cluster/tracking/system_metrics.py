@@ -1,4 +1,4 @@
-"""What the machine does while a run is going on, under the names that MLflow shows as system metrics."""
+"""Samples of the machine's load during a run, under the names of MLflow's system metrics."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class SystemMetrics:
-    """A thread that gives a sample to `log` every so many seconds, until `stop`; folder: whose disk is watched."""
+    """A thread that calls log(metrics, step) every `seconds` until `stop`. folder: whose disk is sampled."""
 
     def __init__(self, seconds: float, log: Log, folder: Path) -> None:
         self._seconds, self._log, self._folder = seconds, log, folder
@@ -21,41 +21,41 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more samples; returns when none is being taken."""
+        """End the thread; returns when the last sample is logged."""
         self._ended.set()
         self._thread.join()
 
     def _run(self) -> None:
-        psutil.cpu_percent()  # counts from here
-        begun = psutil.net_io_counters()  # None where there is no network
+        psutil.cpu_percent()  # the next call gives the use since this one
+        begun = psutil.net_io_counters()  # None without a network
         step = 0
         while not self._ended.wait(self._seconds):
-            found = sample(self._folder)
+            metrics = sample(self._folder)
             now = psutil.net_io_counters()
             if begun is not None and now is not None:
-                found["system/network_transmit_megabytes"] = (now.bytes_sent - begun.bytes_sent) / 1e6
-                found["system/network_receive_megabytes"] = (now.bytes_recv - begun.bytes_recv) / 1e6
-            self._log(found, step)
+                metrics["system/network_transmit_megabytes"] = (now.bytes_sent - begun.bytes_sent) / 1e6
+                metrics["system/network_receive_megabytes"] = (now.bytes_recv - begun.bytes_recv) / 1e6
+            self._log(metrics, step)
             step += 1
 
 
 def sample(folder: Path) -> dict[str, float]:
-    """CPU, memory and disk of this machine, and every NVIDIA GPU's use and memory."""
+    """Use of this machine's CPU, memory, disk and NVIDIA GPUs."""
     memory = psutil.virtual_memory()
-    found = {
+    metrics = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),
         "system/system_memory_usage_megabytes": memory.used / 1e6,
         "system/system_memory_usage_percentage": memory.percent,
     }
     if folder.exists():
-        found["system/disk_usage_percentage"] = psutil.disk_usage(str(folder)).percent
-    return found | gpus()
+        metrics["system/disk_usage_percentage"] = psutil.disk_usage(str(folder)).percent
+    return metrics | gpus()
 
 
 def gpus() -> dict[str, float]:
-    """Use and memory of each GPU; nothing where there is no nvidia-smi.
+    """Use and memory of each GPU; empty without nvidia-smi.
 
-    Asked of nvidia-smi, because the driver of a run holds no CUDA context.
+    They are read from nvidia-smi, because the driver of a run has no CUDA context.
     """
     command = shutil.which("nvidia-smi")
     if command is None:
@@ -71,24 +71,24 @@ def gpus() -> dict[str, float]:
 
 
 def parsed(text: str) -> dict[str, float]:
-    """Metrics of nvidia-smi's lines `percent, MiB used, MiB there`, one a GPU; what a GPU does not tell is left out."""
-    found: dict[str, float] = {}
+    """Metrics from nvidia-smi's lines `percent, MiB used, MiB total`, one for each GPU; values of N/A are left out."""
+    metrics: dict[str, float] = {}
     for number, line in enumerate(text.splitlines()):
         values = [part.strip() for part in line.split(",")]
         if len(values) != 3:
             continue
         used, memory, total = map(_number, values)
         if used is not None:
-            found[f"system/gpu_{number}_utilization_percentage"] = used
+            metrics[f"system/gpu_{number}_utilization_percentage"] = used
         if memory is not None:
-            found[f"system/gpu_{number}_memory_usage_megabytes"] = memory * 1.048576
+            metrics[f"system/gpu_{number}_memory_usage_megabytes"] = memory * 1.048576
         if memory is not None and total:
-            found[f"system/gpu_{number}_memory_usage_percentage"] = 100 * memory / total
-    return found
+            metrics[f"system/gpu_{number}_memory_usage_percentage"] = 100 * memory / total
+    return metrics
 
 
 def _number(text: str) -> float | None:
-    """Number of a text; None of `[N/A]`."""
+    """The number in a text; None for `[N/A]`."""
     try:
         return float(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""One tracked run for one job, and the job's report.json.
+"""Tracking of one job as one run, and the job's report.json.
 
-Only the driver writes to MLflow. A tracking store that cannot be reached is an error at the start; one that is lost
-later costs the figures from then on, not the job: report.json holds them all. In a point of a sweep the same calls go
-to the point's journal, which the sweep's driver writes to MLflow.
+Only the driver writes to MLflow. It is an error if the tracking store cannot be reached at the start. If the store is
+lost later, the job continues without tracking, and report.json has all results. In a point of a sweep, the same calls
+write to the point's journal, which the sweep's driver writes to MLflow.
 """
 
 import json
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 # MLflow's own limits.
 _KEY_CHARACTERS = 250
 _VALUE_CHARACTERS = 6000
-# Files of a run that belong to it as artifacts; the log is whole when the run ends.
+# Artifacts of every run, logged at its start and, for the log, at its end.
 _FIRST, _LAST = ("config.yaml",), ("hasten.log",)
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
-    """Path of run_dir/report.json, written whole or not at all.
+    """Write run_dir/report.json atomically; returns its path.
 
-    Numbers that JSON does not have (nan, infinities) become null; other objects become their text.
+    Numbers that JSON does not have (nan, infinities) become null; other objects become strings.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,12 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
 
 
 class Tracker:
-    """Context of one tracked run: finished when left normally, FAILED after an error, KILLED after a signal.
+    """Context of one tracked run, which ends as FINISHED, as FAILED after an error, or as KILLED after a signal.
 
-    uri: any MLflow tracking URI; None is a sqlite file in `runs` of the current folder. Artifacts of a sqlite store
-    lie beside its file. system_seconds: between samples of the machine's use, 0 takes none. register: name of the
-    registered model whose next version the run's output becomes. Entering raises UserError where the store cannot be
-    reached.
+    Entering raises UserError if the store cannot be reached. uri: any MLflow tracking URI; None is a sqlite file in the
+    folder `runs`. Artifacts of a sqlite store are in a folder beside its file. system_seconds: interval of samples of
+    the machine's load; 0 takes none. register: name of the registered model that gets the run's output as its next
+    version; None registers nothing.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Tracker:
             self._run = self._writer.submit(_create, self.run_name, self.run_dir)
         write_environment(self.run_dir, self.uri)
         for name in ("environment.json", *_FIRST):
-            self._artifact_if_there(name)
+            self._log_existing(name)
         if self._system_seconds:
             self._system = SystemMetrics(self._system_seconds, self.metrics, self.run_dir)
         self._catch_termination()
@@ -101,32 +101,32 @@ class Tracker:
         if self._system is not None:
             self._system.stop()
         for name in _LAST:
-            self._artifact_if_there(name)
+            self._log_existing(name)
         if self._journal is None:
             self._writer.submit(_end, self._run, status(error))
             self._writer.close()
 
     @property
     def uri(self) -> str:
-        """Of the store, absolute."""
+        """URI of the store; a sqlite path in it is absolute."""
         return self._writer.uri
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; empty where its store was lost, and in a point of a sweep."""
+        """MLflow's id of the run; empty if the store was lost, or in a point of a sweep."""
         return (self._run.result() or "") if self._run is not None else ""
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Log parameters; nested ones get their path with dots as name, long ones are cut to MLflow's limits."""
+        """Log parameters; a nested one is named by its dotted path, and long values are cut to MLflow's limit."""
         texts = {_key(name): _text(value)[:_VALUE_CHARACTERS] for name, value in _flat(values)}
-        self._tell(events.Params(texts))
+        self._log_event(events.Params(texts))
 
     def metrics(self, values: Mapping[str, object], step: int = 0) -> None:
-        """Log numbers of one step in one call; what is None or no number is left out."""
+        """Log numbers of one step in one call; values that are None or no numbers are left out."""
         numbers = {_key(name): _number(value) for name, value in _flat(values)}
         known = {name: number for name, number in numbers.items() if number is not None}
         if known:
-            self._tell(events.Metrics(known, step))
+            self._log_event(events.Metrics(known, step))
 
     def figure(self, path: Path) -> None:
         """Log an image under figures/."""
@@ -134,16 +134,16 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log any file of the run, such as the resolved config."""
-        self._tell(events.Artifact(str(Path(path).absolute()), folder))
+        self._log_event(events.Artifact(str(Path(path).absolute()), folder))
 
     def report(self, report: Mapping[str, Any]) -> Path:
-        """Path of report.json, after logging it and the figures under its `metrics`, and registering its output.
+        """Write report.json, log it and its `metrics`, and register the output; returns the file's path.
 
-        The file is written when all else is told: where it is, the run came to its end.
+        The file is written after everything else is logged, so its existence means that the run is finished.
         """
         self.metrics(report.get("metrics", {}))
         if self._register:
-            self._tell(self._registered(self._register, report))
+            self._log_event(self._registered(self._register, report))
         path = write_report(self.run_dir, report)
         self.artifact(path)
         return path
@@ -154,11 +154,11 @@ class Tracker:
         source = as_given(str(report["output"]))
         return events.Registered(name, source, {_key(key): _text(value) for key, value in tags.items()})
 
-    def _artifact_if_there(self, name: str) -> None:
+    def _log_existing(self, name: str) -> None:
         if (self.run_dir / name).exists():
             self.artifact(self.run_dir / name)
 
-    def _tell(self, event: events.Event) -> None:
+    def _log_event(self, event: events.Event) -> None:
         if self._journal is not None:
             self._journal.write(event)
         elif self._run is None:
@@ -167,7 +167,7 @@ class Tracker:
             self._writer.submit(_write, self._run, event)
 
     def _catch_termination(self) -> None:
-        """SIGTERM's default ends the process before the run could be marked: make it an exception."""
+        """Make SIGTERM raise SystemExit: by default it would end the process before the run can be marked as killed."""
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -180,7 +180,7 @@ def _create(client: "MlflowClient", experiment: str, name: str, run_dir: Path) -
 
 
 def _write(client: "MlflowClient", experiment: str, run: "Future[str | None]", event: events.Event) -> None:
-    # The run was made earlier in this same thread.
+    # The run's future is done: the run was created earlier in the same thread.
     events.write(client, str(run.result()), [event])
 
 
@@ -202,7 +202,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _key(name: str) -> str:
-    """Name in the characters that MLflow allows, cut to its limit."""
+    """A name with only the characters that MLflow allows, cut to its limit."""
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
 
 
@@ -211,7 +211,7 @@ def _text(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: mappings, lists, strings, finite numbers, booleans and null."""
+    """The value in JSON's types: mappings, lists, strings, finite numbers, booleans and null."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

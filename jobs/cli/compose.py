@@ -3,17 +3,16 @@
 import copy
 from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import TypeVar, cast
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import job_file
 from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.schema import Run
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CONF_MODULE = "hasten.conf"
 C = TypeVar("C", bound=Run)
@@ -67,6 +66,9 @@ def _defaults(job: str) -> dict[str, str]:
 
 
 def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record) -> C:
+    # Benchmarks' options are read for their help, and Hydra takes longer to import than the help to print.
+    from omegaconf import OmegaConf
+
     composed = copy.deepcopy(_with_groups(CONF_MODULE, job, cast(Hashable, schema), tuple(groups.items())))
     for key, value in values.items():
         # Defaults of hyper-parameters are in the method's dataclass, so the composed config lacks their keys.
@@ -75,8 +77,11 @@ def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record)
 
 
 @cache
-def _with_groups(folder: str, job: str, schema: Hashable, groups: tuple[tuple[str, str], ...]) -> DictConfig:
+def _with_groups(folder: str, job: str, schema: Hashable, groups: tuple[tuple[str, str], ...]) -> "DictConfig":
     """Hydra's config of a job's file and the chosen methods; cached, since most points of a sweep share it."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store(name=f"{job}_schema", node=schema)
     with hydra.initialize_config_module(folder, version_base="1.3"):
         return hydra.compose(job, overrides=[f"{key}={name}" for key, name in groups])

@@ -13,9 +13,11 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
     """The pass to estimate; name: the checkpoint's. UserError for settings that the job would refuse."""
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
-    plan = make_layer_groups(model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last)
+    layer_groups = make_layer_groups(
+        model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last
+    )
     for level in settings.levels or ():
-        for group in [group for groups in plan for group in groups]:
+        for group in [group for groups in layer_groups for group in groups]:
             level.check(group.key, group.columns)
     sequences = config.calibration.sequences if settings.needs_hessian else 0
     if sequences and config.workers > min(config.calibration.shards, sequences):
@@ -26,7 +28,7 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
         )
     return Pass(
         model=model,
-        plan=plan,
+        layer_groups=layer_groups,
         methods=settings.methods,
         sequences=sequences,
         length=config.calibration.sequence_length,

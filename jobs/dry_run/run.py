@@ -268,7 +268,9 @@ def _placed(estimate: Estimate, nodes: list[Node], free: int) -> tuple[Placement
     lacking = []
     for refusal in placement.refused:
         is_bytes = refusal.resource in ("memory", "gpu_memory")
-        needed, available = (readable(size) if is_bytes else f"{size:g}" for size in (refusal.needed, refusal.there))
+        needed, available = (
+            readable(size) if is_bytes else f"{size:g}" for size in (refusal.needed, refusal.available)
+        )
         resource = _RESOURCES[refusal.resource]
         lacking.append(
             f"{refusal.count} {refusal.kind}: each needs {needed} of {resource}, "

@@ -21,7 +21,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     work = levels_pass(config, setting)
     model, budgets = work.model, config.budget
     checkpoint = model.architecture.checkpoint
-    database = LevelDatabase(Path("planned"), checkpoint, work.plan, work.levels or (), None)
+    database = LevelDatabase(Path("planned"), checkpoint, work.layer_groups, work.levels or (), None)
     units = make_units(database, config.grouping, config.keep, config.drop, solved=False)
     names = config.compare or method_names("allocator")
     allocators = [build(config.allocator)]
@@ -51,7 +51,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     )
     levels = Estimate((), ()) if config.levels else compression.estimate(work, setting.rates)
     weights = sum(unit.weights for unit in units)
-    names_ = [layer.name for groups in work.plan for group in groups for layer in group.layers]
+    names_ = [layer.name for groups in work.layer_groups for group in groups for layer in group.layers]
     unquantized = model.stored_bytes() - sum(checkpoint.stored_bytes(f"{name}.weight") for name in names_)
     written = {f"checkpoint of {budget:g} bits": int(budget * weights / 8) + unquantized for budget in budgets}
     total = levels.joined(of_search).joined(dataclasses.replace(Estimate((), ()), written=written))

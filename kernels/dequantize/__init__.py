@@ -1,4 +1,4 @@
-"""Dequantization of integer codes on a grid per group of columns: (code - zero_point) * scale."""
+"""Dequantization of integer codes with a scale and a zero point per group: (code - zero_point) * scale."""
 
 from torch import Tensor
 

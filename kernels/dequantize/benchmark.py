@@ -1,4 +1,4 @@
-"""Benchmark cases of dequantization: weights of common models, in groups of 64 and 128 and one scale a row."""
+"""Benchmark cases of dequantization: weight shapes of common models, with groups of 64 and 128 and one scale a row."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,12 +9,12 @@ from hasten.kernels.dequantize import reference, triton_kernel
 from hasten.kernels.timing import Case, Operands
 
 _SHAPES = [(4096, 4096, 128), (14336, 4096, 128), (4096, 14336, 64), (8192, 28672, 128), (4096, 4096, 4096)]
-_TRIAL_SHAPES = [(16, 256, 64), (16, 192, 192)]
+_DRY_SHAPES = [(16, 256, 64), (16, 192, 192)]
 
 
 def cases(device: torch.device, dry: bool) -> Iterator[Case]:
-    """Rows x columns, and the columns that share a scale, in two dtypes."""
-    for rows, columns, group_size in _TRIAL_SHAPES if dry else _SHAPES:
+    """A case for each shape, ROWSxCOLUMNS/GROUP_SIZE, in two dtypes."""
+    for rows, columns, group_size in _DRY_SHAPES if dry else _SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             weights, groups = rows * columns, rows * (columns // group_size)
             yield Case(

@@ -1,4 +1,4 @@
-"""Dequantization as a Triton kernel. Imported only where it runs: importing triton takes seconds."""
+"""Dequantization as a Triton kernel. It is imported only on first use, because importing triton takes seconds."""
 
 import torch
 import triton

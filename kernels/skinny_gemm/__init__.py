@@ -1,8 +1,8 @@
-"""Product of a few float32 rows and a weight whose values bfloat16 holds exactly, as those of most checkpoints are.
+"""Product of a few float32 rows and a weight that is exact in bfloat16, as the weights of most checkpoints are.
 
-A decoding pass reads every weight for a few rows, so its time is the bytes read: half the bytes take half the time, and
-no value changes. The weight is packed into panels of 32 outputs, input by input, in the order in which the kernel reads
-it, and is widened to float32 in registers. Every output is summed in one order for any number of rows and threads, so a
+A decoding pass reads every weight for a few rows, so it is bound by memory bandwidth: half the bytes take half the
+time, and no value changes. The weight is packed into panels of 32 outputs, in the order in which the kernel reads it,
+and is widened to float32 in registers. The order of summation is the same for any number of rows and threads, so a
 token gets the same products alone and as a node of a tree.
 """
 
@@ -16,8 +16,8 @@ from hasten.kernels.skinny_gemm import c_kernel, reference
 def pack_weight(weight: Tensor) -> Tensor | None:
     """Panels (P, C, 16, 2) bfloat16 of a float32 weight (R, C), R padded with zeros to 32 P.
 
-    None where skinny_gemm would not be faster than torch (no compiled kernel for the tensor), or where bfloat16 does
-    not hold every value.
+    None if skinny_gemm would not be faster than torch (there is no compiled kernel for the tensor), or if a value is
+    not exact in bfloat16.
     """
     if not use_c(weight) or not c_kernel.is_available():
         return None
@@ -26,7 +26,7 @@ def pack_weight(weight: Tensor) -> Tensor | None:
 
 
 def exact_bfloat16(weight: Tensor) -> Tensor | None:
-    """The weight in bfloat16; None where that changes a value."""
+    """The weight in bfloat16; None if that changes a value."""
     reduced = weight.to(torch.bfloat16)
     return reduced if torch.equal(reduced.to(weight.dtype), weight) else None
 
@@ -34,7 +34,7 @@ def exact_bfloat16(weight: Tensor) -> Tensor | None:
 def skinny_gemm(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     """Product (N, R) float32 of rows x (N, C) float32 and a packed weight of R = outputs rows.
 
-    Rows of the product are R or more elements apart in memory.
+    The product's row stride may exceed R, because R is padded to whole panels.
     """
     kernel = c_kernel if use_c(x) and c_kernel.is_available() else reference
     return kernel.skinny_gemm(x, packed, outputs)

@@ -1,4 +1,4 @@
-"""The product by skinny_gemm.c, compiled at first use."""
+"""Calls skinny_gemm.c, which is compiled at first use."""
 
 import ctypes
 import sys
@@ -23,7 +23,7 @@ class _Function(Protocol):
 
 
 def is_available() -> bool:
-    """Whether the kernel can be compiled here."""
+    """Whether the kernel can be compiled on this machine."""
     return _function() is not None
 
 

@@ -1,4 +1,4 @@
-"""The packed layout, and the product in plain torch."""
+"""The packed layout of weights, and the product in plain torch."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ PANEL = 32
 def pack_panels(weight: Tensor) -> Tensor:
     """Panels (P, C, 16, 2) of a weight (R, C), R padded with zeros to 32 P.
 
-    Output 32 p + 16 i + j lies at [p, :, j, i].
+    The weights of output 32 p + 16 i + j are at [p, :, j, i].
     """
     outputs, inputs = weight.shape
     count = -(-outputs // PANEL)

@@ -1,4 +1,4 @@
-"""A whole compression in this process, by the same calibrator that Ray runs."""
+"""A whole compression in this process, by the calibrator that Ray runs as an actor."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hasten.cluster.actors.calibrator import Calibrator
 
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
-    """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens. scheme: of a level that is a grid."""
+    """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens. scheme: of the level, if it is a grid."""
     values: dict[str, Any] = {"format": PackQuantized(), "batch": 2, "expert_tokens": 8}
     values["level"] = GridLevel(changes.pop("scheme", Scheme(4, 32)))
     return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))

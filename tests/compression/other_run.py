@@ -1,4 +1,4 @@
-"""Another process that has a folder."""
+"""A second process that owns a folder."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ _HOLD = "import fcntl, sys, time; file = open(sys.argv[1], 'ab'); fcntl.flock(fi
 
 @contextmanager
 def held(file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has a lock."""
+    """A process that holds a lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-c", f"{_HOLD}; time.sleep(600)", str(file)]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:

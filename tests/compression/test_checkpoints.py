@@ -17,7 +17,7 @@ from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
 from tests.models import tiny
 
-# Nothing of ours may be needed to load what we write.
+# Loads a checkpoint without hasten.
 LOAD = """
 import sys, torch
 for name in ("hasten", "ray", "hydra", "mlflow"):
@@ -62,7 +62,7 @@ def test_transformers_alone_loads_every_family_and_gives_the_logits_of_our_dequa
     for folder in folders:
         found = torch.load(f"{folder}.logits")
         expected = logits(folder, tokens[:2])
-        # The weights are the same numbers; float32 sums of another order are left.
+        # The weights are equal; only the order of float32 sums differs.
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4, msg=str(folder))
 
 

@@ -15,5 +15,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def model(folder):
-    """The same model as plans see it, computed in float32."""
+    """The same model as estimates use it, running in float32."""
     return Model(Architecture(Checkpoint(folder)), torch.float32)

@@ -1,4 +1,4 @@
-"""Rates of a machine that does a thousand million of everything in a second."""
+"""Rates of a machine that does 1e9 of every unit of work in a second."""
 
 from hasten.accel.costs.estimate import Rates
 

@@ -1,4 +1,4 @@
-"""A calibration pass against what the real calibrators hold, send and write, and by hand for a tiny Llama."""
+"""Estimates of a calibration pass, compared with the real calibrators, and worked by hand for a tiny Llama."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
-from hasten.accel.costs.compression import Pass, estimate, nodes
+from hasten.accel.costs.compression import Pass, estimate, sent_sums
 from hasten.accel.costs.estimate import Rates
 from hasten.accel.costs.files import checkpoint_files, database_files
 from hasten.accel.costs.method import hessian_bytes
@@ -26,9 +26,9 @@ from tests.models import tiny
 
 def planned(model, level=None, **changes):
     """The pass that tests.compression.local runs: 8 sequences of 16 tokens."""
-    plan = make_layer_groups(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
+    layer_groups = make_layer_groups(model.architecture, level or parse_level("w4g32a"), (), 0, 0)
     values = {"sequences": 8, "length": 16, "batch": 2, "workers": 1, "methods": [GPTQ()]}
-    return Pass(model=model, plan=plan, **(values | changes))
+    return Pass(model=model, layer_groups=layer_groups, **(values | changes))
 
 
 def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
@@ -49,9 +49,9 @@ def test_the_shapes_of_a_tiny_llama_are_worked_by_hand(model):
     ("columns", "elements"), [(64, 64 * 64), (200, 128 * 128 + 72 * 200), (600, 256 * (256 + 512) + 88 * 600)]
 )
 def test_sums_take_their_panels_up_to_the_diagonal(columns, elements):
-    moment = Hessian(columns)
-    moment.add(torch.ones(1, columns))
-    assert hessian_bytes(columns) == 4 * elements == moment.array().nbytes
+    hessian = Hessian(columns)
+    hessian.add(torch.ones(1, columns))
+    assert hessian_bytes(columns) == 4 * elements == hessian.array().nbytes
 
 
 @pytest.mark.parametrize(("chunks", "workers"), [(8, 1), (8, 2), (8, 3), (8, 8), (7, 2), (13, 5)])
@@ -64,11 +64,11 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
             total.add(torch.ones(1, 1))
             tree.add(chunk, 1, total)
         sent += len(tree.nodes)
-    assert nodes(chunks, workers) == sent
+    assert sent_sums(chunks, workers) == sent
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_what_calibrators_send_is_planned_to_the_byte(folder, model, tmp_path, workers):
+def test_traffic_of_calibrators_is_planned_to_the_byte(folder, model, tmp_path, workers):
     chosen = settings(folder, tmp_path / "out")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
     sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
@@ -129,9 +129,9 @@ def test_more_workers_hold_fewer_hidden_states_each_and_send_more_sums(model):
 
 
 def test_sums_travel_between_nodes_where_there_are_several(model):
-    near, far = (estimate(planned(model, workers=4, nodes=nodes_), RATES) for nodes_ in (1, 2))
+    near, far = (estimate(planned(model, workers=4, nodes=count), RATES) for count in (1, 2))
     assert "sums between nodes" not in near.moved
-    # Each of two nodes that solve fetches what the other one has: half of the sums.
+    # Each of two solving nodes fetches the sums of the other one: half of all.
     assert far.moved["sums between nodes"] == near.moved["sums of second moments"]
     network = next(step for step in far.steps if step.name == "network")
     assert network.waits == pytest.approx(near.moved["sums of second moments"] / 2 / RATES.network)
@@ -145,7 +145,7 @@ def test_seconds_are_arithmetic_on_rates(model):
 
 
 def faster(times):
-    """Rates of a machine that does everything quicker."""
+    """Rates of a machine that is faster by a factor."""
     values = vars(RATES)
     changed = {name: values[name] * times for name in ("flops", "exact_flops", "elements", "memory", "store", "read")}
     return Rates(**(values | changed | {"launch": RATES.launch / times}))

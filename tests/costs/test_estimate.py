@@ -1,4 +1,4 @@
-"""Work over rates is seconds, and nothing else."""
+"""Seconds are work divided by rates."""
 
 import pytest
 
@@ -42,14 +42,14 @@ def test_methods_cost_by_their_hyperparameters(tmp_path):
     group = make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0][0]
     weights, columns = (64 + 2 * 32) * 64, 64
     layers = stack_of(group)
-    nearest = RoundToNearest().cost(layers, level)
+    nearest = RoundToNearest().cost(layers, level.scheme)
     assert nearest.solve.exact_flops == 0
     assert nearest.prepare == Work()
-    # One solve: what finished columns leave to others, and the outputs themselves.
-    assert GPTQ(refits=0).cost(layers, level).solve.exact_flops == 2 * weights * columns
+    # One solve: the propagated error of finished columns, and the outputs themselves.
+    assert GPTQ(refits=0).cost(layers, level.scheme).solve.exact_flops == 2 * weights * columns
     # Two solves and two fits.
-    assert GPTQ(refits=2).cost(layers, level).solve.exact_flops == (3 + 4) * weights * columns
-    searched = [RoundToNearest(search=tried).cost(layers, level).solve.elements for tried in (0, 10, 20)]
+    assert GPTQ(refits=2).cost(layers, level.scheme).solve.exact_flops == (3 + 4) * weights * columns
+    searched = [RoundToNearest(search=tried).cost(layers, level.scheme).solve.elements for tried in (0, 10, 20)]
     assert searched[2] - searched[1] == searched[1] - searched[0] > 0
 
 
@@ -61,7 +61,7 @@ def test_a_gpu_solves_larger_pieces_in_fewer_launches(tmp_path):
         for group in make_layer_groups(Architecture(Checkpoint(folder)), level, (), 0, 0)[0]
         if group.columns == 8192
     )
-    here, there = (GPTQ().cost(stack_of(group, memory), level).solve for memory in (0, 80 * 10**9))
-    assert there.launches < 0.6 * here.launches, "8 million weights are two slabs of a processor and one of a GPU"
-    assert there.exact_flops == here.exact_flops
-    assert there.elements == here.elements
+    on_cpu, on_gpu = (GPTQ().cost(stack_of(group, memory), level.scheme).solve for memory in (0, 80 * 10**9))
+    assert on_gpu.launches < 0.6 * on_cpu.launches, "8 million weights are two slabs of a processor and one of a GPU"
+    assert on_gpu.exact_flops == on_cpu.exact_flops
+    assert on_gpu.elements == on_cpu.elements

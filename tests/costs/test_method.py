@@ -1,4 +1,4 @@
-"""What methods state of their cost, and how a plan names one that states nothing."""
+"""Costs that methods state, and how a dry run names a method that states none."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,6 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, slab_weights
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.levels.kinds.sparsity import SparsityLevel
 from hasten.accel.compression.pruners.base import Pruner, Sparsity
 from hasten.accel.compression.pruners.wanda import Wanda
 from hasten.accel.compression.quantizers.base import Scheme
@@ -30,9 +32,12 @@ LAYERS = LayerStack(rows=96, columns=64)
 
 @dataclass(frozen=True)
 class Unstated(Pruner):
-    """A pruner as it is first written: nobody has thought of its cost."""
+    """A new pruner that does not state its cost."""
 
-    def prune(self, weight, prepared, sparsity):
+    def prepare(self, hessian):
+        raise NotImplementedError
+
+    def prune(self, weight, prepared, pattern, grid=None):
         raise NotImplementedError
 
 
@@ -49,7 +54,7 @@ def test_every_method_states_its_cost(family, path):
     assert more.solve.elements > cost.solve.elements >= LAYERS.weights
     assert more.prepare == cost.prepare
     assert cost.weight_bytes >= ROUNDED_BYTES
-    # What is prepared is made of statistics alone.
+    # A method that prepares something needs statistics.
     assert method.needs_hessian or cost.prepared_bytes == cost.prepare.exact_flops == 0
 
 
@@ -76,7 +81,7 @@ def test_gptq_is_worked_by_hand():
     assert fitted.solve.elements - plain.solve.elements == 6 * weights * 2
 
 
-def test_wanda_factors_nothing_and_reads_the_second_moment():
+def test_wanda_factors_nothing_and_reads_the_hessian():
     cost = Wanda().cost(LAYERS, Sparsity(0.5))
     assert cost.prepare.seconds(RATES) == 0
     assert cost.prepared_bytes == hessian_bytes(64) == 4 * 64 * 64
@@ -85,18 +90,19 @@ def test_wanda_factors_nothing_and_reads_the_second_moment():
 
 def test_what_a_method_prepares_is_counted_once_for_all_its_levels():
     method, other = GPTQ(), GPTQ(damping=0.1)
-    four, three = Scheme(4, 32), Scheme(3, 32)
-    prepare = method.cost(LAYERS, four).prepare
+    four, three = GridLevel(Scheme(4, 32)), GridLevel(Scheme(3, 32))
+    prepare = method.cost(LAYERS, four.scheme).prepare
     both = group_work(LAYERS, [(method, four), (method, three)])
     assert both.exact_flops == pytest.approx(
-        prepare.exact_flops + 2 * method.cost(LAYERS, four).solve.exact_flops, rel=1e-12
+        prepare.exact_flops + 2 * method.cost(LAYERS, four.scheme).solve.exact_flops, rel=1e-12
     )
     apart = group_work(LAYERS, [(method, four), (other, three)])
     assert apart.exact_flops - both.exact_flops == pytest.approx(prepare.exact_flops)
 
 
 def test_memory_is_that_of_the_method_that_takes_most():
-    rounding, solving = (RoundToNearest(), Scheme(4, 32)), (GPTQ(), Scheme(4, 32))
+    level = GridLevel(Scheme(4, 32))
+    rounding, solving = (RoundToNearest(), level), (GPTQ(), level)
     assert group_bytes(LAYERS, [rounding]) == {"slab of weights": ROUNDED_BYTES * 96 * 64}
     both = {"slab of weights": SOLVE_BYTES * 96 * 64, "factor": 4 * 64 * 64}
     assert group_bytes(LAYERS, [rounding, solving]) == group_bytes(LAYERS, [solving]) == both
@@ -106,7 +112,7 @@ def test_memory_is_that_of_the_method_that_takes_most():
 
 
 def test_a_plan_names_the_methods_that_state_no_cost(model):
-    levels = [Sparsity(0.5), Sparsity(0.25)]
+    levels = [SparsityLevel(Sparsity(0.5)), SparsityLevel(Sparsity(0.25))]
     found = estimate(planned(model, methods=[Unstated()], levels=levels, sequences=0), RATES)
     assert found.notes == ("guess: Unstated states no cost",)
     labels = {step.name: step.label for step in found.steps}
@@ -118,10 +124,10 @@ def test_a_plan_names_the_methods_that_state_no_cost(model):
 
 
 def test_a_guess_is_rounding_or_a_visit_of_all_columns():
-    plain = method_cost(LAYERS, Unstated(), Sparsity(0.5))
+    plain = method_cost(LAYERS, Unstated(), SparsityLevel(Sparsity(0.5)))
     assert plain == RoundToNearest().cost(LAYERS, Scheme(4, 32))
-    swept = method_cost(LAYERS, UnstatedWithStatistics(), Sparsity(0.5))
-    assert swept == GPTQ(search=0, refits=0).cost(LAYERS, Scheme(4, 32))
+    with_hessian = method_cost(LAYERS, UnstatedWithStatistics(), SparsityLevel(Sparsity(0.5)))
+    assert with_hessian == GPTQ(search=0, refits=0).cost(LAYERS, Scheme(4, 32))
 
 
 def test_the_report_and_the_table_of_a_dry_run_say_what_is_guessed(tmp_path, monkeypatch, capsys):

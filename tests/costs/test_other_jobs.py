@@ -1,4 +1,4 @@
-"""Decoding, evaluation, search and trainings: sizes that the real objects have, and what follows from options."""
+"""Costs of decoding, evaluation, search and training, compared with the real objects and for various options."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_weights_of_two_bytes_are_planned_as_the_target_keeps_them(folder, model
     assert decoded(model).processes[0].host["decode"]["weights"] == held + norms
 
 
-def test_what_a_search_remembers_is_what_it_looks_at(model):
+def test_a_search_stores_the_original_for_the_sequences_that_it_uses(model):
     def predictions(*allocators, measured=3):
         one = search.Search(model, 64, 16, 8, 5, measured, allocators, 1, original_bytes=100)
         return search.estimate(one, RATES).processes[0].host["search"]["original's predictions"]

@@ -1,4 +1,4 @@
-"""A folder with nothing but config.json has the names, shapes and dtypes of the checkpoint that belongs to it."""
+"""The outline of a folder with only config.json has the names, shapes and dtypes of the checkpoint."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Processes go where there is room, and what fits nowhere is refused with what is lacking."""
+"""Processes are placed where there is room; those that fit nowhere are refused with the lacking resource."""
 
 import pytest
 
@@ -32,9 +32,9 @@ def test_workers_are_spread_over_nodes_and_the_driver_is_on_the_first():
         (worker(1, cpus=9), "cpus", 1, 9, 8),
     ],
 )
-def test_what_fits_nowhere_is_refused_with_the_resource_that_is_lacking(process, resource, count, needed, there):
+def test_processes_that_fit_nowhere_are_refused_with_the_lacking_resource(process, resource, count, needed, there):
     (refusal,) = place([process], [NODE, NODE]).refused
-    assert (refusal.resource, refusal.count, refusal.needed, refusal.there) == (resource, count, needed, there)
+    assert (refusal.resource, refusal.count, refusal.needed, refusal.available) == (resource, count, needed, there)
 
 
 def test_stages_use_the_same_node_one_after_the_other():

@@ -16,7 +16,7 @@ def test_about_one_file_in_twenty_is_held_out():
     assert 70 < held_out < 130  # 100, and three standard deviations of a fair draw
 
 
-def test_files_that_are_no_text_or_empty_are_left_out(tmp_path):
+def test_empty_files_and_files_that_are_not_text_are_skipped(tmp_path):
     (tmp_path / "good.py").write_text("x = 'é'\n", encoding="utf-8")
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
     (tmp_path / "empty.py").write_bytes(b"")

@@ -20,7 +20,7 @@ START = "<|start|>"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token a byte, and one more that begins a document."""
+    """A tokenizer with one token a byte, and one that begins a document."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_only = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +30,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A library of 100 files of 40 bytes; the list tells which were read."""
+    """A library of 100 files of 40 bytes; returns the list of the files that were read."""
     names = [f"{number:03}.py" for number in range(100)]
     for name in names:
         (tmp_path / name).write_text(name[:3] * 13 + ".")
@@ -170,7 +170,7 @@ def test_too_short_a_text_says_how_many_tokens_it_has(tokenizer: Any, tmp_path: 
         ("hub:a:b:c:d", "must be hub:NAME"),
     ],
 )
-def test_a_source_that_is_none_is_refused(tokenizer: Any, source: str, message: str) -> None:
+def test_an_unknown_source_is_refused(tokenizer: Any, source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_tokens(source, tokenizer, 1, 8)
 
@@ -182,7 +182,7 @@ def test_text_that_is_not_utf8_is_refused(tokenizer: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(0, 8), (8, 0)])
-def test_no_tokens_cannot_be_asked_for(tokenizer: Any, sequences: int, length: int) -> None:
+def test_zero_tokens_are_refused(tokenizer: Any, sequences: int, length: int) -> None:
     with pytest.raises(UserError, match="must be at least 1"):
         load_tokens("library", tokenizer, sequences, length)
 
@@ -217,7 +217,7 @@ def test_a_hub_name_is_split_into_name_configuration_split_and_field(
         load_tokens("hub:name:train:title", tokenizer, 1, 8)
 
 
-def test_a_data_set_that_cannot_be_had_is_one_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_data_set_is_a_one_line_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
         raise ConnectionError("no hub\nhere")
 
@@ -226,7 +226,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(tokenizer: Any, monkeypatch: 
         load_tokens("hub:owner/name", tokenizer, 1, 8)
 
 
-def test_a_fingerprint_tells_ids_and_shape_apart() -> None:
+def test_a_fingerprint_depends_on_ids_and_shape() -> None:
     ids = torch.arange(6).reshape(2, 3)
     assert fingerprint(ids) == fingerprint(ids.to(torch.int32)) == fingerprint(ids.T.contiguous().T)
     others = [ids.reshape(3, 2), ids + 1, ids.flip(0)]

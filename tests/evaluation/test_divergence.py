@@ -21,7 +21,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny model, and the same with some noise on its weights."""
+    """A tiny model, and the same model with some noise on its weights."""
     original = tiny.save(tmp_path_factory.mktemp("original") / "model", "llama")
     model = transformers.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     torch.manual_seed(1)

@@ -10,7 +10,7 @@ from hasten.accel.evaluation.perplexity import Windows, load_windows, windows
 
 
 def contexts(cut: Windows) -> dict[int, int]:
-    """Tokens before each scored token in its window, by token; the streams of these tests hold their own positions."""
+    """Number of tokens before each scored token in its window, by token; in these tests a token is its position."""
     found: dict[int, int] = {}
     for row, first, stop in zip(cut.tokens.tolist(), cut.first.tolist(), cut.stop.tolist(), strict=True):
         for position in range(first, stop):
@@ -21,7 +21,7 @@ def contexts(cut: Windows) -> dict[int, int]:
 
 
 def by_the_guide(size: int, length: int, stride: int) -> dict[int, int]:
-    """The same, written as the loop of transformers' guide: labels shift by one, so a window's first has none."""
+    """The same by the loop of transformers' guide: labels are shifted by one, so the first of a window has no score."""
     found: dict[int, int] = {}
     previous = 0
     for begin in range(0, size, stride):

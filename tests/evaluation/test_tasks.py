@@ -31,7 +31,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a stand-in for lm-eval was asked for; it knows two tasks, and one of them needs the network."""
+    """Arguments of the calls of a fake lm-eval, which knows two tasks; one of them needs the network."""
     asked: dict[str, Any] = {}
 
     def simple_evaluate(model: Any, tasks: list[str], **named: Any) -> dict[str, Any]:
@@ -59,6 +59,6 @@ def test_metrics_come_back_as_numbers_by_task(asked: dict[str, Any]) -> None:
     assert asked["limit"] == 3
 
 
-def test_a_task_whose_data_cannot_be_had_is_one_line(asked: dict[str, Any]) -> None:
+def test_a_task_whose_data_is_unavailable_is_a_one_line_error(asked: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"tasks=\['far'\] could not be run: no hub$"):
         run_tasks(Path("model"), ["far"])

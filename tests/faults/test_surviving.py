@@ -96,7 +96,7 @@ def test_a_compression_that_loses_a_node_ends_with_the_same_bytes(source, tmp_pa
     assert local.contents(tmp_path / "out") == local.contents(tmp_path / "alone")
     assert blocks == [0, 1, 2, 3], "each once"
     assert restarts == 1
-    assert "a calibrator that was lost has no CPUs of its own any more: all 2 share the 1 that are left" in lines
+    assert "the replacement of a calibrator has no CPUs of its own: all 2 actors share the remaining 1 CPUs" in lines
 
 
 @pytest.mark.ray

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.layer_groups import make_plan
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, searched_weights, slab_of, slab_weights
-from hasten.accel.compression.calibration.statistics import SecondMoment
+from hasten.accel.compression.calibration.statistics import Hessian
+from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.pruners.base import Sparsity
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.columns import ColumnBits
@@ -29,8 +30,8 @@ CASES = [
 
 
 def statistics(architecture, token_ids):
-    """Second moments of the inputs of the first block, by group key."""
-    groups = make_plan(architecture, Scheme(8, -1), (), 0, 0)[0]
+    """Hessians of the inputs of the first block, by group key."""
+    groups = make_layer_groups(architecture, GridLevel(Scheme(8, -1)), (), 0, 0)[0]
     trees = Shard(architecture, {0: token_ids[:6], 1: token_ids[6:]}, batch=4).collect(
         architecture.load_block(0), groups
     )
@@ -38,20 +39,20 @@ def statistics(architecture, token_ids):
 
 
 @pytest.fixture(scope="module")
-def moments(on_cpu, on_device, token_ids):
+def hessians(on_cpu, on_device, token_ids):
     return statistics(on_cpu, token_ids), statistics(on_device, token_ids)
 
 
 @pytest.fixture(scope="module")
-def layer(on_cpu, moments):
-    """Weight (R, C) of the layer with the most columns, and the second moment of its input on the CPU."""
+def layer(on_cpu, hessians):
+    """Weight (R, C) of the layer with the most columns, and the Hessian of its input on the CPU."""
     layers = on_cpu.linears(0)
     widest = max(layers, key=lambda each: each.columns)
-    return on_cpu.checkpoint.tensor(f"{widest.name}.weight"), moments[0][widest.name]
+    return on_cpu.checkpoint.tensor(f"{widest.name}.weight"), hessians[0][widest.name]
 
 
-def solve(method, level, weight, moment):
-    prepared = method.prepare(moment)
+def solve(method, level, weight, hessian):
+    prepared = method.prepare(hessian)
     if isinstance(level, Sparsity):
         return method.prune(weight, prepared, level)
     return method.quantize(weight, prepared, level)
@@ -63,47 +64,47 @@ def restored(result):
     return (weight.dequantize() if hasattr(weight, "dequantize") else weight.weight).float().cpu()
 
 
-def output_error(weight, changed, moment):
+def output_error(weight, changed, hessian):
     """Mean squared error of the layer's output, summed over rows, float64."""
-    hessian = moment.mean(torch.arange(weight.shape[1])).double()
+    matrix = hessian.mean(torch.arange(weight.shape[1])).double()
     difference = (weight.float() - changed).double()
-    return float(((difference @ hessian) * difference).sum())
+    return float(((difference @ matrix) * difference).sum())
 
 
-def test_statistics_are_those_of_a_cpu(moments):
-    expected, found = moments
+def test_statistics_are_those_of_a_cpu(hessians):
+    expected, found = hessians
     assert expected.keys() == found.keys()
-    for key, moment in expected.items():
-        assert found[key].tokens == moment.tokens == 12 * 128
-        order = torch.arange(moment.columns)
-        hessian = moment.mean(order)
+    for key, hessian in expected.items():
+        assert found[key].tokens == hessian.tokens == 12 * 128
+        order = torch.arange(hessian.columns)
+        matrix = hessian.mean(order)
         device = next(found[key].panels()).device
-        difference = found[key].mean(order.to(device)).cpu() - hessian
+        difference = found[key].mean(order.to(device)).cpu() - matrix
         # float32 sums in another order, through half a block.
-        assert difference.norm() < 1e-4 * hessian.norm(), key
+        assert difference.norm() < 1e-4 * matrix.norm(), key
 
 
 def test_bfloat16_inputs_lose_nothing_in_the_products(device):
     x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    moment = SecondMoment(300)
-    moment.add(x.to(device))
-    hessian = moment.mean(torch.arange(300, device=device)).cpu().double()
+    hessian = Hessian(300)
+    hessian.add(x.to(device))
+    matrix = hessian.mean(torch.arange(300, device=device)).cpu().double()
     # Products of bfloat16 values are exact in tf32 and in float32: what is left is the rounding of 64 additions.
-    torch.testing.assert_close(hessian, x.double().T @ x.double() / 64, rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrix, x.double().T @ x.double() / 64, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("config", "level"), CASES)
 def test_a_solve_is_as_good_as_on_a_cpu_and_repeats_to_the_bit(config, level, layer, device):
-    weight, moment = layer
+    weight, hessian = layer
     method = build(config)
-    expected = solve(method, level, weight, moment)
-    results = [solve(method, level, weight.to(device), moment.to(device)) for _ in range(2)]
+    expected = solve(method, level, weight, hessian)
+    results = [solve(method, level, weight.to(device), hessian.to(device)) for _ in range(2)]
     changed = restored(results[0])
     # A resumed run must write the same bytes.
     assert torch.equal(changed, restored(results[1]))
-    error = output_error(weight, changed, moment)
+    error = output_error(weight, changed, hessian)
     # Rounding decides near ties, after which the columns to come differ, too; neither is better on average.
-    assert error == pytest.approx(output_error(weight, restored(expected), moment), rel=0.02)
+    assert error == pytest.approx(output_error(weight, restored(expected), hessian), rel=0.02)
     torch.testing.assert_close(results[0].error.sum().cpu(), expected.error.sum(), rtol=0.02, atol=0)
     torch.testing.assert_close(results[0].power.cpu(), expected.power, rtol=1e-3, atol=1e-6)
     assert results[0].weight.bits == expected.weight.bits

@@ -1,4 +1,4 @@
-"""The kernel benchmark: nothing is timed that is wrong, and a trial without a GPU writes its reports."""
+"""The kernel benchmark: an op with wrong output is not timed, and a dry run without a GPU writes its reports."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints that several tests of this folder read; none of them writes to these."""
+"""Checkpoints that several tests of this folder read, and none writes to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ THREE_BITS = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "chan
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function of family, sharded and tied that gives a tiny checkpoint, made at the first call for it."""
+    """Function (family, sharded, tied) that returns a tiny checkpoint and makes it at the first call."""
     made: dict[tuple[object, ...], Path] = {}
 
     def make(family: str, sharded: bool = False, tied: bool = False) -> Path:
@@ -36,7 +36,7 @@ def _packed(folder: Path, source: Path, symmetric: bool) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in 4 bits, its down projections in 3 bits, one layer left alone."""
+    """A Llama in 4 bits, with down projections in 3 bits and one layer not quantized."""
     return _packed(tmp_path_factory.mktemp("packed") / "model", checkpoints("llama"), symmetric=True)
 
 

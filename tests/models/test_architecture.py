@@ -35,7 +35,7 @@ def reference(path: Path, tokens: Tensor) -> Tensor:
 
 
 def run(architecture: Architecture, tokens: Tensor) -> Tensor:
-    """Logits by way of every block in turn."""
+    """Logits computed block by block."""
     hidden = architecture.embed(tokens)
     for index in range(architecture.num_blocks):
         hidden = architecture.run_block(architecture.load_block(index), index, hidden)
@@ -43,7 +43,7 @@ def run(architecture: Architecture, tokens: Tensor) -> Tensor:
 
 
 def same_logits(path: Path) -> Architecture:
-    """The architecture, after its logits were found equal to transformers' at two lengths, batch size 2."""
+    """Compare logits with those of transformers at two lengths, batch size 2; returns the architecture."""
     architecture = Architecture(Checkpoint(path))
     for length in LENGTHS:
         tokens = tiny.tokens(length=length)
@@ -70,7 +70,7 @@ def copy(checkpoints, tmp_path) -> Path:
 
 
 def rewrite(path: Path, **tensors: Tensor | None) -> None:
-    """Changes (None: removes) some tensors of an unsharded checkpoint; `__` in a name stands for a dot."""
+    """Change (None: remove) some tensors of an unsharded checkpoint; `__` in a name stands for a dot."""
     content = load_file(path / "model.safetensors")
     for key, tensor in tensors.items():
         content.pop(key.replace("__", "."), None)
@@ -240,7 +240,7 @@ def test_blocks_are_made_anew_and_the_skeleton_stays_empty(checkpoints):
     assert all(parameter.is_meta for block in architecture._skeleton.blocks for parameter in block.parameters())
 
 
-def test_other_dtypes_are_computed_in(checkpoints):
+def test_the_model_runs_in_other_dtypes(checkpoints):
     path = checkpoints("llama")
     exact = run(Architecture(Checkpoint(path)), tiny.tokens())
     architecture = Architecture(Checkpoint(path), dtype=torch.bfloat16)
@@ -252,7 +252,7 @@ def test_other_dtypes_are_computed_in(checkpoints):
     assert 1e-4 < error < 0.05
 
 
-def test_a_head_of_many_chunks_is_the_same_head(checkpoints, monkeypatch):
+def test_a_head_computed_in_chunks_gives_the_same_logits(checkpoints, monkeypatch):
     architecture = Architecture(Checkpoint(checkpoints("gemma3_text")))
     hidden = architecture.embed(tiny.tokens())
     whole = architecture.head(hidden)

@@ -28,7 +28,7 @@ def sharded(checkpoints, tmp_path) -> Path:
 
 
 def refused(path: Path | str, *words: str) -> None:
-    """The folder is refused, in one line that holds these words."""
+    """Assert that the folder is refused with a message of one line that contains these words."""
     with pytest.raises(UserError) as caught:
         Checkpoint(path)
     message = str(caught.value)
@@ -73,7 +73,7 @@ def test_a_tensor_is_a_private_copy_and_nothing_stays_mapped(plain):
     assert str(plain) not in Path("/proc/self/maps").read_text()
 
 
-def test_rows_come_in_the_order_asked_for_and_alone(plain, monkeypatch):
+def test_only_the_requested_rows_are_read_in_their_order(plain, monkeypatch):
     checkpoint = Checkpoint(plain)
     name = "model.embed_tokens.weight"
     table = checkpoint.tensor(name)
@@ -102,7 +102,7 @@ def test_fused_experts_appear_one_by_one_under_the_usual_names(family, width, tm
 
 
 @pytest.mark.parametrize(("fixture", "zero"), [("packed", 0), ("packed_with_zeros", 1)])
-def test_packed_weights_are_read_as_the_numbers_they_stand_for(fixture, zero, checkpoints, request):
+def test_packed_weights_are_read_unpacked(fixture, zero, checkpoints, request):
     packed = request.getfixturevalue(fixture)
     checkpoint = Checkpoint(packed)
     original = load_file(checkpoints("llama") / "model.safetensors")
@@ -150,7 +150,7 @@ def test_other_quantizations_are_refused(packed, tmp_path):
         Checkpoint(copy).tensor(NAME)
 
 
-def test_folders_that_are_no_checkpoint(tmp_path, plain):
+def test_folders_without_a_checkpoint_are_refused(tmp_path, plain):
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     refused(tmp_path / "plain" / "config.json", "config.json")
     (tmp_path / "empty").mkdir()
@@ -172,7 +172,7 @@ def test_truncated_shards_are_named(sharded):
         shard.write_bytes(content[:size])
         refused(sharded, shard.name, "truncated")
     shard.write_bytes((2**62).to_bytes(8, "little") + content[8:])
-    refused(sharded, shard.name, "truncated or no safetensors file")
+    refused(sharded, shard.name, "truncated or not a safetensors file")
     shard.write_bytes((10).to_bytes(8, "little") + b"{not json}")
     refused(sharded, shard.name, "header cannot be read")
 

@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str, **changes: Any) -> Any:
-    """A random model of the family, float32, seeded by nothing but its config."""
+    """A random float32 model of the family; equal configs give equal weights."""
     import transformers
 
     name, own = FAMILIES[family]
@@ -52,14 +52,14 @@ def build(family: str, **changes: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Norms and biases start as constants, and 0.02 hides what the blocks do.
+            # Norms and biases are initialised as constants, and with a deviation of 0.02 blocks have hardly any effect.
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.tie_weights()
     return model
 
 
 def save(path: Path, family: str, sharded: bool = False, dtype: torch.dtype | None = None, **changes: Any) -> Path:
-    """Checkpoint folder of a random model, in shards of one or a few tensors if asked for."""
+    """Checkpoint folder of a random model. sharded: in shards of one or a few tensors."""
     model = build(family, **changes)
     if dtype is not None:
         model = model.to(dtype)

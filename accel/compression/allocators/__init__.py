@@ -1,1 +1,1 @@
-"""One budget of bits, many layers: which level each of them gets. One file a method."""
+"""Allocators, which choose the levels of all layers within one budget of bits. One file a method."""

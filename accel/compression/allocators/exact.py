@@ -1,10 +1,10 @@
-"""Exact: the levels of least total error within the budget, proven.
+"""Exact: the levels of provably least total error within the budget.
 
 Source: the multiple-choice knapsack problem, Sinha and Zoltners 1979, doi:10.1287/opre.27.3.503; solved as in Pisinger
-1995, doi:10.1016/0377-2217(95)00015-I: a Lagrangian bound settles most units, dynamic programming the few that remain.
-Departs from it: units may lie in parts that can be dropped, so that both the bound and the states are made over trees.
-No solver of mixed-integer programs: their tolerances, a millionth of a choice, are many bits of a large model. Bits are
-integers throughout, and of two solutions of the same error the one of fewer bits is taken.
+1995, doi:10.1016/0377-2217(95)00015-I: a Lagrangian bound decides most units, and dynamic programming the few others.
+Departs from it: units may lie in parts that can be dropped, so both the bound and the states are computed over trees.
+A solver of mixed-integer programs is not used: its tolerance, a millionth of a choice, is many bits of a large model.
+Bits are integers throughout, and of two solutions with the same error the one with fewer bits is taken.
 """
 
 import math
@@ -21,24 +21,24 @@ from hasten.accel.errors import UserError
 _Ints: TypeAlias = NDArray[np.int64]
 _Floats: TypeAlias = NDArray[np.float64]
 
-# Room for rounding where a state is left out because its bound is worse than a solution that is known.
+# Relative tolerance for rounding errors where a state is pruned because its bound is worse than a known solution.
 _ROUNDING = 1e-13
-# The price is settled after some hundred halvings; a price of nothing would never be.
+# Limit of the bisection of the price: a price close to 0 would never meet the relative tolerance.
 _HALVINGS = 500
 
 
 @dataclass(frozen=True)
 class Exact(Allocator):
-    """Allocator that finds the optimum where errors of units add up.
+    """Allocator that finds the optimum of errors that are additive over units.
 
-    max_states: partial solutions that may be open at a time, 32 bytes each for every unit that the bound leaves open.
-    Layers leave hundreds; the limit is for made-up instances, of which some cannot be solved at all.
+    max_states: partial solutions held at a time; each takes 32 bytes for every unit that the bound does not decide.
+    Layers of a model need hundreds; the limit is for artificial instances, some of which cannot be solved at all.
     """
 
     max_states: int = 1_048_576
 
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
-        """Index of the choice of every unit; UserError where max_states do not suffice."""
+        """Index of the choice of every unit; UserError where max_states is too small."""
         check_errors(units)
         problem = _Problem(units, budget)
         price, known = problem.relax()
@@ -49,7 +49,11 @@ class Exact(Allocator):
 
 
 class _Problem:
-    """Units as arrays over all choices, unit after unit, and the relaxation in which bits have a price."""
+    """Units as arrays over all choices, unit after unit, and the Lagrangian relaxation, in which bits have a price.
+
+    starts: first choice of every unit. owner: unit of every choice. holds: whether a choice is not `drop`. outer: unit
+    that contains a unit, or -1; inner: its inverse. depth: number of units around a unit.
+    """
 
     def __init__(self, units: Sequence[Unit], budget: int) -> None:
         self.units, self.budget = units, budget
@@ -72,7 +76,7 @@ class _Problem:
             self.inner.setdefault(outer, []).append(index)
 
     def costs(self, price: float) -> tuple[_Floats, _Floats]:
-        """Least error plus price times bits below every choice, what lies in the unit included, and of every unit."""
+        """Least error plus price times bits, of every choice with all units inside, and of every unit."""
         costs = self.errors + price * self.bits
         for depth in range(self.depth.max(initial=0), 0, -1):
             least = np.minimum.reduceat(costs, self.starts)
@@ -83,7 +87,7 @@ class _Problem:
         return costs, np.minimum.reduceat(costs, self.starts)
 
     def cheapest(self, price: float) -> tuple[_Ints, int]:
-        """Choice of every unit, as a place in the arrays, that costs least at this price, and the bits of all."""
+        """Cheapest choice of every unit at this price, as an index into the arrays, and the bits of all."""
         costs, least = self.costs(price)
         places = np.where(costs == least[self.owner], np.arange(len(costs)), len(costs))
         chosen = np.minimum.reduceat(places, self.starts)
@@ -100,11 +104,11 @@ class _Problem:
         return alive
 
     def relax(self) -> tuple[float, list[int]]:
-        """The least price of a bit, in error, at which the cheapest choices fit the budget, and these choices."""
+        """The least price of a bit, in error, whose cheapest choices fit the budget; and these choices."""
         chosen, bits = self.cheapest(0.0)
         if bits <= self.budget:
             return 0.0, (chosen - self.starts).tolist()
-        # At this price no error is worth a bit.
+        # At this price one bit costs more than any error.
         low, high = 0.0, float(np.abs(self.errors).max()) * 4 * len(self.units)
         chosen, _ = self.cheapest(high)
         for _ in range(_HALVINGS):
@@ -119,27 +123,28 @@ class _Problem:
         return high, (chosen - self.starts).tolist()
 
     def improve(self, chosen: list[int]) -> list[int]:
-        """Spends what is left of the budget on the change of one unit that lowers the error most, again and again."""
+        """Spend the rest of the budget greedily: each step changes the unit whose change lowers the error most."""
         now = np.array(chosen) + self.starts
-        # Only units that are there, and without dropping any.
+        # Only units outside dropped parts are changed, and none is dropped.
         open_ = self.alive(now)[self.owner] & self.holds & self.holds[now][self.owner]
-        left = self.budget - size(self.units, chosen)
+        remaining = self.budget - size(self.units, chosen)
         while True:
             cost = self.bits - self.bits[now][self.owner]
-            gain = np.where(open_ & (cost <= left), self.errors[now][self.owner] - self.errors, 0.0)
+            gain = np.where(open_ & (cost <= remaining), self.errors[now][self.owner] - self.errors, 0.0)
             best = int(gain.argmax())
             if gain[best] <= 0:
                 return (now - self.starts).tolist()
-            left -= int(cost[best])
+            remaining -= int(cost[best])
             now[self.owner[best]] = best
 
 
 @dataclass(frozen=True)
 class _States:
-    """Partial solutions of some units: by rising bits (S,) int64, falling errors (S,).
+    """Partial solutions of some units: bits (S,) int64, ascending, and errors (S,), descending.
 
-    bound: what these units add to the bound. Each state is made of state first[s] of `rest` and state second[s] of
-    `more`; those of a single unit, of its choice first[s] and state second[s] of what lies in it, if any.
+    bound: contribution of these units to the bound. State s combines state first[s] of `rest` and state second[s] of
+    `more`. Where `unit` is set, state s combines choice first[s] of this unit and state second[s] of `more`, the units
+    inside it, if there are any.
     """
 
     bits: _Ints
@@ -153,7 +158,7 @@ class _States:
 
 
 class _Search:
-    """Dynamic programming over units, without the states whose bound is above the error of a known solution."""
+    """Dynamic programming over units that prunes states whose bound is above the error of a known solution."""
 
     def __init__(self, problem: _Problem, price: float, known: float, max_states: int) -> None:
         self.problem, self.price, self.max_states = problem, price, max_states
@@ -167,20 +172,20 @@ class _Search:
     def solve(self) -> list[int]:
         """Index of the choice of every unit."""
         problem, chosen = self.problem, [0] * len(self.problem.units)
-        left, open_ = problem.budget, []
+        remaining, open_ = problem.budget, []
         for states in map(self._unit, problem.inner[-1]):
             if len(states.bits) == 1:
                 self._trace(states, 0, chosen)
-                left -= int(states.bits[0])
+                remaining -= int(states.bits[0])
             else:
                 open_.append(states)
-        # Large steps first: the small ones at the end merge into one another.
+        # Units with large steps first: states of the small ones coincide more often, and are pruned.
         open_.sort(key=lambda states: int(states.bits[0]) - int(states.bits[-1]))
         needed = sum(int(states.bits[0]) for states in open_)
         total = self._nothing()
         for states in open_:
             needed -= int(states.bits[0])
-            total = self._join(total, states, left - needed)
+            total = self._join(total, states, remaining - needed)
         self._trace(total, len(total.bits) - 1, chosen)
         return chosen
 
@@ -189,7 +194,7 @@ class _Search:
         return _States(zero, np.zeros(1), 0.0, zero, zero)
 
     def _unit(self, unit: int) -> _States:
-        """States of a unit with all that lies in it."""
+        """States of a unit together with all units inside it."""
         problem = self.problem
         start = int(problem.starts[unit])
         costs = self.costs[start : start + len(problem.units[unit].choices)]
@@ -212,7 +217,7 @@ class _Search:
         return _States(joined[0][kept], joined[1][kept], self.least[unit], *sources, more=inside, unit=unit)
 
     def _join(self, rest: _States, more: _States, max_bits: int) -> _States:
-        """States of both, of max_bits or fewer."""
+        """Combinations of both, of at most max_bits."""
         width = len(more.bits)
         if len(rest.bits) * width > 8 * self.max_states:
             self._refuse()
@@ -222,7 +227,7 @@ class _Search:
         return _States(bits[kept], errors[kept], bound, kept // width, kept % width, rest, more)
 
     def _prune(self, bits: _Ints, errors: _Floats, bound: float, max_bits: int) -> _Ints:
-        """Places of the states that may be part of the optimum, by rising bits and strictly falling error."""
+        """Indices of the states that may be part of the optimum, by ascending bits and strictly descending error."""
         kept = np.flatnonzero((errors + self.price * bits - bound <= self.gap) & (bits <= max_bits))
         kept = kept[np.lexsort((errors[kept], bits[kept]))]
         best = np.minimum.accumulate(errors[kept])
@@ -238,7 +243,7 @@ class _Search:
         )
 
     def _trace(self, states: _States | None, index: int, chosen: list[int]) -> None:
-        """Enters the choices that a state is made of."""
+        """Write the choices that make up a state into `chosen`."""
         while states is not None:
             first, second = int(states.first[index]), int(states.second[index])
             if states.unit is not None:

@@ -1,4 +1,4 @@
-"""Uniform: the same level for every unit, the baseline that every allocator here is compared with."""
+"""Uniform: the same level for every unit. The baseline every allocator here is compared with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """Allocator that takes the highest level that all units have and that fits; what is left of the budget stays.
+    """Allocator that chooses the highest common level that fits the budget; the rest of the budget is not spent.
 
     Parts that can be dropped are kept.
     """
@@ -19,7 +19,7 @@ class Uniform(Allocator):
 
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
         """Index of the choice of every unit; UserError where no common level fits."""
-        fixed = [_part(unit) for unit in units]
+        fixed = [_kept_part(unit) for unit in units]
         levels = _common_levels([unit for unit, kept in zip(units, fixed, strict=True) if kept is None])
         candidates = [
             [unit.index(level) if kept is None else kept for unit, kept in zip(units, fixed, strict=True)]
@@ -28,32 +28,32 @@ class Uniform(Allocator):
         sizes = [size(units, chosen) for chosen in candidates]
         fitting = [place for place, bits in enumerate(sizes) if bits <= budget]
         if not fitting:
-            weights, least = sum(unit.weights for unit in units), min(sizes)
+            weights, min_bits = sum(unit.weights for unit in units), min(sizes)
             raise UserError(
-                f"budget={budget / weights:g} is below {levels[sizes.index(least)]}, the lowest level that all layers "
-                f"have: it takes {least / weights:.5g} bits per weight"
+                f"budget={budget / weights:g} is below {levels[sizes.index(min_bits)]}, the lowest level that all "
+                f"layers have: it takes {min_bits / weights:.5g} bits per weight"
             )
         return candidates[max(fitting, key=lambda place: sizes[place])]
 
 
-def _part(unit: Unit) -> int | None:
-    """Choice that keeps a part which can be dropped; None for what has levels to choose from."""
+def _kept_part(unit: Unit) -> int | None:
+    """Index of the choice that keeps a part; None for units that are not parts."""
     kept = [index for index, choice in enumerate(unit.choices) if choice.level != DROP]
     return kept[0] if len(kept) == 1 and len(unit.choices) == 2 else None
 
 
 def _common_levels(units: Sequence[Unit]) -> list[str]:
-    """Levels that every unit has; where there is no unit, one name that stands for the parts as they are."""
+    """Levels that every unit has; without units, one name that means that all parts are kept."""
     if not units:
         return ["keeping all parts"]
     common = [choice.level for choice in units[0].choices if choice.level != DROP]
     for unit in units:
         own = [choice.level for choice in unit.choices]
-        left = [level for level in common if level in own]
-        if not left:
+        shared = [level for level in common if level in own]
+        if not shared:
             raise UserError(
                 f"the layers have no level in common: {unit.name} has {', '.join(own)}, those before it share "
                 f"{', '.join(common)}"
             )
-        common = left
+        common = shared
     return common

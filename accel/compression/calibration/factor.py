@@ -1,9 +1,9 @@
-"""Cholesky factor of a layer's Hessian, by which columns are visited and make up for each other's error.
+"""Cholesky factor of a layer's Hessian, with which columns are solved one by one and compensate each other's errors.
 
-Source: Chen et al. 2025, arXiv:2507.18553, who read GPTQ as Babai's nearest plane on H itself. With H = L Lᵀ and
-columns visited from the last row of L to the first, an error d_k in column k adds (d_k L_kk)² to the output error where
-the columns before it are free to make up for it, and what they would best be is w_k + sum_{i>k} d_i L_ik / L_kk.
-Columns are laid out in the reverse of the order in which they are visited.
+Source: Chen et al. 2025, arXiv:2507.18553, who read GPTQ as Babai's nearest plane on H itself. Let H = L Lᵀ, and let
+columns be visited from the last row of L to the first. An error d_k in column k adds (d_k L_kk)² to the output error if
+the columns that are visited later compensate for it; the best value of column k is w_k + sum_{i>k} d_i L_ik / L_kk.
+Columns are stored in reverse order of visit.
 """
 
 import math
@@ -22,10 +22,10 @@ ORDERS = ("static", "none")
 class Factor:
     """Cholesky factor of a damped Hessian, for any number of layers and levels that share an input.
 
-    lower: (C, C) float32, columns contiguous and divided by their diagonal entry; what is above the diagonal means
-    nothing. pivots: (C,), that diagonal. order: (C,) input column of every row, in reverse order of visit. dead: (C,)
-    bool, rows whose input is always zero; they have a pivot of 1 and touch no other. damping: what was added to the
-    diagonal of all others. is_known: False for the identity that stands in for a matrix that could not be factored.
+    lower: (C, C) float32, columns contiguous and divided by their diagonal entry; entries above the diagonal are
+    undefined. pivots: (C,), that diagonal. order: (C,) input column of every row, in reverse order of visit. dead: (C,)
+    bool, rows whose input is always zero; they have a pivot of 1 and zeros elsewhere. damping: what was added to the
+    diagonal of all other rows. is_known: False for the identity that replaces a matrix that could not be factored.
     """
 
     lower: Tensor
@@ -36,7 +36,7 @@ class Factor:
     notes: tuple[str, ...]
     is_known: bool = True
 
-    def back(self) -> Tensor:
+    def inverse_order(self) -> Tensor:
         """Row (C,) of every input column: the inverse of order."""
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(len(back), device=back.device)
@@ -44,7 +44,7 @@ class Factor:
 
 
 def check_factor(damping: float, max_damping: float, act_order: str = "none") -> None:
-    """Raise UserError where these are no arguments for factorise."""
+    """UserError where factorise would not accept these arguments."""
     if act_order not in ORDERS:
         raise UserError(f"act_order={act_order!r} is none of {', '.join(ORDERS)}")
     if not 0 < damping <= max_damping:
@@ -52,10 +52,10 @@ def check_factor(damping: float, max_damping: float, act_order: str = "none") ->
 
 
 def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: str, instead: str) -> Factor:
-    """Factor of a Hessian whose columns are visited by falling E[x²] (`static`) or as they come (`none`).
+    """Factor of a Hessian; columns are visited by descending E[x²] (act_order `static`) or in their order (`none`).
 
     damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where the matrix cannot
-    be factored. instead: what the caller does where that does not help either, for the note.
+    be factored. instead: for the note, what the caller does where it cannot be factored at max_damping either.
     """
     importance = hessian.diagonal()
     columns = len(importance)
@@ -64,12 +64,12 @@ def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: s
         order = torch.argsort(importance, descending=True, stable=True).flip(0)
     else:
         order = torch.arange(columns - 1, -1, -1, device=importance.device)
-    # A column whose input is always zero touches nothing: any positive entry keeps it apart.
+    # The row of an input that is always zero is zero: any positive diagonal entry makes the matrix positive definite.
     dead = importance[order] <= 0
     mean, share = float(importance.mean()), damping
     while share <= max_damping and math.isfinite(mean):
-        # Factored in place and built anew for another try: two of these matrices may not fit. LAPACK wants columns
-        # contiguous and would copy; of a symmetric matrix the transpose is the same.
+        # Factored in place, and built again for another try, because two of these matrices may not fit in memory.
+        # LAPACK needs contiguous columns and would copy; the transpose of a symmetric matrix has them.
         lower = hessian.mean(order).mT
         lower.diagonal()[dead] = 1.0
         lower.diagonal()[~dead] += share * mean

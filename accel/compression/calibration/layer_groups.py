@@ -1,4 +1,4 @@
-"""Which layers are quantized, how, and together with which others; checked before anything is written."""
+"""Groups of layers that are compressed together, and the level of each; checked before anything is written."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from hasten.accel.models.architecture import Architecture, Layer
 class Group:
     """Layers of one block that share an input and are solved together.
 
-    layers: facts in the order in which their rows are stacked. level: what all of them are stored as.
+    layers: in the order in which their rows are stacked. level: at which all of them are stored.
     """
 
     block: int
@@ -23,7 +23,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """Name of the group inside its run."""
+        """Name of the group, unique in its run."""
         return self.layers[0].name
 
     @property
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """Relative time of the solve: factorisation and column updates."""
+        """Relative time of the solve: factorisation and updates of the columns."""
         return self.columns**3 / 3 + sum(layer.rows for layer in self.layers) * self.columns**2
 
 
@@ -47,8 +47,8 @@ def make_layer_groups(
 ) -> list[list[Group]]:
     """Groups of every block.
 
-    ignore: regular expressions searched in layer names; what matches stays as it is. skip_first, skip_last: blocks left
-    alone at either end. Experts get the level as it is for experts.
+    ignore: regular expressions searched in layer names; layers that match are not compressed. skip_first, skip_last:
+    numbers of blocks that are not compressed at either end. Experts get level.of_expert().
     """
     for name, value in (("skip_first", skip_first), ("skip_last", skip_last)):
         if not 0 <= value <= architecture.num_blocks:
@@ -64,16 +64,16 @@ def make_layer_groups(
                 used.update(hits)
                 if hits:
                     continue
-                own = level if layer.expert is None else level.of_expert()
-                own.check(layer.name, layer.columns)
-                shared.setdefault((layer.group, own), []).append(layer)
-        blocks.append([Group(block, tuple(layers), own) for (_, own), layers in shared.items()])
+                layer_level = level if layer.expert is None else level.of_expert()
+                layer_level.check(layer.name, layer.columns)
+                shared.setdefault((layer.group, layer_level), []).append(layer)
+        blocks.append([Group(block, tuple(layers), group_level) for (_, group_level), layers in shared.items()])
     outer = {name.removesuffix(".weight") for name in architecture.outer_tensors()}
     for text, pattern in patterns:
         if text not in used and not any(pattern.search(name) for name in outer):
             raise UserError(f"ignore={text!r} matches no layer; a layer is named like {_example(architecture)}")
     if not any(blocks):
-        raise UserError("nothing is left to quantize: ignore, skip_first and skip_last leave every layer alone")
+        raise UserError("no layer is left to quantize: ignore, skip_first and skip_last exclude all of them")
     return blocks
 
 
@@ -89,7 +89,7 @@ def _example(architecture: Architecture) -> str:
 
 
 def schemes(layer_groups: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
-    """Scheme of every layer that loaders read as codes on a grid, by its name, in the order of the model."""
+    """Scheme of every layer that loaders read as codes on a grid, by layer name, in the order of the model."""
     return {
         layer.name: group.level.loader_scheme
         for block in layer_groups

@@ -1,4 +1,4 @@
-"""Everything that decides the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
+"""Settings that determine the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +27,14 @@ PROPAGATE = ("quantized", "original")
 
 @dataclass(frozen=True)
 class Settings:
-    """A compression as plain values, which travel to every worker.
+    """Settings of a compression as plain values, which are sent to every worker.
 
-    level: of every layer. levels: where they are not None, output becomes a database of all layers at all of them, and
-    level is the one whose outputs are propagated. Levels are made by that of quantizer, column_quantizer and pruner
-    which is of their family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate: whose
-    outputs the next block is calibrated on. dtype: of the arithmetic. batch: calibration sequences that run through a
-    block at once. shards: chunks that the calibration sequences are cut into, each owned by one worker. expert_tokens:
-    experts that saw fewer are compressed without statistics.
+    level: level of every layer. levels: None for a checkpoint; otherwise the output is a database of all layers at all
+    these levels, and `level` is the one whose outputs are propagated. quantizer, column_quantizer, pruner: each makes
+    the levels of its family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate: whether the
+    next block is calibrated on outputs of the `quantized` or the `original` block. dtype: of the arithmetic. batch:
+    calibration sequences that run through a block at once. shards: number of chunks of calibration sequences, each
+    owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
     """
 
     checkpoint: Path
@@ -70,17 +70,17 @@ class Settings:
 
     @property
     def made(self) -> tuple[Level, ...]:
-        """The levels that layers are compressed to."""
+        """The levels at which layers are compressed."""
         return (self.level,) if self.levels is None else self.levels
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether a method asks for statistics of the layers' inputs."""
+        """Whether a method needs statistics of the layers' inputs."""
         return any(method.needs_hessian for method in self.methods)
 
     @property
     def methods(self) -> list[Method]:
-        """What layers are compressed by: of the given methods those that a level needs, then defaults of kinds."""
+        """Methods in use: the given methods that a level needs, then default methods of kinds of levels."""
         needed = [level.method_of(self._given) for level in self.made]
         ordered = [*(method for method in self._given if method in needed), *needed]
         return list(dict.fromkeys(ordered))
@@ -90,7 +90,7 @@ class Settings:
         return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
 
     def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, object]:
-        """What must be equal for a run to go on where another stopped, as plain values."""
+        """Plain values that must be equal for one run to resume another."""
         return {
             "checkpoint": checkpoint.fingerprint(),
             "calibration tokens": None if tokens is None else tokens_fingerprint(tokens),
@@ -116,12 +116,12 @@ class Settings:
         }
 
     def code(self) -> dict[str, str]:
-        """Digests of the modules that the bytes depend on: of the calibration pass and of the methods that it runs."""
+        """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level)
 
 
 class Task:
-    """The opened checkpoint of some settings, its layer groups and its output folder; every process makes its own."""
+    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -146,7 +146,7 @@ class Task:
             self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
 
     def _check_experts(self) -> None:
-        """UserError where transformers could not load the experts: it reads one grid for those of all blocks."""
+        """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""
         experts = {
             layer.name
             for block in range(self.architecture.num_blocks)

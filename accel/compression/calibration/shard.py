@@ -1,7 +1,7 @@
-"""The calibration pass on one shard of the calibration sequences: hidden states, and what layers see of them.
+"""The calibration pass on one shard of the calibration sequences: hidden states, and statistics of layer inputs.
 
-A shard holds whole chunks. Every chunk is run in the same batches whoever holds it, so that its hidden states and sums
-have the same bits for any number of shards.
+A shard holds whole chunks. A chunk runs in the same batches on every worker, so that its hidden states and sums have
+the same bits for any number of shards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
 
 
-class _SeenAll(Exception):  # noqa: N818 (no error: the rest of the block need not run)
-    """The last statistics of a block are taken."""
+class _AllCollected(Exception):  # noqa: N818 (not an error: the rest of the block need not run)
+    """All statistics of a block are collected."""
 
 
 class Shard:
@@ -30,19 +30,19 @@ class Shard:
         }
 
     def collect(self, block: nn.Module, groups: Sequence[Group], advance: bool = False) -> dict[str, Tree]:
-        """Run the block at `position` and return, by group key, the sums of the group's inputs.
+        """Run the block at `position`; returns the Hessians of the groups' inputs by group key.
 
-        advance: keep the outputs as hidden states of the next block. Experts that no token reached are left out.
+        advance: keep the outputs as hidden states of the next block. Experts that no token reached have no entry.
         """
         trees: dict[str, Tree] = {}
-        # Which expert comes last depends on the tokens; of all other layers the last one reads the last statistics.
+        # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         for number, parts in self._hidden.items():
             hessians: dict[str, Hessian] = {}
             hooks = [self._watch(block, group, hessians, stop=group.key == last) for group in groups]
             try:
                 for index, part in enumerate(parts):
-                    with suppress(_SeenAll):
+                    with suppress(_AllCollected):
                         output = self.architecture.run_block(block, self.position, part)
                         if advance:
                             parts[index] = output
@@ -66,7 +66,7 @@ class Shard:
     def _watch(
         block: nn.Module, group: Group, hessians: dict[str, Hessian], stop: bool
     ) -> torch.utils.hooks.RemovableHandle:
-        # Layers of a group share their input: the first one's is all of theirs.
+        # Layers of a group share their input, so a hook on the first one suffices.
         layer = group.layers[0]
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -74,13 +74,13 @@ class Shard:
             if len(rows):
                 hessians.setdefault(group.key, Hessian(layer.columns)).add(rows)
             if stop:
-                raise _SeenAll
+                raise _AllCollected
 
         return block.get_submodule(layer.module).register_forward_pre_hook(add)
 
 
 def replace_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights [rows, columns], by the path of their layer in the block, in the place of the block's own."""
+    """Replace weights of a block. weights: [rows, columns], by the path of the layer in the block."""
     for path, weight in weights.items():
         parameter = block.get_submodule(path).weight
         assert isinstance(parameter, nn.Parameter)

@@ -1,25 +1,25 @@
-"""How many weights are worked on at once: few on a processor, with its caches; many on a GPU, with its launches."""
+"""Number of weights that are solved at once: few on a CPU, for its caches; many on a GPU, to save launches."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Solved at once on a processor.
+# Weights that are solved at once on a CPU.
 _SLAB = 1 << 22
-# What a weight takes while it is solved: target, what is left of it, errors, the best so far and another try.
+# Memory of a weight while it is solved: target, residual, error, the best solution so far and the current one.
 SOLVE_BYTES = 32
-# Share of a GPU's memory that a solve may take, beside factor, sums and hidden states.
+# Share of a GPU's memory for a solve; the rest is for factor, sums and hidden states.
 _SHARE = 1 / 8
-# Of a grid search, whose numbers are read again and again: what fits in the cache of one core, and what a GPU holds.
+# Weights in a slab of a grid search, which reads them many times: as many as fit in a core's cache, or on a GPU.
 _SEARCHED, _SEARCHED_ON_GPU = 1 << 16, 1 << 26
 
 
 def slab_weights(gpu_memory: int = 0) -> int:
-    """Weights that are solved at once, on a GPU of so many bytes or, with 0, on a processor.
+    """Weights that are solved at once. gpu_memory: bytes of the GPU, 0 for a CPU.
 
-    A column takes the same launches however many rows it has, so a GPU gets as many as an eighth of it holds: a power
-    of two, by which GPUs of the same kind give the same bits.
+    The launches for a column do not depend on its rows, so a slab takes an eighth of the GPU's memory. It is rounded
+    down to a power of two, so that GPUs of the same kind give the same bits.
     """
     if not gpu_memory:
         return _SLAB
@@ -27,29 +27,29 @@ def slab_weights(gpu_memory: int = 0) -> int:
 
 
 def searched_weights(on_gpu: bool) -> int:
-    """Weights that a grid is searched for at once; no result depends on it."""
+    """Weights in a slab of a grid search; no result depends on it."""
     return _SEARCHED_ON_GPU if on_gpu else _SEARCHED
 
 
 def slab_of(device: str) -> int:
-    """Weights that are solved at once on a device of torch."""
+    """Weights that are solved at once on a torch device."""
     on_gpu = torch.device(device).type == "cuda"
     return slab_weights(torch.cuda.get_device_properties(device).total_memory if on_gpu else 0)
 
 
 def rows_at_once(weight: Tensor, columns: int) -> int:
-    """Rows of so many columns that a grid is searched for at once, where a tensor lies."""
+    """Rows in a slab of a grid search, for a weight with this many columns, on the weight's device."""
     return max(1, searched_weights(weight.is_cuda) // columns)
 
 
 def row_slabs(layers: Sequence[tuple[str, int, int]], weights: int) -> Iterator[list[tuple[str, slice]]]:
-    """Rows of layers (name, R, C), all of as many columns, in slabs of about so many weights.
+    """Rows of layers (name, R, C), which have the same number of columns, in slabs of about `weights` weights.
 
-    Small layers come together, large ones in pieces: a solve needs several times the memory of its weights in float32.
+    Small layers are joined and large ones cut: a solve needs several times the memory of its weights in float32.
     """
-    most = max(1, weights // layers[0][2])
+    max_rows = max(1, weights // layers[0][2])
     slab: list[tuple[str, slice]] = []
-    room = most
+    room = max_rows
     for name, rows, _ in layers:
         start = 0
         while start < rows:
@@ -59,6 +59,6 @@ def row_slabs(layers: Sequence[tuple[str, int, int]], weights: int) -> Iterator[
             start = stop
             if not room:
                 yield slab
-                slab, room = [], most
+                slab, room = [], max_rows
     if slab:
         yield slab

@@ -1,4 +1,4 @@
-"""One group of layers from statistics to codes, with the facts that a report gives of each layer."""
+"""The solve of one group of layers: from statistics to compressed weights, and to a report's facts of each layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What the solves of a group by one method share, whatever the level.
+class PreparedMethod:
+    """State that all levels of a group share, if one method makes them.
 
-    prepared: made by the method of the statistics. tokens: that the statistics are of. too_few: tokens that would have
-    been enough, where those are too few for the method; 0 where they are not.
+    prepared: result of method.prepare(). tokens: number of tokens in the statistics. too_few: the required number of
+    tokens, where the statistics have fewer; else 0.
     """
 
     method: Method
@@ -39,28 +39,28 @@ class Ready:
 
 def prepare_group(
     group: Group, method: Method, hessian: Hessian | None, expert_tokens: int, device: str = "cpu"
-) -> Ready:
-    """The one factorisation for all layers and levels of a group.
+) -> PreparedMethod:
+    """Run method.prepare(), such as a factorisation, once for all layers and levels of a group.
 
-    hessian: of their input; None if no token came by, or no method needs it. For experts that saw fewer than
-    expert_tokens the level's stand-in for the method is taken, as statistics of so few would fit noise.
+    hessian: Hessian of the group's input; None where no token reached it, or no method needs it. An expert that saw
+    fewer than expert_tokens is not prepared, because its statistics would fit noise; see Level.without_statistics.
     """
     tokens = hessian.tokens if hessian is not None else 0
     if method.needs_hessian and (not tokens or (group.is_expert and tokens < expert_tokens)):
-        return Ready(method, None, tokens, max(1, expert_tokens))
-    return Ready(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
+        return PreparedMethod(method, None, tokens, max(1, expert_tokens))
+    return PreparedMethod(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
 
 
 def solve_group(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], level: Level, device: str = "cpu"
+    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], level: Level, device: str = "cpu"
 ) -> Solved:
-    """Compress the layers of a group, which share one factorisation, by that of the methods which makes the level."""
-    ready = next(one for one in methods if isinstance(one.method, level.family))
-    method, prepared, notes = ready.method, ready.prepared, list[str]()
-    if ready.too_few:
+    """Compress the layers of a group at a level, by the prepared method of the level's family."""
+    chosen = next(candidate for candidate in methods if isinstance(candidate.method, level.family))
+    method, prepared, notes = chosen.method, chosen.prepared, list[str]()
+    if chosen.too_few:
         method, instead = level.without_statistics(method)
         prepared = method.prepare(None)
-        notes = [f"saw {ready.tokens} calibration tokens, fewer than {ready.too_few}: {instead}"]
+        notes = [f"saw {chosen.tokens} calibration tokens, fewer than {chosen.too_few}: {instead}"]
 
     def read(layer: Layer) -> Tensor:
         return checkpoint.tensor(f"{layer.name}.weight")
@@ -68,31 +68,35 @@ def solve_group(
     solved = level.solve(method, group.layers, read, prepared, device)
     facts = [
         _facts(group, layer, level, solved[layer.name])
-        | {"method": type(method).__name__, "tokens": ready.tokens, "notes": [*notes, *solved[layer.name].notes]}
+        | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": [*notes, *solved[layer.name].notes]}
         for layer in group.layers
     ]
     return Solved({name: result.weight for name, result in solved.items()}, facts)
 
 
 def solve_for_checkpoint(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
+    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], device: str = "cpu"
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
-    """Tensors in a checkpoint of the layers of a group at its level, by layer and by what follows its name; facts."""
+    """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts."""
     solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
     packed = {name: level.checkpoint_tensors(level.pack(weight)) for name, weight in solved.weights.items()}
     return packed, solved.facts
 
 
 def solve_levels(
-    database: LevelDatabase, group: Group, checkpoint: Checkpoint, methods: Sequence[Ready], device: str = "cpu"
+    database: LevelDatabase,
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    device: str = "cpu",
 ) -> list[Facts]:
-    """Write the layers of a group at every level into a database; returns their facts, one row a layer and level."""
+    """Write the layers of a group at every level to a database; returns one row of facts a layer and level."""
     packed: dict[str, dict[str, dict[str, Tensor]]] = {layer.name: {} for layer in group.layers}
     facts: dict[str, Facts] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
         solved = solve_group(group, checkpoint, methods, level, device)
         for row in solved.facts:
-            # Packed at once: codes take a byte each until then.
+            # Packed immediately, because an unpacked code takes a whole byte.
             packed[row["layer"]][name] = level.pack(solved.weights[row["layer"]])
             facts[row["layer"]][name] = row | {"level": name}
     for layer, by_level in packed.items():
@@ -110,7 +114,7 @@ def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWe
         "weights": weights,
         "stored_bits": result.weight.bits,
         "bits_per_weight": result.weight.bits / weights,
-        # Relative to the layer's own output: layers of any width can be compared.
+        # Relative to the layer's own output, so that layers of any width can be compared.
         "error": error / power if power else 0.0,
         "squared_error": error,
     }

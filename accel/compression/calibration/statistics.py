@@ -1,8 +1,8 @@
-"""Hessians of layer inputs, summed so that the result does not depend on who summed what.
+"""Hessians of layer inputs, summed so that the result does not depend on the number of workers.
 
-Floating-point addition is not associative. The calibration sequences are therefore cut into chunks once, each chunk's
-sum is made by one process in one order, and sums are added along one binary tree over the chunks: any split of the
-chunks over any number of workers gives the same bits.
+Floating-point addition is not associative. The calibration sequences are therefore cut into chunks once, the sum of a
+chunk is computed by one process in one order, and sums are added along one binary tree over the chunks: any split of
+the chunks over any number of workers gives the same bits.
 """
 
 import warnings
@@ -16,21 +16,21 @@ from torch import Tensor
 
 
 class Hessian:
-    """H = E[x xᵀ], the Hessian of a layer's squared output error but for a factor of 2.
+    """H = E[x xᵀ], half the Hessian of a layer's squared output error.
 
-    Held as the sum of x xᵀ over tokens, of which only panels of rows, up to the diagonal, are kept.
+    Stored as the sum of x xᵀ over tokens, in panels: blocks of rows with the columns up to the end of their diagonal.
 
-    columns: C. tokens: how many were added.
+    columns: C. tokens: number of tokens in the sum.
     """
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.tokens = 0
         self._bounds = panel_bounds(columns)
-        # All panels one after the other: a block of memory so large that it goes back to the system when it is freed.
+        # All panels, concatenated: one block so large that the allocator returns it to the system when it is freed.
         self._sums: Tensor | None = None
         self._is_borrowed = False
-        # Sums out of an object store cannot be written to: they are added panel by panel, whenever one is read.
+        # Sums in an object store are read-only: they are added lazily, whenever a panel is read.
         self._terms: tuple[Hessian, Hessian] | None = None
 
     def add(self, inputs: Tensor) -> None:
@@ -45,7 +45,7 @@ class Hessian:
         self.tokens += len(inputs)
 
     def merge(self, other: "Hessian") -> None:
-        """Add another sum to this one."""
+        """Add another Hessian's sum to this one."""
         if self._sums is not None and other._sums is not None and not self._is_borrowed:
             self._sums += other._sums
         else:
@@ -55,7 +55,7 @@ class Hessian:
         self.tokens += other.tokens
 
     def panels(self) -> Iterator[Tensor]:
-        """Rows start … stop - 1 of each panel with the columns before stop, (stop - start, stop) float32."""
+        """The panels: rows start … stop - 1 with the columns before stop, (stop - start, stop) float32."""
         if self._terms is not None:
             for left, right in zip(self._terms[0].panels(), self._terms[1].panels(), strict=True):
                 yield left + right
@@ -70,7 +70,7 @@ class Hessian:
         return torch.cat(parts) / self.tokens
 
     def mean(self, order: Tensor) -> Tensor:
-        """E[x xᵀ] with rows and columns in this order (C,), (C, C) float32."""
+        """E[x xᵀ], (C, C) float32, with rows and columns in the given order (C,)."""
         place = torch.empty_like(order)
         place[order] = torch.arange(self.columns, device=order.device)
         full = torch.empty(self.columns, self.columns, device=order.device)
@@ -81,7 +81,7 @@ class Hessian:
         return full.div_(self.tokens)
 
     def to(self, device: torch.device | str) -> "Hessian":
-        """The sum on a device; itself where it is there already."""
+        """The Hessian on a device; itself where it is on that device already."""
         if all(panel.device == torch.device(device) for panel in self.panels()):
             return self
         moved = Hessian(self.columns)
@@ -90,17 +90,17 @@ class Hessian:
         return moved
 
     def array(self) -> np.ndarray:
-        """The panels in one numpy array, which travels through an object store without a copy."""
+        """The panels as one numpy array, which an object store transfers without a copy."""
         if self._sums is None:
             return torch.cat([panel.flatten() for panel in self.panels()]).cpu().numpy()
         return self._sums.cpu().numpy()
 
     @classmethod
     def from_array(cls, columns: int, array: np.ndarray, tokens: int) -> "Hessian":
-        """The sum that array() described, sharing its memory, which is never written to."""
+        """The Hessian whose array() this is; it shares the array's memory and never writes to it."""
         hessian = cls(columns)
         with warnings.catch_warnings():
-            # torch warns of arrays that are read-only; nothing here writes to a borrowed sum.
+            # torch warns of read-only arrays; a borrowed sum is never written to.
             warnings.simplefilter("ignore")
             hessian._sums = torch.from_numpy(array)
         hessian._is_borrowed, hessian.tokens = True, tokens
@@ -108,16 +108,16 @@ class Hessian:
 
 
 def panel_bounds(columns: int) -> list[tuple[int, int]]:
-    """First and last row of every panel: narrow ones waste less beyond the diagonal, wide ones run at full speed."""
+    """First row and end row of every panel: narrow panels waste less beyond the diagonal, wide ones compute faster."""
     width = 128 if columns <= 512 else 256
     return [(start, min(columns, start + width)) for start in range(0, columns, width)]
 
 
 @contextmanager
 def _bfloat16_products(allowed: bool) -> Iterator[None]:
-    """Let products of float32 matrices run on bfloat16 units, which loses nothing where both hold bfloat16 values.
+    """Let products of float32 matrices run on bfloat16 units; exact where both matrices hold bfloat16 values.
 
-    Sums stay float32. On CPUs without such units, and where not allowed, nothing changes.
+    Sums stay float32. Has no effect on CPUs without such units, and where allowed is False.
     """
     if not allowed:
         yield
@@ -133,17 +133,17 @@ def _bfloat16_products(allowed: bool) -> Iterator[None]:
 
 
 class Tree:
-    """Sums of chunks, merged pairwise along the one binary tree over all chunks.
+    """Hessians of chunks, merged pairwise along one binary tree over all chunks.
 
-    A node (start, size) is the sum of chunks start … start + size - 1, size a power of two that divides start. Merging
-    two siblings changes the left one.
+    A node (start, size) is the sum of chunks start … start + size - 1; size is a power of two and divides start.
+    Merging two siblings changes the left one in place.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[tuple[int, int], Hessian] = {}
 
     def add(self, start: int, size: int, total: Hessian) -> None:
-        """Add a node and merge as far as siblings are there."""
+        """Add a node, and merge it with its sibling as long as there is one."""
         while True:
             left = start - start % (2 * size)
             sibling = self.nodes.pop((left if left != start else start + size, size), None)
@@ -158,7 +158,7 @@ class Tree:
             start, size = left, 2 * size
 
     def total(self) -> Hessian:
-        """Sum of all nodes; without a full tree the remaining ones are added by their start."""
+        """Sum of all nodes; where the tree is not full, the remaining nodes are added in order of their start."""
         ordered = [self.nodes[key] for key in sorted(self.nodes)]
         first = ordered[0]
         for other in ordered[1:]:
@@ -167,6 +167,6 @@ class Tree:
 
 
 def split(items: int, parts: int) -> list[range]:
-    """Cut items into parts contiguous ranges whose lengths differ by at most one; empty ones are left out."""
+    """Cut `items` items into `parts` contiguous ranges whose lengths differ by at most one; empty ones are omitted."""
     bounds = [round(part * items / parts) for part in range(parts + 1)]
     return [range(a, b) for a, b in pairwise(bounds) if b > a]

@@ -1,1 +1,1 @@
-"""How a compressed checkpoint is written so that others can load it. One file a format."""
+"""Stored forms of compressed weights, in checkpoints and in level databases. One file a format."""

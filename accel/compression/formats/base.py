@@ -1,4 +1,4 @@
-"""What a format of compressed checkpoints must be able to do."""
+"""Base class of the formats of compressed checkpoints."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 
 
 class Format(ABC):
-    """How quantized layers are stored and announced, so that others load them."""
+    """How a checkpoint stores quantized layers and describes them in its config, so that loaders read them."""
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -17,12 +17,12 @@ class Format(ABC):
 
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-        """Weight (R, C) that a loader makes of the stored tensors, in the dtype of the scale."""
+        """Weight (R, C), as a loader unpacks the stored tensors, in the dtype of the scale."""
 
     @abstractmethod
     def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, object]:
         """`quantization_config` for config.json.
 
-        schemes: of every quantized layer, by name. untouched: linear layers that were left alone. experts: whether some
-        quantized layers are experts of a mixture.
+        schemes: of every quantized layer, by name. untouched: linear layers that are not quantized. experts: whether
+        some quantized layers are experts of a mixture.
         """

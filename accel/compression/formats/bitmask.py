@@ -1,7 +1,7 @@
-"""A pruned weight as a level database stores it: a bit for every weight, and the values of those that are kept.
+"""A pruned weight in a level database: one mask bit for every weight, and the kept values.
 
-compressed-tensors 0.20 has no format for weights without structure any more, and neither have the servers: checkpoints
-hold pruned layers dense, this form is for what only hasten reads.
+compressed-tensors 0.20 and the servers no longer have a format for unstructured sparsity. So checkpoints hold pruned
+layers dense, and only hasten reads this form.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""A weight whose columns have widths of their own, as a level database stores it: every code in its column's bits.
+"""A weight with bits that differ by column, in a level database: every code in its column's bits.
 
-No server reads bits that differ by column, and neither does transformers: checkpoints hold such layers dense, this
-form is for what only hasten reads.
+Neither servers nor transformers read bits that differ by column. So checkpoints hold such layers dense, and only hasten
+reads this form.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from hasten.accel.compression.quantizers.columns import MAX_WIDTH, MIN_WIDTH, ColumnWeight
 
-# Whole bytes of codes for any width, and a bound on the byte that every bit takes while they are packed.
+# Packed at once: a multiple of 8, so that codes of any width fill whole bytes, and few enough for memory, since every
+# bit takes a byte while it is packed.
 _ROWS_AT_ONCE = 1024
 
 
 def pack(weight: ColumnWeight) -> dict[str, Tensor]:
-    """`codes_B` of the columns of B bits, by rows, code after code from the lowest bit of the first byte on.
+    """Stored tensors: for every width B `codes_B`, the codes of its columns by rows, from the lowest bit of a byte on.
 
-    With it `widths` (ceil(C / 2),) uint8, of column 2 i in the low half of byte i; `scale` (R,); `weight_shape`.
+    Also `widths` (ceil(C / 2),) uint8, with column 2 i in the low half of byte i; `scale` (R,); `weight_shape`.
     """
     codes, widths = weight.codes.cpu().numpy(), weight.widths.cpu().numpy()
     even = np.append(widths, np.zeros(len(widths) % 2, np.uint8))
@@ -29,9 +30,9 @@ def pack(weight: ColumnWeight) -> dict[str, Tensor]:
         "weight_shape": torch.tensor(weight.codes.shape),
     }
     for width in np.unique(widths).tolist():
-        own = np.flatnonzero(widths == width)
+        columns = np.flatnonzero(widths == width)
         parts = [
-            np.packbits(_bits(codes[start : start + _ROWS_AT_ONCE, own], width), bitorder="little")
+            np.packbits(_bits(codes[start : start + _ROWS_AT_ONCE, columns], width), bitorder="little")
             for start in range(0, len(codes), _ROWS_AT_ONCE)
         ]
         stored[f"codes_{width}"] = torch.from_numpy(np.concatenate(parts))
@@ -39,7 +40,7 @@ def pack(weight: ColumnWeight) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor]) -> ColumnWeight:
-    """The weight that was packed."""
+    """The weight from the stored tensors of `pack`."""
     rows, columns = stored["weight_shape"].tolist()
     halves = stored["widths"].numpy()
     widths = np.stack([halves & 15, halves >> 4], axis=1).reshape(-1)[:columns]
@@ -54,11 +55,11 @@ def unpack(stored: Mapping[str, Tensor]) -> ColumnWeight:
             stop = min(rows, start + _ROWS_AT_ONCE)
             count = (stop - start) * len(own) * width
             bits = np.unpackbits(packed[number * size : (number + 1) * size], count=count, bitorder="little")
-            found = np.packbits(bits.reshape(-1, width), axis=1, bitorder="little")
-            codes[start:stop, own] = found.reshape(stop - start, len(own))
+            unpacked = np.packbits(bits.reshape(-1, width), axis=1, bitorder="little")
+            codes[start:stop, own] = unpacked.reshape(stop - start, len(own))
     return ColumnWeight(torch.from_numpy(codes), torch.from_numpy(widths), stored["scale"])
 
 
 def _bits(codes: np.ndarray, width: int) -> np.ndarray:
-    """The lowest bits of codes, one byte each, in their order."""
+    """The lowest `width` bits of each code, one byte a bit, from the lowest bit on."""
     return np.unpackbits(codes.reshape(-1, 1), axis=1, count=width, bitorder="little")

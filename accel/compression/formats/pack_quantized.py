@@ -1,7 +1,6 @@
 """compressed-tensors `pack-quantized`: integer codes packed into int32 words, as transformers and vLLM read them.
 
-Source: github.com/vllm-project/compressed-tensors; its own functions pack and unpack. They
-are imported inside functions: the machines of the GPU checks do not have the library, and write no checkpoint.
+Source: github.com/vllm-project/compressed-tensors, whose own functions pack and unpack.
 """
 
 import re
@@ -9,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from hasten.accel.compression.formats.base import Format
@@ -22,13 +18,15 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class PackQuantized(Format):
-    """The default format. Its codes are signed: code minus 2**(bits - 1)."""
+    """The default format. It stores signed codes: code minus 2**(bits - 1)."""
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """`weight_packed`, `weight_scale`, `weight_shape` and, on asymmetric grids, `weight_zero_point`."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
         bits = weight.scheme.bits
         stored = {
-            # In pieces: the packing needs several times the memory of its codes.
+            # In pieces, because packing needs several times the memory of the codes.
             "weight_packed": torch.cat(
                 [pack_to_int32(_signed(part, bits), bits) for part in weight.codes.split(_ROWS_AT_ONCE)]
             ),
@@ -41,16 +39,19 @@ class PackQuantized(Format):
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """Weight (R, C) by the library's own decompression, in the dtype of the scale."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
         compressor = BaseCompressor.get_value_from_registry("pack-quantized")
         described = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": _arguments(scheme)})
         return compressor.decompress(dict(stored), described)["weight"]
 
     def announce(self, schemes: Mapping[str, Scheme], untouched: list[str], experts: bool) -> dict[str, object]:
-        """One config group for each distinct scheme, and `dequantize` where transformers can only load plain weights.
+        """One config group for each distinct scheme, and `dequantize` where there are zero points.
 
-        That is so for zero points: compressed-tensors 0.20 expects them unpacked in the modules that it prepares. With
-        the key, though, transformers 5.23 reads all layers but the experts on the first grid, so experts alone, which
-        it unpacks in any case, do not set it. vLLM does not read the key.
+        compressed-tensors 0.20 expects unpacked zero points in the modules that it prepares, so that transformers can
+        load such layers only with the key `dequantize`. With the key, however, transformers 5.23 reads all layers but
+        the experts on the first grid. So experts alone, which it unpacks in any case, do not set it. vLLM ignores it.
         """
         distinct: dict[tuple[Scheme, bool], list[str]] = {}
         for name, scheme in schemes.items():
@@ -58,7 +59,7 @@ class PackQuantized(Format):
         groups = {}
         for number, ((scheme, is_expert), names) in enumerate(distinct.items()):
             groups[f"group_{number}"] = {
-                # Names matter only where schemes differ: a class name keeps the common case short.
+                # With one scheme a class name suffices, and keeps the config short.
                 "targets": ["Linear"] if len(distinct) == 1 else [_one_of(names, is_expert)],
                 "weights": _arguments(scheme),
                 "input_activations": None,
@@ -97,7 +98,7 @@ def _arguments(scheme: Scheme) -> dict[str, object]:
 def _one_of(names: list[str], experts: bool) -> str:
     """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
     if experts:
-        # Loaders look for the word: the experts of all blocks share one scheme.
+        # Loaders search for the word `experts`; the experts of all blocks share one scheme.
         return "re:.*experts.*"
     tails = sorted({re.sub(r"^.*?(?=layers\.)", "", name) for name in names})
     return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"

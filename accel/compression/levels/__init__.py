@@ -1,1 +1,1 @@
-"""Levels at which layers may be stored, and the database of all layers at all of them."""
+"""Levels, which are ways to store a layer, and the database of all layers at all levels."""

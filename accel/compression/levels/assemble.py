@@ -1,4 +1,4 @@
-"""A checkpoint put together from a level database: every layer at the level that it was given, parts left out."""
+"""Assembly of a checkpoint from a level database: every layer at its assigned level, without the dropped parts."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ _NOTHING: Mapping[int, Collection[str]] = MappingProxyType({})
 
 
 class MixedOutput(OutputFolder):
-    """Folder of a mixture. depth: the blocks that are written. zeros: what stands for layers of dropped parts."""
+    """Folder of an assembled checkpoint. depth: the blocks that are written. zeros: of layers in dropped parts."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class MixedOutput(OutputFolder):
         super().__init__(path, architecture, layer_groups, PackQuantized(), depth.kept)
         self.architecture = architecture
         self.depth = depth
-        self.zeros = {each.layer.name: each for each in zeros}
+        self.zeros = {layer_zeros.layer.name: layer_zeros for layer_zeros in zeros}
 
 
 def mixed_output(
@@ -48,26 +48,28 @@ def mixed_output(
     path: Path,
     dropped: Mapping[int, Collection[str]] = _NOTHING,
 ) -> MixedOutput:
-    """Folder of the checkpoint with these levels, by layer; layers at `keep`, and those without one, stay as they are.
+    """Folder for the checkpoint with these levels, by layer; layers at `keep` or without a level stay uncompressed.
 
-    dropped: kinds of parts, out of `attention`, `mlp` and `block`, that are left out, by block; the levels of their
-    layers are not read. UserError where transformers could not read the mixture, or where no block would stay.
+    dropped: dropped kinds of parts (`attention`, `mlp`, `block`), by block; the levels of their layers are not read.
+    UserError where transformers could not load the checkpoint, or where no block would stay.
     """
     depth = make_depth(architecture, dropped)
     grids = _grids(database, levels)
     experts = _grid_of_experts(architecture, grids, depth)
     zeros = _zeros(architecture, database, depth, experts)
-    loaded = grids | {each.layer.name: GridLevel(each.scheme) for each in zeros if each.scheme is not None}
+    loaded = grids | {
+        layer_zeros.layer.name: GridLevel(layer_zeros.scheme) for layer_zeros in zeros if layer_zeros.scheme is not None
+    }
     layer_groups: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
     for block in depth.kept:
-        cut: dict[tuple[str, Level], list[Layer]] = {}
+        shared: dict[tuple[str, Level], list[Layer]] = {}
         for layer in architecture.linears(block):
             if layer.name in loaded:
-                cut.setdefault((layer.group, loaded[layer.name]), []).append(layer)
-        layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in cut.items()]
+                shared.setdefault((layer.group, loaded[layer.name]), []).append(layer)
+        layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in shared.items()]
     if experts is None and any(layer_groups):
         raise UserError(
-            "experts got no level of quantization, and other layers did: transformers cannot load such a mixture"
+            "experts got no level of quantization, and other layers did: transformers cannot load such a checkpoint"
         )
     if zeros and not all(scheme.symmetric for scheme in schemes(layer_groups).values()):
         raise UserError(
@@ -83,24 +85,25 @@ def write_mixed(
     levels: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
 ) -> list[Facts]:
-    """Write every block that is not there yet and finish; returns the facts of all layers. progress(blocks done).
+    """Write the blocks that are missing, and finish the folder; returns the facts of all layers.
 
-    Facts go by blocks and layers of the original. A layer of a dropped part has the level `drop`.
+    progress(n) is called after n blocks. Facts name blocks and layers of the original. A layer of a dropped part has
+    the level `drop`.
     """
-    found = []
+    facts = []
     for block, groups in enumerate(database.layer_groups):
         layers = [layer for group in groups for layer in group.layers]
         if block not in output.depth.kept:
-            found += [_dropped(block, layer, None) for layer in layers]
+            facts += [_dropped(block, layer, None) for layer in layers]
         else:
             if not output.is_finished(block):
                 _write_block(output, database, levels, block)
-            found += output.facts(block)
+            facts += output.facts(block)
         if progress:
             progress(block + 1)
     if not output.is_complete:
         output.finish()
-    return found
+    return facts
 
 
 def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[str, str], block: int) -> None:
@@ -113,13 +116,13 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
             packed[name] = zeros.parts(output.architecture.checkpoint, output.format.pack)
             facts.append(_dropped(block, layer, zeros))
         elif level != KEEP:
-            packed[name] = database.written(name, level)
+            packed[name] = database.checkpoint_tensors(name, level)
             facts.append(database.facts(name)[level])
     output.write_block(block, packed, facts)
 
 
 def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:
-    """Facts of a layer of a dropped part; zeros is None in a block that is left out."""
+    """Facts of a layer in a dropped part; zeros is None where the whole block is dropped."""
     weights = layer.rows * layer.columns
     bits, stored = 0, 0
     if zeros is not None:
@@ -132,15 +135,15 @@ def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:
         "weights": weights,
         "stored_bits": stored,
         "bits_per_weight": stored / weights,
-        # Nothing of its output is left.
+        # All of the output is lost.
         "error": 1.0,
         "notes": [],
     }
 
 
 def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Level]:
-    """Levels of the layers that loaders read as codes; ValueError names a level that the database does not have."""
-    found: dict[str, Level] = {}
+    """Levels of the layers that loaders read as codes; ValueError names a level that is not in the database."""
+    grids: dict[str, Level] = {}
     for groups in database.layer_groups:
         for group in groups:
             known: dict[str, Level | None] = {KEEP: None, **dict(database.levels_of(group))}
@@ -149,36 +152,36 @@ def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Leve
                 if name not in known:
                     raise ValueError(f"level {name} of {layer.name} is none of {', '.join(known)}")
                 level = known[name]
-                # All others are dense in the checkpoint.
+                # Layers at other levels are dense in the checkpoint.
                 if level is not None and level.loader_scheme is not None:
-                    found[layer.name] = level
-    return found
+                    grids[layer.name] = level
+    return grids
 
 
 def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, experts: Scheme | None) -> list[Zeros]:
-    """What stands for layers of dropped parts; those that the database lacks stay where that makes no difference."""
+    """Zeros of the layers in dropped parts; layers that the database lacks are zeroed only where they are the last."""
     known = {layer.name for groups in database.layer_groups for group in groups for layer in group.layers}
-    found = []
+    all_zeros = []
     for block in depth.zeros:
         for layer in architecture.linears(block):
             if depth.is_zero(block, layer):
                 zeros = make_zeros(layer, architecture.checkpoint, experts)
                 if layer.name in known or layer.expert is not None:
-                    found.append(zeros)
+                    all_zeros.append(zeros)
                 elif is_last(layer):
-                    found.append(replace(zeros, scheme=None))
-    return found
+                    all_zeros.append(replace(zeros, scheme=None))
+    return all_zeros
 
 
 def _grid_of_experts(architecture: Architecture, grids: Mapping[str, Level], depth: Depth) -> Scheme | None:
-    """Scheme of all experts that are not dropped, None where they are plain; UserError where they differ."""
-    found = {
+    """Scheme of all experts that are not dropped, None where they are dense; UserError where they differ."""
+    schemes_in_use = {
         grids[layer.name].loader_scheme if layer.name in grids else None
         for block in depth.kept
         for layer in architecture.linears(block)
         if layer.expert is not None and not depth.is_zero(block, layer)
     }
-    if len(found) > 1:
-        levels = ", ".join(sorted(f"w{scheme.bits}" if scheme else "none" for scheme in found))
+    if len(schemes_in_use) > 1:
+        levels = ", ".join(sorted(f"w{scheme.bits}" if scheme else "none" for scheme in schemes_in_use))
         raise UserError(f"experts got several levels ({levels}): transformers reads one for the experts of all blocks")
-    return found.pop() if found else ZEROS
+    return schemes_in_use.pop() if schemes_in_use else ZEROS

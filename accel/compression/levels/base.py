@@ -1,7 +1,7 @@
-"""What a kind of level must be able to do: a level is one way to store a linear layer.
+"""Base class of levels; a level is one way to store a linear layer.
 
-A kind is one module in `levels/kinds`, which levels.level.level_kinds finds. It owns the level's name, exact size,
-packed form, and how a method makes it. Nothing else in the code names a kind, but for the job options that are
+A kind of level is one module in `levels/kinds`, discovered by levels.level.level_kinds. It defines the level's name,
+exact size and packed form, and how a method makes it. No other code names a kind, except for job options that are
 shorthand for one.
 """
 
@@ -25,7 +25,7 @@ from hasten.accel.models.architecture import Layer
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Name, behind the layer's or the level's, dtype and shape of a tensor in a file."""
+    """A tensor in a file. name: what follows the layer's or the level's name."""
 
     name: str
     dtype: torch.dtype
@@ -33,19 +33,19 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes of the data."""
         return prod(self.shape) * self.dtype.itemsize
 
 
-# The shape of the dense weight, which every packed form has; it is not counted in stored_bits.
+# The shape of the dense weight, part of every packed form; stored_bits does not include it.
 SHAPE = StoredTensor("weight_shape", torch.int64, (2,))
 
 
 class Level(ABC):
-    """One way to store a linear layer; subclasses are frozen dataclasses, equal where their names are equal.
+    """One way to store a linear layer. Subclasses are frozen dataclasses; levels of equal name are equal.
 
-    examples: names of the kind, for error messages and for the tests that every kind must pass. family: the kind of
-    method that makes these levels. is_loaded_packed: whether a checkpoint holds just what a level database does.
+    examples: names of the kind, for error messages and for the tests that every kind must pass. family: base class of
+    the methods that make these levels. is_loaded_packed: whether checkpoints store these levels in the packed form.
     """
 
     examples: ClassVar[tuple[str, ...]]
@@ -55,69 +55,69 @@ class Level(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, name: str) -> Self | None:
-        """Level of this kind with this name, None where it is no name of this kind; UserError names a bad value."""
+        """Level of this kind with this name; None where the name is not of this kind; UserError for a bad value."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Name in databases, reports and options; `parse` gives the level back."""
+        """Name in databases, reports and options; `parse` returns the level of a name."""
 
     # The size
 
     @abstractmethod
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """Exact size of a layer (R, C) whose values and scales have itemsize bytes; padding is not counted."""
+        """Exact size of a layer (R, C) whose values and scales have itemsize bytes; without padding."""
 
     @abstractmethod
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """What `pack` returns for a layer (R, C) of that dtype, known before it is solved."""
+        """Tensors that `pack` returns for a layer (R, C) of that dtype; known before the layer is solved."""
 
     def check(self, layer: str, columns: int) -> None:
-        """UserError where a layer of so many input columns cannot have this level."""
+        """UserError where a layer with this number of input columns cannot have this level."""
         return None
 
     def of_expert(self) -> "Level":
-        """The level as an expert of a mixture gets it."""
+        """The level that experts get in place of this one."""
         return self
 
     def options(self) -> dict[str, int | float | str | bool]:
-        """The level by the names of job options, for the fingerprint of a run."""
+        """The level as job options by name, for the fingerprint of a run."""
         return {"level": self.name}
 
     # The stored form
 
     @abstractmethod
     def pack(self, weight: CompressedWeight) -> dict[str, Tensor]:
-        """Tensors on the CPU that a level database stores of a layer, by name."""
+        """Tensors, on the CPU and by name, that a level database stores of a layer."""
 
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Dense weight (R, C), in the checkpoint's dtype, of what `pack` returned."""
+        """Dense weight (R, C), in the checkpoint's dtype, from the tensors of `pack`."""
 
     @property
     def loader_scheme(self) -> Scheme | None:
-        """Grid of the codes that transformers and vLLM load, None where the layer is dense in a checkpoint."""
+        """Grid of the codes that transformers and vLLM load; None where checkpoints hold the layer dense."""
         return None
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the layer in a checkpoint, by what follows the layer's name, of what `pack` returned.
+        """Tensors of the layer in a checkpoint, by what follows the layer's name, from the tensors of `pack`.
 
-        Dense, unless loaders read codes of this kind: those of loader_scheme then, as the format pack-quantized.
+        They are the dense weight, or, where loader_scheme is not None, codes in the format pack-quantized.
         """
         return {"weight": self.unpack(stored).contiguous()}
 
     @abstractmethod
     def facts(self, weight: CompressedWeight) -> dict[str, object]:
-        """What a report says about a layer at this level beside its size and error, such as `bits`."""
+        """A report's entries for a layer at this level besides its size and error, such as `bits`."""
 
     # The method
 
     def method_of(self, given: Iterable[Method]) -> Method:
-        """The first of the given methods that can make this level, or the kind's own default."""
+        """The first given method of the level's family, or else the kind's default."""
         return next((method for method in given if isinstance(method, self.family)), None) or self.default_method()
 
     def default_method(self) -> Method:
-        """Method where none of the family was given; UserError where the kind has no default."""
+        """Method that is used where none of the family is given; UserError where the kind has no default."""
         raise UserError(f"level {self.name} needs a method of the kind {self.family.__name__}, and none was given")
 
     def check_method(self, method: Method) -> None:
@@ -126,23 +126,23 @@ class Level(ABC):
 
     @abstractmethod
     def without_statistics(self, method: Method) -> tuple[Method, str]:
-        """What stands in for a method where too few tokens reached an expert, and what it does, for the note."""
+        """Method for an expert that too few tokens reached, and what it does, for the note in the report."""
 
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """What `prepare` and the solve of layers of this shape take by a method of the family; None where unknown."""
+        """Cost of `prepare` and of the solve for layers of this shape; None where the method does not state it."""
         return None
 
     @abstractmethod
     def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
-        """Compress rows of layers, weight (R, C), by a method of the family; prepared comes from its prepare()."""
+        """Compress rows of layers, weight (R, C), by a method of the family. prepared comes from its prepare()."""
 
     def solve(
         self, method: Method, layers: Sequence[Layer], read: Callable[[Layer], Tensor], prepared: object, device: str
     ) -> dict[str, Result[CompressedWeight]]:
-        """Compress layers that share an input, by name. read: weight (R, C) of a layer.
+        """Compress layers that share an input; returns results by layer name. read: loads weight (R, C) of a layer.
 
-        No row depends on another, so layers are stacked and cut into slabs by rows. Kinds that choose something for a
-        whole layer override this.
+        Rows do not depend on each other, so layers are stacked and cut into slabs by rows. Kinds that choose something
+        for a whole layer override this.
         """
         parts: dict[str, list[Result[CompressedWeight]]] = {layer.name: [] for layer in layers}
         for slab in row_slabs([(layer.name, layer.rows, layer.columns) for layer in layers], slab_of(device)):

@@ -1,7 +1,7 @@
-"""The level database: every layer at every level, as codes or as mask and values, with the error that it makes.
+"""The level database: every layer at every level, as codes or as mask and values, with the errors of the levels.
 
-One file a layer, written by the process that solved it as soon as it is solved: a killed run goes on with the layers
-that have none. Files are read by memory map, so that a search touches only the levels that it looks at.
+There is one file a layer, written by the process that solved the layer: a resumed run solves the layers without a file.
+Files are memory-mapped, so that a search reads only the levels that it uses.
 """
 
 import json
@@ -22,14 +22,15 @@ from hasten.accel.models.checkpoint import Checkpoint
 
 _LAYERS = "layers"
 _FACTS = "facts"
-# Of groups in a database that was read and has no level: nothing is solved any more.
+# Level of the groups of a database without levels; it is never used.
 _UNUSED = "w8"
 
 
 class LevelDatabase(ResumableFolder):
-    """A level database in the making or finished.
+    """A level database, finished or not.
 
-    propagated: level whose outputs the blocks after it were calibrated on, None for the original's.
+    propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
+    a database that was read.
     """
 
     option = "levels"
@@ -53,11 +54,11 @@ class LevelDatabase(ResumableFolder):
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
         """A finished database; UserError where it is not finished or was made from another checkpoint."""
-        noted, checkpoint = path / cls.last_file, architecture.checkpoint
-        if not noted.is_file():
-            what = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
-            raise UserError(f"levels={path} {what}")
-        content = json.loads(noted.read_text())
+        file, checkpoint = path / cls.last_file, architecture.checkpoint
+        if not file.is_file():
+            state = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
+            raise UserError(f"levels={path} {state}")
+        content = json.loads(file.read_text())
         if content["checkpoint"] != checkpoint.fingerprint():
             raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
         levels = [parse_level(name) for name in content["levels"]]
@@ -78,16 +79,16 @@ class LevelDatabase(ResumableFolder):
         return [level.name for level in self._levels]
 
     def levels_of(self, group: Group) -> list[tuple[str, Level]]:
-        """Levels of a group by name; those of experts may be other than the name says."""
+        """Names and levels of a group. An expert's level may differ from the one of that name; see Level.of_expert."""
         return [(level.name, level.of_expert() if group.is_expert else level) for level in self._levels]
 
     def stored_bits(self, group: Group, layer: Layer, level: Level) -> int:
-        """Exact size of a layer of a group at one of levels_of(group), known before it is solved."""
+        """Exact size of a layer of a group at one of levels_of(group); known before the layer is solved."""
         itemsize = self.checkpoint.dtype(f"{layer.name}.weight").itemsize
         return level.stored_bits(layer.rows, layer.columns, itemsize)
 
     def unfinished(self, block: int) -> list[Group]:
-        """Groups of a block of which a layer is missing."""
+        """Groups of a block with a layer that is not written yet."""
         return [
             group
             for group in self.layer_groups[block]
@@ -96,7 +97,7 @@ class LevelDatabase(ResumableFolder):
 
     @property
     def finished(self) -> list[int]:
-        """Blocks of which nothing is missing."""
+        """Blocks whose layers are all written."""
         return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
 
     def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Facts]) -> None:
@@ -110,20 +111,20 @@ class LevelDatabase(ResumableFolder):
         if not self._levels:
             return {}
         with safe_open(self._file(layer), framework="pt") as file:
-            found: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
-        return found
+            facts: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
+        return facts
 
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
-        """Stored tensors of a layer at a level; only these are read."""
+        """Stored tensors of a layer at a level; other levels are not read."""
         with safe_open(self._file(layer), framework="pt") as file:
             start = f"{level}."
             return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118 (no mapping)
 
     def weight(self, layer: str, level: str) -> Tensor:
-        """Weight (R, C) of a layer at a level as a loader would make it."""
+        """Weight (R, C) of a layer at a level, as a loader unpacks it."""
         return parse_level(level).unpack(self.parts(layer, level))
 
-    def written(self, layer: str, level: str) -> dict[str, Tensor]:
+    def checkpoint_tensors(self, layer: str, level: str) -> dict[str, Tensor]:
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
         return parse_level(level).checkpoint_tensors(self.parts(layer, level))
 
@@ -136,13 +137,13 @@ class LevelDatabase(ResumableFolder):
         }
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
-        """Nothing is left to write when a block is done: its layers stand."""
+        """Check that the layers of a block are written; packed is empty, since write_layer wrote them."""
         assert not packed
         missing = self.unfinished(block)
         assert not missing, f"{missing[0].key} was not written"
 
     def finish(self) -> None:
-        """Write what makes the database complete."""
+        """Write the file that marks the database as complete."""
         content = {
             "checkpoint": self.checkpoint.fingerprint(),
             "levels": self.levels,

@@ -1,11 +1,11 @@
-"""Dropped blocks, attention and MLP parts, in the form in which plain transformers loads what is left.
+"""Depth pruning: dropped blocks, attention and MLP parts, stored so that plain transformers loads the rest.
 
 Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress), drops blocks and their two parts; He et al. 2024,
-arXiv:2406.15786, attention layers. Both evaluate such models; neither says how they are stored.
+arXiv:2406.15786, attention layers. Both evaluate such models; neither says how to store them.
 
-A dropped block is left out: later blocks move up, and the config gets shorter. transformers knows no block without
-attention or MLP, so the layers of a dropped part stay, as zeros in the cheapest form there is: what a part adds to the
-residual stream is then exactly zero, behind Gemma's second norms, too.
+A dropped block is not written: later blocks move up, and the config becomes shorter. transformers has no blocks
+without attention or MLP, so the layers of a dropped part are stored as zeros in the cheapest form. Such a part adds
+exactly zero to the residual stream, also behind Gemma's second norms.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,15 +26,15 @@ ZEROS = Scheme(2, -1, symmetric=True)
 
 # Layers whose output is that of their part.
 _LAST = ("o_proj", "out_proj", "down_proj", "fc2")
-# Entries of a config that have one value for every block.
+# Config entries with one value for every block.
 _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-# Entries from which transformers would make layer_types.
+# Config entries from which transformers would derive layer_types.
 _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 @dataclass(frozen=True)
 class Depth:
-    """What is left of a model's blocks. kept: numbers of those that stay. zeros: parts that are zeros in those."""
+    """The blocks of a depth-pruned model. kept: numbers of the blocks that stay. zeros: their dropped parts."""
 
     kept: tuple[int, ...]
     zeros: Mapping[int, frozenset[str]]
@@ -45,9 +45,9 @@ class Depth:
 
 
 def make_depth(architecture: Architecture, dropped: Mapping[int, Collection[str]]) -> Depth:
-    """Depth without the dropped kinds, by block; UserError where no block would stay.
+    """Depth from the dropped kinds of parts, by block; UserError where no block would stay.
 
-    A block without both parts is left out, but for OPT-350m's, which norms the sum behind each of them.
+    A block without both parts is dropped, unless it norms the residual stream behind each part, as OPT-350m's do.
     """
     for block, kinds in dropped.items():
         if not 0 <= block < architecture.num_blocks or not set(kinds) <= {ATTENTION, MLP, BLOCK}:
@@ -68,20 +68,20 @@ def make_depth(architecture: Architecture, dropped: Mapping[int, Collection[str]
 
 
 def part_of(layer: Layer) -> str:
-    """Kind of the part of its block that a layer lies in, `attention` or `mlp`."""
+    """Kind of the part that contains a layer, `attention` or `mlp`."""
     return ATTENTION if layer.module.startswith("self_attn.") else MLP
 
 
 def is_last(layer: Layer) -> bool:
-    """Whether a layer's output is that of its part, or of an expert."""
+    """Whether a layer is the last one of its part, or of an expert."""
     return layer.module.endswith(_LAST)
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """What stands for a layer of a dropped part. scheme: the grid of its codes, None for a plain tensor.
+    """The stored zeros of a layer in a dropped part. scheme: grid of their codes, None for a dense tensor.
 
-    itemsize: bytes of one of the layer's weights in the checkpoint, and of a scale.
+    itemsize: bytes of a weight of the layer in the checkpoint, and of a scale.
     """
 
     layer: Layer
@@ -90,13 +90,13 @@ class Zeros:
 
     @property
     def stored_bits(self) -> int:
-        """Exact size: codes and scales, or plain zeros."""
+        """Exact size: codes and scales, or dense zeros."""
         if self.scheme is None:
             return self.layer.rows * self.layer.columns * 8 * self.itemsize
         return self.scheme.stored_bits(self.layer.rows, self.layer.columns, self.itemsize)
 
     def parts(self, checkpoint: Checkpoint, pack: Callable[[QuantizedWeight], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors to store, by what follows the layer's name: of the weight, and of the bias where there is one."""
+        """Tensors to store, by what follows the layer's name: the weight's, and the bias where the layer has one."""
         dtype = checkpoint.dtype(f"{self.layer.name}.weight")
         if self.scheme is None:
             parts = {"weight": torch.zeros(self.layer.rows, self.layer.columns, dtype=dtype)}
@@ -109,15 +109,15 @@ class Zeros:
 
 
 def make_zeros(layer: Layer, checkpoint: Checkpoint, experts: Scheme | None = ZEROS) -> Zeros:
-    """Zeros in the cheapest form, and of an expert on the grid of the others (None: plain): transformers reads one."""
+    """Zeros of a layer in the cheapest form; an expert's have the grid `experts` of the other experts (None: dense)."""
     itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
     return Zeros(layer, ZEROS if layer.expert is None else experts, itemsize)
 
 
 def dropped_bits(layers: Iterable[Layer], checkpoint: Checkpoint, experts: Scheme | None = ZEROS) -> int:
-    """Exact size of what stands for these layers when their part is dropped; a dropped block takes nothing.
+    """Exact size of the stored zeros of these layers; for a dropped part, not for a dropped block, which takes nothing.
 
-    layers: those of the part that a database has. experts: as in make_zeros.
+    layers: the part's layers in a database. experts: as in make_zeros.
     """
     return sum(make_zeros(layer, checkpoint, experts).stored_bits for layer in layers)
 
@@ -135,9 +135,9 @@ def zero_weight(rows: int, columns: int, scheme: Scheme, dtype: torch.dtype) -> 
 
 
 def shorten(architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
-    """Content of config.json for a checkpoint with these of the model's blocks.
+    """Content of config.json for a checkpoint with only the kept blocks.
 
-    What transformers derives from a block's number is written out, because numbers change.
+    Properties that transformers derives from a block's number are written out, because the numbers change.
     """
     config = dict(architecture.checkpoint.config)
     if len(kept) == architecture.num_blocks:
@@ -153,10 +153,11 @@ def shorten(architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
         for name in _PATTERNS:
             text.pop(name, None)
     if isinstance(text.get("max_window_layers"), int):
-        # Qwen's first blocks that see everything.
+        # Number of Qwen's first blocks, which have full attention.
         text["max_window_layers"] = sum(block < text["max_window_layers"] for block in kept)
     if hasattr(architecture.config, "decoder_sparse_step"):
-        # Mixtures are every so many blocks, or all but the listed ones: only a list can name any of them.
+        # The config places mixtures at every decoder_sparse_step-th block, except for listed ones. Only the list can
+        # describe what remains.
         text["decoder_sparse_step"] = 1
         text["mlp_only_layers"] = [place for place, block in enumerate(kept) if not _is_mixture(architecture, block)]
     return config | {"text_config": text} if nested else text

@@ -1,4 +1,4 @@
-"""Levels by their names, such as `w3g128`, `c3` and `s50`. Kinds are found in `levels/kinds`: no list names them."""
+"""Levels by name, such as `w3g128`, `c3` and `s50`. The kinds are discovered in `levels/kinds`; no list names them."""
 
 import importlib
 import inspect
@@ -16,18 +16,18 @@ from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.columns import ColumnBits
 from hasten.accel.errors import UserError
 
-# The layer as the checkpoint has it.
+# The uncompressed layer, as in the original checkpoint.
 KEEP = "keep"
 
 
 @cache
 def level_kinds() -> tuple[type[Level], ...]:
     """All kinds of levels, by the name of their module."""
-    found: list[type[Level]] = []
+    classes: list[type[Level]] = []
     for module in sorted(pkgutil.iter_modules(kinds.__path__), key=lambda module: module.name):
         path = f"{kinds.__name__}.{module.name}"
         members = vars(importlib.import_module(path)).values()
-        found += [
+        classes += [
             member
             for member in members
             if inspect.isclass(member)
@@ -35,11 +35,11 @@ def level_kinds() -> tuple[type[Level], ...]:
             and member.__module__ == path
             and not inspect.isabstract(member)
         ]
-    return tuple(found)
+    return tuple(classes)
 
 
 def parse_level(name: str, option: str = "level") -> Level:
-    """Level of a name; UserError, which names the option that it was given in, where it is none."""
+    """Level of a name; UserError, which names the job option, where no level has this name."""
     for kind in level_kinds():
         level = kind.parse(name)
         if level is not None:
@@ -56,10 +56,11 @@ def make_levels(
     column_bits: Sequence[float] = (),
     extra: Sequence[str] = (),
 ) -> tuple[Level, ...]:
-    """All combinations of bits and group sizes, by rising bits and falling group size, then the others.
+    """Levels of a database, without duplicates.
 
-    Those are column_bits, rising, sparsities, falling, and extra levels by their names, in their order; one that is
-    there already counts once. UserError where a value is out of range or named twice.
+    First all combinations of bits and group sizes, by ascending bits and descending group size; then column_bits,
+    ascending; sparsities, descending; and extra levels, which are names, in their order. UserError where a value is
+    out of range or given twice.
     """
     given: dict[str, Sequence[object]] = {
         "bits": bits,
@@ -74,13 +75,13 @@ def make_levels(
     if bits and not group_sizes:
         raise UserError("group_sizes=[] is wrong: expected one or more values, -1 is one scale a row")
     grids = [
-        GridLevel(Scheme(one, size, symmetric))
-        for one in sorted(bits)
+        GridLevel(Scheme(width, size, symmetric))
+        for width in sorted(bits)
         for size in sorted(group_sizes, key=_columns, reverse=True)
     ]
-    columns = [ColumnBitsLevel(ColumnBits(float(one))) for one in sorted(column_bits)]
-    # By way of their names, whose digits end: a database that is read must have the levels that were solved.
-    pruned = [parse_level(SparsityLevel(Sparsity(one)).name) for one in sorted(sparsities, reverse=True)]
+    columns = [ColumnBitsLevel(ColumnBits(float(mean))) for mean in sorted(column_bits)]
+    # Parsed from their names, which round the fraction: reading a database must give the levels that were solved.
+    pruned = [parse_level(SparsityLevel(Sparsity(fraction)).name) for fraction in sorted(sparsities, reverse=True)]
     return tuple(dict.fromkeys([*grids, *columns, *pruned, *(parse_level(name, "extra_levels") for name in extra)]))
 
 

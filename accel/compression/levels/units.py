@@ -1,4 +1,4 @@
-"""What allocators choose for: the layers of a level database with the sizes and errors of their levels, and parts."""
+"""The units of a level database, for allocators: its layers with sizes and errors of their levels, and its parts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,12 +17,12 @@ PARTS = (ATTENTION, MLP, BLOCK)
 def make_units(
     database: LevelDatabase, grouping: str, keep: bool = False, drop: Sequence[str] = (), solved: bool = True
 ) -> list[Unit]:
-    """A unit for every layer, or for the layers that get the same level by the rule `grouping`, and one for every part.
+    """Units of the layers, joined by the rule `grouping` (see group_units), and of the parts that may be dropped.
 
-    keep: layers have the level `keep`, too, of no error. drop: parts of every block that may be left out, out of
-    `attention`, `mlp` and `block`. solved: False gives sizes alone, which are known before there is any level.
-    Errors are those of the layer's output, relative to it; what is dropped errs by all of the output of its layers.
-    Experts are one unit in any case: transformers reads one scheme for those of all blocks.
+    keep: adds the level `keep`, of error 0, to all layers. drop: kinds of parts that may be dropped in every block:
+    `attention`, `mlp` or `block`. solved: False makes units with sizes but without errors, before the database exists.
+    Errors are those of the layer's output, relative to that output; a dropped part has an error of 1 for each of its
+    layers. All experts are one unit under every rule, because transformers reads one scheme for all of them.
     """
     parts = _parts(database, drop)
     units: list[Unit] = []
@@ -63,12 +63,12 @@ def layer_levels(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[s
 
 
 def dropped_parts(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[int, set[str]]:
-    """Kinds of the parts that are left out, by block."""
-    found: dict[int, set[str]] = {}
+    """Kinds of the dropped parts, by block."""
+    dropped: dict[int, set[str]] = {}
     for unit in units:
         if assignment[unit.name] == DROP:
-            found.setdefault(unit.block, set()).add(unit.kind)
-    return found
+            dropped.setdefault(unit.block, set()).add(unit.kind)
+    return dropped
 
 
 def _layers(database: LevelDatabase) -> Iterator[tuple[Group, Layer]]:
@@ -90,21 +90,21 @@ def _parts(database: LevelDatabase, drop: Sequence[str]) -> dict[tuple[int, str]
                 inside.setdefault((group.block, kind), []).append(layer)
     parts = {}
     for (block, kind), layers in inside.items():
-        # A block that goes is not written; of a smaller part transformers wants the tensors.
-        left = 0 if kind == BLOCK else dropped_bits(layers, database.checkpoint)
+        # A dropped block is not written; for a dropped part of a block, transformers still needs the tensors.
+        remaining_bits = 0 if kind == BLOCK else dropped_bits(layers, database.checkpoint)
         parts[block, kind] = Unit(
             name=f"{kind} of block {block}",
             layers=(),
             block=block,
             kind=kind,
             weights=0,
-            choices=(Choice(DROP, left, float(len(layers))), Choice(KEEP, 0)),
+            choices=(Choice(DROP, remaining_bits, float(len(layers))), Choice(KEEP, 0)),
             part_of=f"{BLOCK} of block {block}" if kind != BLOCK and BLOCK in drop else None,
         )
     return parts
 
 
 def _holder(block: int, kind: str, parts: Mapping[tuple[int, str], Unit]) -> str | None:
-    """Name of the smallest part that a layer lies in, of those that may be dropped."""
+    """Name of the smallest droppable part that contains a layer of this block and kind; None where there is none."""
     unit = parts.get((block, kind)) or parts.get((block, BLOCK))
     return unit.name if unit else None

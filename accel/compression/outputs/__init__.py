@@ -1,1 +1,1 @@
-"""Folders that a run fills and a killed run continues: compressed checkpoints, locks and atomic writes."""
+"""Output folders of runs that can be resumed: compressed checkpoints, locks and atomic writes."""

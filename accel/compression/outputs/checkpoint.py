@@ -1,8 +1,7 @@
-"""The folder of a compressed checkpoint while it is being made: one shard a block, each written whole or not at all.
+"""The output folder of a compressed checkpoint: one shard a block, each written atomically.
 
-Next to the shards, in `.hasten`, stand the facts of their blocks.
-Index and config.json come last: a folder without them is visibly unfinished, and the shards in it are what a later run
-keeps.
+The folder `.hasten` in it holds the facts of the blocks. The index and config.json are written last: a folder without
+them is visibly unfinished, and a resumed run keeps its shards.
 """
 
 import json
@@ -24,21 +23,21 @@ from hasten.accel.compression.result import Facts
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.families import family_of
 
-# Tensors outside the blocks are gathered into shards of about this size.
+# Size of the shards with the tensors outside the blocks.
 _OUTER_BYTES = 1 << 27
-# Of the original's other files, those that are copied, and among them those that are written anew.
+# Files of the original that are copied, and those among them that are not, because the run writes its own.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 OWN = ("config.json", "model.safetensors.index.json")
-# Modules of all of a model's parts.
+# Modules that contain the whole model; patterns name the modules below them.
 _HOLDERS = ("model", "decoder", "language_model")
 _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 
 
 class OutputFolder(ResumableFolder):
-    """A compressed checkpoint in the making.
+    """Output folder of a compressed checkpoint.
 
-    layer_groups: layers that are compressed, by block. kept: numbers of the blocks that are written, rising; None for
-    all. Every block goes by its number in the original, and by its place among the kept ones in the files.
+    layer_groups: layers that are compressed, by block. kept: ascending numbers of the blocks that are written; None for
+    all. Methods take a block's number in the original; in the files it has its index among the kept blocks.
     """
 
     def __init__(
@@ -64,27 +63,27 @@ class OutputFolder(ResumableFolder):
         return self.path / f"model-{number:05d}-of-{self._shards:05d}.safetensors"
 
     def facts(self, block: int) -> list[Facts]:
-        """What was noted about each compressed layer of a finished block."""
+        """Facts of each compressed layer of a finished block."""
         layers: list[Facts] = json.loads(self._facts_file(block).read_text())
         return layers
 
     def is_finished(self, block: int) -> bool:
-        """Whether the block's shard stands."""
+        """Whether the block's shard is written."""
         return self.shard(block).exists() and self._facts_file(block).exists()
 
     def unfinished(self, block: int) -> list[Group]:
-        """Groups of a block that are still to be solved: all of them until its shard stands."""
+        """Groups of a block that are not solved yet: all of them until its shard is written."""
         return [] if self.is_finished(block) else list(self._layer_groups[block])
 
     @property
     def finished(self) -> list[int]:
-        """Blocks whose shards stand."""
+        """Blocks whose shards are written."""
         return [block for block in self._kept if self.is_finished(block)]
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
-        """Write a block's shard: what stands for weights, by layer name, and everything else as the checkpoint has it.
+        """Write a block's shard: packed layers by name, and all other tensors of the block from the original.
 
-        packed: tensors of a layer by what follows its name; a `bias` among them stands for the layer's own.
+        packed: tensors of a layer by what follows its name; a `bias` among them replaces the layer's bias.
         """
         tensors = {f"{layer}.{part}": tensor for layer, parts in packed.items() for part, tensor in parts.items()}
         for name in self._architecture.block_tensors(block):
@@ -94,7 +93,7 @@ class OutputFolder(ResumableFolder):
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
     def read_block(self, block: int) -> dict[str, Tensor]:
-        """Weights that a loader makes of a finished block's compressed layers, by their path in the block."""
+        """Weights of a finished block's compressed layers, as a loader unpacks them, by their path in the block."""
         weights: dict[str, Tensor] = {}
         with safe_open(self.shard(block), framework="pt") as file:
             stored = set(file.keys())
@@ -114,7 +113,7 @@ class OutputFolder(ResumableFolder):
         return weights
 
     def finish(self) -> None:
-        """Write what stands outside the blocks, copy the tokenizer and its like, then index and config.json."""
+        """Write the tensors outside the blocks, copy the tokenizer's and similar files, then write index and config."""
         weight_map: dict[str, str] = {}
         total = 0
         for number, names in enumerate(self._outer):
@@ -151,9 +150,9 @@ class OutputFolder(ResumableFolder):
         return config | {"quantization_config": described}
 
     def _as_module(self, name: str) -> str:
-        """Name of a block's layer as loaders look for it, a pattern where their modules are called otherwise."""
-        usual = family_of(self._architecture.checkpoint.config.get("model_type")).prefixes[0]
-        return name if name.startswith(usual) else rf"re:.*\b{re.escape(name[name.index('layers.') :])}$"
+        """Name of a block's layer by which loaders find it: a pattern where their module names differ."""
+        prefix = family_of(self._architecture.checkpoint.config.get("model_type")).prefixes[0]
+        return name if name.startswith(prefix) else rf"re:.*\b{re.escape(name[name.index('layers.') :])}$"
 
     def _outer_linears(self) -> list[str]:
         """Patterns of modules outside the blocks that may hold linear layers: OPT-350m's projections, vision towers."""
@@ -167,7 +166,7 @@ class OutputFolder(ResumableFolder):
         return [rf"re:(.*\.)?{part}(\..*)?$" for part in dict.fromkeys(parts) if part != "lm_head"]
 
     def _renamed(self, name: str) -> str:
-        """Name, in the files, of a tensor or layer of a block that is written."""
+        """Name in the files of a tensor or layer of a kept block, with the block's new number."""
         return _NUMBER.sub(lambda number: str(self._places[int(number[0])]), name, count=1)
 
     def _facts_file(self, block: int) -> Path:
@@ -180,7 +179,7 @@ class OutputFolder(ResumableFolder):
 
 
 def outer_shards(architecture: Architecture) -> Iterable[list[str]]:
-    """Names outside the blocks, in lists of about one shard each."""
+    """Names of the tensors outside the blocks, in one list a shard."""
     names: list[str] = []
     size = 0
     for name in architecture.outer_tensors():
@@ -195,7 +194,7 @@ def outer_shards(architecture: Architecture) -> Iterable[list[str]]:
 
 
 def _index(path: Path, weight_map: dict[str, str]) -> int:
-    """Enter a shard's tensors into the weight map; returns their bytes."""
+    """Add a shard's tensors to the weight map; returns their bytes."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     total = 0

@@ -1,9 +1,9 @@
-"""Fingerprint of the code that a run is made of: a digest of every module that its methods import, read from source.
+"""Fingerprint of a run's code: a digest of the source of every module that its methods import.
 
-A run that goes on where another stopped must compute with the same code, but only with its own: a change of a method
-that it does not use is none. Modules are found by static analysis of their imports, those inside functions included,
-so that nothing is imported for it. What `import_module` is given at run time is followed only where it is written as a
-constant: a method that is chosen by name comes in as an object, whose own modules are where the search starts.
+A resumed run must compute with the same code as the run before, but changes of methods that it does not use are
+allowed. Modules are found by static analysis of imports, including those inside functions, so no module is imported.
+An argument of `import_module` is followed only where it is a constant: a method that is chosen by name is passed as an
+object, and the analysis starts at that object's modules.
 """
 
 import ast
@@ -19,9 +19,9 @@ from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 _PACKAGE = __name__.partition(".")[0]
-# What methods state of their cost decides plans, and no results.
+# Costs that methods state affect dry runs, but no results.
 _PLANNING = f"{_PACKAGE}.accel.costs"
-# Sources that a kernel's module names and compiles, and what these include from beside them.
+# Native sources that a kernel's module names and compiles, and the headers that they include by relative paths.
 _NATIVE = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"\n]+)"', re.MULTILINE)
 _DIGITS = 16
@@ -29,26 +29,26 @@ _DIGITS = 16
 
 @runtime_checkable
 class _Loader(Protocol):
-    """What importlib's loaders of files and of zip archives have in common."""
+    """The common interface of importlib's loaders for files and for zip archives."""
 
     def get_data(self, path: str) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A module's source. digest: of it and the native sources that it names. imports: names that it may import."""
+    """A module. digest: of its source and of the native sources that it names. imports: names that it may import."""
 
     digest: str
     imports: frozenset[str]
 
 
 def code_fingerprint(*roots: object) -> dict[str, str]:
-    """Digests, 16 hexadecimal digits each, of the modules that roots are made of, by name and in order.
+    """Digests, 16 hexadecimal digits each, of all modules that roots depend on, sorted by module name.
 
-    roots: modules, classes, methods and other dataclasses, or collections of them; None counts for nothing. The search
-    starts at the modules that define a method's class, its bases and what its fields hold, and follows every import
-    inside hasten; of a class from another package, inside that one as well. The packages around a module count, since
-    importing it runs them.
+    roots: modules, classes, methods and other dataclasses, or collections of them; None is ignored. The search starts
+    at the modules that define an object's class, its bases, and the objects in its fields. It follows every import
+    within hasten, and, for a class from another package, within that package, too. Parent packages of a module are
+    included, because importing the module runs them.
     """
     return dict(_reachable(frozenset(name for root in roots for name in _defined_in(root))))
 
@@ -56,21 +56,21 @@ def code_fingerprint(*roots: object) -> dict[str, str]:
 @cache
 def _reachable(names: frozenset[str]) -> dict[str, str]:
     packages = {_PACKAGE, *map(_top, names)}
-    found: dict[str, str] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in found or _top(name) not in packages or f"{name}.".startswith(f"{_PLANNING}."):
+    digests: dict[str, str] = {}
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name in digests or _top(name) not in packages or f"{name}.".startswith(f"{_PLANNING}."):
             continue
         module = _read(name)
         if module is not None:
-            found[name] = module.digest
-            waiting += module.imports
-    return dict(sorted(found.items()))
+            digests[name] = module.digest
+            pending += module.imports
+    return dict(sorted(digests.items()))
 
 
 def _defined_in(root: object) -> Iterator[str]:
-    """Names of the modules that define an object's class, its bases and what its fields hold."""
+    """Names of the modules that define an object's class, its bases, and the objects in its fields."""
     if isinstance(root, ModuleType):
         yield root.__name__
     elif isinstance(root, type):
@@ -91,7 +91,7 @@ def _defined_in(root: object) -> Iterator[str]:
 
 
 def _classes(root: object, packages: Collection[str]) -> Iterator[str]:
-    """Modules of an object's class and of its bases, as far as they lie in some packages."""
+    """Modules of an object's class and of its bases that are in the given packages."""
     yield from (cls.__module__ for cls in type(root).__mro__ if _top(cls.__module__) in packages)
 
 
@@ -101,7 +101,7 @@ def _top(name: str) -> str:
 
 
 def _read(name: str) -> _Module | None:
-    """A module's source; None where there is no such module, as for a name that is imported from one."""
+    """The module of a name; None where the name is not a module, but, for example, a class imported from one."""
     spec = _find(name)
     if spec is None or not isinstance(spec.loader, _Loader) or spec.origin is None:
         return None
@@ -118,10 +118,10 @@ def _read(name: str) -> _Module | None:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """Where a module lies: as the import system would find it, but without importing the packages around it."""
+    """Spec of a module, as the import system would find it, but without importing its parent packages."""
     top, *inner = name.split(".")
     loaded = sys.modules.get(top)
-    # A package that is loaded may have extended its path, as hasten does in a checkout.
+    # A loaded package may have extended its path, as hasten does in a checkout.
     spec = PathFinder.find_spec(top) if loaded is None else loaded.__spec__
     if not inner:
         return spec
@@ -138,13 +138,13 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _parents(name: str) -> Iterator[str]:
-    """Packages around a module: importing it runs them first."""
+    """Parent packages of a module, which run when it is imported."""
     parts = name.split(".")
     yield from (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 def _imports(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
-    """Names that code in a package may import, at its top or inside functions; of these some are no modules."""
+    """Names that code in a package may import, at its top or inside functions; not all of them are modules."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -169,13 +169,13 @@ def _absolute(module: str | None, level: int, package: str) -> str:
 
 
 def _is_type_checking(test: ast.expr) -> bool:
-    """Whether a condition is that of imports for type checkers alone."""
+    """Whether a condition is TYPE_CHECKING, so that its imports do not happen at run time."""
     name = test.attr if isinstance(test, ast.Attribute) else test.id if isinstance(test, ast.Name) else None
     return name == "TYPE_CHECKING"
 
 
 def _dynamic(call: ast.Call, package: str) -> Iterator[str]:
-    """Module that import_module or __import__ is called with, where that is a constant."""
+    """Module in a call of import_module or __import__, if the argument is a constant."""
     called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
     if called not in ("import_module", "__import__") or not call.args:
         return
@@ -186,24 +186,24 @@ def _dynamic(call: ast.Call, package: str) -> Iterator[str]:
 
 
 def _native_sources(tree: ast.AST, loader: _Loader, folder: str) -> dict[str, bytes]:
-    """Native sources that a module names, by their path from its folder, with those that they include."""
-    waiting = [path for node in ast.walk(tree) for path in _paths(node)]
-    found: dict[str, bytes] = {}
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.endswith(_NATIVE):
+    """Native sources that a module names, and those that they include, by path relative to the module's folder."""
+    pending = [path for node in ast.walk(tree) for path in _paths(node)]
+    sources: dict[str, bytes] = {}
+    while pending:
+        path = pending.pop()
+        if path in sources or not path.endswith(_NATIVE):
             continue
         try:
-            found[path] = loader.get_data(f"{folder}/{path}")
+            sources[path] = loader.get_data(f"{folder}/{path}")
         except OSError:
-            continue  # a header of the system, or no file
-        included = (name.decode(errors="replace") for name in _INCLUDE.findall(found[path]))
-        waiting += [str(PurePosixPath(path).parent / name) for name in included]
-    return found
+            continue  # a system header, or not a file
+        included = (name.decode(errors="replace") for name in _INCLUDE.findall(sources[path]))
+        pending += [str(PurePosixPath(path).parent / name) for name in included]
+    return sources
 
 
 def _paths(node: ast.AST) -> Iterator[str]:
-    """Paths that a constant, or `folder / "c" / "name.c"`, stands for."""
+    """Path in a string constant, or the constant end of an expression such as `folder / "c" / "name.c"`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):

@@ -1,7 +1,7 @@
-"""Whose folder it is: two runs that write one folder at the same time would each take the other's files for its own.
+"""Lock of an output folder, so that two runs do not write to the same folder at the same time.
 
-The lock is the system's, on a file: it ends with the process, however that ends. Where a file system has none, nobody
-is kept out.
+It is the operating system's lock on a file, which ends with the process, however that ends. On a file system without
+locks there is no protection.
 """
 
 import fcntl
@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import IO
 
-# By the file: several of this process's objects may stand for one folder.
+# Keyed by file, because several objects of this process may refer to the same folder.
 _HELD: dict[Path, IO[bytes]] = {}
 _SECONDS_BETWEEN_TRIES = 0.1
 
 
 def take(file: Path, seconds: float = 0.0) -> bool:
-    """Lock a file, which is made, for this process; False where another has had it for so many seconds."""
+    """Lock a file for this process and create it; False where another process holds it for this many seconds."""
     file = file.resolve()
     if file in _HELD:
         return True
@@ -37,7 +37,7 @@ def take(file: Path, seconds: float = 0.0) -> bool:
 
 
 def give_back(file: Path) -> None:
-    """End the lock of a file, if this process has it."""
+    """Unlock a file, if this process holds its lock."""
     opened = _HELD.pop(file.resolve(), None)
     if opened is not None:
         opened.close()

@@ -1,8 +1,9 @@
-"""A folder that a run fills and a killed run goes on with: whose it is, and files written whole or not at all.
+"""Output folder of a run that can be resumed: ownership of the folder, and atomic writes.
 
-A file is written under a temporary name of its own, synced and renamed: processes that write the same at the same time
-do not meet. In `.hasten` stands the fingerprint of everything that decides the folder's bytes; a run with another one
-is refused, but for what memory asks for and the last bits alone depend on, and so is a second run while one is at it.
+A file is written under a unique temporary name, synced and renamed, so that processes that write the same file at the
+same time do not conflict. `.hasten` in the folder holds the fingerprint of everything that determines the folder's
+bytes. A run with a different fingerprint is refused, unless only settings differ that affect memory and at most the
+last bits of results. A second run is also refused while another one writes the folder.
 """
 
 import hashlib
@@ -24,19 +25,19 @@ PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"
 _SOURCE = "source.json"
 _LOCK = "lock"
-# What may change while a folder is made, as when memory ran out: results differ by the last bits at most.
+# Settings that a resumed run may change, for example after running out of memory: only last bits of results differ.
 _MAY_CHANGE = ("batch", "threads")
-# A run that was just killed may take so long to end.
+# Time to wait for a run that was just killed to end.
 _SECONDS_TO_END = 5.0
-# Names of changed modules in a message.
+# Maximum number of changed modules that a message names.
 _NAMED = 3
 
 
 class ResumableFolder:
-    """A folder in the making. source: the checkpoint that it is made from.
+    """Output folder of a run. source: the checkpoint that it is made from.
 
-    option: what users call the folder. last_file: what a complete one has. open_to_all: folders in it that other runs
-    write, too.
+    option: the job option that names the folder. last_file: the file that is written last. open_to_all: folders inside
+    to which other runs may write.
     """
 
     option: ClassVar[str] = "output"
@@ -46,36 +47,35 @@ class ResumableFolder:
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
         self.source = source
-        # What is noted of it, for those who look for the original: such as the URI that it was copied from.
+        # Recorded in the folder for finding the original; callers may set it, for example to the URI of a download.
         self.source_name = embedded.reference(source)
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything is there."""
+        """Whether the folder is complete."""
         return (self.path / self.last_file).exists()
 
     @property
     def fingerprint(self) -> dict[str, object]:
         """The fingerprint that the folder was made with."""
-        found: dict[str, object] = json.loads((self.path / PROGRESS / _FINGERPRINT).read_text())
-        return found
+        fingerprint: dict[str, object] = json.loads((self.path / PROGRESS / _FINGERPRINT).read_text())
+        return fingerprint
 
     def check(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
-        """UserError where `open` would refuse the folder; writes nothing.
+        """UserError where `open` would refuse the folder; nothing is written.
 
-        It is refused where it holds something else, or was begun with other settings: the message says which differ.
+        A folder is refused where it holds other files, or was begun with other settings, which the message names.
         """
-        here = self.path
-        while not os.path.lexists(here) and here != here.parent:
-            here = here.parent
-        if here == self.path and not here.is_dir():
+        existing = self.path
+        while not os.path.lexists(existing) and existing != existing.parent:
+            existing = existing.parent
+        if existing == self.path and not existing.is_dir():
             raise UserError(f"{self.option}={self.path} is a file: give a folder that is new or empty")
-        if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
-            raise UserError(f"{self.option}={self.path} cannot be made: {here} is no folder that can be written to")
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{self.option}={self.path} cannot be made: {existing} is no folder that can be written to")
         if self._is_new():
             return
-        kept = self.path / PROGRESS / _FINGERPRINT
-        if not kept.exists():
+        if not (self.path / PROGRESS / _FINGERPRINT).exists():
             raise UserError(f"{self.option}={self.path} holds something else: give a folder that is new or empty")
         differing = _differences(lasting(self.fingerprint), lasting(fingerprint))
         if differing and not overwrite:
@@ -85,19 +85,19 @@ class ResumableFolder:
             )
 
     def changed(self, fingerprint: Mapping[str, object]) -> list[str]:
-        """`key: old value, now new value` for what a run with this fingerprint does otherwise than the first one."""
+        """`key: old value, now new value` for every entry of this fingerprint that differs from the folder's."""
         return _differences(self.fingerprint, fingerprint)
 
     def open(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
-        """Make the folder, or go on in one that the same run left behind; UserError as in `check`.
+        """Create the folder, or resume in one that a run with this fingerprint left; UserError as in `check`.
 
-        It is this process's until `release`, or refused where it is another's.
+        This process owns the folder until `release`; UserError where another process owns it.
         """
         self.check(fingerprint, overwrite)
         if not self.hold(_SECONDS_TO_END):
             raise UserError(f"another run writes {self.option}={self.path}: wait for it, or give another {self.option}")
         try:
-            # Another run may have been at it until now.
+            # Another run may have written to the folder until now.
             self.check(fingerprint, overwrite)
             self._begin(fingerprint, overwrite)
         except BaseException:
@@ -105,7 +105,7 @@ class ResumableFolder:
             raise
 
     def hold(self, seconds: float = 0.0) -> bool:
-        """Make the folder this process's own; False where it has been another's for so many seconds."""
+        """Take ownership of the folder; False where another process owns it for this many seconds."""
         taken = []
 
         def take() -> None:
@@ -116,13 +116,13 @@ class ResumableFolder:
         return taken[0]
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Give up ownership of the folder."""
         lock.give_back(self.path / PROGRESS / _LOCK)
 
     def write_tensors(self, path: Path, tensors: dict[str, Tensor], note: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file whole or not at all; its metadata are note, or say that torch wrote it.
+        """Write a safetensors file atomically. note: its metadata; None is the usual {"format": "pt"}.
 
-        Only one entry: safetensors writes several in another order every time.
+        The metadata must have one entry: safetensors writes several entries in a random order.
         """
         from safetensors.torch import save_file
 
@@ -132,11 +132,11 @@ class ResumableFolder:
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed)
 
     def write_json(self, path: Path, content: object) -> None:
-        """Write a JSON file whole or not at all."""
+        """Write a JSON file atomically."""
         write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
     def _begin(self, fingerprint: Mapping[str, object], overwrite: bool) -> None:
-        """Throw away what is not to stay of an earlier run, and note whose the folder is."""
+        """Remove leftovers of an earlier run, and record the source and the fingerprint of this one."""
         progress = self.path / PROGRESS
         if overwrite and not self._is_new():
             self._clear()
@@ -148,7 +148,7 @@ class ResumableFolder:
             self.write_json(progress / _FINGERPRINT, dict(fingerprint))
 
     def _is_new(self) -> bool:
-        """Whether the folder is missing, empty, or as a run leaves it that was killed while it made the folder."""
+        """Whether the folder is missing, empty, or as a run leaves it that is killed while it creates the folder."""
         progress = self.path / PROGRESS
         begun = {progress, progress / _SOURCE, progress / _LOCK}
         return not self.path.exists() or all(
@@ -158,7 +158,7 @@ class ResumableFolder:
     def _clear(self) -> None:
         """Empty the folder of an earlier run.
 
-        Killed half way, it is still known as a run's, by the fingerprint, and not taken for complete.
+        If this is killed half way, the fingerprint still marks the folder as a run's, and it does not look complete.
         """
         (self.path / self.last_file).unlink(missing_ok=True)
         kept = self.path / PROGRESS / _FINGERPRINT
@@ -173,30 +173,30 @@ class ResumableFolder:
 
 
 def lasting(fingerprint: Mapping[str, object]) -> dict[str, object]:
-    """What of a fingerprint may not change while a folder is made."""
+    """The entries of a fingerprint that a resumed run may not change."""
     return {key: value for key, value in fingerprint.items() if key not in _MAY_CHANGE}
 
 
 def digest(fingerprint: object) -> str:
-    """Short name of plain values: 16 hexadecimal digits."""
+    """Digest of JSON values: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def source_name(folder: Path) -> str | None:
-    """What a folder was made from, as it is noted in it: a path, embedded:NAME, or a URI."""
-    noted = folder / PROGRESS / _SOURCE
-    return json.loads(noted.read_text())["original"] if noted.is_file() else None
+    """Recorded source of a folder: a path, embedded:NAME, or a URI; None where none is recorded."""
+    file = folder / PROGRESS / _SOURCE
+    return json.loads(file.read_text())["original"] if file.is_file() else None
 
 
 def original_of(folder: Path) -> Path | None:
-    """Checkpoint that a folder was made from, if that is noted in it and still there."""
-    noted = source_name(folder)
-    original = None if noted is None else embedded.referred(noted)
+    """Checkpoint that a folder was made from; None where it is not recorded or no longer exists."""
+    name = source_name(folder)
+    original = None if name is None else embedded.from_reference(name)
     return original if original is not None and original.is_dir() else None
 
 
 def write_whole(path: Path, save: Callable[[Path], object], needed: int = 0) -> None:
-    """Write a file under another name and rename it; what a full disk could not hold does not stay on it.
+    """Write a file atomically: under a temporary name, then renamed. The temporary file is removed on errors.
 
     save(temporary) writes about `needed` bytes; UserError where the disk is full.
     """
@@ -214,7 +214,7 @@ def write_whole(path: Path, save: Callable[[Path], object], needed: int = 0) -> 
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename a file into place so that a power cut leaves the old state or the new one."""
+    """Rename a file durably: after a power failure there is either the old file or the new one."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -226,32 +226,32 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def guard(name: str, write: Callable[[], object], needed: int = 0) -> None:
-    """Run write(); a full disk becomes a UserError that says what to do."""
+    """Run write(); UserError, which says what to do, where the disk is full."""
     try:
         write()
     except Exception as error:
         if not is_disk_full(error):
             raise
-        wanted = f" ({needed / 2**20:.0f} MiB)" if needed else ""
+        size = f" ({needed / 2**20:.0f} MiB)" if needed else ""
         raise UserError(
-            f"the disk is full while writing {name}{wanted}: make space and run the same command again; "
+            f"the disk is full while writing {name}{size}: make space and run the same command again; "
             f"what is finished is kept"
         ) from None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old value, now new value` for every entry that differs; of digests by name, the names that differ."""
-    found = []
+    """`key: old value, now new value` for every entry that differs; for a dict of digests, the names that differ."""
+    differences = []
     for key in dict.fromkeys([*old, *new]):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
             if names:
                 more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                found.append(f"{key} of {', '.join(names[:_NAMED])}{more}")
+                differences.append(f"{key} of {', '.join(names[:_NAMED])}{more}")
         elif before != now:
-            found.append(f"{key}: {_short(before)}, now {_short(now)}")
-    return found
+            differences.append(f"{key}: {_short(before)}, now {_short(now)}")
+    return differences
 
 
 def _short(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""One linear layer at a time: weights in, fewer weights and a mask out. One file a method."""
+"""Pruners: the weights of a linear layer in, the kept weights and their mask out. One file a method."""

@@ -1,4 +1,4 @@
-"""What every pruner takes and gives back."""
+"""Base classes of pruners and sparsity patterns, and the pruned weight that pruners return."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from hasten.accel.errors import UserError
 
 
 class Pattern(ABC):
-    """How many weights of which columns are set to zero, the same in every row; methods score the weights."""
+    """A sparsity pattern: how many weights of which columns are pruned in every row. Methods score the weights."""
 
     @property
     @abstractmethod
     def group_size(self) -> int | None:
-        """Consecutive columns of which a fixed number goes, None where that is so of a whole row alone."""
+        """Consecutive columns of which a fixed number is pruned; None where only the number in a whole row is fixed."""
 
     @abstractmethod
     def lowest(self, score: Tensor) -> Tensor:
-        """The weights that go, (R, C) bool: those of the lowest score (R, C), of equal ones the first."""
+        """Which weights are pruned, (R, C) bool: those with the lowest score (R, C), of equal ones the first."""
 
 
 @dataclass(frozen=True)
 class Sparsity(Pattern):
-    """Share of a layer's weights that are set to zero, the same in every row, wherever in the row."""
+    """Unstructured sparsity: the fraction of weights that are zero, the same in every row."""
 
     fraction: float = 0.5
 
@@ -39,7 +39,7 @@ class Sparsity(Pattern):
 
     @property
     def group_size(self) -> None:
-        """Rows alone count."""
+        """None: only the number in a whole row is fixed."""
         return None
 
     def lowest(self, score: Tensor) -> Tensor:
@@ -47,20 +47,20 @@ class Sparsity(Pattern):
         return lowest(score, self.pruned(score.shape[1]))
 
     def pruned(self, columns: int) -> int:
-        """Weights set to zero in every row of so many columns, rounded down."""
-        # 0.3 of 10 columns are 3, whatever the last bit of the product says.
+        """Number of weights that are pruned in a row with this many columns, rounded down."""
+        # 0.3 of 10 columns are 3, although the product in floating point may be less.
         return int(self.fraction * columns + 1e-9)
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """Exact size of a layer: a bit of mask for every weight, and itemsize bytes for every one that is kept."""
+        """Exact size of a layer: one mask bit for every weight, and itemsize bytes for every kept weight."""
         return rows * columns + rows * (columns - self.pruned(columns)) * 8 * itemsize
 
 
 @dataclass(frozen=True)
 class PrunedWeight:
-    """A weight (R, C) in the checkpoint's dtype of which some are zero.
+    """A pruned weight (R, C), dense, in the checkpoint's dtype.
 
-    mask: (R, C) bool, True where a weight is kept; a kept weight may happen to be zero.
+    mask: (R, C) bool, True where a weight is kept; a kept weight may be zero by chance.
     """
 
     weight: Tensor
@@ -72,18 +72,18 @@ class PrunedWeight:
         return self.mask.numel() + int(self.mask.sum()) * 8 * self.weight.element_size()
 
     def rows(self, start: int, stop: int) -> "PrunedWeight":
-        """The rows of one of several layers that were pruned together."""
+        """Rows start to stop, such as those of one of several layers that were pruned together."""
         return PrunedWeight(self.weight[start:stop], self.mask[start:stop])
 
     @classmethod
     def join(cls, parts: list["PrunedWeight"]) -> "PrunedWeight":
-        """Consecutive rows as one weight."""
+        """One weight from its consecutive pieces."""
         return cls(torch.cat([part.weight for part in parts]), torch.cat([part.mask for part in parts]))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the input of layers. hessian: None where that is nothing, or nothing that can be used."""
+    """Statistics of the layers' input. hessian: None where there are no statistics, or none that are finite."""
 
     hessian: Hessian | None
     notes: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class Inputs:
         weight = weight.float()
         if self.hessian is None:
             return weight.square().sum(1)
-        # Only the panels up to the diagonal are kept: what they have left of their square counts twice.
+        # Panels hold H up to the diagonal: the part left of a panel's diagonal square stands for two halves of H.
         total = weight.new_zeros(len(weight))
         for panel in self.hessian.panels():
             size, stop = panel.shape
@@ -106,37 +106,37 @@ class Inputs:
 class Pruner(Method[P]):
     """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
 
-    Every method sets exactly as many weights of every row to zero as the pattern says: layers of equal shape have equal
-    size, and no row depends on those that are stacked with it.
+    Every method prunes exactly as many weights of each row as the pattern says. So layers of equal shape have equal
+    size, and no row depends on the rows stacked with it.
     """
 
     def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost | None:
-        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        """Cost of prepare() and of the solve for layers of this shape; None where the method does not state it."""
         return None
 
     @abstractmethod
     def prune(self, weight: Tensor, prepared: P, pattern: Pattern, grid: Grid | None = None) -> Result[PrunedWeight]:
-        """Prune weight (R, C), whose dtype stays; prepared comes from prepare().
+        """Prune weight (R, C); the result has its dtype. prepared comes from prepare().
 
-        grid: what the kept weights are rounded to; None leaves them where they are, or the method puts them.
+        grid: grid to which the kept weights are rounded; None for no rounding.
         """
 
 
 class ScoredPruner(Pruner[Inputs]):
-    """A pruner that scores every weight for itself; without statistics it tells errors of the weights."""
+    """A pruner that scores weights independently; without statistics its errors are those of the weights."""
 
     def prepare(self, hessian: Hessian | None) -> Inputs:
-        """What is known of the input, by which Magnitude, too, tells errors of the output."""
-        # |E[x y]| is at most the root of E[x²] E[y²]: where these are finite, all of it is.
+        """Statistics of the input, by which every scored pruner, Magnitude too, reports errors of the output."""
+        # |E[x y]| is at most the root of E[x²] E[y²]: where the diagonal is finite, the whole matrix is.
         if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
             return Inputs(None, ("Hessian is not finite: weights alone were looked at",))
         return Inputs(hessian)
 
 
 def lowest(score: Tensor, number: int | Tensor) -> Tensor:
-    """Where the lowest scores (R, C) of every row are, bool, exactly number in each; of equal ones the first.
+    """Mask (R, C), bool, of exactly `number` lowest scores (R, C) in every row; of equal ones the first.
 
-    number: of every row the same, or (R,) int64.
+    number: the same for every row, or (R,) int64.
     """
     if isinstance(number, Tensor):
         number = number[:, None]
@@ -144,15 +144,15 @@ def lowest(score: Tensor, number: int | Tensor) -> Tensor:
     else:
         limit = score.kthvalue(max(1, number), dim=1, keepdim=True).values
     below, equal = score < limit, score == limit
-    # Which of equal values a sort puts first is not the same on every device.
+    # Ties are broken here, because the order of equal values in a sort differs between devices.
     return below | (equal & (equal.cumsum(1, dtype=torch.int32) <= number - below.sum(1, keepdim=True)))
 
 
 def prune_lowest(
     weight: Tensor, score: Tensor, inputs: Inputs, pattern: Pattern, grid: Grid | None
 ) -> Result[PrunedWeight]:
-    """Weight (R, C) without those of the lowest score (R, C), the others as they are or as grid has them."""
+    """Prune the weights (R, C) of lowest score (R, C); the others stay, or are rounded to grid."""
     pruned = pattern.lowest(score)
     kept = weight.masked_fill(pruned, 0.0)
-    left = PrunedWeight(kept if grid is None else grid.quantize(kept).dequantize(), ~pruned)
-    return Result(left, inputs.power(weight - left.weight), inputs.power(weight), inputs.notes)
+    result = PrunedWeight(kept if grid is None else grid.quantize(kept).dequantize(), ~pruned)
+    return Result(result, inputs.power(weight - result.weight), inputs.power(weight), inputs.notes)

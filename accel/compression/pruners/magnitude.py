@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights closest to zero go.
+"""Magnitude pruning: prune the weights closest to zero.
 
 Source: Han et al. 2015, arXiv:1506.02626. The baseline every pruner here is compared with.
 Departs from it: nothing is trained afterwards, and weights are compared within each row, not within the layer, because

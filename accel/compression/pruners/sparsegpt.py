@@ -1,13 +1,13 @@
-"""SparseGPT: prune block by block of columns, and let the columns to come make up for what is gone.
+"""SparseGPT: prune block by block of columns, and let the remaining columns compensate for the pruned weights.
 
 Source: Frantar & Alistarh 2023, arXiv:2301.00774.
 Departs from it: solved on H = L Lᵀ itself instead of its inverse (see calibration/factor.py), where the saliency
-w_k² / [H⁻¹]_kk of a column at its turn is (w_k L_kk)². The paper takes the same share of every block, over all rows;
-here every row loses equally many weights, as many of them in a block as would go if no column were ever corrected.
-Masks are chosen for 32 columns at once, not 128. On the embedded target at 50 % the first change takes 3 % of the
-output error away, the second 13 %. Kept weights are rounded to the checkpoint's dtype at their turn, and later columns
-make up for that, too; so they do where kept weights are rounded to a grid (joint with quantization, the paper's
-section 3.5). Of a pattern with groups, such as 2:4, the mask of a group is chosen when the group is reached.
+w_k² / [H⁻¹]_kk of a column at its turn is (w_k L_kk)². The paper prunes the same share of every block, over all rows;
+here equally many weights are pruned in every row, and in a block as many of them as if no column were ever corrected.
+Masks are chosen for 32 columns at once, not 128. On the embedded target at 50 %, the first change lowers the output
+error by 3 %, the second by 13 %. Kept weights are rounded to the checkpoint's dtype at their turn, and later columns
+compensate for that, too; likewise where kept weights are rounded to a grid (joint with quantization, the paper's
+section 3.5). In a pattern with groups, such as 2:4, the mask of a group is chosen when the group is reached.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, column_visits, factored_cost, rounding
 from hasten.accel.errors import UserError
 
-# Columns, at least, before their error goes to all columns to come in one matrix product.
+# Minimum number of columns before a matrix product propagates their error to all remaining columns.
 _WIDTH = 128
 
 
@@ -33,9 +33,9 @@ _WIDTH = 128
 class SparseGPT(Pruner[Factor]):
     """Pruner that minimises the layer's output error on the calibration tokens.
 
-    damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping,
-    where it cannot be factored, and past that weights are pruned by magnitude. block: columns whose mask is chosen at
-    once, where the pattern has no groups.
+    damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping, where the
+    Hessian cannot be factored; past that, weights are pruned by magnitude. block: number of columns whose mask is
+    chosen at once where the pattern has no groups.
     """
 
     damping: float = 0.01
@@ -57,31 +57,31 @@ class SparseGPT(Pruner[Factor]):
     def prune(
         self, weight: Tensor, prepared: Factor, pattern: Pattern, grid: Grid | None = None
     ) -> Result[PrunedWeight]:
-        """Weight (R, C) with zeros where they cost least, and the other weights changed to make up for them."""
+        """Weight (R, C) with the pruned weights zero and the other weights changed to compensate for them."""
         rows, columns = weight.shape
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
-        # A column whose input is always zero costs nothing: it has no weight in any error and goes first.
+        # A column whose input is always zero adds no error, so its weights are pruned first.
         pivots = prepared.pivots.masked_fill(prepared.dead, 0.0)[:, None]
         damping = torch.full_like(pivots, prepared.damping).masked_fill_(prepared.dead[:, None], 0.0)
         block = pattern.group_size or self.block
         shares = pattern.lowest((target * pivots).abs_().T)  # (R, C)
         points, top = (None, 0) if grid is None else (grid.of_columns(prepared.order), grid.scheme.top)
         mask = torch.empty(columns, rows, dtype=torch.bool, device=weight.device)
-        left = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
-        residual = torch.empty_like(target)  # w - what is left of it, column by column
+        solved = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
+        residual = torch.empty_like(target)  # weight minus solved weight, column by column
         error, power = target.new_zeros(rows), target.new_zeros(rows)
         width = -(-_WIDTH // block) * block
         for stop in range(columns, 0, -width):
             start = max(0, stop - width)
-            now = slice(start, stop)
-            panel, corner = prepared.lower[stop:, now], prepared.lower[now, now].tril()
+            span = slice(start, stop)
+            panel, corner = prepared.lower[stop:, span], prepared.lower[span, span].tril()
             carried = panel.T @ residual[stop:]  # (width, R): error of the finished columns
             for last in range(stop, start, -block):
                 first = max(start, last - block)
                 part, inner, before = slice(first, last), slice(first - start, last - start), slice(0, first - start)
                 change = carried[inner]
                 if pattern.group_size is not None:
-                    # Best values while all columns from here on are free, those of the group among them.
+                    # The best values while all remaining columns are free, those of this group included.
                     upper = corner[inner, inner].T
                     change = torch.linalg.solve_triangular(upper, change, upper=True, unitriangular=True)
                 saliency = (target[part] + change).mul_(pivots[part]).abs_()
@@ -92,21 +92,21 @@ class SparseGPT(Pruner[Factor]):
                     mask[part],
                     carried[inner],
                     residual[part],
-                    left[part],
+                    solved[part],
                     None if points is None else points[part],
                     top,
                 )
                 carried[before].addmm_(corner[inner, before].T, residual[part])
-            signal = panel.T @ target[stop:] + corner.T @ target[now]
-            # L holds the damping, which is no error of the output.
-            error += (carried.mul_(pivots[now]).square_() - damping[now] * residual[now].square()).sum(0)
-            power += (signal.mul_(pivots[now]).square_() - damping[now] * target[now].square()).sum(0)
-        back = prepared.back()
-        pruned = PrunedWeight(left[back].T.contiguous(), mask[back].T.contiguous())
+            signal = panel.T @ target[stop:] + corner.T @ target[span]
+            # L is a factor of the damped Hessian: the damping's part is not an error of the output.
+            error += (carried.mul_(pivots[span]).square_() - damping[span] * residual[span].square()).sum(0)
+            power += (signal.mul_(pivots[span]).square_() - damping[span] * target[span].square()).sum(0)
+        back = prepared.inverse_order()
+        pruned = PrunedWeight(solved[back].T.contiguous(), mask[back].T.contiguous())
         return Result(pruned, error.clamp_(min=0), power.clamp_(min=0), prepared.notes)
 
     def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
-        """One visit of all columns against the factor."""
+        """One pass over all columns with the factor."""
         return factored_cost(layers, rounding(layers) + column_visits(layers, 1))
 
 
@@ -116,23 +116,23 @@ def _visit(
     mask: Tensor,
     carried: Tensor,
     residual: Tensor,
-    left: Tensor,
+    solved: Tensor,
     points: Sequence[tuple[Tensor, Tensor]] | None,
     top: int,
 ) -> None:
-    """Fill residual and left (B, R), and turn carried into the error that no column to come can take away.
+    """Fill residual and solved (B, R), and turn carried into the error that remaining columns cannot compensate.
 
     corner: (B, B), the factor of these columns. target, mask, carried: (B, R). points: scales and zero points of the
-    columns, if kept weights are rounded, to codes up to top.
+    columns, where kept weights are rounded to codes up to top; else None.
     """
     for k in range(len(target) - 1, -1, -1):
-        wanted = target[k] + carried[k]
-        kept = wanted.masked_fill(~mask[k], 0.0)
+        corrected = target[k] + carried[k]
+        kept = corrected.masked_fill(~mask[k], 0.0)
         if points is not None:
             scale, zero = points[k]
             kept = kept.div_(scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
-        left[k] = kept
-        value = left[k].float()
+        solved[k] = kept
+        value = solved[k].float()
         torch.sub(target[k], value, out=residual[k])
-        torch.sub(wanted, value, out=carried[k])
+        torch.sub(corrected, value, out=carried[k])
         carried[:k].addr_(corner[k, :k], residual[k])

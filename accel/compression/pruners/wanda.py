@@ -1,4 +1,4 @@
-"""Wanda: the weights go that add least to the output, each for itself.
+"""Wanda: prune the weights that, each taken alone, add least to the output.
 
 Source: Sun et al. 2023, arXiv:2306.11695: |w_ij| times the root mean square of input j, compared within each row.
 """
@@ -32,12 +32,12 @@ class Wanda(ScoredPruner):
         return prune_lowest(weight, score, prepared, pattern, grid)
 
     def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
-        """Weights are compared as they are, without a factorisation.
+        """A comparison of the weights without a factorisation, and two products with the Hessian.
 
-        What is left and what is lost of the output is told by a product with the Hessian each.
+        The products give the power of the output and of its error.
         """
         products = Work(exact_flops=4 * layers.rows * hessian_elements(layers.columns))
-        # The k-th smallest score takes a copy of all scores and their places. On a GPU the sums lie there once more
-        # while they are put together.
+        # Finding the k-th smallest score copies all scores and their indices. A GPU holds the sums twice while they are
+        # assembled.
         sums = hessian_bytes(layers.columns) * (2 if layers.gpu_memory else 1)
         return MethodCost(rounding(layers) + products, SOLVE_BYTES, prepared_bytes=sums)

@@ -1,1 +1,1 @@
-"""One linear layer at a time: weights in, codes and scales out. One file a method."""
+"""Quantizers: the weights of a linear layer in, codes and scales out. One file a method."""

@@ -1,16 +1,16 @@
 """BAQ over columns: bits for every input column of a layer in closed form, from its loss at equal bits.
 
-Source: Chao Zhang et al. 2025, arXiv:2506.05664. A first visit of the columns by GPTQ at equal bits gives the loss of
-each; b bits leave c 2^(-2b) of it, and the bits that minimise the sum at a given mean are that mean plus half the
-binary logarithm of a column's loss over the geometric mean of all. A second visit quantizes at these bits.
-Departs from it: whole bits, and exactly the mean, so that codes can be packed and counted; the paper has any number of
-levels, ends near the mean, and counts neither its map of columns nor its row ranges. Steps of a row's columns are not
-its range over their levels but those that would err least if its weights were normal, times one scale: a range that
-is right at 8 bits is twice what 2 bits want. On down_proj of the embedded target's second block, 3 bits on average
-take 24 % of the error of equal bits away, with the paper's grid 1 %. The scale is searched by the error that columns
-make at their own bits, and fitted anew to the codes (Kim et al. 2026, arXiv:2602.02126). As in the paper, bits belong
-to a layer: losses are summed over all its rows and no others, so layers are solved one by one, large ones in pieces
-of rows, and nothing depends on what else is solved.
+Source: Chao Zhang et al. 2025, arXiv:2506.05664. A first pass of GPTQ over the columns, at equal bits, gives the loss
+of each column. At b bits a column has the loss c 2^(-2b). The sum is least, at a given mean, where a column has that
+mean plus log2(loss / geometric mean of all losses) / 2 bits. A second pass quantizes at these bits.
+Departs from it: bits are whole and their mean is exact, so that codes can be packed and counted. The paper allows any
+number of levels, only comes near the mean, and counts neither the columns' bits nor the rows' ranges in the size. The
+step of a column is not the row's range divided by the number of levels, but the step of least error for normal weights,
+times one scale a row: the range that is right at 8 bits is twice the best one at 2 bits. On down_proj of the embedded
+target's second block, 3 bits on average have 24 % less error than equal bits; with the paper's grid, 1 % less. The
+scale is searched by the error of the columns at their own bits, and then fitted to the codes (Kim et al. 2026,
+arXiv:2602.02126). As in the paper, bits belong to a layer: losses are summed over all its rows and no others. So
+layers are solved one by one, large ones in pieces of rows, and the result does not depend on other layers.
 Columns are visited on H = L Lᵀ itself (see hasten.accel.compression.calibration.factor).
 """
 
@@ -44,14 +44,14 @@ from hasten.accel.costs.method import (
 )
 from hasten.accel.errors import UserError
 
-# Columns visited one by one before their error goes to the rest of the block in a matrix product.
+# Columns visited one by one before a matrix product propagates their error to the rest of the block.
 _INNER = 32
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Steps at a scale of 1 and largest codes, (C, 1) float32 each, columns in the order of the factor's rows."""
+    """Steps at a scale of 1, and largest codes: (C, 1) float32 each, columns in the order of the factor's rows."""
 
     step: Tensor
     top: Tensor
@@ -65,7 +65,7 @@ class _Grid:
 class _Solved:
     """Codes (C, R) in the order of the factor's rows and scales (R,).
 
-    error: (C, R), whose squared length is the output error of a row.
+    error: (C, R); the squared length of its column r is the output error of row r.
     """
 
     codes: Tensor
@@ -73,7 +73,7 @@ class _Solved:
     error: Tensor
 
     def where_better(self, other: "_Solved") -> "_Solved":
-        """Of every row the one with less error."""
+        """For every row the solution with the smaller error."""
         better = other.error.square().sum(0) < self.error.square().sum(0)
         return _Solved(
             torch.where(better, other.codes, self.codes),
@@ -84,11 +84,11 @@ class _Solved:
 
 @dataclass(frozen=True)
 class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
-    """Quantizer that gives the columns of a layer bits of their own, by their share of the output error.
+    """Quantizer that spreads bits over the columns of a layer by their share of the output error.
 
     damping, max_damping, act_order: see quantizers.gptq.GPTQ. lowest, highest: bounds of a column's bits. search:
-    scales tried for every row; refits: how often they are fitted anew to the codes, the columns being solved again
-    between two fits.
+    number of scales tried for every row. refits: number of times that scales are fitted to the codes; the columns are
+    solved again between two fits.
     """
 
     damping: float = 0.01
@@ -111,7 +111,7 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
             raise UserError(f"need search >= 2 and refits >= 0, got search={self.search} refits={self.refits}")
 
     def check(self, level: ColumnBits) -> None:
-        """UserError where a mean is not between the lowest and the highest bits."""
+        """UserError where the mean is not between the lowest and the highest bits."""
         if not self.lowest <= level.mean <= self.highest:
             raise UserError(f"column_bits={level.mean:g} is out of range: {self.lowest} to {self.highest}")
 
@@ -128,56 +128,57 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
         return factored_cost(layers, solve)
 
     def losses(self, weight: Tensor, prepared: Factor | None, level: ColumnBits) -> Tensor:
-        """Output error that every column of weight (R, C) adds at equal bits, the nearest to the mean, (C,) float64."""
+        """Output error of every column of weight (R, C) at equal bits, the nearest to the mean, (C,) float64."""
         factor = prepared or _identity(weight)
         equal = min(self.highest, max(self.lowest, int(level.mean + 0.5)))
         grid = _Grid.of(torch.full_like(factor.order, equal))
         target, pivots = _target(weight, factor), _pivots(factor)
         scale = self._search(target, pivots, grid, weight.dtype)
         error = _solve(target, factor, grid, scale, weight.dtype).error
-        return error.double().square_().sum(1)[factor.back()]
+        return error.double().square_().sum(1)[factor.inverse_order()]
 
     def widths(self, losses: Tensor, level: ColumnBits) -> Tensor:
         """Bits of every column by the closed form, (C,) uint8, from losses (C,)."""
         return column_bits(losses, level.mean, self.lowest, self.highest).to(torch.uint8)
 
     def encode(self, weight: Tensor, prepared: Factor | None, widths: Tensor) -> Result[ColumnWeight]:
-        """Codes of weight (R, C), whose dtype is also that of the scales, at these widths (C,)."""
+        """Codes of weight (R, C) at these widths (C,); the scales have the weight's dtype."""
         factor, dtype = prepared or _identity(weight), weight.dtype
         grid = _Grid.of(widths.to(weight.device)[factor.order])
         target, pivots = _target(weight, factor), _pivots(factor)
         best = _solve(target, factor, grid, self._search(target, pivots, grid, dtype), dtype)
-        for again in range(self.refits):
-            solved = _solve(target, factor, grid, best.scale, dtype) if again else best
+        for refit in range(self.refits):
+            solved = _solve(target, factor, grid, best.scale, dtype) if refit else best
             solved = _refit(solved, factor, grid, dtype)
             best = best.where_better(solved)
-        codes = best.codes[factor.back()].T.contiguous()
+        codes = best.codes[factor.inverse_order()].T.contiguous()
         power = _outputs(target, factor).square_().sum(0)
         error = best.error.square().sum(0)
         return Result(ColumnWeight(codes, widths.to(torch.uint8), best.scale.to(dtype)), error, power, factor.notes)
 
     def _search(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:
-        """Scale (R,), as dtype holds it, of every row of target (C, R), if no column made up for another's error."""
+        """Best scale (R,), rounded to dtype, of every row of target (C, R) where columns do not compensate errors."""
         step = rows_at_once(target, len(target))
-        return torch.cat([self._search_few(part, pivots, grid, dtype) for part in target.split(step, dim=1)])
+        return torch.cat([self._search_slab(part, pivots, grid, dtype) for part in target.split(step, dim=1)])
 
-    def _search_few(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:
+    def _search_slab(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:
         root, peak = target.square().mean(0).sqrt(), target.abs().amax(0)
-        # Normal numbers want their root mean square; few bits or light tails less, and what is rare and large more.
+        # For normal numbers the best scale is their root mean square; it is smaller at few bits and for light tails,
+        # and larger where there are outliers.
         low, high = 0.3 * root, torch.maximum(1.6 * root, peak / 2)
         ratio = high / low.clamp(min=torch.finfo(torch.float32).tiny)
-        best, least = low, torch.full_like(low, torch.inf)
+        best, least_loss = low, torch.full_like(low, torch.inf)
         for index in range(self.search):
             scale = (low * ratio ** (index / (self.search - 1))).to(dtype).float()
             value = _values(_codes(target, grid, scale), grid, scale)
             loss = value.sub_(target).mul_(pivots).square_().sum(0)
-            better = loss < least
-            least, best = torch.where(better, loss, least), torch.where(better, scale, best)
+            better = loss < least_loss
+            least_loss, best = torch.where(better, loss, least_loss), torch.where(better, scale, best)
         return best
 
 
 def _identity(weight: Tensor) -> Factor:
-    """What stands in where nothing is known of the inputs."""
+    """Factor of the identity, used where there are no statistics of the input."""
     columns = weight.shape[1]
     ones = torch.ones(columns, device=weight.device)
     order = torch.arange(columns - 1, -1, -1, device=weight.device)
@@ -190,15 +191,15 @@ def _target(weight: Tensor, factor: Factor) -> Tensor:
 
 
 def _pivots(factor: Factor) -> Tensor:
-    """Weight of each column's own error, (C, 1): none where the input is always zero."""
+    """Factor of each column's own error in the output error, (C, 1); 0 where the input is always zero."""
     return factor.pivots.masked_fill(factor.dead, 0.0)[:, None]
 
 
-def _codes(wanted: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
-    """Nearest codes (C, R), float32; any where a scale is zero."""
+def _codes(values: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
+    """Nearest codes (C, R) of values, float32; arbitrary where a scale is zero."""
     step = grid.step * scale
     step = step.masked_fill_(step == 0, 1.0)
-    return torch.minimum((wanted / step).add_(grid.top / 2).round_().clamp_(min=0), grid.top)
+    return torch.minimum((values / step).add_(grid.top / 2).round_().clamp_(min=0), grid.top)
 
 
 def _values(codes: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def _values(codes: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
 
 
 def _outputs(values: Tensor, factor: Factor) -> Tensor:
-    """What values (C, R) put out, as the columns of a matrix (C, R) whose squared length is the mean squared output."""
+    """Matrix (C, R) whose columns have the mean squared outputs of the weights `values` (C, R) as squared lengths."""
     return (factor.lower.tril().T @ values).mul_(_pivots(factor))
 
 
@@ -221,26 +222,26 @@ def _solve(target: Tensor, factor: Factor, grid: _Grid, scale: Tensor, dtype: to
         for last in range(stop, start, -_INNER):
             first = max(start, last - _INNER)
             for k in range(last - 1, first - 1, -1):
-                own = _Grid(grid.step[k], grid.top[k])
-                wanted = target[k] + carried[k - start]
-                code = _codes(wanted, own, scale)
+                column_grid = _Grid(grid.step[k], grid.top[k])
+                value_to_round = target[k] + carried[k - start]
+                code = _codes(value_to_round, column_grid, scale)
                 codes[k] = code
-                # Readers round the product to the checkpoint's dtype.
-                value = _values(code, own, scale).to(dtype).float()
+                # Unpacking rounds the product to the checkpoint's dtype.
+                value = _values(code, column_grid, scale).to(dtype).float()
                 torch.sub(target[k], value, out=residual[k])
-                torch.sub(wanted, value, out=error[k])
+                torch.sub(value_to_round, value, out=error[k])
                 carried[first - start : k - start].addr_(factor.lower[k, first:k], residual[k])
             carried[: first - start].addmm_(factor.lower[first:last, start:first].T, residual[first:last])
     return _Solved(codes, scale, error.mul_(_pivots(factor)))
 
 
 def _refit(solved: _Solved, factor: Factor, grid: _Grid, dtype: torch.dtype) -> _Solved:
-    """The same codes with the scales that make the least output error."""
+    """The same codes with the scales of least output error."""
     ones = torch.ones_like(solved.scale)
-    outputs = _outputs(_values(solved.codes.float(), grid, ones), factor)  # of a scale of 1
+    outputs = _outputs(_values(solved.codes.float(), grid, ones), factor)  # at a scale of 1
     length, along = outputs.square().sum(0), (outputs * solved.error).sum(0)
     fitted = (solved.scale + along / length).to(dtype).float()
     change = fitted - solved.scale
-    # Rounding may undo the gain, and a row whose scale is zero stays zero.
+    # A change is dropped where rounding the scale undoes the gain; a scale of zero stays zero.
     change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted * solved.scale > 0)), 0.0)
     return _Solved(solved.codes, solved.scale + change, solved.error - outputs.mul_(change))

@@ -1,4 +1,4 @@
-"""What every weight quantizer takes and gives back."""
+"""Base class of weight quantizers, the scheme that they quantize by, and the quantized weight that they return."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -17,7 +17,11 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """Uniform grid of a layer: bits a code, input columns that share a scale (-1: a whole row), zero point or not."""
+    """Uniform grid of a layer.
+
+    bits: of a code. group_size: number of input columns that share a scale, -1 for a whole row. symmetric: without zero
+    points.
+    """
 
     bits: int = 4
     group_size: int = 128
@@ -30,7 +34,7 @@ class Scheme:
             raise UserError(f"group_size={self.group_size} is out of range: 8 or more, or -1 for one scale a row")
 
     def columns(self, total: int) -> int:
-        """Columns that share a scale in a layer of that many columns."""
+        """Number of columns that share a scale in a layer with `total` columns."""
         return total if self.group_size == -1 else self.group_size
 
     def check(self, layer: str, columns: int) -> None:
@@ -54,10 +58,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of a weight (R, C) and what turns them back.
+    """Codes of a weight (R, C) with their scales and zero points.
 
-    codes: (R, C) uint8 in [0, 2**bits - 1]. scale: (R, G) in the dtype it is stored in. zero_point: (R, G) uint8;
-    symmetric grids have the middle code everywhere, which is not stored.
+    codes: (R, C) uint8 in [0, 2**bits - 1]. scale: (R, G) in the stored dtype. zero_point: (R, G) uint8; on symmetric
+    grids it is the middle code everywhere, and not stored.
     """
 
     codes: Tensor
@@ -76,12 +80,12 @@ class QuantizedWeight:
         return self.scheme.stored_bits(rows, columns, self.scale.element_size())
 
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
-        """The rows of one of several layers that were quantized together."""
+        """Rows start to stop, such as those of one of several layers that were quantized together."""
         return QuantizedWeight(self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme)
 
     @classmethod
     def join(cls, parts: list["QuantizedWeight"]) -> "QuantizedWeight":
-        """Consecutive rows as one weight."""
+        """One weight from its consecutive pieces."""
         return cls(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.scale for part in parts]),
@@ -94,7 +98,7 @@ class Quantizer(Method[P]):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
 
     def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost | None:
-        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        """Cost of prepare() and of the solve for layers of this shape; None where the method does not state it."""
         return None
 
     @abstractmethod

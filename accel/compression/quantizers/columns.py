@@ -1,4 +1,4 @@
-"""What every quantizer takes and gives back that spreads a layer's bits over its columns."""
+"""Base class of quantizers that spread a layer's bits over its columns, and the weight that they return."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 
 MIN_WIDTH, MAX_WIDTH = 1, 8
-# Of each column, how many bits its codes have: 1 to 8, in half a byte.
+# Stored bits of a column's width, which is 1 to 8.
 _MAP_BITS = 4
-# Steps, by bits, of the uniform quantizers that err least on normal numbers of variance 1 (Max 1960). Part of the
-# stored form: a row holds one scale, and the steps of all its columns follow from it.
+# Steps, by bits, of the uniform quantizers of least error on normal numbers of variance 1 (Max 1960). They are part of
+# the stored form: a row has one scale, and the step of a column is this constant times the scale.
 _STEPS = (0.0, 1.595769, 0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
 
 
 @dataclass(frozen=True)
 class ColumnBits:
-    """Whole bits for every column of a layer, as many as are chosen for it, that average `mean` over the columns."""
+    """Bits by column: a whole number, its width, for each column of a layer, with this mean over the columns."""
 
     mean: float = 3.0
 
@@ -39,16 +39,16 @@ class ColumnBits:
 
 
 def steps(widths: Tensor) -> Tensor:
-    """Distance of neighbouring values in columns of these widths (C,) where a row's scale is 1, (C,) float32."""
+    """Step between neighbouring values in columns of these widths (C,) for a scale of 1, (C,) float32."""
     return torch.tensor(_STEPS, device=widths.device)[widths.long()]
 
 
 @dataclass(frozen=True)
 class ColumnWeight:
-    """Codes of a weight (R, C) whose columns have widths of their own, and what turns them back.
+    """Codes of a weight (R, C) whose width differs by column, with widths and scales.
 
-    codes: (R, C) uint8, below 2**width of their column. widths: (C,) uint8, bits. scale: (R,) in the dtype it is stored
-    in. Values lie on both sides of zero alike, and none is zero unless the row's scale is.
+    codes: (R, C) uint8, below 2**width of their column. widths: (C,) uint8, bits. scale: (R,) in the stored dtype. The
+    values are symmetric around zero, and zero is not one of them, unless the scale is zero.
     """
 
     codes: Tensor
@@ -56,7 +56,7 @@ class ColumnWeight:
     scale: Tensor
 
     def dequantize(self) -> Tensor:
-        """Weight (R, C) in the dtype of the scale: (code - top / 2) step, rounded once, from float32."""
+        """Weight (R, C) in the dtype of the scale: (code - top / 2) * step * scale, computed in float32."""
         top = 2.0 ** self.widths.float() - 1
         values = (self.codes.float() - top / 2).mul_(steps(self.widths))
         return values.mul_(self.scale.float()[:, None]).to(self.scale.dtype)
@@ -69,31 +69,31 @@ class ColumnWeight:
         return codes + columns * _MAP_BITS + rows * 8 * self.scale.element_size()
 
     def rows(self, start: int, stop: int) -> "ColumnWeight":
-        """Some of the rows; the widths are those of all."""
+        """Rows start to stop, with the widths of all rows."""
         return ColumnWeight(self.codes[start:stop], self.widths, self.scale[start:stop])
 
     @classmethod
     def join(cls, parts: list["ColumnWeight"]) -> "ColumnWeight":
-        """Consecutive rows of one layer."""
+        """One weight from the consecutive pieces of a layer, which have the same widths."""
         assert all(torch.equal(part.widths, parts[0].widths) for part in parts)
         codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
         return cls(codes, parts[0].widths, scale)
 
 
 class ColumnQuantizer(Method[P]):
-    """A way to give every column of one layer its bits, and every weight its code.
+    """A way to choose the width of every column of a layer, and the code of every weight.
 
-    Widths are a layer's own, so layers are not stacked. Rows may come in pieces: losses() of the pieces add up,
-    widths() are chosen once for all of them, and encode() takes them piece by piece. Without statistics, prepare(None),
-    a method goes by the weights alone.
+    Layers are not stacked, because widths belong to one layer. A layer may be solved in pieces of rows: the losses() of
+    the pieces are added, widths() are chosen once from the sum, and encode() is called for each piece. Without
+    statistics, prepare(None), a method uses the weights alone.
     """
 
     def check(self, level: ColumnBits) -> None:
-        """UserError where the method cannot end at this level; known before anything is solved."""
+        """UserError where the method cannot reach this mean; called before anything is solved."""
         return None
 
     def cost(self, layers: LayerStack, level: ColumnBits) -> MethodCost | None:
-        """What prepare() and the solve of layers of this shape take; None where the method does not state it."""
+        """Cost of prepare() and of the solve for layers of this shape; None where the method does not state it."""
         return None
 
     @abstractmethod
@@ -102,7 +102,7 @@ class ColumnQuantizer(Method[P]):
 
     @abstractmethod
     def widths(self, losses: Tensor, level: ColumnBits) -> Tensor:
-        """Bits of every column, (C,) uint8, from the losses of all rows (C,); level.total(C) together."""
+        """Bits of every column, (C,) uint8, from the losses (C,) of all rows; their sum is level.total(C)."""
 
     @abstractmethod
     def encode(self, weight: Tensor, prepared: P, widths: Tensor) -> Result[ColumnWeight]:

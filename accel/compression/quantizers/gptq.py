@@ -1,12 +1,12 @@
-"""GPTQ: quantize column by column, and let the columns to come make up for the error made so far.
+"""GPTQ: quantize column by column, and let the remaining columns compensate for the error of the finished ones.
 
 Source: Frantar et al. 2022, arXiv:2210.17323; scales fitted to the codes by coordinate descent, Kim et al. 2026,
 arXiv:2602.02126.
-Departs from it: solved as Babai's nearest plane on H itself (Chen et al. 2025, arXiv:2507.18553, show the two are the
-same algorithm). With H = L Lᵀ and columns visited from the last row of L to the first, the value to round in column k
-is w_k + sum_{i>k} (w_i - q_i) L_ik / L_kk: one Cholesky factorisation, no inverse, and the sum over finished blocks
-is one matrix product. Columns are laid out in the reverse of the order in which they are visited. Where H cannot be
-factored the damping grows tenfold, and past `max_damping` the columns are rounded independently.
+Departs from it: solved as Babai's nearest plane on H itself (Chen et al. 2025, arXiv:2507.18553, show that the two are
+the same algorithm). With H = L Lᵀ and columns visited from the last row of L to the first, the value to round in column
+k is w_k + sum_{i>k} (w_i - q_i) L_ik / L_kk: one Cholesky factorisation, no inverse, and the sum over finished blocks
+is one matrix product. Columns are stored in reverse order of visit. Where H cannot be factored, the damping grows
+tenfold; past `max_damping`, columns are rounded independently.
 """
 
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ from hasten.accel.costs.method import (
 )
 from hasten.accel.errors import UserError
 
-# Columns visited one by one before their error goes to the rest of the block in a matrix product.
+# Columns visited one by one before a matrix product propagates their error to the rest of the block.
 _INNER = 32
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """Codes (C, R) in the order of the factor's rows, and the grid (G, R) they are on.
+    """Codes (C, R) in the order of the factor's rows, and their scales and zero points (G, R).
 
-    error: (C, R), whose squared length is the output error of a row. power: (R,), that of the output itself.
+    error: (C, R); the squared length of its column r is the output error of row r. power: (R,), mean squared output.
     """
 
     codes: Tensor
@@ -50,7 +50,7 @@ class _Solved:
     power: Tensor
 
     def where_better(self, other: "_Solved") -> "_Solved":
-        """Of every row the one with less error."""
+        """For every row the solution with the smaller error."""
         better = other.error.square().sum(0) < self.error.square().sum(0)
         return _Solved(
             torch.where(better, other.codes, self.codes),
@@ -66,11 +66,11 @@ class GPTQ(Quantizer[Factor]):
     """Quantizer that minimises the layer's output error on the calibration tokens.
 
     damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where H cannot be
-    factored. act_order: `static` visits columns by falling diagonal of H, each with the scale of its own group;
-    `none` visits them as they come and takes a group's scale from its weights as corrected so far. search: ranges tried
-    for each scale by mean squared error, between shrink times the full range and the full range; 0 takes the full
-    range. refits: how often the scales are fitted anew to the codes, by the output error; the columns are solved again
-    between two fits. 0 is plain GPTQ.
+    factored. act_order: `static` visits columns by descending diagonal of H, each with the scale of its own group;
+    `none` visits them in their own order and computes a group's scale from its corrected weights. search: number of
+    ranges tried for each scale, by mean squared error, between shrink times the full range and the full range; 0 takes
+    the full range. refits: number of times that the scales are fitted to the codes, by the output error; the columns
+    are solved again between two fits. 0 is plain GPTQ.
     """
 
     damping: float = 0.01
@@ -103,13 +103,13 @@ class GPTQ(Quantizer[Factor]):
             scale, zero = find_grid(weight, scheme, self.search, self.shrink)
             grid = scale.float().T.contiguous(), zero.T.contiguous()  # (G, R)
         best = self._solve(target, prepared, scheme, grid, weight.dtype)
-        for again in range(self.refits if prepared.is_known else 0):
+        for refit in range(self.refits if prepared.is_known else 0):
             solved = best
-            if again:
+            if refit:
                 solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
             self._refit(solved, prepared, scheme.columns(columns), weight.dtype)
             best = solved if solved is best else best.where_better(solved)
-        back = prepared.back()
+        back = prepared.inverse_order()
         quantized = QuantizedWeight(
             best.codes[back].T.contiguous(),
             best.scales.T.contiguous().to(weight.dtype),
@@ -134,7 +134,10 @@ class GPTQ(Quantizer[Factor]):
         grid: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
     ) -> "_Solved":
-        """Nearest plane for target (C, R) on grid, scales and zero points (G, R); None finds them on the way."""
+        """Nearest plane for target (C, R).
+
+        grid: scales and zero points (G, R); None computes those of a group when the group is reached.
+        """
         columns, rows = target.shape
         size = scheme.columns(columns)
         scales, zeros = grid or (target.new_empty(columns // size, rows), target.new_empty(columns // size, rows))
@@ -159,16 +162,16 @@ class GPTQ(Quantizer[Factor]):
                     group = groups[last - 1]
                     scales[group], zeros[group] = self._group_grid(corrected.T.to(dtype), scheme)
                 for k in range(last - 1, first - 1, -1):
-                    wanted = target[k] + carried[k - start]
+                    value_to_round = target[k] + carried[k - start]
                     step, offset = scales[groups[k]], zeros[groups[k]]
-                    code = (wanted / step).add_(offset).round_().clamp_(0, scheme.top)
+                    code = (value_to_round / step).add_(offset).round_().clamp_(0, scheme.top)
                     codes[k] = code
                     value = code.sub_(offset).mul_(step)
                     if dtype != torch.float32:
-                        # Servers round the product to the checkpoint's dtype; at 8 bits that is as large as the grid.
+                        # Servers round the product to the checkpoint's dtype; at 8 bits that is as coarse as the grid.
                         value = value.to(dtype).float()
                     torch.sub(target[k], value, out=residual[k])
-                    torch.sub(wanted, value, out=error[k])
+                    torch.sub(value_to_round, value, out=error[k])
                     if k > first:
                         row = corner[k - start, first - start : k - start]
                         carried[first - start : k - start].addr_(row, residual[k])
@@ -179,8 +182,8 @@ class GPTQ(Quantizer[Factor]):
 
     @staticmethod
     def _refit(solved: "_Solved", prepared: Factor, size: int, dtype: torch.dtype) -> None:
-        """Scales that make the least output error with the codes as they are, one group of size columns at a time."""
-        columns, place = len(prepared.order), prepared.back()
+        """Fit the scales to the codes, in place, for the least output error; one group of `size` columns at a time."""
+        columns, place = len(prepared.order), prepared.inverse_order()
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]
@@ -191,7 +194,8 @@ class GPTQ(Quantizer[Factor]):
             length, along = steps.square().sum(0), (steps * solved.error).sum(0)
             fitted = (scale + along / length).to(dtype).float()
             change = fitted - scale
-            # Rounding may undo the gain, a group without codes has no length, and no scale may be zero.
+            # A change is dropped where rounding the scale undoes the gain, where all weights of the group are coded as
+            # zero (length 0), and where the scale would become zero or change its sign.
             change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted * scale > 0)), 0.0)
             scale += change
             solved.error.sub_(steps.mul_(change))

@@ -15,9 +15,9 @@ from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
 
 @dataclass(frozen=True)
 class Grid:
-    """Points that the weights of some rows (R, C) may be rounded to.
+    """Grid to which weights (R, C) are rounded.
 
-    scale: (R, G) in the dtype it is stored in. zero_point: (R, G) float32, whole numbers.
+    scale: (R, G) in the stored dtype. zero_point: (R, G) float32, whole numbers.
     """
 
     scheme: Scheme
@@ -26,18 +26,18 @@ class Grid:
 
     @classmethod
     def of(cls, weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0.6) -> "Grid":
-        """The grid of weight (R, C); search and shrink: see find_grid."""
+        """Grid for weight (R, C); search and shrink: see find_grid."""
         return cls(scheme, *find_grid(weight, scheme, search, shrink))
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Nearest codes of weight (R, C); zeros, and whatever lies on the grid, come back as they are."""
+        """Nearest codes of weight (R, C); zeros, and all values on the grid, are represented exactly."""
         groups = weight.float().unflatten(1, (self.scale.shape[1], -1))
         codes = (groups / self.scale.float()[..., None] + self.zero_point[..., None]).round().clamp(0, self.scheme.top)
         zero_point = self.zero_point.to(torch.uint8)
         return QuantizedWeight(codes.flatten(1).to(torch.uint8), self.scale, zero_point, self.scheme)
 
     def of_columns(self, order: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Scale and zero point, (R,) float32 each, of every input column in this order (C,)."""
+        """Scale and zero point, (R,) float32 each, of every input column, in the given order (C,)."""
         scales, zeros = self.scale.float().T.contiguous(), self.zero_point.T.contiguous()
         size = self.scheme.columns(len(order))
         return [(scales[group], zeros[group]) for group in (order // size).tolist()]
@@ -59,7 +59,7 @@ def find_grid(weight: Tensor, scheme: Scheme, search: int = 0, shrink: float = 0
 
 
 def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Zero stays in range, so that a pruned weight comes back as exactly zero.
+    # Zero stays in range, so that a pruned weight is represented exactly.
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best_scale, best_zero = _grid(low, high, scheme, dtype)
     if not search:
@@ -67,7 +67,7 @@ def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: t
     best = _loss(groups, best_scale, best_zero, scheme)
     tried = [shrink + (1 - shrink) * index / search for index in range(search)]
     if scheme.symmetric:
-        # The grid has one step more on one side: the other sign gives it to the other side.
+        # A symmetric grid has one step more on its negative side; a negative scale moves that step to the positive one.
         tried += [-factor for factor in [*tried, 1.0]]
     for factor in tried:
         scale, zero = _grid(low, high, scheme, dtype, factor)
@@ -79,18 +79,18 @@ def _search(groups: Tensor, scheme: Scheme, search: int, shrink: float, dtype: t
 
 
 def _grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale, rounded to the dtype it is stored in, and zero point that span factor times [low, high]; both float32.
+    """Scale and zero point, float32, of a grid that spans factor times [low, high]; the scale is rounded to dtype.
 
-    On symmetric grids, and there alone, factor and scale may be negative: code 0 is the value of largest magnitude.
+    On symmetric grids only, factor and scale may be negative: code 0 is the value of largest magnitude.
     """
     if scheme.symmetric:
         middle = 2 ** (scheme.bits - 1)
-        wanted = torch.where(-low >= high, -low, -high) * (factor / middle)
-        zero = torch.full_like(wanted, middle)
+        exact = torch.where(-low >= high, -low, -high) * (factor / middle)
+        zero = torch.full_like(exact, middle)
     else:
-        wanted = (high - low) * (factor / scheme.top)
-    scale = wanted.to(dtype).float()
-    # A group of zeros has no range; float16 has no smaller normal number than 6e-5.
+        exact = (high - low) * (factor / scheme.top)
+    scale = exact.to(dtype).float()
+    # A group of zeros has the range 0, and float16 has no normal number below 6e-5: no scale may become zero.
     scale = torch.copysign(scale.abs().clamp(min=torch.finfo(dtype).tiny), scale)
     if not scheme.symmetric:
         zero = (-low * factor / scale).round().clamp(0, scheme.top)

@@ -19,8 +19,8 @@ from hasten.accel.errors import UserError
 class RoundToNearest(Quantizer[None]):
     """Quantizer that needs no calibration data.
 
-    search: ranges tried for each scale by mean squared error, between shrink times the full range and the full
-    range; 0 takes the full range.
+    search: number of ranges tried for each scale, by mean squared error, between shrink times the full range and the
+    full range; 0 takes the full range.
     """
 
     search: int = 0
@@ -31,7 +31,7 @@ class RoundToNearest(Quantizer[None]):
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
     def prepare(self, hessian: Hessian | None) -> None:
-        """Nothing."""
+        """Nothing to precompute."""
 
     def quantize(self, weight: Tensor, prepared: None, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""

@@ -1,9 +1,8 @@
-"""What a search is: candidates within a budget of bits are measured on the model, step after step, and the best wins.
+"""Base class of searchers, which measure candidates within a budget of bits on the model, step after step.
 
 A searcher is the counterpart of an allocator in closed form (allocators/base.py): both spread a budget of bits over
-units, but a searcher measures its candidates, and so takes a callback that does. Samples, resuming, counting and the
-comparison with the start on all tokens are done here, once for all searchers; a method says how it begins, and what it
-does in a step.
+units, but a searcher measures its candidates, by a callback. Samples, resuming, counting and the final comparison with
+the start on all tokens are implemented here, once for all searchers; a method implements the beginning and one step.
 """
 
 import math
@@ -23,12 +22,12 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 
 class Problem:
-    """What is searched.
+    """A search problem.
 
-    units, budget: what gets a level each, and the bits that all of them may take. lengths: tokens of each calibration
-    sequence. seed: 0 or more; a search repeats itself from it. start: choices of another allocator, None for none.
-    space: the units and the budget as moves see them; start is a genome of it.
-    Raises UserError where the budget is out of the levels' reach, and where seed or start make no sense.
+    units: each gets one level. budget: bits for all units together. lengths: tokens of each calibration sequence. seed:
+    0 or more; equal seeds give equal searches. start: choices of another allocator, or None. space: units and budget as
+    the moves use them.
+    Raises UserError where the budget is out of range of the levels, and where seed or start are not valid.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Problem:
         check_budget(units, budget)
         if seed < 0:
             raise UserError(f"seed={seed} is out of range: 0 or more")
-        # A sequence of one token has nothing to predict, and would score nothing.
+        # A sequence of one token has no token to predict, and is not used.
         self.lengths = [int(length) if length > 1 else 0 for length in lengths]
         self.seed = seed
         self.space = Space(units, budget)
@@ -45,16 +44,16 @@ class Problem:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens that there are."""
+        """Number of calibration tokens."""
         return sum(self.lengths)
 
     def measurements(self, measure: Measure, step: int) -> Measurements:
-        """Those of a step, whose random numbers follow from the seed and the step's number alone."""
+        """Measurements of a step, whose random numbers depend only on the seed and the step's number."""
         return Measurements(measure, self.lengths, np.random.default_rng((self.seed, step)))
 
 
 class StateValues(TypedDict):
-    """A state as plain values; fitness is None where it is no finite number."""
+    """A state as plain values; fitness is None where it is not finite."""
 
     step: int
     incumbent: list[int]
@@ -66,10 +65,11 @@ class StateValues(TypedDict):
 
 @dataclass(frozen=True)
 class State:
-    """All that a search needs to go on after a step, which is 0 for the first candidates.
+    """All that a search needs to resume after a step; step 0 is that of the first candidates.
 
-    incumbent: the best candidate so far, as the method judges it. fitness: its loss on the tokens that it was chosen
-    on. evaluated: candidates compared so far. tokens: measured for that. memory: what else the method has to remember.
+    incumbent: the best candidate so far by the method's criterion. fitness: its loss on the tokens on which it was
+    chosen. evaluated: number of candidates compared so far. tokens: number of tokens measured so far. memory: further
+    state of the method.
     """
 
     step: int
@@ -80,7 +80,7 @@ class State:
     memory: Json = None
 
     def to_json(self) -> StateValues:
-        """The state as values that JSON has."""
+        """The state as JSON values."""
         return {
             "step": self.step,
             "incumbent": list(self.incumbent),
@@ -92,7 +92,7 @@ class State:
 
     @classmethod
     def from_json(cls, values: StateValues) -> "State":
-        """The state that to_json wrote; a fitness of None is read as infinite."""
+        """The state from the values of to_json; a fitness of None becomes infinity."""
         fitness = math.inf if values["fitness"] is None else float(values["fitness"])
         incumbent = tuple(values["incumbent"])
         return cls(values["step"], incumbent, fitness, values["evaluated"], values["tokens"], values["memory"])
@@ -100,11 +100,11 @@ class State:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did.
+    """Statistics of one step.
 
-    candidates: made. evaluated, tokens: of this step alone, as in State. previous_fitness: of the previous incumbent,
-    on the tokens that the new one was chosen on; in step 0, of the first candidate. changed: units in which these two
-    differ.
+    candidates: number of candidates made. evaluated, tokens: as in State, of this step alone. previous_fitness: loss of
+    the previous incumbent on the tokens on which the new one was chosen; in step 0, loss of the first candidate.
+    changed: number of units in which the two incumbents differ.
     """
 
     candidates: int
@@ -115,14 +115,14 @@ class StepStats:
 
 
 class Step(NamedTuple):
-    """The state after a step, and what the step did."""
+    """The state after a step, and the statistics of the step."""
 
     state: State
     stats: StepStats
 
 
 class Outcome(NamedTuple):
-    """What a method makes of one step: the new incumbent with its fitness, and what State and StepStats tell of it."""
+    """Result of a method's step: the new incumbent with its fitness, and further fields of State and StepStats."""
 
     incumbent: Genome
     fitness: float
@@ -132,10 +132,10 @@ class Outcome(NamedTuple):
 
 
 class Searcher(ABC):
-    """A search for the levels of least loss within a budget of bits, which measures its candidates on the model.
+    """A search for the levels of least loss within a budget of bits that measures candidates on the model.
 
-    A member of conf/allocator, as the allocators in closed form are. step_name: what one step is called. steps: how
-    many there are after the first candidates; a search of more steps goes on from the state of one of fewer.
+    Searchers are members of conf/allocator, as allocators in closed form are. step_name: name of a step in messages.
+    steps: number of steps after the first candidates; a search of more steps can resume a search of fewer.
     """
 
     step_name: ClassVar[str] = "step"
@@ -151,10 +151,10 @@ class Searcher(ABC):
 
     @abstractmethod
     def measured_tokens(self, available: int) -> int:
-        """Tokens that candidates are measured on in all steps together, summed over the candidates.
+        """Tokens that are measured in all steps, summed over the candidates; `hasten plan` uses it.
 
-        What `hasten plan` goes by. available: calibration tokens that there are. An upper bound where samples end with
-        a sequence; the comparison with the start at the end is not counted.
+        available: number of calibration tokens. An upper bound where samples end with a sequence. The final comparison
+        with the start is not included.
         """
 
     def check_tokens(self, available: int) -> None:
@@ -164,22 +164,22 @@ class Searcher(ABC):
 
     @abstractmethod
     def begin(self, problem: Problem, measurements: Measurements) -> Outcome:
-        """The best of the first candidates, problem.start among them."""
+        """The best of the first candidates, which include problem.start."""
 
     @abstractmethod
     def advance(self, problem: Problem, measurements: Measurements, state: State) -> Outcome:
-        """One step from a state on; random numbers are measurements.rng's alone."""
+        """One step from a state on; all random numbers must come from measurements.rng."""
 
     def fingerprint(self) -> str:
-        """Text that is equal for searches of which one can go on from the other's states."""
+        """Text that is equal for two searches if one can resume from the other's states."""
         return repr(self.with_steps(1))
 
     def search(self, problem: Problem, measure: Measure, state: State | None = None) -> Iterator[Step]:
-        """The steps of the search, each measured when it is asked for.
+        """Iterator over the steps of the search; a step is measured when it is requested.
 
-        state: where to go on; what follows is what followed it in the search that was stopped. None is the beginning,
-        which yields step 0. Raises UserError, at once, where the calibration has too few tokens, and where the state is
-        no assignment within the budget.
+        state: state to resume from, with the same steps as in the search that was stopped; None begins with step 0.
+        Raises UserError, immediately, where the calibration has too few tokens, and where the state is not an
+        assignment within the budget.
         """
         self.check_tokens(problem.tokens)
         if state is not None:
@@ -187,9 +187,9 @@ class Searcher(ABC):
         return self._steps(problem, measure, state)
 
     def answer(self, problem: Problem, measure: Measure, state: State) -> State:
-        """The state of the last step, or the start in its place where that is better on all tokens.
+        """The state of the last step, with the start as its incumbent where the start is better on all tokens.
 
-        Steps compare on a part of the tokens, so that what they prefer to the start may be worse.
+        Steps compare on a part of the tokens, so the incumbent of the last step may be worse than the start.
         """
         if problem.start is None or problem.start == state.incumbent:
             return state
@@ -220,7 +220,7 @@ class Searcher(ABC):
             state = step.state
 
 
-# What conf/allocator holds.
+# Members of conf/allocator.
 AllocationMethod: TypeAlias = Allocator | Searcher
 
 

@@ -1,4 +1,4 @@
-"""A model's blocks in memory: the weights of their layers change in place, and parts of them can be left out."""
+"""A model's blocks in memory, whose weights can be swapped in place and whose parts can be dropped."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from hasten.accel.models.architecture import Architecture
 
 
 class BlockState(NamedTuple):
-    """What is to be loaded in a block; equal ones are the same function.
+    """Levels and dropped parts of a block; blocks of equal state compute the same function.
 
-    dropped: kinds of its dropped parts. levels: one for each slot, empty where it lies in a dropped part.
+    dropped: kinds of the dropped parts. levels: level of each slot, empty where the slot is in a dropped part.
     """
 
     dropped: tuple[str, ...]
@@ -25,7 +25,7 @@ class BlockState(NamedTuple):
 
 @dataclass
 class Slot:
-    """A layer that changes, the name of its unit, the parts it lies in, and the level that is loaded."""
+    """A layer whose level changes. unit: name of its unit. around: names of the parts around it. level: loaded now."""
 
     name: str
     linear: nn.Linear
@@ -35,9 +35,10 @@ class Slot:
 
 
 class Block:
-    """A block in memory, a decoder layer of transformers.
+    """A block in memory; module is a decoder layer of transformers.
 
-    slots: its layers that change. parts: (unit's name, kind) of those that can be dropped. state: what is loaded.
+    slots: its layers whose levels change. parts: (name of the unit, kind) of the parts that can be dropped. state: the
+    loaded state.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -47,7 +48,7 @@ class Block:
         self.state = BlockState((), ())
 
     def state_of(self, levels: dict[str, str]) -> BlockState:
-        """The state that the levels, by the names of all units of the model, ask of this block."""
+        """State of this block for the given levels, by names of all units of the model."""
         dropped = {kind for name, kind in self.parts if levels[name] == DROP}
         if BLOCK in dropped:
             return BlockState((BLOCK,), ())
@@ -59,12 +60,12 @@ class Block:
         )
 
     def drop(self, kinds: tuple[str, ...]) -> None:
-        """Stands in for the forward of the dropped parts, and gives the others theirs back; a block is not run at all.
+        """Replace the forward of the dropped parts, and restore that of the others; a dropped block is not run at all.
 
-        What is not computed costs no time, and zeros stay zeros in the norms that Gemma puts behind both parts.
+        Dropped parts take no time, and their zeros stay zeros in the norms that Gemma has behind both parts.
         """
         for kind in (ATTENTION, MLP):
-            for name, forward in _NOTHING[kind].items():
+            for name, forward in _DROPPED_FORWARDS[kind].items():
                 module = getattr(self.module, name, None)
                 if module is not None and kind in kinds:
                     vars(module)["forward"] = forward
@@ -80,15 +81,15 @@ def _no_attention(hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
     return torch.zeros_like(hidden_states), None
 
 
-# What the modules of a part do when it is dropped. OPT's feed-forward network is two layers of the block itself.
-_NOTHING: dict[str, dict[str, Callable[..., object]]] = {
+# Forward of the modules of a dropped part. OPT's feed-forward network is two layers of the block itself.
+_DROPPED_FORWARDS: dict[str, dict[str, Callable[..., object]]] = {
     ATTENTION: {"self_attn": _no_attention},
     MLP: {"mlp": _zeros, "fc1": lambda hidden_states: hidden_states, "fc2": _zeros},
 }
 
 
 class WeightCache:
-    """Weights that are not in use, by layer and level; the oldest go first where they take more than so many bytes."""
+    """Cache of weights that are swapped out, by layer and level; above `limit` bytes the oldest are evicted."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -96,13 +97,13 @@ class WeightCache:
         self._tensors: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
     def take(self, key: tuple[str, str]) -> Tensor | None:
-        """The tensor, which is no longer held here; None where it was not."""
+        """Remove and return a tensor; None where it is not cached."""
         tensor = self._tensors.pop(key, None)
         self.bytes -= 0 if tensor is None else tensor.nbytes
         return tensor
 
     def put(self, key: tuple[str, str], tensor: Tensor) -> None:
-        """Holds one more tensor, which was not held yet."""
+        """Add a tensor that is not cached yet."""
         self._tensors[key] = tensor
         self.bytes += tensor.nbytes
         while self.bytes > self.limit:
@@ -126,7 +127,7 @@ def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block
                 where = architecture.checkpoint.path
                 raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
             index, path = places.pop(layer)
-            # Of whatever class, it has a weight (R, C).
+            # The class may be another one, but it has a weight (R, C).
             linear = cast(nn.Linear, blocks[index].module.get_submodule(path))
             blocks[index].slots.append(Slot(layer, linear, unit.name, tuple(around)))
         if not unit.layers:

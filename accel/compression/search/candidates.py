@@ -1,8 +1,8 @@
-"""Candidates of a search on one model in memory: layers change in place, and what candidates share is run once.
+"""Evaluation of a search's candidates on one model in memory, whose layers are swapped in place.
 
 Two candidates that make the same choices in blocks 0 to b have the same hidden states after block b. So genomes are
-walked as a trie, depth first and block by block: every distinct prefix of choices runs once, and of the hidden states
-only those are held that another branch still starts from.
+traversed as a trie, depth first and block by block: every distinct prefix of choices runs once, and hidden states are
+kept only as long as another branch starts from them.
 """
 
 import math
@@ -21,36 +21,37 @@ from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models.architecture import Architecture
 
-# In place of a choice's index: the unit as the checkpoint has it.
+# Used as the index of a choice: the unit as in the original checkpoint.
 ORIGINAL = -1
 
-# Bytes of logits that are made at once: the head's weights are converted and read anew for every call.
+# Bytes of logits that are computed at once: every call converts and reads the head's weights again.
 _LOGITS_BYTES = 16 * 2**20
-# Bytes of logits that fitness is taken of at once: more do not stay in the processor's cache.
+# Bytes of logits whose fitness is computed at once: more do not fit in the processor's cache.
 _FITNESS_BYTES = 4 * 2**20
 # Matrix products may round differently where their operands are aligned differently.
 _ALIGNMENT = 64
 
 
 class Candidates:
-    """Evaluates genomes on calibration tokens (N, T) int64, and counts what that costs.
+    """Evaluates genomes on calibration tokens (N, T) int64, and counts the work.
 
-    A genome holds the index of a choice, or ORIGINAL, for each of the units. weights(layer, level) gives a layer's
-    weight (R, C), in any dtype; the level `keep` is read from the checkpoint. A unit without layers whose kind is
-    `attention`, `mlp` or `block` is that part of its block: at the level `drop` the part adds nothing to the residual
-    stream (norms of the sum, as in OPT-350m, stay, but not those of a dropped block), and at any other it stays. A
-    state at position t predicts the token at t + 1, so a part of a sample scores as many tokens as it uses, but the
-    last of a sequence scores none.
+    A genome holds the index of a choice, or ORIGINAL, for each unit. weights(layer, level) returns a layer's weight
+    (R, C), in any dtype; for the level `keep` the checkpoint is read. A unit without layers, of kind `attention`, `mlp`
+    or `block`, is that part of its block: at the level `drop` the part adds nothing to the residual stream (norms of
+    the residual stream, as in OPT-350m, stay, but not those of a dropped block); at any other level it stays. The state
+    at position t predicts the token at t + 1. So a part of a sample scores as many tokens as it uses, except that the
+    last token of a sequence predicts none.
 
-    Losses are the same to the bit whatever the genomes' order and company. They also depend on nothing but the batch
-    that a sequence runs in, see batches(); what the original predicts is always taken of one sequence alone.
+    Losses do not depend, to the bit, on the order of genomes or on which genomes are evaluated together. They depend on
+    the batch in which a sequence runs, see batches(). The original's predictions are computed for one sequence alone.
 
-    Memory: the model in the architecture's dtype; cache_bytes for weights that are swapped out; states_bytes or one
-    batch's states for every open branch, of which there are no more than genomes or blocks; and per token of every
-    sequence that was evaluated what the fitness keeps of the original, on the architecture's device. The original's
-    hidden states are not kept.
+    Memory: the model in the architecture's dtype; cache_bytes for weights that are swapped out; states_bytes, or one
+    batch's states for every open branch, of which there are no more than genomes or blocks; and, per token of every
+    evaluated sequence, what the fitness stores of the original's predictions, on the architecture's device. The
+    original's hidden states are not kept.
 
-    swapped: weights changed. block_runs: batches sent through a block. swap_seconds is a part of seconds, wall time.
+    swapped: number of weights swapped. block_runs: number of batches run through a block. seconds: wall time of all
+    evaluations; swap_seconds: the part of it for swapping weights.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class Candidates:
         """Mean fitness per scored token of every genome, in nats; lower is better."""
         scored = self.scored(sample)
         if not scored:
-            raise ValueError(f"nothing to score in {sample}")
-        # Exactly rounded, and so the same if the parts were evaluated by several processes.
+            raise ValueError(f"no token to score in {sample}")
+        # fsum rounds exactly, so the result is the same if several processes evaluate the parts.
         return [math.fsum(row) / scored for row in self.losses(genomes, sample).tolist()]
 
     def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
@@ -100,23 +101,23 @@ class Candidates:
         return losses
 
     def remember(self, sequences: Iterable[int]) -> None:
-        """Runs the original on those sequences of which it is not known yet what it predicts.
+        """Store the original's predictions on those sequences for which they are not stored yet.
 
-        Called by the evaluations themselves; worth calling for all sequences at first where cache_bytes does not hold
-        the original weights, because each change back to them then reads the checkpoint.
+        Evaluations call it. Call it for all sequences at the beginning where cache_bytes does not hold the original
+        weights, because every swap back to them reads the checkpoint.
         """
         length = self.tokens.shape[1]
         missing = sorted({number for number in sequences if number not in self._references})
-        # Alone, so that it does not matter to the bit what else is asked for.
+        # One sequence a piece, so that results do not depend, to the bit, on the other sequences.
         pieces = [_Piece(0, ((number, length),)) for number in missing]
 
         def keep(_: list[int], piece: "_Piece", hidden: Tensor) -> None:
             number, targets = piece.parts[0][0], self._targets(piece.parts[0][0])
-            made = [
+            parts = [
                 self.fitness.reference(logits, targets[first : first + len(logits)])
                 for first, logits in self._logits(hidden[0], length - 1)
             ]
-            self._references[number] = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+            self._references[number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         self._walk([self._states((ORIGINAL,) * len(self.units))], pieces, keep)
 
@@ -131,7 +132,7 @@ class Candidates:
         return _pieces(sample, self.batch)
 
     def _states(self, genome: Genome) -> list[BlockState]:
-        """What a genome makes of every block."""
+        """State of every block for a genome."""
         levels = {}
         for unit, choice in zip(self.units, genome, strict=True):
             if not ORIGINAL <= choice < len(unit.choices):
@@ -145,50 +146,53 @@ class Candidates:
         pieces: list["_Piece"],
         leaf: Callable[[list[int], "_Piece", Tensor], None],
     ) -> None:
-        """Calls leaf(genomes, piece, last hidden states) for every piece and all genomes that are the same model."""
+        """Call leaf(genomes, piece, last hidden states) for every piece and every set of genomes of equal states."""
         begin = time.perf_counter()
         with torch.no_grad():
-            for some in self._groups(pieces, branches=min(len(states) - 1, len(self._blocks)) + 2):
-                hidden = [self.architecture.embed(self.tokens[piece.numbers, : piece.length]) for piece in some]
+            for group in self._groups(pieces, branches=min(len(states) - 1, len(self._blocks)) + 2):
+                hidden = [self.architecture.embed(self.tokens[piece.numbers, : piece.length]) for piece in group]
                 for members, outputs in self._descend(0, list(range(len(states))), states, hidden):
-                    for piece, output in zip(some, outputs, strict=True):
+                    for piece, output in zip(group, outputs, strict=True):
                         leaf(members, piece, output)
         self.seconds += time.perf_counter() - begin
 
     def _groups(self, pieces: list["_Piece"], branches: int) -> Iterator[list["_Piece"]]:
-        """Pieces that walk together: of one length, for which masks are made once, and within states_bytes."""
-        width = self.architecture.hidden_size * self.architecture.dtype.itemsize * branches
+        """Pieces that are traversed together: of equal length, so that masks are made once, and within states_bytes."""
+        token_bytes = self.architecture.hidden_size * self.architecture.dtype.itemsize * branches
         group: list[_Piece] = []
-        taken = 0
+        group_bytes = 0
         for piece in pieces:
-            size = len(piece.parts) * piece.length * width
-            if group and (group[0].length != piece.length or taken + size > self._states_bytes):
+            size = len(piece.parts) * piece.length * token_bytes
+            if group and (group[0].length != piece.length or group_bytes + size > self._states_bytes):
                 yield group
-                group, taken = [], 0
+                group, group_bytes = [], 0
             group.append(piece)
-            taken += size
+            group_bytes += size
         if group:
             yield group
 
     def _descend(
         self, index: int, members: list[int], states: list[list[BlockState]], hidden: list[Tensor]
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """Genomes that share all blocks, and their last hidden states; those before block `index` are used up."""
+        """Sets of genomes that share all blocks, and their last hidden states.
+
+        hidden: states before block `index`; the list is overwritten.
+        """
         if index == len(self._blocks):
             yield members, hidden
             return
         block, branches = self._blocks[index], dict[BlockState, list[int]]()
         for member in members:
             branches.setdefault(states[member][index], []).append(member)
-        # What is loaded comes first: it need not be loaded again.
+        # The loaded state comes first, because it needs no swap.
         order = sorted(branches, key=lambda state: (state != block.state, state))
         for state in order:
             self._change(block, state)
             if state is order[-1]:
-                # No other branch starts from these: each is freed as soon as its successor is there.
+                # No other branch starts from these states: each is freed as soon as the block has run on it.
                 outputs = hidden
-                for at in range(len(hidden)):
-                    outputs[at] = self._run(index, hidden[at])
+                for place in range(len(hidden)):
+                    outputs[place] = self._run(index, hidden[place])
             else:
                 outputs = [self._run(index, states_before) for states_before in hidden]
             yield from self._descend(index + 1, branches[state], states, outputs)
@@ -201,15 +205,15 @@ class Candidates:
         return self.architecture.run_block(block.module, index, hidden)
 
     def _change(self, block: Block, state: BlockState) -> None:
-        """Brings a block into a state, layer by layer where it differs."""
+        """Bring a block into a state; only layers whose level differs are swapped."""
         begin = time.perf_counter()
         for slot, level in zip(block.slots, state.levels, strict=False):
             if level not in ("", slot.level):
-                wanted = self._cache.take((slot.name, level))
-                if wanted is None:
-                    wanted = self._weight(slot, level)
+                weight = self._cache.take((slot.name, level))
+                if weight is None:
+                    weight = self._weight(slot, level)
                 self._cache.put((slot.name, slot.level), slot.linear.weight.data)
-                slot.linear.weight = nn.Parameter(wanted, requires_grad=False)
+                slot.linear.weight = nn.Parameter(weight, requires_grad=False)
                 slot.level = level
                 self.swapped += 1
         block.drop(state.dropped)
@@ -226,14 +230,14 @@ class Candidates:
         return weight.clone() if weight.is_cpu and weight.data_ptr() % _ALIGNMENT else weight
 
     def _positions(self, used: int) -> int:
-        """Of the first `used` states, those that have a next token."""
+        """Number of the first `used` states that have a next token."""
         return min(used, self.tokens.shape[1] - 1)
 
     def _targets(self, number: int) -> Tensor:
         return self.tokens[number, 1:].to(self.architecture.device)
 
     def _loss(self, hidden: Tensor, number: int, used: int) -> float:
-        """Sum over the scored tokens of one sequence with last hidden states (T, D)."""
+        """Sum of the losses over the scored tokens of a sequence; hidden: its last hidden states (T, D)."""
         targets, stored = self._targets(number), self._references.get(number, {})
         sums = []
         for first, logits in self._logits(hidden, self._positions(used)):
@@ -243,7 +247,7 @@ class Candidates:
         return math.fsum(sums)
 
     def _logits(self, hidden: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:
-        """First position and logits (M, V) of a few positions at a time."""
+        """Logits (M, V) of a few positions at a time, each with the first of these positions."""
         row = 4 * self.architecture.config.vocab_size
         step, chunk = max(1, _LOGITS_BYTES // row), max(1, _FITNESS_BYTES // row)
         for first in range(0, positions, step):
@@ -253,7 +257,7 @@ class Candidates:
 
 
 class _Piece(NamedTuple):
-    """Parts of a sample that run at once, (sequence, tokens used), of one length; first is the place of the first."""
+    """Parts of a sample that run as one batch: (sequence, tokens used), of equal length. first: index of the first."""
 
     first: int
     parts: tuple[tuple[int, int], ...]
@@ -278,9 +282,9 @@ def _pieces(sample: Sample, batch: int) -> list[_Piece]:
 
 
 def batches(sample: Sample, batch: int) -> list[Sample]:
-    """The sample in the pieces that run through a block at once: neighbours of equal length, `batch` at most.
+    """The sample cut into the batches that run through a block at once: at most `batch` neighbours of equal length.
 
-    One of them, or consecutive ones joined, gives its parts the same losses to the bit as the whole sample does:
-    processes can share a sample without losing what its genomes share.
+    A batch, or consecutive batches joined, have the same losses to the bit as in the whole sample. So several processes
+    can split a sample, and each of them still runs shared prefixes of genomes once.
     """
     return [Sample(piece.parts) for piece in _pieces(sample, batch)]

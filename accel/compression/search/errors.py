@@ -1,8 +1,8 @@
-"""What each choice costs by itself: the model's loss with one unit at one choice and all others original.
+"""Error of each choice alone: the increase of the model's loss with one unit at one choice and all others original.
 
-Measuring every choice of every unit is expensive. A small change of a layer's output moves the divergence by a
-quadratic form, so that what the levels of one layer cost is in the ratio of their squared output errors, which are
-known from the level database: one measured level of a layer gives all of them.
+Measuring every choice of every unit is expensive. For small changes the divergence is a quadratic form of the change of
+a layer's output. So the errors of a layer's levels are proportional to their squared output errors, which the level
+database holds: measuring one level of a layer gives all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ def with_errors(
     sample: Sample,
     scaled: bool = False,
 ) -> list[Unit]:
-    """The units with the increase of the loss that each of their choices makes alone as its error, in nats.
+    """The units with new errors: each choice's is the increase of the loss, in nats, that this choice makes alone.
 
-    scaled: measures one choice of each unit, the middle one, and takes the others in the ratio of the errors that the
-    units have, which are those of their outputs; parts that can be dropped are measured in any case. A choice that the
-    sample shows to be better than the original costs nothing.
+    scaled: measures only the middle choice of each unit, and scales the given errors, which are those of the outputs,
+    to match it; choices of parts that can be dropped are all measured. A choice that is better than the original on the
+    sample has an error of 0.
     """
     original = (ORIGINAL,) * len(units)
     keys = [
@@ -52,6 +52,6 @@ def with_errors(
 
 
 def _middle(unit: Unit) -> list[int]:
-    """The choice in the middle, of those that change the layers; none where all of them keep these."""
+    """Index of the middle choice among those that are not `keep`, as a list; empty where there are none."""
     changed = [index for index, choice in enumerate(unit.choices) if choice.level != KEEP]
     return changed[(len(changed) - 1) // 2 :][:1]

@@ -1,11 +1,11 @@
-"""EvoPress: one parent, many offspring that move a few levels, selected in steps on ever more tokens.
+"""EvoPress: evolutionary search with one parent; offspring change a few levels and are selected on ever more tokens.
 
 Source: Sieberling et al. 2024, arXiv:2410.14649.
-Departs from it: offspring are made as mutation.py says. Another allocator's answer may be among the first candidates. A
-part of the model that comes back takes over the levels of the part that goes, and drops are bought and sold for levels.
-Each step of the selection compares on the sample of the step before and more, where the paper draws a new one: a
-candidate that survives is measured on what is new alone. The price is that the survivors, and not the parent, were
-selected on a part of the tokens that they are compared with it on.
+Departs from it: for offspring see mutation.py. Another allocator's answer may be among the first candidates. A restored
+part of the model takes over the levels of the part that is dropped for it, and drops are traded for levels. The sample
+of each selection step contains that of the step before, where the paper draws a new one: a survivor is measured only on
+the new tokens. The cost is a bias: survivors were selected on a part of the tokens on which they are then compared with
+the parent.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,16 @@ from hasten.accel.errors import UserError
 class EvoPress(Searcher):
     """Evolutionary search with one parent.
 
-    offspring: candidates of a generation. survivors, tokens: how many candidates each step of the selection keeps, and
-    on how many calibration tokens it compares them, those of the step before among them; the last keeps one, and there
-    the parent joins. Where a step ends within a sequence, the next runs that sequence again. initial_candidates,
-    initial_tokens: the first parent is the best of so many on so many tokens, where no level alone has the size of the
-    budget. mutations: the most switches in one offspring. grouped: False lets all switches be between units of any
-    size. across: share of the offspring for which that holds in any case; 0 in the paper. foresight: variants of every
-    offspring, of which the one with the least sum of the units' errors is measured; 1 in the paper.
-    The defaults fit a small model: 20 thousand tokens a generation. The paper's: 150 generations of 128 offspring,
-    survivors (16, 4, 1), tokens (2048, 16384, 131072), here 1.1 million tokens each.
+    offspring: candidates of a generation. survivors, tokens: for each selection step the number of candidates that it
+    keeps, and the number of calibration tokens on which it compares them, including those of the step before; the
+    parent joins the last step, which keeps one. A sequence that a step uses only in part runs again in the next step.
+    initial_candidates, initial_tokens: the first parent is the best of this many candidates on this many tokens; where
+    a single level has exactly the size of the budget, it is the only candidate. mutations: maximum number of switches
+    in an offspring. grouped: True limits switches to units of equal sizes. across: share of the offspring that is
+    exempt from that; 0 in the paper. foresight: variants made of every offspring, of which the one with the least sum
+    of the units' errors is measured; 1 in the paper.
+    The defaults suit a small model: 20 thousand tokens a generation. The paper has 150 generations of 128 offspring
+    with survivors (16, 4, 1) and tokens (2048, 16384, 131072), which are here 1.1 million tokens a generation.
     """
 
     generations: int = 30
@@ -58,13 +59,12 @@ class EvoPress(Searcher):
         self._check_steps()
 
     def _check_steps(self) -> None:
-        """UserError where the steps of the selection make no sense."""
+        """UserError where the selection steps are not valid."""
         survivors, tokens = list(self.survivors), list(self.tokens)
         if len(survivors) != len(tokens):
             fewer = "fewer" if len(survivors) < len(tokens) else "more"
             raise UserError(
-                f"survivors={survivors} has {fewer} numbers than tokens={tokens}: "
-                "each step of the selection takes one of both"
+                f"survivors={survivors} has {fewer} numbers than tokens={tokens}: each selection step takes one of both"
             )
         if not survivors or min(survivors) < 1 or survivors != sorted(survivors, reverse=True):
             raise UserError(f"survivors={survivors} must be whole numbers from 1 up that never rise, one for each step")
@@ -86,22 +86,22 @@ class EvoPress(Searcher):
         return self.generations
 
     def with_steps(self, steps: int) -> "EvoPress":
-        """The same search of another number of generations."""
+        """The same search with another number of generations."""
         return replace(self, generations=steps)
 
     def measured_tokens(self, available: int) -> int:
-        """Tokens of the first candidates, and those that are new to the candidates of each step of each generation."""
+        """Tokens of the first candidates, and the new tokens of each selection step of each generation."""
         candidates = [self.offspring, *self.survivors[:-1]]
         new = [after - before for before, after in zip((0, *self.tokens), self.tokens, strict=False)]
         generation = sum(count * tokens for count, tokens in zip(candidates, new, strict=True)) + self.tokens[-1]
         return self.generations * generation + self.initial_candidates * self.initial_tokens
 
     def check_tokens(self, available: int) -> None:
-        """UserError where a step asks for more tokens than are available."""
-        for name, asked in (("tokens", self.tokens[-1]), ("initial_tokens", self.initial_tokens)):
-            if asked > available:
-                shown = list(self.tokens) if name == "tokens" else asked
-                raise UserError(f"{name}={shown} asks for {asked} tokens at once: the calibration has {available}")
+        """UserError where a step needs more tokens than are available."""
+        for name, needed in (("tokens", self.tokens[-1]), ("initial_tokens", self.initial_tokens)):
+            if needed > available:
+                value = list(self.tokens) if name == "tokens" else needed
+                raise UserError(f"{name}={value} asks for {needed} tokens at once: the calibration has {available}")
 
     def begin(self, problem: Problem, measurements: Measurements) -> Outcome:
         """Generation 0: the best of the first candidates."""
@@ -113,7 +113,7 @@ class EvoPress(Searcher):
         return Outcome(candidates[order[0]], fitness[order[0]], len(candidates), fitness[0])
 
     def advance(self, problem: Problem, measurements: Measurements, state: State) -> Outcome:
-        """One generation: offspring, selection in steps, and the parent again where none is better."""
+        """One generation: offspring, selection in steps, and the parent again where no offspring is better."""
         parent = state.incumbent
         mutation = Mutation(self.mutations, self.grouped, self.across, self.foresight)
         offspring = mutation.offspring(problem.space, parent, self.offspring, measurements.rng)
@@ -124,14 +124,14 @@ class EvoPress(Searcher):
         for count, sample in zip(self.survivors[:-1], samples, strict=True):
             order, _ = measurements.rank(survivors, sample)
             survivors = [survivors[place] for place in order[:count]]
-        # First in the list, the parent also wins where an offspring is just as good.
+        # The parent is first in the list, so that it wins ties.
         survivors = [parent, *survivors]
         order, fitness = measurements.rank(survivors, last)
         return Outcome(survivors[order[0]], fitness[order[0]], len(offspring), fitness[0])
 
 
 def _whole_numbers(name: str, values: object) -> tuple[int, ...]:
-    """The values as a tuple; UserError where they are no whole numbers."""
+    """The values as a tuple; UserError where they are not a list of whole numbers."""
     if not isinstance(values, Sequence) or not all(isinstance(number, int) for number in values):
         raise UserError(f"{name}={values} must be a list of whole numbers, one for each step")
     return tuple(values)

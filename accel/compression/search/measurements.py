@@ -1,4 +1,4 @@
-"""Candidates compared on samples: only what has not been measured yet is asked for, and its tokens are counted."""
+"""Comparison of candidates on samples; only losses that are not known yet are measured, and their tokens counted."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from hasten.accel.compression.search.samples import Portions, Sample, draw_neste
 
 
 class Request(NamedTuple):
-    """Different candidates that are to be measured on one sample."""
+    """Distinct candidates to be measured on one sample."""
 
     genomes: Sequence[Genome]
     sample: Sample
 
 
-# The loss of every candidate of every request, lower is better: the mean over the scored tokens of the request's
-# sample. Scored are all tokens that follow a used one in its sequence: one for each used token, but none for the last
-# of a sequence. A search asks for everything that it can have measured at once in one call.
+# Callback that returns the loss of every candidate of every request, lower is better: the mean over the scored tokens
+# of the request's sample. Every used token scores the token that follows it in its sequence; the last token of a
+# sequence scores none. A search passes in one call all requests that do not depend on each other.
 Measure = Callable[[Sequence[Request]], Sequence[Sequence[float]]]
 
 
 class Measurements:
-    """What one step of a search measures: its random numbers, the losses known so far, and what they cost.
+    """Measurements of one step of a search: random numbers, known losses, and counters of their cost.
 
-    lengths: tokens of the calibration sequences. evaluated: candidates compared, anew in every comparison. tokens: what
-    was measured for that; what a candidate was measured on in an earlier comparison is not measured again.
+    lengths: tokens of each calibration sequence. evaluated: number of candidates, summed over all comparisons. tokens:
+    number of tokens measured; a candidate is not measured twice on the same tokens.
     """
 
     def __init__(self, measure: Measure, lengths: Sequence[int], rng: np.random.Generator) -> None:
@@ -42,9 +42,9 @@ class Measurements:
         return draw_nested(self.lengths, steps, self.rng)
 
     def rank(self, candidates: Sequence[Genome], portions: Portions) -> tuple[list[int], list[float]]:
-        """Places of the candidates from the best to the worst on one sample, and the loss of each.
+        """Indices of the candidates from best to worst on one sample, and the loss of each candidate.
 
-        Of equals the earlier comes first; what is not a number comes last.
+        Ties go to the earlier candidate; a loss of nan comes last.
         """
         unknown = [
             Request([genome for genome in candidates if (genome, portion) not in self._known], portion)
@@ -54,8 +54,8 @@ class Measurements:
         self.evaluated += len(candidates)
         scored = [portion.scored(self.lengths) for portion in portions]
         shares = [count / sum(scored) for count in scored]
-        # The mean over the whole sample, but for rounding, which is the same for all and with any number of evaluators:
-        # portions are added in their order. The mean of a single one stays as it is.
+        # The mean over the whole sample. Portions are added in order, so that rounding is the same for all candidates
+        # and for any number of evaluators. The mean of a single portion is not changed.
         losses = [
             sum(share * self._known[genome, portion] for share, portion in zip(shares, portions, strict=True))
             for genome in candidates

@@ -1,7 +1,7 @@
-"""Moves of a search through the assignments of levels to units: switches of levels, and drops of parts.
+"""Moves of a search between assignments of levels to units: level switches, and drops of parts.
 
-Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress), whose level switches and whose swaps of dropped parts these
-are; moves between units of different sizes and between drops and levels are ours, see mutation.py.
+Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress) for level switches and swaps of dropped parts. Moves between
+units of different sizes, and between drops and levels, are ours; see mutation.py.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,19 @@ from hasten.accel.errors import UserError
 # Index of the choice of every unit.
 Genome = tuple[int, ...]
 
-# Attempts at a new genome, per genome that is wanted. After them there are fewer: small problems run out of genomes.
+# Attempts per requested genome. Fewer genomes may come out, because small problems run out of new ones.
 TRIES = 20
 
 
 class Space:
-    """Units and a budget of bits as the moves see them: what can be switched with what, and what can be dropped.
+    """Units and a budget of bits, with the structure that moves use: units of equal sizes, and parts to drop.
 
-    All units are named by their place. bits: of every unit, those of its choices. groups: lists of the units that have
-    the same bits at every choice, of those with more than one choice; parts that can be dropped are in none. group:
-    that of each such unit. alone: share of the grouped units that have no equal, 0 to 1. parts: of every part that can
-    be dropped, the places of `drop` and of its other choice. inside: of every part, all that is left out with it.
-    Raises ValueError for a part that has other choices than these two.
+    Units are referred to by their index. bits: for every unit the bits of its choices. groups: sets of units with the
+    same bits at every choice; units with one choice, and parts that can be dropped, are in no group. group: group of
+    each such unit. alone: share of the grouped units whose group has one unit, 0 to 1. parts: for every part that can
+    be dropped, the indices of `drop` and of its other choice. inside: for every part, all units that are dropped with
+    it.
+    Raises ValueError for a part that does not have exactly these two choices.
     """
 
     def __init__(self, units: Sequence[Unit], budget: int) -> None:
@@ -49,16 +50,16 @@ class Space:
             while name is not None:
                 self.inside[place[name]].append(index)
                 name = units[place[name]].part_of
-        equals: dict[tuple[int, ...], list[int]] = {}
+        of_equal_bits: dict[tuple[int, ...], list[int]] = {}
         for index, bits in enumerate(self.bits):
             if index not in self.parts and len(bits) > 1:
-                equals.setdefault(tuple(bits), []).append(index)
-        self.groups = list(equals.values())
+                of_equal_bits.setdefault(tuple(bits), []).append(index)
+        self.groups = list(of_equal_bits.values())
         self.group = {index: group for group in self.groups for index in group}
         self.alone = sum(len(group) == 1 for group in self.groups) / max(len(self.group), 1)
 
     def check(self, name: str, genome: Sequence[int]) -> Genome:
-        """The genome with all that lies in dropped parts at its first choice; UserError where it breaks the budget."""
+        """The genome in normal form (see MutableGenome.settle); UserError, which names it, where it is not valid."""
         fits = len(genome) == len(self.units) and all(
             0 <= choice < len(bits) for choice, bits in zip(genome, self.bits, strict=True)
         )
@@ -69,12 +70,16 @@ class Space:
         return tuple(MutableGenome(self, [int(choice) for choice in genome]).genome)
 
     def first(self, count: int, rng: np.random.Generator) -> list[Genome]:
-        """The one level that has the size of the budget, or up to `count` genomes lowered from the next level above."""
-        tops = self._levels()
-        exact = [genome for genome in tops if size(self.units, genome) == self.budget]
+        """The genome of a single level with exactly the budget's size, or else up to `count` random genomes.
+
+        The random ones are lowered from the smallest genome of a single level above the budget.
+        """
+        uniform = self._uniform()
+        exact = [genome for genome in uniform if size(self.units, genome) == self.budget]
         if exact:
             return exact[:1]
-        above = min((size(self.units, genome), genome) for genome in tops if size(self.units, genome) > self.budget)[1]
+        too_large = [(size(self.units, genome), genome) for genome in uniform]
+        above = min(entry for entry in too_large if entry[0] > self.budget)[1]
         made: dict[Genome, None] = {}
         for _ in range(TRIES * count):
             genome = MutableGenome(self, above)
@@ -84,8 +89,8 @@ class Space:
                 break
         return list(made)
 
-    def _levels(self) -> list[Genome]:
-        """Nothing dropped and every unit at one level, for the levels that all have; last the highest of each."""
+    def _uniform(self) -> list[Genome]:
+        """Genomes without drops and with all units at one level, for all common levels; the last has the highest."""
         kept = {part: keep for part, (_, keep) in self.parts.items()}
         inner = [unit for index, unit in enumerate(self.units) if index not in self.parts]
         known = [{choice.level for choice in unit.choices} for unit in inner]
@@ -100,10 +105,10 @@ class Space:
 
 
 class MutableGenome:
-    """A genome that moves change in place, and may leave over the budget.
+    """A genome that moves change in place; it may be over the budget between moves.
 
-    genome: the choices so far. size: their bits. live: of every unit, whether it lies in no dropped part. Moves draw
-    from the generator that they are given and from nothing else, so that equal generators make equal genomes.
+    genome: the current choices. size: their bits. live: for every unit whether it is outside all dropped parts. Random
+    numbers come only from the given generator, so that equal generators give equal genomes.
     """
 
     def __init__(self, space: Space, genome: Sequence[int]) -> None:
@@ -112,9 +117,9 @@ class MutableGenome:
         self.settle()
 
     def settle(self) -> None:
-        """Bring size and live up to date after parts changed.
+        """Update size and live after a change of parts, and bring the genome into normal form.
 
-        What lies in a dropped part goes to its first choice, so that equal models are equal genomes.
+        Units in dropped parts get their first choice, parts in them `drop`, so that equal models have equal genomes.
         """
         space = self.space
         self.live = [not out for out in left_out(space.units, self.genome)]
@@ -126,28 +131,28 @@ class MutableGenome:
         )
 
     def cost(self, unit: int, step: int) -> int:
-        """Bits that a step adds."""
+        """Bits that a step of a unit, one level up (1) or down (-1), adds."""
         bits, choice = self.space.bits[unit], self.genome[unit]
         return bits[choice + step] - bits[choice]
 
     def move(self, unit: int, step: int) -> None:
-        """One level up or down."""
+        """Move a unit one level up (1) or down (-1)."""
         self.size += self.cost(unit, step)
         self.genome[unit] += step
 
     def movable(self, step: int, units: Sequence[int] | None = None) -> list[int]:
-        """Those of the units, or of all that have levels, that can go a level up or down."""
+        """Units that can go one level up (1) or down (-1), out of the given ones, or out of all that have levels."""
         live, genome, bits = self.live, self.genome, self.space.bits
         among = self.space.group if units is None else units
         return [unit for unit in among if live[unit] and 0 <= genome[unit] + step < len(bits[unit])]
 
     def switch(self, count: int, rng: np.random.Generator) -> None:
-        """Level switches within groups: one unit goes down, an equal one up, and the budget holds."""
+        """Level switches within groups: one unit goes down and another of its group up, within the budget."""
         for _ in range(count):
             units = [unit for unit in self.space.group if self.live[unit]]
             if not units:
                 return
-            group = self.space.group[_pick(units, rng)]  # that of a random unit: large groups are drawn more often
+            group = self.space.group[_pick(units, rng)]  # of a random unit, so that large groups are drawn more often
             for down in rng.permutation(self.movable(-1, group)).tolist():
                 room = self.space.budget - self.size - self.cost(down, -1)
                 ups = [up for up in self.movable(1, group) if up != down and self.cost(up, 1) <= room]
@@ -157,7 +162,7 @@ class MutableGenome:
                     break
 
     def shift(self, count: int, rng: np.random.Generator) -> bool:
-        """Raise units of any size and lower others until the budget holds; False where it cannot."""
+        """Raise `count` random units and lower others until the budget holds; False where it cannot hold."""
         raised = set()
         for _ in range(count):
             ups = self.movable(1)
@@ -168,7 +173,7 @@ class MutableGenome:
         return self.lower(rng, raised)
 
     def lower(self, rng: np.random.Generator, spared: set[int]) -> bool:
-        """Lower random units until the budget holds, but not the spared; False where it cannot hold."""
+        """Lower random units, except the spared ones, until the budget holds; False where it cannot hold."""
         while self.size > self.space.budget:
             downs = [unit for unit in self.movable(-1) if unit not in spared]
             if not downs:
@@ -177,7 +182,7 @@ class MutableGenome:
         return True
 
     def spend(self, rng: np.random.Generator) -> None:
-        """Raise random units for as long as the budget holds."""
+        """Raise random units as long as the budget holds."""
         while True:
             ups = [unit for unit in self.movable(1) if self.size + self.cost(unit, 1) <= self.space.budget]
             if not ups:
@@ -185,11 +190,11 @@ class MutableGenome:
             self.move(_pick(ups, rng), 1)
 
     def descend(self, rng: np.random.Generator) -> None:
-        """Lower random units, and where that is not enough drop random parts, until the budget holds."""
+        """Lower random units until the budget holds; where that is not enough, drop random parts, too."""
         if not self.lower(rng, set()):
             while self.size > self.space.budget:
                 self.drop(_pick(self.kept(), rng))
-        # The last one dropped may have been larger than it had to be.
+        # The last dropped part may have been larger than necessary.
         for part in rng.permutation(self.dropped()).tolist():
             genome = list(self.genome)
             self.restore(part)
@@ -199,20 +204,20 @@ class MutableGenome:
         self.spend(rng)
 
     def kept(self) -> list[int]:
-        """Parts that can be dropped."""
+        """Kept parts, which can be dropped."""
         return [part for part, (drop, _) in self.space.parts.items() if self.live[part] and self.genome[part] != drop]
 
     def dropped(self) -> list[int]:
-        """Parts that can come back."""
+        """Dropped parts, which can be restored."""
         return [part for part, (drop, _) in self.space.parts.items() if self.live[part] and self.genome[part] == drop]
 
     def drop(self, part: int) -> None:
-        """Leave a part out."""
+        """Drop a part."""
         self.genome[part] = self.space.parts[part][0]
         self.settle()
 
     def restore(self, part: int, like: Sequence[int] = ()) -> None:
-        """Bring a part back, all of it: at these choices, one for each unit inside, or at the first ones."""
+        """Restore a part with everything inside. like: choices of the units inside; empty: their first choices."""
         self.genome[part] = self.space.parts[part][1]
         for place, unit in enumerate(self.space.inside[part]):
             if unit in self.space.parts:
@@ -222,25 +227,25 @@ class MutableGenome:
         self.settle()
 
     def swappable(self) -> list[int]:
-        """Dropped parts of a kind of which others are kept."""
+        """Dropped parts for which there is a kept part of the same kind."""
         kinds = {self.space.units[part].kind for part in self.kept()}
         return [part for part in self.dropped() if self.space.units[part].kind in kinds]
 
     def swap(self, count: int, rng: np.random.Generator) -> None:
-        """Drop a part and bring back another of its kind, which takes over the levels inside."""
+        """Restore a dropped part and drop another of its kind, whose levels it takes over; `count` times."""
         for _ in range(count):
             options = self.swappable()
             if not options:
                 return
-            back = _pick(options, rng)
-            kind = self.space.units[back].kind
-            gone = _pick([part for part in self.kept() if self.space.units[part].kind == kind], rng)
-            levels = [self.genome[unit] for unit in self.space.inside[gone]]
-            self.drop(gone)
-            self.restore(back, levels)
+            restored = _pick(options, rng)
+            kind = self.space.units[restored].kind
+            replaced = _pick([part for part in self.kept() if self.space.units[part].kind == kind], rng)
+            levels = [self.genome[unit] for unit in self.space.inside[replaced]]
+            self.drop(replaced)
+            self.restore(restored, levels)
 
     def trade(self, rng: np.random.Generator) -> None:
-        """Drop a part, for bits that levels can take, or bring one back, for bits that levels must give."""
+        """Drop a part, which frees bits for levels, or restore one, whose bits levels must then give up."""
         kept, dropped = self.kept(), self.dropped()
         if dropped and (not kept or rng.random() < 0.5):
             self.restore(_pick(dropped, rng))

@@ -1,10 +1,10 @@
-"""Offspring of a genome: random changes of a few levels and parts, always within the budget.
+"""Offspring of a genome: random changes of a few levels and parts within the budget.
 
 Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress).
-Departs from it: a switch may leave bits over, since the budget is exact bits of any units, and half of the offspring
-spend them. Units of different sizes trade bits with one another in a share of the offspring (`across`), and always
-where no unit has an equal. Of several variants of an offspring the one is kept whose units' errors add up to the least
-(`foresight`): most random switches are worse. Parts are dropped and levels switched in one search.
+Departs from it: the budget is exact bits of arbitrary units, so a switch may leave bits unspent; half of the offspring
+spend them. In a share of the offspring (`across`), units of different sizes trade bits; always where no two units have
+equal sizes. Of several variants of an offspring, the one with the least sum of unit errors is kept (`foresight`),
+because most random switches are worse. One search both drops parts and switches levels.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ import numpy as np
 from hasten.accel.compression.allocators.base import error, size
 from hasten.accel.compression.search.moves import TRIES, Genome, MutableGenome, Space
 
-# Units that a move across groups may change; one that changes more is a jump, which is hardly ever better.
+# Maximum number of units that a move across groups may change; larger moves are hardly ever better.
 _MAX_CHANGES = 10
-# Share of the offspring that spend what is left of the budget. Not all: more bits are not always better.
+# Share of the offspring that spend the rest of the budget. Not all do, because more bits are not always better.
 _SPEND = 0.5
-# Share of the offspring that drop parts or bring them back, where levels can be switched too.
+# Share of the offspring that drop or restore parts, in problems where levels can be switched, too.
 _PARTS = 0.25
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """How offspring are made.
+    """Parameters of a mutation.
 
-    max_switches: in one offspring. grouped: False lets all switches be between units of any size. across: share of the
-    offspring for which that holds in any case, 0 to 1. foresight: variants made of every offspring.
+    max_switches: maximum number of switches in an offspring. grouped: True limits switches to units of equal sizes.
+    across: share of the offspring that is exempt from that, 0 to 1. foresight: variants made of every offspring.
     """
 
     max_switches: int
@@ -38,7 +38,7 @@ class Mutation:
     foresight: int
 
     def offspring(self, space: Space, parent: Genome, count: int, rng: np.random.Generator) -> list[Genome]:
-        """Up to `count` different genomes within the budget, none of them the parent's; fewer where there are few."""
+        """`count` distinct genomes within the budget, without the parent; fewer where there are not as many."""
         made: dict[Genome, None] = {}
         for _ in range(TRIES * count):
             if len(made) == count:
@@ -52,13 +52,13 @@ class Mutation:
         return list(made)
 
     def mutate(self, variant: MutableGenome, rng: np.random.Generator) -> bool:
-        """Whether a few random changes led to a genome within the budget."""
+        """Change the variant at random; returns whether it is within the budget."""
         space, parent = variant.space, list(variant.genome)
-        # The smaller of two: few changes are more likely.
+        # The smaller of two random numbers, so that few changes are more likely.
         switches = int(rng.integers(1, self.max_switches + 1, 2).min())
         if space.parts and (not space.groups or rng.random() < _PARTS):
             return self._change_parts(variant, switches, rng)
-        # A unit without an equal can only move across groups, and within one group there is nothing to cross.
+        # A unit that is alone in its group can only trade across groups; with one group there is nothing to cross.
         share = max(space.alone, self.across if len(space.groups) > 1 else 0.0) if self.grouped else 1.0
         across = rng.random() < share
         if across and not variant.shift(switches, rng):
@@ -71,7 +71,7 @@ class Mutation:
 
     @staticmethod
     def _change_parts(variant: MutableGenome, switches: int, rng: np.random.Generator) -> bool:
-        """Swap parts of a kind, or trade a part for levels; whether the budget holds."""
+        """Swap parts of a kind, or trade a part for levels; returns whether the budget holds."""
         if variant.space.groups and (not variant.swappable() or rng.random() < 0.5):
             variant.trade(rng)
         else:

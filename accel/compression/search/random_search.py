@@ -1,9 +1,9 @@
-"""Random search: candidates a few random moves away from the start, of which the best one measured wins.
+"""Random search: measure candidates a few random moves away from the start, and take the best.
 
-Source: Bergstra and Bengio 2012, jmlr.org/papers/v13/bergstra12a.html. The baseline that every search here is compared
-with: no loss that was measured changes what is tried next.
-Departs from it: candidates are not uniform over the space, where hardly any is as good as what a closed form gives, but
-made from the start by the moves of EvoPress. All are compared on one sample, so that chance favours none.
+Source: Bergstra and Bengio 2012, jmlr.org/papers/v13/bergstra12a.html. The baseline every search here is compared with:
+measured losses do not change which candidates are tried next.
+Departs from it: candidates are not uniform over the space, where hardly any is as good as the answer of a closed form;
+they are made from the start by the moves of EvoPress. All are compared on one sample, so that chance favours none.
 """
 
 import math
@@ -22,12 +22,12 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class RandomSearch(Searcher):
-    """Search by candidates that are independent of one another.
+    """Search by candidates that are independent of each other.
 
-    rounds, candidates: how many rounds of how many new candidates. tokens: calibration tokens that each is measured on,
-    all of them where there are fewer. max_moves: offspring of offspring that lead from the start to a candidate, at
-    most; their number is uniform. mutations, grouped, across, foresight: how offspring are made, as in EvoPress.
-    The defaults measure as many tokens in a round as those of EvoPress do in a generation.
+    rounds: number of rounds. candidates: number of new candidates of a round. tokens: number of calibration tokens on
+    which a candidate is measured, or all where there are fewer. max_moves: a candidate is made from the start by 1 to
+    max_moves mutations, uniformly. mutations, grouped, across, foresight: parameters of a mutation, as in EvoPress.
+    With the defaults, a round measures as many tokens as a generation of EvoPress with its defaults.
     """
 
     rounds: int = 30
@@ -55,15 +55,15 @@ class RandomSearch(Searcher):
         return self.rounds
 
     def with_steps(self, steps: int) -> "RandomSearch":
-        """The same search of another number of rounds."""
+        """The same search with another number of rounds."""
         return replace(self, rounds=steps)
 
     def measured_tokens(self, available: int) -> int:
-        """Those of the start and of all candidates."""
+        """Tokens of the start and of all candidates."""
         return (1 + self.rounds * self.candidates) * min(self.tokens, available)
 
     def begin(self, problem: Problem, measurements: Measurements) -> Outcome:
-        """The start, or one first candidate where there is none; all others are made from it."""
+        """The start, or a random first candidate where there is none; all candidates are made from it."""
         (origin,) = problem.space.first(1, measurements.rng) if problem.start is None else [problem.start]
         _, (fitness,) = measurements.rank([origin], self._sample(problem))
         return Outcome(origin, fitness, 1, fitness, list(origin))
@@ -80,13 +80,13 @@ class RandomSearch(Searcher):
         return Outcome(state.incumbent, state.fitness, len(candidates), state.fitness, state.memory)
 
     def _sample(self, problem: Problem) -> Portions:
-        """The tokens that all candidates are compared on."""
+        """The sample on which all candidates are compared."""
         tokens = min(self.tokens, problem.tokens)
         (sample,) = draw_nested(problem.lengths, (tokens,), np.random.default_rng((problem.seed, 0)))
         return sample
 
     def _candidates(self, space: Space, origin: Genome, rng: np.random.Generator) -> list[Genome]:
-        """Different genomes, none of them the origin; fewer than asked for where there are few."""
+        """Distinct genomes without the origin; fewer than requested where there are not as many."""
         mutation = Mutation(self.mutations, self.grouped, self.across, self.foresight)
         made: dict[Genome, None] = {}
         for _ in range(TRIES * self.candidates):

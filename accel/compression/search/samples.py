@@ -1,4 +1,4 @@
-"""Samples of calibration tokens that candidates are compared on; each step's sample contains the one before."""
+"""Samples of calibration tokens on which candidates are compared; a step's sample contains that of the step before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sample:
-    """Calibration tokens that candidates are compared on.
+    """Calibration tokens on which candidates are compared.
 
-    parts: (index, tokens) of calibration sequences, each used from its start.
+    parts: (index of a calibration sequence, number of its first tokens that are used).
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -21,20 +21,20 @@ class Sample:
         return sum(used for _, used in self.parts)
 
     def scored(self, lengths: Sequence[int]) -> int:
-        """Tokens that have a next token to predict; lengths: of all calibration sequences."""
+        """Number of tokens with a next token to predict. lengths: tokens of all calibration sequences."""
         return sum(min(used, lengths[index] - 1) for index, used in self.parts)
 
 
-# A sample in portions that share no sequence. Portions that an earlier step measured come first.
+# A sample as a sequence of disjoint portions. Portions that an earlier step measured come first.
 Portions = tuple[Sample, ...]
 
 
 def draw_nested(lengths: Sequence[int], steps: Sequence[int], rng: np.random.Generator) -> list[Portions]:
-    """A random sample of steps[i] tokens for each step i; each contains the sample before it, as its first portions.
+    """A random sample of steps[i] tokens for each step i; the first portions of a sample are those of the one before.
 
-    Sequences are used in one random order, each at most once, empty ones never. The lengths add up to the tokens of
-    every step or more, and steps never fall. A sequence that a step cuts is a portion of its own, which the next step
-    replaces by the whole sequence or by more of it. In the last step nothing grows, so all that is new is one portion.
+    Sequences are used in one random order, each at most once, empty ones never. Requires steps that never fall, and as
+    many tokens in all sequences. A sequence that a step uses in part is a separate portion, which the next step
+    replaces by more of the sequence. After the last step no portion grows, so its new tokens are one portion.
     """
     order = [(index, length) for index, length in enumerate(lengths) if length]
     order = [order[place] for place in rng.permutation(len(order)).tolist()]
@@ -48,7 +48,7 @@ def draw_nested(lengths: Sequence[int], steps: Sequence[int], rng: np.random.Gen
             taken += 1
         new, cut = sorted(order[begin:taken]), []
         if whole < tokens:
-            assert taken < len(order), "more tokens asked for than there are"
+            assert taken < len(order), "more tokens requested than there are"
             cut = [(order[taken][0], tokens - whole)]
         added = [new + cut] if step == len(steps) else [new, cut]
         samples.append((*kept, *(Sample(tuple(parts)) for parts in added if parts)))

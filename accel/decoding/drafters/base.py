@@ -1,4 +1,4 @@
-"""What a drafter is: it proposes a tree of tokens, and may learn from what becomes of them."""
+"""The interface of drafters: a drafter proposes a tree of tokens, and may learn from the result of its verification."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +14,23 @@ from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
-# What a drafter learned. Its type is the drafter's own; everybody else only passes it on.
+# State that a drafter shares between sequences, such as what it learned. Only the drafter knows its type.
 Memory: TypeAlias = Any
 
 
 @dataclass(frozen=True)
 class Models:
-    """What drafters may ask for: the size of the vocabulary, and a small model of the same tokenizer.
+    """What a drafter's memory is built from: the size of the vocabulary, and a draft model of the same tokenizer.
 
-    draft: loads that model; None where no draft model was given. draft_path: folder of its checkpoint, which also holds
-    the files that were trained for it.
+    draft: function that loads the draft model; None where none was given. draft_path: folder of its checkpoint, which
+    also holds the heads that were trained for it.
     """
 
     vocabulary: int
     draft: Callable[[], Target] | None = None
     draft_path: Path | None = None
 
-    def made_draft(self) -> Target:
+    def load_draft(self) -> Target:
         """The draft model; UserError where none was given."""
         if self.draft is None:
             raise UserError("this drafter needs a draft model: give draft=PATH")
@@ -39,11 +39,12 @@ class Models:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the target said about a draft. Node 0 is the last committed token; the draft's node i is node i + 1.
+    """Result of verifying a draft of N nodes.
 
-    context: with the tokens as they were before. tree: what was verified. path: the accepted nodes of the tree, from
-    the top. token: the one after them. top_tokens: (N + 1, k) int64, the most probable ids after each node, and
-    top_probs: (N + 1, k) float32, their probabilities at temperature one; None unless the drafter's `observes` asks.
+    context: its tokens are those before the draft. tree: the verified draft. path: accepted nodes, from the root.
+    token: the id after the last accepted node. top_tokens: (N + 1, k) int64, the target's most probable ids; row 0 is
+    after the last committed token, row i + 1 after node i. top_probs: (N + 1, k) float32, their probabilities at
+    temperature 1. Both are None unless the drafter's `observes` and `observes_probs` request them.
     """
 
     context: Context
@@ -55,11 +56,11 @@ class Outcome:
 
     @property
     def committed(self) -> list[int]:
-        """Ids that the sequence grows by."""
+        """Ids that are appended to the sequence: the accepted ones and the one after them."""
         return [*(self.tree.tokens[node] for node in self.path), self.token]
 
-    def shown_to(self, drafter: "Drafter", logits: Tensor) -> "Outcome":
-        """With as much of the logits (N + 1, V) as a drafter observes."""
+    def with_top_tokens(self, drafter: "Drafter", logits: Tensor) -> "Outcome":
+        """The outcome with those top tokens of logits (N + 1, V) that a drafter observes."""
         if not drafter.observes:
             return self
         values, ids = most_probable(logits, drafter.observes)
@@ -70,12 +71,12 @@ class Outcome:
 
 
 class Drafter(ABC):
-    """A way to guess what the target will say; a frozen dataclass of hyper-parameters.
+    """A method that proposes the target's next tokens; a frozen dataclass of hyper-parameters.
 
-    What it learns while it runs is its memory, which sequences share; what it keeps of one sequence is in the
-    context's state, under the drafter itself. observes: how many of the most probable ids after every verified node it
-    learns from; observes_probs: whether their probabilities, too. needs_draft_model: whether it cannot do without one;
-    needs_hidden: whether it reads that model's hidden states.
+    All sequences share its memory, in which it learns. Its state of one sequence is `context.state[drafter]`.
+    observes: number of most probable ids after every verified node that it learns from. observes_probs: whether it
+    learns from their probabilities, too. needs_draft_model: whether it needs a draft model. needs_hidden: whether it
+    reads the draft model's hidden states.
     """
 
     observes: ClassVar[int] = 0
@@ -85,7 +86,7 @@ class Drafter(ABC):
 
     @property
     def learns(self) -> bool:
-        """Whether its memory grows with what is decoded, so that sequences gain by sharing it."""
+        """Whether its memory changes while decoding, so that sequences benefit from sharing it."""
         return self.observes > 0 or type(self).saved is not Drafter.saved
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
@@ -97,33 +98,33 @@ class Drafter(ABC):
         return False
 
     def new_memory(self, models: Models) -> Memory:
-        """Memory of a drafter that has seen nothing yet; None where there is nothing to remember."""
+        """The initial memory; None for a drafter without one."""
         return None
 
     def begin(self, context: Context, memory: Memory) -> None:
-        """A sequence starts; its prompt is context.tokens."""
+        """Called when a sequence starts; its prompt is context.tokens."""
         return
 
     @abstractmethod
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
-        """At most `budget` tokens (one at least) to follow context.tokens; an empty tree where nothing is worth it."""
+        """A tree of at most `budget` >= 1 tokens after context.tokens; empty if the drafter has no proposal."""
 
     def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """A tree for each of several sequences."""
         return [self.propose(context, memory, budget) for context in contexts]
 
     def observe(self, memory: Memory, outcome: Outcome) -> None:
-        """Learn from what the target said; called after every pass, before context.tokens grows."""
+        """Learn from a verified draft; called after every pass, before its tokens are appended to context.tokens."""
         return
 
     def end(self, context: Context, memory: Memory) -> None:
-        """A sequence ended; what was held for it can go."""
+        """Called when a sequence has ended; frees its state."""
         return
 
     def saved(self, memory: Memory) -> Mapping[str, Tensor]:
-        """What was learned, as tensors to be saved; nothing for a drafter that does not learn."""
+        """What was learned, as tensors by name for a file; empty for a drafter that does not learn."""
         return {}
 
     def load(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
-        """Put what was saved into a new memory."""
+        """Fill a new memory with tensors that `saved` returned."""
         return

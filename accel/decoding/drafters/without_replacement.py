@@ -1,7 +1,7 @@
-"""Tokens of a distribution one after the other, each once: drawn in order, or by rank.
+"""Distinct tokens of a distribution, one at a time: drawn without replacement, or ranked by probability.
 
-What is drawn in order has the distribution of Gumbel-top-k (Kool et al. 2019, arXiv:1903.06059), at one random number
-for each token that is taken and not for each of the vocabulary.
+Draws have the distribution of Gumbel-top-k (Kool et al. 2019, arXiv:1903.06059), but take one random number for each
+drawn token instead of one for each token of the vocabulary.
 """
 
 from bisect import insort
@@ -11,50 +11,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NOTHING = 1e-9  # less than that may be the rounding of what is left of a distribution
+_MIN_REMAINING = 1e-9  # a smaller remaining probability may be a rounding error
 
 
 class Candidate(NamedTuple):
-    """A token, its share of the distribution, and the share that the tokens before it left, itself included."""
+    """A token. prob: its probability. remaining: probability of all tokens not drawn before it, its own included."""
 
     token: int
-    share: float
-    left: float
+    prob: float
+    remaining: float
 
 
-def drawn(probs: Tensor, generator: torch.Generator) -> Iterator[Candidate]:
-    """Ids drawn from a distribution (V,) without replacement, until it has no more.
+def draw_distinct(probs: Tensor, generator: torch.Generator) -> Iterator[Candidate]:
+    """Ids drawn from a distribution (V,) without replacement, until no probability remains.
 
-    Whether an id comes is settled before it is drawn; one that the caller does not ask for takes no random number.
+    Ids are drawn lazily: an id that the caller does not request takes no random number. Whether another id follows
+    depends on earlier draws only.
     """
     # float64: in float32 the sum over a large vocabulary is off by more than a rare token's share.
     cumulative = probs.double().cumsum(-1).cpu().numpy()
     total = float(cumulative[-1])
-    spans: list[tuple[float, float]] = []  # start and length of the span of each drawn token
+    # Start and size of each drawn token's interval of the cumulative distribution, which later draws skip.
+    spans: list[tuple[float, float]] = []
     seen: set[int] = set()
-    left = total
-    while left > _NOTHING * total:
-        point = left * float(torch.rand((), dtype=torch.float64, generator=generator))
+    remaining = total
+    while remaining > _MIN_REMAINING * total:
+        point = remaining * float(torch.rand((), dtype=torch.float64, generator=generator))
         for start, size in spans:
             if point < start:
                 break
             point += size
         token = int(cumulative.searchsorted(point, "right"))
-        if token in seen or token == len(cumulative):  # a point was rounded over an edge
+        if token in seen or token == len(cumulative):  # rounding moved the point out of its interval
             continue
         start = float(cumulative[token - 1]) if token else 0.0
         size = float(cumulative[token]) - start
-        yield Candidate(token, size / total, left / total)
+        yield Candidate(token, size / total, remaining / total)
         seen.add(token)
         insort(spans, (start, size))
-        left -= size
+        remaining -= size
 
 
 def ranked(probs: Tensor, count: int) -> Iterator[Candidate]:
-    """The `count` most probable ids of a distribution (V,), as far as their probability is not 0."""
-    left = 1.0
-    for share, token in zip(*(each.tolist() for each in probs.topk(min(count, len(probs)))), strict=True):
-        if share == 0:
+    """The `count` most probable ids of a distribution (V,), in descending order, without those of probability 0."""
+    remaining = 1.0
+    for prob, token in zip(*(top.tolist() for top in probs.topk(min(count, len(probs)))), strict=True):
+        if prob == 0:
             return
-        yield Candidate(token, share, left)
-        left -= share
+        yield Candidate(token, prob, remaining)
+        remaining -= prob

@@ -1,4 +1,4 @@
-"""Acceptance of drafted tokens, estimated while they are verified, by the classes that a drafter puts its nodes in."""
+"""Estimates of the acceptance of drafted tokens, by class of node (`DraftTree.labels`), from verified drafts."""
 
 from collections.abc import Hashable
 
@@ -6,22 +6,22 @@ from hasten.accel.decoding.drafters.base import Outcome
 from hasten.accel.decoding.lengths.timing import PassCosts
 from hasten.accel.decoding.tree import ROOT, DraftTree
 
-# Acceptance of a class of nodes before any was verified, and the number of observations that this prior is worth.
+# Prior acceptance of a class of nodes, and the number of observations that it counts as.
 _PRIOR, _PRIOR_WEIGHT = 0.5, 2.0
-# Older observations fade, because a text changes: the last ones, this many, weigh about as much as all before them.
-_MEMORY = 400.0
+# Counts are halved beyond this number of observations, because acceptance changes with the text.
+_MAX_OBSERVATIONS = 400.0
 
 
 class AcceptanceRate:
-    """Share of the nodes of a class that were accepted where their parent was."""
+    """Acceptance rate of a class of nodes, given that their parent was accepted."""
 
     def __init__(self) -> None:
         self.seen = _PRIOR_WEIGHT
         self.accepted = _PRIOR * _PRIOR_WEIGHT
 
     def add(self, accepted: bool) -> None:
-        """A node whose parent was accepted was verified."""
-        if self.seen > _MEMORY:
+        """Count a verified node whose parent was accepted."""
+        if self.seen > _MAX_OBSERVATIONS:
             self.seen *= 0.5
             self.accepted *= 0.5
         self.seen += 1
@@ -29,7 +29,7 @@ class AcceptanceRate:
 
     @property
     def share(self) -> float:
-        """Between 0 and 1."""
+        """The rate, between 0 and 1."""
         return self.accepted / self.seen
 
 
@@ -47,11 +47,11 @@ class AcceptanceEstimate:
                 self._rate(tree.label(child)).add(child in outcome.path)
 
     def probabilities(self, tree: DraftTree) -> list[float]:
-        """Probability of each node that it is accepted, that of its parent included."""
+        """Probability that each node is accepted, together with all nodes above it."""
         probabilities: list[float] = []
         for node, parent in enumerate(tree.parents):
-            of_parent = 1.0 if parent == ROOT else probabilities[parent]
-            probabilities.append(of_parent * self._rate(tree.label(node)).share)
+            parent_probability = 1.0 if parent == ROOT else probabilities[parent]
+            probabilities.append(parent_probability * self._rate(tree.label(node)).share)
         return probabilities
 
     def _rate(self, label: Hashable) -> AcceptanceRate:
@@ -62,12 +62,12 @@ class AcceptanceEstimate:
 
 
 def prior_probability(rank: int) -> float:
-    """Probability that the node of this rank in a draft, counted from 0, is accepted, before any was verified."""
+    """Prior probability that the node with this index in a draft is accepted, before any draft was verified."""
     return _PRIOR ** (rank / 2 + 1)
 
 
 def expected_rate(costs: PassCosts, max_nodes: int, sequences: int = 1) -> float:
-    """Tokens per second of the best draft size up to max_nodes, with the prior acceptance."""
+    """Expected tokens per second with the best draft size up to max_nodes, under the prior acceptance."""
     rates, expected = [], 1.0
     for nodes in range(max_nodes + 1):
         expected += prior_probability(nodes - 1) if nodes else 0.0

@@ -1,7 +1,7 @@
-"""The interface of a draft length: before a pass it gives the drafter a budget, after it, it learns from the outcome.
+"""The interface of draft lengths: a draft length sets the drafter's budget before a pass, and learns from the outcome.
 
-A `DraftLength` is a frozen dataclass of hyper-parameters. What it learns while decoding is in the `LengthController`
-that it starts, one for each verifier.
+A `DraftLength` is a frozen dataclass of hyper-parameters. It starts a `LengthController` for each decoding process,
+which holds what is learned.
 """
 
 from abc import ABC, abstractmethod
@@ -16,37 +16,37 @@ from hasten.accel.decoding.tree import DraftTree
 class LengthController(ABC):
     """Decides before every pass how many tokens a drafter may propose, and which of them are verified.
 
-    max_nodes: the largest draft that it ever asks for.
+    max_nodes: the largest budget that it ever returns.
     """
 
     max_nodes: int
 
     @abstractmethod
     def budget(self, sequences: int) -> int:
-        """Tokens that may be drafted for each of the `sequences` of the next pass; 0 is none."""
+        """Tokens to draft for each of the `sequences` sequences of the next pass; 0 drafts none."""
 
     def select(self, tree: DraftTree, sequences: int, whole: bool) -> DraftTree:
-        """The part of a draft that is verified; whole: all of it, because leaving nodes out would bias the verifier."""
+        """The part of a draft to verify; with `whole` all of it, because dropping nodes would bias the verifier."""
         return tree
 
     def record_drafting(self, nodes: int, seconds: float) -> None:
-        """Drafting for all sequences of a pass took `seconds` and gave `nodes` tokens in all."""
+        """Called once per pass: drafting took `seconds` and gave `nodes` tokens, all sequences together."""
         return
 
     def observe(self, outcome: Outcome) -> None:
-        """A sequence was verified."""
+        """Called after the draft of a sequence was verified."""
         return
 
 
 class DraftLength(ABC):
-    """How many tokens are drafted for a pass. needs_costs: it reads how long the target's passes take."""
+    """How many tokens are drafted for a pass. needs_costs: whether it needs measured costs of the target's passes."""
 
     needs_costs: ClassVar[bool] = False
 
     @abstractmethod
     def max_tokens(self, limit: int) -> int:
-        """The largest draft that it ever asks for; 0 decodes without drafts. limit: bound for lengths that adapt."""
+        """The largest budget that it ever sets; 0 decodes without drafts. limit: upper bound of adaptive lengths."""
 
     @abstractmethod
     def start(self, measure_costs: Callable[[], PassCosts], limit: int) -> LengthController:
-        """The controller of one decoding process; measure_costs is only called where needs_costs is true."""
+        """A controller for one decoding process; measure_costs is only called if needs_costs is true."""

@@ -13,7 +13,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Fixed(DraftLength, LengthController):
-    """Drafts `tokens` tokens for every pass. It learns nothing, and is its own controller."""
+    """Drafts `tokens` tokens for every pass. It has no state, so it is its own controller."""
 
     tokens: int = 8
 
@@ -23,17 +23,17 @@ class Fixed(DraftLength, LengthController):
 
     @property
     def max_nodes(self) -> int:  # type: ignore[override]
-        """The number itself."""
+        """Equal to `tokens`."""
         return self.tokens
 
     def max_tokens(self, limit: int) -> int:
-        """The number itself, which the limit does not bound."""
+        """Equal to `tokens`; the limit does not apply."""
         return self.tokens
 
     def start(self, measure_costs: Callable[[], PassCosts], limit: int) -> LengthController:
-        """Itself."""
+        """The object itself."""
         return self
 
     def budget(self, sequences: int) -> int:
-        """The number itself."""
+        """Equal to `tokens`."""
         return self.tokens

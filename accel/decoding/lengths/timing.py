@@ -1,4 +1,4 @@
-"""Seconds of a pass of the target by its size, measured before decoding starts, and of drafting, measured during it.
+"""Cost models: seconds of the target's passes, measured before decoding starts, and of drafting, fitted during it.
 
 Target efficiency is that of MoESD (arXiv:2505.19645); draft sizes chosen by measured latency are in PPD
 (arXiv:2405.18628).
@@ -13,32 +13,33 @@ import torch
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT
 
-# Passes that are timed at every size, and the seconds after which fewer are enough.
+# Number of timed passes at every size, and the seconds after which no further one is timed.
 _REPEATS, _MAX_SECONDS = 5, 0.3
-# Weight that an observation of drafting time loses with every later one.
+# Exponential decay of observations of drafting time: share of its weight that one loses with each later one.
 _FADE = 0.02
 
 
 class PassCosts:
-    """Seconds of a pass by the tokens of each sequence in it, for one and for several sequences at once.
+    """Seconds of a pass, by its number of sequences and its width, the number of tokens of each sequence.
 
-    Between two measured sizes the cost is interpolated; beyond the largest it is extrapolated along the last segment.
+    measured: seconds by sequences and width. Between two measured widths the cost is interpolated; beyond the largest
+    it is extrapolated along the last segment.
     """
 
     def __init__(self, measured: Mapping[int, Mapping[int, float]]) -> None:
         self.measured = {count: dict(sorted(by_width.items())) for count, by_width in sorted(measured.items())}
-        # An adaptive length asks dozens of times before every pass.
-        self._known: dict[tuple[int, int], float] = {}
+        # An adaptive length reads dozens of costs before every pass.
+        self._cached: dict[tuple[int, int], float] = {}
 
     def seconds(self, width: int, sequences: int = 1) -> float:
-        """Of a pass of `width` tokens in each of `sequences` sequences."""
-        seconds = self._known.get((width, sequences))
+        """Seconds of a pass over `width` tokens in each of `sequences` sequences."""
+        seconds = self._cached.get((width, sequences))
         if seconds is None:
-            seconds = self._known[width, sequences] = self._interpolated(width, sequences)
+            seconds = self._cached[width, sequences] = self._interpolated(width, sequences)
         return seconds
 
     def _interpolated(self, width: int, sequences: int) -> float:
-        # The measured number of sequences that is nearest.
+        # The nearest measured number of sequences.
         count = min(self.measured, key=lambda count: abs(count - sequences))
         by_width = self.measured[count]
         widths = list(by_width)
@@ -52,19 +53,19 @@ class PassCosts:
         return seconds * max(1.0, sequences / count) if sequences > count else seconds
 
     def efficiency(self, width: int, sequences: int = 1) -> float:
-        """Target efficiency: the cost of a pass of one token a sequence over that of a pass of `width` tokens."""
+        """Target efficiency: cost of a pass over one token a sequence, divided by that over `width` tokens."""
         return self.seconds(1, sequences) / self.seconds(width, sequences)
 
 
 def clock(target: Target) -> Callable[[], float]:
-    """What seconds are counted by: of this process on one CPU thread, so that other processes do not count."""
+    """The clock for timing passes: CPU time with one CPU thread, which ignores other processes; else wall time."""
     return process_time if target.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
 
 
 def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, context: int = 128) -> PassCosts:
-    """Costs of a target's passes at some widths, after a context of `context` tokens; for 1 and `sequences` at once.
+    """Measured costs of passes of these widths after `context` tokens, for 1 and for `sequences` sequences.
 
-    The target's caches are reserved anew. Of several passes the fastest counts: other load only slows a pass down.
+    Empties the target's caches. The fastest of several passes counts, because other load only slows a pass down.
     """
     widths = sorted({1, *(min(width, target.max_length - 1) for width in widths)})
     context = max(1, min(context, target.max_length - widths[-1]))
@@ -80,7 +81,7 @@ def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, con
             for repeat in range(_REPEATS + 1):
                 started = now()
                 logits = target.forward(range(count), [[0] * width] * count, [range(ROOT, width - 1)] * count).logits
-                float(logits[0, 0, 0])  # waits for the device
+                float(logits[0, 0, 0])  # waits until the device is done
                 seconds.append(now() - started)
                 for slot in range(count):
                     target.commit(slot, [])
@@ -91,24 +92,24 @@ def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, con
 
 
 class DraftingTime:
-    """Seconds of drafting as a line over the number of tokens asked for, fitted to the last passes."""
+    """Seconds of drafting as a linear function of the requested tokens, fitted to recent passes by least squares."""
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, nodes: float, seconds: float) -> None:
-        """A drafter took `seconds` for `nodes` tokens."""
+        """Add an observation: drafting `nodes` tokens took `seconds`."""
         fade = 1 - _FADE
         self._n, self._x, self._y = fade * self._n + 1, fade * self._x + nodes, fade * self._y + seconds
         self._xx, self._xy = fade * self._xx + nodes * nodes, fade * self._xy + nodes * seconds
 
     def seconds(self, nodes: float) -> float:
-        """Expected for `nodes` tokens; 0 before the first observation."""
+        """Expected seconds for `nodes` tokens; 0 before the first observation."""
         if not self._n:
             return 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
         spread = self._xx / self._n - mean_x**2
-        # Where all observations had the same size, no part of the time is taken as independent of it.
+        # If all observations have about the same size, the time is taken as proportional to the size.
         slope = (
             (self._xy / self._n - mean_x * mean_y) / spread if spread > 0.05 * mean_x**2 else mean_y / max(mean_x, 1)
         )

@@ -1,7 +1,7 @@
-"""What a target is: a causal language model with room for several sequences, each of which may branch into a tree.
+"""The interface of targets: a causal language model with KV caches for several sequences, each with a draft tree.
 
-A sequence has a slot. Its cache holds what was committed, and behind it the nodes of a tree that wait: `forward` adds
-nodes, as often as it takes, and `commit` keeps one path of them. A draft model is a target, too.
+A sequence has a slot. Its cache holds the committed tokens, and after them the waiting nodes of a tree. `forward` adds
+nodes, in one or several calls; `commit` keeps one path of them and drops the others. A draft model is a target, too.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ _PREFILL_CHUNK = 512
 
 @dataclass(frozen=True)
 class Pass:
-    """logits (B, N, V) and last hidden states (B, N, D) of the new nodes; rows beyond a sequence's own are noise."""
+    """logits (B, N, V) and last hidden states (B, N, D) of new nodes; rows beyond a sequence's nodes are padding."""
 
     logits: Tensor
     hidden: Tensor
@@ -27,7 +27,7 @@ class Pass:
 
 @dataclass
 class _Slot:
-    """committed: ids in the cache. waiting: ids of nodes behind them, parents: their parents among those, or ROOT."""
+    """committed: ids in the cache. waiting: ids of the nodes after them. parents: each node's parent, or ROOT."""
 
     committed: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
@@ -38,14 +38,14 @@ class _Slot:
         return len(self.committed) + len(self.waiting)
 
     def drop(self) -> None:
-        """No nodes wait any more."""
+        """Drop all waiting nodes."""
         self.waiting, self.parents, self.depths = [], [], []
 
 
 class Target(ABC):
-    """A model and the caches of `slots` sequences of at most `capacity` tokens, waiting nodes counted.
+    """A model with caches for `slots` sequences of at most `capacity` tokens, including waiting nodes.
 
-    Slots that run are 0 to B - 1 in most passes, and then nothing is gathered.
+    A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy.
     """
 
     def __init__(self, vocabulary: int, max_length: int, device: torch.device) -> None:
@@ -54,40 +54,40 @@ class Target(ABC):
         self._slots: list[_Slot] = []
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """Room for sequences; what was there before is gone."""
+        """Allocate caches; this drops all sequences."""
         self.capacity = capacity
         self._slots = [_Slot() for _ in range(slots)]
         self._allocate(slots, capacity)
 
     @property
     def slots(self) -> int:
-        """Sequences that there is room for."""
+        """Number of slots."""
         return len(self._slots)
 
     @property
     @abstractmethod
     def cache_bytes(self) -> int:
-        """Bytes held for caches."""
+        """Bytes of the allocated caches."""
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the keys and values of one token, all layers together; 0 where there is no cache to speak of."""
+        """Bytes of the keys and values of one token in all layers; 0 for a target without a cache."""
         return 0
 
     def committed(self, slot: int) -> Sequence[int]:
-        """Ids whose keys and values the slot keeps."""
+        """Committed ids of the slot."""
         return self._slots[slot].committed
 
     def depths(self, slot: int) -> Sequence[int]:
-        """Depth of every waiting node of the slot, 0 for those right behind what is committed."""
+        """Depth of every waiting node of the slot; children of ROOT have depth 0."""
         return self._slots[slot].depths
 
     def clear(self, slot: int) -> None:
-        """Forget a sequence."""
+        """Drop a slot's sequence."""
         self._slots[slot] = _Slot()
 
     def prefill(self, slot: int, tokens: Sequence[int], chunk: int = _PREFILL_CHUNK) -> None:
-        """Commit tokens, some at a time, without their logits."""
+        """Commit tokens without computing their logits, `chunk` of them in a pass."""
         for start in range(0, len(tokens), chunk):
             part = list(tokens[start : start + chunk])
             self._append([slot], [part], [range(ROOT, len(part) - 1)], logits=False)
@@ -95,32 +95,32 @@ class Target(ABC):
             self._slots[slot].drop()
 
     def forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
-        """Add nodes to the trees of some slots. parents: among all waiting nodes of the slot, or ROOT."""
+        """Add new nodes to slots' trees and run them. parents: indices among the slot's waiting nodes, or ROOT."""
         return self._append(slots, tokens, parents, logits=True)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
-        """Keep these waiting nodes, each the parent of the next, and drop the others."""
-        held = self._slots[slot]
-        length = len(held.committed)
-        assert all(held.parents[node] == before for before, node in zip([ROOT, *path], path, strict=False)), path
-        # What is in its place already stays there: of a chain nothing is copied.
-        moved = [(length + node, length + place) for place, node in enumerate(path) if node != place]
+        """Keep the waiting nodes of a path, each the parent of the next, and drop the others."""
+        sequence = self._slots[slot]
+        length = len(sequence.committed)
+        assert all(sequence.parents[node] == before for before, node in zip([ROOT, *path], path, strict=False)), path
+        # Only nodes whose position changes are copied; those of a chain never are.
+        moved = [(length + node, length + index) for index, node in enumerate(path) if node != index]
         if moved:
-            self._move(slot, [source for source, _ in moved], [place for _, place in moved])
-        held.committed += [held.waiting[node] for node in path]
-        held.drop()
+            self._move(slot, [source for source, _ in moved], [destination for _, destination in moved])
+        sequence.committed += [sequence.waiting[node] for node in path]
+        sequence.drop()
 
     def swap(self, one: int, other: int) -> None:
-        """Put the sequence of `other` into the slot `one`, whose own is gone."""
+        """Move the sequence of slot `other` to slot `one`, whose sequence is dropped."""
         self._copy_slot(other, one, len(self._slots[other].committed))
         self._slots[one] = self._slots[other]
         self._slots[other] = _Slot()
 
     def cut(self, slot: int, length: int) -> None:
-        """Keep the first tokens of a sequence only."""
-        held = self._slots[slot]
-        del held.committed[length:]
-        held.drop()
+        """Truncate a sequence to its first `length` committed tokens, and drop its waiting nodes."""
+        sequence = self._slots[slot]
+        del sequence.committed[length:]
+        sequence.drop()
 
     def _append(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], logits: bool
@@ -130,13 +130,14 @@ class Target(ABC):
         if max(starts) + width > self.capacity:
             raise UserError(f"{max(starts) + width} tokens do not fit the cache's capacity={self.capacity}")
         total = max(starts) + width
-        held = self._slots[slots[0]]
-        if len(slots) == width == 1 and not held.waiting:  # plain decoding, whose passes are short
+        sequence = self._slots[slots[0]]
+        # A fast case for decoding without drafts, whose passes are so short that this code counts.
+        if len(slots) == width == 1 and not sequence.waiting:
             ids, positions = torch.tensor([list(tokens[0])]), torch.tensor([[total - 1]])
             allowed = torch.ones(1, 1, total, dtype=torch.bool)
-            held.waiting, held.parents, held.depths = list(tokens[0]), list(parents[0]), [0]
+            sequence.waiting, sequence.parents, sequence.depths = list(tokens[0]), list(parents[0]), [0]
         else:
-            # On the CPU, where many small writes are cheap; one copy takes it to the device.
+            # Filled on the CPU, where many small writes are cheap, and copied to the device once.
             ids, positions = torch.zeros(2, len(slots), width, dtype=torch.long)
             allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
             for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
@@ -147,40 +148,41 @@ class Target(ABC):
     def _place(
         self, slot: int, new: list[int], above: list[int], ids: Tensor, positions: Tensor, allowed: Tensor
     ) -> None:
-        held = self._slots[slot]
-        committed, first, count = len(held.committed), len(held.waiting), len(new)
-        held.waiting += new
-        held.parents += above
+        """Add nodes to a slot, and fill its rows of the inputs: ids (N,), positions (N,), allowed (N, L)."""
+        sequence = self._slots[slot]
+        committed, first, count = len(sequence.committed), len(sequence.waiting), len(new)
+        sequence.waiting += new
+        sequence.parents += above
         ids[:count] = torch.tensor(new)
         allowed[:, :committed] = True
-        if first == 0 and above == list(range(ROOT, count - 1)):  # a chain on its own
+        if first == 0 and above == list(range(ROOT, count - 1)):  # a single chain
             allowed[:count, committed : committed + count] = torch.ones(count, count, dtype=torch.bool).tril()
-            held.depths = list(range(count))
+            sequence.depths = list(range(count))
         else:
             for node in range(first, first + count):
-                parent = held.parents[node]
-                held.depths.append(0 if parent == ROOT else held.depths[parent] + 1)
+                parent = sequence.parents[node]
+                sequence.depths.append(0 if parent == ROOT else sequence.depths[parent] + 1)
                 row = allowed[node - first]
                 row[committed + node] = True
                 while parent != ROOT:
                     row[committed + parent] = True
-                    parent = held.parents[parent]
-        positions[:count] = torch.tensor(held.depths[first:]) + committed
-        # Padding sees itself, as a softmax over nothing is not a number.
-        for extra in range(count, ids.shape[0]):
-            allowed[extra, committed + first + extra] = True
+                    parent = sequence.parents[parent]
+        positions[:count] = torch.tensor(sequence.depths[first:]) + committed
+        # Padding attends to itself, because a softmax over no keys is nan.
+        for padding in range(count, ids.shape[0]):
+            allowed[padding, committed + first + padding] = True
 
     @abstractmethod
     def _allocate(self, slots: int, capacity: int) -> None:
-        """Make empty caches."""
+        """Allocate empty caches."""
 
     @abstractmethod
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
     ) -> Pass:
-        """Run new nodes and put their keys and values into the caches, from starts on.
+        """Run new nodes, and write their keys and values into the caches, from position starts[b] of slots[b].
 
-        ids, positions: (B, N). allowed: (B, N, L) bool, what each node attends to among the first L places of its slot.
+        ids, positions: (B, N). allowed: (B, N, L) bool, the cache positions of its slot that each node attends to.
         """
 
     @abstractmethod
@@ -189,4 +191,4 @@ class Target(ABC):
 
     @abstractmethod
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
-        """Copy keys and values of a slot from some places to others, which may overlap."""
+        """Copy a slot's keys and values from some cache positions to others; the two sets may overlap."""

@@ -1,8 +1,8 @@
-"""The fast path: Llama-like decoders as a handful of fused operations over one pre-allocated cache.
+"""The fast path: Llama-like decoders as a few fused operations over one pre-allocated cache.
 
 transformers spends half of a small model's step between its operations. Here the weights of a layer are fused (query,
-key and value; gate and up), its cache is one tensor, a tree's mask is made once for all layers, and weights lie in the
-order in which the CPU's matrix product reads them, in bfloat16 where that holds their values.
+key and value; gate and up), its cache is one tensor, a tree's mask is computed once for all layers, and weights are
+stored in the order in which the CPU's matrix product reads them, in bfloat16 where that is exact.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from hasten.accel.errors import UserError
 from hasten.kernels.skinny_gemm import exact_bfloat16
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SHORTEST = 256  # places that a compiled pass reads at least
+_MIN_COMPILED_LENGTH = 256  # smallest number of cache positions that a compiled pass reads
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass
 class _Layer:
-    """Weights of a decoder layer. query_norm and key_norm are Qwen 3's."""
+    """Weights of a decoder layer. query_norm and key_norm: of Qwen 3; None in other families."""
 
     norm: Norm
     qkv: Weight
@@ -37,12 +37,12 @@ class _Layer:
     key_norm: Tensor | None
 
 
-class _Where(NamedTuple):
-    """Where a pass reads and writes.
+class _CacheAccess(NamedTuple):
+    """Where a pass reads and writes the caches.
 
-    slots: that run; first: of them if they are neighbours. rows (B, 1) and places (B, N): of the new nodes.
-
-    start: the first place if there is one slot, which is then written by a copy. total: places that are read.
+    slots: slots of the pass. first: the first slot if they are adjacent, else None. rows (B, 1), places (B, N): slots
+    and cache positions of the new nodes; None if start is given. start: first position in the only slot, whose new
+    nodes are then written by one copy. total: number of positions that are read.
     """
 
     first: int | None
@@ -54,7 +54,7 @@ class _Where(NamedTuple):
 
 
 def refusal(config: Any) -> str | None:
-    """Why a model of this config cannot take the fast path; None where it can."""
+    """Why a model of this config cannot run on the fast path; None if it can."""
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type} is none of {', '.join(FAMILIES)}"
     if getattr(config, "quantization_config", None):
@@ -64,14 +64,14 @@ def refusal(config: Any) -> str | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in _ROPES:
-        return f"its rotary embedding {kind} changes with the length"
+        return f"its rotary embedding ({kind}) depends on the length"
     if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False):
         return "its feed-forward layers are not Llama's"
     return None
 
 
 class LlamaTarget(Target):
-    """A Llama-like model of transformers whose weights are taken over; the model itself can go."""
+    """A Llama-like model of transformers. The weights are copied or shared; the model object is not needed any more."""
 
     def __init__(self, model: Any, compiled: bool = False) -> None:
         config = model.config
@@ -89,18 +89,18 @@ class LlamaTarget(Target):
             short = exact_bfloat16(self._embedding)
             self._embedding = self._embedding if short is None else short
         self._norm = Norm(model.model.norm.weight.detach(), self._eps)
-        # What torch compiles must not call operations that its compiler takes apart.
+        # torch.compile cannot trace the kernels of packed weights.
         self._packs = not compiled
         self._layers = [self._fused_layer(layer) for layer in model.model.layers]
         self._head = Weight(model.get_output_embeddings().weight.detach(), packs=self._packs)
         self._rotary = model.model.rotary_emb
         self._cis = torch.empty(0)
         self._cache: list[Tensor] = []
-        # As complex products, which torch's compiler does not take apart, and which only float32 has.
-        self._in_place = self.dtype == torch.float32 and not compiled
+        # Rotations in place are complex products: only float32 has them, and torch.compile generates no code for them.
+        self._rotates_in_place = self.dtype == torch.float32 and not compiled
         self._compiled: Any = None
         if compiled:
-            # CUDA graphs where there are such: a small model's pass is mostly the time to launch its kernels.
+            # With CUDA graphs on a GPU, because a small model's pass is mostly the time of kernel launches.
             mode = "reduce-overhead" if model.device.type == "cuda" else "default"
             self._compiled = torch.compile(self._layers_of_pass, dynamic=False, mode=mode)
 
@@ -119,12 +119,13 @@ class LlamaTarget(Target):
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         weights = [projection.weight.detach() for projection in projections]
         biases = [None if projection.bias is None else projection.bias.detach() for projection in projections]
-        # Rotary pairs (i, i + D/2) become neighbours, so that a rotation is one complex product. Scores stay the same.
-        weights = [self._paired(weights[0], 0), self._paired(weights[1], 0), weights[2]]
+        # Rotary pairs (i, i + D/2) become adjacent, so that a rotation is one complex product. Attention scores do not
+        # change, because queries and keys are permuted alike.
+        weights = [self._interleave(weights[0], 0), self._interleave(weights[1], 0), weights[2]]
         bias = None
         if all(part is not None for part in biases):
             query, key, value = (torch.as_tensor(part) for part in biases)
-            bias = torch.cat([self._paired(query, 0), self._paired(key, 0), value])
+            bias = torch.cat([self._interleave(query, 0), self._interleave(key, 0), value])
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         return _Layer(
             norm=Norm(layer.input_layernorm.weight.detach(), self._eps),
@@ -137,20 +138,20 @@ class LlamaTarget(Target):
             mlp_norm=Norm(layer.post_attention_layernorm.weight.detach(), self._eps),
             gate_up=Weight(torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()]), None, self._packs),
             down=Weight(mlp.down_proj.weight.detach(), None, self._packs),
-            query_norm=None if norms[0] is None else self._paired(norms[0].weight.detach(), 0),
-            key_norm=None if norms[1] is None else self._paired(norms[1].weight.detach(), 0),
+            query_norm=None if norms[0] is None else self._interleave(norms[0].weight.detach(), 0),
+            key_norm=None if norms[1] is None else self._interleave(norms[1].weight.detach(), 0),
         )
 
-    def _paired(self, weight: Any, dim: int) -> Tensor:
+    def _interleave(self, weight: Any, dim: int) -> Tensor:
         heads = weight.unflatten(dim, (-1, 2, self._size // 2))
         return heads.transpose(1, 2).flatten(0, 2).contiguous()
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        # Keys and values of a layer lie side by side, (slots, 2 * KV heads, capacity, D): one write puts both in.
+        # Keys and values of a layer are in one tensor (slots, 2 * H, capacity, D), so that one write stores both.
         shape = slots, 2 * self._kv_heads, capacity, self._size
         self._cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
         positions = torch.arange(capacity, device=self.device)[None]
-        # float32, because a position times a frequency in bfloat16 is off by whole turns.
+        # float32, because in bfloat16 a position times a frequency is wrong by whole rotations.
         cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=self.device), positions)
         half = self._size // 2
         self._cis = torch.stack([cos[0, :, :half], sin[0, :, :half]], -1).float()
@@ -160,91 +161,91 @@ class LlamaTarget(Target):
     ) -> Pass:
         count, width = ids.shape
         first = slots[0]
-        # Neighbouring slots are a view of the cache, others have to be gathered.
-        neighbours = list(slots) == list(range(first, first + count))
-        compiled = self._compiled is not None and logits and neighbours
+        # Adjacent slots are a view of the cache, others have to be gathered.
+        adjacent = list(slots) == list(range(first, first + count))
+        compiled = self._compiled is not None and logits and adjacent
         if compiled:
-            # As many places as the cache has, or a power of two of them: a shape is compiled once.
-            total = min(self.capacity, max(_SHORTEST, 1 << (allowed.shape[-1] - 1).bit_length()))
+            # The length is rounded up to a power of two, because every shape is compiled once.
+            total = min(self.capacity, max(_MIN_COMPILED_LENGTH, 1 << (allowed.shape[-1] - 1).bit_length()))
             allowed = F.pad(allowed, (0, total - allowed.shape[-1]))
         start = starts[0] if count == 1 and not compiled else None
         rows = places = None
         if start is None:
             rows = torch.tensor(slots)[:, None].to(self.device)
             places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
-        where = _Where(first if neighbours else None, list(slots), rows, places, start, allowed.shape[-1])
-        # One token behind what is committed attends to all that lies there; one behind nodes that wait does not.
+        access = _CacheAccess(first if adjacent else None, list(slots), rows, places, start, allowed.shape[-1])
+        # A single token directly after the committed ones attends to all of them, and needs no mask.
         alone = count == width == 1 and len(self.depths(slots[0])) == 1
         mask = None if alone and not compiled else self._mask(allowed)
-        # Without the books that autograd keeps of views, which are a good part of a small model's pass.
+        # inference_mode skips autograd's bookkeeping for views, which is a good part of a small model's pass.
         with torch.no_grad() if compiled else torch.inference_mode():
             forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
-            hidden = forward(ids, positions, mask, where)
+            hidden = forward(ids, positions, mask, access)
             if not logits:
                 return Pass(hidden[:0, None], hidden[:0, None])
             return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)))
 
     def _mask(self, allowed: Tensor) -> Tensor:
-        """Additive mask (B, 1, G * N, L): query heads of one key head stand as rows of their own below each other."""
+        """Additive mask (B, 1, G * N, L): the G query heads of a KV head are folded into the rows."""
         groups = self._heads // self._kv_heads
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
         return mask[:, None].repeat(1, 1, groups, 1)
 
-    def _layers_of_pass(self, ids: Tensor, positions: Tensor, mask: Tensor | None, where: "_Where") -> Tensor:
-        """Last hidden states (rows, D) of the new nodes, normed."""
+    def _layers_of_pass(self, ids: Tensor, positions: Tensor, mask: Tensor | None, access: "_CacheAccess") -> Tensor:
+        """Hidden states (B * N, D) of the new nodes after the final norm."""
         count, width = ids.shape
         rows = count * width
         x = self._embedding[ids.view(-1)].to(self.dtype)
         cis = self._cis[positions.view(-1)][:, None]
-        if self._in_place:
+        if self._rotates_in_place:
             cis = torch.view_as_complex(cis)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             qkv = layer.qkv(layer.norm(x)).view(rows, -1, self._size)
-            qkv = self._turned(layer, qkv, cis)
-            mixed = self._attention(qkv, cache, count, width, mask, where)
-            x = x + layer.out(mixed)
+            qkv = self._rotate(layer, qkv, cis)
+            attended = self._attention(qkv, cache, count, width, mask, access)
+            x = x + layer.out(attended)
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
         return self._norm(x)
 
-    def _turned(self, layer: _Layer, qkv: Tensor, cis: Tensor) -> Tensor:
-        """Queries, keys and values (rows, heads, D), the first two rotated to their positions, in place if may be."""
+    def _rotate(self, layer: _Layer, qkv: Tensor, cis: Tensor) -> Tensor:
+        """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""
         heads, both = self._heads, self._heads + self._kv_heads
         if layer.query_norm is not None and layer.key_norm is not None:
             qkv[:, :heads] = F.rms_norm(qkv[:, :heads], (self._size,), layer.query_norm, self._eps)
             qkv[:, heads:both] = F.rms_norm(qkv[:, heads:both], (self._size,), layer.key_norm, self._eps)
-        if self._in_place:
+        if self._rotates_in_place:
             torch.view_as_complex(qkv.view(len(qkv), -1, self._size // 2, 2)).narrow(1, 0, both).mul_(cis)
             return qkv
         cos, sin = cis.unbind(-1)
         one, other = qkv[:, :both].float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
-        return torch.cat([turned, qkv[:, both:]], 1)
+        rotated = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
+        return torch.cat([rotated, qkv[:, both:]], 1)
 
     def _attention(
-        self, qkv: Tensor, cache: Tensor, count: int, width: int, mask: Tensor | None, where: "_Where"
+        self, qkv: Tensor, cache: Tensor, count: int, width: int, mask: Tensor | None, access: "_CacheAccess"
     ) -> Tensor:
-        """Attention (rows, heads * D) of new nodes, whose keys and values go into the cache first."""
+        """Write the new nodes' keys and values into the cache; returns their attention outputs (rows, heads * D)."""
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         groups = heads // kv_heads
         new = qkv.narrow(1, heads, 2 * kv_heads)
-        if where.start is not None and where.first is not None:
-            cache.select(0, where.first).narrow(1, where.start, width).copy_(new.transpose(0, 1))
+        if access.start is not None and access.first is not None:
+            cache.select(0, access.first).narrow(1, access.start, width).copy_(new.transpose(0, 1))
         else:
-            cache[where.rows, :, where.places] = new.view(count, width, 2 * kv_heads, size)
-        held = cache[where.slots] if where.first is None else cache.narrow(0, where.first, count)
-        held = held.narrow(2, 0, where.total)
-        keys, values = held.narrow(1, 0, kv_heads), held.narrow(1, kv_heads, kv_heads)
+            cache[access.rows, :, access.places] = new.view(count, width, 2 * kv_heads, size)
+        cached = cache[access.slots] if access.first is None else cache.narrow(0, access.first, count)
+        cached = cached.narrow(2, 0, access.total)
+        keys, values = cached.narrow(1, 0, kv_heads), cached.narrow(1, kv_heads, kv_heads)
         queries = qkv.narrow(1, 0, heads)
         if width == 1:
             queries = queries.view(count, kv_heads, groups, size)
         else:
             queries = queries.reshape(count, width, kv_heads, groups, size).permute(0, 2, 3, 1, 4)
             queries = queries.reshape(count, kv_heads, groups * width, size)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         if width > 1:
-            mixed = mixed.view(count, kv_heads, groups, width, size).permute(0, 3, 1, 2, 4)
-        return mixed.reshape(count * width, heads * size)
+            attended = attended.view(count, kv_heads, groups, width, size).permute(0, 3, 1, 2, 4)
+        return attended.reshape(count * width, heads * size)
 
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
         for cache in self._cache:

@@ -1,4 +1,4 @@
-"""Checkpoints as targets."""
+"""Loads checkpoints as targets."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ def load_target(
     keeps_hidden: bool = False,
     compiled: bool = False,
 ) -> Target:
-    """The checkpoint of a folder, compressed or not.
+    """The target of a checkpoint's folder, compressed or not.
 
-    path: `transformers` runs the model as it is; `llama` is the faster path of Llama-like ones, refused for others;
-    `auto` takes that where it can. keeps_hidden: whether passes come with the last hidden states. compiled: whether the
-    fast path is compiled, which takes a while for every size of a tree.
+    path: `transformers` runs the transformers model; `llama` is the fast path of Llama-like models, UserError for
+    others; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last hidden states.
+    compiled: whether the fast path is compiled by torch, which takes a while for every tree size.
     """
     config = AutoConfig.from_pretrained(folder)
     reason = refusal(config)

@@ -1,8 +1,8 @@
-"""Products and norms of few rows, which decoding is made of.
+"""Matrix products and norms of few rows, on which decoding spends its time.
 
-On a CPU, float32 weights whose values bfloat16 holds are kept in it and multiplied by a kernel of ours. Others lie in
-MKL's own order where there is MKL: a product of 2 to 24 rows is up to twice as fast so. MKL promises that order for one
-number of rows; it was found to serve all, which is checked for every weight.
+On a CPU, float32 weights that are exact in bfloat16 are stored in it, and multiplied by the kernel skinny_gemm. Other
+weights are packed in MKL's order if MKL is available, with which a product of 2 to 24 rows is up to twice as fast. MKL
+guarantees a packed order for one number of rows only. It has been right for all, which is checked for each weight.
 """
 
 import weakref
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from hasten.kernels.skinny_gemm import pack_weight, skinny_gemm
 
-# Beyond so many rows the plain product is as fast.
-_MOST_ROWS = 24
-# Second copies of weights may take this much in a process; what comes later is multiplied plainly.
-_MOST_BYTES = 2**31
+# With more rows than this, torch's product is as fast as the packed one.
+_MAX_ROWS = 24
+# Bound of the packed copies of weights in a process; further weights are not packed.
+_MAX_BYTES = 2**31
 _CHECKED_ROWS = (2, 3, 8)
 
 
 class Weight:
-    """A weight (out, in) and its bias; packs: whether it may be kept in another order."""
+    """A weight (out, in) and its bias (out,). packs: whether it may be packed."""
 
     _packed_bytes = 0
 
@@ -32,12 +32,12 @@ class Weight:
         if self._panels is not None:
             return
         size = weight.numel() * 4
-        self._packed = _packed(weight.contiguous()) if packs and Weight._packed_bytes + size <= _MOST_BYTES else None
+        self._packed = _packed(weight.contiguous()) if packs and Weight._packed_bytes + size <= _MAX_BYTES else None
         if self._packed is not None:
             Weight._packed_bytes += size
-            # A target may be loaded again, in another type.
+            # The bytes are returned when the weight is deleted: a target may be loaded again in another dtype.
             weakref.finalize(self, Weight._give_back, size).atexit = False
-        # Transposed, a CPU reads it as fast as memory gives it for an input of one row.
+        # For an input of one row, a CPU reads the transposed weight at the memory's full bandwidth.
         self._transposed = weight.t().contiguous() if weight.device.type == "cpu" else weight.t()
         self._weight = self._transposed.t()
 
@@ -47,9 +47,9 @@ class Weight:
             out = skinny_gemm(x, self._panels, self._outputs)
             return out if self.bias is None else out.add_(self.bias)
         rows = x.shape[0]
-        if self._packed is not None and 1 < rows <= _MOST_ROWS:
-            found: Tensor = _MKL_LINEAR(x, self._packed, self._weight, self.bias, rows)
-            return found
+        if self._packed is not None and 1 < rows <= _MAX_ROWS:
+            product: Tensor = _MKL_LINEAR(x, self._packed, self._weight, self.bias, rows)
+            return product
         return torch.mm(x, self._transposed) if self.bias is None else torch.addmm(self.bias, x, self._transposed)
 
     @staticmethod
@@ -58,20 +58,20 @@ class Weight:
 
 
 def _packed(weight: Tensor) -> Tensor | None:
-    """The weight in MKL's order; None where there is none, or where it does not serve every number of rows."""
+    """The weight in MKL's order; None without MKL, or if the order is wrong for some number of rows."""
     if _MKL_LINEAR is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return None
-    found: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, _MOST_ROWS)
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, _MAX_ROWS)
     for rows in _CHECKED_ROWS:
         x = torch.linspace(-1, 1, rows * weight.shape[1]).view(rows, -1)
         expected = F.linear(x, weight)
-        if (_MKL_LINEAR(x, found, weight, None, rows) - expected).abs().max() > 1e-4 * expected.abs().max():
+        if (_MKL_LINEAR(x, packed, weight, None, rows) - expected).abs().max() > 1e-4 * expected.abs().max():
             return None
-    return found
+    return packed
 
 
 def _mkl_linear() -> Any:
-    """torch's product by weights in MKL's order; None in a build without it."""
+    """torch's operation that multiplies by weights in MKL's order; None in a build without it."""
     try:
         return torch.ops.mkl._mkl_linear.default if torch.backends.mkl.is_available() else None
     except AttributeError:
@@ -87,14 +87,14 @@ class Norm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
         size = weight.numel()
-        # sqrt(mean(x^2) + eps) is hypot(norm(x), sqrt(size * eps)) / sqrt(size): three small operations, where torch's
-        # own takes eight on a CPU.
+        # sqrt(mean(x^2) + eps) is hypot(norm(x), sqrt(size * eps)) / sqrt(size): three small operations, instead of the
+        # eight of torch's RMS norm on a CPU.
         self._scaled = weight.float() * size**0.5
         self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
         self._few_operations = weight.dtype == torch.float32 and weight.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normed (rows, D)."""
+        """Normalised rows (rows, D)."""
         if not self._few_operations:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor) * self._scaled

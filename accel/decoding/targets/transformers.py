@@ -1,4 +1,4 @@
-"""Any transformers causal LM as a target, through its public interfaces: 4-D attention mask, position ids, cache."""
+"""Any causal LM of transformers as a target, through public interfaces: 4-D attention mask, position ids, cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from hasten.accel.errors import UserError
 
 @dataclass
 class _Place:
-    """Where the running pass writes: rows of the caches, and from where in each."""
+    """Where the current pass writes the caches. rows: its slots. starts: first position in each. total: L."""
 
     slots: int
     capacity: int
@@ -23,7 +23,7 @@ class _Place:
     total: int = 0
 
     def write(self, cache: Tensor, new: Tensor) -> Tensor:
-        """Keys or values (B, H, L, D) of the running slots, with the new ones (B, H, N, D) put in."""
+        """Write new keys or values (B, H, N, D); returns those of the pass's slots, (B, H, L, D)."""
         width = new.shape[2]
         for row, start in enumerate(self.starts):
             cache[self.rows[row], :, start : start + width] = new[row]
@@ -34,7 +34,7 @@ class _Place:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (slots, H, capacity, D) each, made when the first ones come."""
+    """Keys and values of one layer, (slots, H, capacity, D) each, allocated at the first update."""
 
     is_sliding = False
 
@@ -43,7 +43,7 @@ class _SlotLayer(CacheLayerMixin):
         self._place = place
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros, because what a mask hides must still be a number."""
+        """Allocate zeros, because masked positions must still be finite numbers."""
         slots, capacity = self._place.slots, self._place.capacity
         for name, new in (("keys", key_states), ("values", value_states)):
             setattr(self, name, new.new_zeros(slots, new.shape[1], capacity, new.shape[3]))
@@ -52,7 +52,7 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the running slots, with the new ones."""
+        """Write new keys and values; returns all keys and values of the pass's slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -60,20 +60,20 @@ class _SlotLayer(CacheLayerMixin):
         return self._place.write(self.keys, key_states), self._place.write(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset; the mask is given, and nobody goes by them."""
+        """Length and offset. Not used for the mask, which is given."""
         return self._place.total, 0
 
     def get_seq_length(self) -> int:
-        """Where the running pass starts."""
+        """Largest start position of the current pass."""
         return max(self._place.starts, default=0)
 
     def get_max_length(self) -> int:
-        """Tokens that there is room for."""
+        """The capacity in tokens."""
         return self._place.capacity
 
 
 class TransformersTarget(Target):
-    """A transformers model, unchanged; it may be compressed, sharded over devices, or of any family with a KV cache."""
+    """An unmodified transformers model of any family with a KV cache; it may be compressed, or sharded over devices."""
 
     def __init__(self, model: PreTrainedModel, keeps_hidden: bool = False) -> None:
         config = model.config.get_text_config()
@@ -81,15 +81,15 @@ class TransformersTarget(Target):
         super().__init__(config.vocab_size, limit, model.device)
         self._model = model.eval()
         if model.config._attn_implementation not in ("sdpa", "eager"):
-            model.set_attn_implementation("sdpa")  # a kernel that takes no mask of ours
+            model.set_attn_implementation("sdpa")  # others do not take a 4-D mask
         self._config = config
         self._keeps_hidden = keeps_hidden
         types = getattr(config, "layer_types", None) or []
-        odd = set(types) - {"full_attention", "sliding_attention"}
-        if odd or getattr(config, "is_encoder_decoder", False):
+        unsupported = set(types) - {"full_attention", "sliding_attention"}
+        if unsupported or getattr(config, "is_encoder_decoder", False):
             raise UserError(
-                f"{type(model).__name__} has layers without a cache of keys and values ({', '.join(sorted(odd))}), "
-                "which cannot take a draft back"
+                f"{type(model).__name__} has layers without a KV cache ({', '.join(sorted(unsupported))}), whose state "
+                "cannot drop rejected drafts: choose a model with attention layers only"
             )
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._window = int(window) if window else None
@@ -103,7 +103,7 @@ class TransformersTarget(Target):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values, by the config: some families share them between layers."""
+        """Bytes of one token's keys and values by the config; an upper bound for families that share them."""
         config = self._config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -133,7 +133,7 @@ class TransformersTarget(Target):
         return Pass(out.logits, hidden)
 
     def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
-        """What the model takes as attention_mask: one mask, or one for each kind of layer."""
+        """The model's attention_mask: one mask, or a mask for each layer type."""
         full = self._mask(allowed)
         if self._window is None:
             return full
@@ -149,7 +149,7 @@ class TransformersTarget(Target):
         )
 
     def _mask(self, allowed: Tensor) -> Tensor:
-        """Mask (B, 1, N, L) as the attention function of the model wants it."""
+        """Mask (B, 1, N, L) in the form that the model's attention function takes: bool or additive."""
         if self._model.config._attn_implementation == "sdpa":
             return allowed[:, None]
         dtype = self._model.dtype
@@ -158,7 +158,7 @@ class TransformersTarget(Target):
         )[:, None]
 
     def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
-        """Position of what lies at each place of the slots, (B, 1, L)."""
+        """Position (B, 1, L) of the token in each cell of the slots' caches; nodes of one depth share a position."""
         key_positions = torch.arange(total).repeat(len(slots), 1)
         for row, slot in enumerate(slots):
             depths = self.depths(slot)

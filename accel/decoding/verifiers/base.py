@@ -1,4 +1,4 @@
-"""What a verifier is: it walks down a draft as far as the target agrees, and draws the token after that."""
+"""The interface of verifiers: a verifier accepts a path of a draft, and draws the token after it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 @dataclass(frozen=True)
 class Verdict:
-    """path: accepted nodes from the top, each a child of the one before. token: what follows them, always there."""
+    """path: accepted nodes from the root, each a child of the one before. token: the id after them."""
 
     path: list[int]
     token: int
 
 
 class TargetRows:
-    """The target's distribution after the last committed token (ROOT) and after every node, made where it is asked for.
+    """The target's distributions after the last committed token (ROOT) and after every node, computed on demand.
 
-    logits: (N + 1, V), row 0 after the last committed token, row i + 1 after node i. Temperature, top-k, top-p and
-    repetition penalty of the context act on all that comes from here.
+    logits: (N + 1, V); row 0 is after the last committed token, row i + 1 after node i. All results include the
+    context's temperature, top-k, top-p and repetition penalty.
     """
 
     def __init__(self, logits: Tensor, tree: DraftTree, context: Context) -> None:
@@ -54,7 +54,7 @@ class TargetRows:
 
     @cached_property
     def _best(self) -> list[int]:
-        tokens: list[int] = self._logits.argmax(-1).tolist()  # all at once: one op, one copy from the device
+        tokens: list[int] = self._logits.argmax(-1).tolist()  # for all nodes: one operation, one copy from the device
         return tokens
 
     @cached_property
@@ -72,8 +72,8 @@ class TargetRows:
 class Verifier(ABC):
     """A rule of acceptance; a frozen dataclass of hyper-parameters.
 
-    lossless: whether what comes out has the target's own distribution. reads_draft_probs: whether it goes by the
-    distributions that drafts were drawn from, and would be biased if drafts were chosen among after they were drawn.
+    lossless: whether the output has the target's own distribution. reads_draft_probs: whether it uses the
+    distributions that drafts were drawn from; it is then biased if drawn nodes are dropped by their tokens.
     """
 
     lossless: ClassVar[bool] = True
@@ -81,22 +81,22 @@ class Verifier(ABC):
 
     @abstractmethod
     def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
-        """Why drafts of this kind would come out biased, and what would be right; None where they do not.
+        """Why drafts of this kind would give biased output, and what to use instead; None if the output is unbiased.
 
-        chains: whether no node has two children.
+        chains: whether every draft is a chain. greedy: whether temperature is 0.
         """
 
     def is_independent_of_drafts(self, greedy: bool) -> bool:
-        """Whether the tokens depend on the target and the generator alone, so that any drafts give the same ones."""
+        """Whether the output depends on the target and the generator alone, so that all drafts give the same tokens."""
         return self.lossless and greedy
 
     @abstractmethod
     def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
-        """Accepted path and the token after it. Whatever is drawn comes from the generator."""
+        """The accepted path and the token after it; all random numbers come from the generator."""
 
 
 def descend(tree: DraftTree, choose: Callable[[int], int]) -> Verdict:
-    """Walk down while the token chosen after a node is the token of one of its children."""
+    """Accept children as long as the token that `choose` returns after a node is one of them."""
     path: list[int] = []
     node = ROOT
     while True:

@@ -1,9 +1,10 @@
-"""Recursive rejection sampling: try the siblings in turn, each against what rejecting those before it left of p.
+"""Recursive rejection sampling: try siblings in turn, each against the residual of p after the rejections before it.
 
 Source: Jeon et al. 2024, arXiv:2402.14160 (recursive speculative decoding); where draws are independent it is the rule
 of Yang et al. 2024, arXiv:2401.06706 (multi-candidate speculative decoding).
-Departs from it: takes siblings of every kind. Drawn without replacement, q loses every sibling that was rejected and is
-renormalised; drawn independently, q stays, and a token that was drawn twice is tried twice; not drawn, q is one-hot.
+Departs from it: takes siblings of every kind. For draws without replacement, q loses each rejected sibling and is
+renormalised. For independent draws q does not change, and a token that was drawn twice is tried twice. For
+deterministic siblings q is one-hot.
 """
 
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution,
 
 @dataclass(frozen=True)
 class RecursiveRejection(Verifier):
-    """Verifier of trees whose siblings stand in the order in which they were drawn."""
+    """Verifier of trees whose siblings are in the order in which they were drawn."""
 
     def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
-        """Nothing is refused: how q changes from a sibling to the next follows from how they were drawn."""
+        """Refuses nothing: q is updated between siblings by the way in which they were drawn."""
         return None
 
     def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
-        """The accepted path, and a token recovered below its end; at a leaf a bonus token."""
+        """The accepted path, and the recovered token after it; at a leaf a bonus token."""
 
         def choose(node: int, target: Array, draws: list[int], points: list[float]) -> tuple[int | None, Array]:
             draft = draft_distribution(tree, node, draws[0], len(target))
@@ -43,8 +44,8 @@ class RecursiveRejection(Verifier):
 
 
 def _without(draft: Array, token: int) -> Array:
-    left = draft.copy()
-    left[token] = 0
-    total = left.sum()
-    # Nothing is left where nothing else could be drawn; then nothing else was.
-    return left / total if total > 0 else left
+    rest = draft.copy()
+    rest[token] = 0
+    total = rest.sum()
+    # The rest is zero if no other token could be drawn; then there is no further sibling either.
+    return rest / total if total > 0 else rest

@@ -1,8 +1,8 @@
-"""What verifiers that reject draws share: the walk down a draft, the draws below a node, what is left after rejecting.
+"""Shared parts of rejection samplers: the walk down a tree, the order of a node's draws, the residual distribution.
 
-Distributions are float64 in NumPy, on the host. float64: in float32 the small differences that a recovered token is
-drawn from are rounding. NumPy: the arithmetic is a dozen small steps a node, of which each costs a third of torch's,
-and on a GPU every decision would wait for the device; so it is one copy a node.
+Distributions are float64 NumPy arrays on the host. float64, because in float32 the small differences that a recovered
+token is drawn from are rounding errors. NumPy, because a node takes a dozen small operations, each of which costs a
+third of torch's; on a GPU, every decision would wait for the device, while this takes one copy a node.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,12 @@ def walk(
     generator: torch.Generator,
     choose: Callable[[int, Array, list[int], list[float]], tuple[int | None, Array]],
 ) -> Verdict:
-    """Walk down while a child is accepted; then draw the token after it.
+    """Accept children from the root on as long as one is accepted; then draw the token after the last one.
 
-    choose: given a node with children, the target's distribution (V,) after it, the node's children, one for each draw,
-    and as many numbers from [0, 1), it returns the accepted child, or None and the distribution of the recovered token.
-    At temperature 0 the most probable token is the one that is accepted, whatever the draft.
+    choose: its arguments are a node with children, the target's distribution (V,) after it, the node's children, once
+    for each draw, and as many uniform numbers from [0, 1). It returns the accepted child and the target's distribution,
+    or None and the distribution of the recovered token. At temperature 0, `choose` is not called: the child with the
+    most probable token is accepted.
     """
     if rows.is_greedy:
         return descend(tree, rows.best)
@@ -36,24 +37,24 @@ def walk(
     node = ROOT
     while True:
         target = distribution(rows.probs(node))
-        draws = drawn(tree, node, generator)
-        *points, last = _points(len(draws) + 1, generator)
+        draws = draws_of(tree, node, generator)
+        *points, last = _uniform_numbers(len(draws) + 1, generator)
         child, target = choose(node, target, draws, points) if draws else (None, target)
         if child is None:
-            return Verdict(path, _inverse(target, last))
+            return Verdict(path, _inverse_cdf(target, last))
         path.append(child)
         node = child
 
 
 def distribution(probs: Tensor) -> Array:
-    """A distribution (V,) that adds up to one, whatever a softmax in float32 left."""
+    """A distribution (V,) that sums to one, which that of a float32 softmax does only approximately."""
     normalised: Array = probs.numpy(force=True).astype(np.float64)
     normalised /= normalised.sum()
     return normalised
 
 
 def draft_distribution(tree: DraftTree, node: int, child: int, vocabulary: int) -> Array:
-    """Distribution (V,) that the first child of a node was drawn from; one-hot at a child that was not drawn."""
+    """Distribution (V,) that the first child of a node was drawn from; for deterministic drafts one-hot at `child`."""
     if tree.draft_sampling is DraftSampling.DETERMINISTIC:
         one_hot = np.zeros(vocabulary)
         one_hot[tree.tokens[child]] = 1
@@ -62,11 +63,11 @@ def draft_distribution(tree: DraftTree, node: int, child: int, vocabulary: int) 
     return distribution(tree.draft_probs[node])
 
 
-def drawn(tree: DraftTree, node: int, generator: torch.Generator) -> list[int]:
-    """Children of a node, one for every draw, in an order that could be theirs.
+def draws_of(tree: DraftTree, node: int, generator: torch.Generator) -> list[int]:
+    """Children of a node, once for every draw, in a random order of the draws.
 
-    Merging repeated draws forgets in which order they came, and every arrangement is as likely as another. To take all
-    draws of one token before the next would be biased: it would make repetitions more likely than they are.
+    A tree merges repeated draws and so loses their order; all orders are equally likely. To take all draws of one token
+    before those of the next would be biased: repetitions would be more likely than they are.
     """
     children, counts = tree.children.get(node, []), tree.counts
     if counts is None or tree.draft_sampling is not DraftSampling.INDEPENDENT:
@@ -79,19 +80,19 @@ def drawn(tree: DraftTree, node: int, generator: torch.Generator) -> list[int]:
 
 
 def recovered(target: Array, draft: Array) -> Array:
-    """What is left of the target (V,) after a draw from draft (V,) was rejected: norm(max(0, target - draft))."""
-    left = np.maximum(target - draft, 0)
-    total = left.sum()
-    # Where both are the same but for rounding nothing is left, and nothing should have been rejected.
-    return left / total if total > 0 else target
+    """Residual distribution (V,) after a draw from draft (V,) was rejected: norm(max(0, target - draft))."""
+    residual = np.maximum(target - draft, 0)
+    total = residual.sum()
+    # The residual is zero if both are equal up to rounding; then the rejection itself was a rounding error.
+    return residual / total if total > 0 else target
 
 
-def _points(count: int, generator: torch.Generator) -> list[float]:
+def _uniform_numbers(count: int, generator: torch.Generator) -> list[float]:
     points: list[float] = torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device).tolist()
     return points
 
 
-def _inverse(probs: Array, point: float) -> int:
-    """The id at which the cumulative distribution passes the point."""
+def _inverse_cdf(probs: Array, point: float) -> int:
+    """The id at which the cumulative distribution exceeds the point."""
     cumulative = probs.cumsum()
     return min(int(cumulative.searchsorted(point * cumulative[-1], side="right")), len(probs) - 1)

@@ -1,7 +1,7 @@
-"""Speculative sampling: keep a drawn token x with probability min(1, p(x) / q(x)), else draw from what p has above q.
+"""Speculative sampling: accept a draw x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
 
 Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
-Departs from it: a token that was not drawn has a one-hot q, so that it is kept with probability p(x).
+Departs from it: a deterministic draft has a one-hot q, so its token is accepted with probability p(x).
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from hasten.accel.decoding.verifiers.rejection import Array, draft_distribution,
 
 @dataclass(frozen=True)
 class SpeculativeSampling(Verifier):
-    """Verifier of chains: a draw is accepted with probability sum(min(p, q)), the most that any rule reaches."""
+    """Verifier of chains: a draw is accepted with probability sum(min(p, q)), which no lossless rule exceeds."""
 
     def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
-        """Trees are refused, but where there is nothing to draw."""
+        """Refuses trees, except at temperature 0."""
         if chains or greedy:
             return None
         better = "sample_and_match" if draft_sampling is DraftSampling.DETERMINISTIC else "recursive_rejection"
         return (
-            "verifier=speculative_sampling takes chains only, and this drafter drafts trees, whose second choices it "
-            f"would keep too often: use verifier={better}"
+            "verifier=speculative_sampling takes chains only, and this drafter drafts trees, whose second children it "
+            f"would accept too often: use verifier={better}"
         )
 
     def verify(self, tree: DraftTree, rows: TargetRows, generator: torch.Generator) -> Verdict:
-        """The tokens up to the first that is rejected, and a recovered token; with none rejected a bonus token."""
+        """The tokens before the first rejected one, and a recovered token; a bonus token if none is rejected."""
 
         def choose(node: int, target: Array, draws: list[int], points: list[float]) -> tuple[int | None, Array]:
             ((child,), (point,)) = draws, points

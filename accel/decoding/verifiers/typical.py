@@ -1,9 +1,9 @@
-"""Typical acceptance: keep what the target finds typical, p(x) > min(epsilon, delta exp(-H(p))); not lossless.
+"""Typical acceptance: accept tokens with p(x) > min(epsilon, delta exp(-H(p))); not lossless.
 
 Source: Cai et al. 2024, arXiv:2401.10774 (Medusa); the rule after Hewitt et al. 2022, arXiv:2210.15191.
-The longest acceptable path wins, among paths of a length the most probable one, as in Medusa's code. p and H are of the
-distribution that the request asks for. At temperature 0, where Medusa's code goes by the most probable token and not by
-this rule, it is greedy verification, which is lossless.
+The longest path of accepted tokens wins, and among paths of equal length the most probable one, as in Medusa's code.
+p is the target's distribution with the request's sampling parameters, and H its entropy. At temperature 0 it is greedy
+verification, which is lossless; Medusa's code does the same.
 Departs from it: the token after the path is drawn from the target; Medusa takes the most probable one.
 """
 
@@ -21,7 +21,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Typical(Verifier):
-    """Verifier that accepts more the flatter the target is; epsilon is the most that it asks of a token."""
+    """Verifier with an entropy-dependent threshold; epsilon is its upper bound, delta scales it."""
 
     epsilon: float = 0.3
     delta: float = 0.09
@@ -35,11 +35,11 @@ class Typical(Verifier):
                 raise UserError(f"{name}={value} is wrong: expected above 0 and at most 1")
 
     def refusal(self, draft_sampling: DraftSampling, chains: bool, greedy: bool) -> str | None:
-        """Nothing is refused: it is biased with every draft, and says so."""
+        """Refuses nothing: it is biased for every draft, which `lossless` declares."""
         return None
 
     def threshold(self, probs: torch.Tensor) -> float:
-        """What a token's probability must be above, where the target's distribution is probs (V,)."""
+        """Probability above which a token is accepted, for the target's distribution probs (V,)."""
         entropy = float(torch.special.entr(probs.double()).sum())
         return min(self.epsilon, self.delta * math.exp(-entropy))
 

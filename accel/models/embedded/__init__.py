@@ -13,13 +13,13 @@ def path(name: str) -> Path:
 
 
 def reference(folder: Path) -> str:
-    """Name of a checkpoint's folder to be kept in files: its path, or `embedded:NAME`, as the package may move."""
-    found = folder.resolve()
-    ours = found.parent == Path(__file__).resolve().parent and found.name in NAMES
-    return f"embedded:{found.name}" if ours else str(found)
+    """Name by which files refer to a checkpoint folder: its path, or `embedded:NAME`, because the package may move."""
+    resolved = folder.resolve()
+    is_embedded = resolved.parent == Path(__file__).resolve().parent and resolved.name in NAMES
+    return f"embedded:{resolved.name}" if is_embedded else str(resolved)
 
 
-def referred(name: str) -> Path:
-    """Folder of what `reference` returned; it may be gone."""
+def from_reference(name: str) -> Path:
+    """Folder that a name from `reference` refers to; it may no longer exist."""
     kind, _, model = name.partition(":")
     return path(model) if kind == "embedded" and model in NAMES else Path(name)

@@ -1,8 +1,8 @@
-"""Acceptance head: how likely the target accepts a drafted token, from the draft model's hidden state of it.
+"""Acceptance head: predicts from the draft model's hidden state whether the target accepts a drafted token.
 
 Source: Huang et al. 2024, arXiv:2405.19715 (SpecDec++).
-Departs from it: the released code repeats one residual block, so that all blocks share their weights; here each has
-its own.
+Departs from it: each residual block has its own weights; in the released code all blocks share theirs, because it
+repeats one block.
 """
 
 import json
@@ -48,32 +48,32 @@ class AcceptanceHead(nn.Module):
 
     @torch.no_grad()
     def accepts(self, hidden: Tensor) -> Tensor:
-        """Probability (…) float32 that the token is accepted if all before it are.
+        """Probability (…) float32 that the token is accepted, given that all before it are.
 
-        Trained with a weight on rejections, it is that much too low.
+        It is biased towards rejection by the weight that rejections have in training.
         """
-        # Of two classes the softmax is the sigmoid of the difference.
+        # With two classes, the softmax is the sigmoid of the difference of the logits.
         logits = self(hidden.float())
         return (logits[..., 1] - logits[..., 0]).sigmoid()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored: bfloat16, as the fourth digit of a probability decides nothing."""
+        """Tensors for the file, in bfloat16: a probability is not needed to more than three digits."""
         return {name: value.detach().cpu().bfloat16().contiguous() for name, value in self.state_dict().items()}
 
     def note(self, draft: str = "") -> dict[str, str]:
-        """Metadata of the file. draft: fingerprint of the model that it was trained for."""
+        """Metadata for the file. draft: fingerprint of the draft model that the head was trained for."""
         facts = {"hidden_size": self.hidden_size, "blocks": len(self.blocks), "draft": draft}
         return {_NOTE: json.dumps(facts, sort_keys=True)}
 
     def save(self, path: Path, draft: str = "") -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_whole(path, lambda temporary: save_file(self.tensors(), temporary, self.note(draft)))
 
     @classmethod
     def load(cls, path: Path, draft: str = "") -> "AcceptanceHead":
-        """The head of a file, in float32; UserError where it is none, or was trained for another draft model.
+        """The head of a file, in float32; UserError if it is no head, or was trained for another draft model.
 
-        draft: fingerprint of the model that it is to go with; empty where that is not known.
+        draft: fingerprint of the draft model that it will be used with; empty if unknown.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -82,8 +82,10 @@ class AcceptanceHead(nn.Module):
             head = cls(int(facts["hidden_size"]), int(facts["blocks"]))
             head.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} holds no acceptance head: make one with hasten train_drafter") from error
+            raise UserError(f"{path} is not an acceptance head: train one with hasten train_drafter") from error
         noted = facts.get("draft", "")
         if draft and noted and draft != noted:
-            raise UserError(f"the acceptance head {path} was trained for another draft model: hasten train_drafter")
+            raise UserError(
+                f"the acceptance head {path} was trained for another draft model: train one with hasten train_drafter"
+            )
         return head.eval()

@@ -1,8 +1,8 @@
-"""The interface of a head: a small network on the hidden states of a model, which a drafter reads.
+"""The interface of heads: a head is a small network on the hidden states of a model, which a drafter uses.
 
-A head is a frozen dataclass of the hyper-parameters of its network and of its training. It says how examples are made,
-what is minimised, how good the result is on held-out text, and how the network is stored. A new head is a module with
-its network and its training, and a file in conf/head.
+A head is a frozen dataclass of the hyper-parameters of its network and its training. It defines how examples are
+collected, the loss, the quality measures on held-out text, and the file format. To add a head, write a module with its
+network and its training, and a file in conf/head.
 """
 
 from abc import ABC, abstractmethod
@@ -21,35 +21,35 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class HeadModels:
-    """Causal LMs of one vocabulary on one device. draft: None where the head needs none."""
+    """Causal LMs with one vocabulary on one device. draft: None if the head needs no draft model."""
 
     target: PreTrainedModel
     draft: PreTrainedModel | None = None
 
 
 class HeadQuality(ABC):
-    """What a trained head is worth on examples that it was not trained on."""
+    """Quality of a trained head on held-out examples."""
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Numbers by name; `loss` is the objective of the training."""
 
     def tables(self) -> Mapping[str, Sequence[Mapping[str, float]]]:
-        """Rows of tables by name; they go into the report as they are."""
+        """Tables by name, as rows; they are copied into the report."""
         return {}
 
     @abstractmethod
     def summary(self) -> list[str]:
-        """Lines of text for a reader."""
+        """Lines of text to print."""
 
 
 class Head(ABC, Generic[ExamplesT, NetworkT]):
     """A head and its training.
 
-    drafter: name in conf/drafter of the drafter that reads the head; its hyper-parameter `head` is the file's path.
-    file: usual name of the file. needs_draft_model: examples are made with the draft model, else with the target
-    alone. reads: the model whose hidden states the network reads; a file is for this model alone. epochs: passes over
-    all examples.
+    drafter: name in conf/drafter of the drafter that uses the head; its hyper-parameter `head` is the file's path.
+    file: default name of the file. needs_draft_model: whether examples are made with the draft model, or with the
+    target alone. reads: the model whose hidden states the network reads; a file is valid for this model only. epochs:
+    passes over all examples.
     """
 
     drafter: ClassVar[str]
@@ -60,7 +60,7 @@ class Head(ABC, Generic[ExamplesT, NetworkT]):
 
     @abstractmethod
     def parameters(self, hidden_size: int) -> int:
-        """Parameters of the network for a model of this width."""
+        """Number of parameters of the network for a model with this hidden size."""
 
     @property
     def examples_per_token(self) -> float:
@@ -76,15 +76,15 @@ class Head(ABC, Generic[ExamplesT, NetworkT]):
         batch: int = 8,
         progress: Callable[[int], None] = lambda done: None,
     ) -> ExamplesT:
-        """Examples, in the CPU's memory, from windows tokens (S, T) int64.
+        """Examples in CPU memory from windows tokens (S, T) int64.
 
-        The generator is on the device of the models. batch: windows that run at once. progress: called with the number
-        of windows that are done.
+        The generator must be on the models' device. batch: windows in a forward pass. progress: called with the number
+        of finished windows.
         """
 
     @abstractmethod
     def steps(self, examples: int) -> int:
-        """Steps of the whole training on this number of examples."""
+        """Total number of optimizer steps for this number of examples."""
 
     @abstractmethod
     def fit(
@@ -94,16 +94,16 @@ class Head(ABC, Generic[ExamplesT, NetworkT]):
         device: str = "cpu",
         report: Callable[[int, float], None] = lambda step, loss: None,
     ) -> NetworkT:
-        """The trained network, in float32, on the CPU; report(step, loss) is called after every step, from step 1."""
+        """The trained network, in float32 on the CPU; report(step, loss) is called after every step, counted from 1."""
 
     @abstractmethod
     def measure(self, network: NetworkT, examples: ExamplesT) -> HeadQuality:
-        """Quality on examples that the network was not trained on."""
+        """Quality of the network on held-out examples."""
 
     @abstractmethod
     def save(self, network: NetworkT, path: Path, fingerprint: str = "") -> None:
-        """Write the file, whole or not at all. fingerprint: of the checkpoint that `reads` names; empty is unknown."""
+        """Write the file atomically. fingerprint: of the checkpoint that `reads` names; empty if unknown."""
 
     @abstractmethod
     def load(self, path: Path, fingerprint: str = "") -> NetworkT:
-        """The network of a file, in float32; UserError where it is none, or is for a model of another fingerprint."""
+        """The network of a file, in float32; UserError if it is no such file, or is for another fingerprint."""

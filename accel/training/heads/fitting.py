@@ -12,7 +12,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Fitting:
-    """Hyper-parameters. batch: examples a step. warmup: share of all steps with a rising learning rate."""
+    """Hyper-parameters. batch: examples in a step. warmup: share of all steps in which the learning rate rises."""
 
     epochs: int
     lr: float
@@ -31,7 +31,7 @@ class Fitting:
                 raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
 
     def steps(self, examples: int) -> int:
-        """Steps of the whole training on this number of examples."""
+        """Total number of optimizer steps for this number of examples."""
         return self.epochs * math.ceil(examples / self.batch)
 
     def rate(self, step: int, steps: int) -> float:
@@ -50,10 +50,10 @@ class Fitting:
         device: str,
         report: Callable[[int, float], None],
     ) -> None:
-        """Train the network in place, on the device, where it stays.
+        """Train the network in place, and leave it on the device.
 
-        examples: tensors with a row for each example. loss: scalar of the same rows of all of them. report(step, loss)
-        is called after every step.
+        examples: tensors with a row for each example. loss: called with the same rows of each tensor, returns a scalar.
+        report(step, loss) is called after every step.
         """
         generator = torch.Generator().manual_seed(seed)
         network.to(device)

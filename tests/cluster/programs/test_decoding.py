@@ -101,7 +101,7 @@ def test_a_killed_drafter_is_replaced_and_knows_what_it_had_learned(spec, expect
 
 def test_drawn_drafts_are_not_shared_with_a_verifier_that_reads_their_distributions(spec):
     drawn = dataclasses.replace(spec, drafter=DraftModel(), verifier=SpeculativeSampling())
-    assert "whose distributions do not travel" in sharing_refusal(drawn, Sampling(0.5))
+    assert "needs their distributions, which a shared drafter does not send" in sharing_refusal(drawn, Sampling(0.5))
     assert sharing_refusal(drawn, Sampling()) is None
     assert sharing_refusal(dataclasses.replace(drawn, verifier=SampleAndMatch()), Sampling(0.5)) is None
 

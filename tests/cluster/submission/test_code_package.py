@@ -84,7 +84,7 @@ def test_a_wheel_is_sent_as_it_is_and_must_be_hastens(tmp_path):
     wheel = tmp_path / "some.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other/code.py", "")
-    with pytest.raises(UserError, match=r"some.whl is no wheel of hasten: there is no hasten/jobs/cli/main.py in it"):
+    with pytest.raises(UserError, match=r"some.whl is no wheel of hasten: it does not contain hasten/jobs/cli/main.py"):
         pack(str(wheel), tmp_path / "code.zip")
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("hasten/jobs/cli/main.py", "code")

@@ -65,7 +65,7 @@ def test_a_job_that_fails_gives_its_exit_code_and_its_one_line(head, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("hasten: error: model='/nowhere' does not exist")
     again = head.hasten("submit", "--name", "fails", "evaluate", cwd=tmp_path)
     assert again.returncode == 2
-    assert "there is a job of that name" in again.stderr.splitlines()[-1]
+    assert "a job with this name exists already" in again.stderr.splitlines()[-1]
     followed = head.hasten("logs", "fails", "--follow", cwd=tmp_path)
     assert (followed.returncode, followed.stdout) == (2, done.stdout)
 
@@ -106,7 +106,7 @@ def test_ctrl_c_leaves_a_job_running_until_it_is_stopped_by_its_id(head, tmp_pat
 def test_an_unknown_job_is_one_line(head, tmp_path, command):
     done = head.hasten(command, "nobody", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"hasten: error: there is no job nobody at {head.url}: hasten status lists those there are\n"
+    assert done.stderr == f"hasten: error: there is no job nobody at {head.url}: hasten status lists all jobs\n"
 
 
 TOKENS = {
@@ -191,11 +191,11 @@ def test_another_version_of_ray_or_python_is_refused_with_both(head, tmp_path):
     theirs = ray.__version__
     for each in (address, head.url):
         said = joined(head, tmp_path, each, ray_version="2.50.1")
-        assert said.startswith(f"UserError address={each} runs Ray {theirs}, and here is Ray 2.50.1: ")
+        assert said.startswith(f"UserError address={each} runs Ray {theirs}, and this machine Ray 2.50.1: ")
         assert f"pip install 'ray[default]=={theirs}' here" in said
     said = joined(head, tmp_path, address, python="3.99.1")
     assert "runs Python 3." in said
-    assert ", and here is Python 3.99.1: they must be the same" in said
+    assert ", and this machine Python 3.99.1: they must be the same" in said
 
 
 def test_an_address_where_nothing_listens_says_how_to_start_a_cluster(monkeypatch):
@@ -250,7 +250,7 @@ class Dropping:
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_job_is_sent_again_after_a_lost_connection_and_runs_once(monkeypatch, taken):
-    monkeypatch.setattr(submission, "_SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(submission, "_POLL_SECONDS", 0)
     server = object.__new__(JobServer)
     server.url, server._client = "http://head:8265", Dropping(taken)
     assert server.submit(["compress", "calibration.source=it's"], "/a b", "none", name="mine") == "mine"

@@ -96,7 +96,7 @@ def test_a_store_that_is_lost_costs_one_warning_and_what_comes_after(
     assert [result.result() for result in results] == ["written", None, None, None]
     assert writer.lost
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warnings == [f"nothing more is tracked at {uri}: server gone"]
+    assert warnings == [f"nothing more is tracked at {uri} (report.json still gets all results): server gone"]
 
 
 def test_only_an_open_writer_writes(uri: str) -> None:

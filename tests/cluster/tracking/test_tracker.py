@@ -207,7 +207,7 @@ def test_a_store_lost_while_the_job_runs_does_not_end_the_job(
         path = tracker.report(REPORT)
     assert json.loads(path.read_text())["job"] == "compress"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [f"nothing more is tracked at {uri}: server gone"]
+    assert warnings == [f"nothing more is tracked at {uri} (report.json still gets all results): server gone"]
 
 
 def test_the_job_does_not_wait_for_the_tables_of_a_new_file(

@@ -1,4 +1,4 @@
-"""Layers as real ones are: unequal sizes, errors that fall fourfold with every bit and lie decades apart."""
+"""Realistic layers: unequal sizes, and errors that fall fourfold with every bit and differ by orders of magnitude."""
 
 import random
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def make_units() -> Callable[..., list[Unit]]:
 @pytest.fixture
 def with_parts(make_units) -> Callable[[int], list[Unit]]:
     def make(seed: int) -> list[Unit]:
-        """A block that can be dropped as a whole or by halves, two layers in each, and a layer outside."""
+        """A block that can be dropped as a whole or in two parts, with two layers in each part, and a layer outside."""
         rng = random.Random(seed)
 
         def part(name: str, inside: str | None) -> Unit:

@@ -10,7 +10,7 @@ from hasten.accel.errors import UserError
 
 
 def layer(name, weights, constant, levels=(2, 3, 4, 5), part_of=None):
-    """A layer that follows the paper's model to the letter."""
+    """A layer that follows the paper's model exactly."""
     choices = tuple(Choice(f"w{bits}", weights * bits, constant * 4.0**-bits) for bits in levels)
     return Unit(name, (name,), 0, name, weights, choices, part_of)
 
@@ -52,7 +52,7 @@ def test_before_rounding_marginal_losses_are_equal_and_the_budget_is_spent(seed)
     free = (rates > lowest) & (rates < highest)
     assert int(free.sum()) >= 2
     common = marginal[free].mean()
-    # Optimal: nothing at its lowest level would gain more than the free ones, nothing at its highest would lose less.
+    # Optimal: no layer at its lowest level would gain more than the free ones, none at its highest would lose less.
     torch.testing.assert_close(marginal[free], common.expand(int(free.sum())))
     assert bool((marginal[rates == lowest] <= common * (1 + 1e-9)).all())
     assert bool((marginal[rates == highest] >= common * (1 - 1e-9)).all())
@@ -65,7 +65,7 @@ def test_the_remainder_goes_to_the_layer_that_was_cut_most():
     assert BAQ().allocate(units, 1100) == {"a": "w3", "b": "w4", "c": "w4"}
 
 
-def test_what_is_too_little_for_one_layer_goes_to_a_smaller_one():
+def test_bits_too_few_for_one_layer_go_to_a_smaller_one():
     units = [layer("large", 1000, 1000 * 4.0**0.9), layer("small", 10, 10.0)]
     assert BAQ().allocate(units, 3030 + 500) == {"large": "w3", "small": "w5"}
 

@@ -1,4 +1,4 @@
-"""What every allocator in conf/allocator that is none of the searchers must do."""
+"""The contract of every allocator in conf/allocator that is not a searcher."""
 
 import random
 import re

@@ -64,7 +64,7 @@ def test_all_experts_of_a_block_share_one_level(parent, projections):
     assert second.block == 1
 
 
-def test_a_shared_expert_is_fused_like_a_dense_network_of_its_own():
+def test_a_shared_expert_is_fused_like_a_dense_network():
     names = ["mlp.experts.0.gate_proj", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.gate_proj"]
     modules = [serving_module(f"model.layers.3.{name}") for name in names]
     start = "model.layers.3.mlp"
@@ -74,12 +74,12 @@ def test_a_shared_expert_is_fused_like_a_dense_network_of_its_own():
     ]
 
 
-def test_names_that_no_server_fuses_stay_alone():
+def test_layers_that_no_server_fuses_are_not_joined():
     for name in ("fc1", "self_attn.out_proj", "self_attn.qkv_proj", "mlp.gate_up_proj"):
         assert serving_module(f"model.decoder.layers.0.{name}") == f"model.decoder.layers.0.{name}"
 
 
-def test_parts_stay_by_themselves_and_joined_layers_stay_inside_them():
+def test_parts_are_not_joined_and_joined_layers_stay_inside_them():
     part = Unit("attention", (), 0, "attention", 0, (Choice("drop", 0), Choice("keep", 0)))
     grouped = group_units([part, *block(0, *ATTENTION, part_of="attention")], "serving")
     assert grouped[0] == part
@@ -104,7 +104,7 @@ def test_an_unknown_rule_is_refused_with_those_known():
         group_units(block(0, *ATTENTION), "fused")
 
 
-def test_layers_of_different_blocks_cannot_become_one_module():
+def test_layers_of_different_blocks_cannot_be_fused():
     units = [*block(0, *ATTENTION), *block(1, *ATTENTION)]
     with pytest.raises(ValueError, match="lie in different parts of the model"):
         group_units(units, "serving", lambda name: "model")

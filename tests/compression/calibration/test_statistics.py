@@ -11,7 +11,7 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [5, 256, 300])
-def test_the_mean_is_the_hessian_in_the_order_asked_for(columns):
+def test_the_mean_is_the_hessian_in_the_requested_order(columns):
     x = inputs(40, columns)
     hessian = Hessian(columns)
     hessian.add(x[:15])

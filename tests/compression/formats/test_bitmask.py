@@ -13,7 +13,7 @@ def pruned(rows, columns, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 64, 131])
-def test_what_is_packed_comes_back_bit_for_bit(columns, dtype):
+def test_packed_weights_unpack_bit_for_bit(columns, dtype):
     weight = pruned(12, columns, dtype)
     unpacked = bitmask.unpack(bitmask.pack(weight))
     assert unpacked.dtype == dtype
@@ -36,7 +36,7 @@ def test_the_stored_bytes_are_the_bits_that_are_counted():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_all_or_nothing_kept_comes_back(keep):
+def test_masks_that_keep_all_or_nothing_unpack(keep):
     mask = torch.full((3, 11), keep)
     weight = PrunedWeight(torch.ones(3, 11) * mask, mask)
     assert torch.equal(bitmask.unpack(bitmask.pack(weight)), weight.weight)

@@ -18,7 +18,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (12, 8), (17, 131), (1024, 5), (2051, 33)])
-def test_what_is_packed_comes_back_bit_for_bit(rows, columns, dtype):
+def test_packed_weights_unpack_bit_for_bit(rows, columns, dtype):
     given = weight(rows, columns, dtype)
     found = form.unpack(form.pack(given))
     assert same(found, given)

@@ -42,14 +42,14 @@ def made(request, tmp_path_factory):
 
 
 def mixture(database):
-    """A level for every layer, all of them in use, and one layer left alone."""
+    """A level for every layer, with all levels in use and one layer uncompressed."""
     names = [layer.name for groups in database.layer_groups for group in groups for layer in group.layers]
     levels = {name: [*database.levels, KEEP][index % 4] for index, name in enumerate(names)}
     assert set(levels.values()) == {*database.levels, KEEP}
     return levels
 
 
-def test_transformers_loads_the_mixture_and_computes_what_its_layers_stand_for(made, tmp_path):
+def test_transformers_loads_the_mixture_and_computes_with_its_unpacked_layers(made, tmp_path):
     architecture, database = made
     levels = mixture(database)
     output = mixed_output(architecture, database, levels, tmp_path / "out")
@@ -64,7 +64,7 @@ def test_transformers_loads_the_mixture_and_computes_what_its_layers_stand_for(m
 
 
 def check_loads(folder):
-    """transformers alone computes what our own reader makes of the weights."""
+    """Compare the logits of transformers alone with those of our own reader."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
         loaded(TOKENS, use_cache=False)  # some weights are unpacked at the first use
@@ -73,11 +73,11 @@ def check_loads(folder):
     hidden = mixed.embed(TOKENS)
     for block in range(mixed.num_blocks):
         hidden = mixed.run_block(mixed.load_block(block), block, hidden)
-    # The weights are the same numbers; float32 sums of another order are left.
+    # The weights are equal; only the order of float32 sums differs.
     torch.testing.assert_close(found, mixed.head(hidden), rtol=1e-3, atol=2e-4)
 
 
-def test_a_stopped_writing_goes_on_and_gives_the_same_bytes(made, tmp_path):
+def test_an_interrupted_write_resumes_to_the_same_bytes(made, tmp_path):
     architecture, database = made
     levels = mixture(database)
     for name in ("whole", "stopped"):
@@ -153,7 +153,7 @@ def six_blocks(folder, family, ignore=(), **changes):
 
 
 def dropping_mixture(database):
-    """Levels of all kinds; in mixtures one for all experts, and the rest left alone."""
+    """Levels of all kinds; in mixtures one level for all experts, and the other layers uncompressed."""
     if any(group.is_expert for groups in database.layer_groups for group in groups):
         layers = [(group, layer) for groups in database.layer_groups for group in groups for layer in group.layers]
         return {layer.name: "w3g32" if group.is_expert else KEEP for group, layer in layers}
@@ -161,7 +161,7 @@ def dropping_mixture(database):
 
 
 def run(architecture, dropped=None, weights=None):
-    """Logits block by block; weights by layer, and parts of blocks whose output is replaced by zeros or is left out."""
+    """Logits block by block. weights: replacements by layer. dropped: parts whose output is zeroed or not computed."""
     hidden = architecture.embed(TOKENS)
     for index in range(architecture.num_blocks):
         kinds = (dropped or {}).get(index, set())
@@ -187,7 +187,7 @@ def weights_of(database, levels):
 
 
 def load(folder):
-    """Logits by transformers alone, which must find every tensor and no other."""
+    """The model loaded by transformers alone, without missing or unexpected tensors."""
     model, found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert not any(found.values()), found
     with torch.no_grad():
@@ -202,10 +202,10 @@ def write(architecture, database, levels, path, dropped):
 
 
 def check(architecture, database, levels, path, dropped):
-    """Writes the mixture, and compares what loaders make of it with the original without the dropped parts."""
+    """Write the mixture, and compare the loaded model with the original without the dropped parts."""
     facts = write(architecture, database, levels, path, dropped)
     expected = run(architecture, dropped, weights_of(database, levels))
-    # The weights are the same numbers; float32 sums of another order are left.
+    # The weights are equal; only the order of float32 sums differs.
     for found in (run(Architecture(Checkpoint(path))), load(path)):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
     return facts
@@ -220,7 +220,7 @@ def test_transformers_runs_what_is_left_when_blocks_and_parts_of_blocks_are_drop
     assert {Path(name).name for name in (tmp_path / "out").glob("*.safetensors")} == {
         f"model-{number + 1:05d}-of-00005.safetensors" for number in range(5)
     }
-    # What is reported is what is stored.
+    # The report gives the stored bits.
     taken = sum(left.stored_bytes(name) for name in left.names if left.quantization(name) is not None)
     assert sum(row["stored_bits"] for row in facts) == 8 * taken
     assert sizes(left).stored_bytes == taken
@@ -258,7 +258,7 @@ def test_plain_experts_next_to_quantized_layers_are_refused(tmp_path):
             mixed_output(architecture, database, levels, tmp_path / "out", dropped)
 
 
-def test_dropped_experts_take_the_least_where_there_are_no_others(tmp_path):
+def test_dropped_experts_have_the_cheapest_form_where_no_others_are_left(tmp_path):
     architecture, database = six_blocks(tmp_path, "qwen3_moe", num_hidden_layers=2)
     facts = check(architecture, database, {}, tmp_path / "out", {1: MLP_ONLY})
     assert {row["bits"] for row in facts} == {2}
@@ -305,12 +305,12 @@ def test_a_search_scores_the_model_that_is_written(tmp_path):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
     sample = Sample(tuple((number, TOKENS.shape[1]) for number in range(len(TOKENS))))
     assert candidates.evaluate([genome], sample)[0] == pytest.approx(float(expected), rel=1e-4)
-    # The search counts what is stored.
+    # The search counts the stored bits.
     left = Checkpoint(tmp_path / "out")
     assert size(units, genome) == 8 * sizes(left).stored_bytes
 
 
-def test_a_stopped_writing_of_what_is_left_goes_on_and_gives_the_same_bytes(tmp_path):
+def test_an_interrupted_write_with_dropped_parts_resumes_to_the_same_bytes(tmp_path):
     architecture, database = six_blocks(tmp_path, "llama")
     levels = mixture(database)
     facts = write(architecture, database, levels, tmp_path / "whole", DROPPED)

@@ -1,4 +1,4 @@
-"""What every kind of level must do; kinds and names come from accel/compression/levels/kinds alone."""
+"""The contract of every kind of level; kinds and names are discovered in accel/compression/levels/kinds."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def packed_bits(stored):
     return 8 * sum(tensor.nbytes for name, tensor in stored.items() if name != "weight_shape")
 
 
-def test_a_name_is_read_back_as_the_level_and_by_one_kind_alone():
+def test_a_name_parses_to_its_level_and_in_one_kind_only():
     for name in NAMES:
         assert parse_level(name).name == name
         assert parse_level(name) == parse_level(name)
@@ -61,13 +61,13 @@ def test_a_name_is_read_back_as_the_level_and_by_one_kind_alone():
 
 
 @pytest.mark.parametrize("name", ["x", "", "w", "w4g", "keep", "s", "W4", "w4 g128"])
-def test_a_wrong_name_is_refused_with_the_names_that_there_are(name):
+def test_a_wrong_name_is_refused_with_examples_of_names(name):
     with pytest.raises(UserError, match=rf"^extra_levels={name} is wrong: expected a name like .*w4g128.* or "):
         parse_level(name, "extra_levels")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_packed_form_is_what_was_announced_and_has_the_exact_bits(level, hessian, dtype):
+def test_packed_tensors_match_stored_tensors_and_stored_bits(level, hessian, dtype):
     # 16 rows and 256 columns: nothing is padded.
     weight = solved(level, {"a": weight_of(16, dtype)}, hessian)["a"].weight
     stored = level.pack(weight)
@@ -109,7 +109,7 @@ def test_the_error_is_that_of_the_weight_that_is_unpacked(level, hessian):
             torch.testing.assert_close(result.error, ((lost @ mean) * lost).sum(1), rtol=0.2, atol=0)
 
 
-def test_layers_that_are_solved_together_get_what_each_gets_alone(level, hessian):
+def test_layers_solved_together_get_the_same_result_as_alone(level, hessian):
     weights = {"a": weight_of(16), "b": weight_of(24, seed=2)}
     together = solved(level, weights, hessian)
     for name, weight in weights.items():
@@ -123,7 +123,7 @@ def test_the_same_input_gives_the_same_bytes(level, hessian):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_where_there_are_no_statistics_a_stand_in_makes_the_level_and_says_so(level):
+def test_without_statistics_a_fallback_makes_the_level_and_says_so(level):
     for method in methods_of(level):
         stand_in, done = level.without_statistics(method)
         assert done
@@ -137,7 +137,7 @@ def test_facts_are_plain_and_name_the_bits(level, hessian):
     assert not any(isinstance(value, torch.Tensor) for value in facts.values())
 
 
-def test_an_expert_gets_a_level_of_its_own_name_or_one_that_can_be_read_by_it(level, hessian):
+def test_a_level_unpacks_what_the_level_of_its_experts_packed(level, hessian):
     own = level.of_expert()
     stored = own.pack(solved(own, {"a": weight_of(16)}, hessian)["a"].weight)
     assert torch.equal(level.unpack(stored), own.unpack(stored))

@@ -143,7 +143,7 @@ def test_sparse_levels_stand_beside_quantized_ones(source, tmp_path):
             weight = found.weight(layer.name, "s50")
             assert weight.dtype == torch.bfloat16
             assert int((weight == 0).sum()) >= weight.numel() // 2
-            assert torch.equal(found.written(layer.name, "s50")["weight"], weight)
+            assert torch.equal(found.checkpoint_tensors(layer.name, "s50")["weight"], weight)
             facts = found.facts(layer.name)
             for name, level in found.levels_of(group):
                 assert facts[name]["stored_bits"] == found.stored_bits(group, layer, level)
@@ -207,7 +207,7 @@ def test_bits_by_column_stand_beside_grids_and_sparsities(three):
             weight = three.weight(layer.name, "c3")
             assert weight.shape == (layer.rows, layer.columns)
             assert weight.dtype == torch.bfloat16
-            assert torch.equal(three.written(layer.name, "c3")["weight"], weight)
+            assert torch.equal(three.checkpoint_tensors(layer.name, "c3")["weight"], weight)
 
 
 def test_a_mixture_with_bits_by_column_is_loaded_by_transformers(three, source, tmp_path):

@@ -24,7 +24,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def architecture(folder, family, without=(), extra=None, **changes):
-    """Architecture of a tiny checkpoint; `without` are keys taken out of its config.json, extra what is put in."""
+    """Architecture of a tiny checkpoint. without: keys removed from its config.json; extra: entries added to it."""
     source = tiny.save(folder, family, **changes)
     config = json.loads((source / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in without} | (extra or {})
@@ -136,7 +136,7 @@ def test_dropped_bits_are_codes_and_one_scale_a_row(tmp_path):
     assert dropped_bits(layers, model.checkpoint) == 3 * 2 * 64 * 128 + 16 * (128 + 128 + 64)
 
 
-def test_experts_take_what_the_others_take(tmp_path):
+def test_dropped_experts_have_the_grid_of_the_others(tmp_path):
     model = architecture(tmp_path, "mixtral", dtype=torch.bfloat16)
     experts = [layer for layer in model.linears(0) if layer.expert is not None]
     weights = 4 * 3 * 64 * 32

@@ -1,4 +1,4 @@
-"""A kind of level that nothing in the code names, with a method family of its own: one new file is enough."""
+"""A new kind of level with a method family of its own: one new file is enough, and no other code names it."""
 
 import sys
 from textwrap import dedent
@@ -86,7 +86,7 @@ TOKENS = tiny.tokens(8, 16)
 
 @pytest.fixture
 def new_kind(tmp_path, monkeypatch):
-    """The module, in the folder of kinds as it would be there."""
+    """The module, made discoverable as if it were in the folder of kinds."""
     (tmp_path / "kinds").mkdir()
     (tmp_path / "kinds" / "float8.py").write_text(dedent(MODULE))
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path / "kinds")])

@@ -81,7 +81,7 @@ def test_an_assignment_says_which_level_a_layer_gets_and_which_parts_go(llama):
     assert assignment["mlp of block 1"] == DROP
 
 
-def test_a_part_that_is_none_is_refused(llama):
+def test_an_unknown_part_is_refused(llama):
     with pytest.raises(UserError, match="drop=atention is none of attention, mlp, block"):
         make_units(llama, "none", drop=["atention"])
 

@@ -27,7 +27,7 @@ def task(source, tmp_path):
     return Task(local.settings(source, tmp_path / "out"))
 
 
-def test_a_folder_of_somebody_else_is_refused_and_left_alone(task):
+def test_a_folder_with_other_files_is_refused_and_left_alone(task):
     task.output.path.mkdir()
     (task.output.path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
@@ -51,7 +51,7 @@ def test_other_settings_are_refused_by_name_unless_overwritten(source, tmp_path)
     assert not other.output.is_finished(0)
 
 
-def test_a_run_that_lacked_memory_goes_on_with_a_smaller_batch(source, tmp_path):
+def test_a_run_that_ran_out_of_memory_resumes_with_a_smaller_batch(source, tmp_path):
     tokens = tiny.tokens(4)
     chosen = local.settings(source, tmp_path / "out")
     local.compress(chosen, tokens)
@@ -75,7 +75,7 @@ def test_another_checkpoint_of_the_same_shapes_is_refused(source, tmp_path):
         again.output.open(again.settings.fingerprint(again.checkpoint, tokens), overwrite=False)
 
 
-def test_a_run_goes_on_after_space_is_made_on_a_full_disk(source, tmp_path, monkeypatch):
+def test_a_run_resumes_after_space_is_made_on_a_full_disk(source, tmp_path, monkeypatch):
     tokens = tiny.tokens(4)
     whole = local.settings(source, tmp_path / "whole")
     local.compress(whole, tokens)
@@ -104,7 +104,7 @@ def test_a_run_goes_on_after_space_is_made_on_a_full_disk(source, tmp_path, monk
 def test_nothing_left_to_quantize_and_patterns_that_match_nothing_are_refused(source, tmp_path):
     with pytest.raises(UserError, match="matches no layer"):
         Task(local.settings(source, tmp_path / "out", ignore=("no_such_layer",)))
-    with pytest.raises(UserError, match="nothing is left"):
+    with pytest.raises(UserError, match="no layer is left"):
         Task(local.settings(source, tmp_path / "out", skip_first=2))
     with pytest.raises(UserError, match="no regular expression"):
         Task(local.settings(source, tmp_path / "out", ignore=("(",)))
@@ -119,7 +119,7 @@ def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
 
 def test_a_run_killed_while_it_makes_the_folder_begins_anew(task):
     task.output.open({"bits": 4}, overwrite=False)
-    # The last file that is made.
+    # The file that is written last.
     (task.output.path / ".hasten/fingerprint.json").rename(task.output.path / ".hasten/fingerprint.tmp")
     task.output.open({"bits": 3}, overwrite=False)
     with pytest.raises(UserError, match="bits: 3, now 4"):
@@ -166,7 +166,7 @@ def test_checking_a_folder_makes_nothing(task):
 
 
 def same_logits(folder):
-    """Compares what transformers loads, without a tensor missing or left, with the blocks one by one."""
+    """Compare the model that transformers loads, without missing or unexpected tensors, with the blocks one by one."""
     from transformers import AutoModelForCausalLM
 
     tokens = tiny.tokens()
@@ -179,7 +179,7 @@ def same_logits(folder):
     with torch.no_grad():
         model(tokens, use_cache=False)  # some weights are unpacked at the first use
         logits = torch.nn.Module.float(model)(tokens, use_cache=False).logits
-    # The weights are the same numbers; float32 sums of another order are left.
+    # The weights are equal; only the order of float32 sums differs.
     torch.testing.assert_close(logits, architecture.head(hidden), rtol=1e-3, atol=2e-4)
 
 
@@ -220,7 +220,7 @@ def test_layers_are_ignored_where_the_checkpoint_lacks_the_model_prefix(tmp_path
     same_logits(tmp_path / "out")
 
 
-def test_blocks_go_by_their_number_in_the_original_and_are_stored_by_their_place(tmp_path):
+def test_blocks_have_their_original_number_in_calls_and_a_new_one_in_files(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16, num_hidden_layers=4)
     architecture = Architecture(Checkpoint(source))
     output = OutputFolder(tmp_path / "out", architecture, [[]] * 4, PackQuantized(), kept=[1, 3])

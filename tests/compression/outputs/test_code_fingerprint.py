@@ -12,6 +12,7 @@ import pytest
 
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.outputs import code_fingerprint as module
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
@@ -81,7 +82,7 @@ OWN = {
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A package that can be imported, of which nothing is known from before."""
+    """An importable package that no cache knows."""
     for name, text in TREE.items():
         file = tmp_path / "tree" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def tree(tmp_path, monkeypatch):
 
 
 def forget():
-    """As in a new process."""
+    """Forget all cached modules and fingerprints, as in a new process."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "made_up"]:
         del sys.modules[name]
     module._reachable.cache_clear()
@@ -102,12 +103,12 @@ def forget():
 
 
 def own(inner=None):
-    """Fingerprint of a method of the package, computed anew."""
+    """Fingerprint of a method of the package, computed without caches."""
     forget()
     return code_fingerprint(importlib.import_module("made_up.methods.own").Own(inner))
 
 
-def test_a_method_is_made_of_all_that_it_imports_and_of_nothing_else(tree):
+def test_the_fingerprint_has_all_modules_that_a_method_imports_and_no_others(tree):
     assert set(own()) == OWN
 
 
@@ -131,7 +132,7 @@ def test_a_method_is_made_of_all_that_it_imports_and_of_nothing_else(tree):
         ("methods/new.py", None),
     ],
 )
-def test_a_change_counts_where_the_method_is_made_of_it(tree, file, changed):
+def test_a_change_alters_the_fingerprint_where_the_method_imports_the_module(tree, file, changed):
     before = own()
     path = tree / "made_up" / file
     path.write_text((path.read_text() if path.exists() else "") + "\n")
@@ -140,7 +141,7 @@ def test_a_change_counts_where_the_method_is_made_of_it(tree, file, changed):
     assert differing == ({f"made_up.{changed}"} if changed else set())
 
 
-def test_a_method_that_another_one_holds_counts_with_it(tree):
+def test_a_method_in_a_field_of_another_is_in_its_fingerprint(tree):
     other = importlib.import_module("made_up.methods.other").Other()
     assert set(own(other)) == {*OWN, "made_up.methods.other"}
     assert set(own([{"name": other}])) == {*OWN, "made_up.methods.other"}
@@ -162,32 +163,32 @@ class OfAnotherPackage(GPTQ):
 
 
 def settings(**changes):
-    values = {"quantizer": GPTQ(), "scheme": Scheme(4, 32), "format": PackQuantized()}
+    values = {"quantizer": GPTQ(), "level": GridLevel(Scheme(4, 32)), "format": PackQuantized()}
     return Settings(Path("model"), Path("out"), **(values | changes))
 
 
 def names(**changes):
-    """What settings are made of, by the last part of its name."""
+    """Last parts of the names of the modules in the fingerprint of some settings."""
     return {name.rpartition(".")[2] for name in settings(**changes).code()}
 
 
-def test_a_compression_is_made_of_its_own_methods_and_of_the_pass():
+def test_the_fingerprint_of_a_compression_has_its_methods_and_the_pass():
     found = names()
     assert {"gptq", "grid", "factor", "solve", "shard", "statistics", "architecture", "settings"} <= found
-    assert {"pack_quantized", "op", "triton_kernel"} <= found
+    assert {"pack_quantized", "dequantize", "triton_kernel"} <= found
     assert not {"baq", "sparsegpt", "wanda", "evopress", "costs", "estimate"} & found
     # Experts that see few tokens are rounded to nearest, so this counts in every run; gptq does not.
     assert "gptq" not in names(quantizer=RoundToNearest())
     assert "gptq" in names(quantizer=OfAnotherPackage())
 
 
-def test_a_database_is_made_of_the_methods_of_its_levels():
+def test_the_fingerprint_of_a_database_has_the_methods_of_its_levels():
     pruned = make_levels([], [32], False, [0.5])
-    assert "wanda" in names(levels=pruned, pruner=Wanda(), reference=pruned[0])
-    assert not {"sparsegpt", "gptq"} & names(levels=pruned, pruner=Wanda(), reference=pruned[0])
-    assert "sparsegpt" in names(levels=pruned, pruner=SparseGPT(), reference=pruned[0])
+    assert "wanda" in names(levels=pruned, pruner=Wanda(), level=pruned[0])
+    assert not {"sparsegpt", "gptq"} & names(levels=pruned, pruner=Wanda(), level=pruned[0])
+    assert "sparsegpt" in names(levels=pruned, pruner=SparseGPT(), level=pruned[0])
     grids = make_levels([4], [32], False, [])
-    assert "wanda" not in names(levels=grids, pruner=Wanda(), reference=grids[0])
+    assert "wanda" not in names(levels=grids, pruner=Wanda(), level=grids[0])
 
 
 def test_the_sources_are_found_wherever_hasten_is_and_nothing_heavy_is_imported_for_it(tmp_path):
@@ -223,7 +224,7 @@ def test_a_folder_of_other_code_is_refused_with_the_modules_that_differ(tmp_path
         folder.check({"bits": 4, "code": code | {"hasten.gptq": "2"}}, overwrite=False)
     with pytest.raises(UserError, match=r"code of hasten\.gptq, hasten\.grid, hasten\.new and 2 more\)"):
         folder.check({"bits": 4, "code": {**dict.fromkeys(code, "2"), "hasten.new": "2"}}, overwrite=False)
-    # As a run of an older version has noted it.
+    # As a run of an older version recorded it.
     with pytest.raises(UserError, match="code: "):
         folder.check({"bits": 4, "code": "0123"}, overwrite=False)
     folder.release()

@@ -17,7 +17,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     lock.give_back(tmp_path / "lock")
 
 
-def test_a_lock_that_was_given_back_is_anybodys(tmp_path):
+def test_a_released_lock_can_be_taken_by_anybody(tmp_path):
     for _ in range(2):
         assert lock.take(tmp_path / "lock")
         assert lock.take(tmp_path / "lock"), "it is this process's"
@@ -38,7 +38,7 @@ def test_a_folder_that_another_run_writes_is_refused_and_left_as_it_is(tmp_path,
     mine.release()
 
 
-def test_a_folder_that_could_not_be_made_is_anybodys(tmp_path, monkeypatch):
+def test_a_folder_that_could_not_be_made_is_not_locked(tmp_path, monkeypatch):
     def interrupt(made, path, content):
         raise KeyboardInterrupt
 
@@ -49,9 +49,9 @@ def test_a_folder_that_could_not_be_made_is_anybodys(tmp_path, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_files_that_two_write_at_the_same_time_are_whole(tmp_path):
+def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
     def save(temporary):
-        # The other one comes in between.
+        # The other process writes in between.
         folder.write_whole(tmp_path / "layer.safetensors", lambda other: other.write_text("the same"))
         temporary.write_text("the same")
 

@@ -1,4 +1,4 @@
-"""What every pruner in conf/pruner must do."""
+"""The contract of every pruner in conf/pruner."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_the_same_input_gives_the_same_bits(pruner, sparsity, weight, hessian):
     assert torch.equal(first.error, second.error)
 
 
-def test_a_weight_of_zeros_stays_zeros_and_loses_as_many(pruner, sparsity, weight, hessian):
+def test_a_weight_of_zeros_stays_zeros_and_has_as_many_pruned(pruner, sparsity, weight, hessian):
     result = pruner.prune(torch.zeros_like(weight), pruner.prepare(hessian), sparsity)
     assert not bool(result.weight.weight.any())
     assert result.weight.bits == sparsity.stored_bits(ROWS, COLUMNS, 2)

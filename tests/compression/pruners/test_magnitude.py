@@ -13,7 +13,7 @@ def test_a_row_worked_by_hand():
     torch.testing.assert_close(result.power, torch.tensor([13.26, 3.328125]))
 
 
-def test_no_weight_that_goes_is_larger_than_one_that_stays_and_those_are_unchanged(weight, hessian):
+def test_no_pruned_weight_is_larger_than_a_kept_one_and_kept_ones_are_unchanged(weight, hessian):
     pruner = Magnitude()
     pruned = pruner.prune(weight, pruner.prepare(hessian), Sparsity(0.6)).weight
     sizes = weight.float().abs()
@@ -23,7 +23,7 @@ def test_no_weight_that_goes_is_larger_than_one_that_stays_and_those_are_unchang
     assert torch.equal(pruned.weight[pruned.mask], weight[pruned.mask])
 
 
-def test_statistics_change_the_error_that_is_told_and_no_weight(weight, inputs, hessian):
+def test_statistics_change_the_reported_error_and_no_weight(weight, inputs, hessian):
     pruner = Magnitude()
     blind, seeing = (pruner.prune(weight, pruner.prepare(known), Sparsity(0.5)) for known in (None, hessian))
     assert torch.equal(blind.weight.weight, seeing.weight.weight)

@@ -14,7 +14,7 @@ from tests.compression.trained import target_hessians, target_model
 
 
 def textbook(weight, hessian, mask, damping):
-    """The paper's column updates by the inverse Hessian, for a mask that is given."""
+    """The paper's column updates by the inverse Hessian, for a given mask."""
     h = hessian.double().clone()
     h.diagonal().add_(damping * float(hessian.diagonal().mean()))
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -45,7 +45,7 @@ def test_the_first_block_loses_the_papers_lowest_saliencies(weight, inputs, hess
     assert float((mask != expected).float().mean()) < 0.005
 
 
-def test_what_comes_after_all_that_is_gone_is_the_least_squares_optimum():
+def test_columns_after_all_pruned_ones_are_the_least_squares_optimum():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
@@ -63,7 +63,7 @@ def test_two_equal_inputs_need_one_weight():
     weight = torch.tensor([[0.25, 1.0], [-2.0, -0.5]])
     pruner = SparseGPT(damping=1e-6)
     result = pruner.prune(weight, pruner.prepare(hessian_of(one.repeat(1, 2))), Sparsity(0.5))
-    # The first column goes, as the second can take its place at no cost; float32 loses part of a small damping.
+    # The first column is pruned: the second replaces it without error. float32 loses part of a small damping.
     torch.testing.assert_close(result.weight.weight, torch.tensor([[0.0, 1.25], [0.0, -2.5]]), rtol=1e-3, atol=0)
     assert bool((result.error < 1e-4 * result.power).all())
 
@@ -93,7 +93,7 @@ def test_of_correlated_inputs_the_output_errs_less_than_by_wanda_and_wandas_less
         assert float(better.sum()) < 0.95 * float(worse.sum())
 
 
-def test_kept_weights_make_up_for_the_rounding_to_the_checkpoints_dtype(weight, inputs, hessian):
+def test_kept_weights_compensate_for_rounding_to_the_checkpoints_dtype(weight, inputs, hessian):
     pruner = SparseGPT(damping=1e-6)
     fine = pruner.prune(weight.float(), pruner.prepare(hessian), Sparsity(0.3)).weight
     coarse = pruner.prune(weight, pruner.prepare(hessian), Sparsity(0.3)).weight
@@ -103,7 +103,7 @@ def test_kept_weights_make_up_for_the_rounding_to_the_checkpoints_dtype(weight, 
     assert float(gaps[0].square().sum()) < 0.8 * float(gaps[1].square().sum())
 
 
-def test_inputs_that_are_always_zero_go_first(weight, inputs):
+def test_weights_of_inputs_that_are_always_zero_are_pruned_first(weight, inputs):
     dead = torch.arange(COLUMNS) % 3 == 0
     pruner = SparseGPT()
     tiny = inputs * ~dead * 1e-4  # far below the 1 that stands in for a dead column's Hessian

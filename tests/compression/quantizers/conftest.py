@@ -1,4 +1,4 @@
-"""A layer whose inputs are correlated and of very different size, as those of trained models are."""
+"""A layer with correlated inputs of very different size, as in trained models."""
 
 import pytest
 import torch

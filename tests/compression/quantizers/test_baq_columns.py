@@ -56,13 +56,13 @@ def test_the_size_is_the_mean_to_the_bit_and_known_before(quantizer, dtype, mean
 @pytest.mark.parametrize("act_order", ["static", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_and_power_are_those_of_the_layers_output(dtype, act_order, weight, inputs):
-    # Damping is no error of the output, but is counted as by GPTQ: here it is too small to show.
+    # Damping is not an error of the output, but counts as one here, as in GPTQ; it is too small to matter.
     quantizer = ColumnwiseBAQ(damping=1e-6, act_order=act_order)
     given = weight.to(dtype)
     result = quantizer.quantize(given, quantizer.prepare(hessian_of(inputs)), ColumnBits(3))
     outputs, lost = inputs @ given.float().T, inputs @ (given.float() - result.weight.dequantize().float()).T
     torch.testing.assert_close(result.power, outputs.square().mean(0), rtol=1e-3, atol=0)
-    # In bfloat16 a refitted scale rounds its products anew, here by up to a tenth of a row's error.
+    # In bfloat16 the products with a refitted scale are rounded again, here by up to a tenth of a row's error.
     rtol = 0.1 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(result.error, lost.square().mean(0), rtol=rtol, atol=0)
 
@@ -107,7 +107,7 @@ def test_without_correlation_the_loud_columns_get_the_bits():
     torch.testing.assert_close(widths.float().view(3, 20).mean(1), torch.tensor([2.0, 4.0, 6.0]), rtol=0, atol=0.15)
 
 
-def test_losses_of_pieces_of_rows_add_up_and_give_the_map_of_the_whole(quantizer, weight, hessian):
+def test_losses_of_pieces_of_rows_add_up_and_give_the_widths_of_the_whole(quantizer, weight, hessian):
     prepared, level = quantizer.prepare(hessian), ColumnBits(3)
     whole = quantizer.quantize(weight, prepared, level)
     pieces = weight.split((7, 30, 11))
@@ -166,7 +166,7 @@ def test_alone_every_weight_gets_its_nearest_value(weight):
     assert torch.equal(nearest.to(torch.uint8), found.codes)
 
 
-def test_refits_only_ever_take_error_away(weight, hessian):
+def test_refits_never_raise_the_error(weight, hessian):
     rows = []
     for refits in (0, 1, 2, 3):
         quantizer = ColumnwiseBAQ(refits=refits)
@@ -196,7 +196,7 @@ def test_inputs_that_are_always_zero_get_the_fewest_bits_and_make_no_error(weigh
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_hessian_that_is_not_finite_is_said_and_weights_alone_count(quantizer, bad, weight, inputs):
+def test_a_hessian_that_is_not_finite_is_reported_and_only_weights_are_used(quantizer, bad, weight, inputs):
     broken = inputs.clone()
     broken[0, 0] = bad
     result = quantizer.quantize(weight, quantizer.prepare(hessian_of(broken)), ColumnBits(4))

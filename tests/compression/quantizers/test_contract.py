@@ -1,4 +1,4 @@
-"""What every quantizer in conf/quantizer must do."""
+"""The contract of every quantizer in conf/quantizer."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def test_the_codes_are_those_of_the_papers_algorithm(scheme, weight, inputs, hes
     order = exact.diagonal().argsort(descending=True, stable=True)
     expected = textbook(weight.float(), exact, scheme, quantizer.damping, order)
     found = quantizer.quantize(weight.float(), quantizer.prepare(hessian), scheme).weight.codes
-    # float32 against float64: a value that lies on the edge of two codes may fall either way and move its row.
+    # float32 against float64: a value halfway between two codes may be rounded either way, which changes its row.
     assert float((found.long() != expected).float().mean()) < 0.01
 
 
@@ -82,7 +82,7 @@ def test_error_and_power_are_those_of_the_layers_output(weight, inputs, hessian)
 
 @pytest.mark.parametrize("act_order", ["static", "none"])
 @pytest.mark.parametrize("scheme", [Scheme(2, 16), Scheme(3, 32, symmetric=True), Scheme(2, -1)])
-def test_every_refit_takes_error_from_every_row(act_order, scheme, weight, inputs, hessian):
+def test_every_refit_lowers_the_error_of_every_row(act_order, scheme, weight, inputs, hessian):
     results = []
     for refits in range(4):
         quantizer = GPTQ(act_order=act_order, refits=refits, damping=1e-6)
@@ -92,7 +92,7 @@ def test_every_refit_takes_error_from_every_row(act_order, scheme, weight, input
     assert float(results[2].error.sum()) < 0.97 * float(results[0].error.sum())
     dequantized = results[2].weight.dequantize().float()
     error = ((weight.float() - dequantized) @ inputs.T).square().mean(1)
-    # The product of a code and its new scale is rounded anew, which the refit does not follow.
+    # The product of a code and its new scale is rounded again, which the refit does not take into account.
     torch.testing.assert_close(results[2].error, error, rtol=0.02, atol=0)
 
 

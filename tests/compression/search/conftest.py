@@ -1,4 +1,4 @@
-"""The tiny model that candidates are made of."""
+"""The tiny model from which candidates are made."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Candidates of a tiny model whose levels are its weights with noise, and what they lose as transformers has it."""
+"""Candidates of a tiny model whose levels are its weights with noise, and their losses computed by transformers."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from tests.models import tiny
 BLOCKS, SEQUENCES, LENGTH = 4, 6, 16
 LEVELS = ("coarse", "fine", KEEP)
 NOISE = {"coarse": 0.1, "fine": 0.02}
-# Whole sequences in batches of 2, 2 and 1, and a cut one.
+# Whole sequences in batches of 2, 2 and 1, and one cut sequence.
 SAMPLE = Sample(((0, LENGTH), (1, LENGTH), (3, LENGTH), (4, LENGTH), (5, LENGTH), (2, 7)))
 TOKENS = torch.randint(3, tiny.VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(5))
 
@@ -32,7 +32,7 @@ def architecture(folder: Path) -> Architecture:
 
 
 def layer_units(model: Architecture, inside: bool = False) -> list[Unit]:
-    """One unit for the layers of a block that share an input; within attention and mlp units if asked for."""
+    """One unit for the layers of a block that share an input. inside: they are parts of attention and mlp units."""
     units = []
     for index in range(model.num_blocks):
         inputs: dict[str, list[Any]] = {}
@@ -54,7 +54,7 @@ def part_units(blocks: int, kinds: Sequence[str] = ("attention", "mlp")) -> list
 
 
 def noisy(model: Architecture) -> Callable[[str, str], Tensor]:
-    """Weights of a layer at a level: the original's with noise that is always the same."""
+    """Weights of a layer at a level: the original's with deterministic noise."""
 
     def weight(layer: str, level: str) -> Tensor:
         generator = torch.Generator().manual_seed(sum(map(ord, layer + level)))
@@ -71,7 +71,7 @@ def candidates(folder: Path, fitness: Fitness | None = None, units: Sequence[Uni
 
 
 def genomes(units: Sequence[Unit], count: int, seed: int = 0) -> list[Genome]:
-    """Random genomes of which many begin alike."""
+    """Random genomes, many of which share a prefix."""
     draw = random.Random(seed)
     parent = [draw.randrange(len(unit.choices)) for unit in units]
     found = []

@@ -1,4 +1,4 @@
-"""Small problems for searches: units, a quick search, and a fitness that adds up over the units."""
+"""Small problems for searches: units, a short search, and a fitness that is additive over units."""
 
 import itertools
 import zlib
@@ -54,7 +54,7 @@ def droppable(parts=3, levels=(2, 3, 4)):
 
 
 class Additive:
-    """Fitness that adds up over the units, with a noise of 1e-9 that depends on genome and sample; keeps the calls."""
+    """Fitness that is additive over units, with noise of 1e-9 by genome and sample; it records its calls."""
 
     def __init__(self, units, seed):
         rng = np.random.default_rng(seed)
@@ -62,7 +62,7 @@ class Additive:
         self.costs = [np.sort(rng.random(len(u.choices)))[::-1].tolist() for u in units]
         for index, u in enumerate(units):
             if u.choices[0].level == DROP:
-                # To be without a part is worse than all that can be done to what is inside.
+                # Dropping a part is worse than any levels of the units inside.
                 inside = sum(cost[0] for other, cost in zip(units, self.costs, strict=True) if other.part_of == u.name)
                 self.costs[index] = [inside + self.costs[index][0], 0.0]
         self.calls = []
@@ -83,7 +83,7 @@ class Additive:
 
 
 class PerToken:
-    """Fitness with a random loss for every genome and position, the mean over scored tokens; keeps the calls."""
+    """Fitness with a random loss for every genome and position, averaged over scored tokens; it records its calls."""
 
     def __init__(self, lengths):
         self.lengths = lengths

@@ -69,7 +69,7 @@ def test_the_cache_stays_within_its_limit_and_gives_up_the_oldest(folder: Path) 
 
 
 def without(model: Any, kind: str, block: int) -> Any:
-    """A model of transformers without a part: what it would add is zeroed, or the block taken out."""
+    """A model of transformers without a part: the output of the part is zeroed, or the block removed."""
     decoder = model.get_decoder()
     layer = decoder.layers[block]
     if kind == "block":
@@ -104,7 +104,7 @@ def test_dropping_both_parts_is_dropping_the_block(folder: Path) -> None:
     genome = [1] * (2 * BLOCKS)
     genome[2:4] = (0, 0)
     assert parts.evaluate([tuple(genome)], SAMPLE) == blocks.evaluate([(1, 0, 1, 1)], SAMPLE)
-    # The original of 6 sequences, and 4 batches that leave out a block.
+    # The original on 6 sequences, and 4 batches that skip a block.
     assert blocks.block_runs == 6 * BLOCKS + 4 * (BLOCKS - 1)
 
 

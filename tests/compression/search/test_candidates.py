@@ -43,7 +43,7 @@ def test_fitness_is_that_of_the_whole_model(folder: Path, original: Any, fitness
     assert len(set(wanted)) > 3  # else it would show nothing
 
 
-def test_the_last_token_of_a_sequence_predicts_nothing_and_that_of_a_cut_one_does(folder: Path) -> None:
+def test_the_last_token_of_a_whole_sequence_scores_nothing_and_that_of_a_cut_one_does(folder: Path) -> None:
     assert candidates(folder).scored(SAMPLE) == 5 * (LENGTH - 1) + 7
 
 
@@ -58,7 +58,7 @@ def test_original_weights_have_no_divergence(folder: Path, fitness: Fitness) -> 
 
 
 @pytest.mark.parametrize("fitness", [KL(), SparseKL(8), Perplexity()], ids=str)
-def test_losses_are_the_same_to_the_bit_alone_in_company_and_in_any_order(folder: Path, fitness: Fitness) -> None:
+def test_losses_do_not_depend_to_the_bit_on_other_genomes_or_their_order(folder: Path, fitness: Fitness) -> None:
     made = candidates(folder, fitness)
     tried = genomes(made.units, 8)
     together = made.losses(tried, SAMPLE)
@@ -142,7 +142,7 @@ def test_errors_of_units_are_the_losses_with_one_of_them_changed(folder: Path, o
         assert high < 1e-6 < middle < low
 
 
-def test_one_measured_choice_gives_the_others_in_the_ratio_of_output_errors() -> None:
+def test_one_measured_choice_scales_the_others_by_their_output_errors() -> None:
     levels = [Choice("w2", 2, 0.9), Choice("w3", 3, 0.3), Choice("w4", 4, 0.1), Choice(KEEP, 16)]
     part = Unit("attention of block 0", (), 0, "attention", 0, (Choice(DROP, 0, 2.0), Choice(KEEP, 0)))
     units = [Unit("a", ("a",), 0, "a", 1, tuple(levels)), part]
@@ -158,7 +158,7 @@ def test_one_measured_choice_gives_the_others_in_the_ratio_of_output_errors() ->
     assert [choice.error for choice in found[1].choices] == [0.25, 0.0]
 
 
-def test_errors_are_what_a_loss_rises_by_and_never_negative(folder: Path) -> None:
+def test_errors_are_increases_of_the_loss_and_never_negative(folder: Path) -> None:
     units = layer_units(architecture(folder))[:2]
 
     def evaluate(genomes: Any, sample: Sample) -> list[float]:

@@ -1,4 +1,4 @@
-"""What every searcher in conf/allocator must do."""
+"""The contract of every searcher in conf/allocator."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def steps_of(searcher, units, fitness, seed=0, state=None, start=None):
     return list(searcher.search(asked, lambda lots: [fitness(genomes, sample) for genomes, sample in lots], state))
 
 
-def test_what_is_no_searcher_is_an_allocator_in_closed_form():
+def test_every_other_config_is_an_allocator_in_closed_form():
     others = [get_class(OmegaConf.load(path)["_target_"]) for path in ALL if path not in CONFIGS]
     assert all(issubclass(each, Allocator) and not issubclass(each, Searcher) for each in others)
 
@@ -57,7 +57,7 @@ def test_no_candidate_is_over_the_budget_or_measured_twice_at_once(searcher, see
 
 
 @pytest.mark.parametrize("units", [equal(12), unequal(), droppable()], ids=["equal", "unequal", "drops"])
-def test_one_seed_gives_one_search_and_another_seed_another_one(searcher, units):
+def test_equal_seeds_give_equal_searches_and_other_seeds_others(searcher, units):
     runs = []
     for seed in (3, 3, 4):
         fitness = Additive(units, 0)
@@ -92,7 +92,7 @@ def test_the_answer_is_never_worse_than_the_start_on_all_tokens(searcher, seed):
     everything = sum(LENGTHS)
 
     def noisy(genomes, sample):
-        # On every few tokens chance decides, and on all of them most genomes are worse than the start.
+        # On a few tokens chance decides, and on all of them most genomes are worse than the start.
         if sample.tokens < everything:
             return [zlib.crc32(repr((genome, sample, seed)).encode()) / 2**32 for genome in genomes]
         return [sum(abs(g - 1) for g in genome) * (-1) ** (sum(genome[:3]) % 5 == seed) for genome in genomes]
@@ -108,7 +108,7 @@ def test_the_start_is_the_answer_where_every_candidate_is_worse(searcher):
     assert {state.incumbent for state, _ in steps} == {start}
 
 
-def test_what_is_counted_is_what_was_asked_for_and_within_the_plan(searcher):
+def test_counters_match_the_requests_and_stay_within_the_plan(searcher):
     units = equal(12)
     fitness = PerToken(LENGTHS)
     steps = steps_of(searcher, units, fitness)

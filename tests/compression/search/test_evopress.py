@@ -60,7 +60,7 @@ def test_levels_and_drops_under_one_budget_reach_the_optimum(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_of_several_drafts_those_of_the_least_errors_are_measured(seed):
+def test_of_several_variants_those_of_the_least_errors_are_measured(seed):
     units = equal(12)
     fitness = Additive(units, seed)
     known = [
@@ -91,7 +91,7 @@ def test_no_candidate_is_over_the_budget_or_evaluated_twice_at_once(seed):
             assert all(g == 0 for u, g in zip(units, genome, strict=True) if u.part_of in dropped)
 
 
-def test_one_seed_gives_one_result_and_another_seed_another_way_to_it():
+def test_a_seed_repeats_its_result_and_another_seed_takes_another_path():
     units = unequal()
     runs = []
     for seed in (3, 3, 4):
@@ -175,7 +175,7 @@ def generations(method, fitness, units=()):
 
 
 def asked_of(calls):
-    """The parts that each genome was measured on, in the order of the calls."""
+    """Parts of the samples on which each genome was measured, in the order of the calls."""
     found = {}
     for genomes, sample in calls:
         for genome in genomes:
@@ -183,7 +183,7 @@ def asked_of(calls):
     return found
 
 
-def test_a_survivor_is_measured_on_what_is_new_in_each_step_and_the_parent_on_all():
+def test_a_survivor_is_measured_on_the_new_tokens_of_each_step_and_the_parent_on_all():
     fitness = PerToken([10] * 20)
     total = 30
     for old, new, info, calls in generations(SMALL, fitness):
@@ -198,7 +198,7 @@ def test_a_survivor_is_measured_on_what_is_new_in_each_step_and_the_parent_on_al
         assert (new.tokens, new.evaluated) == (total, 1 + 15 * new.step)
 
 
-def test_a_sequence_that_a_step_cut_is_all_that_is_run_again():
+def test_only_the_sequence_that_a_step_cut_runs_again():
     fitness = PerToken(LENGTHS)
     again = 0
     for _, _, info, calls in generations(SMALL, fitness):
@@ -219,11 +219,11 @@ def test_steps_of_as_many_tokens_measure_nothing_again():
 
 
 @pytest.mark.parametrize("lengths", [[10] * 20, LENGTHS], ids=["whole", "cut"])
-def test_each_step_keeps_the_best_of_the_whole_of_its_sample_which_holds_that_of_the_step_before(lengths):
+def test_each_step_keeps_the_best_on_its_whole_sample_which_contains_the_step_before(lengths):
     fitness = PerToken(lengths)
     for old, new, _, calls in generations(SMALL, fitness):
         left = calls[0][0]
-        # What a sequence was last used up to.
+        # Number of tokens of each sequence that were used last.
         used = {genome: dict(parts) for genome, parts in asked_of(calls).items()}
         samples = [next(each for each in used.values() if sum(each.values()) == tokens) for tokens in (20, 50, 90)]
         assert {sum(each.values()) for each in used.values()} == {20, 50, 90}
@@ -266,7 +266,7 @@ def test_a_sample_is_whole_sequences_and_one_cut_to_the_token(tokens):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_of_nested_samples_each_has_its_tokens_and_all_portions_of_the_last_but_a_cut_one(seed):
+def test_each_nested_sample_has_its_tokens_and_begins_with_the_uncut_portions_of_the_one_before(seed):
     steps = (5, 20, 20, 50, 90, 199)
     samples = draw_nested(LENGTHS, steps, np.random.default_rng(seed))
     for tokens, portions in zip(steps, samples, strict=True):

@@ -1,4 +1,4 @@
-"""What a search asks to be measured, and what it ends with."""
+"""Measurements that a search requests, and its answer."""
 
 from hasten.accel.compression.search.base import Problem
 from tests.compression.search.problems import LENGTHS, SMALL, Additive, equal, search, unequal
@@ -9,7 +9,7 @@ def test_the_answer_is_no_worse_than_the_start_on_all_tokens():
     everything = sum(LENGTHS)
 
     def misleading(genomes, sample):
-        # What moves away looks better on every few tokens, and is worse on all.
+        # Moves away from the start look better on any few tokens, and are worse on all.
         return [float((genome == start) == (sample.tokens < everything)) for genome in genomes]
 
     states = []
@@ -20,7 +20,7 @@ def test_the_answer_is_no_worse_than_the_start_on_all_tokens():
     assert found.tokens == states[-1].tokens + 2 * everything
 
 
-def test_all_that_a_step_of_the_selection_has_measured_is_asked_for_at_once():
+def test_a_selection_step_requests_all_its_measurements_in_one_call():
     fitness = Additive(unequal(), 0)
     calls = []
 

@@ -87,7 +87,7 @@ def test_dropping_alone_swaps_parts_of_a_kind_and_keeps_their_numbers():
     assert len({state.incumbent for state in states}) > 1
 
 
-def test_a_part_that_comes_back_takes_over_the_levels_of_the_part_that_goes():
+def test_a_restored_part_takes_over_the_levels_of_the_part_it_replaces():
     units = droppable(parts=7)  # four of kind mlp
     start = [1, 2, 0, *[1, 0, 1] * 5, 0, 0, 0]
     fitness = Additive(units, 0)
@@ -115,7 +115,7 @@ def test_a_useless_part_is_dropped_for_the_bits_inside_it():
     assert states[-1].incumbent == (1, 2, 2, 1, 2, 2, 0, 0, 0, 1, 2, 2)
 
 
-def test_parts_inside_a_dropped_part_are_out_with_it_and_come_back_with_it():
+def test_parts_inside_a_dropped_part_are_dropped_and_restored_with_it():
     units = []
     for i in range(4):
         units += [part(f"b{i}", "block"), part(f"a{i}", "attention", f"b{i}"), part(f"m{i}", "mlp", f"b{i}")]

@@ -1,4 +1,4 @@
-"""What a new searcher takes: one class, which says how it begins, what it does in a step, and what it costs."""
+"""A new searcher: one class, which defines its beginning, its step and its number of tokens."""
 
 import json
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from tests.compression.search.problems import LENGTHS, Additive, equal, search
 
 @dataclass(frozen=True)
 class HillClimb(Searcher):
-    """One switch a step, on all tokens; memory: how many switches failed in a row."""
+    """One switch a step, on all tokens. memory: number of switches that failed in a row."""
 
     climbs: int = 10
 

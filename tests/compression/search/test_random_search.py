@@ -11,7 +11,7 @@ SMALL = RandomSearch(rounds=6, candidates=8, tokens=60)
 START = (1,) * 12
 
 
-def test_what_is_measured_does_not_change_what_is_tried():
+def test_measured_losses_do_not_change_the_candidates():
     tried = []
     for fitness in (Additive(equal(12), 0), PerToken(LENGTHS)):
         search(SMALL, equal(12), 360, fitness, LENGTHS, 0)

@@ -147,7 +147,7 @@ def test_room_for_packed_weights_is_given_back(monkeypatch):
         pytest.skip("torch was built without MKL")
     gc.collect()
     held = matmul.Weight._packed_bytes
-    monkeypatch.setattr(matmul, "_MOST_BYTES", held + 48 * 32 * 4)
+    monkeypatch.setattr(matmul, "_MAX_BYTES", held + 48 * 32 * 4)
     assert matmul.Weight(torch.ones(48, 32, dtype=torch.bfloat16))._packed is None, "takes no room"
     for _ in range(2):
         weight = matmul.Weight(torch.full((48, 32), 0.1))

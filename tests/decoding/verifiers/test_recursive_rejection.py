@@ -8,7 +8,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
-from hasten.accel.decoding.verifiers.rejection import drawn
+from hasten.accel.decoding.verifiers.rejection import draws_of
 
 SAMPLED = Sampling(temperature=1.0)
 P, Q = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.5, 0.25, 0.25])
@@ -64,7 +64,7 @@ def test_siblings_that_were_not_drawn_are_kept_with_their_own_probabilities():
 def test_repeated_draws_are_tried_in_every_order():
     tree = DraftTree([1, 0], [-1, -1], DraftSampling.INDEPENDENT, {-1: Q}, [2, 1])
     generator = torch.Generator().manual_seed(0)
-    orders = [tuple(drawn(tree, -1, generator)) for _ in range(900)]
+    orders = [tuple(draws_of(tree, -1, generator)) for _ in range(900)]
     # DraftSampling of (1, 0, 1) are as likely as those of (1, 1, 0) and (0, 1, 1).
     assert {order: orders.count(order) / 900 for order in set(orders)} == {
         order: near(1 / 3, 900) for order in [(0, 0, 1), (0, 1, 0), (1, 0, 0)]

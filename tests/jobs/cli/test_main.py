@@ -60,7 +60,7 @@ def test_no_word_at_all_shows_the_help(capsys):
 
 
 def test_version_is_the_distributions(capsys):
-    assert run(capsys, "--version")[1] == "hasten 0.1.0\n"
+    assert run(capsys, "--version")[1] == "hasten 0.2.0\n"
 
 
 WRONG = {

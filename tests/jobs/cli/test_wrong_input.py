@@ -246,7 +246,7 @@ WRONG = {
     ),
     "broken regex": ({"ignore": "up_(proj"}, ["ignore='up_(proj' is no regular expression"]),
     "regex that matches nothing": ({"ignore": "upproj"}, ["ignore='upproj' matches no layer", "model.layers.0."]),
-    "nothing left": ({"skip_first": "2"}, ["nothing is left to quantize"]),
+    "nothing left": ({"skip_first": "2"}, ["no layer is left to quantize"]),
     "more blocks skipped than there are": ({"skip_last": "3"}, ["skip_last=3", "the model has 2 blocks"]),
     "output is a file": ({"output": "tokens.npy"}, ["tokens.npy is a file", "a folder that is new or empty"]),
     "output in a file": ({"output": "tokens.npy/out"}, ["tokens.npy/out cannot be made"]),

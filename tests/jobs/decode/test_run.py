@@ -190,7 +190,7 @@ WRONG = {
     "drawn drafts that are shared": (
         GOOD,
         {"temperature": "1", "drafter": "draft_model", "verifier": "speculative_sampling", "placement": "shared"},
-        ["placement=shared does not go with verifier=SpeculativeSampling", "placement=private"],
+        ["placement=shared does not work with verifier=SpeculativeSampling", "placement=private"],
     ),
     "no draft model": (GOOD, {"drafter": "draft_model", "draft": "null"}, ["drafter=DraftModel needs", "draft=PATH"]),
     "no such target": (GOOD, {"target": "nowhere"}, ["target='nowhere' does not exist", "a checkpoint folder"]),

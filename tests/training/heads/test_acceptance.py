@@ -58,12 +58,12 @@ def test_a_saved_head_says_the_same_up_to_its_bfloat16(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a head"])
 def test_a_file_that_is_no_head_is_refused(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(UserError, match="holds no acceptance head"):
+    with pytest.raises(UserError, match="is not an acceptance head"):
         AcceptanceHead.load(tmp_path / FILE)
 
 
 def test_another_safetensors_file_is_refused():
-    with pytest.raises(UserError, match="holds no acceptance head"):
+    with pytest.raises(UserError, match="is not an acceptance head"):
         AcceptanceHead.load(resolve("embedded:draft") / "model.safetensors")
 
 

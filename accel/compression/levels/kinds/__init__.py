@@ -1,1 +1,1 @@
-"""Kinds of levels, one file a kind: every module here that defines a Level is found by itself."""
+"""Kinds of levels, one file a kind. Modules in this folder that define a Level are discovered automatically."""

@@ -1,6 +1,6 @@
 """Codes whose bits differ by column: `c2.5`, whole bits for every input column that average 2.5.
 
-No loader reads bits that differ by column: a checkpoint has such layers dense.
+No loader reads bits that differ by column, so checkpoints hold such layers dense.
 """
 
 import re
@@ -26,7 +26,7 @@ _NAME = re.compile(r"c(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class ColumnBitsLevel(Level):
-    """Every weight of a layer as a code in the bits of its column."""
+    """Every weight of a layer as a code whose width depends on its column."""
 
     bits: ColumnBits
 
@@ -36,12 +36,12 @@ class ColumnBitsLevel(Level):
     @classmethod
     def parse(cls, name: str) -> "ColumnBitsLevel | None":
         """Level of a name like c2.5."""
-        found = _NAME.fullmatch(name)
-        return cls(ColumnBits(float(found[1]))) if found else None
+        match = _NAME.fullmatch(name)
+        return cls(ColumnBits(float(match[1]))) if match else None
 
     @property
     def name(self) -> str:
-        """`c2.5`, with all digits: the size depends on them."""
+        """`c2.5`, with all digits, because the size depends on them."""
         return f"c{str(self.bits.mean).removesuffix('.0')}"
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
@@ -49,7 +49,7 @@ class ColumnBitsLevel(Level):
         return self.bits.stored_bits(rows, columns, itemsize)
 
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """The codes count as one tensor, though there is one for every width, by an error of a byte each."""
+        """The codes of all widths are one tensor here; in the file each width has one, which may add a byte each."""
         return [
             SHAPE,
             StoredTensor("scale", dtype, (rows,)),
@@ -67,25 +67,25 @@ class ColumnBitsLevel(Level):
         return column_format.unpack(stored).dequantize()
 
     def facts(self, weight: CompressedWeight) -> dict[str, object]:
-        """Mean bits, and how many columns have how many."""
+        """Mean bits, and the number of columns of each width."""
         assert isinstance(weight, ColumnWeight)
-        of_width = torch.bincount(weight.widths.long()).tolist()
+        counts = torch.bincount(weight.widths.long()).tolist()
         return {
             "bits": float(weight.widths.double().mean()),
-            "columns_of_bits": {str(width): count for width, count in enumerate(of_width) if count},
+            "columns_of_bits": {str(width): count for width, count in enumerate(counts) if count},
         }
 
     def check_method(self, method: Method) -> None:
-        """UserError where the method's bounds leave no such mean."""
+        """UserError where the mean is outside the method's bounds."""
         assert isinstance(method, ColumnQuantizer)
         method.check(self.bits)
 
     def without_statistics(self, method: Method) -> tuple[Method, str]:
-        """The method itself, which then goes by the weights alone."""
+        """The method itself, which then uses the weights alone."""
         return method, "rounded to nearest"
 
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """What the method states."""
+        """The cost that the method states."""
         assert isinstance(method, ColumnQuantizer)
         return method.cost(layers, self.bits)
 
@@ -97,9 +97,9 @@ class ColumnBitsLevel(Level):
     def solve(
         self, method: Method, layers: Sequence[Layer], read: Callable[[Layer], Tensor], prepared: object, device: str
     ) -> dict[str, Result[CompressedWeight]]:
-        """Compress layers one by one, as the columns' widths are chosen for all rows of a layer and no others.
+        """Compress layers one by one, because the widths of the columns are chosen for the rows of one layer.
 
-        A layer is read twice, in slabs that depend on nothing but its shape and the device.
+        There are two passes over a layer, in slabs that depend only on its shape and the device.
         """
         assert isinstance(method, ColumnQuantizer)
         solved: dict[str, Result[CompressedWeight]] = {}

@@ -1,6 +1,6 @@
 """Codes on a uniform grid: `w3g128`, 3 bits with groups of 128; `w3`, one scale a row; `w3g128a`, with zero points.
 
-Stored as compressed-tensors' `pack-quantized`, in a level database as in a checkpoint: transformers and vLLM load it.
+Level databases and checkpoints store it as compressed-tensors' `pack-quantized`, which transformers and vLLM load.
 """
 
 import re
@@ -37,12 +37,12 @@ class GridLevel(Level):
     @classmethod
     def parse(cls, name: str) -> "GridLevel | None":
         """Level of a name like w4g128."""
-        found = _NAME.fullmatch(name)
-        return cls(Scheme(int(found[1]), int(found[2] or -1), symmetric=not found[3])) if found else None
+        match = _NAME.fullmatch(name)
+        return cls(Scheme(int(match[1]), int(match[2] or -1), symmetric=not match[3])) if match else None
 
     @property
     def name(self) -> str:
-        """`w3g128`; without g one scale a row, with a at the end zero points."""
+        """`w3g128`; without `g` one scale a row, with `a` at the end zero points."""
         scheme = self.scheme
         group = "" if scheme.group_size == -1 else f"g{scheme.group_size}"
         return f"w{scheme.bits}{group}{'' if scheme.symmetric else 'a'}"
@@ -52,7 +52,7 @@ class GridLevel(Level):
         return self.scheme.stored_bits(rows, columns, itemsize)
 
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """Codes in 32-bit words, each row whole words; zero points likewise, each group's whole words."""
+        """Codes in 32-bit words, each row padded to whole words; zero points likewise, padded for each group."""
         return grid_tensors(self.scheme, rows, columns, dtype)
 
     def check(self, layer: str, columns: int) -> None:
@@ -60,7 +60,7 @@ class GridLevel(Level):
         self.scheme.check(layer, columns)
 
     def of_expert(self) -> "GridLevel":
-        """Symmetric whatever the name says: transformers cannot read zero points of fused experts."""
+        """The symmetric level, because transformers cannot read zero points of fused experts."""
         return GridLevel(Scheme(self.scheme.bits, self.scheme.group_size, symmetric=True))
 
     def options(self) -> dict[str, int | float | str | bool]:
@@ -73,7 +73,7 @@ class GridLevel(Level):
         return _FORMAT.pack(weight)
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a loader makes it; whether it has zero points its tensors say, as experts have none."""
+        """The weight as a loader unpacks it. Stored tensors tell whether it has zero points: experts have none."""
         scheme = Scheme(self.scheme.bits, self.scheme.group_size, "weight_zero_point" not in stored)
         return _FORMAT.unpack(stored, scheme)
 
@@ -83,11 +83,11 @@ class GridLevel(Level):
         return self.scheme
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The stored form is the checkpoint's."""
+        """The stored tensors themselves."""
         return dict(stored)
 
     def facts(self, weight: CompressedWeight) -> dict[str, object]:
-        """The scheme that it was quantized by."""
+        """The scheme by which the weight was quantized."""
         assert isinstance(weight, QuantizedWeight)
         return asdict(weight.scheme)
 
@@ -96,7 +96,7 @@ class GridLevel(Level):
         return RoundToNearest(), "rounded to nearest"
 
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """What the method states."""
+        """The cost that the method states."""
         assert isinstance(method, Quantizer)
         return method.cost(layers, self.scheme)
 
@@ -107,13 +107,13 @@ class GridLevel(Level):
 
 
 def grid_tensors(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-    """What the format pack-quantized stores of a layer (R, C) with scales of that dtype."""
+    """Tensors of a layer (R, C), with scales of that dtype, in the format pack-quantized."""
     groups = columns // scheme.columns(columns)
-    found = [
+    tensors = [
         SHAPE,
         StoredTensor("weight_packed", torch.int32, (rows, ceil(columns * scheme.bits / 32))),
         StoredTensor("weight_scale", dtype, (rows, groups)),
     ]
     if not scheme.symmetric:
-        found.append(StoredTensor("weight_zero_point", torch.int32, (ceil(rows * scheme.bits / 32), groups)))
-    return found
+        tensors.append(StoredTensor("weight_zero_point", torch.int32, (ceil(rows * scheme.bits / 32), groups)))
+    return tensors

@@ -1,6 +1,6 @@
 """Unstructured sparsity: `s50`, in every row 50 % of the weights are zero.
 
-No loader reads sparse weights without structure any more: a checkpoint has such layers dense.
+No loader reads unstructured sparse weights any more, so checkpoints hold such layers dense.
 """
 
 import re
@@ -25,7 +25,7 @@ _NAME = re.compile(r"s(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class SparsityLevel(Level):
-    """The weights of a layer that are left, in the checkpoint's dtype, and a mask."""
+    """The kept weights of a layer, in the checkpoint's dtype, and a mask."""
 
     sparsity: Sparsity
 
@@ -34,21 +34,24 @@ class SparsityLevel(Level):
 
     @classmethod
     def parse(cls, name: str) -> "SparsityLevel | None":
-        """Level of a name like s50; as many digits as a name has, so that it has the name it was parsed from."""
-        found = _NAME.fullmatch(name)
-        return cls(Sparsity(round(float(found[1]) / 100, 8))) if found else None
+        """Level of a name like s50, rounded to the digits of a name, so that the level has the name it is parsed from.
+
+        None where the name is not of this kind.
+        """
+        match = _NAME.fullmatch(name)
+        return cls(Sparsity(round(float(match[1]) / 100, 8))) if match else None
 
     @property
     def name(self) -> str:
-        """`s50`: percent, to six digits."""
+        """`s50`: percent, with six digits at most."""
         return f"s{100 * self.sparsity.fraction:.6g}"
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """A bit of mask for every weight, and the values that are kept."""
+        """One mask bit for every weight, and the kept values."""
         return self.sparsity.stored_bits(rows, columns, itemsize)
 
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """Each row of the mask takes whole bytes."""
+        """Values and mask; each row of the mask is padded to whole bytes."""
         kept = rows * (columns - self.sparsity.pruned(columns))
         return [
             SHAPE,
@@ -66,17 +69,17 @@ class SparsityLevel(Level):
         return bitmask.unpack(stored)
 
     def facts(self, weight: CompressedWeight) -> dict[str, object]:
-        """Bits of a value that is kept, and the share of zeros."""
+        """Bits of a kept value, and the share of zeros."""
         assert isinstance(weight, PrunedWeight)
         kept = float(weight.mask.sum()) / weight.mask.numel()
         return {"bits": 8 * weight.weight.element_size(), "sparsity": 1 - kept}
 
     def without_statistics(self, method: Method) -> tuple[Method, str]:
-        """By magnitude."""
+        """Magnitude pruning."""
         return Magnitude(), "pruned by magnitude"
 
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """What the method states."""
+        """The cost that the method states."""
         assert isinstance(method, Pruner)
         return method.cost(layers, self.sparsity)
 

@@ -1,13 +1,14 @@
-"""2:4 sparsity: `s2of4`, two of every four input weights of a row are zero; `s2of4w4g128`, the others are codes.
+"""2:4 sparsity: `s2of4`, two of every four input weights of a row are zero; `s2of4w4g128`, the others are quantized.
 
 Source: Mishra et al. 2021, arXiv:2104.08378; joint with quantization: Frantar & Alistarh 2023, arXiv:2301.00774,
-section 3.5 (SparseGPT), where later columns make up for the rounding, too. Wanda and magnitude round at once.
-The grid is symmetric, so that code 2**(bits - 1) is exactly zero. It is searched on the weights that the method keeps
-without a grid, and the method then runs again with it; the paper's code takes the range of all weights.
+section 3.5 (SparseGPT), where later columns compensate for the rounding, too. Wanda and magnitude pruning round the
+kept weights without compensation. The grid is symmetric, so that code 2**(bits - 1) is exactly zero. It is searched on
+the weights that the method keeps in a first run without a grid; a second run of the method rounds to it. The paper's
+code uses the range of all weights.
 
-Exact bits: for every four weights two 2-bit indices and two values or codes, and the scales. s2of4 of bfloat16 takes
-9 bits a weight, s2of4w4g128 3.125. No loader reads the 2:4 form: a checkpoint has s2of4 dense, and the quantized one as
-dense codes, whose zeros are exact (pack-quantized).
+Exact bits: for every four weights two 2-bit indices and two values or codes; and the scales. s2of4 of bfloat16 takes
+9 bits a weight, s2of4w4g128 3.125. No loader reads the 2:4 form: checkpoints hold s2of4 dense, and the quantized level
+as dense codes (pack-quantized), whose zeros are exact.
 """
 
 import re
@@ -34,13 +35,13 @@ from hasten.accel.errors import UserError
 
 _NAME = re.compile(r"s2of4(?:w(\d+)(?:g(\d+))?)?")
 _PATTERN = NOfM(2, 4)
-# Ranges that are tried for each scale, as in GPTQ.
+# Number of ranges tried for each scale, and the smallest of them, as in GPTQ.
 _SEARCH, _SHRINK = 24, 0.4
 
 
 @dataclass(frozen=True)
 class TwoOfFourWeight:
-    """A weight (R, C) with two of every four zero, and the same weight as codes where it is quantized."""
+    """A 2:4 sparse weight (R, C); quantized: the same weight as codes, None where it is not quantized."""
 
     pruned: PrunedWeight
     quantized: QuantizedWeight | None = None
@@ -53,20 +54,20 @@ class TwoOfFourWeight:
         return _bits(rows, columns, self.pruned.weight.element_size(), scheme)
 
     def rows(self, start: int, stop: int) -> "TwoOfFourWeight":
-        """The rows of one of several layers that were pruned together."""
+        """Rows start to stop, such as those of one of several layers that were pruned together."""
         codes = self.quantized
         return TwoOfFourWeight(self.pruned.rows(start, stop), None if codes is None else codes.rows(start, stop))
 
     @classmethod
     def join(cls, parts: list["TwoOfFourWeight"]) -> "TwoOfFourWeight":
-        """Consecutive rows as one weight."""
+        """One weight from its consecutive pieces."""
         codes = [part.quantized for part in parts if part.quantized is not None]
         return cls(PrunedWeight.join([part.pruned for part in parts]), QuantizedWeight.join(codes) if codes else None)
 
 
 @dataclass(frozen=True)
 class TwoOfFourLevel(Level):
-    """Two of every four weights, and where they are. scheme: symmetric grid of the kept weights, None: their dtype."""
+    """Two of every four weights, and their indices. scheme: symmetric grid of the kept weights; None: not quantized."""
 
     scheme: Scheme | None = None
 
@@ -75,37 +76,37 @@ class TwoOfFourLevel(Level):
 
     @classmethod
     def parse(cls, name: str) -> "TwoOfFourLevel | None":
-        """Level of a name like s2of4 or s2of4w4g128; without g one scale a row."""
-        found = _NAME.fullmatch(name)
-        if not found:
+        """Level of a name like s2of4 or s2of4w4g128; without `g` one scale a row."""
+        match = _NAME.fullmatch(name)
+        if not match:
             return None
-        return cls(Scheme(int(found[1]), int(found[2] or -1), symmetric=True) if found[1] else None)
+        return cls(Scheme(int(match[1]), int(match[2] or -1), symmetric=True) if match[1] else None)
 
     @property
     def name(self) -> str:
-        """`s2of4`, and the grid of the kept weights behind it; group_size counts all columns, not those kept."""
+        """`s2of4`, followed by the grid of the kept weights; its group_size counts all columns, kept or not."""
         if self.scheme is None:
             return "s2of4"
         return f"s2of4w{self.scheme.bits}{'' if self.scheme.group_size == -1 else f'g{self.scheme.group_size}'}"
 
     def check(self, layer: str, columns: int) -> None:
-        """UserError where the columns are not divided by 4, or by group_size."""
+        """UserError where the number of columns is not a multiple of 4 and of group_size."""
         if columns % 4:
             raise UserError(f"level {self.name} needs a multiple of 4 columns, {layer} has {columns}: ignore the layer")
         if self.scheme is not None:
             self.scheme.check(layer, columns)
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """A bit of index for every weight, half of the weights as values or codes, and scales."""
+        """Indices (one bit for every weight), half of the weights as values or codes, and scales."""
         return _bits(rows, columns, itemsize, self.scheme)
 
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """Rows of indices and of codes take whole bytes."""
-        found = [SHAPE, StoredTensor("indices", torch.uint8, (rows, ceil(columns / 8)))]
+        """Indices, and values or codes and scales; rows of indices and of codes are padded to whole bytes."""
+        tensors = [SHAPE, StoredTensor("indices", torch.uint8, (rows, ceil(columns / 8)))]
         if self.scheme is None:
-            return [*found, StoredTensor("values", dtype, (rows, columns // 2))]
+            return [*tensors, StoredTensor("values", dtype, (rows, columns // 2))]
         return [
-            *found,
+            *tensors,
             StoredTensor("codes", torch.uint8, (rows, ceil(columns // 2 * self.scheme.bits / 8))),
             StoredTensor("scale", dtype, (rows, columns // self.scheme.columns(columns))),
         ]
@@ -128,7 +129,7 @@ class TwoOfFourLevel(Level):
 
     @property
     def loader_scheme(self) -> Scheme | None:
-        """The grid of the kept weights: the others lie on it, too."""
+        """The grid of the kept weights, which represents zeros exactly."""
         return self.scheme
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,27 +145,27 @@ class TwoOfFourLevel(Level):
         return {**kept, "sparsity": 0.5}
 
     def without_statistics(self, method: Method) -> tuple[Method, str]:
-        """By magnitude."""
+        """Magnitude pruning."""
         return Magnitude(), "pruned by magnitude"
 
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """What the method states, twice where the kept weights are quantized, and the search of their grid."""
+        """The cost that the method states; where kept weights are quantized, twice that and the search of the grid."""
         assert isinstance(method, Pruner)
-        found = method.cost(layers, _PATTERN)
-        if found is None or self.scheme is None:
-            return found
-        return replace(found, solve=found.solve * 2 + range_search(layers, 2 * _SEARCH))
+        stated = method.cost(layers, _PATTERN)
+        if stated is None or self.scheme is None:
+            return stated
+        return replace(stated, solve=stated.solve * 2 + range_search(layers, 2 * _SEARCH))
 
     def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
-        """Prune weight (R, C), and quantize what is kept."""
+        """Prune weight (R, C), and quantize the kept weights where the level has a grid."""
         assert isinstance(method, Pruner)
-        found = method.prune(weight, prepared, _PATTERN)
+        pruned = method.prune(weight, prepared, _PATTERN)
         codes = None
         if self.scheme is not None:
-            grid = Grid.of(found.weight.weight, self.scheme, _SEARCH, _SHRINK)
-            found = method.prune(weight, prepared, _PATTERN, grid)
-            codes = grid.quantize(found.weight.weight)
-        return Result(TwoOfFourWeight(found.weight, codes), found.error, found.power, found.notes)
+            grid = Grid.of(pruned.weight.weight, self.scheme, _SEARCH, _SHRINK)
+            pruned = method.prune(weight, prepared, _PATTERN, grid)
+            codes = grid.quantize(pruned.weight.weight)
+        return Result(TwoOfFourWeight(pruned.weight, codes), pruned.error, pruned.power, pruned.notes)
 
     @staticmethod
     def _mask(stored: Mapping[str, Tensor]) -> Tensor:
@@ -180,7 +181,7 @@ class TwoOfFourLevel(Level):
 
 
 def _bits(rows: int, columns: int, itemsize: int, scheme: Scheme | None) -> int:
-    """Two indices of 2 bits for every four weights, values or codes of half of them, and scales."""
+    """Exact size: two 2-bit indices for every four weights, values or codes of half of the weights, and scales."""
     weights = rows * columns
     if scheme is None:
         return weights + weights // 2 * 8 * itemsize

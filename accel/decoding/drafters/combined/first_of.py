@@ -1,7 +1,7 @@
-"""First of several: the draft of the first drafter that has one.
+"""First of several: the draft of the first drafter that has a proposal.
 
-Source: the rule of Dumitru et al. 2025, arXiv:2502.08923, which copies where it can and asks a draft model elsewhere.
-Departs from it: for any drafters.
+Source: the rule of Dumitru et al. 2025, arXiv:2502.08923, which copies where it can and uses a draft model elsewhere.
+Departs from it: combines any drafters.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from hasten.accel.decoding.tree import DraftSampling, DraftTree
 
 @dataclass(frozen=True)
 class FirstOf(Combined):
-    """Drafter that asks its members in turn; the surest one stands first.
+    """Drafter that tries its members in their order; the most accurate one should come first.
 
-    Where they choose children in different ways, all drafts pass for deterministic ones, which no verifier that takes
-    such is biased by: it may accept fewer than one that knew what they were drawn from.
+    If the members differ in how they choose children, all drafts are declared deterministic. Every verifier of
+    deterministic drafts stays unbiased, but it may accept fewer tokens than one that knows the draft distributions.
     """
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """The way of all members, if it is the same."""
+        """That of the members if all agree, else deterministic."""
         kinds = {drafter.draft_sampling(sampling) for drafter in self.drafters}
         return kinds.pop() if len(kinds) == 1 else DraftSampling.DETERMINISTIC
 
@@ -38,12 +38,12 @@ class FirstOf(Combined):
     def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """For each sequence the first draft that is not empty."""
         trees = [DraftTree()] * len(contexts)
-        for drafter, its_memory in zip(self.drafters, memory, strict=True):
-            left = [index for index, tree in enumerate(trees) if not len(tree)]
-            if not left:
+        for drafter, member_memory in zip(self.drafters, memory, strict=True):
+            undrafted = [index for index, tree in enumerate(trees) if not len(tree)]
+            if not undrafted:
                 break
-            drafts = drafter.propose_all([contexts[index] for index in left], its_memory, budget)
-            for index, tree in zip(left, drafts, strict=True):
+            drafts = drafter.propose_all([contexts[index] for index in undrafted], member_memory, budget)
+            for index, tree in zip(undrafted, drafts, strict=True):
                 trees[index] = tree
         return [self._with_declared_sampling(tree, context) for tree, context in zip(trees, contexts, strict=True)]
 

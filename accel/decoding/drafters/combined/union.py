@@ -1,7 +1,7 @@
-"""Union of several drafts in one tree: each pass of the target verifies what all of them propose.
+"""Union: merges the drafts of several drafters into one tree, which the target verifies in one pass.
 
 Source: SpecInfer's merge-based trees, Miao et al. 2024, arXiv:2305.09781.
-Departs from it: a budget of nodes is shared, by turns; the drafts are deterministic.
+Departs from it: the drafts share a budget of nodes in turns, and are deterministic.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,18 +17,18 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Union(Combined):
-    """Drafter that merges the trees of its members, each giving its best remaining node in turn, the first one first.
+    """Drafter that merges the trees of its members: in turn, each member adds its best remaining node.
 
-    What several propose is one node, with the label of the first of them.
+    A node that several members propose is added once, with the label of the first of them.
     """
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Deterministic; UserError where a member draws, as siblings of two distributions fit no verifier."""
+        """Deterministic; UserError if a member draws at random: no verifier takes siblings of two distributions."""
         for drafter in self.drafters:
             if drafter.draft_sampling(sampling) is not DraftSampling.DETERMINISTIC:
                 raise UserError(
                     f"temperature={sampling.temperature} makes {type(drafter).__name__} draw at random, and a union "
-                    "takes deterministic drafts only: leave it out of drafters, or ask for temperature=0"
+                    "takes deterministic drafts only: remove it from drafters, or set temperature=0"
                 )
         return DraftSampling.DETERMINISTIC
 
@@ -39,37 +39,37 @@ class Union(Combined):
     def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """A merged tree for each sequence."""
         drafts = [
-            drafter.propose_all(contexts, its_memory, budget)
-            for drafter, its_memory in zip(self.drafters, memory, strict=True)
+            drafter.propose_all(contexts, member_memory, budget)
+            for drafter, member_memory in zip(self.drafters, memory, strict=True)
         ]
         return [merged(trees, budget) for trees in zip(*drafts, strict=True)]
 
 
 def merged(trees: Sequence[DraftTree], budget: int) -> DraftTree:
-    """At most `budget` nodes of several trees, which give their nodes in order and take turns."""
+    """A tree of at most `budget` nodes: the trees take turns, and each adds its next node."""
     trees = [tree for tree in trees if len(tree)]
     if len(trees) < 2:
         return trees[0].first(budget) if trees else DraftTree()
     tokens: list[int] = []
     parents: list[int] = []
     labels: list[Hashable] = []
-    places: dict[tuple[int, int], int] = {}  # by parent and token
-    # By tree: where its nodes are in the merged one.
-    where: list[dict[int, int]] = [{ROOT: ROOT} for _ in trees]
-    turns = [0] * len(trees)
-    while len(tokens) < budget and any(turn < len(tree) for turn, tree in zip(turns, trees, strict=True)):
+    merged_nodes: dict[tuple[int, int], int] = {}  # node of the merged tree by its parent and token
+    # For each tree, its nodes to those of the merged tree.
+    merged_of: list[dict[int, int]] = [{ROOT: ROOT} for _ in trees]
+    next_nodes = [0] * len(trees)
+    while len(tokens) < budget and any(node < len(tree) for node, tree in zip(next_nodes, trees, strict=True)):
         for index, tree in enumerate(trees):
-            while turns[index] < len(tree):
-                node = turns[index]
-                turns[index] += 1
-                key = where[index][tree.parents[node]], tree.tokens[node]
-                is_new = key not in places
+            while next_nodes[index] < len(tree):
+                node = next_nodes[index]
+                next_nodes[index] += 1
+                key = merged_of[index][tree.parents[node]], tree.tokens[node]
+                is_new = key not in merged_nodes
                 if is_new:
-                    places[key] = len(tokens)
+                    merged_nodes[key] = len(tokens)
                     tokens.append(key[1])
                     parents.append(key[0])
                     labels.append(tree.label(node))
-                where[index][node] = places[key]
+                merged_of[index][node] = merged_nodes[key]
                 if is_new:
                     break
             if len(tokens) == budget:

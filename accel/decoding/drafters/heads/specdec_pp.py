@@ -1,9 +1,9 @@
-"""SpecDec++: a chain of the draft model that ends where a trained head expects the target to reject one of its tokens.
+"""SpecDec++: a chain of the draft model that ends where a trained head predicts that the target rejects a token of it.
 
 Source: Huang et al. 2024, arXiv:2405.19715, and its code, github.com/Kaffaljidhmah2/SpecDec_pp.
-As there, the pass that gives the head the hidden state of a token gives the distribution of the next one, too, which is
-drawn and kept before the chain ends: no pass is lost, and as only what was drawn earlier decides whether a token is
-drawn, the chain is as good a sample as one of fixed length.
+As there, the pass that computes the hidden state of a token for the head also gives the distribution of the next token,
+which is drawn and kept before the chain ends. So no pass is wasted. The decision to draw a token depends on earlier
+tokens only, so the chain is as valid a sample as one of fixed length.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
 
 class HeadedModel(SmallModel):
-    """A draft model that keeps its hidden states, and its head. accepts: of each sequence, what the head said last."""
+    """A draft model with its acceptance head. accepts: the head's latest prediction for each sequence."""
 
     def __init__(self, target: Target, head: AcceptanceHead, vocabulary: int | None = None) -> None:
         super().__init__(target, vocabulary)
@@ -35,15 +35,15 @@ class HeadedModel(SmallModel):
     def extend_all(
         self, contexts: Sequence[Context], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """As ever; the head runs over all sequences at once."""
+        """As in the base class; the head then runs over all sequences at once."""
         logits = super().extend_all(contexts, tokens, parents)
         assert self.last is not None
         width = self.last.hidden.shape[-1]
         assert width, "the draft model must be loaded with keeps_hidden=True"
         if width != self.head.hidden_size:
             raise UserError(
-                f"the acceptance head is for a draft model of width {self.head.hidden_size}, this one has {width}: "
-                "train one with hasten train_drafter"
+                f"the acceptance head is for a draft model with hidden_size={self.head.hidden_size}, and this one has "
+                f"hidden_size={width}: train a head for it with hasten train_drafter"
             )
         # Chains grow by one node in every pass.
         probs = self.head.accepts(self.last.hidden[:, 0]).tolist()
@@ -53,10 +53,10 @@ class HeadedModel(SmallModel):
 
 @dataclass(frozen=True)
 class SpecDecPlusPlus(SmallModelDrafter):
-    """Drafter that stops where the chance that some token of its chain is rejected exceeds `threshold`.
+    """Drafter that stops where the probability that a token of its chain is rejected exceeds `threshold`.
 
-    min_length, max_length: bounds of the chain. head: file of the acceptance head; None is the one that lies beside the
-    draft model.
+    min_length, max_length: bounds of the chain, in tokens. head: file of the acceptance head; None takes the one in the
+    draft model's folder.
     """
 
     threshold: float = 0.3
@@ -72,7 +72,7 @@ class SpecDecPlusPlus(SmallModelDrafter):
             raise UserError(f"min_length={self.min_length} must be from 1 to max_length={self.max_length}")
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Drawn, unless there is nothing to draw."""
+        """Independent draws; deterministic at temperature 0."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
@@ -80,17 +80,17 @@ class SpecDecPlusPlus(SmallModelDrafter):
         return True
 
     def new_memory(self, models: Models) -> HeadedModel:
-        """The draft model with its head; UserError where there is no head."""
-        draft = models.made_draft()
+        """The draft model with its head; UserError if the head is missing."""
+        draft = models.load_draft()
         folder = models.draft_path
         if self.head is not None:
             path = Path(self.head).expanduser()
         elif folder is not None:
             path = folder / FILE
         else:
-            raise UserError("head=None, and the draft model has no folder: give head=PATH")
+            raise UserError("head=None, and the draft model has no folder to look for a head in: give head=PATH")
         if not path.is_file():
-            raise UserError(f"there is no acceptance head at {path}: make one with hasten train_drafter")
+            raise UserError(f"there is no acceptance head at {path}: train one with hasten train_drafter")
         is_checkpoint = folder is not None and (folder / "config.json").is_file()
         fingerprint = Checkpoint(folder).fingerprint() if folder is not None and is_checkpoint else ""
         head = AcceptanceHead.load(path, fingerprint)

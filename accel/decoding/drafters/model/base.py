@@ -1,4 +1,4 @@
-"""What every drafter with a draft model shares: the model with a cache of each sequence, and the loop that drafts."""
+"""Base of drafters with a draft model: the model with a KV cache for each sequence, and the loop that grows trees."""
 
 import weakref
 from abc import abstractmethod
@@ -15,17 +15,19 @@ from hasten.accel.decoding.targets.base import Pass, Target
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 _FIRST_CAPACITY = 1024
-TOGETHER = 32  # tokens that a sequence may lag behind to be caught up with in one pass with the others
+# A cache that lacks at most this many tokens is brought up to date in the common pass; one that lacks more is
+# prefilled on its own.
+TOGETHER = 32
 
 Growth = Generator[tuple[Sequence[int], Sequence[int]], Tensor, DraftTree]
 
 
 class SmallModel:
-    """A draft model that sequences take turns in; each has a slot, which follows what was committed.
+    """A draft model with a slot of its caches for each sequence.
 
-    A slot is free again when its sequence ended, or when nobody holds the sequence's context any more. vocabulary: of
-    the model that is drafted for; ids behind it, which a draft model may have rows for, are never drafted. None is the
-    draft model's own. last: the latest pass; its rows are the contexts of the call.
+    A slot becomes free when its sequence ends, or when its context is garbage-collected. vocabulary: size of the
+    target's vocabulary; None takes the draft model's. Ids beyond it, which a draft model may have rows for, are never
+    drafted. last: the latest pass, one row for each context of the call.
     """
 
     def __init__(self, target: Target, vocabulary: int | None = None) -> None:
@@ -37,23 +39,23 @@ class SmallModel:
 
     @classmethod
     def of(cls, models: Models) -> "SmallModel":
-        """UserError where no draft model was given."""
-        return cls(models.made_draft(), models.vocabulary)
+        """The loaded draft model; UserError where none was given."""
+        return cls(models.load_draft(), models.vocabulary)
 
     def start(self, context: Context, nodes: int) -> Tensor | None:
-        """Logits (V,) after the last committed token, with room for `nodes` drafted ones.
+        """Logits (V,) after the last committed token; the cache has room for `nodes` drafted tokens.
 
-        None where the sequence is longer than the draft model's context.
+        None if the sequence with these tokens exceeds the draft model's context length.
         """
         return self.start_all([context], nodes)[0]
 
     def start_all(self, contexts: Sequence[Context], nodes: int) -> list[Tensor | None]:
-        """What `start` gives for each of several sequences. Those that fit come out of one pass."""
+        """The result of `start` for each of several sequences, in one pass."""
         fits = [len(context.tokens) + nodes <= self.target.max_length for context in contexts]
-        running = [context for context, right in zip(contexts, fits, strict=True) if right]
+        running = [context for context, fitting in zip(contexts, fits, strict=True) if fitting]
         if not running:
             return [None] * len(contexts)
-        # Sequences of one pass are padded to the widest of them, behind the longest.
+        # Each sequence of a pass is padded to the width of the widest one.
         padding = max(nodes, TOGETHER) if len(running) > 1 else 0
         capacity = max(len(context.tokens) for context in running) + nodes + padding
         slots = [self._slot(context) for context in running]
@@ -64,16 +66,16 @@ class SmallModel:
             self.target.commit(slot, range(len(chain)))
         logits = self.last.logits[..., : self._vocabulary]
         rows = iter([row[len(chain) - 1] for row, chain in zip(logits, missing, strict=True)])
-        return [next(rows) if right else None for right in fits]
+        return [next(rows) if fitting else None for fitting in fits]
 
     def extend(self, context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """Logits (N, V) after new nodes of the draft; parents count the nodes that were added since `start`."""
+        """Logits (N, V) after new nodes of the draft; parents are indices among all nodes added since `start`."""
         return self.extend_all([context], [tokens], [parents])[0]
 
     def extend_all(
         self, contexts: Sequence[Context], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """What `extend` gives for each of several sequences, out of one pass."""
+        """The result of `extend` for each of several sequences, in one pass."""
         self.last = self._forward([self._slots[id(context)] for context in contexts], tokens, parents)
         logits = self.last.logits[..., : self._vocabulary]
         return [row[: len(new)] for row, new in zip(logits, tokens, strict=True)]
@@ -87,9 +89,9 @@ class SmallModel:
         return int(self._penalised(context, logits, path).argmax())
 
     def level(self, context: Context, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Distributions (N, V) float32 of logits (N, V), each with its path.
+        """Distributions (N, V) float32 of logits (N, V); paths: for each row, the drafted ids before it.
 
-        At temperature 0 they are those of temperature 1 without top-k and top-p, as something must rank the tokens.
+        At temperature 0 they are those of temperature 1 without top-k and top-p, because a one-hot cannot rank tokens.
         """
         sampling = context.sampling
         if sampling.is_greedy:
@@ -100,7 +102,7 @@ class SmallModel:
         return sampling.probs(logits)
 
     def end(self, context: Context) -> None:
-        """The sequence ended; another may have its slot."""
+        """Free the slot of a sequence that has ended."""
         finalizer = self._finalizers.pop(id(context), None)
         if finalizer is not None:
             finalizer.detach()
@@ -112,27 +114,30 @@ class SmallModel:
         return context.sampling.penalised(logits, torch.tensor([*context.tokens, *path], device=logits.device))
 
     def _missing(self, slot: int, tokens: Sequence[int]) -> list[int]:
-        """The end of these tokens (one at least) that the slot, now cut to what is the same, does not hold yet."""
-        held = self.target.committed(slot)
-        same = min(len(held), len(tokens) - 1)
-        if held[:same] != tokens[:same]:  # one comparison in most passes
-            same = next((place for place in range(same) if held[place] != tokens[place]), same)
-        self.target.cut(slot, same)
-        if len(tokens) - same > TOGETHER:
-            self.target.prefill(slot, tokens[same:-1])
-            same = len(tokens) - 1
-        return list(tokens[same:])
+        """Truncate the slot to its common prefix with `tokens`; returns the tokens after that, at least one.
+
+        If they are many, all but the last are prefilled here.
+        """
+        cached = self.target.committed(slot)
+        common = min(len(cached), len(tokens) - 1)
+        if cached[:common] != tokens[:common]:  # one comparison in most passes
+            common = next((index for index in range(common) if cached[index] != tokens[index]), common)
+        self.target.cut(slot, common)
+        if len(tokens) - common > TOGETHER:
+            self.target.prefill(slot, tokens[common:-1])
+            common = len(tokens) - 1
+        return list(tokens[common:])
 
     def _forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
-        # Slots that are neighbours and in order are a view of the caches, others are copied.
+        # Adjacent slots in ascending order are a view of the caches; any others have to be copied.
         order = sorted(range(len(slots)), key=slots.__getitem__)
         rows = self.target.forward(
             [slots[row] for row in order], [tokens[row] for row in order], [parents[row] for row in order]
         )
         if order == list(range(len(slots))):
             return rows
-        back = sorted(range(len(slots)), key=order.__getitem__)
-        return Pass(rows.logits[back], rows.hidden[back])
+        inverse = sorted(range(len(slots)), key=order.__getitem__)
+        return Pass(rows.logits[inverse], rows.hidden[inverse])
 
     def _slot(self, context: Context) -> int:
         key = id(context)
@@ -148,21 +153,24 @@ class SmallModel:
         while slots <= max(self._slots.values()):
             slots *= 2
         if capacity > self.target.capacity or slots > self.target.slots:
-            # What the caches held is computed again when the sequences go on: rare, because the room doubles.
-            room = max(self.target.capacity, _FIRST_CAPACITY)
-            while room < capacity:
-                room *= 2
-            self.target.reserve(slots, max(capacity, min(room, self.target.max_length)))
+            # This empties the caches, which are recomputed at the next use. It is rare, because the capacity doubles.
+            doubled = max(self.target.capacity, _FIRST_CAPACITY)
+            while doubled < capacity:
+                doubled *= 2
+            self.target.reserve(slots, max(capacity, min(doubled, self.target.max_length)))
 
     def _release(self, key: int) -> None:
         slot = self._slots.pop(key, None)
-        # A slot that was given away before the caches were made is not there yet.
+        # A slot may be assigned before the caches are allocated; then there is nothing to clear.
         if slot is not None and slot < self.target.slots:
             self.target.clear(slot)
 
 
 def _forget(memory: "weakref.ref[SmallModel]", key: int) -> None:
-    """Free the slot of a context that is gone without `end`. The memory is held weakly: it may go first."""
+    """Free the slot of a context that was garbage-collected without `end`.
+
+    The reference to the memory is weak, because the memory may be collected first.
+    """
     owner = memory()
     if owner is not None:
         owner._finalizers.pop(key, None)
@@ -170,9 +178,10 @@ def _forget(memory: "weakref.ref[SmallModel]", key: int) -> None:
 
 
 class GrowingTree:
-    """A draft while it grows. probs: distribution (V,) after ROOT and after each node that the draft model was shown.
+    """A draft tree under construction.
 
-    At temperature 0 they are those that `SmallModel.level` gives.
+    probs: the draft model's distributions (V,) after ROOT and after each evaluated node, as `SmallModel.level` gives
+    them.
     """
 
     def __init__(self, context: Context, memory: SmallModel, logits: Tensor) -> None:
@@ -180,38 +189,38 @@ class GrowingTree:
         self._tokens: list[int] = []
         self._parents: list[int] = []
         self._paths: dict[int, list[int]] = {ROOT: []}
-        self._places = {ROOT: ROOT}  # of the nodes that the draft model was shown, among them
+        self._evaluated = {ROOT: ROOT}  # index of each evaluated node among the evaluated ones
         self.probs = {ROOT: memory.level(context, logits[None], [[]])[0]}
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def add(self, parent: int, token: int) -> int:
-        """Index of a new node, the next child of its parent."""
+        """Add a node as the next child of its parent; returns its index."""
         node = len(self)
         self._tokens.append(token)
         self._parents.append(parent)
         self._paths[node] = [*self._paths[parent], token]
         return node
 
-    def show(self, nodes: Sequence[int]) -> Generator[tuple[Sequence[int], Sequence[int]], Tensor, None]:
-        """Show nodes to the draft model, all in one pass, for `probs` to have them; those that it knows are left out.
+    def evaluate(self, nodes: Sequence[int]) -> Generator[tuple[Sequence[int], Sequence[int]], Tensor, None]:
+        """Fill `probs` for nodes, in one pass of the draft model; nodes that are in `probs` already are skipped.
 
-        The parent of each was shown in an earlier pass.
+        The parent of each node must have been evaluated in an earlier pass.
         """
         new = [node for node in nodes if node not in self.probs]
         if not new:
             return
-        logits = yield [self._tokens[node] for node in new], [self._places[self._parents[node]] for node in new]
+        logits = yield [self._tokens[node] for node in new], [self._evaluated[self._parents[node]] for node in new]
         rows = self._memory.level(self._context, logits, [self._paths[node] for node in new])
         for node, row in zip(new, rows, strict=True):
-            self._places[node] = len(self._places) - 1
+            self._evaluated[node] = len(self._evaluated) - 1
             self.probs[node] = row
 
     def done(
         self, draft_sampling: DraftSampling, counts: Sequence[int] | None = None, nodes: Sequence[int] | None = None
     ) -> DraftTree:
-        """The tree; nodes: those of it that are wanted, in the order in which they are, parents first."""
+        """The finished tree. nodes: the nodes to keep, in their new order, parents first; None keeps all."""
         nodes = range(len(self)) if nodes is None else nodes
         new = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
         probs = {new[parent]: self.probs[parent] for parent in dict.fromkeys(self._parents[node] for node in nodes)}
@@ -225,51 +234,52 @@ class GrowingTree:
 
 
 class SmallModelDrafter(Drafter):
-    """A drafter that grows its trees with a draft model, those of several sequences in the same passes."""
+    """A drafter that grows trees with a draft model; one pass serves the trees of several sequences."""
 
     needs_draft_model: ClassVar[bool] = True
 
     def new_memory(self, models: Models) -> SmallModel:
-        """The draft model with the caches of the sequences."""
+        """The draft model, with no cached sequences."""
         return SmallModel.of(models)
 
-    def shown(self, budget: int) -> int:
-        """Nodes of a tree of this budget that the draft model sees at most."""
+    def max_evaluated(self, budget: int) -> int:
+        """Largest number of nodes that the draft model evaluates for a tree of this budget."""
         return budget
 
     @abstractmethod
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
-        """Returns the tree, at most `budget` nodes; logits: (V,) after the last committed token.
+        """Generator that returns a tree of at most `budget` nodes; logits: (V,) after the last committed token.
 
-        Yields (tokens, parents) of nodes that it wants the logits (N, V) of; parents count the nodes yielded so far.
+        It yields (tokens, parents) of N nodes to evaluate, and is sent their logits (N, V). Parents are indices among
+        all nodes yielded so far.
         """
 
     def propose(self, context: Context, memory: SmallModel, budget: int) -> DraftTree:
-        """A tree of the draft model's tokens; none where the sequence is longer than its context."""
+        """A tree of the draft model's tokens; empty if the sequence exceeds the draft model's context length."""
         return self.propose_all([context], memory, budget)[0]
 
     def propose_all(self, contexts: Sequence[Context], memory: SmallModel, budget: int) -> list[DraftTree]:
-        """A tree for each; every pass of the draft model is over all sequences whose trees still grow."""
+        """A tree for each sequence; a pass of the draft model covers all sequences whose trees still grow."""
         trees = [DraftTree()] * len(contexts)
         growing: dict[int, Growth] = {}
-        for index, logits in enumerate(memory.start_all(contexts, self.shown(budget))):
+        for index, logits in enumerate(memory.start_all(contexts, self.max_evaluated(budget))):
             if logits is not None:
                 growing[index] = self.grow(contexts[index], memory, budget, logits)
-        given: dict[int, Tensor] = {}
+        logits_of: dict[int, Tensor] = {}
         while growing:
-            wanted = {}
+            new_nodes = {}
             for index, growth in list(growing.items()):
                 try:
-                    wanted[index] = growth.send(given[index]) if given else next(growth)
+                    new_nodes[index] = growth.send(logits_of[index]) if logits_of else next(growth)
                 except StopIteration as stop:
                     trees[index] = stop.value
                     del growing[index]
-            if wanted:
-                tokens, parents = zip(*wanted.values(), strict=True)
-                rows = memory.extend_all([contexts[index] for index in wanted], tokens, parents)
-                given = dict(zip(wanted, rows, strict=True))
+            if new_nodes:
+                tokens, parents = zip(*new_nodes.values(), strict=True)
+                rows = memory.extend_all([contexts[index] for index in new_nodes], tokens, parents)
+                logits_of = dict(zip(new_nodes, rows, strict=True))
         return trees
 
     def end(self, context: Context, memory: Memory) -> None:
-        """Its cache is free for another sequence."""
+        """Free the sequence's cache slot."""
         memory.end(context)

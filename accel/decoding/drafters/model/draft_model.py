@@ -1,8 +1,8 @@
-"""Draft model: a smaller model of the same tokenizer writes ahead, one token after the other.
+"""Draft model: a smaller model with the same tokenizer drafts a chain, token by token.
 
 Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
-At temperature 0 its most probable tokens are drafted, else they are drawn from its distribution under the same
-temperature, top-k, top-p and penalty as the target's.
+At temperature 0 it drafts its most probable tokens. Otherwise it draws from its distribution, with the request's
+temperature, top-k, top-p and repetition penalty.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ class DraftModel(SmallModelDrafter):
             raise UserError(f"length={self.length} must be 1 or more")
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Drawn, unless there is nothing to draw."""
+        """Independent draws; deterministic at temperature 0."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
         """Every draft is a chain."""
         return True
 
-    def shown(self, budget: int) -> int:
-        """The tokens of the chain."""
+    def max_evaluated(self, budget: int) -> int:
+        """The length of the chain."""
         return min(budget, self.length)
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:

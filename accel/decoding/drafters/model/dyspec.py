@@ -1,11 +1,11 @@
-"""DySpec: the tree grows where the draft model holds acceptance to be most probable.
+"""DySpec: the tree grows where the draft model predicts the highest probability of acceptance.
 
 Source: Xiong et al. 2024, arXiv:2410.11744. A node's next slot for a child has an estimate v of being reached; the
-greedy tree fills the slot of the largest v until the budget is spent. With R the rest of the draft's distribution, a
-drawn token y leaves the node's next slot v (1 - R[y]) and gives the new node's own first slot v R[y].
-Departs from it: no slot's estimate is larger than that of the slot it came from, so that the greedy tree is that of the
-largest slots. It is found level by level, with one pass of the draft model for each, and not with one for each node:
-slots below the largest found so far are not filled.
+greedy tree fills the slot with the largest v until the budget is spent. Let R be the draft's distribution without the
+tokens already drawn. A drawn token y leaves v (1 - R[y]) to the node's next slot, and v R[y] to the new node's first.
+Departs from it: slots are filled level by level, with one pass of the draft model a level instead of one a node. No
+slot's estimate exceeds that of the slot it came from, so the greedy tree consists of the largest slots: a slot below
+the `budget` largest so far need not be filled.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model.base import GrowingTree, Growth, SmallModel, SmallModelDrafter
-from hasten.accel.decoding.drafters.without_replacement import Candidate, drawn, ranked
+from hasten.accel.decoding.drafters.without_replacement import Candidate, draw_distinct, ranked
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.errors import UserError
@@ -24,10 +24,10 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class DySpec(SmallModelDrafter):
-    """Drafter of the slots with the largest estimates, as many as the budget has.
+    """Drafter of the `budget` slots with the largest estimates.
 
-    threshold: slots with an estimate below it are left out, and the tree is smaller; 0 leaves none out. At temperature
-    0 a slot's estimate is the cumulative probability of the next most probable token: a best-first search.
+    threshold: slots with a smaller estimate are dropped, which makes the tree smaller; 0 drops none. At temperature 0
+    a slot's estimate is the path probability of the node's next most probable token: a best-first search.
     """
 
     threshold: float = 0.0
@@ -37,28 +37,28 @@ class DySpec(SmallModelDrafter):
             raise UserError(f"threshold={self.threshold} must be from 0 to below 1")
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Without replacement, unless there is nothing to draw."""
+        """Draws without replacement; deterministic at temperature 0."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.WITHOUT_REPLACEMENT
 
-    def shown(self, budget: int) -> int:
-        """Some nodes are shown and fall out of the largest later."""
+    def max_evaluated(self, budget: int) -> int:
+        """Twice the budget: some evaluated nodes are displaced by larger ones later."""
         return 2 * budget
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
-        """The tree, the largest slots first: the first n nodes are the tree of a budget of n."""
+        """The tree, largest slots first: its first n nodes are the tree for a budget of n."""
         greedy = context.sampling.is_greedy
         tree = GrowingTree(context, memory, logits)
         slots: dict[int, float] = {}  # estimate of the slot that each node is in
         reached = {ROOT: 1.0}  # estimate of every node's own first slot
-        largest: list[float] = []  # of the slots, a heap of as many as the budget has
-        level, shown = [ROOT], 0
+        largest: list[float] = []  # heap of the `budget` largest estimates so far
+        level, evaluated = [ROOT], 0
         while level:
-            yield from tree.show(level)
-            shown += len(level)
+            yield from tree.evaluate(level)
+            evaluated += len(level)
             below = []
             for node in level:
                 probs = tree.probs[node]
-                children = ranked(probs, budget) if greedy else drawn(probs, context.draft_generator)
+                children = ranked(probs, budget) if greedy else draw_distinct(probs, context.draft_generator)
                 below.append(_slots(node, reached[node], children, greedy))
             level = []
             for negative, node, token, share in heapq.merge(*below):
@@ -68,14 +68,14 @@ class DySpec(SmallModelDrafter):
                 (heapq.heappush if len(largest) < budget else heapq.heapreplace)(largest, slot)
                 child = tree.add(node, token)
                 slots[child] = slot
-                # Equal up to rounding where nothing else was left; it must not come before its parent.
+                # Rounding could make it exceed the node's own slot, and put a child before its parent.
                 reached[child] = min(slot, reached[node] * share)
                 level.append(child)
             level = [
                 node
                 for node in level
                 if reached[node] >= self.threshold and (len(largest) < budget or reached[node] > largest[0])
-            ][: self.shown(budget) - shown]
+            ][: self.max_evaluated(budget) - evaluated]
         best = sorted(slots, key=lambda node: (-slots[node], node))[:budget]
         return tree.done(self.draft_sampling(context.sampling), nodes=best)
 
@@ -85,4 +85,4 @@ def _slots(
 ) -> Iterator[tuple[float, int, int, float]]:
     """(-estimate, node, token, share) of a node's slots, the largest estimate first."""
     for candidate in children:
-        yield -reached * (candidate.share if greedy else candidate.left), node, candidate.token, candidate.share
+        yield -reached * (candidate.prob if greedy else candidate.remaining), node, candidate.token, candidate.prob

@@ -1,8 +1,8 @@
-"""Hierarchy: a draft model writes the chain, helped by a drafter of its own whose trees it verifies.
+"""Hierarchy: the draft model itself decodes speculatively, with an inner drafter whose trees it verifies.
 
 Source: Zhang et al. 2025, arXiv:2505.22179 (SpecMQuant).
-Departs from it: any drafter without a draft model makes the inner trees, where the paper has EAGLE-2's; the draft model
-verifies them by sample and match, so that the chain has its own distribution.
+Departs from it: any drafter without a draft model drafts the inner trees, where the paper uses EAGLE-2. The draft model
+verifies them by sample and match, so that the chain has the draft model's own distribution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class HierarchyMemory(SmallModel):
         self.inner = inner
 
     def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
-        """The last tokens of each sequence that its cache does not hold yet, one at least; `nodes` more have room."""
+        """For each sequence the last tokens that its cache lacks, at least one; reserves room for `nodes` more."""
         slots = [self._slot(context) for context in contexts]
         self._make_room(max(len(context.tokens) for context in contexts) + nodes + TOGETHER)
         return [self._missing(slot, context.tokens) for slot, context in zip(slots, contexts, strict=True)]
@@ -37,7 +37,7 @@ class HierarchyMemory(SmallModel):
     def forward(
         self, contexts: Sequence[Context], chains: Sequence[Sequence[int]], trees: Sequence[DraftTree]
     ) -> list[Tensor]:
-        """Logits (N + 1, V) after each chain and after every node of the tree behind it."""
+        """For each sequence the logits (N + 1, V) after its chain and after every node of the tree below the chain."""
         tokens = [[*chain, *tree.tokens] for chain, tree in zip(chains, trees, strict=True)]
         parents = [
             [*range(ROOT, len(chain) - 1), *(parent + len(chain) for parent in tree.parents)]
@@ -47,13 +47,16 @@ class HierarchyMemory(SmallModel):
         return [row[len(chain) - 1 :] for row, chain in zip(rows, chains, strict=True)]
 
     def keep(self, context: Context, chain: Sequence[int], path: Sequence[int]) -> None:
-        """Commit a chain and the accepted nodes of the tree behind it."""
+        """Commit a chain and the accepted nodes of the tree below it."""
         self.target.commit(self._slots[id(context)], [*range(len(chain)), *(node + len(chain) for node in path)])
 
 
 @dataclass
 class _Chain:
-    """What grows for one sequence. context: the inner drafter's, with the chain so far behind the sequence."""
+    """The growing chain of one sequence.
+
+    context: that of the inner drafter: the sequence and the chain so far. missing: tokens that the cache lacks.
+    """
 
     context: Context
     missing: list[int]
@@ -68,7 +71,7 @@ class _Chain:
 
 @dataclass(frozen=True)
 class Hierarchy(Drafter):
-    """Drafter that proposes a chain of at most `length` tokens; trees of the inner `drafter` have at most `nodes`."""
+    """Drafter that proposes a chain of at most `length` tokens; the inner `drafter` drafts trees of up to `nodes`."""
 
     drafter: Drafter
     length: int = 8
@@ -82,15 +85,15 @@ class Hierarchy(Drafter):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.drafter.needs_draft_model:
-            raise UserError(f"drafter={self.drafter} needs a draft model itself: choose one that needs none")
+            raise UserError(f"drafter={self.drafter} needs a draft model itself: choose a drafter without one")
 
     @property
     def learns(self) -> bool:
-        """Whether the inner drafter does."""
+        """Whether the inner drafter learns."""
         return self.drafter.learns
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Drawn by the draft model, unless there is nothing to draw."""
+        """Independent draws of the draft model; deterministic at temperature 0."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
@@ -98,26 +101,26 @@ class Hierarchy(Drafter):
         return True
 
     def new_memory(self, models: Models) -> HierarchyMemory:
-        """The draft model, and what the inner drafter learns from it."""
-        return HierarchyMemory(models.made_draft(), self.drafter.new_memory(models), models.vocabulary)
+        """The draft model, and the inner drafter's memory."""
+        return HierarchyMemory(models.load_draft(), self.drafter.new_memory(models), models.vocabulary)
 
     def begin(self, context: Context, memory: HierarchyMemory) -> None:
-        """The inner drafter starts, too."""
+        """Start the sequence in the inner drafter."""
         self.drafter.begin(self._inner(context), memory.inner)
 
     def propose(self, context: Context, memory: HierarchyMemory, budget: int) -> DraftTree:
-        """A chain of the draft model's own tokens; none where the sequence is longer than its context."""
+        """A chain of the draft model's tokens; empty if the sequence exceeds the draft model's context length."""
         return self.propose_all([context], memory, budget)[0]
 
     def propose_all(self, contexts: Sequence[Context], memory: HierarchyMemory, budget: int) -> list[DraftTree]:
-        """A chain for each; every pass of the draft model is over all chains that still grow."""
+        """A chain for each sequence; a pass of the draft model covers all chains that still grow."""
         count = min(budget, self.length)
         fitting = [context for context in contexts if len(context.tokens) + count <= memory.target.max_length]
         if not fitting:
             return [DraftTree()] * len(contexts)
         missing = memory.catch_up(fitting, count + self.nodes)
         chains = {
-            id(context): _Chain(self._inner(context), lacks) for context, lacks in zip(fitting, missing, strict=True)
+            id(context): _Chain(self._inner(context), tail) for context, tail in zip(fitting, missing, strict=True)
         }
         growing = fitting
         while growing:
@@ -126,7 +129,7 @@ class Hierarchy(Drafter):
         return [chains[id(context)].draft if id(context) in chains else DraftTree() for context in contexts]
 
     def end(self, context: Context, memory: HierarchyMemory) -> None:
-        """Its cache is free for another sequence."""
+        """Free the sequence's cache slot, and end it in the inner drafter."""
         memory.end(context)
         inner = context.state.pop(self, None)
         if inner is not None:
@@ -138,24 +141,24 @@ class Hierarchy(Drafter):
         return self.drafter.saved(memory.inner)
 
     def load(self, memory: HierarchyMemory, tensors: Mapping[str, Tensor]) -> None:
-        """Put it into a new memory."""
+        """Load it into the inner drafter's memory."""
         self.drafter.load(memory.inner, tensors)
 
     def _grow(self, contexts: Sequence[Context], chains: Sequence[_Chain], memory: HierarchyMemory, count: int) -> None:
-        """One pass of the draft model: every chain grows by what is accepted of its inner tree, and by one token."""
+        """One pass of the draft model: every chain grows by the accepted nodes of its inner tree, and by one token."""
         trees = self.drafter.propose_all([chain.context for chain in chains], memory.inner, self.nodes)
         fitting = []
         for tree, chain in zip(trees, chains, strict=True):
-            # Nothing may be drafted behind the last token that is wanted.
-            left = count - len(chain.tokens) - 1
-            if max(tree.depths, default=0) > left:
-                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= left])
+            # The chain may not exceed `count` tokens: drop nodes that are too deep.
+            max_depth = count - len(chain.tokens) - 1
+            if max(tree.depths, default=0) > max_depth:
+                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= max_depth])
             fitting.append(tree)
         logits = memory.forward(contexts, [chain.missing for chain in chains], fitting)
         for context, chain, tree, scores in zip(contexts, chains, fitting, logits, strict=True):
             verdict = self._verify(tree, TargetRows(scores, tree, chain.context), context, chain)
             memory.keep(context, chain.missing, verdict.path)
-            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).shown_to(self.drafter, scores)
+            outcome = Outcome(chain.context, tree, verdict.path, verdict.token).with_top_tokens(self.drafter, scores)
             self.drafter.observe(memory.inner, outcome)
             chain.tokens += outcome.committed
             chain.context.tokens += outcome.committed
@@ -173,11 +176,11 @@ class Hierarchy(Drafter):
 
     def _inner(self, context: Context) -> Context:
         """The inner drafter's context of a sequence, without a chain."""
-        held: Context | None = context.state.get(self)
+        inner: Context | None = context.state.get(self)
         tokens = context.tokens
-        if held is None or held.tokens != tokens[: len(held.tokens)]:
-            # The target rejected some of the last chain, and drafters count on tokens that never change.
-            held = Context([], context.prompt_length, context.sampling, context.generator, context.draft_generator)
-            context.state[self] = held
-        held.tokens += tokens[len(held.tokens) :]
-        return held
+        if inner is None or inner.tokens != tokens[: len(inner.tokens)]:
+            # The target rejected part of the last chain, and drafters rely on tokens of a context never changing.
+            inner = Context([], context.prompt_length, context.sampling, context.generator, context.draft_generator)
+            context.state[self] = inner
+        inner.tokens += tokens[len(inner.tokens) :]
+        return inner

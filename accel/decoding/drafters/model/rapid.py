@@ -1,9 +1,9 @@
-"""RAPID: a draft model that reads, of a long sequence, the chunks that have to do with its end, and the end itself.
+"""RAPID: a draft model that reads only the end of a long sequence and the chunks that are relevant to the end.
 
 Source: Chen et al. 2025, arXiv:2502.20330.
-Departs from it: chunks are ranked by the words that they share with the end (BM25, Robertson and Zaragoza 2009) and not
-by an embedding model, and again every `refresh` tokens; what the target says is left as it is, where the paper pulls
-its logits towards the draft model's and is not lossless.
+Departs from it: chunks are ranked by the tokens that they share with the end (BM25, Robertson and Zaragoza 2009), where
+the paper has an embedding model, and are ranked again every `refresh` tokens. The target's logits are unchanged; the
+paper shifts them towards the draft model's, which is not lossless.
 """
 
 from collections.abc import Sequence
@@ -18,27 +18,27 @@ from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
-_SATURATION = 1.2  # k1 of BM25; its b is of no use where all texts are equally long
+_SATURATION = 1.2  # k1 of BM25; b has no effect, because all chunks have the same length
 
 
 @dataclass
 class _Shortened(Context):
-    """What the draft model reads of a sequence. full: that sequence. known: its tokens when this was last brought up.
+    """The shortened sequence that the draft model reads. full: the whole sequence.
 
-    made: its tokens when chunks were last chosen.
+    updated_at: length of the whole sequence at the last update. ranked_at: its length when chunks were last chosen.
     """
 
     full: Context = field(default_factory=lambda: Context([], 0))
-    known: int = 0
-    made: int = 0
+    updated_at: int = 0
+    ranked_at: int = 0
 
 
 @dataclass(frozen=True)
 class Rapid(DraftModel):
     """Drafter that proposes a chain of at most `length` tokens.
 
-    Of what stands before the last `recent` tokens, `keep` chunks of `chunk` tokens are read, in their order; a sequence
-    that is no longer than all these is read whole. They are chosen anew every `refresh` tokens.
+    The draft model reads the last `recent` tokens, and before them the `keep` most relevant chunks of `chunk` tokens,
+    in text order. It reads shorter sequences whole. Chunks are chosen again every `refresh` tokens.
     """
 
     length: int = 5
@@ -60,18 +60,18 @@ class Rapid(DraftModel):
         return super().propose_all([self._shortened(context) for context in contexts], memory, budget)
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
-        """As the draft model's; a penalty counts the tokens of the whole sequence."""
+        """As in DraftModel; the repetition penalty counts the tokens of the whole sequence."""
         assert isinstance(context, _Shortened)
         return super().grow(context.full, memory, budget, logits)
 
     def end(self, context: Context, memory: SmallModel) -> None:
-        """Its cache is free for another sequence."""
-        held = context.state.pop(self, None)
-        if held is not None:
-            memory.end(held)
+        """Free the sequence's cache slot."""
+        shortened = context.state.pop(self, None)
+        if shortened is not None:
+            memory.end(shortened)
 
     def shorten(self, tokens: Sequence[int]) -> list[int]:
-        """What of a sequence is read: the best chunks in their order, and the end."""
+        """The tokens that the draft model reads: the most relevant chunks in text order, then the end."""
         before = len(tokens) - self.recent
         if len(tokens) <= self.chunk * self.keep + self.recent:
             return list(tokens)
@@ -80,22 +80,22 @@ class Rapid(DraftModel):
         chunks = ids[:whole].reshape(-1, self.chunk)
         scores = relevance(chunks, ids[before:])
         best = sorted(np.argsort(-scores, kind="stable")[: self.keep].tolist())
-        # What is left over of the last chunk goes with the end, so that this has no gap.
+        # The incomplete last chunk is joined to the end, so that the text has no gap there.
         return [*chunks[best].reshape(-1).tolist(), *tokens[whole:]]
 
     def _shortened(self, context: Context) -> _Shortened:
         tokens = context.tokens
-        held: _Shortened | None = context.state.get(self)
-        if held is None:
-            held = _Shortened([], 0, context.sampling, context.generator, context.draft_generator, full=context)
-            context.state[self] = held
-        if not held.made or len(tokens) - held.made >= self.refresh:
-            held.tokens = self.shorten(tokens)
-            held.made = len(tokens)
+        shortened: _Shortened | None = context.state.get(self)
+        if shortened is None:
+            shortened = _Shortened([], 0, context.sampling, context.generator, context.draft_generator, full=context)
+            context.state[self] = shortened
+        if not shortened.ranked_at or len(tokens) - shortened.ranked_at >= self.refresh:
+            shortened.tokens = self.shorten(tokens)
+            shortened.ranked_at = len(tokens)
         else:
-            held.tokens += tokens[held.known :]
-        held.known = len(tokens)
-        return held
+            shortened.tokens += tokens[shortened.updated_at :]
+        shortened.updated_at = len(tokens)
+        return shortened
 
 
 def relevance(chunks: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def relevance(chunks: np.ndarray, query: np.ndarray) -> np.ndarray:
     row, column = np.nonzero(words[places] == chunks)
     counts = np.zeros((len(chunks), len(words)))
     np.add.at(counts, (row, places[row, column]), 1)
-    holding = (counts > 0).sum(0)
-    rarity = np.log1p((len(chunks) - holding + 0.5) / (holding + 0.5))
-    scores: np.ndarray = (counts * (_SATURATION + 1) / (counts + _SATURATION)) @ rarity
+    document_frequency = (counts > 0).sum(0)
+    idf = np.log1p((len(chunks) - document_frequency + 0.5) / (document_frequency + 0.5))
+    scores: np.ndarray = (counts * (_SATURATION + 1) / (counts + _SATURATION)) @ idf
     return scores

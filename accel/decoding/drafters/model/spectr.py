@@ -1,8 +1,8 @@
-"""SpecTr: several chains, drawn by the draft model independently of each other, are verified as one tree.
+"""SpecTr: the draft model draws several chains independently, and the target verifies them as one tree.
 
 Source: Sun et al. 2023, arXiv:2310.15141.
-Departs from it: chains share the nodes of what they have in common, which count how often they were drawn. Where the
-budget is smaller than the chains, it is spent depth by depth; which chains go on is settled before they are drawn.
+Departs from it: chains share the nodes of a common prefix; a node counts how often it was drawn. A budget that is
+smaller than the chains is spent depth by depth. Which chains continue is decided before their next tokens are drawn.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class SpecTr(SmallModelDrafter):
-    """Drafter of `paths` chains of `length` tokens; one chain at temperature 0, where all would be the same."""
+    """Drafter of `paths` chains of `length` tokens; of one chain at temperature 0, where all would be equal."""
 
     paths: int = 4
     length: int = 4
@@ -30,25 +30,25 @@ class SpecTr(SmallModelDrafter):
                 raise UserError(f"{name}={value} must be 1 or more")
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Independent, unless there is nothing to draw."""
+        """Independent draws; deterministic at temperature 0."""
         return DraftSampling.DETERMINISTIC if sampling.is_greedy else DraftSampling.INDEPENDENT
 
     def chains(self) -> bool:
-        """Only where there is one path."""
+        """Whether there is one path."""
         return self.paths == 1
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
-        """The chains, merged, depth by depth; nodes of a depth in the order of the first chain through them."""
+        """The merged chains, depth by depth; nodes of a depth are in the order of the first chain through them."""
         tree = GrowingTree(context, memory, logits)
         greedy = context.sampling.is_greedy
         ends = [ROOT] * (1 if greedy else self.paths)  # the last node of every chain
         counts: list[int] = []
         for _ in range(self.length):
-            # Settled before the next tokens are drawn, else the verifier would be biased.
+            # Decided before the next tokens are drawn: a choice by what was drawn would bias the verifier.
             ends = ends[: budget - len(tree)]
             if not ends:
                 break
-            yield from tree.show(list(dict.fromkeys(ends)))
+            yield from tree.evaluate(list(dict.fromkeys(ends)))
             probs = torch.stack([tree.probs[end] for end in ends])
             tokens = probs.argmax(-1) if greedy else _draw_each(probs, context.draft_generator)
             nodes_by_step: dict[tuple[int, int], int] = {}
@@ -63,7 +63,7 @@ class SpecTr(SmallModelDrafter):
 
 
 def _draw_each(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One id for each distribution (N, V), as `sampling.draw` draws one."""
+    """One id (N,) drawn from each distribution (N, V), by the rule of `sampling.draw`."""
     cumulative = probs.double().cumsum(-1)
     points = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(probs.device)
     ids = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)

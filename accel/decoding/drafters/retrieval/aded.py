@@ -1,9 +1,9 @@
-"""ADED: a matrix of trigrams that adapts while it decodes, and a search in it for the tree to draft.
+"""ADED: a trigram matrix that is updated while decoding, and a search for the draft tree in it.
 
 Source: Liu et al. 2024, arXiv:2407.12021; the details are those of its code, github.com/liuxukun2000/Adaptix.
-Departs from it: next to the paper's Monte Carlo tree search there is a best-first search, which is the default; the
-search gives a tree of exactly the nodes asked for, where the paper drops long paths until they fit; the matrix also
-learns the prompt, and is bounded.
+Departs from it: a best-first search is the default, beside the paper's Monte Carlo tree search; the search fills the
+budget of nodes exactly, where the paper drops long paths until the tree fits; the matrix also learns the prompt, and
+its size is bounded.
 """
 
 from bisect import bisect_left
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import accumulate
 from math import inf, log, sqrt
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -29,14 +30,17 @@ Pair = tuple[int, int]
 
 @dataclass
 class Trigrams:
-    """scores: by two tokens, those that followed with their scores; the pair that was seen last stands last."""
+    """scores: for each pair of tokens its successors with their scores; pairs in the order of their latest update."""
 
     scores: OrderedDict[Pair, dict[int, float]] = field(default_factory=OrderedDict)
 
 
 @dataclass(slots=True)
 class _Node:
-    """A node of the search: the last two tokens of its path, and the score of the last after those before it."""
+    """A node of the tree search. pair: the last two tokens of its path. prior: score of the last token.
+
+    value: sum of the scores of the roll-outs through it.
+    """
 
     pair: Pair
     parent: "_Node | None" = None
@@ -48,13 +52,13 @@ class _Node:
 
 @dataclass(frozen=True)
 class Aded(Drafter):
-    """Drafter without a model; `learn` builds its matrix from text, decoding goes on with it.
+    """Drafter without a model; `learn` builds its matrix from text, and decoding updates it.
 
-    search: `mcts`, the paper's, runs `iterations` iterations with exploration weights c1 and c2; `best_first` takes the
-    nodes with the largest product of score shares. length: tokens of the longest path. window, step, cap: after every
-    pass each trigram of the last `window` tokens gains a step, up to the cap. learns_prompt: whether prompts count as
-    decoded. successors, max_pairs: what is kept of each pair, and pairs at all; the weakest and those not seen for
-    longest go.
+    search: `mcts` is the paper's search with `iterations` iterations and the exploration weights c1 and c2;
+    `best_first` takes the nodes with the largest product of relative scores. length: maximum depth. window, step, cap:
+    after every pass the score of each trigram in the last `window` tokens grows by `step`, up to `cap`. learns_prompt:
+    whether prompts update the matrix like decoded text. successors: number kept of each pair; the one with the lowest
+    score is dropped. max_pairs: number of pairs; the least recently updated one is dropped.
     """
 
     search: str = "best_first"
@@ -91,22 +95,22 @@ class Aded(Drafter):
         for pair, successors in counts.items():
             total = successors.total()
             for token, count in successors.most_common(self.successors):
-                self._raise(memory, pair, token, count / total, inf)
+                self._increase(memory, pair, token, count / total, inf)
 
     def begin(self, context: Context, memory: Trigrams) -> None:
-        """Learn the prompt, or its end as the paper does."""
+        """Learn the prompt, or only its end, as the paper does."""
         tokens = context.tokens
         if self.learns_prompt:
-            # As often as a window that moves on by one token covers a trigram.
+            # A window that moves by one token covers each trigram this many times.
             self._count(memory, tokens[: -self.window + 2], (self.window - 2) * self.step)
         self._count(memory, tokens[-self.window :], self.step)
 
     def observe(self, memory: Trigrams, outcome: Outcome) -> None:
-        """Raise the trigrams of the last tokens, those that were just committed among them."""
+        """Increase the scores of the trigrams in the last tokens, including those just committed."""
         self._count(memory, [*outcome.context.tokens[-self.window :], *outcome.committed][-self.window :], self.step)
 
     def propose(self, context: Context, memory: Trigrams, budget: int) -> DraftTree:
-        """What the search finds behind the last two tokens; nothing where they are new."""
+        """The tree that the search finds after the last two tokens; empty if this pair is new."""
         tokens = context.tokens
         if len(tokens) < 2 or (tokens[-2], tokens[-1]) not in memory.scores:
             return DraftTree()
@@ -116,7 +120,7 @@ class Aded(Drafter):
         return self._most_visited(memory, pair, budget, context.draft_generator)
 
     def saved(self, memory: Trigrams) -> Mapping[str, Tensor]:
-        """pairs (P, 2), counts (P,) of their successors, and these on end: tokens (S,), scores (S,) float64."""
+        """pairs (P, 2), counts (P,) of their successors; tokens (S,) and scores (S,) float64 of all successors."""
         rows = memory.scores.values()
         return {
             "pairs": torch.tensor(list(memory.scores), dtype=torch.long).view(-1, 2),
@@ -126,7 +130,7 @@ class Aded(Drafter):
         }
 
     def load(self, memory: Trigrams, tensors: Mapping[str, Tensor]) -> None:
-        """Put the matrix back."""
+        """Restore the matrix."""
         entries = zip(tensors["tokens"].tolist(), tensors["scores"].tolist(), strict=True)
         memory.scores.clear()
         for (first, second), count in zip(tensors["pairs"].tolist(), tensors["counts"].tolist(), strict=True):
@@ -134,9 +138,9 @@ class Aded(Drafter):
 
     def _count(self, memory: Trigrams, tokens: Sequence[int], step: float) -> None:
         for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
-            self._raise(memory, (first, second), third, step, self.cap)
+            self._increase(memory, (first, second), third, step, self.cap)
 
-    def _raise(self, memory: Trigrams, pair: Pair, token: int, step: float, cap: float) -> None:
+    def _increase(self, memory: Trigrams, pair: Pair, token: int, step: float, cap: float) -> None:
         row = memory.scores.get(pair)
         if row is None:
             memory.scores[pair] = {token: min(step, cap)}
@@ -147,36 +151,37 @@ class Aded(Drafter):
         before = row.get(token, 0.0)
         row[token] = max(before, min(before + step, cap))
         if len(row) > self.successors:
-            # Never the newest, which would have no chance to gain on the others.
+            # The newest successor is kept: otherwise its score could never grow.
             del row[min((other for other in row if other != token), key=row.__getitem__)]
 
     def _best_first(self, memory: Trigrams, pair: Pair, budget: int) -> DraftTree:
         tokens: list[int] = []
         parents: list[int] = []
         labels: list[tuple[str, int, int, int]] = []
-        # Each entry stands for its later siblings, too, which are no likelier: (-value, age, …).
+        # An entry also represents its later siblings, which are at most as likely:
+        # (-value, age, parent's value, successors, rank, parent, pair, depth).
         heap: list[tuple[float, int, float, list[tuple[int, float]], int, int, Pair, int]] = []
 
         def put(value: float, parent: int, depth: int, pair: Pair, row: list[tuple[int, float]], rank: int) -> None:
             heappush(heap, (-value * row[rank][1], len(tokens), value, row, rank, parent, pair, depth))
 
-        put(1.0, ROOT, 1, pair, _shares(memory, pair), 0)
+        put(1.0, ROOT, 1, pair, _relative_scores(memory, pair), 0)
         while heap and len(tokens) < budget:
-            value, _, above, row, rank, parent, pair, depth = heappop(heap)
+            value, _, parent_value, row, rank, parent, pair, depth = heappop(heap)
             token, share = row[rank]
             node = len(tokens)
             tokens.append(token)
             parents.append(parent)
             labels.append(_label(share, rank, depth))
             if rank + 1 < len(row):
-                put(above, parent, depth, pair, row, rank + 1)
-            below = pair[1], token
-            if depth < self.length and below in memory.scores:
-                put(-value, node, depth + 1, below, _shares(memory, below), 0)
+                put(parent_value, parent, depth, pair, row, rank + 1)
+            next_pair = pair[1], token
+            if depth < self.length and next_pair in memory.scores:
+                put(-value, node, depth + 1, next_pair, _relative_scores(memory, next_pair), 0)
         return DraftTree(tokens, parents, labels=labels)
 
     def _most_visited(self, memory: Trigrams, pair: Pair, budget: int, generator: torch.Generator) -> DraftTree:
-        """The nodes that the paper's search visits most, each followed by its likeliest successor."""
+        """The nodes that the paper's search visits most often, each followed by its most probable successor."""
         root = self._search(memory, pair, generator)
         tokens: list[int] = []
         parents: list[int] = []
@@ -191,18 +196,18 @@ class Aded(Drafter):
                 labels.append(_label(share, rank, len(path)))
 
         prefixes: list[tuple[_Node, tuple[int, ...]]] = [(root, ())]
-        for node, path in prefixes:  # grows while it is walked through: level by level
+        for node, path in prefixes:  # the list grows during the loop: breadth first
             prefixes += [(child, (*path, child.pair[1])) for child in node.children]
-        # Sorting is stable, and no node is visited more often than its parent: parents stay before children.
+        # Sorting is stable, and no node has more visits than its parent: parents stay before their children.
         for node, path in sorted(prefixes, key=lambda item: -item[0].visits):
             if len(tokens) == budget:
                 break
             if node.parent is not None:
-                row = _shares(memory, node.parent.pair)
+                row = _relative_scores(memory, node.parent.pair)
                 rank = next(rank for rank, (token, _) in enumerate(row) if token == path[-1])
                 add(path, rank, row[rank][1])
             if node.pair in memory.scores:
-                token, share = _shares(memory, node.pair)[0]
+                token, share = _relative_scores(memory, node.pair)[0]
                 add((*path, token), 0, share)
         return DraftTree(tokens, parents, labels=labels)
 
@@ -231,15 +236,15 @@ class Aded(Drafter):
                 last = last[1], token
                 depth += 1
                 value += row[token]
-            above: _Node | None = node
-            while above is not None:  # back-up
-                above.visits += 1
-                above.value += value
-                above = above.parent
+            ancestor: _Node | None = node
+            while ancestor is not None:  # back-up
+                ancestor.visits += 1
+                ancestor.value += value
+                ancestor = ancestor.parent
         return root
 
     def _select(self, node: _Node) -> _Node:
-        """The child with the highest upper bound, the first of those that were not visited yet."""
+        """The first child without a visit; if all have been visited, the one with the highest upper bound."""
         weight = (self.c1 + log((node.visits + self.c2 + 1) / self.c2)) * sqrt(node.visits)
         best, highest = node.children[0], -inf
         for child in node.children:
@@ -251,17 +256,13 @@ class Aded(Drafter):
         return best
 
 
-def _shares(memory: Trigrams, pair: Pair) -> list[tuple[int, float]]:
-    """Successors of a pair, the likeliest first, with their shares of its scores."""
+def _relative_scores(memory: Trigrams, pair: Pair) -> list[tuple[int, float]]:
+    """Successors of a pair with their scores divided by the sum of its scores, largest first."""
     row = memory.scores[pair]
     total = sum(row.values())
-    return sorted([(token, score / total) for token, score in row.items()], key=_share, reverse=True)
-
-
-def _share(item: tuple[int, float]) -> float:
-    return item[1]
+    return sorted([(token, score / total) for token, score in row.items()], key=itemgetter(1), reverse=True)
 
 
 def _label(share: float, rank: int, depth: int) -> tuple[str, int, int, int]:
-    """Class of a node: its depth, its rank and how often its share can be halved, as far as that tells."""
+    """Class of a node for the estimate of its acceptance: capped rank, depth and -log2 of its relative score."""
     return "aded", min(rank, 3), min(depth, 4), min(int(-log(share, 2)), 4)

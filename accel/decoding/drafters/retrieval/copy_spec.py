@@ -1,8 +1,8 @@
-"""CopySpec: where the last gamma tokens stood before, copy what followed them the first time.
+"""CopySpec: if the last gamma tokens occurred before, copy what followed their first occurrence.
 
 Source: Dumitru et al. 2025, arXiv:2502.08923.
-Departs from it: whole n-grams are compared, not their hashes; where nothing repeats it proposes nothing, and what falls
-back to a draft model there is `FirstOf`.
+Departs from it: n-grams are compared, not their hashes; if nothing repeats, the draft is empty, and `FirstOf` provides
+the paper's fallback to a draft model.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from hasten.accel.decoding.drafters.base import Drafter, Memory
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
-_LONGEST = 32  # matches are told apart up to here
+_MAX_MATCH = 32  # longer matches count as this long
 
 
 @dataclass
 class _Index:
-    """ends: by n-gram, how many tokens stand before the place after its first occurrence. known: tokens indexed."""
+    """ends: for each n-gram the position after its first occurrence. known: number of indexed tokens."""
 
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     known: int = 0
@@ -40,10 +40,10 @@ class CopySpec(Drafter):
         return True
 
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
-        """What stood behind the first occurrence of the last gamma tokens; nothing where they are new."""
+        """The tokens after the first occurrence of the last gamma tokens; empty if these are new."""
         tokens = context.tokens
         index = context.state.setdefault(self, _Index(known=self.gamma))
-        # The suffix itself is left out: an n-gram is indexed once a token stands behind it.
+        # An n-gram is indexed once a token follows it, so the suffix does not match itself.
         for end in range(index.known, len(tokens)):
             index.ends.setdefault(tuple(tokens[end - self.gamma : end]), end)
         index.known = max(index.known, len(tokens))
@@ -52,8 +52,8 @@ class CopySpec(Drafter):
             return DraftTree()
         draft = tokens[start : start + min(budget, self.length)]
         match = self.gamma
-        while match < min(start, _LONGEST) and tokens[start - match - 1] == tokens[-match - 1]:
+        while match < min(start, _MAX_MATCH) and tokens[start - match - 1] == tokens[-match - 1]:
             match += 1
-        # The longer the match, the surer the copy.
+        # Copies after longer matches are accepted more often, so they form a class of their own.
         labels = [("copy_spec", match.bit_length(), depth) for depth in range(len(draft))]
         return DraftTree.chain(draft, labels=labels)

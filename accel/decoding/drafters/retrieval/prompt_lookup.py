@@ -1,7 +1,7 @@
-"""Prompt lookup: continue the sequence as its longest repeated suffix once went on.
+"""Prompt lookup: copy what followed the latest earlier occurrence of the sequence's longest repeated suffix.
 
 Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
-Departs from it: among equal matches the latest wins, not the first; positions are looked up in an index of n-grams.
+Departs from it: among equal matches it takes the latest, not the first; positions come from an index of n-grams.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from hasten.accel.errors import UserError
 
 @dataclass
 class _Index:
-    """ends: by n-gram, how many tokens stand before the place after its latest occurrence. known: tokens indexed."""
+    """ends: for each n-gram the position after its latest occurrence. known: number of indexed tokens."""
 
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     known: int = 0
@@ -22,7 +22,7 @@ class _Index:
 
 @dataclass(frozen=True)
 class PromptLookup(Drafter):
-    """Drafter without a model; max_ngram and min_ngram bound the suffix, in tokens, length the chain."""
+    """Drafter without a model; max_ngram and min_ngram bound the suffix and length the chain, in tokens."""
 
     max_ngram: int = 3
     min_ngram: int = 1
@@ -39,10 +39,10 @@ class PromptLookup(Drafter):
         return True
 
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
-        """What stood behind the latest occurrence of the longest suffix; nothing where no suffix repeats."""
+        """The tokens after the latest occurrence of the longest repeated suffix; empty if no suffix repeats."""
         tokens = context.tokens
         index = context.state.setdefault(self, _Index())
-        # The suffix itself is left out: an n-gram is indexed once a token stands behind it.
+        # An n-gram is indexed once a token follows it, so the suffix does not match itself.
         for end in range(index.known, len(tokens)):
             for n in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 index.ends[tuple(tokens[end - n : end])] = end

@@ -1,9 +1,9 @@
-"""Token Recycling: keep the target's likeliest successors of every token it sees, and fill a fixed tree from them.
+"""Token Recycling: store the target's most probable successors of every token, and fill a fixed tree from them.
 
 Source: Luo et al. 2024, arXiv:2408.08696.
 Departs from it: a token that was never seen has no successors, where the paper's zeros propose the id 0 eight times; of
-several nodes with the same token the accepted one is remembered; only the likeliest part of the tree is filled where
-fewer nodes are asked for; what prompts hold is not learned, as their logits are not computed.
+several nodes with the same token the accepted one is stored; a budget below 80 nodes is spent on the nodes most likely
+to be accepted; prompts are not learned, because their logits are not computed.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
-from hasten.accel.decoding.drafters.template import Path, ordered
+from hasten.accel.decoding.drafters.template import Path, by_acceptance
 from hasten.accel.decoding.tree import DraftTree
 
-_WIDTH = 8  # successors of a token
+_SUCCESSORS = 8  # successors of a token
 
-# The paper's tree of 80 nodes: by parent, how many children it has, the likeliest first.
+# The paper's tree of 80 nodes: number of children of each node, which is a path of ranks from the root.
 _CHILDREN: dict[Path, int] = {
     (): 8,
     **{(0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1},
@@ -33,31 +33,33 @@ _CHILDREN: dict[Path, int] = {
 }
 TEMPLATE: list[Path] = [(*parent, rank) for parent, count in _CHILDREN.items() for rank in range(count)]
 
-# How often a node of each rank is accepted if its parent is; between what text and greedy output gave on HumanEval.
+# Acceptance rate of a node by its rank, given that its parent is accepted: between the rates measured on text and on
+# greedy output for HumanEval.
 _RATES = (0.45, 0.1, 0.04, 0.035, 0.018, 0.015, 0.013, 0.012)
-_ORDER = ordered(TEMPLATE, _RATES)
+_ORDER = by_acceptance(TEMPLATE, _RATES)
 
 
 @dataclass(frozen=True)
 class TokenRecycling(Drafter):
-    """Drafter without a model or a corpus; it knows 8 successors of every token and fills a tree of at most 80 nodes.
+    """Drafter without a model or a corpus; it stores 8 successors of every token and fills a tree of up to 80 nodes.
 
-    Its memory is the paper's matrix, a list of V rows, None for a token that was not seen yet.
+    Its memory is the paper's adjacency matrix: a list of V rows, None for a token that has not been seen.
     """
 
-    observes: ClassVar[int] = _WIDTH
+    observes: ClassVar[int] = _SUCCESSORS
     observes_probs: ClassVar[bool] = False
 
     def new_memory(self, models: Models) -> list[list[int] | None]:
-        """Nothing is known of any token."""
+        """A matrix without successors."""
         return [None] * models.vocabulary
 
     def propose(self, context: Context, memory: list[list[int] | None], budget: int) -> DraftTree:
-        """The template's first nodes, each the successor of its parent of that rank."""
+        """The first nodes of the template; a node of rank r is the r-th most probable successor of its parent."""
         tokens: list[int] = []
         parents: list[int] = []
         labels: list[tuple[str, int, int]] = []
-        rows = [memory[context.tokens[-1]]]  # of ROOT, then by place in the template
+        # Successors and node of ROOT, then of each place of the template.
+        rows = [memory[context.tokens[-1]]]
         nodes = [-1]
         for parent, path in _ORDER:
             row = rows[parent + 1]
@@ -76,21 +78,21 @@ class TokenRecycling(Drafter):
         return DraftTree(tokens, parents, labels=labels)
 
     def observe(self, memory: list[list[int] | None], outcome: Outcome) -> None:
-        """Remember what is likely after every token of the tree, accepted or not."""
+        """Store the target's most probable successors of every token of the tree, accepted or not."""
         assert outcome.top_tokens is not None
         rows = outcome.top_tokens.tolist()
         for token, row in zip(outcome.tree.tokens, rows[1:], strict=True):
             memory[token] = row
-        # Once more, as theirs is the context that goes on.
+        # Accepted tokens again: if a token is in several nodes, the accepted one's context is the right one.
         memory[outcome.context.tokens[-1]] = rows[0]
         for node in outcome.path:
             memory[outcome.tree.tokens[node]] = rows[node + 1]
 
     def saved(self, memory: list[list[int] | None]) -> Mapping[str, Tensor]:
-        """The matrix: successors (V, 8) int64, -1 where there is none."""
-        return {"successors": torch.tensor([(row or []) + [-1] * (_WIDTH - len(row or [])) for row in memory])}
+        """The matrix: successors (V, 8) int64, padded with -1."""
+        return {"successors": torch.tensor([(row or []) + [-1] * (_SUCCESSORS - len(row or [])) for row in memory])}
 
     def load(self, memory: list[list[int] | None], tensors: Mapping[str, Tensor]) -> None:
-        """Put the matrix back."""
+        """Restore the matrix."""
         rows: list[list[int]] = tensors["successors"].tolist()
         memory[:] = [[token for token in row if token >= 0] or None for row in rows]

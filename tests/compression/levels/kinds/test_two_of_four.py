@@ -77,7 +77,7 @@ def test_magnitude_keeps_the_two_largest_of_every_four():
 
 
 def papers(weight, hessian, damping, grid=None):
-    """SparseGPT for 2:4 as the paper has it, on the inverse: the mask of a four is chosen when it is reached."""
+    """The paper's SparseGPT for 2:4, on the inverse Hessian: the mask of a group is chosen when it is reached."""
     weight, columns = weight.double().clone(), len(hessian)
     hessian = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(columns)
     inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)

@@ -123,5 +123,5 @@ def test_a_config_gives_its_members_as_a_list():
 
 @pytest.mark.parametrize("drafters", [[], ["prompt_lookup"]])
 def test_anything_but_drafters_is_refused(drafters):
-    with pytest.raises(UserError, match="must be a list of drafters, one at least"):
+    with pytest.raises(UserError, match="must be a list of one or more drafters"):
         FirstOf(drafters)

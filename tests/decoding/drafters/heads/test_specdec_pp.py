@@ -152,7 +152,7 @@ def test_a_head_elsewhere_is_found_and_a_missing_one_is_named(folder, tmp_path):
 def test_a_head_for_another_width_is_refused(folder):
     drafter = SpecDecPlusPlus()
     memory = drafter.new_memory(models(random_table(5), folder))
-    with pytest.raises(UserError, match="width 8, this one has 5"):
+    with pytest.raises(UserError, match="hidden_size=8, and this one has hidden_size=5"):
         drafter.propose(Context.start([1]), memory, 4)
 
 

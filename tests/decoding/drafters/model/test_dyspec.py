@@ -9,7 +9,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.model import dyspec
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.dyspec import DySpec
-from hasten.accel.decoding.drafters.without_replacement import drawn
+from hasten.accel.decoding.drafters.without_replacement import draw_distinct
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.decoding.verifiers.recursive_rejection import RecursiveRejection
@@ -50,7 +50,7 @@ def by_hand(budget, numbers):
 def sequence_of(token_path, seed):
     """Children of a node in the order in which a generator of its own draws them."""
     generator = torch.Generator().manual_seed(hash((seed, token_path[-1])) % 2**31)
-    return [taken.token for taken in drawn(Q[token_path[-1]], generator)]
+    return [taken.token for taken in draw_distinct(Q[token_path[-1]], generator)]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 9, 16])
@@ -59,7 +59,7 @@ def test_the_tree_is_the_one_of_the_papers_heap(budget, monkeypatch):
 
         def from_own_generator(probs, generator, seed=seed):
             token = int((Q - probs).abs().sum(-1).argmin())
-            return drawn(probs, torch.Generator().manual_seed(hash((seed, token)) % 2**31))
+            return draw_distinct(probs, torch.Generator().manual_seed(hash((seed, token)) % 2**31))
 
         def next_token(parent, rank, tokens, parents, seed=seed):
             path = [0, *(tokens[node] for node in DraftTree(tokens, parents).path(parent))]

@@ -82,5 +82,5 @@ def test_a_config_may_give_a_list():
 
 @pytest.mark.parametrize("branching", [(), (2, 0), 3, "22"])
 def test_nothing_to_branch_is_refused(branching):
-    with pytest.raises(UserError, match="must be a list of numbers of children by depth, each 1 or more"):
+    with pytest.raises(UserError, match="must be a list with the number of children at each depth, 1 or more"):
         RSDConstant(branching)

@@ -7,7 +7,7 @@ import torch
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models, Outcome
-from hasten.accel.decoding.drafters.retrieval.stand import NGrams, Stand, _Seen
+from hasten.accel.decoding.drafters.retrieval.stand import NGrams, Stand, _Entry
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
@@ -17,7 +17,7 @@ DRAFTER = Stand()
 
 def table(rows, vocabulary=20):
     memory = DRAFTER.new_memory(Models(vocabulary))
-    memory.seen.update({ngram: _Seen(1, dict(probs)) for ngram, probs in rows.items()})
+    memory.entries.update({ngram: _Entry(1, dict(probs)) for ngram, probs in rows.items()})
     return memory
 
 
@@ -37,10 +37,10 @@ def test_probabilities_are_averaged_over_visits_and_missing_ones_count_as_zero()
     memory = DRAFTER.new_memory(Models(20))
     for ids, probs in (([5, 6], [0.6, 0.3]), ([6, 7], [0.9, 0.1]), ([6, 5], [0.6, 0.3])):
         DRAFTER.observe(memory, outcome([1, 2], DraftTree(), [], 3, [ids], [probs]))
-    seen = memory.seen[1, 2]
-    assert seen.visits == 3
-    assert list(seen.probs) == [6, 5, 7]
-    assert list(seen.probs.values()) == pytest.approx([(0.3 + 0.9 + 0.6) / 3, (0.6 + 0.3) / 3, 0.1 / 3])
+    entry = memory.entries[1, 2]
+    assert entry.visits == 3
+    assert list(entry.probs) == [6, 5, 7]
+    assert list(entry.probs.values()) == pytest.approx([(0.3 + 0.9 + 0.6) / 3, (0.6 + 0.3) / 3, 0.1 / 3])
 
 
 def test_no_more_than_ten_successors_are_kept():
@@ -49,7 +49,7 @@ def test_no_more_than_ten_successors_are_kept():
         probs = [top - rank / 1000 for rank in range(10)]
         DRAFTER.observe(memory, outcome([1, 2], DraftTree(), [], 3, [list(range(start, start + 10))], [probs]))
     # Halved all of them: 0.09, 0.089, … and 0.08, 0.079, … merge.
-    assert set(memory.seen[1, 2].probs) == {*range(10)}
+    assert set(memory.entries[1, 2].probs) == {*range(10)}
 
 
 def test_the_accepted_path_is_learned_and_rejected_nodes_if_asked():
@@ -58,11 +58,11 @@ def test_the_accepted_path_is_learned_and_rejected_nodes_if_asked():
     memory = DRAFTER.new_memory(Models(20))
     DRAFTER.observe(memory, given)
     expected = {(3, 4): 10, (2, 3, 4): 10, (1, 2, 3, 4): 10, (4, 5): 11, (3, 4, 5): 11, (2, 3, 4, 5): 11}
-    assert {ngram: next(iter(seen.probs)) for ngram, seen in memory.seen.items()} == expected
+    assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
     memory = DRAFTER.new_memory(Models(20))
     Stand(learns_rejected=True).observe(memory, given)
     expected |= {(5, 6): 12, (4, 5, 6): 12, (3, 4, 5, 6): 12, (4, 7): 13, (3, 4, 7): 13, (2, 3, 4, 7): 13}
-    assert {ngram: next(iter(seen.probs)) for ngram, seen in memory.seen.items()} == expected
+    assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
 
 
 def test_ngrams_not_seen_for_longest_go():
@@ -70,7 +70,7 @@ def test_ngrams_not_seen_for_longest_go():
     memory = drafter.new_memory(Models(20))
     for tokens in ([1, 1], [2, 2], [1, 1], [3, 3]):
         drafter.observe(memory, outcome(tokens, DraftTree(), [], 3, [[5]], [[0.5]]))
-    assert list(memory.seen) == [(1, 1), (3, 3)]
+    assert list(memory.entries) == [(1, 1), (3, 3)]
 
 
 ROW = {4: 0.5, 5: 0.3, 6: 0.1}
@@ -126,9 +126,9 @@ def test_greedy_takes_the_likeliest_in_order_and_the_same_shape():
 def test_saved_and_loaded_it_averages_on():
     memory, again = table({(1, 2): ROW, (7, 1, 2): {3: 0.25}}), NGrams(20)
     DRAFTER.load(again, DRAFTER.saved(memory))
-    assert again.seen == memory.seen
+    assert again.entries == memory.entries
     DRAFTER.load(again, DRAFTER.saved(NGrams(20)))
-    assert not again.seen
+    assert not again.entries
 
 
 def test_wrong_values_are_refused():
