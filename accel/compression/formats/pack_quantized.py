@@ -1,6 +1,7 @@
 """compressed-tensors `pack-quantized`: integer codes packed into int32 words, as transformers and vLLM read them.
 
-Source: github.com/vllm-project/compressed-tensors, whose own functions pack and unpack.
+Source: github.com/vllm-project/compressed-tensors, whose own functions pack and unpack. They are imported inside
+functions: the machines of the GPU checks do not have the library, and write no checkpoint.
 """
 
 import re
