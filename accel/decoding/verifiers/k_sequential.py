@@ -34,7 +34,7 @@ class KSequential(Verifier):
             DraftSampling.WITHOUT_REPLACEMENT: ("draws them without replacement", "recursive_rejection"),
         }[draft_sampling]
         return (
-            f"verifier=k_sequential needs siblings that are independent draws, and this drafter {how}, so it would "
+            f"verifier=k_sequential takes siblings that are independent draws, and this drafter {how}, so it would "
             f"accept them too often: use verifier={better}"
         )
 

@@ -250,7 +250,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, monkeypatch):
     fill("memory://llama")
     found = {"/llama/../../evil": {"name": "/llama/../../evil", "size": 1, "type": "file"}}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda self, path, **options: found)
-    with pytest.raises(UserError, match=r"holds 'llama/\.\./\.\./evil'"):
+    with pytest.raises(UserError, match=r"the unsafe name 'llama/\.\./\.\./evil'"):
         localized("memory://llama", tmp_path)
 
 

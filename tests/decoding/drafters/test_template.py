@@ -3,7 +3,7 @@
 from hasten.accel.decoding.drafters.template import by_acceptance, most_accepted
 
 
-def test_the_likeliest_paths_by_hand():
+def test_the_most_accepted_paths_by_hand():
     # Rates 1/2 and 1/4: 0 has 1/2; 1 and 00 have 1/4; 01, 10 and 000 have 1/8.
     assert most_accepted(3, (0.5, 0.25), depth=3) == [(0,), (0, 0), (1,)]
     assert set(most_accepted(6, (0.5, 0.25), depth=3)[3:]) == {(0, 1), (1, 0), (0, 0, 0)}

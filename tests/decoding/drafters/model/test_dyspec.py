@@ -66,7 +66,7 @@ def test_the_tree_is_the_one_of_the_papers_heap(budget, monkeypatch):
             found = sequence_of(path, seed)
             return found[rank] if rank < len(found) else None
 
-        monkeypatch.setattr(dyspec, "drawn", from_own_generator)
+        monkeypatch.setattr(dyspec, "draw_distinct", from_own_generator)
         tree = grown(DySpec(), memory(Q.log()), Context.start([0], WARM), budget)
         tokens, parents = by_hand(budget, next_token)
         paths = [

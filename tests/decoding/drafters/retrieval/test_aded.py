@@ -76,7 +76,7 @@ def test_the_weakest_successor_and_the_pair_not_seen_for_longest_go():
     assert memory.scores[1, 2] == {3: 0.5, 5: STEP}
 
 
-def test_best_first_takes_the_likeliest_paths_in_order():
+def test_best_first_takes_the_most_probable_paths_in_order():
     tree = Aded().propose(Context.start([1, 2]), matrix(ROWS), 5)
     # 3: 3/4; 3 5: 1/2; 3 5 8: 1/2; then 4, 4 7 and 3 6 with 1/4 each.
     assert paths(tree)[:3] == [(3,), (3, 5), (3, 5, 8)]
@@ -137,7 +137,7 @@ def test_mcts_explores_a_weak_child_more_where_the_exploration_weight_is_larger(
     assert visits[0.0][5] > 75 > visits[1000.0][5]
 
 
-def test_mcts_proposes_the_most_visited_each_followed_by_its_likeliest_successor():
+def test_mcts_proposes_the_most_visited_each_followed_by_its_most_probable_successor():
     rows = {**ROWS, (5, 8): {9: 1.0}}
     tree = Aded(search="mcts").propose(Context.start([1, 2]), matrix(rows), 99)
     assert set(paths(tree)) == {(3,), (4,), (3, 5), (3, 6), (4, 7), (3, 5, 8), (3, 5, 8, 9)}

@@ -65,7 +65,7 @@ def test_the_accepted_path_is_learned_and_rejected_nodes_if_asked():
     assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
 
 
-def test_ngrams_not_seen_for_longest_go():
+def test_the_least_recently_updated_ngrams_are_dropped():
     drafter = Stand(min_ngram=2, max_ngram=2, max_ngrams=2)
     memory = drafter.new_memory(Models(20))
     for tokens in ([1, 1], [2, 2], [1, 1], [3, 3]):
@@ -112,7 +112,7 @@ def test_a_low_temperature_leaves_out_what_cannot_be_drawn():
     assert tree.draft_probs[ROOT][4] == 1
 
 
-def test_greedy_takes_the_likeliest_in_order_and_the_same_shape():
+def test_greedy_takes_the_most_probable_tokens_in_order_and_the_same_shape():
     tree = children(0.0)
     assert list(tree.tokens) == [4, 5, 6]
     assert tree.draft_sampling is DRAFTER.draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC

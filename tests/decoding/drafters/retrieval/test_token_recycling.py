@@ -1,4 +1,4 @@
-"""Token Recycling fills a fixed tree from the target's likeliest successors of every token it has seen."""
+"""Token Recycling fills a fixed tree from the target's most probable successors of every token it has seen."""
 
 from collections import Counter
 
