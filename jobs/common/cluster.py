@@ -1,20 +1,38 @@
-"""The Ray session of a job, which first checks the cluster's resources and that its nodes see the job's files."""
+"""What a job asks of the cluster: resources of its workers, from its options, and a Ray session that is checked first."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from hasten.cluster.runtime.placement import check_workers
+from hasten.cluster.runtime.placement import ActorResources, check_workers
 from hasten.cluster.runtime.session import session
 from hasten.cluster.runtime.visibility import check
-from hasten.jobs.common.workers import InWorkers, worker_resources
+from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.sizes import parse_bytes
+
+
+class InWorkers(Protocol):
+    """Options of a job that hands its work to actors."""
+
+    device: str
+    workers: int
+    threads: int
+    worker_gpus: float | None
+    worker_memory: str | None
 
 
 class InCluster(InWorkers, Protocol):
     """Options of a job that joins a Ray cluster or starts one."""
 
     address: str | None
+
+
+def worker_resources(config: InWorkers) -> ActorResources:
+    """CPUs, GPUs and memory of each of the job's workers; UserError where worker_memory is no size."""
+    gpus = gpus_per_worker(config.device) if config.worker_gpus is None else config.worker_gpus
+    memory = None if config.worker_memory is None else parse_bytes("worker_memory", config.worker_memory)
+    return ActorResources(config.threads, gpus, memory)
 
 
 @contextmanager

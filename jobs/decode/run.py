@@ -20,13 +20,12 @@ from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.plots import acceptance, time_shares
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import Prompt, prompt_seed, save_learned
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
-from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.decode.completions import Record
 from hasten.jobs.decode.inputs import Inputs, prepare
 from hasten.jobs.decode.options import DecodeConfig

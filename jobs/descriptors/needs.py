@@ -7,7 +7,7 @@ needs a CPU for each of its threads.
 from typing import Protocol
 
 from hasten.jobs.common.arithmetic import gpus_per_worker
-from hasten.jobs.common.workers import InWorkers, worker_resources
+from hasten.jobs.common.cluster import InWorkers, worker_resources
 from hasten.jobs.descriptors.descriptor import Needs
 
 

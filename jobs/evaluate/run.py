@@ -18,14 +18,13 @@ from hasten.cluster.programs.evaluation import check_weights
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.storage import copied
 from hasten.jobs.common.tokenizer import load_tokenizer
-from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.evaluate.options import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)

@@ -18,12 +18,11 @@ from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
-from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import load_tokenizer
-from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)

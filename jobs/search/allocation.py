@@ -28,11 +28,11 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, method_names, target_of
 from hasten.jobs.common.calibration import open_output, original
+from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.common.plots import level_map
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.quality import held_out_windows, measured
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
-from hasten.jobs.common.workers import worker_resources
 from hasten.jobs.levels.run import DatabaseBuild
 from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig

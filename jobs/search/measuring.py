@@ -20,7 +20,7 @@ from hasten.accel.evaluation.perplexity import Windows
 from hasten.cluster.actors.evaluator import EvaluatorSpec
 from hasten.cluster.programs.search import Evaluators
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.workers import worker_resources
+from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)

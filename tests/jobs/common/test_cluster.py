@@ -4,7 +4,7 @@ import pytest
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.compose import compose
-from hasten.jobs.common.workers import worker_resources
+from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.descriptors.registry import jobs
 
 JOBS = [name for name, job in jobs().items() if hasattr(job.options, "worker_gpus")]
