@@ -1,4 +1,4 @@
-"""What a job asks of the cluster: resources of its workers, from its options, and a Ray session that is checked first."""
+"""The cluster of a job: what its workers ask for, by its options, and a Ray session that is checked first."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
