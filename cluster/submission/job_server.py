@@ -205,6 +205,10 @@ class JobServer:
                     asyncio.run(tail())
                     ended = self.job(name)
                 if ended.is_over:
+                    # Ray can end the stream before the job's last lines: these are read from the whole log.
+                    rest = self.logs(name)[written:]
+                    if rest:
+                        write(rest)
                     return ended
                 lost = 0
             except UserError:

@@ -259,6 +259,45 @@ def test_a_job_is_sent_again_after_a_lost_connection_and_runs_once(monkeypatch, 
     assert shlex.split(first["entrypoint"])[4:] == ["/a b", "compress", "calibration.source=it's"]
 
 
+class Streaming:
+    """Client of a job server whose streams end early: the first by a lost connection, the second before the job's end."""
+
+    LOG = "one\ntwo\nreport: path\n"
+
+    def __init__(self):
+        self.streams = iter([["one\n", None], ["one\ntwo\n"]])
+
+    async def tail_job_logs(self, name):
+        for text in next(self.streams):
+            if text is None:
+                raise OSError("connection lost")
+            yield text
+
+    def get_job_info(self, name):
+        return types.SimpleNamespace(
+            submission_id=name,
+            metadata={},
+            entrypoint="",
+            status="SUCCEEDED",
+            message="",
+            start_time=None,
+            end_time=None,
+            driver_exit_code=0,
+        )
+
+    def get_job_logs(self, name):
+        return self.LOG
+
+
+def test_all_that_a_job_printed_is_written_once_although_streams_end_early(monkeypatch):
+    monkeypatch.setattr(submission, "_POLL_SECONDS", 0)
+    server = object.__new__(JobServer)
+    server.url, server._client = "http://head:8265", Streaming()
+    written = []
+    assert server.follow("mine", written.append).is_over
+    assert "".join(written) == Streaming.LOG
+
+
 URLS = {
     "http://head:8265": "http://head:8265",
     "http://head:8265/": "http://head:8265",
