@@ -260,7 +260,7 @@ def test_a_job_is_sent_again_after_a_lost_connection_and_runs_once(monkeypatch, 
 
 
 class Streaming:
-    """Client of a job server whose streams end early: the first by a lost connection, the second before the job's end."""
+    """Client of a job server whose streams end early: the first by a lost connection, the second before the end."""
 
     LOG = "one\ntwo\nreport: path\n"
 
