@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from hasten.accel.errors import UserError
 from hasten.cluster.runtime.placement import ActorResources, check_workers
 from hasten.cluster.runtime.session import session
 from hasten.cluster.runtime.visibility import check
@@ -29,8 +30,12 @@ class InCluster(InWorkers, Protocol):
 
 
 def worker_resources(config: InWorkers) -> ActorResources:
-    """CPUs, GPUs and memory of each of the job's workers; UserError where worker_memory is no size."""
-    gpus = gpus_per_worker(config.device) if config.worker_gpus is None else config.worker_gpus
+    """CPUs, GPUs and memory of each of the job's workers; UserError where the options contradict each other."""
+    usual = gpus_per_worker(config.device)
+    gpus = usual if config.worker_gpus is None else config.worker_gpus
+    if usual and not gpus:
+        # Ray hides all GPUs from an actor that asks for none.
+        raise UserError("worker_gpus=0 leaves the workers no GPU: use device=cpu, or more than 0, such as 0.5")
     memory = None if config.worker_memory is None else parse_bytes("worker_memory", config.worker_memory)
     return ActorResources(config.threads, gpus, memory)
 

@@ -27,6 +27,9 @@ def test_one_gpu_each_unless_workers_share_them(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert worker_resources(composed("compress", "device=cuda")).gpus == 1
     assert worker_resources(composed("compress", "device=cuda", "worker_gpus=0.5")).gpus == 0.5
+    with pytest.raises(UserError, match=r"worker_gpus=0 leaves the workers no GPU: use device=cpu"):
+        worker_resources(composed("compress", "device=cuda", "worker_gpus=0"))
+    assert worker_resources(composed("compress", "device=cpu", "worker_gpus=0")).gpus == 0
 
 
 @pytest.mark.parametrize("job", JOBS)
