@@ -112,10 +112,10 @@ class Architecture:
         self._fill(block, f"{self._prefix}layers.{index}.")
         return block.eval()
 
-    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Output [B, T, D] of block `index` for hidden [B, T, D]."""
+    def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
+        """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
         arguments = self.block_arguments(hidden.shape[1])[index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             output = block(hidden, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
@@ -140,6 +140,31 @@ class Architecture:
             if cap is not None and self._family.caps_logits:
                 logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+    def head_backward(self, hidden: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient [B, T, D] with respect to hidden, for the gradient [B, T, V] with respect to head(hidden).
+
+        hidden: [B, T, D]. logits: those that `head` returned. gradient: float32; it is overwritten.
+        """
+        if self._head is None:
+            self._head = self._load_head()
+        norm, project_out, weight = self._head
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap is not None and self._family.caps_logits:
+            # The derivative of cap tanh(x / cap).
+            gradient.mul_(1 - (logits / cap).square())
+        step = max(1, _HEAD_CHUNK // weight.shape[1])
+        inner = torch.zeros(*hidden.shape[:-1], weight.shape[1], device=self.device)
+        for first in range(0, len(weight), step):
+            rows = weight[first : first + step].to(self.dtype)
+            inner += gradient[..., first : first + step].to(self.dtype) @ rows
+        with torch.enable_grad():
+            given = hidden.detach().requires_grad_()
+            output = norm(given)
+            if project_out is not None:
+                output = project_out(output)
+        (result,) = torch.autograd.grad(output, given, inner.to(output.dtype))
+        return result
 
     def close(self) -> None:
         """Frees the head and the masks; a later call reads them again."""

@@ -1,4 +1,4 @@
-"""The evaluator actor: it measures the candidates of a search on a model whose layers are swapped in place."""
+"""The evaluator actor: it measures candidates of a search, and the units' parts of a candidate's divergence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from hasten.accel.compression.search.candidates import Candidates
 from hasten.accel.compression.search.fitness import Fitness
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
+from hasten.accel.compression.search.sensitivity import Sensitivity, SensitivityPass
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
@@ -35,25 +36,35 @@ class EvaluatorSpec:
 
 
 class Evaluator:
-    """A model in one process whose layers are swapped for each candidate; it is loaded at the first use."""
+    """A model in one process whose layers are swapped for each candidate; it is loaded at the first call of `losses`.
+
+    `sensitivities` does not load it: it reads one block at a time.
+    """
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(spec.threads)
         torch.set_grad_enabled(False)
         self._spec = spec
         self._candidates: Candidates | None = None
-        self._cpu_before = cpu_seconds()
+        self._architecture: Architecture | None = None
+        self._cpu_before: float | None = None
 
     def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
         """Sum of losses of every genome on every part of the sample, (genomes, parts) float64."""
         return self._loaded().losses(genomes, sample)
 
+    def sensitivities(self, genome: Genome, batches: Sequence[Sequence[int]]) -> list[Sensitivity]:
+        """Each unit's part of a candidate's divergence, for each batch of sequences."""
+        architecture, database = self._opened()
+        spec = self._spec
+        return SensitivityPass(architecture, spec.units, database.weight, spec.tokens).measure(genome, batches)
+
     def usage(self) -> dict[str, float]:
-        """CPU seconds since the model was loaded, peak memory, and time and counts of evaluations and swaps."""
+        """CPU seconds since the model was first opened, peak memory, and time and counts of evaluations and swaps."""
         release_memory()
         candidates = self._candidates
         return {
-            "cpu_seconds": cpu_seconds() - self._cpu_before if candidates else 0.0,
+            "cpu_seconds": 0.0 if self._cpu_before is None else cpu_seconds() - self._cpu_before,
             "peak_rss_bytes": peak_rss_bytes(),
             "seconds": candidates.seconds if candidates else 0.0,
             "swap_seconds": candidates.swap_seconds if candidates else 0.0,
@@ -64,8 +75,7 @@ class Evaluator:
     def _loaded(self) -> Candidates:
         if self._candidates is None:
             spec = self._spec
-            architecture = Architecture(Checkpoint(spec.checkpoint), spec.dtype, spec.device)
-            database = LevelDatabase.read(spec.levels, architecture)
+            architecture, database = self._opened()
             self._candidates = Candidates(
                 architecture,
                 spec.units,
@@ -75,5 +85,12 @@ class Evaluator:
                 batch=spec.batch,
                 cache_bytes=spec.cache_bytes,
             )
-            self._cpu_before = cpu_seconds()
         return self._candidates
+
+    def _opened(self) -> tuple[Architecture, LevelDatabase]:
+        if self._architecture is None:
+            self._architecture = Architecture(Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device)
+        database = LevelDatabase.read(self._spec.levels, self._architecture)
+        if self._cpu_before is None:
+            self._cpu_before = cpu_seconds()
+        return self._architecture, database

@@ -19,6 +19,7 @@ from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.search.candidates import batches
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
+from hasten.accel.compression.search.sensitivity import Sensitivity
 from hasten.cluster.actors.evaluator import Evaluator, EvaluatorSpec
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
@@ -34,11 +35,30 @@ class _Call:
     genomes: tuple[Genome, ...]
     pieces: list[Sample]
 
+    def submit(self, evaluator: ActorHandle) -> ObjectRef:
+        """Start it."""
+        reference: ObjectRef = evaluator.losses.remote(self.genomes, _joined(self.pieces))
+        return reference
+
+
+@dataclass(frozen=True)
+class _SensitivityCall:
+    """One call: a candidate, and the batches of sequences to measure its units' parts of the divergence on."""
+
+    worker: int
+    genome: Genome
+    batches: list[list[int]]
+
+    def submit(self, evaluator: ActorHandle) -> ObjectRef:
+        """Start it."""
+        reference: ObjectRef = evaluator.sensitivities.remote(self.genome, self.batches)
+        return reference
+
 
 class _OwnQueues:
     """A queue of call numbers for each evaluator; an idle evaluator takes from the longest queue of the others."""
 
-    def __init__(self, calls: Sequence[_Call], count: int) -> None:
+    def __init__(self, calls: Sequence[_Call | _SensitivityCall], count: int) -> None:
         self._queues: list[deque[int]] = [deque() for _ in range(count)]
         for number, call in enumerate(calls):
             self._queues[call.worker].append(number)
@@ -56,7 +76,7 @@ class _OwnQueues:
         self._queues[worker].extendleft(reversed(keys))
 
 
-class _EvaluateWorkload(PoolWorkload[int, Tensor]):
+class _EvaluateWorkload(PoolWorkload[int, Tensor | list[Sensitivity]]):
     """Calls by number. Every evaluator has two assignments at once, so that it never waits for the next."""
 
     depth = 2
@@ -64,7 +84,7 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor]):
     def __init__(self, spec: EvaluatorSpec, workers: int, needs: ActorResources) -> None:
         super().__init__(ActorPool("an evaluator", workers, needs, self._start))
         self._spec, self._needs = spec, needs
-        self.calls: Sequence[_Call] = ()
+        self.calls: Sequence[_Call | _SensitivityCall] = ()
         self._batches = recovery.Batches(
             "search.batch", spec.batch, "use a smaller search.sequence_length, or fewer workers on a node"
         )
@@ -77,12 +97,10 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor]):
     def submit(self, worker: int, keys: Sequence[int]) -> ObjectRef:
         """Start a call."""
         (number,) = keys
-        call = self.calls[number]
-        reference: ObjectRef = self.pool.actors[worker].losses.remote(call.genomes, _joined(call.pieces))
-        return reference
+        return self.calls[number].submit(self.pool.actors[worker])
 
-    def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, Tensor]], bool]:
-        """Losses, (genomes, parts)."""
+    def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, Tensor | list[Sensitivity]]], bool]:
+        """Losses, (genomes, parts), or sensitivities of batches."""
         received = super().receive(assignment)
         self._loaded.add(assignment.worker)
         return received
@@ -152,11 +170,21 @@ class Evaluators:
             for genomes, pieces in self._calls(items)
         ]
         for call, losses in zip(calls, self._run(calls), strict=True):
+            assert isinstance(losses, Tensor)
             for genome, row in zip(call.genomes, losses.tolist(), strict=True):
                 values = iter(row)
                 for piece in call.pieces:
                     self._cached[genome, piece] = tuple(itertools.islice(values, len(piece.parts)))
             self.evaluated += len(call.genomes) * len(call.pieces)
+
+    def sensitivities(self, genome: Genome, sequences: Sequence[int]) -> list[Sensitivity]:
+        """Each unit's part of a candidate's divergence, for each batch of these sequences; evaluators share them."""
+        batch = self._spec.batch
+        batches = [list(sequences[first : first + batch]) for first in range(0, len(sequences), batch)]
+        groups = [batches[part.start : part.stop] for part in split(len(batches), self._count)]
+        groups = [group for group in groups if group]
+        calls = [_SensitivityCall(number, genome, group) for number, group in enumerate(groups)]
+        return [result for results in self._run(calls) for result in results if isinstance(result, Sensitivity)]
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns the sum of their usage, with the largest peak memory."""
@@ -199,7 +227,7 @@ class Evaluators:
             calls.append((genomes, [piece]))
         return calls
 
-    def _run(self, calls: Sequence[_Call]) -> list[Tensor]:
+    def _run(self, calls: Sequence[_Call | _SensitivityCall]) -> list[Tensor | list[Sensitivity]]:
         """Results of calls, in the order of the calls."""
         if not calls:
             return []

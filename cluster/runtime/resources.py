@@ -78,9 +78,13 @@ def usable_cores() -> int:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU has matrix units for bfloat16; without them float32 products are several times faster."""
+    """Whether the CPU has instructions for products of bfloat16, in matrix units (AMX) or in vectors (AVX-512 BF16).
+
+    Without them float32 products are several times faster; with the vectors bfloat16 was twice as fast, with AMX more.
+    """
     try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text()
+        return " amx_bf16" in flags or " avx512_bf16" in flags
     except OSError:  # not Linux
         return False
 

@@ -209,14 +209,17 @@ class Search:
         """The genome that an allocator or searcher finds for a budget."""
         if isinstance(allocator, Searcher):
             return self._searched(name, allocator, budget, tracker)
-        units = self._measurer.units_with_errors() if allocator.needs_errors else self._measurer.units
-        levels = allocator.allocate(units, _bits(units, budget))
+        units = self._measurer.units
+        bits = _bits(units, budget)
+        if allocator.needs_errors:
+            units = self._measurer.units_with_errors(bits)
+        levels = allocator.allocate(units, bits)
         return tuple(unit.index(levels[unit.name]) for unit in units)
 
     def _searched(self, name: str, searcher: Searcher, budget: float, tracker: Tracker) -> Genome:
         """The genome that a search finds when it starts from the exact optimum of the additive errors."""
-        units = self._measurer.units_with_errors()
-        bits = _bits(units, budget)
+        bits = _bits(self._measurer.units, budget)
+        units = self._measurer.units_with_errors(bits)
         start = Exact().choose(units, bits)
         run = SearchRun(
             name,

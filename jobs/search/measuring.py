@@ -2,18 +2,23 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest
+from hasten.accel.compression.search import sensitivity
 from hasten.accel.compression.search.errors import with_errors
 from hasten.accel.compression.search.fitness import KL, Fitness
 from hasten.accel.compression.search.measurements import Request
-from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.moves import Genome, Space
+from hasten.accel.compression.search.operating_point import Observation, iterate, observe
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.data.tokens import fingerprint
 from hasten.accel.evaluation.perplexity import Windows
@@ -21,6 +26,7 @@ from hasten.cluster.actors.evaluator import EvaluatorSpec
 from hasten.cluster.programs.search import Evaluators
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cluster import worker_resources
+from hasten.jobs.common.progress import Progress
 from hasten.jobs.search.options import SearchConfig
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +52,7 @@ class CandidateMeasurer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self._config, self._database, self.units = config, database, list(units)
         self._tokens, self._windows, self._fitness = tokens, windows, fitness
-        self._with_errors: list[Unit] | None = None
+        self._with_errors: dict[int | None, list[Unit]] = {}
         self._running: tuple[str, Evaluators] | None = None
         self._usage: dict[str, float] = {}
 
@@ -68,26 +74,94 @@ class CandidateMeasurer:
         evaluators = self._evaluators("held out", self._windows.tokens, KL())
         return evaluators([genome], _whole(self._windows.tokens))[0]
 
-    def units_with_errors(self) -> list[Unit]:
-        """The units with errors as the option `errors` says; measured errors are saved in the level database."""
+    def units_with_errors(self, bits: int) -> list[Unit]:
+        """The units with errors as the option `errors` says, for a budget of bits.
+
+        Measurements are saved in the level database, each as soon as it is finished.
+        """
         if self._config.errors == "output":
             return self.units
-        if self._with_errors is None:
-            used = self._tokens[: self._config.search.error_sequences]
-            path = self._database.path / "searches" / f"errors-{digest(self._key(used))}.json"
-            if path.exists():
-                errors = json.loads(path.read_text())
-                self._with_errors = [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
-            else:
-                sample = _whole(used)
-                _LOG.info("measuring the error of each unit alone, on %d tokens", sample.tokens)
-                evaluators = self._evaluators("search", self._tokens, self._fitness)
-                scaled = self._config.errors == "kl_scaled"
-                self._with_errors = with_errors(self.units, evaluators, sample, scaled)
-                errors = [[choice.error for choice in unit.choices] for unit in self._with_errors]
-                path.parent.mkdir(exist_ok=True)
-                self._database.write_json(path, errors)
-        return self._with_errors
+        # Only errors=gradient depends on the budget.
+        key = bits if self._config.errors == "gradient" else None
+        if key not in self._with_errors:
+            self._with_errors[key] = self._alone() if key is None else self._at_operating_point(bits)
+        return self._with_errors[key]
+
+    def _alone(self) -> list[Unit]:
+        """Errors of each unit with all others original: all choices, or one that is scaled to the others."""
+        used = self._tokens[: self._config.search.error_sequences]
+        path = self._saved("errors", {"errors": self._config.errors, "tokens": fingerprint(used)})
+        if path.exists():
+            errors = json.loads(path.read_text())
+            return [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
+        sample = _whole(used)
+        _LOG.info("measuring the error of each unit alone, on %d tokens", sample.tokens)
+        evaluators = self._evaluators("search", self._tokens, self._fitness)
+        measured = with_errors(self.units, evaluators, sample, scaled=self._config.errors == "kl_scaled")
+        self._database.write_json(path, [[choice.error for choice in unit.choices] for unit in measured])
+        return measured
+
+    def _at_operating_point(self, bits: int) -> list[Unit]:
+        """Errors at candidates of this size; those of parts that can be dropped are measured alone."""
+        units = self.units
+        if any(not unit.layers for unit in units):
+            alone = self._alone_parts()
+            units = [alone.get(unit.name, unit) for unit in units]
+        start = Space(units, bits).first(1, np.random.default_rng(self._config.seed))[0]
+        passes = self._config.search.error_passes
+        with Progress("sensitivities", passes, "pass") as progress:
+
+            def measure(genome: Genome, number: int) -> Observation:
+                observation = self._observation(genome, number)
+                progress.update(number + 1, f"KL divergence {observation.divergence:.5f}")
+                return observation
+
+            return iterate(units, bits, start, passes, measure)
+
+    def _observation(self, genome: Genome, number: int) -> Observation:
+        """Measurement `number` of a search's sensitivities; each takes the next sequences."""
+        count, available = self._config.search.error_sequences, len(self._tokens)
+        sequences = sorted((number * count + place) % available for place in range(min(count, available)))
+        path = self._saved(
+            "parts",
+            {
+                "genome": list(genome),
+                "tokens": fingerprint(self._tokens[sequences]),
+                "batch": self._config.search.batch,
+                "code": code_fingerprint(sensitivity),
+            },
+        )
+        if path.exists():
+            return Observation.from_json(json.loads(path.read_text()))
+        evaluators = self._evaluators("search", self._tokens, self._fitness)
+        observation = observe(genome, evaluators.sensitivities(genome, sequences))
+        self._database.write_json(path, observation.to_json())
+        return observation
+
+    def _alone_parts(self) -> dict[str, Unit]:
+        """Parts that can be dropped, by name, with the divergence that dropping each of them alone causes."""
+        used = self._tokens[: self._config.search.error_sequences]
+        path = self._saved("drops", {"tokens": fingerprint(used)})
+        parts = [unit for unit in self.units if not unit.layers]
+        if path.exists():
+            rows = json.loads(path.read_text())
+        else:
+            evaluators = self._evaluators("search", self._tokens, self._fitness)
+            measured = with_errors(self.units, evaluators, _whole(used), only=[unit.name for unit in parts])
+            rows = [[choice.error for choice in unit.choices] for unit in measured if not unit.layers]
+            self._database.write_json(path, rows)
+        return {unit.name: _with(unit, row) for unit, row in zip(parts, rows, strict=True)}
+
+    def _saved(self, kind: str, key: Mapping[str, object]) -> Path:
+        """File in the level database of measurements of the units with this key; its folder exists."""
+        of_units = {
+            "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self.units],
+            "fitness": repr(self._fitness),
+            "dtype": str(self.dtype),
+        }
+        folder = self._database.path / "searches"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{kind}-{digest(of_units | dict(key))}.json"
 
     def close(self) -> dict[str, float]:
         """Stop the evaluators; returns the resources that all of them used, empty if there were none."""
@@ -119,16 +193,6 @@ class CandidateMeasurer:
             )
             self._running = text, Evaluators(spec, config.workers, worker_resources(config))
         return self._running[1]
-
-    def _key(self, tokens: Tensor) -> dict[str, object]:
-        """Everything that the errors of the units depend on, besides the level database in which they are saved."""
-        return {
-            "errors": self._config.errors,
-            "units": [[unit.name, *(choice.level for choice in unit.choices)] for unit in self.units],
-            "tokens": fingerprint(tokens),
-            "fitness": repr(self._fitness),
-            "dtype": str(self.dtype),
-        }
 
 
 def _whole(tokens: Tensor) -> Sample:

@@ -15,7 +15,10 @@ class SearchTokens:
     sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence", at_least=2)
     error_sequences: int = option(
-        8, "how many of the sequences errors=kl and errors=kl_scaled are measured on", at_least=1
+        12, "how many of the sequences the errors are measured on; with errors=gradient in each pass", at_least=1
+    )
+    error_passes: int = option(
+        2, "measurements of errors=gradient: of a first mixture, then of the best one by the errors so far", at_least=1
     )
     seed: int = option(1, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(1, "sequences that run through a block at once; more are faster on a GPU", at_least=1)
@@ -37,10 +40,11 @@ class SearchConfig(LevelOptions):
     keep: bool = option(False, "layers may also stay uncompressed, at the bits of the checkpoint")
     drop: list[str] = option([], "parts of a block that may be dropped: attention, mlp, block")
     errors: str = option(
-        "kl_scaled",
-        "errors whose sum allocators minimize: output error of each layer; KL divergence of each level alone; or KL "
-        "divergence of one level per layer, scaled to the other levels by the output errors",
-        choices=("output", "kl", "kl_scaled"),
+        "gradient",
+        "errors whose sum allocators minimize: each layer's part of the KL divergence of a mixture of the budget's "
+        "size, from a backward pass; output error of each layer; KL divergence of each level alone; or KL divergence of "
+        "one level per layer alone, scaled to the other levels by the output errors",
+        choices=("gradient", "output", "kl", "kl_scaled"),
     )
     fitness: dict[str, Any] = group("loss by which a search compares candidates")
     compare: list[str] = option(

@@ -112,10 +112,14 @@ class WeightCache:
 
 def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block]:
     """All blocks with the original weights; ValueError names a unit that does not fit the model."""
-    blocks, places = [], dict[str, tuple[int, str]]()
-    for index in range(architecture.num_blocks):
-        blocks.append(Block(architecture.load_block(index)))
-        places |= {layer.name: (index, layer.module) for layer in architecture.linears(index)}
+    check_units(architecture, units)
+    return [load_block(architecture, units, index) for index in range(architecture.num_blocks)]
+
+
+def load_block(architecture: Architecture, units: Sequence[Unit], index: int) -> Block:
+    """One block with the original weights, for units that check_units accepts."""
+    block = Block(architecture.load_block(index))
+    paths = {layer.name: layer.module for layer in architecture.linears(index)}
     parents = {unit.name: unit.part_of for unit in units}
     for unit in units:
         around, name = [], unit.part_of
@@ -123,17 +127,25 @@ def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block
             around.append(name)
             name = parents[name]
         for layer in unit.layers:
-            if layer not in places:
+            if layer in paths:
+                # The class may be another one, but it has a weight (R, C).
+                linear = cast(nn.Linear, block.module.get_submodule(paths[layer]))
+                block.slots.append(Slot(layer, linear, unit.name, tuple(around)))
+        if not unit.layers and unit.block == index:
+            block.parts.append((unit.name, unit.kind))
+    block.state = block.state_of(dict.fromkeys(parents, KEEP))
+    return block
+
+
+def check_units(architecture: Architecture, units: Sequence[Unit]) -> None:
+    """ValueError, which names the unit, where a unit does not fit the model, or has a layer of an earlier unit."""
+    free = {layer.name for index in range(architecture.num_blocks) for layer in architecture.linears(index)}
+    for unit in units:
+        for layer in unit.layers:
+            if layer not in free:
                 where = architecture.checkpoint.path
                 raise ValueError(f"{unit.name}: {layer} is no linear layer of {where}, or that of an earlier unit")
-            index, path = places.pop(layer)
-            # The class may be another one, but it has a weight (R, C).
-            linear = cast(nn.Linear, blocks[index].module.get_submodule(path))
-            blocks[index].slots.append(Slot(layer, linear, unit.name, tuple(around)))
-        if not unit.layers:
-            if unit.kind not in (ATTENTION, MLP, BLOCK) or not 0 <= unit.block < len(blocks):
-                raise ValueError(f"{unit.name} has no layers, and is no part of a block: {unit.kind} of {unit.block}")
-            blocks[unit.block].parts.append((unit.name, unit.kind))
-    for block in blocks:
-        block.state = block.state_of(dict.fromkeys(parents, KEEP))
-    return blocks
+            free.remove(layer)
+        is_part = unit.kind in (ATTENTION, MLP, BLOCK) and 0 <= unit.block < architecture.num_blocks
+        if not unit.layers and not is_part:
+            raise ValueError(f"{unit.name} has no layers, and is no part of a block: {unit.kind} of {unit.block}")

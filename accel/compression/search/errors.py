@@ -5,7 +5,7 @@ a layer's output. So the errors of a layer's levels are proportional to their sq
 database holds: measuring one level of a layer gives all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from hasten.accel.compression.allocators.base import Choice, Unit
@@ -20,17 +20,19 @@ def with_errors(
     evaluate: Callable[[Sequence[Genome], Sample], Sequence[float]],
     sample: Sample,
     scaled: bool = False,
+    only: Collection[str] | None = None,
 ) -> list[Unit]:
     """The units with new errors: each choice's is the increase of the loss, in nats, that this choice makes alone.
 
     scaled: measures only the middle choice of each unit, and scales the given errors, which are those of the outputs,
-    to match it; choices of parts that can be dropped are all measured. A choice that is better than the original on the
-    sample has an error of 0.
+    to match it; choices of parts that can be dropped are all measured. only: names of the units that are measured; None
+    is all, and the others keep their errors. A choice that is better than the original on the sample has an error of 0.
     """
     original = (ORIGINAL,) * len(units)
     keys = [
         (place, index)
         for place, unit in enumerate(units)
+        if only is None or unit.name in only
         for index in (_middle(unit) if scaled and unit.layers else range(len(unit.choices)))
         if unit.choices[index].level != KEEP
     ]
@@ -46,7 +48,9 @@ def with_errors(
         return replace(choice, error=increases[place, measured] * (choice.error / known if known > 0 else 1.0))
 
     return [
-        replace(unit, choices=tuple(at(place, index, choice) for index, choice in enumerate(unit.choices)))
+        unit
+        if only is not None and unit.name not in only
+        else replace(unit, choices=tuple(at(place, index, choice) for index, choice in enumerate(unit.choices)))
         for place, unit in enumerate(units)
     ]
 
