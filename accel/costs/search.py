@@ -1,5 +1,6 @@
 """Cost of a search: evaluators that each hold the whole model and measure candidates on samples of tokens."""
 
+import math
 from dataclasses import dataclass
 
 from hasten.accel.compression.search.base import AllocationMethod, Searcher
@@ -14,13 +15,18 @@ _BUSY, _TOGETHER = 0.9, 1.16
 _LOGIT_NUMBERS = 6
 _LOGITS_BYTES = 16 << 20
 _FIXED_CACHE = 2**30
+# Sensitivities run a block for the original and for the candidate, again for the backward pass, and backwards, which
+# takes as long as two runs; and the head of both models, and its gradient.
+_BACKWARD_BLOCKS, _BACKWARD_HEADS = 5, 3
+_STATES_BYTES = 2**31
 
 
 @dataclass(frozen=True)
 class Search:
     """A search as plain values. sequences, length: of the search's tokens; error_sequences: those of `errors`.
 
-    levels: maximum number of a layer's levels. measured: number of choices whose errors are measured. allocators: each
+    levels: maximum number of a layer's levels. measured: number of choices whose errors are measured. error_passes:
+    measurements of sensitivities for each budget, 0 where errors are not measured so. allocators: each
     runs once for each of `budgets`; searchers among them measure candidates. original_bytes: stored for a token of the
     original's predictions.
     """
@@ -38,6 +44,7 @@ class Search:
     workers: int = 2
     threads: int = 1
     gpus: int = 0
+    error_passes: int = 0
 
 
 def estimate(search: Search, rates: Rates) -> Estimate:
@@ -49,12 +56,25 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     # Samples are drawn from all sequences, and soon every sequence was in one.
     used = search.sequences if searchers else min(search.sequences, search.error_sequences if search.measured else 0)
     known = used * search.length
-    held = {
-        "weights of all blocks": weights,
-        "head": model.head_bytes(),
-        "weights swapped out": swapped,
-        "original's predictions": known * search.original_bytes,
-        "hidden states": model.hidden_bytes(search.batch, search.length) * (model.blocks + 1),
+    # Hidden states of a process's share of the sequences, at every block.
+    share = math.ceil(search.error_sequences / search.workers) if search.error_passes else 0
+    states = min(max(search.batch, share) * model.hidden_bytes(1, search.length) * (model.blocks + 2), _STATES_BYTES)
+    if searchers or search.measured:
+        # The pass over the blocks comes before the whole model is loaded.
+        held = {
+            "weights of all blocks": weights,
+            "head": model.head_bytes(),
+            "weights swapped out": swapped,
+            "original's predictions": known * search.original_bytes,
+            "hidden states": max(states, model.hidden_bytes(search.batch, search.length) * (model.blocks + 1)),
+        }
+    else:
+        held = {
+            "a block, compressed and not": 3 * max(model.block_bytes(index) for index in range(model.blocks)),
+            "head": model.head_bytes(),
+            "hidden states": states,
+        }
+    held |= {
         "activations": model.activation_bytes(search.batch, search.length),
         "logits": 2 * _LOGITS_BYTES,
     }
@@ -74,6 +94,8 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     # Each evaluator runs the original on the sequences of its samples.
     own = search.workers * known
     seconds = blocks.seconds(rates) * (own + tokens * _NOT_SHARED) + head.seconds(rates) * (own + tokens)
+    backward = float(search.budgets * search.error_passes * search.error_sequences * search.length)
+    seconds += backward * (_BACKWARD_BLOCKS * blocks.seconds(rates) + _BACKWARD_HEADS * head.seconds(rates))
     seconds *= (_TOGETHER if search.workers > 1 else 1.0) / search.length
     load = Work()
     for index in range(model.blocks):

@@ -28,7 +28,8 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     if len(budgets) > 1:
         allocators += [build({"_target_": target_of("allocator", name)}) for name in names]
     allocators = list({type(allocator): allocator for allocator in reversed(allocators)}.values())
-    measured = {"output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
+    parts = sum(not unit.layers for unit in units)
+    measured = {"gradient": parts, "output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
     logits = torch.zeros(1, model.vocabulary)
     kept = build(config.fitness).reference(logits, torch.zeros(1, dtype=torch.long))
     of_search = search.estimate(
@@ -46,6 +47,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
             workers=config.workers,
             threads=config.threads,
             gpus=setting.gpus,
+            error_passes=config.search.error_passes if config.errors == "gradient" else 0,
         ),
         setting.rates,
     )

@@ -42,8 +42,8 @@ class SearchConfig(LevelOptions):
     errors: str = option(
         "gradient",
         "errors whose sum allocators minimize: each layer's part of the KL divergence of a mixture of the budget's "
-        "size, from a backward pass; output error of each layer; KL divergence of each level alone; or KL divergence of "
-        "one level per layer alone, scaled to the other levels by the output errors",
+        "size, from a backward pass; output error of each layer; KL divergence of each level alone; or that of one "
+        "level per layer alone, scaled to the other levels by the output errors",
         choices=("gradient", "output", "kl", "kl_scaled"),
     )
     fitness: dict[str, Any] = group("loss by which a search compares candidates")
