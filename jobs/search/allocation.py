@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import Unit, check_budget, left_out, size
+from hasten.accel.compression.allocators.base import Unit, budget_bits, check_budget, left_out, size
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.compression.levels import units
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
@@ -276,7 +276,7 @@ class Search:
 
 def _bits(units: Sequence[Unit], budget: float) -> int:
     """Bits of all units together at a budget of bits per weight."""
-    return int(budget * sum(unit.weights for unit in units))
+    return budget_bits(budget, sum(unit.weights for unit in units))
 
 
 def _name(target: str) -> str:
