@@ -104,9 +104,3 @@ class Quantizer(Method[P]):
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
-
-
-def power_and_error(weight: Tensor, dequantized: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared weight and squared error, summed by row, (R,) float32 each."""
-    weight = weight.float()
-    return weight.square().sum(1), (weight - dequantized.float()).square().sum(1)

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.formats import two_of_four
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
@@ -162,10 +163,12 @@ class TwoOfFourLevel(Level):
         pruned = method.prune(weight, prepared, _PATTERN)
         codes = None
         if self.scheme is not None:
-            grid = Grid.of(pruned.weight.weight, self.scheme, _SEARCH, _SHRINK)
+            kept = without(pruned.weight.weight, method.dead_columns(prepared))
+            grid = Grid.of(kept, self.scheme, _SEARCH, _SHRINK)
             pruned = method.prune(weight, prepared, _PATTERN, grid)
             codes = grid.quantize(pruned.weight.weight)
-        return Result(TwoOfFourWeight(pruned.weight, codes), pruned.error, pruned.power, pruned.notes)
+        weight = TwoOfFourWeight(pruned.weight, codes)
+        return Result(weight, pruned.error, pruned.power, pruned.notes, pruned.of_output)
 
     @staticmethod
     def _mask(stored: Mapping[str, Tensor]) -> Tensor:
