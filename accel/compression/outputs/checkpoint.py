@@ -25,7 +25,7 @@ from hasten.accel.models.families import family_of
 
 # Size of the shards with the tensors outside the blocks.
 _OUTER_BYTES = 1 << 27
-# Files of the original that are copied: the tokenizer's and similar ones, and terms of use. The model card is not, which
+# Files of the original that are copied: the tokenizer's and similar ones, and terms of use. Its model card is not: it
 # describes the original's weights.
 _COPIED = re.compile(
     r".*\.(json|txt|model|jinja|tiktoken)|.*(licen[cs]e|copying|copyright|use_policy).*|notice.*", re.IGNORECASE
