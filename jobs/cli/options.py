@@ -220,5 +220,5 @@ def _number(kind: Any) -> Any:
 def _without_none(hint: Any) -> tuple[Any, bool]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return kinds[0], True
+        return kinds[0], type(None) in typing.get_args(hint)
     return hint, False
