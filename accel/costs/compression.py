@@ -116,7 +116,8 @@ def _packed_bytes(work: Pass, group: Group) -> int:
         if work.levels is None:
             total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
-            total += sum(size for level in work.levels for *_, size in level_tensors(layer, level, itemsize))
+            levels = [group.level_of(level) for level in work.levels]
+            total += sum(size for level in levels for *_, size in level_tensors(layer, level, itemsize))
     return total
 
 
@@ -270,7 +271,7 @@ def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
 
 def _solves(work: Pass, group: Group) -> list[tuple[Method, Level]]:
     """The levels at which a group is compressed, each with its method."""
-    levels = [group.level] if work.levels is None else work.levels
+    levels = [group.level] if work.levels is None else [group.level_of(level) for level in work.levels]
     return [(level.method_of(work.methods), level) for level in levels]
 
 

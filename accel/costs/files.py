@@ -9,7 +9,7 @@ import torch
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.levels.base import Level, StoredTensor
 from hasten.accel.compression.levels.kinds.grid import grid_tensors
-from hasten.accel.compression.outputs.checkpoint import COPIED, OWN, outer_shards
+from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
 from hasten.accel.models.architecture import Architecture, Layer
 
 # (name, dtype by its safetensors name, shape, bytes) of every tensor.
@@ -26,7 +26,7 @@ _NAMES = {
 }
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8")
 # Facts of a layer at a level, in JSON: in a file with indents, and in the header of a layer's file.
-_FACTS_BYTES, _LEVEL_FACTS_BYTES = 350, 340
+_FACTS_BYTES, _LEVEL_FACTS_BYTES = 380, 365
 # Digests of a run's modules, in its fingerprint.
 _CODE_BYTES = 3400
 
@@ -104,21 +104,14 @@ def database_files(
                 itemsize = architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize
                 tensors: Tensors = []
                 for level in levels:
-                    layer_level = level.of_expert() if group.is_expert else level
-                    tensors += level_tensors(layer, layer_level, itemsize)
+                    tensors += level_tensors(layer, group.level_of(level), itemsize)
                 total += safetensors_bytes(tensors, _LEVEL_FACTS_BYTES * len(levels))
     return {"levels": total}
 
 
 def copied_bytes(folder: Path) -> int:
     """Bytes of the files of a checkpoint that are copied, such as the tokenizer's."""
-    copied = {
-        file
-        for pattern in COPIED
-        for file in folder.glob(pattern)
-        if file.name not in OWN and not file.name.endswith(".index.json")
-    }
-    return sum(file.stat().st_size for file in copied)
+    return sum(file.stat().st_size for file in copied_files(folder))
 
 
 def _plain(architecture: Architecture, names: Iterable[str]) -> Tensors:

@@ -91,10 +91,10 @@ def range_search(layers: LayerStack, ranges: int) -> Work:
 def column_visits(layers: LayerStack, solves: int) -> Work:
     """Work of `solves` solves column by column, each propagating the error of finished columns to the rest.
 
-    Only the first solve also computes the power of the output.
+    The power of the output, and of its error, is computed once, after the last solve.
     """
     return Work(
-        exact_flops=(solves + 1) * layers.weights * layers.columns,
+        exact_flops=(solves + 2) * layers.weights * layers.columns,
         elements=solves * layers.weights * _VISITED,
         launches=solves * layers.slabs * layers.columns * _LAUNCHES_OF_A_COLUMN,
     )

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDED = "embedded:"
+# Types of weights.
+_READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Terms of use, which a checkpoint that is made from the model must carry on.
+_HUB_FILES += ["LICEN*", "NOTICE*", "COPYING*", "*USE_POLICY*"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
@@ -87,6 +91,7 @@ class Checkpoint:
         quantization = self.config.get("quantization_config") or self.config.get("compression_config")
         self._packing = Packing(quantization, str(self.path / "config.json")) if quantization else None
         self._plain, self._packed = self._entries()
+        self._check_dtypes()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def _entries(self) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
@@ -113,6 +118,16 @@ class Checkpoint:
             if lacking:
                 raise UserError(f"tensor {name.removesuffix('weight')}{lacking[0]} is missing from {self.path}")
         return plain, packed
+
+    def _check_dtypes(self) -> None:
+        """UserError where a weight is stored in a type that no job reads; buffers may have any type."""
+        for name, stored in self._plain.items():
+            if name.endswith(".weight") and stored.dtype not in _READ:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _READ)
+                raise UserError(
+                    f"tensor {name} in {stored.file} is stored as {str(stored.dtype).removeprefix('torch.')}: weights "
+                    f"must be {known}; convert the checkpoint first"
+                )
 
     @staticmethod
     def _parent(name: str) -> str:

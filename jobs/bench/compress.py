@@ -7,7 +7,7 @@ whose Python is peer_python; without it the peer's rows read "not run".
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,12 @@ class Config(Run):
 
     model: str = option("embedded:target", f"what is compressed: {MODEL}")
     bits: list[int] = option([4, 3, 2], "bits of a quantized weight, one after the other")
-    group_size: int = option(128, "input columns that share a scale", at_least=1)
+    group_size: int | str = option(
+        "auto",
+        "input columns that share a scale; auto is the largest of 128, 64 and 32 that all layers allow",
+        at_least=1,
+        words=("auto",),
+    )
     symmetric: bool = option(False, "no zero points")
     calibration: Calibration = section(Calibration)
     held_out: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
@@ -83,10 +88,13 @@ class Row:
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and written to the document."""
     # torch: `hasten bench compress --help` must not wait for it.
-    from hasten.jobs.bench.measurements.quality import inputs, save_tokens
+    from hasten.jobs.bench.measurements.quality import common_group_size, inputs, save_tokens
 
     _check(config)
     model, tokens, quality = inputs(config)
+    if isinstance(config.group_size, str):
+        # One size for all layers, because the peer has no other.
+        config = replace(config, group_size=common_group_size(model))
     if config.peer_python is not None:
         check_peer(config.peer_python)
     folder = start(config)

@@ -16,7 +16,7 @@ from hasten.jobs.bench.processes.watch import Peak
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Run, option, plain
+from hasten.jobs.common.schema import GROUP_SIZE, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "memory: peak of every process"
@@ -34,7 +34,7 @@ class Config(Run):
     kv_heads: int = option(8, "key-value heads", at_least=1)
     vocab_size: int = option(32000, "entries of the vocabulary", at_least=1)
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
-    group_size: int = option(128, "input columns that share a scale", at_least=1)
+    group_size: int | str = option("auto", GROUP_SIZE, at_least=1, words=("auto",))
     quantizer: str = option("gptq", "name of the quantizer, with its own defaults")
     sequences: int = option(16, "calibration sequences of random tokens", at_least=1)
     sequence_length: int = option(128, "tokens in a calibration sequence", at_least=2)
@@ -48,7 +48,7 @@ def run(config: Config) -> Path:
     if config.quantizer not in method_names("quantizer"):
         raise UserError(f"quantizer={config.quantizer} is none of {', '.join(method_names('quantizer'))}")
     for name in ("hidden_size", "intermediate_size"):
-        if getattr(config, name) % config.group_size:
+        if config.group_size != "auto" and getattr(config, name) % config.group_size:
             raise UserError(f"group_size={config.group_size} must divide {name}={getattr(config, name)}")
     folder = start(config)
     tokens = _write_tokens(config, folder)

@@ -24,7 +24,10 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 
 @dataclass(frozen=True)
 class Option:
-    """A `key=value` option. kind: type without None. optional: None is allowed. group: the value names a method."""
+    """A `key=value` option. kind: type without None. optional: None is allowed. group: the value names a method.
+
+    words: texts that stand for a number, or for a number in a list.
+    """
 
     key: str
     kind: Any
@@ -36,6 +39,7 @@ class Option:
     at_most: float | None = None
     group: bool = False
     path: str | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -50,14 +54,14 @@ class Option:
             words += f" from {self.at_least:g} to {self.at_most:g}"
         elif self.at_least is not None:
             words += f", {self.at_least:g} or more"
-        return words + (", or null" if self.optional else "")
+        return words + "".join(f", or {word}" for word in (*self.words, *(("null",) if self.optional else ())))
 
     def parse(self, text: str) -> Any:
         """The value of a text; UserError names the key, the text and the accepted values."""
         if self.optional and text.lower() in ("null", "none"):
             return None
         try:
-            value = _read(self.kind, text)
+            value = text if text in self.words and self.kind is int else _read(self.kind, text, self.words)
         except (ValueError, yaml.YAMLError):
             raise self._refusal(text, _several(text)) from None
         self.check(value)
@@ -65,7 +69,7 @@ class Option:
 
     def check(self, value: Any) -> None:
         """UserError if a value of the right type is not one of the choices or out of range."""
-        if value is None:
+        if value is None or (isinstance(value, str) and value in self.words):
             return
         low = self.at_least is not None and value < self.at_least
         high = self.at_most is not None and value > self.at_most
@@ -83,8 +87,8 @@ def _several(text: str) -> str:
     return "; several values are a sweep, with --multirun" if several else ""
 
 
-def _read(kind: Any, text: str) -> Any:
-    """The text as a value of that kind; ValueError if it is not one."""
+def _read(kind: Any, text: str, words: tuple[str, ...] = ()) -> Any:
+    """The text as a value of that kind; ValueError if it is not one. words: also accepted as members of a list."""
     if kind is str:
         return text
     if kind in (int, float):
@@ -97,14 +101,16 @@ def _read(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
         if typing.get_origin(inner) is not list and not text.lstrip().startswith("["):
-            return [_read(inner, text)]
+            return [text if text in words else _read(inner, text)]
         value = yaml.safe_load(text)
-        return _listed(kind, value)
+        return _listed(kind, value, words)
     return yaml.safe_load(text)
 
 
-def _listed(kind: Any, value: Any) -> Any:
+def _listed(kind: Any, value: Any, words: tuple[str, ...] = ()) -> Any:
     if typing.get_origin(kind) is not list:
+        if value in words:
+            return value
         if kind is str and isinstance(value, (int, float)):
             return str(value)
         if kind is float and type(value) is int:
@@ -112,7 +118,7 @@ def _listed(kind: Any, value: Any) -> Any:
         return value if type(value) is kind else _fail(value)
     if not isinstance(value, list):
         _fail(value)
-    return [_listed(typing.get_args(kind)[0], item) for item in value]
+    return [_listed(typing.get_args(kind)[0], item, words) for item in value]
 
 
 def _fail(value: object) -> typing.NoReturn:
@@ -140,6 +146,8 @@ def options(schema: type, prefix: str = "") -> list[Option]:
     distance = {name: steps for steps, base in enumerate(schema.__mro__) for name in inspect.get_annotations(base)}
     for item in sorted(dataclasses.fields(schema), key=lambda item: (item.name != "model", distance[item.name])):
         kind, optional = _without_none(hints[item.name])
+        if item.metadata.get("words"):
+            kind = _number(kind)
         if dataclasses.is_dataclass(kind):
             collected += options(typing.cast(type, kind), f"{prefix}{item.name}.")
             continue
@@ -201,8 +209,16 @@ def split_off(schema: type[S], prefix: str, words: Iterable[str]) -> tuple[S, li
     return schema(**values), remaining
 
 
+def _number(kind: Any) -> Any:
+    """Kind of a number, or list of numbers, for which a text may stand: `int` of `list[int | str]` is `list[int]`."""
+    if typing.get_origin(kind) is not list:
+        return kind
+    inner, _ = _without_none(typing.get_args(kind)[0])
+    return types.GenericAlias(list, (inner,))
+
+
 def _without_none(hint: Any) -> tuple[Any, bool]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return kinds[0], True
+        return kinds[0], type(None) in typing.get_args(hint)
     return hint, False

@@ -1,14 +1,19 @@
 """Shared by jobs that calibrate: checkpoint, tokens and settings, and the calibration pass with its progress."""
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
+from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
+from hasten.accel.compression.quantizers.base import AUTO
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.accel.models.families import family_of
@@ -67,6 +72,24 @@ def calibration_tokens(calibration: Calibration, settings: Settings, tokenizer: 
         calibration.seed,
         vocabulary_size(settings.checkpoint),
     )
+
+
+def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:
+    """Log the sizes that a group size of `auto` stands for, where a level has it."""
+    automatic = [level for level in levels if uses_auto(level)]
+    if not automatic:
+        return
+    sizes = group_sizes(automatic[0], layer_groups)
+    _LOG.info("group sizes: %s", described(layers_of_sizes(sizes)))
+    odd = [layer for layer, size in sizes.items() if size == -1]
+    if odd:
+        names = ", ".join(map(str, AUTO_SIZES))
+        _LOG.warning("none of %s divides the columns of %d layers, first %s: one scale a row", names, len(odd), odd[0])
+
+
+def uses_auto(level: Level) -> bool:
+    """Whether the group size of a level is `auto`."""
+    return level.loader_scheme is not None and level.loader_scheme.group_size == AUTO
 
 
 def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool) -> None:

@@ -22,13 +22,16 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     path: str | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Field of a dataclass of options with help text and accepted values; a default list is copied for each object.
+
+    words: texts that stand for a number, or for a number in a list, such as `auto`.
 
     path: set where the value is a path or URI: `in` of something that a run only reads (a name is also allowed), `out`
     of something that it writes, `state` of something that it reads and changes.
     """
-    rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most, "path": path}
+    rules = {"help": text, "choices": choices, "at_least": at_least, "at_most": at_most, "path": path, "words": words}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
     return field(default=default, metadata=rules)
@@ -49,6 +52,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
 WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
+GROUP_SIZE = "input columns that share a scale; auto is the largest of 128, 64 and 32 that divides the layer's columns"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 

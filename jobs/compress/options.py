@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import MODEL, Calibrated, Evaluation, group, option, section
+from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, Evaluation, group, option, section
 
 
 @dataclass
@@ -20,7 +20,7 @@ class CompressConfig(Calibrated):
     column_quantizer: dict[str, Any] = group("method for levels with bits per column, like c2.5")
     pruner: dict[str, Any] = group("method that prunes a layer, for levels like s50")
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
-    group_size: int = option(128, "input columns that share a scale; -1 is one scale per row", at_least=-1)
+    group_size: int | str = option("auto", f"{GROUP_SIZE}; -1 is one scale per row", at_least=-1, words=("auto",))
     symmetric: bool = option(False, "symmetric grids, without zero points")
     output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from time import perf_counter
 
+from hasten.accel.compression.calibration.group_sizes import described, layers_of_sizes
+from hasten.accel.compression.calibration.layer_groups import group_sizes
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
@@ -16,7 +18,15 @@ from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
+from hasten.jobs.common.calibration import (
+    calibration_settings,
+    calibration_tokens,
+    log_group_sizes,
+    open_output,
+    original,
+    run_pass,
+    uses_auto,
+)
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
 from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
@@ -39,6 +49,7 @@ def run(config: CompressConfig) -> Path:
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)
+    log_group_sizes([settings.level], compression.task.layer_groups)
     cpus = config.workers * config.threads
     with cluster_session(config, cpus, {"model": source}, {"output": output.path}):
         if config.overwrite or not output.finished:
@@ -95,6 +106,8 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
     if not compression.task.settings.level.is_loaded_packed:
         # The checkpoint stores such a level in a larger, loadable form: report the packed size from the layers' facts.
         stored["bits_per_weight"] = sum(row["stored_bits"] for row in layers) / sum(row["weights"] for row in layers)
+    level = compression.task.settings.level
+    groups = layers_of_sizes(group_sizes(level, compression.task.layer_groups)) if uses_auto(level) else None
     return {
         "job": "compress",
         "config": plain(config),
@@ -113,6 +126,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
         "layers": layers,
         "blocks": done.blocks,
         "fallbacks": [row["layer"] for row in layers if row["notes"]],
+        "group_sizes": groups,
         "output": str(output.path),
     }
 
@@ -131,6 +145,8 @@ def _print_summary(report: Record) -> None:
         f"size: {metrics['bytes'] / 2**20:.1f} MiB, was {metrics['bytes_original'] / 2**20:.1f} MiB; "
         f"{metrics['bits_per_weight']:.3f} bits per quantized weight"
     )
+    if report["group_sizes"]:
+        print(f"group sizes: {described(report['group_sizes'])}")
     if metrics["kl_divergence"] is not None:
         print(
             f"quality: perplexity {metrics['perplexity']:.3f}, was {metrics['perplexity_original']:.3f}; "

@@ -1,6 +1,6 @@
 """Cost of a calibration pass."""
 
-from hasten.accel.compression.calibration.layer_groups import make_layer_groups
+from hasten.accel.compression.calibration.layer_groups import common_levels, make_layer_groups
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.costs.compression import Pass
 from hasten.accel.costs.model import Model
@@ -14,11 +14,13 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
     layer_groups = make_layer_groups(
-        model.architecture, settings.level, config.ignore, config.skip_first, config.skip_last
+        model.architecture,
+        settings.level,
+        config.ignore,
+        config.skip_first,
+        config.skip_last,
+        settings.levels or (),
     )
-    for level in settings.levels or ():
-        for group in [group for groups in layer_groups for group in groups]:
-            level.check(group.key, group.columns)
     sequences = config.calibration.sequences if settings.needs_hessian else 0
     if sequences and config.workers > min(config.calibration.shards, sequences):
         chunks = min(config.calibration.shards, sequences)
@@ -32,7 +34,7 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
         methods=settings.methods,
         sequences=sequences,
         length=config.calibration.sequence_length,
-        levels=settings.levels,
+        levels=None if settings.levels is None else common_levels(settings.levels, layer_groups),
         batch=config.calibration.batch,
         shards=config.calibration.shards,
         workers=config.workers,

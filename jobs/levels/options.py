@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import MODEL, Calibrated, group, option
+from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, group, option
 
 
 @dataclass
@@ -15,7 +15,7 @@ class LevelOptions(Calibrated):
     bits: list[int] = option(
         [2, 3, 4, 5, 6, 8], "bits of a weight; each with each of group_sizes is a level; [] is none"
     )
-    group_sizes: list[int] = option([128], "input columns that share a scale; -1 is one scale per row")
+    group_sizes: list[int | str] = option(["auto"], f"{GROUP_SIZE}; -1 is one scale per row", words=("auto",))
     symmetric: bool = option(
         True, "no zero points; transformers loads levels with zero points only if all layers have the same bits"
     )

@@ -17,7 +17,14 @@ from hasten.cluster.programs.calibration import CalibrationPass, PassReport
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build
-from hasten.jobs.common.calibration import calibration_settings, calibration_tokens, open_output, original, run_pass
+from hasten.jobs.common.calibration import (
+    calibration_settings,
+    calibration_tokens,
+    log_group_sizes,
+    open_output,
+    original,
+    run_pass,
+)
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
@@ -82,6 +89,7 @@ class DatabaseBuild:
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
         self._pass = CalibrationPass(self.settings, tokens, config.workers, worker_resources(config))
+        log_group_sizes(self.settings.made, self._pass.task.layer_groups)
         self._overwrite = overwrite
         database = self._pass.task.output
         assert isinstance(database, LevelDatabase)

@@ -1,5 +1,6 @@
 """Spreads a budget of bits over a model: builds the levels, runs the allocators and writes the checkpoints."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import Unit, check_budget, left_out, size
+from hasten.accel.compression.allocators.base import Unit, budget_bits, check_budget, left_out, size
 from hasten.accel.compression.allocators.exact import Exact
+from hasten.accel.compression.allocators.grouping import mixed_modules
 from hasten.accel.compression.levels import units
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -37,6 +39,8 @@ from hasten.jobs.levels.run import DatabaseBuild
 from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig
 from hasten.jobs.search.searching import SavedStates, SearchRun
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,14 @@ class Search:
         genome = self._genomes[self._name, budget]
         assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
+        mixed = mixed_modules(levels)
+        if mixed:
+            _LOG.warning(
+                "%d modules that vLLM and SGLang fuse (q/k/v, gate/up) have layers of several levels, first %s: these "
+                "servers cannot load the checkpoint, transformers can; use grouping=serving for servers",
+                len(mixed),
+                mixed[0],
+            )
         folder = mixed_output(self._architecture, self.database, levels, output, dropped)
         fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
         open_output(folder, fingerprint, self._config.overwrite)
@@ -131,6 +143,7 @@ class Search:
             folder.release()
         weights = sum(unit.weights for unit in units)
         metrics: dict[str, object] = {"budget": budget, "budget_bits_per_weight": size(units, genome) / weights}
+        metrics |= {"mixed_fused_modules": len(mixed)}
         metrics |= sizes(Checkpoint(output)).metrics()
         metrics |= self._quality(output)
         tracker.metrics({f"{name}/{budget:g}": value for name, value in metrics.items()})
@@ -279,7 +292,7 @@ class Search:
 
 def _bits(units: Sequence[Unit], budget: float) -> int:
     """Bits of all units together at a budget of bits per weight."""
-    return int(budget * sum(unit.weights for unit in units))
+    return budget_bits(budget, sum(unit.weights for unit in units))
 
 
 def _name(target: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from hasten.accel.compression.allocators.base import budget_bits
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.units import make_units
 from hasten.accel.costs import compression, search
@@ -55,7 +56,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     weights = sum(unit.weights for unit in units)
     names_ = [layer.name for groups in work.layer_groups for group in groups for layer in group.layers]
     unquantized = model.stored_bytes() - sum(checkpoint.stored_bytes(f"{name}.weight") for name in names_)
-    written = {f"checkpoint of {budget:g} bits": int(budget * weights / 8) + unquantized for budget in budgets}
+    written = {f"checkpoint of {budget:g} bits": budget_bits(budget, weights) // 8 + unquantized for budget in budgets}
     total = levels.joined(of_search).joined(dataclasses.replace(Estimate((), ()), written=written))
     for _ in budgets:
         total = total.joined(quality(config.evaluation, config.workers, config.threads, model, setting))

@@ -45,10 +45,10 @@ def test_methods_cost_by_their_hyperparameters(tmp_path):
     nearest = RoundToNearest().cost(layers, level.scheme)
     assert nearest.solve.exact_flops == 0
     assert nearest.prepare == Work()
-    # One solve: the propagated error of finished columns, and the outputs themselves.
-    assert GPTQ(refits=0).cost(layers, level.scheme).solve.exact_flops == 2 * weights * columns
+    # One solve: the propagated error of finished columns, the outputs themselves, and their error.
+    assert GPTQ(refits=0).cost(layers, level.scheme).solve.exact_flops == 3 * weights * columns
     # Two solves and two fits.
-    assert GPTQ(refits=2).cost(layers, level.scheme).solve.exact_flops == (3 + 4) * weights * columns
+    assert GPTQ(refits=2).cost(layers, level.scheme).solve.exact_flops == (4 + 4) * weights * columns
     searched = [RoundToNearest(search=tried).cost(layers, level.scheme).solve.elements for tried in (0, 10, 20)]
     assert searched[2] - searched[1] == searched[1] - searched[0] > 0
 

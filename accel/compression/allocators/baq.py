@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors
+from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, lowest_budget
 from hasten.accel.errors import UserError
 
 # Replaces the binary logarithm of 0: smaller than that of any positive float64.
@@ -42,7 +42,7 @@ class BAQ(Allocator):
             weights = sum(unit.weights for unit in units)
             raise UserError(
                 f"budget={budget / weights:g} needs parts to be dropped, which BAQ does not: "
-                f"it takes {min_bits / weights:.5g} bits per weight or more"
+                f"it takes {lowest_budget(min_bits, weights)} bits per weight or more"
             )
         constants = [
             self.log2_constant(unit) if len(own) > 1 else _LOG2_OF_ZERO

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from hasten.accel.errors import UserError
@@ -80,6 +81,20 @@ def error(units: Sequence[Unit], chosen: Sequence[int]) -> float:
     )
 
 
+def budget_bits(budget: float, weights: int) -> int:
+    """Bits of all weights together at a budget of bits per weight, rounded down; UserError where it is not finite."""
+    if not math.isfinite(budget):
+        raise UserError(f"budget={budget} is wrong: expected a number of bits per weight")
+    # The budget is the decimal number that was written. Its product in floating point may be a bit below an exact
+    # level: 4.1 * 63,999,200 is 262,396,719.99999997.
+    return int(Fraction(repr(float(budget))) * weights)
+
+
+def lowest_budget(bits: int, weights: int) -> str:
+    """The lowest budget of bits per weight, with four decimals at most, that holds this many bits."""
+    return f"{-(-bits * 10**4 // weights) / 10**4:g}"
+
+
 def check_budget(units: Sequence[Unit], budget: int) -> None:
     """UserError, which names the lowest and the highest level, where the budget is below the one or above the other."""
     weights = sum(unit.weights for unit in units)
@@ -87,8 +102,8 @@ def check_budget(units: Sequence[Unit], budget: int) -> None:
     high = size(units, [len(unit.choices) - 1 for unit in units])
     if not low <= budget <= high:
         # Rounded inwards, so that the printed bounds are legal budgets.
-        lowest = f"{_names(units, 0)} ({math.ceil(low / weights * 1e4) / 1e4:g} bits per weight)"
-        highest = f"{_names(units, -1)} ({math.floor(high / weights * 1e4) / 1e4:g})"
+        lowest = f"{_names(units, 0)} ({lowest_budget(low, weights)} bits per weight)"
+        highest = f"{_names(units, -1)} ({high * 10**4 // weights / 10**4:g})"
         side = "below the lowest" if budget < low else "above the highest"
         raise UserError(f"budget={budget / weights:.5g} is {side} level: they reach from {lowest} to {highest}")
 

@@ -1,7 +1,7 @@
 """Groups of layers that must share a level, because servers fuse them into one matrix or one kernel."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hasten.accel.compression.allocators.base import Choice, Unit
 from hasten.accel.errors import UserError
@@ -29,6 +29,14 @@ def serving_module(layer: str) -> str:
         return expert[1]
     parent, dot, last = layer.rpartition(".")
     return f"{parent}{dot}{_FUSED.get(last, last)}"
+
+
+def mixed_modules(levels: Mapping[str, str]) -> list[str]:
+    """Modules that servers fuse from layers whose levels, by layer name, differ: servers cannot load them."""
+    members: dict[str, set[str]] = {}
+    for layer, level in levels.items():
+        members.setdefault(serving_module(layer), set()).add(level)
+    return [module for module, different in members.items() if len(different) > 1]
 
 
 def group_units(units: Sequence[Unit], rule: str, fused: Callable[[str], str] = serving_module) -> list[Unit]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, size
+from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, lowest_budget, size
 from hasten.accel.errors import UserError
 
 
@@ -31,7 +31,7 @@ class Uniform(Allocator):
             weights, min_bits = sum(unit.weights for unit in units), min(sizes)
             raise UserError(
                 f"budget={budget / weights:g} is below {levels[sizes.index(min_bits)]}, the lowest level that all "
-                f"layers have: it takes {min_bits / weights:.5g} bits per weight"
+                f"layers have: it takes {lowest_budget(min_bits, weights)} bits per weight"
             )
         return candidates[max(fitting, key=lambda place: sizes[place])]
 

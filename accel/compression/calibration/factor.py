@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import Inputs, dead_columns
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.errors import UserError
 
 ORDERS = ("static", "none")
+# Rows of a product with the factor that are computed at once.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,10 @@ class Factor:
 
     lower: (C, C) float32, columns contiguous and divided by their diagonal entry; entries above the diagonal are
     undefined. pivots: (C,), that diagonal. order: (C,) input column of every row, in reverse order of visit. dead: (C,)
-    bool, rows whose input is always zero; they have a pivot of 1 and zeros elsewhere. damping: what was added to the
-    diagonal of all other rows. is_known: False for the identity that replaces a matrix that could not be factored.
+    bool, rows whose input is always zero, or negligible (see calibration/inputs.py); they have a pivot of 1 and zeros
+    elsewhere. damping: what was added to the diagonal of all other rows. is_known: False for the identity that replaces
+    a matrix that could not be factored. inputs: the statistics that errors are measured on where the factor is the
+    identity, else None.
     """
 
     lower: Tensor
@@ -35,6 +40,37 @@ class Factor:
     damping: float
     notes: tuple[str, ...]
     is_known: bool = True
+    inputs: Inputs | None = None
+
+    @property
+    def measures_output(self) -> bool:
+        """Whether `power` is of the output, not of the weights."""
+        return self.is_known or (self.inputs is not None and self.inputs.hessian is not None)
+
+    @property
+    def dead_columns(self) -> Tensor:
+        """Input columns (C,) bool of the dead rows."""
+        return self.dead[self.inverse_order()]
+
+    def errors(self) -> Tensor:
+        """Factor of each row's own error in the output error, (C, 1): the pivots, and 0 for dead rows."""
+        return self.pivots.masked_fill(self.dead, 0.0)[:, None]
+
+    def power(self, values: Tensor) -> Tensor:
+        """Mean squared output of weights `values` (C, R), in the order of the rows, without the damping, (R,) float32.
+
+        Where there are no statistics, their squared length.
+        """
+        if not self.is_known:
+            return (self.inputs or Inputs(None)).power(values[self.inverse_order()].T)
+        total, errors = values.new_zeros(values.shape[1]), self.errors()
+        for stop in range(len(values), 0, -_BLOCK):
+            span = slice(max(0, stop - _BLOCK), stop)
+            outputs = self.lower[stop:, span].T @ values[stop:] + self.lower[span, span].tril().T @ values[span]
+            total += outputs.mul_(errors[span]).square_().sum(0)
+            # L is a factor of the damped Hessian.
+            total -= (values[span] * ~self.dead[span, None]).square_().sum(0).mul_(self.damping)
+        return total.clamp_(min=0)
 
     def inverse_order(self) -> Tensor:
         """Row (C,) of every input column: the inverse of order."""
@@ -64,13 +100,16 @@ def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: s
         order = torch.argsort(importance, descending=True, stable=True).flip(0)
     else:
         order = torch.arange(columns - 1, -1, -1, device=importance.device)
-    # The row of an input that is always zero is zero: any positive diagonal entry makes the matrix positive definite.
-    dead = importance[order] <= 0
+    # The rows of dead inputs are zero: any positive diagonal entry makes the matrix positive definite.
+    dead = dead_columns(importance)[order]
     mean, share = float(importance.mean()), damping
     while share <= max_damping and math.isfinite(mean):
         # Factored in place, and built again for another try, because two of these matrices may not fit in memory.
         # LAPACK needs contiguous columns and would copy; the transpose of a symmetric matrix has them.
         lower = hessian.mean(order).mT
+        if bool(dead.any()):
+            lower[dead] = 0.0
+            lower[:, dead] = 0.0
         lower.diagonal()[dead] = 1.0
         lower.diagonal()[~dead] += share * mean
         info = torch.empty((), dtype=torch.int32, device=lower.device)
@@ -81,6 +120,7 @@ def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: s
             return Factor(lower.div_(pivots), pivots, order, dead, share * mean, notes)
         share *= 10
     failed = f"Hessian could not be factored with damping {max_damping:g}: {instead}"
+    inputs = Inputs(hessian if math.isfinite(mean) else None)
     ones = torch.ones_like(importance)
-    identity, dead = torch.eye(columns, device=ones.device), torch.zeros_like(dead)
-    return Factor(identity, ones, order, dead, 0.0, (failed,), is_known=False)
+    identity = torch.eye(columns, device=ones.device)
+    return Factor(identity, ones, order, dead, 0.0, (failed,), is_known=False, inputs=inputs)

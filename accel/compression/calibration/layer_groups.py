@@ -1,10 +1,11 @@
 """Groups of layers that are compressed together, and the level of each; checked before anything is written."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.calibration.group_sizes import auto_group_sizes, check_group_size
+from hasten.accel.compression.levels.base import AutoSize, Level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
@@ -14,12 +15,14 @@ from hasten.accel.models.architecture import Architecture, Layer
 class Group:
     """Layers of one block that share an input and are solved together.
 
-    layers: in the order in which their rows are stacked. level: at which all of them are stored.
+    layers: in the order in which their rows are stacked. level: at which all of them are stored. auto_size: of levels
+    whose group size is `auto`.
     """
 
     block: int
     layers: tuple[Layer, ...]
     level: Level
+    auto_size: AutoSize = field(default=AutoSize())
 
     @property
     def key(self) -> str:
@@ -36,6 +39,10 @@ class Group:
         """Whether the layers belong to one expert, which sees only the tokens routed to it."""
         return self.layers[0].expert is not None
 
+    def level_of(self, level: Level) -> Level:
+        """The level of these layers where the model has this one: for experts, and of the layers' own group size."""
+        return (level.of_expert() if self.is_expert else level).of_group_size(self.auto_size)
+
     @property
     def cost(self) -> float:
         """Relative time of the solve: factorisation and updates of the columns."""
@@ -43,12 +50,18 @@ class Group:
 
 
 def make_layer_groups(
-    architecture: Architecture, level: Level, ignore: Iterable[str], skip_first: int, skip_last: int
+    architecture: Architecture,
+    level: Level,
+    ignore: Iterable[str],
+    skip_first: int,
+    skip_last: int,
+    others: Iterable[Level] = (),
 ) -> list[list[Group]]:
     """Groups of every block.
 
     ignore: regular expressions searched in layer names; layers that match are not compressed. skip_first, skip_last:
-    numbers of blocks that are not compressed at either end. Experts get level.of_expert().
+    numbers of blocks that are not compressed at either end. Experts get level.of_expert(), and levels whose group size
+    is `auto` get the size of the layer. others: further levels that the layers must be able to have.
     """
     for name, value in (("skip_first", skip_first), ("skip_last", skip_last)):
         if not 0 <= value <= architecture.num_blocks:
@@ -57,24 +70,62 @@ def make_layer_groups(
     used: set[str] = set()
     blocks: list[list[Group]] = []
     for block in range(architecture.num_blocks):
-        shared: dict[tuple[str, Level], list[Layer]] = {}
+        shared: dict[str, list[Layer]] = {}
         if skip_first <= block < architecture.num_blocks - skip_last:
             for layer in architecture.linears(block):
                 hits = [text for text, pattern in patterns if pattern.search(layer.name)]
                 used.update(hits)
                 if hits:
                     continue
-                layer_level = level if layer.expert is None else level.of_expert()
-                layer_level.check(layer.name, layer.columns)
-                shared.setdefault((layer.group, layer_level), []).append(layer)
-        blocks.append([Group(block, tuple(layers), group_level) for (_, group_level), layers in shared.items()])
+                shared.setdefault(layer.group, []).append(layer)
+        blocks.append([Group(block, tuple(layers), level) for layers in shared.values()])
     outer = {name.removesuffix(".weight") for name in architecture.outer_tensors()}
     for text, pattern in patterns:
         if text not in used and not any(pattern.search(name) for name in outer):
             raise UserError(f"ignore={text!r} matches no layer; a layer is named like {_example(architecture)}")
     if not any(blocks):
         raise UserError("no layer is left to quantize: ignore, skip_first and skip_last exclude all of them")
-    return blocks
+    layers = [layer for groups in blocks for group in groups for layer in group.layers]
+    _check_levels(layers, list(dict.fromkeys([level, *others])))
+    sizes = auto_group_sizes(layers)
+    return [[_sized(group, sizes) for group in groups] for groups in blocks]
+
+
+def _sized(group: Group, sizes: Mapping[str, AutoSize]) -> Group:
+    sized = replace(group, auto_size=sizes[group.key])
+    return replace(sized, level=sized.level_of(group.level))
+
+
+def _check_levels(layers: Sequence[Layer], levels: Iterable[Level]) -> None:
+    """UserError where layers cannot have one of the levels."""
+    for level in levels:
+        check_group_size(level, layers)
+        for layer in layers:
+            level.check(layer.name, layer.columns)
+
+
+def common_levels(levels: Iterable[Level], layer_groups: Iterable[Iterable[Group]]) -> tuple[Level, ...]:
+    """Levels of a database, whose names all layers share, without duplicates.
+
+    A group size of `auto` stays in the name only where it stands for several sizes.
+    """
+    groups = [group for block in layer_groups for group in block]
+    named = []
+    for level in levels:
+        sized = {level.of_group_size(group.auto_size) for group in groups}
+        named.append(sized.pop() if len(sized) == 1 else level)
+    return tuple(dict.fromkeys(named))
+
+
+def group_sizes(level: Level, layer_groups: Iterable[Iterable[Group]]) -> dict[str, int]:
+    """Group size of a level in every layer, by layer name; empty where the level has no grid."""
+    sizes: dict[str, int] = {}
+    for group in (group for groups in layer_groups for group in groups):
+        scheme = group.level_of(level).loader_scheme
+        if scheme is not None:
+            assert isinstance(scheme.group_size, int)
+            sizes |= {layer.name: scheme.group_size for layer in group.layers}
+    return sizes
 
 
 def _compile(text: str) -> re.Pattern[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration import shard, solve
-from hasten.accel.compression.calibration.layer_groups import Group, make_layer_groups, schemes
+from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -130,17 +130,18 @@ class Task:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.layer_groups: list[list[Group]] = make_layer_groups(
-            self.architecture, settings.level, settings.ignore, settings.skip_first, settings.skip_last
+            self.architecture,
+            settings.level,
+            settings.ignore,
+            settings.skip_first,
+            settings.skip_last,
+            settings.levels or (),
         )
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
-            for groups in self.layer_groups:
-                for group in groups:
-                    for level in settings.levels:
-                        level.check(group.key, group.columns)
-            self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.layer_groups, settings.levels, settings.level
-            )
+            levels = common_levels(settings.levels, self.layer_groups)
+            (propagated,) = common_levels([settings.level], self.layer_groups)
+            self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
         else:
             self._check_experts()
             self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)

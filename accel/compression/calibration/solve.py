@@ -1,5 +1,6 @@
 """The solve of one group of layers: from statistics to compressed weights, and to a report's facts of each layer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Facts, Result
 from hasten.accel.models.architecture import Layer
 from hasten.accel.models.checkpoint import Checkpoint
+
+# What the error of a report's row is of; errors of weights are comparable with each other only.
+OUTPUT, WEIGHTS = "output", "weights"
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,12 @@ def prepare_group(
     fewer than expert_tokens is not prepared, because its statistics would fit noise; see Level.without_statistics.
     """
     tokens = hessian.tokens if hessian is not None else 0
-    if method.needs_hessian and (not tokens or (group.is_expert and tokens < expert_tokens)):
+    too_few = not tokens or (group.is_expert and tokens < expert_tokens)
+    if method.needs_hessian and too_few:
         return PreparedMethod(method, None, tokens, max(1, expert_tokens))
-    return PreparedMethod(method, method.prepare(None if hessian is None else hessian.to(device)), tokens)
+    # A layer's errors must be of the same kind at all levels: where one method goes without statistics, all do.
+    used = None if hessian is None or too_few else hessian.to(device)
+    return PreparedMethod(method, method.prepare(used), tokens)
 
 
 def solve_group(
@@ -66,11 +73,18 @@ def solve_group(
         return checkpoint.tensor(f"{layer.name}.weight")
 
     solved = level.solve(method, group.layers, read, prepared, device)
-    facts = [
-        _facts(group, layer, level, solved[layer.name])
-        | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": [*notes, *solved[layer.name].notes]}
-        for layer in group.layers
-    ]
+    facts = []
+    for layer in group.layers:
+        result = solved[layer.name]
+        error, of_layer = _error(result), [*notes, *result.notes]
+        if not math.isfinite(error["error"]):
+            error = _error_of_weights(read(layer), level.unpack(level.pack(result.weight)))
+            of_layer.append("squares of weights or outputs are beyond float32: is the tensor damaged?")
+        facts.append(
+            _facts(group, layer, level, result)
+            | error
+            | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": of_layer}
+        )
     return Solved({name: result.weight for name, result in solved.items()}, facts)
 
 
@@ -105,7 +119,6 @@ def solve_levels(
 
 
 def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWeight]) -> Facts:
-    power, error = float(result.power.double().sum()), float(result.error.double().sum())
     weights = layer.rows * layer.columns
     return {
         "layer": layer.name,
@@ -114,7 +127,20 @@ def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWe
         "weights": weights,
         "stored_bits": result.weight.bits,
         "bits_per_weight": result.weight.bits / weights,
+    }
+
+
+def _error(result: Result[CompressedWeight]) -> Facts:
+    power, error = float(result.power.double().sum()), float(result.error.double().sum())
+    return {
         # Relative to the layer's own output, so that layers of any width can be compared.
         "error": error / power if power else 0.0,
         "squared_error": error,
+        "error_of": OUTPUT if result.of_output else WEIGHTS,
     }
+
+
+def _error_of_weights(weight: Tensor, stored: Tensor) -> Facts:
+    """Error of a weight whose squares are beyond float32."""
+    power, error = float(weight.double().square().sum()), float((weight.double() - stored.double()).square().sum())
+    return {"error": error / power, "squared_error": error, "error_of": WEIGHTS}

@@ -80,6 +80,16 @@ class Hessian:
             full[columns[:, None], rows[None, :]] = panel.T
         return full.div_(self.tokens)
 
+    def power(self, weight: Tensor) -> Tensor:
+        """Mean squared output of every row of weight (R, C) float32, (R,) float32."""
+        # Panels hold H up to the diagonal: the part left of a panel's diagonal square stands for two halves of H.
+        total = weight.new_zeros(len(weight))
+        for (start, stop), panel in zip(self._bounds, self.panels(), strict=True):
+            outputs = weight[:, start:stop] @ panel
+            outputs[:, :start] *= 2
+            total += outputs.mul_(weight[:, :stop]).sum(1)
+        return total.div_(self.tokens).clamp_(min=0)
+
     def to(self, device: torch.device | str) -> "Hessian":
         """The Hessian on a device; itself where it is on that device already."""
         if all(panel.device == torch.device(device) for panel in self.panels()):

@@ -7,6 +7,7 @@ functions: the machines of the GPU checks do not have the library, and write no 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ class PackQuantized(Format):
             "weight_shape": torch.tensor(weight.codes.shape),
         }
         if not weight.scheme.symmetric:
-            stored["weight_zero_point"] = pack_to_int32(_signed(weight.zero_point, bits), bits, packed_dim=0)
+            rows, groups = weight.zero_point.shape
+            packed = pack_to_int32(_signed(weight.zero_point, bits), bits, packed_dim=0)
+            missing = zero_point_words(rows, groups, bits) - len(packed)
+            stored["weight_zero_point"] = torch.nn.functional.pad(packed, (0, 0, 0, missing))
         return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
@@ -79,6 +83,13 @@ class PackQuantized(Format):
         if not all(scheme.symmetric for scheme in schemes.values()):
             described["dequantize"] = True
         return described
+
+
+def zero_point_words(rows: int, groups: int, bits: int) -> int:
+    """Words of the packed zero points of one column of groups, for rows with several groups each."""
+    words = ceil(rows * bits / 32)
+    # compressed-tensors 0.20 reads the bytes of the transposed words, which fails for a single row of 4-bit ones.
+    return 2 if words == 1 and bits == 4 and groups > 1 else words
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

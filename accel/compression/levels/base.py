@@ -37,6 +37,14 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class AutoSize:
+    """What a group size of `auto` stands for in a layer. own: of its own columns. shared: of those of all layers."""
+
+    own: int = -1
+    shared: int = -1
+
+
 # The shape of the dense weight, part of every packed form; stored_bits does not include it.
 SHAPE = StoredTensor("weight_shape", torch.int64, (2,))
 
@@ -78,6 +86,10 @@ class Level(ABC):
 
     def of_expert(self) -> "Level":
         """The level that experts get in place of this one."""
+        return self
+
+    def of_group_size(self, size: AutoSize) -> "Level":
+        """The level with a size in place of the group size `auto`; itself where the size is given, or there is none."""
         return self
 
     def options(self) -> dict[str, int | float | str | bool]:

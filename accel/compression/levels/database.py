@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from hasten.accel.compression.calibration.group_sizes import auto_group_sizes
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
@@ -64,13 +65,15 @@ class LevelDatabase(ResumableFolder):
         levels = [parse_level(name) for name in content["levels"]]
         level = levels[0] if levels else parse_level(_UNUSED)
         layers = set(content["layers"])
+        every = [layer for block in range(architecture.num_blocks) for layer in architecture.linears(block)]
+        sizes = auto_group_sizes([layer for layer in every if layer.name in layers])
         layer_groups = []
         for block in range(architecture.num_blocks):
             shared: dict[str, list[Layer]] = {}
             for layer in architecture.linears(block):
                 if layer.name in layers:
                     shared.setdefault(layer.group, []).append(layer)
-            layer_groups.append([Group(block, tuple(group), level) for group in shared.values()])
+            layer_groups.append([Group(block, tuple(group), level, sizes[group[0].name]) for group in shared.values()])
         return cls(path, checkpoint, layer_groups, levels, None)
 
     @property
@@ -79,8 +82,8 @@ class LevelDatabase(ResumableFolder):
         return [level.name for level in self._levels]
 
     def levels_of(self, group: Group) -> list[tuple[str, Level]]:
-        """Names and levels of a group. An expert's level may differ from the one of that name; see Level.of_expert."""
-        return [(level.name, level.of_expert() if group.is_expert else level) for level in self._levels]
+        """Names and levels of a group. A group's level may differ from the one of that name; see Group.level_of."""
+        return [(level.name, group.level_of(level)) for level in self._levels]
 
     def stored_bits(self, group: Group, layer: Layer, level: Level) -> int:
         """Exact size of a layer of a group at one of levels_of(group); known before the layer is solved."""

@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Sequence
 from functools import cache
 
+from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES
 from hasten.accel.compression.levels import kinds
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.column_bits import ColumnBitsLevel
@@ -50,7 +51,7 @@ def parse_level(name: str, option: str = "level") -> Level:
 
 def make_levels(
     bits: Sequence[int],
-    group_sizes: Sequence[int],
+    group_sizes: Sequence[int | str],
     symmetric: bool,
     sparsities: Sequence[float] = (),
     column_bits: Sequence[float] = (),
@@ -73,7 +74,7 @@ def make_levels(
         if len(set(values)) < len(values):
             raise UserError(f"{name}={list(values)} is wrong: expected different values")
     if bits and not group_sizes:
-        raise UserError("group_sizes=[] is wrong: expected one or more values, -1 is one scale a row")
+        raise UserError("group_sizes=[] is wrong: expected one or more values, such as auto; -1 is one scale a row")
     grids = [
         GridLevel(Scheme(width, size, symmetric))
         for width in sorted(bits)
@@ -85,5 +86,7 @@ def make_levels(
     return tuple(dict.fromkeys([*grids, *columns, *pruned, *(parse_level(name, "extra_levels") for name in extra)]))
 
 
-def _columns(group_size: int) -> float:
+def _columns(group_size: int | str) -> float:
+    if isinstance(group_size, str):
+        return float(AUTO_SIZES[0])
     return float("inf") if group_size == -1 else group_size

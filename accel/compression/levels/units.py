@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Choice, Unit
 from hasten.accel.compression.allocators.grouping import group_units, join
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.solve import WEIGHTS
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import dropped_bits, part_of
 from hasten.accel.compression.levels.level import KEEP
+from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
 
@@ -22,15 +24,22 @@ def make_units(
     keep: adds the level `keep`, of error 0, to all layers. drop: kinds of parts that may be dropped in every block:
     `attention`, `mlp` or `block`. solved: False makes units with sizes but without errors, before the database exists.
     Errors are those of the layer's output, relative to that output; a dropped part has an error of 1 for each of its
-    layers. All experts are one unit under every rule, because transformers reads one scheme for all of them.
+    layers. All experts are one unit under every rule, because transformers reads one scheme for all of them. Experts
+    that too few tokens reached, whose errors are of the weights, add no error to those of the others.
     """
     parts = _parts(database, drop)
     units: list[Unit] = []
     experts: list[Unit] = []
+    facts = {layer.name: database.facts(layer.name) for _, layer in _layers(database)} if solved else {}
+    unmeasured = _unmeasured(database, facts)
     for group, layer in _layers(database):
-        facts = database.facts(layer.name) if solved else {}
+        is_measured = solved and layer.name not in unmeasured
         choices = [
-            Choice(name, database.stored_bits(group, layer, level), facts[name]["error"] if solved else 0.0)
+            Choice(
+                name,
+                database.stored_bits(group, layer, level),
+                facts[layer.name][name]["error"] if is_measured else 0.0,
+            )
             for name, level in database.levels_of(group)
         ]
         weights = layer.rows * layer.columns
@@ -55,6 +64,13 @@ def make_units(
     if experts:
         units.append(join(experts[0].name, experts, "experts"))
     return [*units, *parts.values()]
+
+
+def _unmeasured(database: LevelDatabase, facts: Mapping[str, Mapping[str, Facts]]) -> set[str]:
+    """Experts whose errors are of the weights, where those of other experts are of the output."""
+    experts = {layer.name for group, layer in _layers(database) if group.is_expert and facts.get(layer.name)}
+    of_weights = {name for name in experts if any(row["error_of"] == WEIGHTS for row in facts[name].values())}
+    return set() if of_weights == experts else of_weights
 
 
 def layer_levels(units: Sequence[Unit], assignment: Mapping[str, str]) -> dict[str, str]:

@@ -25,8 +25,12 @@ from hasten.accel.models.families import family_of
 
 # Size of the shards with the tensors outside the blocks.
 _OUTER_BYTES = 1 << 27
-# Files of the original that are copied, and those among them that are not, because the run writes its own.
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# Files of the original that are copied: the tokenizer's and similar ones, and terms of use. Its model card is not: it
+# describes the original's weights.
+_COPIED = re.compile(
+    r".*\.(json|txt|model|jinja|tiktoken)|.*(licen[cs]e|copying|copyright|use_policy).*|notice.*", re.IGNORECASE
+)
+# Those among them that are not, because the run writes its own.
 OWN = ("config.json", "model.safetensors.index.json")
 # Modules that contain the whole model; patterns name the modules below them.
 _HOLDERS = ("model", "decoder", "language_model")
@@ -124,10 +128,8 @@ class OutputFolder(ResumableFolder):
         for block in self._kept:
             total += _index(self.shard(block), weight_map)
         source = self._architecture.checkpoint.path
-        for pattern in COPIED:
-            for file in sorted(source.glob(pattern)):
-                if file.name not in OWN and not file.name.endswith(".index.json"):
-                    guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
+        for file in copied_files(source):
+            guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_json(self.path / OWN[1], index)
         self.write_json(self.path / OWN[0], self._config())
@@ -176,6 +178,18 @@ class OutputFolder(ResumableFolder):
         tensor = self._architecture.checkpoint.tensor(name)
         self._architecture.checkpoint.check_finite(tensor, name)
         return tensor
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that every checkpoint made from it gets, too."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if _COPIED.fullmatch(file.name)
+        and file.is_file()
+        and file.name not in OWN
+        and not file.name.endswith((".index.json", ".safetensors"))
+    )
 
 
 def outer_shards(architecture: Architecture) -> Iterable[list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import Inputs
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.quantizers.grid import Grid
@@ -81,28 +82,6 @@ class PrunedWeight:
         return cls(torch.cat([part.weight for part in parts]), torch.cat([part.mask for part in parts]))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Statistics of the layers' input. hessian: None where there are no statistics, or none that are finite."""
-
-    hessian: Hessian | None
-    notes: tuple[str, ...] = ()
-
-    def power(self, weight: Tensor) -> Tensor:
-        """Mean squared output of every row of weight (R, C), or its squared weights, (R,) float32."""
-        weight = weight.float()
-        if self.hessian is None:
-            return weight.square().sum(1)
-        # Panels hold H up to the diagonal: the part left of a panel's diagonal square stands for two halves of H.
-        total = weight.new_zeros(len(weight))
-        for panel in self.hessian.panels():
-            size, stop = panel.shape
-            outputs = weight[:, stop - size : stop] @ panel
-            outputs[:, : stop - size] *= 2
-            total += outputs.mul_(weight[:, :stop]).sum(1)
-        return total.div_(self.hessian.tokens).clamp_(min=0)
-
-
 class Pruner(Method[P]):
     """A way to choose which weights of one linear layer to keep; layers that share an input may be stacked by rows.
 
@@ -112,6 +91,10 @@ class Pruner(Method[P]):
 
     def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost | None:
         """Cost of prepare() and of the solve for layers of this shape; None where the method does not state it."""
+        return None
+
+    def dead_columns(self, prepared: P) -> Tensor | None:
+        """Columns (C,) bool whose input is always zero, so that a grid need not fit their weights; None: not known."""
         return None
 
     @abstractmethod
@@ -127,10 +110,11 @@ class ScoredPruner(Pruner[Inputs]):
 
     def prepare(self, hessian: Hessian | None) -> Inputs:
         """Statistics of the input, by which every scored pruner, Magnitude too, reports errors of the output."""
-        # |E[x y]| is at most the root of E[x²] E[y²]: where the diagonal is finite, the whole matrix is.
-        if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
-            return Inputs(None, ("Hessian is not finite: weights alone were looked at",))
-        return Inputs(hessian)
+        return Inputs.of(hessian, "weights alone were looked at")
+
+    def dead_columns(self, prepared: Inputs) -> Tensor | None:
+        """Those of the statistics."""
+        return prepared.dead_columns
 
 
 def lowest(score: Tensor, number: int | Tensor) -> Tensor:
@@ -155,4 +139,5 @@ def prune_lowest(
     pruned = pattern.lowest(score)
     kept = weight.masked_fill(pruned, 0.0)
     result = PrunedWeight(kept if grid is None else grid.quantize(kept).dequantize(), ~pruned)
-    return Result(result, inputs.power(weight - result.weight), inputs.power(weight), inputs.notes)
+    lost = weight.float() - result.weight.float()
+    return Result(result, inputs.power(lost), inputs.power(weight), inputs.notes, inputs.hessian is not None)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
+from hasten.accel.compression.calibration.inputs import Inputs
+from hasten.accel.compression.pruners.base import Pattern, PrunedWeight, ScoredPruner, prune_lowest
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, rounding

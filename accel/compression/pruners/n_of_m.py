@@ -28,6 +28,8 @@ class NOfM(Pattern):
         return self.m
 
     def lowest(self, score: Tensor) -> Tensor:
-        """The m - n lowest of every group of scores (R, C); m divides C."""
+        """The m - n lowest of every group of scores (R, C); ValueError where m does not divide C."""
+        if score.shape[1] % self.m:
+            raise ValueError(f"m={self.m} does not divide the {score.shape[1]} columns")
         groups = score.reshape(-1, self.m)
         return lowest(groups, self.m - self.n).reshape(score.shape)

@@ -61,15 +61,13 @@ class SparseGPT(Pruner[Factor]):
         rows, columns = weight.shape
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
         # A column whose input is always zero adds no error, so its weights are pruned first.
-        pivots = prepared.pivots.masked_fill(prepared.dead, 0.0)[:, None]
-        damping = torch.full_like(pivots, prepared.damping).masked_fill_(prepared.dead[:, None], 0.0)
+        pivots = prepared.errors()
         block = pattern.group_size or self.block
         shares = pattern.lowest((target * pivots).abs_().T)  # (R, C)
         points, top = (None, 0) if grid is None else (grid.of_columns(prepared.order), grid.scheme.top)
         mask = torch.empty(columns, rows, dtype=torch.bool, device=weight.device)
         solved = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
         residual = torch.empty_like(target)  # weight minus solved weight, column by column
-        error, power = target.new_zeros(rows), target.new_zeros(rows)
         width = -(-_WIDTH // block) * block
         for stop in range(columns, 0, -width):
             start = max(0, stop - width)
@@ -97,13 +95,14 @@ class SparseGPT(Pruner[Factor]):
                     top,
                 )
                 carried[before].addmm_(corner[inner, before].T, residual[part])
-            signal = panel.T @ target[stop:] + corner.T @ target[span]
-            # L is a factor of the damped Hessian: the damping's part is not an error of the output.
-            error += (carried.mul_(pivots[span]).square_() - damping[span] * residual[span].square()).sum(0)
-            power += (signal.mul_(pivots[span]).square_() - damping[span] * target[span].square()).sum(0)
         back = prepared.inverse_order()
         pruned = PrunedWeight(solved[back].T.contiguous(), mask[back].T.contiguous())
-        return Result(pruned, error.clamp_(min=0), power.clamp_(min=0), prepared.notes)
+        error, power = prepared.power(residual), prepared.power(target)
+        return Result(pruned, error, power, prepared.notes, prepared.measures_output)
+
+    def dead_columns(self, prepared: Factor) -> Tensor:
+        """Those of the factor."""
+        return prepared.dead_columns
 
     def cost(self, layers: LayerStack, pattern: Pattern) -> MethodCost:
         """One pass over all columns with the factor."""
@@ -120,19 +119,20 @@ def _visit(
     points: Sequence[tuple[Tensor, Tensor]] | None,
     top: int,
 ) -> None:
-    """Fill residual and solved (B, R), and turn carried into the error that remaining columns cannot compensate.
+    """Fill residual and solved (B, R); carried is overwritten.
 
-    corner: (B, B), the factor of these columns. target, mask, carried: (B, R). points: scales and zero points of the
-    columns, where kept weights are rounded to codes up to top; else None.
+    corner: (B, B), the factor of these columns. target, mask, carried: (B, R), the last with the error of the columns
+    that were visited before. points: scales and zero points of the columns, where kept weights are rounded to codes up
+    to top; else None.
     """
+    # Corrected weights may be beyond the range of float16.
+    largest = torch.finfo(solved.dtype).max
     for k in range(len(target) - 1, -1, -1):
         corrected = target[k] + carried[k]
         kept = corrected.masked_fill(~mask[k], 0.0)
         if points is not None:
             scale, zero = points[k]
             kept = kept.div_(scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
-        solved[k] = kept
-        value = solved[k].float()
-        torch.sub(target[k], value, out=residual[k])
-        torch.sub(corrected, value, out=carried[k])
+        solved[k] = kept.clamp_(-largest, largest)
+        torch.sub(target[k], solved[k].float(), out=residual[k])
         carried[:k].addr_(corner[k, :k], residual[k])

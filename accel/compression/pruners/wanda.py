@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import Inputs
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES
-from hasten.accel.compression.pruners.base import Inputs, Pattern, PrunedWeight, ScoredPruner, prune_lowest
+from hasten.accel.compression.pruners.base import Pattern, PrunedWeight, ScoredPruner, prune_lowest
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.estimate import Work

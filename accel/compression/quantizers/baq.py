@@ -65,7 +65,7 @@ class _Grid:
 class _Solved:
     """Codes (C, R) in the order of the factor's rows and scales (R,).
 
-    error: (C, R); the squared length of its column r is the output error of row r.
+    error: (C, R); the squared length of its column r is the output error of row r, on the damped Hessian.
     """
 
     codes: Tensor
@@ -132,7 +132,7 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
         factor = prepared or _identity(weight)
         equal = min(self.highest, max(self.lowest, int(level.mean + 0.5)))
         grid = _Grid.of(torch.full_like(factor.order, equal))
-        target, pivots = _target(weight, factor), _pivots(factor)
+        target, pivots = _target(weight, factor), factor.errors()
         scale = self._search(target, pivots, grid, weight.dtype)
         error = _solve(target, factor, grid, scale, weight.dtype).error
         return error.double().square_().sum(1)[factor.inverse_order()]
@@ -145,19 +145,23 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
         """Codes of weight (R, C) at these widths (C,); the scales have the weight's dtype."""
         factor, dtype = prepared or _identity(weight), weight.dtype
         grid = _Grid.of(widths.to(weight.device)[factor.order])
-        target, pivots = _target(weight, factor), _pivots(factor)
+        target, pivots = _target(weight, factor), factor.errors()
         best = _solve(target, factor, grid, self._search(target, pivots, grid, dtype), dtype)
         for refit in range(self.refits):
             solved = _solve(target, factor, grid, best.scale, dtype) if refit else best
             solved = _refit(solved, factor, grid, dtype)
             best = best.where_better(solved)
         codes = best.codes[factor.inverse_order()].T.contiguous()
-        power = _outputs(target, factor).square_().sum(0)
-        error = best.error.square().sum(0)
-        return Result(ColumnWeight(codes, widths.to(torch.uint8), best.scale.to(dtype)), error, power, factor.notes)
+        quantized = ColumnWeight(codes, widths.to(torch.uint8), best.scale.to(dtype))
+        power = factor.power(target)
+        error = factor.power(target.sub_(quantized.dequantize().float()[:, factor.order].T))
+        return Result(quantized, error, power, factor.notes, factor.measures_output)
 
     def _search(self, target: Tensor, pivots: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor:
         """Best scale (R,), rounded to dtype, of every row of target (C, R) where columns do not compensate errors."""
+        if not bool(pivots.all()):
+            # Weights of dead inputs must not widen the range of the scales that are tried.
+            target = target.masked_fill(pivots == 0, 0.0)
         step = rows_at_once(target, len(target))
         return torch.cat([self._search_slab(part, pivots, grid, dtype) for part in target.split(step, dim=1)])
 
@@ -190,11 +194,6 @@ def _target(weight: Tensor, factor: Factor) -> Tensor:
     return weight.float()[:, factor.order].T.contiguous()  # (C, R): a column is contiguous
 
 
-def _pivots(factor: Factor) -> Tensor:
-    """Factor of each column's own error in the output error, (C, 1); 0 where the input is always zero."""
-    return factor.pivots.masked_fill(factor.dead, 0.0)[:, None]
-
-
 def _codes(values: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
     """Nearest codes (C, R) of values, float32; arbitrary where a scale is zero."""
     step = grid.step * scale
@@ -208,13 +207,16 @@ def _values(codes: Tensor, grid: _Grid, scale: Tensor) -> Tensor:
 
 def _outputs(values: Tensor, factor: Factor) -> Tensor:
     """Matrix (C, R) whose columns have the mean squared outputs of the weights `values` (C, R) as squared lengths."""
-    return (factor.lower.tril().T @ values).mul_(_pivots(factor))
+    return (factor.lower.tril().T @ values).mul_(factor.errors())
 
 
 def _solve(target: Tensor, factor: Factor, grid: _Grid, scale: Tensor, dtype: torch.dtype) -> _Solved:
     """Nearest plane for target (C, R) at scales (R,)."""
     columns = len(target)
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    # In float16 the outermost codes of some columns may be beyond the range of numbers.
+    largest = torch.finfo(dtype).max
+    is_limited = bool((scale.max() * (grid.top / 2 * grid.step).max()).gt(largest))
     residual, error = torch.zeros_like(target), torch.empty_like(target)  # residual: w - q, column by column
     for stop in range(columns, 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
@@ -225,6 +227,11 @@ def _solve(target: Tensor, factor: Factor, grid: _Grid, scale: Tensor, dtype: to
                 column_grid = _Grid(grid.step[k], grid.top[k])
                 value_to_round = target[k] + carried[k - start]
                 code = _codes(value_to_round, column_grid, scale)
+                if is_limited:
+                    # As a number of steps from the middle, which lies between two codes where top is odd, as always.
+                    reach = (largest / (column_grid.step * scale) - 0.5).floor_() + 0.5
+                    middle = column_grid.top / 2
+                    code = torch.minimum(torch.maximum(code, middle - reach), middle + reach)
                 codes[k] = code
                 # Unpacking rounds the product to the checkpoint's dtype.
                 value = _values(code, column_grid, scale).to(dtype).float()
@@ -232,16 +239,19 @@ def _solve(target: Tensor, factor: Factor, grid: _Grid, scale: Tensor, dtype: to
                 torch.sub(value_to_round, value, out=error[k])
                 carried[first - start : k - start].addr_(factor.lower[k, first:k], residual[k])
             carried[: first - start].addmm_(factor.lower[first:last, start:first].T, residual[first:last])
-    return _Solved(codes, scale, error.mul_(_pivots(factor)))
+    return _Solved(codes, scale, error.mul_(factor.errors()))
 
 
 def _refit(solved: _Solved, factor: Factor, grid: _Grid, dtype: torch.dtype) -> _Solved:
     """The same codes with the scales of least output error."""
     ones = torch.ones_like(solved.scale)
-    outputs = _outputs(_values(solved.codes.float(), grid, ones), factor)  # at a scale of 1
+    values = _values(solved.codes.float(), grid, ones)
+    outputs, peak = _outputs(values, factor), values.abs().amax(0)  # at a scale of 1
     length, along = outputs.square().sum(0), (outputs * solved.error).sum(0)
     fitted = (solved.scale + along / length).to(dtype).float()
     change = fitted - solved.scale
-    # A change is dropped where rounding the scale undoes the gain; a scale of zero stays zero.
-    change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted * solved.scale > 0)), 0.0)
+    # A change is dropped where rounding the scale undoes the gain, and where a value would overflow; a scale of zero
+    # stays zero.
+    gains = (change * (change * length - 2 * along) < 0) & (fitted * solved.scale > 0)
+    change.masked_fill_(~(gains & (fitted * peak <= torch.finfo(dtype).max)), 0.0)
     return _Solved(solved.codes, solved.scale + change, solved.error - outputs.mul_(change))

@@ -1,7 +1,7 @@
 """Base class of weight quantizers, the scheme that they quantize by, and the quantized weight that they return."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,37 +13,56 @@ from hasten.accel.errors import UserError
 from hasten.kernels.dequantize import dequantize
 
 MIN_BITS, MAX_BITS = 2, 8
+# Group size that is chosen for each layer by its columns.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Scheme:
     """Uniform grid of a layer.
 
-    bits: of a code. group_size: number of input columns that share a scale, -1 for a whole row. symmetric: without zero
-    points.
+    bits: of a code. group_size: number of input columns that share a scale, -1 for a whole row, `auto` until the layer
+    is known (see calibration/group_sizes.py). symmetric: without zero points.
     """
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int | str = 128
     symmetric: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UserError(f"bits={self.bits} is out of range: {MIN_BITS} to {MAX_BITS}")
-        if self.group_size != -1 and self.group_size < 8:
+        if isinstance(self.group_size, str):
+            if self.group_size != AUTO:
+                raise UserError(f"group_size={self.group_size} is wrong: expected a number or {AUTO}")
+        elif self.group_size != -1 and self.group_size < 8:
             raise UserError(f"group_size={self.group_size} is out of range: 8 or more, or -1 for one scale a row")
 
     def columns(self, total: int) -> int:
         """Number of columns that share a scale in a layer with `total` columns."""
+        assert isinstance(self.group_size, int), "the group size is not chosen yet"
         return total if self.group_size == -1 else self.group_size
 
+    def fits(self, columns: int) -> bool:
+        """Whether group_size divides the columns of a layer; `auto` fits all layers."""
+        return self.group_size == AUTO or columns % self.columns(columns) == 0
+
     def check(self, layer: str, columns: int) -> None:
-        """Raise UserError where group_size does not divide the layer's columns."""
-        if columns % self.columns(columns):
+        """UserError where group_size does not divide the layer's columns."""
+        if not self.fits(columns):
             raise UserError(
                 f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
-                f"use a divisor, group_size=-1 (one scale a row), or ignore the layer"
+                f"use a divisor, group_size={AUTO}, group_size=-1 (one scale a row), or ignore the layer"
             )
+
+    def of_group_size(self, size: int) -> "Scheme":
+        """The scheme with this group size in place of `auto`."""
+        return replace(self, group_size=size) if self.group_size == AUTO else self
+
+    @property
+    def suffix(self) -> str:
+        """What the name of a level says of the groups: `g128`, `gauto`, or nothing for one scale a row."""
+        return "" if self.group_size == -1 else f"g{self.group_size}"
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
         """Exact size of a layer: codes, scales of itemsize bytes, and zero points."""
@@ -104,9 +123,3 @@ class Quantizer(Method[P]):
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
-
-
-def power_and_error(weight: Tensor, dequantized: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared weight and squared error, summed by row, (R,) float32 each."""
-    weight = weight.float()
-    return weight.square().sum(1), (weight - dequantized.float()).square().sum(1)

@@ -16,7 +16,7 @@ MIN_WIDTH, MAX_WIDTH = 1, 8
 _MAP_BITS = 4
 # Steps, by bits, of the uniform quantizers of least error on normal numbers of variance 1 (Max 1960). They are part of
 # the stored form: a row has one scale, and the step of a column is this constant times the scale.
-_STEPS = (0.0, 1.595769, 0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
+STEPS = (0.0, 1.595769, 0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ColumnBits:
 
 def steps(widths: Tensor) -> Tensor:
     """Step between neighbouring values in columns of these widths (C,) for a scale of 1, (C,) float32."""
-    return torch.tensor(_STEPS, device=widths.device)[widths.long()]
+    return torch.tensor(STEPS, device=widths.device)[widths.long()]
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ tenfold; past `max_damping`, columns are rounded independently.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
+from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
-from hasten.accel.compression.quantizers.grid import find_grid
+from hasten.accel.compression.quantizers.grid import find_grid, is_in_range
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import (
     LayerStack,
@@ -40,14 +42,13 @@ _BLOCK = 128
 class _Solved:
     """Codes (C, R) in the order of the factor's rows, and their scales and zero points (G, R).
 
-    error: (C, R); the squared length of its column r is the output error of row r. power: (R,), mean squared output.
+    error: (C, R); the squared length of its column r is the output error of row r, on the damped Hessian.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
     error: Tensor
-    power: Tensor
 
     def where_better(self, other: "_Solved") -> "_Solved":
         """For every row the solution with the smaller error."""
@@ -57,7 +58,6 @@ class _Solved:
             torch.where(better, other.scales, self.scales),
             torch.where(better, other.zeros, self.zeros),
             torch.where(better, other.error, self.error),
-            self.power,
         )
 
 
@@ -67,10 +67,10 @@ class GPTQ(Quantizer[Factor]):
 
     damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where H cannot be
     factored. act_order: `static` visits columns by descending diagonal of H, each with the scale of its own group;
-    `none` visits them in their own order and computes a group's scale from its corrected weights. search: number of
-    ranges tried for each scale, by mean squared error, between shrink times the full range and the full range; 0 takes
-    the full range. refits: number of times that the scales are fitted to the codes, by the output error; the columns
-    are solved again between two fits. 0 is plain GPTQ.
+    `none` visits them in their own order and computes a group's scale from its corrected weights. search, shrink: the
+    ranges that are tried for each scale, see quantizers.grid.find_grid; 0 takes the full range. refits: number of times
+    that the scales are fitted to the codes, by the output error; the columns are solved again between two fits. 0 is
+    plain GPTQ.
     """
 
     damping: float = 0.01
@@ -100,23 +100,25 @@ class GPTQ(Quantizer[Factor]):
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
         grid = None
         if self.act_order == "static" or scheme.columns(columns) == columns:
-            scale, zero = find_grid(weight, scheme, self.search, self.shrink)
+            scale, zero = find_grid(without(weight, prepared.dead_columns), scheme, self.search, self.shrink)
             grid = scale.float().T.contiguous(), zero.T.contiguous()  # (G, R)
         best = self._solve(target, prepared, scheme, grid, weight.dtype)
         for refit in range(self.refits if prepared.is_known else 0):
             solved = best
             if refit:
                 solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
-            self._refit(solved, prepared, scheme.columns(columns), weight.dtype)
+            self._refit(solved, prepared, scheme, weight.dtype)
             best = solved if solved is best else best.where_better(solved)
-        back = prepared.inverse_order()
+        codes = best.codes[prepared.inverse_order()].T.contiguous()
         quantized = QuantizedWeight(
-            best.codes[back].T.contiguous(),
+            codes,
             best.scales.T.contiguous().to(weight.dtype),
             best.zeros.T.contiguous().to(torch.uint8),
             scheme,
         )
-        return Result(quantized, best.error.square_().sum(0), best.power, prepared.notes)
+        power = prepared.power(target)
+        error = prepared.power(target.sub_(quantized.dequantize().float()[:, prepared.order].T))
+        return Result(quantized, error, power, prepared.notes, prepared.measures_output)
 
     def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
         """A search of the ranges, a factorisation, and a solve of all columns for each fit of the scales."""
@@ -145,22 +147,24 @@ class GPTQ(Quantizer[Factor]):
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
         residual = torch.zeros_like(target)  # w - q, column by column
         error = torch.empty_like(target)
-        power = target.new_zeros(rows)
-        block = max(_BLOCK, size) if grid is None else _BLOCK
+        # Blocks of whole groups, so that each group is reached within a block, where its corrected weights are known.
+        block = ceil(_BLOCK / size) * size if grid is None else _BLOCK
         inner = min(_INNER, size)
         for stop in range(columns, 0, -block):
             start = max(0, stop - block)
             panel = prepared.lower[stop:, start:stop]
             carried = panel.T @ residual[stop:]  # (block, R): error of the finished columns
             corner = prepared.lower[start:stop, start:stop].tril()
-            signal = panel.T @ target[stop:] + corner.T @ target[start:stop]
-            power += (signal * prepared.pivots[start:stop, None]).square_().sum(0)
-            for last in range(stop, start, -inner):
+            last = stop
+            while last > start:
                 first = max(start, last - inner)
+                if grid is None:
+                    first = max(first, (last - 1) // size * size)  # not past the end of the group
                 if grid is None and last % size == 0:
                     corrected = target[last - size : last] + carried[last - size - start : last - start]
                     group = groups[last - 1]
-                    scales[group], zeros[group] = self._group_grid(corrected.T.to(dtype), scheme)
+                    corrected.masked_fill_(prepared.dead[last - size : last, None], 0.0)
+                    scales[group], zeros[group] = self._group_grid(corrected.T, scheme, dtype)
                 for k in range(last - 1, first - 1, -1):
                     value_to_round = target[k] + carried[k - start]
                     step, offset = scales[groups[k]], zeros[groups[k]]
@@ -178,30 +182,33 @@ class GPTQ(Quantizer[Factor]):
                 if first > start:
                     rows_before = corner[first - start : last - start, : first - start]
                     carried[: first - start].addmm_(rows_before.T, residual[first:last])
-        return _Solved(codes, scales, zeros, error.mul_(prepared.pivots[:, None]), power)
+                last = first
+        return _Solved(codes, scales, zeros, error.mul_(prepared.errors()))
 
     @staticmethod
-    def _refit(solved: "_Solved", prepared: Factor, size: int, dtype: torch.dtype) -> None:
-        """Fit the scales to the codes, in place, for the least output error; one group of `size` columns at a time."""
+    def _refit(solved: "_Solved", prepared: Factor, scheme: Scheme, dtype: torch.dtype) -> None:
+        """Fit the scales to the codes, in place, for the least output error; one group of columns at a time."""
         columns, place = len(prepared.order), prepared.inverse_order()
+        size, top = scheme.columns(columns), scheme.top
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]
             lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
-            steps = (lower.T @ (solved.codes[rows] - zero)).mul_(
-                prepared.pivots[:, None]
-            )  # (C, R): output of a scale of 1
+            steps = (lower.T @ (solved.codes[rows] - zero)).mul_(prepared.errors())  # (C, R): output of a scale of 1
             length, along = steps.square().sum(0), (steps * solved.error).sum(0)
             fitted = (scale + along / length).to(dtype).float()
             change = fitted - scale
             # A change is dropped where rounding the scale undoes the gain, where all weights of the group are coded as
-            # zero (length 0), and where the scale would become zero or change its sign.
-            change.masked_fill_(~((change * (change * length - 2 * along) < 0) & (fitted * scale > 0)), 0.0)
+            # zero (length 0), and where the scale would become zero, change its sign or overflow.
+            gains = (change * (change * length - 2 * along) < 0) & (fitted * scale > 0)
+            change.masked_fill_(~(gains & is_in_range(fitted, zero, top, dtype)), 0.0)
             scale += change
             solved.error.sub_(steps.mul_(change))
 
-    def _group_grid(self, corrected: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    def _group_grid(self, corrected: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale (R,) and zero point (R,), float32, of one group (R, group_size)."""
         whole = Scheme(scheme.bits, -1, scheme.symmetric)
-        scale, zero = find_grid(corrected, whole, self.search, self.shrink)
+        # Corrected weights may be beyond the range of float16.
+        largest = torch.finfo(dtype).max
+        scale, zero = find_grid(corrected.clamp(-largest, largest).to(dtype), whole, self.search, self.shrink)
         return scale[:, 0].float(), zero[:, 0]

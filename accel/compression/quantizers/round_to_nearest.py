@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import Inputs, without
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme, power_and_error
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
@@ -16,11 +17,10 @@ from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class RoundToNearest(Quantizer[None]):
-    """Quantizer that needs no calibration data.
+class RoundToNearest(Quantizer[Inputs | None]):
+    """Quantizer that needs no calibration data; where there are statistics, its error is of the output.
 
-    search: number of ranges tried for each scale, by mean squared error, between shrink times the full range and the
-    full range; 0 takes the full range.
+    search, shrink: ranges that are tried for each scale, see quantizers.grid.find_grid; 0 takes the full range.
     """
 
     search: int = 0
@@ -30,14 +30,17 @@ class RoundToNearest(Quantizer[None]):
         if self.search < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
-    def prepare(self, hessian: Hessian | None) -> None:
-        """Nothing to precompute."""
+    def prepare(self, hessian: Hessian | None) -> Inputs:
+        """Statistics of the input, for the error."""
+        return Inputs.of(hessian, "the error is of the weights")
 
-    def quantize(self, weight: Tensor, prepared: None, scheme: Scheme) -> Result[QuantizedWeight]:
+    def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: Scheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""
-        quantized = Grid.of(weight, scheme, self.search, self.shrink).quantize(weight)
-        power, error = power_and_error(weight, quantized.dequantize())
-        return Result(quantized, error, power)
+        inputs = prepared or Inputs(None)
+        grid = Grid.of(without(weight, inputs.dead_columns), scheme, self.search, self.shrink)
+        quantized = grid.quantize(weight)
+        error = inputs.power(weight.float() - quantized.dequantize().float())
+        return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
 
     def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
         """A search of the ranges, and rounding."""

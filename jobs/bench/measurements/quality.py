@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, auto_group_size
 from hasten.accel.data.tokens import load_tokens
+from hasten.accel.errors import UserError
 from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
@@ -41,6 +43,16 @@ def inputs(config: Config) -> tuple[Path, Tensor, Quality]:
     tokens = load_tokens(calibration.source, tokenizer, calibration.sequences, length, seed=calibration.seed)
     held_out = load_tokens(config.held_out, tokenizer, config.windows, length, split="held_out", seed=calibration.seed)
     return model, tokens, Quality(model, held_out, config.divergence_windows)
+
+
+def common_group_size(model: Path) -> int:
+    """The largest of 128, 64 and 32 that divides the columns of all layers; UserError where none does."""
+    architecture = Architecture(Checkpoint(model))
+    layers = [layer for block in range(architecture.num_blocks) for layer in architecture.linears(block)]
+    size = auto_group_size(layer.columns for layer in layers)
+    if size not in AUTO_SIZES:
+        raise UserError(f"group_size=auto finds no size: none of {AUTO_SIZES} divides the columns of all layers")
+    return size
 
 
 def save_tokens(tokens: Tensor, path: Path) -> Path:

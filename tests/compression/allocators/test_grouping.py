@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from hasten.accel.compression.allocators.base import Choice, Unit
-from hasten.accel.compression.allocators.grouping import group_units, serving_module
+from hasten.accel.compression.allocators.grouping import group_units, mixed_modules, serving_module
 from hasten.accel.errors import UserError
 
 
@@ -108,3 +108,17 @@ def test_layers_of_different_blocks_cannot_be_fused():
     units = [*block(0, *ATTENTION), *block(1, *ATTENTION)]
     with pytest.raises(ValueError, match="lie in different parts of the model"):
         group_units(units, "serving", lambda name: "model")
+
+
+def test_fused_modules_of_several_levels_are_named():
+    levels = {
+        "model.layers.0.self_attn.q_proj": "w4",
+        "model.layers.0.self_attn.k_proj": "w3",
+        "model.layers.0.self_attn.v_proj": "w4",
+        "model.layers.0.mlp.gate_proj": "w3",
+        "model.layers.0.mlp.up_proj": "w3",
+        "model.layers.0.mlp.down_proj": "w8",
+        "model.layers.1.mlp.gate_proj": "keep",
+        "model.layers.1.mlp.up_proj": "w3",
+    }
+    assert mixed_modules(levels) == ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"]

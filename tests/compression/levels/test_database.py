@@ -304,3 +304,33 @@ def test_levels_are_those_that_their_names_stand_for():
     levels = make_levels([3], [128], True, [1 / 3, 0.5], [2.5])
     assert [parse_level(level.name) for level in levels] == list(levels)
     assert [level.name for level in levels] == ["w3g128", "c2.5", "s50", "s33.3333"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_levels_of_the_group_size_auto_have_one_name_and_the_size_of_each_layer(tmp_path, symmetric):
+    source = tiny.save(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    levels = make_levels([2, 4], ["auto"], symmetric)
+    chosen = local.settings(source, tmp_path / "levels", levels=levels, level=levels[1])
+    rows = local.compress(chosen, tiny.tokens(4, 16))
+    database = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    # transformers reads one grid for all layers with zero points.
+    assert database.levels == (["w2gauto", "w4gauto"] if symmetric else ["w2g64a", "w4g64a"])
+    for row in rows:
+        assert row["group_size"] == (128 if symmetric and row["layer"].endswith("down_proj") else 64)
+    for groups in database.layer_groups:
+        for group in groups:
+            for layer in group.layers:
+                for name, level in database.levels_of(group):
+                    size = 128 if symmetric and layer.columns == 128 else 64
+                    assert level.loader_scheme == Scheme(level.scheme.bits, size, symmetric)
+                    assert database.weight(layer.name, name).shape == (layer.rows, layer.columns)
+                    stored = database.facts(layer.name)[name]["stored_bits"]
+                    assert stored == database.stored_bits(group, layer, level)
+
+
+def test_a_size_that_all_layers_share_is_named(tmp_path):
+    source = tiny.save(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    levels = make_levels([2, 4], ["auto", 64], True)
+    chosen = local.settings(source, tmp_path / "levels", levels=levels, level=levels[2], ignore=("down_proj",))
+    local.compress(chosen, tiny.tokens(4, 16))
+    assert LevelDatabase.read(chosen.output, Task(chosen).architecture).levels == ["w2g64", "w4g64"]

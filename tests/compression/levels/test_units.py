@@ -93,3 +93,24 @@ def test_experts_of_all_blocks_are_one_unit_and_cannot_be_dropped(tmp_path):
     assert make_units(database, "none", drop=["attention"])
     with pytest.raises(UserError, match=r"drop=\[mlp\] cannot leave out experts"):
         make_units(database, "none", drop=["mlp"])
+
+
+def test_experts_that_too_few_tokens_reached_add_no_error_to_those_of_the_others(tmp_path):
+    source = tiny.save(tmp_path / "model", "qwen3_moe", dtype=torch.bfloat16)
+    seen = local.compress(
+        local.settings(source, tmp_path / "all", levels=LEVELS, level=LEVELS[0], pruner=Wanda()), TOKENS
+    )
+    experts = sorted(row["tokens"] for row in seen if ".experts." in row["layer"])
+    few = experts[len(experts) // 2]
+    chosen = local.settings(
+        source, tmp_path / "levels", levels=LEVELS, level=LEVELS[0], pruner=Wanda(), expert_tokens=few
+    )
+    rows = local.compress(chosen, TOKENS)
+    reached = [row for row in rows if ".experts." in row["layer"] and row["tokens"] >= few]
+    assert {row["error_of"] for row in reached} == {"output"}
+    assert {row["error_of"] for row in rows if ".experts." in row["layer"] and row["tokens"] < few} == {"weights"}
+    database = LevelDatabase.read(chosen.output, Task(chosen).architecture)
+    unit = next(unit for unit in make_units(database, "serving") if unit.kind == "experts")
+    for choice in unit.choices:
+        expected = sum(row["error"] for row in reached if row["level"] == choice.level)
+        assert choice.error == pytest.approx(expected)

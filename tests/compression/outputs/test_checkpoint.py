@@ -237,3 +237,27 @@ def test_blocks_have_their_original_number_in_calls_and_a_new_one_in_files(tmp_p
         for name in architecture.block_tensors(block):
             moved = name.replace(f"layers.{block}.", f"layers.{place}.")
             assert torch.equal(left.tensor(moved), architecture.checkpoint.tensor(name))
+
+
+TERMS = (
+    "LICENSE",
+    "LICENSE.md",
+    "license-apache",
+    "LICENCE",
+    "Llama-LICENSE.pdf",
+    "NOTICE",
+    "COPYING",
+    "USE_POLICY.md",
+)
+
+
+def test_terms_of_use_go_with_the_checkpoint(source, tmp_path):
+    for name in TERMS:
+        (source / name).write_text(f"terms of {name}")
+    (source / "README.md").write_text("a model card of the original's weights")
+    (source / "NOTICES").mkdir()
+    chosen = local.settings(source, tmp_path / "out", RoundToNearest())
+    local.compress(chosen, tiny.tokens())
+    for name in TERMS:
+        assert (chosen.output / name).read_text() == f"terms of {name}"
+    assert not (chosen.output / "README.md").exists()

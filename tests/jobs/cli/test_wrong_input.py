@@ -205,7 +205,12 @@ WRONG = {
     "group of -2": ({"group_size": "-2"}, ["group_size=-2 ", "-1 or more"]),
     "group that does not divide": (
         {"group_size": "48"},
-        ["group_size=48", "64 columns of model.layers.0.self_attn.q_proj", "use a divisor, group_size=-1"],
+        [
+            "group_size=48",
+            "64 columns of model.layers.0.self_attn.q_proj and 11 more, nor the 128 columns of model.layers.0.mlp.down",
+            "14 of 14 layers",
+            "use group_size=auto; one of 8, 16, 32, 64, which divide all layers; group_size=-1",
+        ],
     ),
     "group larger than the layer": ({"group_size": "128"}, ["group_size=128", "64 columns of model.layers.0"]),
     "too few sequences": (

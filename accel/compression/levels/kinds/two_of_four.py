@@ -20,9 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.formats import two_of_four
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
-from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.levels.base import SHAPE, AutoSize, Level, StoredTensor
+from hasten.accel.compression.levels.kinds.grid import group_size, stored_group_size
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.pruners.base import PrunedWeight, Pruner
 from hasten.accel.compression.pruners.magnitude import Magnitude
@@ -33,7 +35,7 @@ from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search
 from hasten.accel.errors import UserError
 
-_NAME = re.compile(r"s2of4(?:w(\d+)(?:g(\d+))?)?")
+_NAME = re.compile(r"s2of4(?:w(\d+)(?:g(\d+|auto))?)?")
 _PATTERN = NOfM(2, 4)
 # Number of ranges tried for each scale, and the smallest of them, as in GPTQ.
 _SEARCH, _SHRINK = 24, 0.4
@@ -80,14 +82,14 @@ class TwoOfFourLevel(Level):
         match = _NAME.fullmatch(name)
         if not match:
             return None
-        return cls(Scheme(int(match[1]), int(match[2] or -1), symmetric=True) if match[1] else None)
+        return cls(Scheme(int(match[1]), group_size(match[2]), symmetric=True) if match[1] else None)
 
     @property
     def name(self) -> str:
         """`s2of4`, followed by the grid of the kept weights; its group_size counts all columns, kept or not."""
         if self.scheme is None:
             return "s2of4"
-        return f"s2of4w{self.scheme.bits}{'' if self.scheme.group_size == -1 else f'g{self.scheme.group_size}'}"
+        return f"s2of4w{self.scheme.bits}{self.scheme.suffix}"
 
     def check(self, layer: str, columns: int) -> None:
         """UserError where the number of columns is not a multiple of 4 and of group_size."""
@@ -95,6 +97,10 @@ class TwoOfFourLevel(Level):
             raise UserError(f"level {self.name} needs a multiple of 4 columns, {layer} has {columns}: ignore the layer")
         if self.scheme is not None:
             self.scheme.check(layer, columns)
+
+    def of_group_size(self, size: AutoSize) -> "TwoOfFourLevel":
+        """The level with the layer's own size in place of `auto`."""
+        return self if self.scheme is None else TwoOfFourLevel(self.scheme.of_group_size(size.own))
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
         """Indices (one bit for every weight), half of the weights as values or codes, and scales."""
@@ -162,10 +168,12 @@ class TwoOfFourLevel(Level):
         pruned = method.prune(weight, prepared, _PATTERN)
         codes = None
         if self.scheme is not None:
-            grid = Grid.of(pruned.weight.weight, self.scheme, _SEARCH, _SHRINK)
+            kept = without(pruned.weight.weight, method.dead_columns(prepared))
+            grid = Grid.of(kept, self.scheme, _SEARCH, _SHRINK)
             pruned = method.prune(weight, prepared, _PATTERN, grid)
             codes = grid.quantize(pruned.weight.weight)
-        return Result(TwoOfFourWeight(pruned.weight, codes), pruned.error, pruned.power, pruned.notes)
+        made = TwoOfFourWeight(pruned.weight, codes)
+        return Result(made, pruned.error, pruned.power, pruned.notes, pruned.of_output)
 
     @staticmethod
     def _mask(stored: Mapping[str, Tensor]) -> Tensor:
@@ -173,6 +181,7 @@ class TwoOfFourLevel(Level):
 
     def _codes(self, stored: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         mask, middle = self._mask(stored), 2 ** (scheme.bits - 1)
+        scheme = scheme.of_group_size(stored_group_size(stored["weight_shape"], stored["scale"]))
         kept = two_of_four.unpack_codes(stored["codes"], scheme.bits, mask.shape[1] // 2)
         codes = two_of_four.spread(kept, mask, middle)
         return QuantizedWeight(

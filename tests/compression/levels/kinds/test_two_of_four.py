@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hasten.accel.compression.calibration.inputs import Inputs
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import make_levels, parse_level
-from hasten.accel.compression.pruners.base import Inputs
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.pruners.n_of_m import NOfM
 from hasten.accel.compression.pruners.sparsegpt import SparseGPT

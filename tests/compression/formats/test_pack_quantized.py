@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.levels.kinds.grid import grid_tensors
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+
+
+@pytest.mark.parametrize("group_size", [32, 96, -1])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_compressed_tensors_unpacks_zero_points_of_any_number_of_rows(bits, group_size):
+    for rows in range(1, 41):
+        weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        quantized = RoundToNearest().quantize(weight, None, Scheme(bits, group_size)).weight
+        packed = PackQuantized().pack(quantized)
+        # `unpack` is the library's own decompression.
+        assert torch.equal(PackQuantized().unpack(packed, quantized.scheme), quantized.dequantize()), f"{rows} rows"
+        for tensor in grid_tensors(quantized.scheme, rows, 96, torch.bfloat16):
+            assert packed[tensor.name].shape == tensor.shape
