@@ -1,32 +1,16 @@
-"""Shared by jobs that evaluate a checkpoint: windows of held-out text, and the evaluation with its progress."""
+"""Shared by jobs that evaluate a checkpoint: the evaluation with its progress."""
 
 from pathlib import Path
 
 import torch
 
-from hasten.accel.evaluation.perplexity import Windows, load_windows
+from hasten.accel.evaluation.perplexity import Windows
 from hasten.cluster.programs.evaluation import Measured, measure
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.jobs.common.progress import Progress
-from hasten.jobs.common.schema import Evaluation
-from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
 
 # Metrics that are null in a report if nothing was measured.
 FIGURES = ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
-
-
-def held_out_windows(evaluation: Evaluation, tokenizer: Tokenizer | None, folder: Path) -> Windows | None:
-    """Windows of the evaluation text; None for evaluation.sequences=0."""
-    if not evaluation.sequences:
-        return None
-    return load_windows(
-        evaluation.source,
-        tokenizer,
-        evaluation.sequences,
-        evaluation.sequence_length,
-        evaluation.stride,
-        vocabulary=vocabulary_size(folder),
-    )
 
 
 def measured(

@@ -12,6 +12,7 @@ from hasten.jobs.common.quality import FIGURES
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
+from hasten.jobs.common.texts import print_texts
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 
@@ -31,6 +32,7 @@ def run(config: SearchConfig) -> Path:
             comparison = search.compare(tracker)
             usage = search.close()
             report = _report(config, answers, comparison, usage, perf_counter() - started)
+            report |= search.texts.report(search.original)
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -73,6 +75,7 @@ def _print_summary(report: Record) -> None:
         print(
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
+    print_texts(report)
     if report["pareto"]:
         rows = [
             [
