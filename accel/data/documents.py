@@ -1,6 +1,6 @@
 """Documents of a source of text: whole files, byte ranges of files, records of the hub, the library's files.
 
-A document is a text, or a list of token ids that has its own beginning.
+A document is a text, or the token ids of a conversation, which the chat template begins.
 """
 
 import codecs
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from hasten.accel.data import records
+from hasten.accel.data.chat import encode_conversation
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.data.parts import Part
 from hasten.accel.errors import UserError
@@ -55,49 +57,46 @@ def library_documents(split: str, seed: int, part: Part | None) -> Iterator[str]
     yield from read_texts(library_root(), names)
 
 
-def record_text(record: dict[str, Any], field: str | None = None) -> str | None:
-    """Text of a record: the named field, else `text`, else all string fields joined; None where there is none."""
-    if field is not None or isinstance(record.get("text"), str):
-        value = record.get(field or "text")
-        return value if isinstance(value, str) else None
-    strings = [value for value in record.values() if isinstance(value, str)]
-    return "\n".join(strings) if strings else None
-
-
-def json_documents(path: Path, first: int = 0, stop: int | None = None) -> Iterator[Document]:
+def json_documents(path: Path, tokenizer: Any, first: int = 0, stop: int | None = None) -> Iterator[Document]:
     """Documents of the lines of a .jsonl file that begin in the bytes [first, stop); None is its end."""
     with path.open("rb") as file:
         file.seek(first)
         at = first
         while (stop is None or at < stop) and (line := file.readline()):
             if line.strip():
-                document = _json_document(path, at, line)
+                try:
+                    document = _json_document(line, tokenizer, "")
+                except UserError:
+                    # The number of a line is counted for a message only: ranges begin anywhere in a long file.
+                    document = _json_document(line, tokenizer, f"source={path} line {_number(path, at)}")
                 if document:
                     yield document
             at += len(line)
 
 
-def _json_document(path: Path, at: int, line: bytes) -> Document:
-    """Document of the line that begins at byte `at`; UserError names its number."""
+def _json_document(line: bytes, tokenizer: Any, where: str) -> Document:
     try:
         record = json.loads(line)
     except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{_where(path, at)} is not valid JSON: {first_line(error)}") from error
+        raise UserError(f"{where} is not valid JSON: {first_line(error)}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{_where(path, at)} must be an object with a field `text` or other text fields")
-    text = record_text(record)
-    if text is None:
-        raise UserError(f"{_where(path, at)} has no text; its fields are {', '.join(record)}")
-    return text
+        raise UserError(f"{where} must be an object with a field `text` or other text fields")
+    return record_document(record, tokenizer, where)
 
 
-def _where(path: Path, at: int) -> str:
-    """The line that begins at byte `at`, by its number."""
+def record_document(record: dict[str, Any], tokenizer: Any, where: str, field: str | None = None) -> Document:
+    """Text of a record, or the token ids of its conversation; for field and where see records.read_text."""
+    read = records.read_text(record, where, field)
+    return read if isinstance(read, str) else encode_conversation(tokenizer, read, where, prompt=False)
+
+
+def _number(path: Path, at: int) -> int:
+    """Number of the line that begins at byte `at`."""
     with path.open("rb") as file:
-        return f"source={path} line {file.read(at).count(10) + 1}"
+        return file.read(at).count(b"\n") + 1
 
 
-def hub_documents(source: str, part: Part | None = None) -> Iterator[str]:
+def hub_documents(source: str, tokenizer: Any, part: Part | None = None) -> Iterator[Document]:
     """Texts of a data set hub:NAME[:split[:field]]; in a NAME of three parts, the last is the configuration."""
     parts = source.removeprefix("hub:").split(":")
     if not parts[0] or len(parts) > 3:
@@ -114,11 +113,10 @@ def hub_documents(source: str, part: Part | None = None) -> Iterator[str]:
         # Streamed, because only the first part of a large data set is needed.
         rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
         for index, row in enumerate(rows):
-            text = record_text(row, field or None)
-            if text is None:
-                raise UserError(f"source={source}: no text in field {field or 'text'!r}; fields are {', '.join(row)}")
-            if text and (part is None or part.holds(index)):
-                yield text
+            if part is None or part.holds(index):
+                document = record_document(row, tokenizer, f"source={source} record {index + 1}", field or None)
+                if document:
+                    yield document
     except UserError:
         raise
     except Exception as error:  # `datasets` raises its own errors, and those of the network and of file formats

@@ -191,13 +191,16 @@ def _streams(
     if kind == LIBRARY:
         return [_encode_some(tokenizer, library_documents(split, seed, part), separator, min_tokens)]
     if kind == "hub":
-        return [_encode_some(tokenizer, hub_documents(source, part), separator, min_tokens)]
+        return [_encode_some(tokenizer, hub_documents(source, tokenizer, part), separator, min_tokens)]
     path = Path(source)
     size = path.stat().st_size
     ranges = [(0, size)] if part is None else line_ranges(path, part.ranges(size, _SECTION["bytes"]))
     quota = None if min_tokens is None else _quota(min_tokens, ranges, length if part is not None else 0)
     if kind == ".jsonl":
-        return [_encode_some(tokenizer, json_documents(path, first, stop), separator, quota) for first, stop in ranges]
+        return [
+            _encode_some(tokenizer, json_documents(path, tokenizer, first, stop), separator, quota)
+            for first, stop in ranges
+        ]
     return [_encode_range(tokenizer, path, first, stop, separator, quota) for first, stop in ranges]
 
 
@@ -221,7 +224,7 @@ def _encode_some(
 
 
 def _encode(tokenizer: Any, documents: Iterable[Document], separator: tuple[int, ...]) -> np.ndarray:
-    """One stream of ids (N,). The separator stands before every text; a document of ids has its own beginning."""
+    """One stream of ids (N,). The separator stands before every text; a conversation is begun by its template."""
     documents = list(documents)
     texts = [document for document in documents if isinstance(document, str)]
     # verbose=False: a document may be longer than the model's context, since it is cut into windows.

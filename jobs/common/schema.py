@@ -55,6 +55,7 @@ BOS = (
     "windows of text begin with the begin-of-text token, as context that is not scored; auto: where the tokenizer adds "
     "it before a text by itself"
 )
+TEMPLATE = "Jinja chat template for records with messages; null is the tokenizer's own"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 
 
@@ -149,6 +150,7 @@ class Calibrated(Run):
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
+    template: str | None = option(None, TEMPLATE, path="in")
     calibration: Calibration = section(Calibration)
 
 

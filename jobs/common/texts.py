@@ -51,12 +51,14 @@ class Origin:
 class Texts:
     """Loads the texts of a run and notes what was loaded. folder: checkpoint whose tokenizer reads them.
 
-    bos: the option of that name. origin: the text of the calibration that another run made, None for library;
-    `calibrate` replaces it. cache: for a copy of that text. UserError for bos=true without a begin-of-text token.
+    bos, template: the options of these names. origin: the text of the calibration that another run made, None for
+    library; `calibrate` replaces it. cache: for a copy of that text. UserError for bos=true without a begin-of-text token.
     """
 
-    def __init__(self, folder: Path, bos: str, origin: Origin | None = None, cache: str | None = None) -> None:
-        self.tokenizer: Tokenizer | None = load_tokenizer(folder)
+    def __init__(
+        self, folder: Path, bos: str, template: str | None, origin: Origin | None = None, cache: str | None = None
+    ) -> None:
+        self.tokenizer: Tokenizer | None = load_tokenizer(folder, template)
         self.vocabulary = vocabulary_size(folder)
         self.begin = begin_of(folder, self.tokenizer, bos)
         self.origin = origin or Origin()

@@ -32,7 +32,7 @@ def run(config: CompressConfig) -> Path:
     started = perf_counter()
     source = original(config.model)
     settings = make_settings(config, source)
-    texts = Texts(source, config.bos)
+    texts = Texts(source, config.bos, config.template)
     tokens = texts.calibrate(config.calibration, settings.needs_hessian)
     windows = texts.evaluate(config.evaluation)
     compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config))

@@ -90,14 +90,14 @@ def run(config: EvaluateConfig) -> Path:
 def _texts(config: EvaluateConfig, folder: Path) -> tuple[Texts, Windows | None]:
     """Windows to measure on, by default a part of the text that the checkpoint was calibrated on, else of library."""
     origin = recorded_origin(folder)
-    texts = Texts(folder, config.bos, origin and replace(origin, text=None), config.cache)
+    texts = Texts(folder, config.bos, config.template, origin and replace(origin, text=None), config.cache)
     try:
         return texts, texts.evaluate(config.evaluation)
     except UserError as error:
         if config.evaluation.source is not None or origin is None or origin.source == LIBRARY:
             raise
         _LOG.warning("evaluation.source=library, since the checkpoint's calibration leaves no text: %s", error)
-    texts = Texts(folder, config.bos)
+    texts = Texts(folder, config.bos, config.template)
     return texts, texts.evaluate(config.evaluation)
 
 

@@ -76,7 +76,7 @@ class DatabaseBuild:
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
         self.source = original(config.model)
         self.settings = make_settings(config, self.source, output)
-        self.texts = Texts(self.source, config.bos)
+        self.texts = Texts(self.source, config.bos, config.template)
         tokens = self.texts.calibrate(config.calibration, self.settings.needs_hessian)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:

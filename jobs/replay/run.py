@@ -121,7 +121,7 @@ def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tupl
             f"prompt_length={config.prompt_length} must be below sequence_length={config.sequence_length}: "
             "the tokens after the prompt are replayed"
         )
-    tokenizer = load_tokenizer(target)
+    tokenizer = load_tokenizer(target, config.template)
     tokens = load_tokens(
         config.text,
         tokenizer,

@@ -23,7 +23,7 @@ from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import begin_of, load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.head import chosen_head
-from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
+from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 _STEPS_BETWEEN_LOSSES = 10
 
@@ -42,7 +42,7 @@ def run(config: TrainDrafterConfig) -> Path:
     fingerprint = Checkpoint(folders[head.reads]).fingerprint()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    texts = _texts(config.text, folders, config.bos)
+    texts = _texts(config, folders)
     if config.output is not None:
         _check_output(Path(config.output))
     torch.set_num_threads(config.threads)
@@ -77,10 +77,10 @@ def run(config: TrainDrafterConfig) -> Path:
     return path
 
 
-def _texts(text: DrafterText, folders: dict[str, Path], bos: str) -> tuple[Tensor, Tensor]:
+def _texts(config: TrainDrafterConfig, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
     """Token ids (S, T) to train on and to measure on."""
-    tokenizer = load_tokenizer(folders["target"])
-    begin = begin_of(folders["target"], tokenizer, bos)
+    text, tokenizer = config.text, load_tokenizer(folders["target"], config.template)
+    begin = begin_of(folders["target"], tokenizer, config.bos)
     # Models may have vocabulary rows beyond the tokenizer's ids, and different numbers of them.
     vocabulary = min(vocabulary_size(folder) for folder in folders.values())
     if text.source == LIBRARY:

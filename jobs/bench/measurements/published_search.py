@@ -39,7 +39,7 @@ class PublishedSearch:
 
     def __init__(self, model: str, levels: Path, source: str | None, sequences: int, folder: Path) -> None:
         self._path = original(model)
-        self._texts = Texts(self._path, "auto", recorded_origin(levels))
+        self._texts = Texts(self._path, "auto", None, recorded_origin(levels))
         self._architecture = Architecture(Checkpoint(self._path))
         self._database = LevelDatabase.read(levels.absolute(), self._architecture)
         self._units = make_units(self._database, "none")

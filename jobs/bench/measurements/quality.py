@@ -37,7 +37,7 @@ def inputs(config: Config) -> tuple[Path, Tensor, Quality]:
     Raises UserError for a model or a text that cannot be loaded.
     """
     model = resolve(config.model)
-    texts, calibration = Texts(model, "auto"), config.calibration
+    texts, calibration = Texts(model, "auto", None), config.calibration
     tokens = texts.calibrate(calibration, is_needed=True)
     held_out = texts.evaluate(Evaluation(config.held_out, config.windows, sequence_length=calibration.sequence_length))
     assert tokens is not None
