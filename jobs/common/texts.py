@@ -18,6 +18,7 @@ from hasten.accel.data.documents import LIBRARY
 from hasten.accel.data.parts import Part
 from hasten.accel.data.tokens import calibration_part, fingerprint, load_tokens
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.guessing import guessing_perplexity
 from hasten.accel.evaluation.perplexity import Windows, load_windows
 from hasten.accel.models import embedded
 from hasten.accel.models.checkpoint import Checkpoint
@@ -52,7 +53,7 @@ class Texts:
     """Loads the texts of a run and notes what was loaded. folder: checkpoint whose tokenizer reads them.
 
     bos, template: the options of these names. origin: the text of the calibration that another run made, None for
-    library; `calibrate` replaces it. cache: for a copy of that text. UserError for bos=true without a begin-of-text token.
+    library; `calibrate` replaces it. cache: for a copy of that text. UserError for bos=true without such a token.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class Texts:
             source, self.tokenizer, *size, options.stride, vocabulary=self.vocabulary, part=part, begin=self.begin
         )
         self._note("evaluation", source, part, windows.scored, size, windows.fingerprint())
+        targets = windows.tokens[windows.is_scored]
+        self._loaded["evaluation"]["guessing_perplexity"] = guessing_perplexity(targets, self.vocabulary)
         return windows
 
     def report(self, original: Path | None) -> Record:

@@ -19,7 +19,7 @@ from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import calibration_settings, open_output, original, run_pass
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
-from hasten.jobs.common.quality import FIGURES, measured
+from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
@@ -51,6 +51,7 @@ def run(config: CompressConfig) -> Path:
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows)
             report = _report(config, compression, metrics, perf_counter() - started) | texts.report(source)
+            report["warnings"] = quality_warnings(report["metrics"], report["texts"])
             _figures(report, run_dir, tracker)
             tracker.metrics(report["metrics"])
             path = tracker.report(report)
@@ -138,5 +139,6 @@ def _print_summary(report: Record) -> None:
             f"same first token {metrics['top1_agreement']:.1%}"
         )
     print_texts(report)
+    print_warnings(report)
     if report["fallbacks"]:
         print(f"see notes in the report of {len(report['fallbacks'])} layers, the first is {report['fallbacks'][0]}")

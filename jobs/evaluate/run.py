@@ -21,7 +21,7 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cluster import cluster_session, worker_resources
-from hasten.jobs.common.quality import FIGURES, measured
+from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
@@ -80,10 +80,12 @@ def run(config: EvaluateConfig) -> Path:
             # A model that is not compressed is its own original.
             **texts.report(original if original or checkpoint.is_compressed else folder),
         }
+        report["warnings"] = quality_warnings(metrics, report["texts"])
         tracker.metrics(metrics)
         path = tracker.report(report)
     _print_summary(metrics)
     print_texts(report)
+    print_warnings(report)
     return path
 
 

@@ -8,7 +8,7 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
-from hasten.jobs.common.quality import FIGURES
+from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
@@ -33,6 +33,7 @@ def run(config: SearchConfig) -> Path:
             usage = search.close()
             report = _report(config, answers, comparison, usage, perf_counter() - started)
             report |= search.texts.report(search.original)
+            report["warnings"] = quality_warnings(report["metrics"], report["texts"])
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -75,7 +76,6 @@ def _print_summary(report: Record) -> None:
         print(
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
-    print_texts(report)
     if report["pareto"]:
         rows = [
             [
@@ -87,3 +87,5 @@ def _print_summary(report: Record) -> None:
             for row in report["pareto"]
         ]
         print(table(["allocator", "budget", "bits per weight", "KL divergence"], rows))
+    print_texts(report)
+    print_warnings(report)
