@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "_SECTION", {"bytes": 2000, "tokens": 2000, "rows": 10})
 
 
+@cache
 def lines() -> list[str]:
     return [f"{number:07}\n" for number in range(LINES)]
 
