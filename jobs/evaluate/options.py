@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from hasten.jobs.common.schema import (
     ADDRESS,
+    BOS,
+    BOS_CHOICES,
     DEVICES,
     DTYPES,
     MODEL,
@@ -35,4 +37,5 @@ class EvaluateConfig(Run):
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
+    bos: str = option("auto", BOS, choices=BOS_CHOICES)
     evaluation: Evaluation = section(Evaluation)

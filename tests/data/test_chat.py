@@ -177,7 +177,7 @@ def test_conversations_are_calibration_text_and_begin_once(tokenizer: Any, tmp_p
     file = tmp_path / "chat.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "x = 1"}]}\n{"text": "y"}\n')
     ids = load_tokens(str(file), tokenizer, 1, 10, "held_out")[0]
-    assert tokenizer.decode(ids).startswith("<|pad|>user\nx = 1<|endoftext|>\n<|pad|>y")
+    assert tokenizer.decode(ids).startswith("<|pad|>user\nx = 1<|endoftext|>\n<|endoftext|>y")
 
 
 def test_a_refused_conversation_names_file_and_line(tokenizer: Any, tmp_path: Path) -> None:
