@@ -33,6 +33,16 @@ def tokenizer(plain: Any) -> Any:
     return plain
 
 
+def add_begin(tokenizer: Any) -> int:
+    """Let the tokenizer add <|endoftext|> before every text; returns its id."""
+    begin: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    return begin
+
+
 def test_a_conversation_has_the_ids_of_transformers(tokenizer: Any) -> None:
     conversation = Conversation(MESSAGES)
     whole = encode_conversation(tokenizer, conversation, "here", prompt=False)
@@ -146,15 +156,21 @@ def test_special_tokens_in_a_plain_prompt_are_special_if_asked_for(plain: Any) -
 
 
 def test_a_rendered_prompt_gets_no_second_first_token(plain: Any) -> None:
-    end = plain.convert_tokens_to_ids("<|endoftext|>")
-    plain.bos_token = "<|endoftext|>"
-    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)]
-    )
+    end = add_begin(plain)
     for text, special in (("<|endoftext|>x", True), ("x", True), ("x", False)):
         ids = encode_prompt(plain, text, special)
         assert (ids[0], ids.count(end)) == (end, 1)
     assert encode_prompt(plain, "<|endoftext|>x", False).count(end) == 1  # the added one
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(plain: Any) -> None:
+    begin = add_begin(plain)
+    plain.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    ids = encode_conversation(plain, Conversation(MESSAGES), "here", prompt=True)
+    assert (ids[0], ids.count(begin)) == (begin, 1)
+    # One that writes none has none: a template is how its model was trained.
+    plain.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    assert encode_conversation(plain, Conversation(MESSAGES), "here", prompt=True).count(begin) == 0
 
 
 def test_a_template_file_replaces_the_tokenizers_own(plain: Any, tmp_path: Path) -> None:
