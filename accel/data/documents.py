@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hasten.accel.data import records
-from hasten.accel.data.chat import encode_conversation
+from hasten.accel.data.chat import encode_record
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.data.parts import Part
 from hasten.accel.errors import UserError
@@ -81,13 +80,7 @@ def _json_document(line: bytes, tokenizer: Any, where: str) -> Document:
         raise UserError(f"{where} is not valid JSON: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} must be an object with a field `text` or other text fields")
-    return record_document(record, tokenizer, where)
-
-
-def record_document(record: dict[str, Any], tokenizer: Any, where: str, field: str | None = None) -> Document:
-    """Text of a record, or the token ids of its conversation; for field and where see records.read_text."""
-    read = records.read_text(record, where, field)
-    return read if isinstance(read, str) else encode_conversation(tokenizer, read, where, prompt=False)
+    return encode_record(tokenizer, record, where)
 
 
 def _number(path: Path, at: int) -> int:
@@ -114,7 +107,7 @@ def hub_documents(source: str, tokenizer: Any, part: Part | None = None) -> Iter
         rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
         for index, row in enumerate(rows):
             if part is None or part.holds(index):
-                document = record_document(row, tokenizer, f"source={source} record {index + 1}", field or None)
+                document = encode_record(tokenizer, row, f"source={source} record {index + 1}", field or None)
                 if document:
                     yield document
     except UserError:

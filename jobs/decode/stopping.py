@@ -33,7 +33,7 @@ class Stopping:
         """Text of a completion, up to a stop string; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         return text if self.strings is None else self.strings.cut(text)
 
     def stopped_by(self, ended: str, token_ids: Sequence[int], stop_string: str | None) -> str | int | None:

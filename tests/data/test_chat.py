@@ -6,7 +6,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from hasten.accel.data.chat import encode_conversation, encode_prompt, end_of_turn, use_template
-from hasten.accel.data.records import Conversation, read_text
+from hasten.accel.data.records import Conversation, read_document
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
@@ -33,6 +33,16 @@ def tokenizer(plain: Any) -> Any:
     return plain
 
 
+def add_begin(tokenizer: Any) -> int:
+    """Let the tokenizer add <|endoftext|> before every text; returns its id."""
+    begin: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    return begin
+
+
 def test_a_conversation_has_the_ids_of_transformers(tokenizer: Any) -> None:
     conversation = Conversation(MESSAGES)
     whole = encode_conversation(tokenizer, conversation, "here", prompt=False)
@@ -52,7 +62,7 @@ def test_special_tokens_in_a_message_are_text(tokenizer: Any) -> None:
 
 def test_a_special_token_split_over_text_parts_is_text(tokenizer: Any) -> None:
     parts = [{"type": "text", "text": "<|endof"}, {"type": "text", "text": "text|>"}]
-    read = read_text({"messages": [{"role": "user", "content": parts}]}, "here")
+    read = read_document({"messages": [{"role": "user", "content": parts}]}, "here")
     assert isinstance(read, Conversation)
     ids = encode_conversation(tokenizer, read, "here", prompt=False)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|endoftext|>")) == 1
@@ -80,7 +90,7 @@ def test_a_template_of_parts_gets_parts(tokenizer: Any) -> None:
 
 
 def test_without_a_template_pairs_are_plain_text_and_messages_are_refused(plain: Any) -> None:
-    pair = read_text({"instruction": "Add.", "input": "1, 1", "output": "2"}, "here")
+    pair = read_document({"instruction": "Add.", "input": "1, 1", "output": "2"}, "here")
     assert isinstance(pair, Conversation)
     assert encode_conversation(plain, pair, "here", prompt=False) == "Add.\n1, 1\n2"
     assert encode_conversation(plain, pair, "here", prompt=True) == "Add.\n1, 1\n"
@@ -146,15 +156,21 @@ def test_special_tokens_in_a_plain_prompt_are_special_if_asked_for(plain: Any) -
 
 
 def test_a_rendered_prompt_gets_no_second_first_token(plain: Any) -> None:
-    end = plain.convert_tokens_to_ids("<|endoftext|>")
-    plain.bos_token = "<|endoftext|>"
-    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)]
-    )
+    end = add_begin(plain)
     for text, special in (("<|endoftext|>x", True), ("x", True), ("x", False)):
         ids = encode_prompt(plain, text, special)
         assert (ids[0], ids.count(end)) == (end, 1)
     assert encode_prompt(plain, "<|endoftext|>x", False).count(end) == 1  # the added one
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(plain: Any) -> None:
+    begin = add_begin(plain)
+    plain.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    ids = encode_conversation(plain, Conversation(MESSAGES), "here", prompt=True)
+    assert (ids[0], ids.count(begin)) == (begin, 1)
+    # One that writes none has none: a template is how its model was trained.
+    plain.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    assert encode_conversation(plain, Conversation(MESSAGES), "here", prompt=True).count(begin) == 0
 
 
 def test_a_template_file_replaces_the_tokenizers_own(plain: Any, tmp_path: Path) -> None:

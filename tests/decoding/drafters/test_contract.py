@@ -19,6 +19,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftSampling
+from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
@@ -166,24 +167,21 @@ def test_sequences_asked_together_get_what_they_get_alone(drafter, learned, prom
     assert contents(together) == contents(alone)
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
-def test_a_stop_string_ends_what_the_target_says(drafter, models, target, prompts, plain, in_flight):
+@pytest.mark.parametrize(("sampling", "in_flight"), [(GREEDY, 1), (WARM, 2)], ids=["greedy", "two-sampled"])
+def test_a_stop_string_ends_what_the_target_says(drafter, models, target, prompts, plain, sampling, in_flight):
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:target"))
     # In the middle of both completions, over the border of two tokens or more.
-    texts = [tokenizer.decode(tokens) for tokens in plain[0.0]]
+    expected = plain[sampling.temperature]
+    texts = [tokenizer.decode(tokens) for tokens in expected]
     strings = tuple(text[len(text) // 2 : len(text) // 2 + 7] for text in texts)
     stop = StopStrings(strings, tokenizer)
-    engine = Engine(
-        target,
-        drafter,
-        memory=drafter.new_memory(models),
-        policy=Fixed(8),
-        in_flight=in_flight,
-        stop_strings=stop,
-    )
-    results = engine.decode([Request(str(index), prompt, NEW) for index, prompt in enumerate(prompts)])
-    for result in results:
-        tokens = plain[0.0][int(result.id)]
+    memory = drafter.new_memory(models)
+    # With this verifier a seed gives the same text whatever is drafted.
+    verifier = SampleAndMatch()
+    engine = Engine(target, drafter, verifier, memory=memory, policy=Fixed(8), in_flight=in_flight, stop_strings=stop)
+    requests = [Request(str(index), prompt, NEW, sampling, seed=index) for index, prompt in enumerate(prompts)]
+    for result in engine.decode(requests):
+        tokens = expected[int(result.id)]
         ends = [n for n in range(1, NEW + 1) if any(string in tokenizer.decode(tokens[:n]) for string in strings)]
         assert result.token_ids == tokens[: ends[0]]
         assert result.ended == "stop"
