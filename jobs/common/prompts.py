@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.data.begin import separator_tokens
 from hasten.accel.data.chat import encode_conversation, encode_prompt
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.data.records import Conversation, read_prompt
@@ -168,13 +169,13 @@ def library_prompts(tokenizer: Tokenizer | None, vocabulary: int) -> list[Prompt
     """Prompts from the beginnings of held-out files of the standard library."""
     if tokenizer is None:
         raise UserError("prompts=null is text, and the target's folder has no tokenizer: give prompts of token ids")
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = separator_tokens(tokenizer)
     prompts: list[Prompt] = []
     for name in library_files("held_out"):
         for text in read_texts(library_root(), [name]):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             step = (_LIBRARY_LONGEST - _LIBRARY_SHORTEST) // (_LIBRARY_PROMPTS - 1)
-            tokens = [*([] if begin is None else [begin]), *ids][: _LIBRARY_SHORTEST + step * len(prompts)]
+            tokens = [*begin, *ids][: _LIBRARY_SHORTEST + step * len(prompts)]
             if len(ids) >= 2 * _LIBRARY_LONGEST and max(tokens) < vocabulary:
                 prompts.append(Prompt(name, tokens, name))
         if len(prompts) == _LIBRARY_PROMPTS:
