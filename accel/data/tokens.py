@@ -1,12 +1,13 @@
 """Windows of token ids for calibration and evaluation, from the standard library's sources, a file or the hub.
 
-Documents are concatenated to one stream. Before each of them stands the tokenizer's begin-of-text token, or its
-end-of-text token where it has no other. Text is read and tokenized only until there are enough tokens for the windows.
+Documents are concatenated to one stream; before each of them stand the tokenizer's separator tokens. Text is read and
+tokenized only until there are enough tokens for the windows. A window of sequence_length tokens begins with the tokens
+that the tokenizer adds before a text, where it adds any: they count, so that memory and the model's context are what
+sequence_length says.
 """
 
 import hashlib
 import itertools
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,15 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.accel.data.library import SPLITS, library_files, library_root, read_texts
+from hasten.accel.data.begin import separator_tokens
+from hasten.accel.data.documents import (
+    LIBRARY,
+    Document,
+    first_line,
+    hub_documents,
+    json_documents,
+    kind_of,
+    library_documents,
+    line_ranges,
+    read_text,
+)
+from hasten.accel.data.library import SPLITS
+from hasten.accel.data.parts import Part, larger_calibrations
 from hasten.accel.errors import UserError
 
-LIBRARY = "library"
-SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
 # Windows are drawn from this many times the requested tokens, so that they come from many documents.
 MARGIN = 4
 _DOCUMENTS_AT_ONCE = 32
-_CHARACTERS_PER_TOKEN = 8
+_BYTES_PER_TOKEN = 8
+# Least sizes of a section of a text, see parts: so each part of a section holds several windows of usual lengths.
+_SECTION = {"bytes": 160 * 2**10, "tokens": 40 * 2**10, "rows": 10}
 
 
 def load_tokens(
@@ -35,6 +49,8 @@ def load_tokens(
     split: str = "train",
     seed: int = 0,
     vocabulary: int | None = None,
+    part: Part | None = None,
+    begin: tuple[int, ...] = (),
 ) -> Tensor:
     """Token ids (sequences, sequence_length) int64 from the source.
 
@@ -45,6 +61,8 @@ def load_tokens(
     of every other source it takes the first windows in order, as is usual for perplexity. Rows of a two-dimensional
     .npy are taken in order in both splits.
     vocabulary: number of token ids; all ids must be below it. None is the tokenizer's size.
+    part: windows of this part alone, instead of a split: drawn by seed, or for an evaluation spread evenly over it.
+    begin: ids with which every window begins; rows of ids that begin with them already are not changed.
     Raises UserError where the source is missing, broken or too short, or holds ids outside the vocabulary.
     """
     if split not in SPLITS:
@@ -52,23 +70,44 @@ def load_tokens(
     for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if sequence_length <= len(begin):
+        raise UserError(f"sequence_length={sequence_length} leaves no token behind the {len(begin)} that begin a text")
     if vocabulary is None and tokenizer is not None:
         vocabulary = len(tokenizer)
-    if _kind(source) == ".npy":
-        ids = _read_ids(Path(source))
-        if ids.ndim == 2:
-            rows = _first_rows(ids, source, sequences, sequence_length)
-            return _checked(rows, source, vocabulary)
-        stream = ids
+    if holds_rows(source):
+        windows = _rows(Path(source), sequences, sequence_length, seed, part, begin)
+        return _checked(windows, source, vocabulary)
+    windows = _pool(source, tokenizer, sequences, sequence_length, split, seed, part, begin)
+    if len(windows) < sequences:
+        raise UserError(_too_short(source, tokenizer, sequences, sequence_length, split, part, begin))
+    is_drawn = source == LIBRARY or (split == "train" if part is None else part.role != "evaluation")
+    if is_drawn:
+        # Python's own generator draws the same numbers whatever versions of torch and numpy are installed.
+        windows = windows[random.Random(seed).sample(range(len(windows)), sequences)]
     else:
-        if tokenizer is None:
-            raise UserError(
-                f"source={source} is text, and the model's folder has no tokenizer; give a .npy of token ids"
-            )
-        is_drawn = split == "train" or source == LIBRARY
-        min_tokens = sequences * sequence_length * (MARGIN if is_drawn else 1)
-        stream = _stream(source, tokenizer, split, seed, min_tokens)
-    return _checked(_windows(stream, source, sequences, sequence_length, split, seed), source, vocabulary)
+        windows = windows[[number * len(windows) // sequences for number in range(sequences)]]
+    return _checked(windows, source, vocabulary)
+
+
+def calibration_part(
+    source: str, tokenizer: Any, sequences: int, sequence_length: int, begin: tuple[int, ...] = ()
+) -> Part:
+    """The part of a source that a calibration of this size draws from: half of it, or more where it needs more.
+
+    Depends on no seed and on nothing that search or evaluation ask for. A source that is too short even as a whole is
+    all the calibration's.
+    """
+    if kind_of(source) in (LIBRARY, "hub"):
+        return Part("calibration")
+    for tenths in larger_calibrations():
+        part = Part("calibration", tenths)
+        if holds_rows(source):
+            has = len(_row_numbers(len(_read_ids(Path(source))), part))
+        else:
+            has = len(_pool(source, tokenizer, sequences, sequence_length, "train", 0, part, begin, 1))
+        if has >= sequences:
+            break
+    return part
 
 
 def fingerprint(tokens: Tensor) -> str:
@@ -80,35 +119,200 @@ def fingerprint(tokens: Tensor) -> str:
 
 def holds_rows(source: str) -> bool:
     """Whether the source is a two-dimensional .npy, whose rows are windows already."""
-    return _kind(source) == ".npy" and _read_ids(Path(source)).ndim == 2
+    return kind_of(source) == ".npy" and _read_ids(Path(source)).ndim == 2
 
 
-def _kind(source: str) -> str:
-    """`library`, `hub` or the suffix of an existing file."""
-    if source == LIBRARY:
-        return LIBRARY
-    if source.startswith("hub:"):
-        return "hub"
+def cut(stream: np.ndarray, length: int, begin: tuple[int, ...] = (), limit: int | None = None) -> np.ndarray:
+    """Disjoint windows (W, length) of a stream (N,) in order, each of which begins with `begin`; at most `limit`.
+
+    Where the stream itself goes on with `begin` at the start of a window, it is not repeated.
+    """
+    if not begin:
+        count = min(len(stream) // length, len(stream) if limit is None else limit)
+        return stream[: count * length].reshape(-1, length)
+    head, size = np.asarray(begin, dtype=np.int64), length - len(begin)
+    rows: list[np.ndarray] = []
+    at = 0
+    while limit is None or len(rows) < limit:
+        if np.array_equal(stream[at : at + len(head)], head):
+            at += len(head)
+        if at + size > len(stream):
+            break
+        rows.append(np.concatenate([head, stream[at : at + size]]))
+        at += size
+    return np.stack(rows) if rows else np.zeros((0, length), dtype=np.int64)
+
+
+def _pool(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    split: str,
+    seed: int,
+    part: Part | None,
+    begin: tuple[int, ...],
+    margin: int = MARGIN,
+) -> np.ndarray:
+    """Windows (W, length) to choose from; W is below `sequences` where there are no more."""
+    in_order = part is None and split == "held_out" and source != LIBRARY
+    min_tokens = sequences * length * (1 if in_order else margin)
+    limit = sequences if in_order else None
+    for wanted in (min_tokens, None) if part is not None else (min_tokens,):
+        streams = _streams(source, tokenizer, split, seed, part, begin, wanted, length)
+        pieces = [cut(stream, length, begin, limit) for stream in streams]
+        if len(pieces) == 1 or sum(map(len, pieces)) >= sequences:
+            # A single piece is not copied: it may be a file that does not fit in memory.
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    # Ranges shorter than a window, or with much left over behind the last one: windows may reach over their borders.
+    return cut(np.concatenate([np.zeros(0, np.int64), *streams]), length, begin)
+
+
+def _streams(
+    source: str,
+    tokenizer: Any,
+    split: str,
+    seed: int,
+    part: Part | None,
+    begin: tuple[int, ...],
+    min_tokens: int | None,
+    length: int,
+) -> list[np.ndarray]:
+    """Token ids of every range of the part: min_tokens together where the source has as many; None is all of them."""
+    kind = kind_of(source)
+    if kind == ".npy":
+        ids = _read_ids(Path(source))
+        ranges = [(0, len(ids))] if part is None else part.ranges(len(ids), _SECTION["tokens"])
+        most = len(ids) if part is None or min_tokens is None else _quota(min_tokens, ranges, length)
+        return [ids[first : min(stop, first + most)] for first, stop in ranges]
+    if tokenizer is None:
+        raise UserError(f"source={source} is text, and the model's folder has no tokenizer; give a .npy of token ids")
+    separator = separator_tokens(tokenizer, begin)
+    if kind == LIBRARY:
+        return [_encode_some(tokenizer, library_documents(split, seed, part), separator, min_tokens)]
+    if kind == "hub":
+        return [_encode_some(tokenizer, hub_documents(source, tokenizer, part), separator, min_tokens)]
     path = Path(source)
-    if path.suffix not in (".npy", ".txt", ".md", ".jsonl"):
-        raise UserError(f"source={source} is none of {SOURCES}")
-    if not path.is_file():
-        raise UserError(f"source={source}: no such file; give {SOURCES}")
-    return path.suffix
+    size = path.stat().st_size
+    ranges = [(0, size)] if part is None else line_ranges(path, part.ranges(size, _SECTION["bytes"]))
+    quota = None if min_tokens is None else _quota(min_tokens, ranges, length if part is not None else 0)
+    if kind == ".jsonl":
+        return [
+            _encode_some(tokenizer, json_documents(path, tokenizer, first, stop), separator, quota)
+            for first, stop in ranges
+        ]
+    return [_encode_range(tokenizer, path, first, stop, separator, quota) for first, stop in ranges]
 
 
-def _windows(stream: np.ndarray, source: str, sequences: int, length: int, split: str, seed: int) -> np.ndarray:
-    """Disjoint windows (sequences, length) of a stream: drawn by seed, or the first ones in order."""
-    if len(stream) < sequences * length:
+def _quota(min_tokens: int, ranges: list[tuple[int, int]], length: int) -> int:
+    """Tokens to take of each range; `length` more, since what is left over behind the last window is not used."""
+    return -(-min_tokens // max(1, len(ranges))) + length
+
+
+def _encode_some(
+    tokenizer: Any, documents: Iterator[Document], separator: tuple[int, ...], min_tokens: int | None
+) -> np.ndarray:
+    """Token ids (N,) of documents: min_tokens or more, or all of them where there are fewer."""
+    streams: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    count = 0
+    while (min_tokens is None or count < min_tokens) and (
+        batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))
+    ):
+        streams.append(_encode(tokenizer, batch, separator))
+        count += len(streams[-1])
+    return np.concatenate(streams)
+
+
+def _encode(tokenizer: Any, documents: Iterable[Document], separator: tuple[int, ...]) -> np.ndarray:
+    """One stream of ids (N,). The separator stands before every text; a conversation is begun by its template."""
+    documents = list(documents)
+    texts = [document for document in documents if isinstance(document, str)]
+    # verbose=False: a document may be longer than the model's context, since it is cut into windows.
+    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    stream: list[int] = []
+    for document in documents:
+        stream.extend((*separator, *next(encoded)) if isinstance(document, str) else document)
+    return np.asarray(stream, dtype=np.int64)
+
+
+def _encode_range(
+    tokenizer: Any, path: Path, first: int, stop: int, separator: tuple[int, ...], min_tokens: int | None
+) -> np.ndarray:
+    """Token ids of the beginning of a range of a text file, min_tokens or more; the rest of a long one is not read."""
+    size = stop - first if min_tokens is None else min_tokens * _BYTES_PER_TOKEN
+    # The rest of a document does not begin one.
+    separator = () if first else separator
+    while True:
+        text = read_text(path, first, min(stop, first + size))
+        stream = _encode(tokenizer, [text] if text else [], separator)
+        # Reading may have stopped inside a word, so the last tokens should not be needed.
+        if first + size >= stop or (min_tokens is not None and len(stream) >= min_tokens + 64):
+            return stream
+        size *= 2
+
+
+def _rows(path: Path, sequences: int, length: int, seed: int, part: Part | None, begin: tuple[int, ...]) -> np.ndarray:
+    """Rows (sequences, length) of a two-dimensional .npy in the file's order, cut to the length behind `begin`.
+
+    Of a part they are drawn by seed, or for an evaluation spread evenly over it; otherwise the first ones.
+    """
+    ids = _read_ids(path)
+    rows, columns = ids.shape
+    numbers = list(range(rows)) if part is None else _row_numbers(rows, part)
+    if len(numbers) < sequences or columns < length:
+        of = "" if part is None else f", of which {len(numbers)} are for {part.role}"
         raise UserError(
-            f"source={source} holds {len(stream)} tokens, fewer than the {sequences * length} asked for "
-            f"({sequences} sequences of {length})"
+            f"source={path} holds {rows} sequences of {columns} tokens{of}, "
+            f"fewer than the {sequences} of {length} asked for{_remedy(part)}"
         )
-    windows = stream[: len(stream) // length * length].reshape(-1, length)
-    if split == "held_out" and source != LIBRARY:
-        return windows[:sequences]
-    # Python's own generator draws the same numbers whatever versions of torch and numpy are installed.
-    return windows[random.Random(seed).sample(range(len(windows)), sequences)]
+    if part is None:
+        numbers = numbers[:sequences]
+    elif part.role == "evaluation":
+        numbers = [numbers[number * len(numbers) // sequences] for number in range(sequences)]
+    else:
+        numbers = sorted(random.Random(seed).sample(numbers, sequences))
+    # A slice is not copied where it is all rows.
+    chosen = ids[numbers, :length] if numbers != list(range(sequences)) else ids[:sequences, :length]
+    if not begin:
+        return chosen
+    head = np.broadcast_to(np.asarray(begin, dtype=np.int64), (sequences, len(begin)))
+    begun = (chosen[:, : len(begin)] == head).all(1, keepdims=True)
+    return np.where(begun, chosen, np.concatenate([head, chosen[:, : length - len(begin)].astype(np.int64)], 1))
+
+
+def _row_numbers(rows: int, part: Part) -> list[int]:
+    return [number for first, stop in part.ranges(rows, _SECTION["rows"]) for number in range(first, stop)]
+
+
+def _too_short(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    split: str,
+    part: Part | None,
+    begin: tuple[int, ...],
+) -> str:
+    """What the source has and what it would need, in tokens."""
+
+    def tokens(of: Part | None) -> int:
+        return sum(map(len, _streams(source, tokenizer, split, 0, of, begin, None, length)))
+
+    # A data set of the hub is not read to its end for a message.
+    is_divided = part is not None and kind_of(source) not in (LIBRARY, "hub")
+    has = f"{tokens(None)} tokens, of which {tokens(part)} are" if is_divided else f"{tokens(part)} tokens"
+    of = "" if part is None else f" for {part.role}"
+    return (
+        f"source={source} holds {has}{of}, fewer than the {sequences * length} asked for "
+        f"({sequences} sequences of {length}){_remedy(part)}"
+    )
+
+
+def _remedy(part: Part | None) -> str:
+    if part is None:
+        return ""
+    option = f"{part.role}.source"
+    return ": give a longer text or fewer sequences" + ("" if part.role == "calibration" else f", or {option}=OTHER")
 
 
 def _checked(windows: np.ndarray, source: str, vocabulary: int | None) -> Tensor:
@@ -127,133 +331,9 @@ def _read_ids(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"source={path} cannot be read as a .npy file: {_first_line(error)}") from error
+        raise UserError(f"source={path} cannot be read as a .npy file: {first_line(error)}") from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"source={path} holds {ids.dtype}; token ids must be integers")
     if ids.ndim not in (1, 2):
         raise UserError(f"source={path} has shape {ids.shape}; token ids must be (sequences, length) or one stream")
     return ids
-
-
-def _first_rows(ids: np.ndarray, source: str, sequences: int, length: int) -> np.ndarray:
-    rows, columns = ids.shape
-    if rows < sequences or columns < length:
-        raise UserError(
-            f"source={source} holds {rows} sequences of {columns} tokens, "
-            f"fewer than the {sequences} of {length} asked for"
-        )
-    return ids[:sequences, :length]
-
-
-def _stream(source: str, tokenizer: Any, split: str, seed: int, min_tokens: int) -> np.ndarray:
-    """Token ids of the source's text: min_tokens or more, or all of them where the source has fewer."""
-    kind = _kind(source)
-    if kind in (".txt", ".md"):
-        return _text_stream(Path(source), tokenizer, min_tokens)
-    if kind == LIBRARY:
-        documents = _library_documents(split, seed)
-    elif kind == "hub":
-        documents = _hub_documents(source)
-    else:
-        documents = _json_documents(Path(source))
-    parts: list[np.ndarray] = []
-    count = 0
-    while count < min_tokens and (batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))):
-        parts.append(_encode(tokenizer, batch))
-        count += len(parts[-1])
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-def _encode(tokenizer: Any, documents: Iterable[str]) -> np.ndarray:
-    """One stream of ids (N,): before every document stands the token that begins a text, if the tokenizer has one."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    stream: list[int] = []
-    # verbose=False: a document may be longer than the model's context, since it is cut into windows.
-    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
-        if begin is not None:
-            stream.append(begin)
-        stream.extend(ids)
-    return np.asarray(stream, dtype=np.int64)
-
-
-def _library_documents(split: str, seed: int) -> Iterator[str]:
-    names = library_files(split)
-    random.Random(seed).shuffle(names)
-    yield from read_texts(library_root(), names)
-
-
-def _text_stream(path: Path, tokenizer: Any, min_tokens: int) -> np.ndarray:
-    """Token ids of the beginning of a file, min_tokens or more; the rest of a large file is not read."""
-    characters = min_tokens * _CHARACTERS_PER_TOKEN
-    while True:
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                text = file.read(characters)
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"source={path} cannot be read as UTF-8 text: {_first_line(error)}") from error
-        stream = _encode(tokenizer, [text]) if text else np.zeros(0, dtype=np.int64)
-        # Reading may have stopped inside a word, so the last 64 tokens are not used.
-        if len(text) < characters or len(stream) >= min_tokens + 64:
-            return stream
-        characters *= 2
-
-
-def _json_documents(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not UTF-8, or not JSON
-                raise UserError(f"source={path} line {number} is not valid JSON: {_first_line(error)}") from error
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"source={path} line {number} must be an object with a field `text` or other text fields"
-                )
-            text = _record_text(record)
-            if text is None:
-                raise UserError(f"source={path} line {number} has no text; its fields are {', '.join(record)}")
-            if text:
-                yield text
-
-
-def _record_text(record: dict[str, Any], field: str | None = None) -> str | None:
-    """Text of a record: the named field, else `text`, else all string fields joined; None where there is none."""
-    if field is not None or isinstance(record.get("text"), str):
-        value = record.get(field or "text")
-        return value if isinstance(value, str) else None
-    strings = [value for value in record.values() if isinstance(value, str)]
-    return "\n".join(strings) if strings else None
-
-
-def _hub_documents(source: str) -> Iterator[str]:
-    """Texts of a data set hub:NAME[:split[:field]]; in a NAME of three parts, the last is the configuration."""
-    parts = source.removeprefix("hub:").split(":")
-    if not parts[0] or len(parts) > 3:
-        raise UserError(f"source={source} must be hub:NAME[:split[:field]]")
-    name, split, field = [*parts, "", ""][:3]
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"source={source} needs a package that is not installed: pip install datasets") from error
-    owner_and_name, configuration = name, None
-    if name.count("/") == 2:
-        owner_and_name, configuration = name.rsplit("/", 1)
-    try:
-        # Streamed, because only the first part of a large data set is needed.
-        rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
-        for row in rows:
-            text = _record_text(row, field or None)
-            if text is None:
-                raise UserError(f"source={source}: no text in field {field or 'text'!r}; fields are {', '.join(row)}")
-            if text:
-                yield text
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` raises its own errors, and those of the network and of file formats
-        raise UserError(f"source={source} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

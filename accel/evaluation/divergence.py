@@ -111,9 +111,7 @@ def _compare(models: list[Architecture], hidden: list[Tensor], windows: Windows,
 
     chunk: number of tokens whose logits are computed at once.
     """
-    position = torch.arange(windows.tokens.shape[1])
-    is_scored = (position >= windows.first[:, None]) & (position < windows.stop[:, None])
-    rows, columns = is_scored.nonzero(as_tuple=True)
+    rows, columns = windows.is_scored.nonzero(as_tuple=True)
     sums = Sums()
     with torch.inference_mode():
         for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):

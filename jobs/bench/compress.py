@@ -43,7 +43,9 @@ class Config(Run):
     )
     symmetric: bool = option(False, "no zero points")
     calibration: Calibration = section(Calibration)
-    held_out: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
+    held_out: str | None = option(
+        None, f"text that quality is measured on: {SOURCE}; null is another part of calibration.source"
+    )
     windows: int = option(64, "held-out windows for perplexity", at_least=1)
     divergence_windows: int = option(32, "the first of them, for divergence from the original", at_least=1)
     repeat: int = option(2, "runs of hasten's GPTQ, whose bytes are compared", at_least=1)

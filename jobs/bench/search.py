@@ -37,8 +37,10 @@ class Config(Run):
 
     model: str = option("embedded:target", f"what is compressed: {MODEL}")
     source: str = option("library", f"text that layers are calibrated on: {SOURCE}")
-    search_source: str = option("library", f"text that candidates are compared on: {SOURCE}")
-    held_out: str = option("library", f"held-out text that quality is measured on: {SOURCE}")
+    search_source: str | None = option(
+        None, f"text that candidates are compared on: {SOURCE}; null is another part of source"
+    )
+    held_out: str | None = option(None, f"text that quality is measured on: {SOURCE}; null is another part of source")
     windows: int = option(32, "held-out windows of 512 tokens", at_least=1)
     budgets: list[float] = option([2.25, 2.5, 3.0, 4.0], "average bits of a weight, scales counted")
     calibration_sequences: int = option(128, "calibration sequences of 512 tokens", at_least=1)
@@ -100,9 +102,9 @@ def _measure(config: Config, folder: Path) -> Measured:
     searched = {
         "model": config.model,
         "threads": config.threads,
-        "search.source": config.search_source,
+        "search.source": config.search_source or "null",
         "search.sequences": config.search_sequences,
-        "evaluation.source": config.held_out,
+        "evaluation.source": config.held_out or "null",
         "evaluation.sequences": config.windows,
         "overwrite": "true",
     }

@@ -1,11 +1,9 @@
-"""Shared by jobs that calibrate: checkpoint, tokens and settings, and the calibration pass with its progress."""
+"""Shared by jobs that calibrate: checkpoint and settings, and the calibration pass with its progress."""
 
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
@@ -14,7 +12,6 @@ from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
-from hasten.accel.data.tokens import load_tokens
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.accel.models.families import family_of
 from hasten.cluster.programs.calibration import CalibrationPass
@@ -23,8 +20,8 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.schema import Calibrated, Calibration
-from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
+from hasten.jobs.common.schema import Calibrated
+from hasten.jobs.common.texts import Origin, record_origin
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,21 +56,6 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
     )
 
 
-def calibration_tokens(calibration: Calibration, settings: Settings, tokenizer: Tokenizer | None) -> Tensor | None:
-    """Calibration tokens (N, T); None if the methods need none. tokenizer may be None for a file of token ids."""
-    if not settings.needs_hessian:
-        return None
-    return load_tokens(
-        calibration.source,
-        tokenizer,
-        calibration.sequences,
-        calibration.sequence_length,
-        "train",
-        calibration.seed,
-        vocabulary_size(settings.checkpoint),
-    )
-
-
 def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:
     """Log the sizes that a group size of `auto` stands for, where a level has it."""
     automatic = [level for level in levels if uses_auto(level)]
@@ -92,10 +74,14 @@ def uses_auto(level: Level) -> bool:
     return level.loader_scheme is not None and level.loader_scheme.group_size == AUTO
 
 
-def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool) -> None:
-    """Open an output that is written block by block; logs settings that differ from the run that began it."""
+def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool, origin: Origin) -> None:
+    """Open an output that is written block by block, and record in it the text that it is calibrated on.
+
+    Logs settings that differ from the run that began it.
+    """
     output.source_name = as_given(output.source_name)
     output.open(fingerprint, overwrite)
+    record_origin(output, origin)
     for change in output.changed(fingerprint):
         _LOG.warning("%s=%s continues with another %s; the last bits may differ", output.option, output.path, change)
 

@@ -1,32 +1,21 @@
-"""Shared by jobs that evaluate a checkpoint: windows of held-out text, and the evaluation with its progress."""
+"""Shared by jobs that evaluate a checkpoint: the evaluation with its progress."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hasten.accel.evaluation.perplexity import Windows, load_windows
+from hasten.accel.evaluation.guessing import is_guessing
+from hasten.accel.evaluation.perplexity import Windows
 from hasten.cluster.programs.evaluation import Measured, measure
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.jobs.common.progress import Progress
-from hasten.jobs.common.schema import Evaluation
-from hasten.jobs.common.tokenizer import Tokenizer, vocabulary_size
+from hasten.jobs.common.records import Record
 
 # Metrics that are null in a report if nothing was measured.
 FIGURES = ("perplexity", "perplexity_original", "kl_divergence", "top1_agreement")
-
-
-def held_out_windows(evaluation: Evaluation, tokenizer: Tokenizer | None, folder: Path) -> Windows | None:
-    """Windows of the evaluation text; None for evaluation.sequences=0."""
-    if not evaluation.sequences:
-        return None
-    return load_windows(
-        evaluation.source,
-        tokenizer,
-        evaluation.sequences,
-        evaluation.sequence_length,
-        evaluation.stride,
-        vocabulary=vocabulary_size(folder),
-    )
 
 
 def measured(
@@ -58,3 +47,32 @@ def measured(
             batch=batch,
             batch_option=batch_option,
         )
+
+
+def quality_warnings(metrics: Mapping[str, Any], texts: Mapping[str, Record | None]) -> list[str]:
+    """Lines for a report and the last lines of a run whose models do not predict the text at all.
+
+    metrics: of FIGURES. texts: the report's entries on texts. A divergence from an original that guesses is small
+    whatever was compressed: a damaged weight or a wrong tokenizer would pass as a perfect compression.
+    """
+    text = texts["evaluation"]
+    if text is None or metrics["perplexity"] is None:
+        return []
+    guessing: float = text["guessing_perplexity"]
+    name, perplexity = "the original", metrics["perplexity_original"]
+    if perplexity is None or not is_guessing(perplexity, guessing):
+        name, perplexity = "the model", metrics["perplexity"]
+    if not is_guessing(perplexity, guessing):
+        return []
+    value = f"{perplexity:.1f} is that of guessing" if math.isfinite(perplexity) else f"{perplexity} is not finite"
+    consequence = "" if name == "the model" else ": KL divergence and agreement with it say nothing"
+    return [
+        f"{name}'s perplexity of {value} (who knows only how often tokens occur has {guessing:.1f} on this text)"
+        f"{consequence}; check weights and tokenizer"
+    ]
+
+
+def print_warnings(report: Record) -> None:
+    """Print the report's warnings, a line each."""
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")

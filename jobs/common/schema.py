@@ -8,7 +8,7 @@ options are imported for `hasten --help`, so they must import nothing heavy.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.common.records import Record
@@ -54,6 +54,12 @@ WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 GROUP_SIZE = "input columns that share a scale; auto is the largest of 128, 64 and 32 that divides the layer's columns"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
+BOS_CHOICES = ("auto", "true", "false")
+BOS = (
+    "windows of text begin with the begin-of-text token, as context that is not scored; auto: where the tokenizer adds "
+    "it before a text by itself"
+)
+TEMPLATE = "Jinja chat template for records with messages; null is the tokenizer's own"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 
 
@@ -63,20 +69,33 @@ class Calibration:
 
     source: str = option("library", f"text that the calibration tokens come from: {SOURCE}", path="in")
     sequences: int = option(128, "calibration sequences", at_least=1)
-    sequence_length: int = option(512, "tokens in a calibration sequence", at_least=2)
+    sequence_length: int = option(512, "tokens in a calibration sequence, with those that begin it", at_least=2)
     seed: int = option(0, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(4, "sequences that run through a block at once", at_least=1)
     shards: int = option(8, "chunks of the sequences; at most as many calibrators share them", at_least=1)
     expert_tokens: int = option(128, "experts that saw fewer tokens are rounded to nearest", at_least=0)
 
 
+class Sampled(Protocol):
+    """Options of windows that are drawn from a text."""
+
+    source: str | None
+    sequences: int
+    sequence_length: int
+    seed: int
+
+
 @dataclass
 class Evaluation:
     """Tokens that quality is measured on."""
 
-    source: str = option("library", f"held-out text that quality is measured on: {SOURCE}", path="in")
+    source: str | None = option(
+        None,
+        f"text that quality is measured on: {SOURCE}; null is a part of the calibration's text that nothing else reads",
+        path="in",
+    )
     sequences: int = option(32, "evaluation sequences; 0 measures nothing", at_least=0)
-    sequence_length: int = option(512, "tokens in a window", at_least=2)
+    sequence_length: int = option(512, "tokens in a window, with those that begin it", at_least=2)
     stride: int | None = option(
         None, "tokens between the starts of two windows, overlap is context only; null is sequence_length", at_least=1
     )
@@ -134,6 +153,8 @@ class Calibrated(Run):
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
+    bos: str = option("auto", BOS, choices=BOS_CHOICES)
+    template: str | None = option(None, TEMPLATE, path="in")
     calibration: Calibration = section(Calibration)
 
 

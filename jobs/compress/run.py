@@ -20,7 +20,6 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import (
     calibration_settings,
-    calibration_tokens,
     log_group_sizes,
     open_output,
     original,
@@ -29,11 +28,11 @@ from hasten.jobs.common.calibration import (
 )
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
-from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
+from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.compress.options import CompressConfig
 
 
@@ -42,9 +41,9 @@ def run(config: CompressConfig) -> Path:
     started = perf_counter()
     source = original(config.model)
     settings = make_settings(config, source)
-    tokenizer = load_tokenizer(source)
-    tokens = calibration_tokens(config.calibration, settings, tokenizer)
-    windows = held_out_windows(config.evaluation, tokenizer, source)
+    texts = Texts(source, config.bos, config.template)
+    tokens = texts.calibrate(config.calibration, settings.needs_hessian)
+    windows = texts.evaluate(config.evaluation)
     compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config))
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
@@ -58,10 +57,11 @@ def run(config: CompressConfig) -> Path:
         run_dir = start(config)
         with tracked(config, "compress", run_dir) as tracker:
             tracker.params(plain(config))
-            open_output(output, fingerprint, config.overwrite)
+            open_output(output, fingerprint, config.overwrite, texts.origin)
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows)
-            report = _report(config, compression, metrics, perf_counter() - started)
+            report = _report(config, compression, metrics, perf_counter() - started) | texts.report(source)
+            report["warnings"] = quality_warnings(report["metrics"], report["texts"])
             _figures(report, run_dir, tracker)
             tracker.metrics(report["metrics"])
             path = tracker.report(report)
@@ -153,5 +153,7 @@ def _print_summary(report: Record) -> None:
             f"KL divergence {metrics['kl_divergence']:.5f} nats a token; "
             f"same first token {metrics['top1_agreement']:.1%}"
         )
+    print_texts(report)
+    print_warnings(report)
     if report["fallbacks"]:
         print(f"see notes in the report of {len(report['fallbacks'])} layers, the first is {report['fallbacks'][0]}")

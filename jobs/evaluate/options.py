@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from hasten.jobs.common.schema import (
     ADDRESS,
+    BOS,
+    BOS_CHOICES,
     DEVICES,
     DTYPES,
     MODEL,
+    TEMPLATE,
     WORKER_GPUS,
     WORKER_MEMORY,
     Evaluation,
@@ -24,6 +27,7 @@ class EvaluateConfig(Run):
     original: str | None = option(
         None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names", path="in"
     )
+    template: str | None = option(None, TEMPLATE, path="in")
     tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
     dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
     device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)
@@ -33,4 +37,5 @@ class EvaluateConfig(Run):
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
+    bos: str = option("auto", BOS, choices=BOS_CHOICES)
     evaluation: Evaluation = section(Evaluation)

@@ -2,12 +2,14 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from hasten.accel.compression.outputs.resumable import original_of, source_name
+from hasten.accel.data.documents import LIBRARY
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import sizes
@@ -19,12 +21,12 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cluster import cluster_session, worker_resources
-from hasten.jobs.common.quality import FIGURES, held_out_windows, measured
+from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.storage import copied
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.texts import Texts, print_texts, recorded_origin
 from hasten.jobs.evaluate.options import EvaluateConfig
 
 _LOG = logging.getLogger(__name__)
@@ -43,11 +45,10 @@ def run(config: EvaluateConfig) -> Path:
     dtype = resolve_dtype(config.dtype, device)
     reads = {"model": folder} | ({} if original is None else {"original": original})
     folders = list(reads.values())
-    windows = None
     if config.evaluation.sequences:
         for path in folders:
             Architecture(Checkpoint(path))  # reads no weights, but refuses models that cannot be run
-        windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
+    texts, windows = _texts(config, folder)
     with ExitStack() as stack:
         if windows is not None:
             stack.enter_context(cluster_session(config, config.workers * config.threads, reads, {}, in_turn=True))
@@ -76,11 +77,30 @@ def run(config: EvaluateConfig) -> Path:
             "metrics": metrics,
             "layers": _layers(checkpoint),
             "output": str(folder),
+            # A model that is not compressed is its own original.
+            **texts.report(original if original or checkpoint.is_compressed else folder),
         }
+        report["warnings"] = quality_warnings(metrics, report["texts"])
         tracker.metrics(metrics)
         path = tracker.report(report)
     _print_summary(metrics)
+    print_texts(report)
+    print_warnings(report)
     return path
+
+
+def _texts(config: EvaluateConfig, folder: Path) -> tuple[Texts, Windows | None]:
+    """Windows to measure on, by default a part of the text that the checkpoint was calibrated on, else of library."""
+    origin = recorded_origin(folder)
+    texts = Texts(folder, config.bos, config.template, origin and replace(origin, text=None), config.cache)
+    try:
+        return texts, texts.evaluate(config.evaluation)
+    except UserError as error:
+        if config.evaluation.source is not None or origin is None or origin.source == LIBRARY:
+            raise
+        _LOG.warning("evaluation.source=library, since the checkpoint's calibration leaves no text: %s", error)
+    texts = Texts(folder, config.bos, config.template)
+    return texts, texts.evaluate(config.evaluation)
 
 
 def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:

@@ -19,7 +19,6 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.calibration import (
     calibration_settings,
-    calibration_tokens,
     log_group_sizes,
     open_output,
     original,
@@ -29,7 +28,7 @@ from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.levels.options import LevelOptions, LevelsConfig
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ def run(config: LevelsConfig) -> Path:
                 "layers": building.facts(),
                 "blocks": building.report.blocks,
                 "levels": building.database.levels,
+                **building.texts.report(building.source),
                 "output": str(building.database.path),
             }
             path = tracker.report(report)
@@ -69,6 +69,7 @@ def run(config: LevelsConfig) -> Path:
         f"size: {metrics['bytes'] / 2**20:.1f} MiB for {len(building.database.levels)} levels, "
         f"{metrics['bytes_per_weight']:.3f} bytes per weight"
     )
+    print_texts(report)
     return path
 
 
@@ -81,8 +82,8 @@ class DatabaseBuild:
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
         self.source = original(config.model)
         self.settings = make_settings(config, self.source, output)
-        self.tokenizer = load_tokenizer(self.source)
-        tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
+        self.texts = Texts(self.source, config.bos, config.template)
+        tokens = self.texts.calibrate(config.calibration, self.settings.needs_hessian)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:
             # Databases with other settings are in neighbouring folders.
@@ -110,7 +111,7 @@ class DatabaseBuild:
         """Build the missing blocks of the database; inside a Ray session."""
         self._wait()
         try:
-            open_output(self.database, self._fingerprint, self._overwrite)
+            open_output(self.database, self._fingerprint, self._overwrite, self.texts.origin)
             if self.database.levels:
                 run_pass(self._pass, "levels", tracker)
             else:

@@ -21,7 +21,7 @@ from hasten.jobs.common.plots import acceptance
 from hasten.jobs.common.prompts import draft_folder, load_learned, model_folder, read_recorded
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
-from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.common.tokenizer import begin_of, load_tokenizer, vocabulary_size
 from hasten.jobs.replay.options import ReplayConfig
 
 
@@ -121,13 +121,15 @@ def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tupl
             f"prompt_length={config.prompt_length} must be below sequence_length={config.sequence_length}: "
             "the tokens after the prompt are replayed"
         )
+    tokenizer = load_tokenizer(target, config.template)
     tokens = load_tokens(
         config.text,
-        load_tokenizer(target),
+        tokenizer,
         config.sequences,
         config.sequence_length,
         split="held_out",
         seed=config.seed,
         vocabulary=vocabulary,
+        begin=begin_of(target, tokenizer, config.bos),
     )
     return [(row, config.prompt_length) for row in tokens.tolist()]

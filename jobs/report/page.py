@@ -16,6 +16,7 @@ from hasten.jobs.report.comparison import Group
 from hasten.jobs.report.pictures import Chart, pictures, write_png
 from hasten.jobs.report.sentences import facts, left_out, summary
 from hasten.jobs.report.tables import allocator_tables, comparison_table, failure_table
+from hasten.jobs.report.texts import notes
 
 PAGE = "report.html"
 # Files of charts, removed first: an earlier report may have charts for which there are no data now.
@@ -85,6 +86,7 @@ def html(groups: Sequence[Group], shown: Sequence[Chart], folders: Sequence[Path
         allocators=allocator_tables(groups),
         failures=failure_table(groups),
         missing=missing,
+        notes=notes,
         marks=_marks,
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -12,6 +12,7 @@ from rich.text import Text
 from hasten.jobs.report.comparison import Group
 from hasten.jobs.report.sentences import facts, summary
 from hasten.jobs.report.tables import Table, allocator_tables, comparison_table, failure_table
+from hasten.jobs.report.texts import notes
 
 # Kinds of columns that are shown in every terminal, however narrow.
 _KEPT = 4
@@ -20,7 +21,7 @@ _KEPT = 4
 def show(groups: Sequence[Group], left_out: str) -> None:
     """Print the content of the page, without its charts."""
     for group in groups:
-        print(f"{summary(group)}\n{facts(group)}\n")
+        print("\n".join([str(summary(group)), facts(group), *notes(group), ""]))
         _show(comparison_table(group))
     for table in (*allocator_tables(groups), failure_table(groups)):
         if table is not None:

@@ -21,7 +21,7 @@ from hasten.accel.compression.search import candidates
 from hasten.accel.compression.search.base import AllocationMethod, Problem, Searcher
 from hasten.accel.compression.search.fitness import Fitness
 from hasten.accel.compression.search.moves import Genome
-from hasten.accel.data.tokens import fingerprint, load_tokens
+from hasten.accel.data.tokens import fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import sizes
@@ -33,8 +33,8 @@ from hasten.jobs.common.calibration import open_output, original
 from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.common.plots import level_map
 from hasten.jobs.common.progress import Progress
-from hasten.jobs.common.quality import held_out_windows, measured
-from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.common.quality import measured
+from hasten.jobs.common.texts import Texts, recorded_origin
 from hasten.jobs.levels.run import DatabaseBuild
 from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig
@@ -67,18 +67,9 @@ class Search:
         # A given database is used as it is; the options of `levels` apply to one that is built here.
         self._database_build = None if config.levels else DatabaseBuild(config, None, overwrite=False)
         self._source = self._database_build.source if self._database_build else original(config.model)
-        tokenizer = load_tokenizer(self._source)
-        tokens = config.search
-        self._tokens: Tensor = load_tokens(
-            tokens.source,
-            tokenizer,
-            tokens.sequences,
-            tokens.sequence_length,
-            "train",
-            tokens.seed,
-            vocabulary_size(self._source),
-        )
-        self._windows: Windows | None = held_out_windows(config.evaluation, tokenizer, self._source)
+        self.texts = self._database_build.texts if self._database_build else self._recorded_texts()
+        self._tokens: Tensor = self.texts.search(config.search)
+        self._windows: Windows | None = self.texts.evaluate(config.evaluation)
         for allocator in (self._allocator, *self._compared.values()):
             if isinstance(allocator, Searcher):
                 allocator.check_tokens(self._tokens.numel())
@@ -87,6 +78,11 @@ class Search:
         # Genomes, which are the indices of the units' choices, by allocator and budget.
         self._genomes: dict[tuple[str, float], Genome] = {}
         self._runs: list[SearchRun] = []
+
+    @property
+    def original(self) -> Path:
+        """Folder of the checkpoint that is compressed."""
+        return self._source
 
     @property
     def reads(self) -> dict[str, Path]:
@@ -135,7 +131,7 @@ class Search:
             )
         folder = mixed_output(self._architecture, self.database, levels, output, dropped)
         fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
-        open_output(folder, fingerprint, self._config.overwrite)
+        open_output(folder, fingerprint, self._config.overwrite, self.texts.origin)
         try:
             with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
                 layers = write_mixed(folder, self.database, levels, lambda done: progress.update(done, ""))
@@ -170,6 +166,16 @@ class Search:
             "candidates_per_second": sum(run.evaluated for run in self._runs) / seconds if seconds else None,
             **{f"search_{name}": value for name, value in usage.items()},
         }
+
+    def _recorded_texts(self) -> Texts:
+        """Texts that by default are parts of the one on which the given levels were calibrated."""
+        config = self._config
+        assert config.levels is not None
+        origin = recorded_origin(Path(config.levels).expanduser())
+        texts = Texts(self._source, config.bos, config.template, origin, config.cache)
+        if origin is None and None in (config.search.source, config.evaluation.source):
+            texts.calibrate(config.calibration, is_needed=False)
+        return texts
 
     def _levels(self) -> tuple[Architecture, LevelDatabase]:
         """The model, and its level database, which may not be built yet."""

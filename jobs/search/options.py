@@ -11,9 +11,14 @@ from hasten.jobs.levels.options import LevelOptions
 class SearchTokens:
     """Tokens that candidates are compared on."""
 
-    source: str = option("library", f"text that candidates are compared on: {SOURCE}", path="in")
+    source: str | None = option(
+        None,
+        f"text that candidates are compared on: {SOURCE}; null is a part of the calibration's text that nothing else "
+        "reads",
+        path="in",
+    )
     sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
-    sequence_length: int = option(512, "tokens in a sequence", at_least=2)
+    sequence_length: int = option(512, "tokens in a sequence, with those that begin it", at_least=2)
     error_sequences: int = option(
         12, "how many of the sequences the errors are measured on; with errors=gradient in each pass", at_least=1
     )

@@ -8,10 +8,11 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
-from hasten.jobs.common.quality import FIGURES
+from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
+from hasten.jobs.common.texts import print_texts
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 
@@ -31,6 +32,8 @@ def run(config: SearchConfig) -> Path:
             comparison = search.compare(tracker)
             usage = search.close()
             report = _report(config, answers, comparison, usage, perf_counter() - started)
+            report |= search.texts.report(search.original)
+            report["warnings"] = quality_warnings(report["metrics"], report["texts"])
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -84,3 +87,5 @@ def _print_summary(report: Record) -> None:
             for row in report["pareto"]
         ]
         print(table(["allocator", "budget", "bits per weight", "KL divergence"], rows))
+    print_texts(report)
+    print_warnings(report)

@@ -3,7 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, Run, group, option, section
+from hasten.jobs.common.schema import (
+    BOS,
+    BOS_CHOICES,
+    DEVICES,
+    DTYPES,
+    MODEL,
+    SOURCE,
+    TEMPLATE,
+    Run,
+    group,
+    option,
+    section,
+)
 
 
 @dataclass
@@ -13,7 +25,7 @@ class DrafterText:
     source: str = option("library", f"text to train on: {SOURCE}", path="in")
     sequences: int = option(512, "sequences to train on", at_least=1)
     held_out: int = option(64, "sequences to measure on; of the library from its held-out files", at_least=1)
-    sequence_length: int = option(256, "tokens in a sequence", at_least=2)
+    sequence_length: int = option(256, "tokens in a sequence, with those that begin it", at_least=2)
     seed: int = option(0, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(8, "sequences that run through the models at once", at_least=1)
 
@@ -39,7 +51,9 @@ class TrainDrafterConfig(Run):
     dtype: str = option("float32", "dtype of the models' arithmetic", choices=DTYPES)
     device: str = option("auto", "where the models compute; auto is cuda where there is one", choices=DEVICES)
     threads: int = option(1, "threads", at_least=1)
+    template: str | None = option(None, TEMPLATE, path="in")
     output: str | None = option(
         None, "file of the trained network, must be new; null is the head's usual name in run_dir", path="out"
     )
+    bos: str = option("auto", BOS, choices=BOS_CHOICES)
     text: DrafterText = section(DrafterText)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hasten.accel.data.tokens import LIBRARY, load_tokens
+from hasten.accel.data.documents import LIBRARY
+from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.base import Head, HeadModels
@@ -20,9 +21,9 @@ from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import check_tokenizers, model_folder
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
-from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.common.tokenizer import begin_of, load_tokenizer, vocabulary_size
 from hasten.jobs.train_drafter.head import chosen_head
-from hasten.jobs.train_drafter.options import DrafterText, TrainDrafterConfig
+from hasten.jobs.train_drafter.options import TrainDrafterConfig
 
 _STEPS_BETWEEN_LOSSES = 10
 
@@ -41,7 +42,7 @@ def run(config: TrainDrafterConfig) -> Path:
     fingerprint = Checkpoint(folders[head.reads]).fingerprint()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    texts = _texts(config.text, folders)
+    texts = _texts(config, folders)
     if config.output is not None:
         _check_output(Path(config.output))
     torch.set_num_threads(config.threads)
@@ -76,20 +77,23 @@ def run(config: TrainDrafterConfig) -> Path:
     return path
 
 
-def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
+def _texts(config: TrainDrafterConfig, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
     """Token ids (S, T) to train on and to measure on."""
-    tokenizer = load_tokenizer(folders["target"])
+    text, tokenizer = config.text, load_tokenizer(folders["target"], config.template)
+    begin = begin_of(folders["target"], tokenizer, config.bos)
     # Models may have vocabulary rows beyond the tokenizer's ids, and different numbers of them.
     vocabulary = min(vocabulary_size(folder) for folder in folders.values())
     if text.source == LIBRARY:
         train, held_out = (
-            load_tokens(LIBRARY, tokenizer, count, text.sequence_length, split, text.seed, vocabulary)
+            load_tokens(LIBRARY, tokenizer, count, text.sequence_length, split, text.seed, vocabulary, begin=begin)
             for count, split in ((text.sequences, "train"), (text.held_out, "held_out"))
         )
         return train, held_out
     # Only the library has held-out files; of other texts the last sequences are held out.
     count = text.sequences + text.held_out
-    tokens = load_tokens(text.source, tokenizer, count, text.sequence_length, "train", text.seed, vocabulary)
+    tokens = load_tokens(
+        text.source, tokenizer, count, text.sequence_length, "train", text.seed, vocabulary, begin=begin
+    )
     return tokens[: text.sequences], tokens[text.sequences :]
 
 

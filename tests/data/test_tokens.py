@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hasten.accel.data import tokens
+from hasten.accel.data import documents
 from hasten.accel.data.tokens import fingerprint, holds_rows, load_tokens
 from hasten.accel.errors import UserError
 
@@ -41,8 +41,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             read.append(name)
             return tmp_path / name
 
-    monkeypatch.setattr(tokens, "library_root", Root)
-    monkeypatch.setattr(tokens, "library_files", lambda split: names[:50] if split == "train" else names[50:])
+    monkeypatch.setattr(documents, "library_root", Root)
+    monkeypatch.setattr(documents, "library_files", lambda split: names[:50] if split == "train" else names[50:])
     return read
 
 

@@ -100,9 +100,13 @@ def test_evaluation_never_reads_the_files_that_models_are_trained_on(monkeypatch
             read.append(name)
             return root / name
 
-    monkeypatch.setattr("hasten.accel.data.tokens.library_root", Root)
+    monkeypatch.setattr("hasten.accel.data.documents.library_root", Root)
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"text")
-    with pytest.raises(AttributeError):  # the first document meets no tokenizer worth the name
-        load_windows("library", object(), 2, 8, vocabulary=10)
+
+    def tokenizer(text: str | list[str], **_: object) -> dict[str, list[int] | list[list[int]]]:
+        return {"input_ids": [1, 2] if isinstance(text, str) else [[1, 2]] * len(text)}
+
+    tokenizer.bos_token_id = tokenizer.eos_token_id = None  # type: ignore[attr-defined]
+    load_windows("library", tokenizer, 2, 8, vocabulary=10)
     assert read
     assert all(is_held_out(name) for name in read)

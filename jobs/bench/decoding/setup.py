@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hasten.accel.data.begin import begin_tokens
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
@@ -73,7 +74,15 @@ class Setup:
     def _prompts(self) -> Iterator[tuple[str, list[list[int]]]]:
         config = self.config
         if not config.prompts:
-            windows = load_tokens("library", self._tokenizer, config.count + 1, 128, split="held_out", seed=config.seed)
+            windows = load_tokens(
+                "library",
+                self._tokenizer,
+                config.count + 1,
+                128,
+                split="held_out",
+                seed=config.seed,
+                begin=begin_tokens(self._tokenizer),
+            )
             yield "library", windows.tolist()
         for source in config.prompts:
             path, _, field = source.rpartition(":")

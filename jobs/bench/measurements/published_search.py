@@ -13,14 +13,12 @@ from hasten.accel.compression.levels.units import make_units
 from hasten.accel.compression.search.candidates import Candidates
 from hasten.accel.compression.search.fitness import KL
 from hasten.accel.compression.search.samples import Sample
-from hasten.accel.data.tokens import load_tokens
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.jobs.bench.processes.runs import peer_search
 from hasten.jobs.common.calibration import original
-from hasten.jobs.common.quality import held_out_windows
 from hasten.jobs.common.schema import Evaluation
-from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
+from hasten.jobs.common.texts import Texts, recorded_origin
 from hasten.jobs.search.options import SearchTokens
 
 
@@ -36,12 +34,12 @@ class PublishedSearch:
     """The peer's search on the model, levels and tokens of our search.
 
     model: as in `hasten search`. levels: finished level database with one quantized level for every number of bits.
-    source, sequences: text that candidates are compared on. folder: for all files that are written.
+    source, sequences: text that candidates are compared on, as in `hasten search`. folder: for all written files.
     """
 
-    def __init__(self, model: str, levels: Path, source: str, sequences: int, folder: Path) -> None:
+    def __init__(self, model: str, levels: Path, source: str | None, sequences: int, folder: Path) -> None:
         self._path = original(model)
-        self._tokenizer, self._vocabulary = load_tokenizer(self._path), vocabulary_size(self._path)
+        self._texts = Texts(self._path, "auto", None, recorded_origin(levels))
         self._architecture = Architecture(Checkpoint(self._path))
         self._database = LevelDatabase.read(levels.absolute(), self._architecture)
         self._units = make_units(self._database, "none")
@@ -49,11 +47,10 @@ class PublishedSearch:
 
     def run(self, python: str, checkout: str, schedule: Mapping[str, object]) -> PeerResult:
         """Run the search; bytes_per_weight is of the peer's level database. schedule: options of the peer script."""
-        chosen = SearchTokens()
+        chosen = SearchTokens(self._source, self._sequences)
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "tokens.npy"
-        size = self._sequences, chosen.sequence_length
-        drawn = load_tokens(self._source, self._tokenizer, *size, "train", chosen.seed, self._vocabulary)
+        drawn = self._texts.search(chosen)
         np.save(file, drawn.numpy())
         place = self._folder / "database"
         written = self._write(place)
@@ -62,10 +59,10 @@ class PublishedSearch:
         weights = sum(unit.weights for unit in self._units)
         return PeerResult(cpu_seconds=peer["cpu_seconds"], levels=peer["levels"], bytes_per_weight=written / weights)
 
-    def held_out(self, bits: Mapping[str, int], source: str, windows: int) -> float:
+    def held_out(self, bits: Mapping[str, int], source: str | None, windows: int) -> float:
         """KL divergence from the original, on held-out text, of the layers at these bits."""
         evaluation = Evaluation(source=source, sequences=windows)
-        held_out = held_out_windows(evaluation, self._tokenizer, self._path)
+        held_out = self._texts.evaluate(evaluation)
         assert held_out is not None, "windows=0"
         tokens = held_out.tokens
         candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)

@@ -7,21 +7,22 @@ import numpy as np
 from torch import Tensor
 
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, auto_group_size
-from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.divergence import Sums, evaluate
+from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.jobs.bench.compress import Config
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.schema import Evaluation
+from hasten.jobs.common.texts import Texts
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Measures checkpoints on held-out windows (N, T); on the first `divergence` of them against the original."""
+    """Measures checkpoints on held-out windows; on the first `divergence` of them against the original."""
 
     original: Path
-    windows: Tensor
+    windows: Windows
     divergence: int
 
     def measure(self, folder: Path) -> dict[str, float | int | None]:
@@ -38,10 +39,11 @@ def inputs(config: Config) -> tuple[Path, Tensor, Quality]:
     Raises UserError for a model or a text that cannot be loaded.
     """
     model = resolve(config.model)
-    tokenizer, calibration = load_tokenizer(model), config.calibration
-    length = calibration.sequence_length
-    tokens = load_tokens(calibration.source, tokenizer, calibration.sequences, length, seed=calibration.seed)
-    held_out = load_tokens(config.held_out, tokenizer, config.windows, length, split="held_out", seed=calibration.seed)
+    texts, calibration = Texts(model, "auto", None), config.calibration
+    tokens = texts.calibrate(calibration, is_needed=True)
+    held_out = texts.evaluate(Evaluation(config.held_out, config.windows, sequence_length=calibration.sequence_length))
+    assert tokens is not None
+    assert held_out is not None, "windows=0"
     return model, tokens, Quality(model, held_out, config.divergence_windows)
 
 

@@ -9,14 +9,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftSampling
+from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
@@ -162,6 +165,28 @@ def test_sequences_asked_together_get_what_they_get_alone(drafter, learned, prom
     with torch.no_grad():
         together = drafter.propose_all(contexts(prompts, plain, GREEDY), learned, 8)
     assert contents(together) == contents(alone)
+
+
+@pytest.mark.parametrize(("sampling", "in_flight"), [(GREEDY, 1), (WARM, 2)], ids=["greedy", "two-sampled"])
+def test_a_stop_string_ends_what_the_target_says(drafter, models, target, prompts, plain, sampling, in_flight):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:target"))
+    # In the middle of both completions, over the border of two tokens or more.
+    expected = plain[sampling.temperature]
+    texts = [tokenizer.decode(tokens) for tokens in expected]
+    strings = tuple(text[len(text) // 2 : len(text) // 2 + 7] for text in texts)
+    stop = StopStrings(strings, tokenizer)
+    memory = drafter.new_memory(models)
+    # With this verifier a seed gives the same text whatever is drafted.
+    verifier = SampleAndMatch()
+    engine = Engine(target, drafter, verifier, memory=memory, policy=Fixed(8), in_flight=in_flight, stop_strings=stop)
+    requests = [Request(str(index), prompt, NEW, sampling, seed=index) for index, prompt in enumerate(prompts)]
+    for result in engine.decode(requests):
+        tokens = expected[int(result.id)]
+        ends = [n for n in range(1, NEW + 1) if any(string in tokenizer.decode(tokens[:n]) for string in strings)]
+        assert result.token_ids == tokens[: ends[0]]
+        assert result.ended == "stop"
+        assert result.stop_string in strings
+        assert stop.cut(texts[int(result.id)]) == stop.cut(tokenizer.decode(result.token_ids))
 
 
 def test_a_prompt_of_one_token_is_decoded(drafter, models, target, prompts):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from hasten.accel.errors import UserError
-from hasten.jobs.common.prompts import load_learned, read_prompts, read_recorded, save_learned
+from hasten.accel.models.checkpoint import resolve
+from hasten.jobs.common.prompts import load_learned, read_prompts, read_recorded, save_learned, stop_ids
+from hasten.jobs.common.tokenizer import load_tokenizer
 
 DRAFTER = {"_target_": "hasten.accel.decoding.drafters.retrieval.aded.Aded"}
 
@@ -18,6 +20,35 @@ def read(path, content):
 def test_files_with_a_byte_order_mark_and_crlf_are_read(tmp_path):
     content = b'\xef\xbb\xbf{"prompt": [1]}\r\n\r\n{"prompt": [2], "id": "\xc3\xa9"}\r\n'
     assert read(tmp_path / "prompts.jsonl", content) == {"1": [1], "é": [2]}
+
+
+def test_names_of_special_tokens_are_text_unless_asked_for(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x<|endoftext|>"}\n{"instruction": "y<|endoftext|>", "output": "z"}\n')
+    tokenizer = load_tokenizer(resolve("embedded:target"))
+    end = tokenizer.eos_token_id
+    found = [read_prompts(path, tokenizer, 4096, "prompt", "id", special) for special in (False, True)]
+    assert [[prompt.tokens.count(end) for prompt in prompts] for prompts in found] == [[0, 0], [1, 1]]
+    assert [tokenizer.decode(prompt.tokens) for prompt in found[0]] == ["x<|endoftext|>", "y<|endoftext|>\n"]
+    assert [prompt.is_chat for prompt in found[0]] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {0: "the tokenizer", 5: "generation", 6: "generation"}),
+        ({"eos_token_id": 0}, {}, {0: "generation"}),
+        ({}, {"eos_token_id": 7}, {0: "the tokenizer", 7: "config"}),
+        (None, {"eos_token_id": None}, {0: "the tokenizer"}),
+    ],
+)
+def test_a_models_end_tokens_are_those_of_its_files_and_of_its_tokenizer(tmp_path, generation, config, expected):
+    names = {"generation": "generation_config.json", "config": "config.json"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(resolve("embedded:target"))
+    assert stop_ids(tmp_path, tokenizer) == {index: names.get(place, place) for index, place in expected.items()}
 
 
 def test_half_a_character_is_refused_and_a_pair_is_one(tmp_path):

@@ -29,7 +29,7 @@ from tests.compression.local import contents
 from tests.models import tiny
 
 BLOCKS = 3
-OURS = {".hasten/source.json"}  # names where the model was read from
+OURS = {".hasten/source.json", ".hasten/calibration.json"}  # name where model and text were read from
 
 
 @pytest.fixture(autouse=True)
