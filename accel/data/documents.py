@@ -151,9 +151,11 @@ def _line_begin(file: Any, at: int, size: int, path: Path) -> int:
         if b"\n" in chunk:
             return at + read.index(b"\n")
         if path.suffix != ".jsonl" and len(read) >= _LONGEST_LINE:
-            # Bytes of this pattern continue a character of UTF-8.
-            return at + next((n for n, byte in enumerate(read[1:]) if byte & 0xC0 != 0x80), 0)
-    return size
+            break
+    if path.suffix == ".jsonl":
+        return size
+    # Bytes of this pattern continue a character of UTF-8.
+    return at + next((n for n, byte in enumerate(read[1:]) if byte & 0xC0 != 0x80), 0)
 
 
 def first_line(error: Exception) -> str:

@@ -158,7 +158,7 @@ class Texts:
     ) -> None:
         names = [] if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(list(self.begin))
         self._loaded[role] = {
-            "source": source,
+            "source": _absolute(source),
             "part": None if part is None else part.role,
             "tenths": None if part is None or source == LIBRARY else list(part.tenths),
             "tokens": tokens,
@@ -172,9 +172,7 @@ class Texts:
 
 def record_origin(output: ResumableFolder, origin: Origin) -> None:
     """Record in an output that is open which text it was calibrated on."""
-    content = asdict(origin)
-    if Path(origin.source).exists():
-        content["source"] = str(Path(origin.source).absolute())
+    content = asdict(origin) | {"source": _absolute(origin.source)}
     output.write_json(output.path / PROGRESS / _RECORD, as_given(content))
 
 
@@ -182,6 +180,11 @@ def recorded_origin(output: Path) -> Origin | None:
     """Text that a level database or checkpoint was calibrated on; None where none is recorded."""
     file = output / PROGRESS / _RECORD
     return Origin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _absolute(source: str) -> str:
+    """The source, its path absolute where it is a file, since later runs have other current folders."""
+    return str(Path(source).absolute()) if Path(source).is_file() else source
 
 
 def print_texts(report: Mapping[str, Record]) -> None:

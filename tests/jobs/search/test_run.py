@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -148,3 +149,34 @@ def test_wrong_options_are_refused_in_one_line(changes, words, source, folder, c
     for word in words:
         assert word in message
     assert not (folder / "out").exists()
+
+
+@pytest.mark.ray
+def test_a_search_of_given_levels_reads_other_parts_of_the_text_that_they_were_calibrated_on(
+    source, folder, capsys, ray_session
+):
+    ids = tiny.tokens(40, 16)
+    np.save(folder / "users.npy", ids.numpy())
+    calibration = {"calibration.sequences": 20, "calibration.sequence_length": 16}
+    words = {"model": source, "output": "levels", "bits": "[2,4]", "group_sizes": "[32]", "reference": 4, "workers": 1}
+    words |= calibration | {"calibration.source": "users.npy"}
+    assert main(["levels", *(f"{key}={value}" for key, value in words.items())]) == 0
+    levels, _ = last_report(capsys)
+    changes = {"levels": "levels", "search.source": "null", "evaluation.source": "null"}
+    # Without the levels' own options: the database names its text.
+    assert search(source, **changes, **{"calibration.source": "library"}) == 0
+    report, _ = last_report(capsys)
+    texts = report["texts"]
+    assert texts["calibration"] == levels["texts"]["calibration"]
+    assert {text["source"] for text in texts.values()} == {str(folder / "users.npy")}
+    assert [texts[role]["tenths"] for role in ("calibration", "search", "evaluation")] == [[0, 5], [5, 8], [8, 10]]
+    assert main(["evaluate", "model=out", "evaluation.sequences=4", "evaluation.sequence_length=16", "workers=1"]) == 0
+    again, _ = last_report(capsys)
+    for key in ("original", "tokenizer"):
+        assert again[key] == report[key]
+    assert again["texts"]["evaluation"] == texts["evaluation"]
+
+    assert search(source, **changes, **{"evaluation.sequences": 9, "output": "other"}) == 2
+    error = capsys.readouterr().err
+    assert "holds 40 sequences of 16 tokens, of which 8 are for evaluation, fewer than the 9 of 16 asked for" in error
+    assert not (folder / "other").exists()
