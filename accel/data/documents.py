@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from hasten.accel.data.chat import encode_record
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.data.parts import Part
+from hasten.accel.data.records import check_characters
 from hasten.accel.errors import UserError
 
 LIBRARY = "library"
@@ -80,6 +81,7 @@ def _json_document(line: bytes, tokenizer: Any, where: str) -> Document:
         raise UserError(f"{where} is not valid JSON: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} must be an object with a field `text` or other text fields")
+    check_characters(line.decode("utf-8", "replace"), record, where)
     return encode_record(tokenizer, record, where)
 
 

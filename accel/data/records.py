@@ -11,6 +11,7 @@
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ from hasten.accel.errors import UserError
 
 Message: TypeAlias = dict[str, Any]
 
+# JSON may contain a lone surrogate, which neither a tokenizer nor a text file accepts.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Speakers of ShareGPT's conversations.
 _SPEAKERS = {
@@ -60,8 +63,14 @@ class Conversation:
         return Conversation(self.messages[:-1] if ends else self.messages, self.tools, plain)
 
 
+def check_characters(line: str, record: Mapping[str, Any], where: str) -> None:
+    """UserError if a record, read from a line of JSON, holds half a character."""
+    if "\\ud" in line.lower() and _HALF_CHARACTER.search(json.dumps(record, ensure_ascii=False)):
+        raise UserError(f"{where} holds half a character (\\ud800 to \\udfff), which is no text")
+
+
 def read_document(record: Mapping[str, Any], where: str, field: str | None = None) -> Conversation | str:
-    """The text to calibrate, evaluate or train on.
+    """The text to calibrate, evaluate or train on; empty if all of its fields are.
 
     field: of the text or of the messages; None takes `text`, else the first kind of the table above, else all string
     fields joined by line breaks. where: file and line, for messages. Raises UserError if there is no text.
@@ -75,9 +84,9 @@ def read_document(record: Mapping[str, Any], where: str, field: str | None = Non
         return value
     if isinstance(record.get("text"), str):
         return str(record["text"])
-    conversation = _structured(record, where)
+    conversation = _structured(record, where, answered=True)
     if conversation is not None:
-        return conversation
+        return conversation if any(message.get("content") for message in conversation.messages) else ""
     strings = [value for value in record.values() if isinstance(value, str)]
     if not strings:
         raise UserError(f"{where} has no text; its fields are {', '.join(record) or 'none'}")
@@ -88,14 +97,14 @@ def read_prompt(record: Mapping[str, Any], where: str, field: str = "prompt") ->
     """The prompt to decode: a conversation, text, or a list of token ids.
 
     field: of the prompt. If it is not `prompt`, its value alone is the prompt. Otherwise a chat or ShareGPT
-    conversation comes before it, and instruction, question and `text` after it.
+    conversation comes before it, and instruction, question and `text` after it. The answer of a pair is not read.
     Raises UserError if there is no prompt.
     """
     if field != "prompt":
         if field not in record:
             raise UserError(f"{where} has no {field!r}, only {', '.join(record)}: give prompt_field=NAME")
         return _prompt_value(record, field, where)
-    conversation = _structured(record, where)
+    conversation = _structured(record, where, answered=False)
     if conversation is not None:
         return conversation
     if field in record:
@@ -117,8 +126,8 @@ def _prompt_value(record: Mapping[str, Any], field: str, where: str) -> Conversa
     raise UserError(f"{where} has a {field!r} that is neither text nor a list of token ids or of messages")
 
 
-def _structured(record: Mapping[str, Any], where: str) -> Conversation | None:
-    """The conversation that the record's fields make; None if it is of another kind."""
+def _structured(record: Mapping[str, Any], where: str, answered: bool) -> Conversation | None:
+    """The conversation that the record's fields make, with the answer of a pair or without; None for another kind."""
     for field in _CONVERSATIONS:
         if record.get(field) is not None:
             return _conversation(record, field, where)
@@ -128,7 +137,7 @@ def _structured(record: Mapping[str, Any], where: str) -> Conversation | None:
     for user, more, answers in _PAIRS:
         if record.get(user) is None or (user == "prompt" and not _has_answer(record, answers)):
             continue
-        return _pair(record, user, more, answers, where)
+        return _pair(record, user, more, answers if answered else None, where)
     return None
 
 
@@ -138,30 +147,32 @@ def _has_answer(record: Mapping[str, Any], answers: Sequence[str]) -> bool:
 
 
 def _pair(
-    record: Mapping[str, Any], user: str, more: Sequence[str], answers: Sequence[str], where: str
+    record: Mapping[str, Any], user: str, more: Sequence[str], answers: Sequence[str] | None, where: str
 ) -> Conversation:
-    """A conversation of one question and, if the record has it, its answer."""
+    """A conversation of one question and its answer, if the record has one; answers=None is a prompt."""
     system = _first_text(record, _SYSTEM, where)
     asked = [text for text in (_first_text(record, (user,), where), _first_text(record, more, where)) if text]
-    if not asked:
+    if not asked and answers is None:
         raise UserError(f"{where} has an empty {user!r}: give text")
-    answer = _first_text(record, answers, where)
+    answer = _first_text(record, answers or (), where)
     messages: list[Message] = [{"role": "user", "content": "\n\n".join(asked)}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     if answer:
         messages.append({"role": "assistant", "content": answer})
     # A pair of `prompt` and `completion` is one text that was cut in two; the fields of the others are paragraphs.
-    plain = asked[0] if user == "prompt" else "\n".join([*([system] if system else []), *asked, ""])
+    plain = "".join(asked) if user == "prompt" else "\n".join([*([system] if system else []), *asked, ""])
     return Conversation(messages, _tools(record, where), (plain, answer or ""))
 
 
 def _first_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
-    """Value of the first of the fields that the record has; None if it has none or if they are null."""
+    """Value of the first of the fields that the record has, numbers as text; None if it has none or they are null."""
     for name in names:
         value = record.get(name)
         if value is None:
             continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
         if not isinstance(value, str):
             raise UserError(f"{where} has a {name!r} that is no text but {_shown(value)}")
         return value

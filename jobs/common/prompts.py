@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.data.begin import separator_tokens
 from hasten.accel.data.chat import encode_conversation, encode_prompt
 from hasten.accel.data.library import library_files, library_root, read_texts
-from hasten.accel.data.records import Conversation, read_prompt
+from hasten.accel.data.records import Conversation, check_characters, read_prompt
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 
-# JSON may contain a lone surrogate, which neither a tokenizer nor a text file accepts.
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _LEARNED = ("drafter", "vocabulary")  # metadata in a file of learned state
 _LIBRARY_PROMPTS = 16
 _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
@@ -225,10 +222,7 @@ def read_records(option: str, path: Path) -> Iterator[tuple[int, Record]]:
             raise UserError(f"{option}={path}, line {number} is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f'{option}={path}, line {number} is JSON, but no object such as {{"prompt": "text"}}')
-        if "\\ud" in line.lower() and _HALF_CHARACTER.search(json.dumps(record, ensure_ascii=False)):
-            raise UserError(
-                f"{option}={path}, line {number} holds half a character (\\ud800 to \\udfff), which is no text"
-            )
+        check_characters(line, record, f"{option}={path}, line {number}")
         yield number, record
     if empty:
         raise UserError(f"{option}={path} is empty: give JSON Lines, an object in each")

@@ -203,3 +203,10 @@ def test_a_refused_conversation_names_file_and_line(tokenizer: Any, tmp_path: Pa
         UserError, match=r"chat.jsonl line 2: the chat template refuses the messages: no system, please$"
     ):
         load_tokens(str(file), tokenizer, 1, 4)
+
+
+def test_half_a_character_names_its_line(plain: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl line 2 holds half a character"):
+        load_tokens(str(file), plain, 1, 64)

@@ -35,8 +35,10 @@ def test_records_of_different_fields_are_the_same_conversation(record: dict[str,
     read = read_document(record, "here")
     assert isinstance(read, Conversation)
     assert read.messages == [SYSTEM, USER, ASSISTANT]
-    assert read.prompt().messages == [SYSTEM, USER]  # the assistant's last turn is what is decoded
-    assert read_prompt(record, "here") == read
+    prompt = read_prompt(record, "here")
+    assert isinstance(prompt, Conversation)
+    # The assistant's last turn is what is decoded.
+    assert prompt.prompt().messages == read.prompt().messages == [SYSTEM, USER]
 
 
 def test_an_instruction_is_followed_by_its_input() -> None:
@@ -111,9 +113,7 @@ def test_tools_and_arguments_may_be_json_text() -> None:
         ({"messages": [USER], "tools": [1]}, "'tools' that are no list of JSON schemas"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\] has no 'value'"),
         ({"conversations": [{"from": "dog", "value": "a"}]}, r"conversations\[0\] has the role 'dog'"),
-        ({"instruction": "Add.", "output": ["2"]}, "'output' that is no text but a list"),
         ({"instruction": ["Add."], "output": "2"}, "'instruction' that is no text but a list"),
-        ({"instruction": "", "output": "2"}, "empty 'instruction'"),
     ],
 )
 def test_a_malformed_record_names_the_field(record: dict[str, Any], message: str) -> None:
@@ -121,6 +121,23 @@ def test_a_malformed_record_names_the_field(record: dict[str, Any], message: str
         with pytest.raises(UserError, match=message) as caught:
             read(record, "source=a.jsonl line 7")
         assert str(caught.value).startswith("source=a.jsonl line 7")
+
+
+def test_an_answer_that_is_no_text_is_no_part_of_a_prompt() -> None:
+    record = {"instruction": "Add.", "output": ["2"]}
+    assert read_prompt(record, "here") == Conversation([{"role": "user", "content": "Add."}], None, ("Add.\n", ""))
+    with pytest.raises(UserError, match="here has a 'output' that is no text but a list"):
+        read_document(record, "here")
+    read = read_document({"question": "1+1?", "answer": 2}, "here")
+    assert isinstance(read, Conversation)
+    assert read.messages == [USER, ASSISTANT]
+
+
+def test_an_empty_pair_is_no_prompt_and_no_text() -> None:
+    record = {"instruction": "", "input": "", "output": ""}
+    assert read_document(record, "here") == ""
+    with pytest.raises(UserError, match="here has an empty 'instruction'"):
+        read_prompt(record, "here")
 
 
 @pytest.mark.parametrize(
