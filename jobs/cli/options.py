@@ -13,6 +13,7 @@ import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import method, method_names
+from hasten.jobs.cli.quotes import unquoted, with_quotes
 
 # Words that ask for a sweep, and for a dry run in place of a run.
 MULTIRUN = ("-m", "--multirun")
@@ -53,11 +54,12 @@ class Option:
         return words + (", or null" if self.optional else "")
 
     def parse(self, text: str) -> Any:
-        """The value of a text; UserError names the key, the text and the accepted values."""
-        if self.optional and text.lower() in ("null", "none"):
+        """The value of a text, which may be quoted; UserError names the key, the text and the accepted values."""
+        content = unquoted(text)
+        if content is None and self.optional and text.lower() in ("null", "none"):
             return None
         try:
-            value = _read(self.kind, text)
+            value = _read(self.kind, text) if content is None else _read_quoted(self.kind, content)
         except (ValueError, yaml.YAMLError):
             raise self._refusal(text, _several(text)) from None
         self.check(value)
@@ -98,9 +100,21 @@ def _read(kind: Any, text: str) -> Any:
         inner = typing.get_args(kind)[0]
         if typing.get_origin(inner) is not list and not text.lstrip().startswith("["):
             return [_read(inner, text)]
-        value = yaml.safe_load(text)
-        return _listed(kind, value)
-    return yaml.safe_load(text)
+        return _listed(kind, _structure(text))
+    return _structure(text)
+
+
+def _read_quoted(kind: Any, text: str) -> Any:
+    """The content of a quoted text as a value of that kind: a text, or what a text stands for."""
+    if kind in (int, float, bool):
+        return _read(kind, text)
+    return [_read(typing.get_args(kind)[0], text)] if typing.get_origin(kind) is list else text
+
+
+def _structure(text: str) -> Any:
+    """A list, dictionary or simple value, in Hydra's grammar where texts in it are quoted, else in YAML's."""
+    value = with_quotes(text)
+    return yaml.safe_load(text) if value is None else value
 
 
 def _listed(kind: Any, value: Any) -> Any:

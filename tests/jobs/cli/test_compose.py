@@ -29,14 +29,48 @@ def test_words_set_keys_of_every_type():
     assert config.quantizer["damping"] == 0.1
 
 
-@pytest.mark.parametrize("path", ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "'quoted'", "3"])
+@pytest.mark.parametrize(
+    "path", ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "it's", "'a' b", "'a','b'", "\"", "3", "()"]
+)
 def test_texts_are_kept_verbatim(path):
     assert compose("compress", CompressConfig, [f"model={path}"]).model == path
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("'runs/a b,=[x]'", "runs/a b,=[x]"),
+        ('"runs/a b,=[x]"', "runs/a b,=[x]"),
+        ("'(a){b}:c'", "(a){b}:c"),
+        (r"'it\'s'", "it's"),
+        (r'"say \"x\""', 'say "x"'),
+        ("\"'quoted'\"", "'quoted'"),
+        (r"'a\b'", r"a\b"),
+        (r"'a\\'", "a\\"),
+        ("'null'", "null"),
+        ("'3'", "3"),
+        ("''", ""),
+        ("'å ü'", "å ü"),
+    ],
+)
+def test_quotes_around_a_value_are_those_of_hydras_grammar(text, content):
+    config = compose("compress", CompressConfig, [f"model={text}", f"output={text}"])
+    assert (config.model, config.output) == (content, content)
+
+
+def test_values_of_every_type_may_be_quoted():
+    words = ["bits='3'", 'symmetric="true"', "quantizer='gptq'", "quantizer.damping='0.1'", "ignore='layers\\.[01]'"]
+    config = compose("compress", CompressConfig, words)
+    assert (config.bits, config.symmetric, config.ignore) == (3, True, ["layers\\.[01]"])
+    assert config.quantizer["damping"] == 0.1
+    with pytest.raises(UserError, match="bits='x' is wrong: expected a whole number from 2 to 8"):
+        compose("compress", CompressConfig, ["bits='x'"])
 
 
 def test_a_list_is_written_in_brackets_or_as_its_only_item():
     for words, expected in {
         "[.*down_proj, 'layers\\.(0|1)\\.']": [".*down_proj", "layers\\.(0|1)\\."],
+        "['a,b', \"c'd\", 'it\\'s', '3', e]": ["a,b", "c'd", "it's", "3", "e"],
         "lm_head": ["lm_head"],
         "layers\\.[01]": ["layers\\.[01]"],
         "[]": [],
