@@ -1,4 +1,4 @@
-"""Folders of a Ray session on this machine: a short path for its sockets, and an empty current folder for its processes.
+"""Folders of a Ray session: a short path for its sockets, and an empty current folder for its processes.
 
 A Unix socket's path is limited to 107 bytes, of which Ray needs more than half. With a longer TMPDIR, Ray gets the path
 of a link in a folder such as /tmp; the files themselves stay in TMPDIR.
@@ -51,7 +51,7 @@ def ray_folder() -> Iterator[str | None]:
     if len(os.fsencode(f"{folder}/ray")) <= _SOCKET_BYTES:
         yield None if name is None else f"{folder}/ray"
         return
-    parent = _short_folder()
+    parent = short_folder()
     if parent is None:
         raise UserError(
             f"{name}={folder} is too long for the sockets of Ray, which need a folder of at most "
@@ -68,7 +68,8 @@ def ray_folder() -> Iterator[str | None]:
             link.unlink(missing_ok=True)
 
 
-def _short_folder() -> str | None:
+def short_folder() -> str | None:
+    """A folder that can be written to, and whose path is short enough for sockets below it; None without any."""
     folders = ("/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/var/tmp", "/dev/shm")
     longest = _SOCKET_BYTES - len("/hasten-00000000/ray")
     for folder in folders:

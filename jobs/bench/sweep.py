@@ -86,7 +86,8 @@ def _logging(config: Config, folder: Path) -> dict[str, float]:
 
 def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
     """Command of a sweep in a folder, with an MLflow store beside it; cpus: of a local Ray, None is all."""
-    job_words = [word("run_dir", place), word("tracking.uri", if_needed(f"sqlite:///{place}.db")), f"wait_seconds={seconds}"]
+    store = if_needed(f"sqlite:///{place}.db")
+    job_words = [word("run_dir", place), word("tracking.uri", store), f"wait_seconds={seconds}"]
     command = [
         sys.executable,
         "-P",

@@ -6,6 +6,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from hasten.accel.errors import UserError, is_disk_full
+from hasten.cluster.runtime.session_folders import check_temporary_folders
 from hasten.jobs.cli.help import command_names, job_help, overview
 from hasten.jobs.cli.options import MULTIRUN, nearest, split_plan
 from hasten.jobs.common.logs import default_folder, log_to_terminal, log_traceback
@@ -48,6 +49,7 @@ def _main(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"hasten {metadata.version('hasten')}")
         return 0
+    _check_folders()
     if words[0] in command_names():
         return _command(words[0], words[1:])
     job, words = jobs()[_check_name(words[0], "job", [*jobs(), *command_names()])], words[1:]
@@ -71,6 +73,15 @@ def _main(words: list[str]) -> int:
         return 0
     _run(job, words)
     return 0
+
+
+def _check_folders() -> None:
+    """UserError if the current folder was deleted, or if there is none for temporary files."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder cannot be read ({error.strerror}): change to one that exists") from None
+    check_temporary_folders()
 
 
 def _command(name: str, words: list[str]) -> int:

@@ -22,7 +22,7 @@ def unquoted(text: str) -> str | None:
 
 
 def with_quotes(text: str) -> object:
-    """A list or dictionary with quoted texts in it as a plain value; None if it has none or is not in Hydra's grammar."""
+    """A list or dictionary with quoted texts in it as a plain value; None without any, or outside Hydra's grammar."""
     if not any(quote in text for quote in _QUOTES):
         return None
     value = _parsed(text)

@@ -30,7 +30,8 @@ def test_words_set_keys_of_every_type():
 
 
 @pytest.mark.parametrize(
-    "path", ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "it's", "'a' b", "'a','b'", "\"", "3", "()"]
+    "path",
+    ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "it's", "'a' b", "'a','b'", '"', "3", "()"],
 )
 def test_texts_are_kept_verbatim(path):
     assert compose("compress", CompressConfig, [f"model={path}"]).model == path

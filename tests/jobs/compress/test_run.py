@@ -75,6 +75,8 @@ def check_tracked(report, run_dir):
     assert run.data.params["calibration.sequences"] == "8"
     assert run.data.tags["hasten.run_dir"] == str(run_dir.resolve())
     assert run.data.tags["machine.host"]
+    assert run.data.tags["hasten.original"] == report["config"]["model"]
+    assert run.data.tags["hasten.evaluation.source"] == report["config"]["evaluation"]["source"]
     for name in METRICS:
         assert run.data.metrics[name] == pytest.approx(report["metrics"][name])
     for name in ("block_error", "block_seconds"):
