@@ -13,7 +13,7 @@ from typing import IO
 import ray
 
 from hasten.accel.errors import UserError
-from hasten.cluster.runtime.authentication import refusal, use_token
+from hasten.cluster.runtime.authentication import make_token, refusal, use_token
 from hasten.cluster.runtime.session_folders import current_folder, empty_folder, ray_folder
 
 _LOG = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str 
 
 
 def _start_here(cpus: int, folder: str | None) -> None:
+    make_token()
     _LOG.info("starting Ray on this machine")
     for attempt in (1, 2):
         try:

@@ -22,8 +22,14 @@ _VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 _RIGHT = "set it to a folder that can be written to, or unset it"
 
 
-def check_temporary_folders() -> None:
-    """UserError if a variable names a folder for temporary files that cannot be used, or if there is none at all."""
+def check_folders() -> None:
+    """UserError if this user has no home folder, or no usable one for temporary files, or no current folder."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder cannot be read ({error.strerror}): change to one that exists") from None
+    if os.path.expanduser("~") == "~":
+        raise UserError("this user has no home folder, which Ray and caches need: set HOME to a folder")
     for name in _VARIABLES:
         folder = os.environ.get(name)
         if folder and not os.path.isdir(folder):

@@ -110,7 +110,8 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: IO[str]) -> None
     while monotonic() < end:
         if server.poll() is not None:
             log.seek(0)
-            lines = log.read().strip().splitlines()
+            # SQLAlchemy ends its errors with a line that only links to an explanation.
+            lines = [line for line in log.read().strip().splitlines() if not line.startswith("(Background on")]
             reason = lines[-1] if lines else f"exit code {server.returncode}"
             raise UserError(f"MLflow's server did not start: {reason}")
         try:

@@ -9,7 +9,7 @@ import pytest
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime import session_folders
 from hasten.cluster.runtime.session_folders import (
-    check_temporary_folders,
+    check_folders,
     current_folder,
     empty_folder,
     ray_folder,
@@ -67,20 +67,33 @@ def test_without_ashort_folder_one_line_says_what_to_set(monkeypatch):
 
 
 def test_folders_for_temporary_files_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
-    check_temporary_folders()
+    check_folders()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"TMPDIR=.*nowhere is no folder: set it to a folder that can be written to"):
-        check_temporary_folders()
+        check_folders()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    check_temporary_folders()
+    check_folders()
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
     with pytest.raises(UserError, match=r"TMPDIR=.* cannot be written to: set it"):
-        check_temporary_folders()
+        check_folders()
     monkeypatch.delenv("TMPDIR")
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
     with pytest.raises(UserError, match=r"there is no folder for temporary files .*: set TMPDIR to one"):
-        check_temporary_folders()
+        check_folders()
+
+
+def test_a_deleted_current_folder_and_a_missing_home_are_one_line(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    with pytest.raises(UserError, match=r"the current folder cannot be read .*: change to one that exists"):
+        check_folders()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match=r"no home folder, .*: set HOME to a folder"):
+        check_folders()
 
 
 def test_the_current_folder_is_an_empty_one_for_a_time_and_then_what_it_was(tmp_path, monkeypatch):

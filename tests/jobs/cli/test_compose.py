@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from hasten.accel.errors import UserError
@@ -66,6 +68,26 @@ def test_values_of_every_type_may_be_quoted():
     assert config.quantizer["damping"] == 0.1
     with pytest.raises(UserError, match="bits='x' is wrong: expected a whole number from 2 to 8"):
         compose("compress", CompressConfig, ["bits='x'"])
+
+
+@pytest.mark.parametrize("text", ["/a/${b}", "/a/${", "${a.b.c}"])
+def test_an_interpolation_of_no_option_is_one_line(text):
+    with pytest.raises(
+        UserError, match=rf"model={re.escape(text)} is wrong .*: \$\{{KEY\}} stands for the value"
+    ) as caught:
+        compose("compress", CompressConfig, [f"model={text}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_value_is_one_line():
+    with pytest.raises(UserError, match=r"model=\?\?\? is wrong: \?\?\? stands for a missing value"):
+        compose("compress", CompressConfig, ["model=???"])
+
+
+def test_an_interpolation_of_an_option_is_its_value():
+    config = compose("compress", CompressConfig, ["bits=3", "output=models/w${bits}"])
+    assert config.output == "models/w3"
+    assert compose("compress", CompressConfig, [r"output=models/\${bits}"]).output == "models/${bits}"
 
 
 def test_a_list_is_written_in_brackets_or_as_its_only_item():
