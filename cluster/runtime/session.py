@@ -38,15 +38,16 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
     # By default Ray hides all GPUs from actors that request none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name in _FOLDERS:
-        if os.environ.get(name, "~")[0] != "~":
-            os.environ[name] = os.path.abspath(os.environ[name])
+        folder = os.environ.get(name)
+        if folder and not folder.startswith("~"):
+            os.environ[name] = os.path.abspath(folder)
     with ExitStack() as stack:
-        folder = None if address else stack.enter_context(ray_folder())
+        temporary = None if address else stack.enter_context(ray_folder())
         with current_folder(stack.enter_context(empty_folder())):
             if address:
                 _join(address)
             else:
-                _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1), folder)
+                _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1), temporary)
         try:
             yield
         finally:
@@ -131,7 +132,7 @@ def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str 
     )
 
 
-def _start_here(cpus: int, folder: str | None) -> None:
+def _start_here(cpus: int, temporary: str | None) -> None:
     make_token()
     _LOG.info("starting Ray on this machine")
     for attempt in (1, 2):
@@ -140,7 +141,7 @@ def _start_here(cpus: int, folder: str | None) -> None:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
-                _temp_dir=folder,
+                _temp_dir=temporary,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
