@@ -4,8 +4,9 @@ The folders `accel`, `kernels`, `cluster`, `jobs` and `conf` are installed as su
 this folder, at the top of the repository, from where they can be imported without an installation.
 """
 
-from pathlib import Path
+# No other module is imported here: with `python -m hasten` the current folder is still on the import path.
+import os
 
-_CHECKOUT = Path(__file__).resolve().parents[1]
-if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "accel").is_dir():
-    __path__.append(str(_CHECKOUT))
+_CHECKOUT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_CHECKOUT, "pyproject.toml")) and os.path.isdir(os.path.join(_CHECKOUT, "accel")):
+    __path__.append(_CHECKOUT)

@@ -1,6 +1,7 @@
 """Ray's authentication token: where it is read from, and the error messages if a cluster rejects it."""
 
 import os
+import secrets
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,15 @@ def use_token() -> bool:
         raylet: Any = import_module("ray._raylet")
         raylet.Config.initialize("")
     return True
+
+
+def make_token() -> None:
+    """Make a token for a cluster that this process starts, if Ray could not write one to the home folder."""
+    if os.environ.get(_MODE, "token") != "token" or _has_token():
+        return
+    folder = _default_file().parent
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK | os.X_OK):
+        os.environ[_TOKEN] = secrets.token_hex(32)
 
 
 def refusal(cluster: str) -> UserError:

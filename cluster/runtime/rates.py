@@ -76,7 +76,7 @@ class _Baseline:
         root = Path(hasten.__file__).resolve().parents[1]
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "hasten.cluster.runtime.baseline"]
+        command = [sys.executable, "-P", "-m", "hasten.cluster.runtime.baseline"]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )

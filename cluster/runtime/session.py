@@ -7,16 +7,19 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import ray
 
 from hasten.accel.errors import UserError
-from hasten.cluster.runtime.authentication import refusal, use_token
+from hasten.cluster.runtime.authentication import make_token, refusal, use_token
+from hasten.cluster.runtime.session_folders import current_folder, empty_folder, ray_folder
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_TO_ANSWER = 10.0
+# Variables with paths, made absolute because the workers have another current folder.
+_FOLDERS = ("HASTEN_CACHE", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME")
 _START = "start Ray there with `ray start --head`, or leave address out to start it on this machine"
 
 
@@ -34,14 +37,21 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # By default Ray hides all GPUs from actors that request none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address:
-        _join(address)
-    else:
-        _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    for name in _FOLDERS:
+        folder = os.environ.get(name)
+        if folder and not folder.startswith("~"):
+            os.environ[name] = os.path.abspath(folder)
+    with ExitStack() as stack:
+        temporary = None if address else stack.enter_context(ray_folder())
+        with current_folder(stack.enter_context(empty_folder())):
+            if address:
+                _join(address)
+            else:
+                _start_here(cpus if exactly else max(cpus, os.cpu_count() or 1), temporary)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _join(address: str) -> None:
@@ -122,7 +132,8 @@ def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str 
     )
 
 
-def _start_here(cpus: int) -> None:
+def _start_here(cpus: int, temporary: str | None) -> None:
+    make_token()
     _LOG.info("starting Ray on this machine")
     for attempt in (1, 2):
         try:
@@ -130,6 +141,7 @@ def _start_here(cpus: int) -> None:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
+                _temp_dir=temporary,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

@@ -1,4 +1,4 @@
-"""Events that a run logs to its tracking store: parameters, metrics, artifacts and a checkpoint to register."""
+"""Events that a run logs to its tracking store: parameters, metrics, tags, artifacts and a checkpoint to register."""
 
 import dataclasses
 import json
@@ -35,6 +35,13 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Tags:
+    """Tags by name, by which runs are filtered."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file, read when it is uploaded. folder: its folder among the run's artifacts; None is the top level."""
 
@@ -51,8 +58,8 @@ class Registered:
     tags: Mapping[str, str]
 
 
-Event = Params | Metrics | Artifact | Registered
-_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Params, Metrics, Artifact, Registered)}
+Event = Params | Metrics | Tags | Artifact | Registered
+_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Params, Metrics, Tags, Artifact, Registered)}
 
 
 def encode(event: Event) -> str:
@@ -68,27 +75,32 @@ def decode(line: str) -> Event:
 
 
 def write(client: "MlflowClient", run_id: str, events: Iterable[Event]) -> None:
-    """Write events to a run; metrics and parameters are batched up to MLflow's limits.
+    """Write events to a run; parameters, metrics and tags are batched up to MLflow's limits.
 
     Artifacts that no longer exist are skipped: a new attempt of the run has replaced them.
     """
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
 
     params: list[Any] = []
     metrics: list[Any] = []
+    tags: list[Any] = []
     rest: list[Event] = []
     for event in events:
         if isinstance(event, Params):
             params += [Param(name, value) for name, value in event.values.items()]
         elif isinstance(event, Metrics):
             metrics += [Metric(name, value, event.milliseconds, event.step) for name, value in event.values.items()]
+        elif isinstance(event, Tags):
+            tags += [RunTag(name, value) for name, value in event.values.items()]
         else:
             rest.append(event)
     for begin in range(0, len(params), _PARAMS_AT_ONCE):
         client.log_batch(run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
     for begin in range(0, len(metrics), _METRICS_AT_ONCE):
         client.log_batch(run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+    for begin in range(0, len(tags), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, tags=tags[begin : begin + _PARAMS_AT_ONCE])
     for event in rest:
         if isinstance(event, Artifact) and Path(event.path).exists():
             client.log_artifact(run_id, event.path, event.folder)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-_TAG_CHARACTERS = 5000
+TAG_CHARACTERS = 5000
 _RUNS_AT_ONCE = 100
 _NICE = 10
 
@@ -153,7 +153,7 @@ def run_tags(run_dir: Path, parent: str | None = None) -> dict[str, str]:
         tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
     if parent:
         tags["mlflow.parentRunId"] = parent
-    return {name: value[:_TAG_CHARACTERS] for name, value in tags.items()}
+    return {name: value[:TAG_CHARACTERS] for name, value in tags.items()}
 
 
 def status(error: BaseException | None) -> str:

@@ -14,6 +14,7 @@ from time import monotonic, sleep
 from typing import IO
 
 from hasten.accel.errors import UserError
+from hasten.cluster.runtime.session_folders import empty_folder
 from hasten.cluster.tracking import store
 
 _START_SECONDS = 120.0
@@ -33,6 +34,7 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
     _check_port(host, port)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "mlflow",
         "server",
@@ -51,8 +53,9 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
         command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     # The server logs every request. The log goes to a temporary file, because a full pipe would block the server.
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+    # MLflow's web server imports from the current folder: that is an empty one.
+    with tempfile.TemporaryFile("w+", errors="replace") as log, empty_folder() as empty:
+        server = subprocess.Popen(command, cwd=empty, env=environment, stdout=subprocess.DEVNULL, stderr=log)
         before = {
             number: signal.signal(number, lambda number, frame: server.terminate())
             for number in (signal.SIGTERM, signal.SIGHUP)
@@ -107,7 +110,8 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: IO[str]) -> None
     while monotonic() < end:
         if server.poll() is not None:
             log.seek(0)
-            lines = log.read().strip().splitlines()
+            # SQLAlchemy ends its errors with a line that only links to an explanation.
+            lines = [line for line in log.read().strip().splitlines() if not line.startswith("(Background on")]
             reason = lines[-1] if lines else f"exit code {server.returncode}"
             raise UserError(f"MLflow's server did not start: {reason}")
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking import events, journal
 from hasten.cluster.tracking.environment import write_environment
-from hasten.cluster.tracking.mlflow_writer import Writer, run_tags, status
+from hasten.cluster.tracking.mlflow_writer import TAG_CHARACTERS, Writer, run_tags, status
 from hasten.cluster.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Tracker:
     Entering raises UserError if the store cannot be reached. uri: any MLflow tracking URI; None is a sqlite file in the
     folder `runs`. Artifacts of a sqlite store are in a folder beside its file. system_seconds: interval of samples of
     the machine's load; 0 takes none. register: name of the registered model that gets the run's output as its next
-    version; None registers nothing.
+    version; None registers nothing. tags_of: tags of a report, and of an empty mapping at the start of the run.
     """
 
     def __init__(
@@ -71,10 +71,11 @@ class Tracker:
         run_dir: Path,
         system_seconds: float = 0,
         register: str | None = None,
+        tags_of: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
     ) -> None:
         self.run_name = run_name
         self.run_dir = Path(run_dir)
-        self._system_seconds, self._register = system_seconds, register
+        self._system_seconds, self._register, self._tags_of = system_seconds, register, tags_of
         self._journal = journal.current()
         self._writer = Writer(uri, experiment)
         self._run: Future[str | None] | None = None
@@ -85,6 +86,7 @@ class Tracker:
         if self._journal is None:
             self._writer.open()
             self._run = self._writer.submit(_create, self.run_name, self.run_dir)
+        self._log_tags({})
         write_environment(self.run_dir, self.uri)
         for name in ("environment.json", *_FIRST):
             self._log_existing(name)
@@ -142,6 +144,7 @@ class Tracker:
         The file is written after everything else is logged, so its existence means that the run is finished.
         """
         self.metrics(report.get("metrics", {}))
+        self._log_tags(report)
         if self._register:
             self._log_event(self._registered(self._register, report))
         path = write_report(self.run_dir, report)
@@ -153,6 +156,11 @@ class Tracker:
         tags = {"job": report["job"], "run_dir": as_given(str(self.run_dir.absolute())), **kept}
         source = as_given(str(report["output"]))
         return events.Registered(name, source, {_key(key): _text(value) for key, value in tags.items()})
+
+    def _log_tags(self, report: Mapping[str, Any]) -> None:
+        tags = {} if self._tags_of is None else self._tags_of(report)
+        if tags:
+            self._log_event(events.Tags({_key(name): text[:TAG_CHARACTERS] for name, text in tags.items()}))
 
     def _log_existing(self, name: str) -> None:
         if (self.run_dir / name).exists():

@@ -20,6 +20,7 @@ import psutil
 
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import digest, hasten_compress
+from hasten.jobs.cli.quotes import word
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import MODEL, Run, option, plain
@@ -96,7 +97,7 @@ def _disturbed(
         "tracking.uri": f"sqlite:///{place.resolve() / 'mlflow.db'}",
         "evaluation.sequences": 0,
     }
-    command = [sys.executable, "-m", "hasten", "compress", *(f"{key}={value}" for key, value in words.items())]
+    command = [sys.executable, "-P", "-m", "hasten", "compress", *(word(key, value) for key, value in words.items())]
     while True:
         with (place / "output.log").open("ab") as log:
             driver = subprocess.Popen(

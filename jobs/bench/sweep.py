@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import Report
+from hasten.jobs.cli.quotes import if_needed, word
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Run, option, plain
@@ -85,9 +86,11 @@ def _logging(config: Config, folder: Path) -> dict[str, float]:
 
 def sweep_command(place: Path, points: int, seconds: float, words: Sequence[str], cpus: int | None = None) -> list[str]:
     """Command of a sweep in a folder, with an MLflow store beside it; cpus: of a local Ray, None is all."""
-    job_words = [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db", f"wait_seconds={seconds}"]
+    store = if_needed(f"sqlite:///{place}.db")
+    job_words = [word("run_dir", place), word("tracking.uri", store), f"wait_seconds={seconds}"]
     command = [
         sys.executable,
+        "-P",
         "-m",
         "hasten",
         "bench",

@@ -68,12 +68,22 @@ def _defaults(job: str) -> dict[str, str]:
 def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record) -> C:
     # Benchmarks' options are read for their help, and Hydra takes longer to import than the help to print.
     from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     composed = copy.deepcopy(_with_groups(CONF_MODULE, job, cast(Hashable, schema), tuple(groups.items())))
-    for key, value in values.items():
-        # Defaults of hyper-parameters are in the method's dataclass, so the composed config lacks their keys.
-        OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
-    return cast(C, OmegaConf.to_object(composed))
+    key = ""
+    try:
+        for key, value in values.items():
+            # Defaults of hyper-parameters are in the method's dataclass, so the composed config lacks their keys.
+            OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
+        return cast(C, OmegaConf.to_object(composed))
+    except OmegaConfBaseException as error:
+        key = error.full_key or key
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key}=??? is wrong: ??? stands for a missing value") from None
+        reason = str(error).splitlines()[0]
+        right = r"${KEY} stands for the value of option KEY; write \${ for the characters themselves"
+        raise UserError(f"{key}={values.get(key)} is wrong ({reason}): {right}") from None
 
 
 @cache

@@ -1,17 +1,20 @@
 """The hasten command: `hasten JOB [key=value …]`."""
 
+import errno
 import os
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
 from hasten.accel.errors import UserError, is_disk_full
+from hasten.cluster.runtime.session_folders import check_folders
 from hasten.jobs.cli.help import command_names, job_help, overview
 from hasten.jobs.cli.options import MULTIRUN, nearest, split_plan
 from hasten.jobs.common.logs import default_folder, log_to_terminal, log_traceback
 from hasten.jobs.descriptors.descriptor import Job
 from hasten.jobs.descriptors.registry import jobs
 
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 _HELP = ("-h", "--help", "help")
 
 
@@ -36,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
             again = "make space and run the same command again; what is finished is kept"
             print(f"hasten: error: the disk is full{where}: {again}", file=sys.stderr)
             return 2
+        refused = _refused(error)
+        if refused is not None:
+            log_traceback(error)
+            print(f"hasten: error: {refused}", file=sys.stderr)
+            return 2
         # A bug in hasten: the user sees the traceback and can report it.
         log_traceback(error)
         raise
@@ -48,6 +56,7 @@ def _main(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"hasten {metadata.version('hasten')}")
         return 0
+    check_folders()
     if words[0] in command_names():
         return _command(words[0], words[1:])
     job, words = jobs()[_check_name(words[0], "job", [*jobs(), *command_names()])], words[1:]
@@ -113,6 +122,17 @@ def _check_name(word: str, kind: str, names: list[str]) -> str:
         hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
         raise UserError(f"unknown {kind} {word!r}: {hint}")
     return word
+
+
+def _refused(error: BaseException) -> str | None:
+    """One line for a path that cannot be read or written; None for other errors."""
+    # Ray raises a copy of an actor's exception, which is its cause.
+    refusal = getattr(error, "cause", None) or error
+    if isinstance(refusal, RuntimeError) and "home directory" in str(refusal):  # of pathlib
+        return "a path that begins with ~ names no user with a home folder: write the whole path"
+    if not isinstance(refusal, OSError) or not refusal.filename or refusal.errno not in _REFUSALS:
+        return None
+    return f"{refusal.filename} cannot be used ({refusal.strerror}): check its permissions, or name another path"
 
 
 def _one_line(error: UserError) -> str:

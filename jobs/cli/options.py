@@ -13,6 +13,7 @@ import yaml
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import method, method_names
+from hasten.jobs.cli.quotes import unquoted, with_quotes
 
 # Words that ask for a sweep, and for a dry run in place of a run.
 MULTIRUN = ("-m", "--multirun")
@@ -57,11 +58,15 @@ class Option:
         return words + "".join(f", or {word}" for word in (*self.words, *(("null",) if self.optional else ())))
 
     def parse(self, text: str) -> Any:
-        """The value of a text; UserError names the key, the text and the accepted values."""
-        if self.optional and text.lower() in ("null", "none"):
+        """The value of a text, which may be quoted; UserError names the key, the text and the accepted values."""
+        content = unquoted(text)
+        if content is None and self.optional and text.lower() in ("null", "none"):
             return None
         try:
-            value = text if text in self.words and self.kind is int else _read(self.kind, text, self.words)
+            if content is not None:
+                value = _read_quoted(self.kind, content, self.words)
+            else:
+                value = text if text in self.words and self.kind is int else _read(self.kind, text, self.words)
         except (ValueError, yaml.YAMLError):
             raise self._refusal(text, _several(text)) from None
         self.check(value)
@@ -102,9 +107,23 @@ def _read(kind: Any, text: str, words: tuple[str, ...] = ()) -> Any:
         inner = typing.get_args(kind)[0]
         if typing.get_origin(inner) is not list and not text.lstrip().startswith("["):
             return [text if text in words else _read(inner, text)]
-        value = yaml.safe_load(text)
-        return _listed(kind, value, words)
-    return yaml.safe_load(text)
+        return _listed(kind, _structure(text), words)
+    return _structure(text)
+
+
+def _read_quoted(kind: Any, text: str, words: tuple[str, ...] = ()) -> Any:
+    """The content of a quoted text as a value of that kind: a text, or what a text stands for."""
+    if text in words:
+        return [text] if typing.get_origin(kind) is list else text
+    if kind in (int, float, bool):
+        return _read(kind, text)
+    return [_read(typing.get_args(kind)[0], text)] if typing.get_origin(kind) is list else text
+
+
+def _structure(text: str) -> Any:
+    """A list, dictionary or simple value, in Hydra's grammar where texts in it are quoted, else in YAML's."""
+    value = with_quotes(text)
+    return yaml.safe_load(text) if value is None else value
 
 
 def _listed(kind: Any, value: Any, words: tuple[str, ...] = ()) -> Any:

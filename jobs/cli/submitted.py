@@ -3,6 +3,7 @@
 import os
 import sys
 
+from hasten.import_path import leave_out_current_folder
 from hasten.jobs.cli.main import main as hasten
 
 
@@ -20,4 +21,5 @@ def main(workdir: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    leave_out_current_folder()
     sys.exit(main(sys.argv[1], sys.argv[2:]))

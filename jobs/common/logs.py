@@ -5,7 +5,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, is_disk_full
 from hasten.cluster.storage.naming import as_given
 
 LOG_FILE = "hasten.log"
@@ -24,6 +24,15 @@ class _Terminal(logging.Handler):
             print(line, file=sys.stderr)
         else:
             tqdm.tqdm.write(line, file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """Writes log lines to a file; lines for which the disk has no space are lost, without a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if error is None or not is_disk_full(error):
+            super().handleError(record)
 
 
 class _AsGiven(logging.Formatter):
@@ -62,7 +71,7 @@ def log_to_folder(folder: Path) -> None:
     """From now on log, tracebacks included, to the log file in a run's folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+        handler = _File(folder / LOG_FILE, encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written: {error.strerror}") from error
     _add(handler, "%(asctime)s %(levelname)s %(name)s: %(message)s", logging.getLogger(), _TRACEBACKS)

@@ -5,6 +5,7 @@ from pathlib import Path
 from hasten.accel.errors import UserError
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.logs import log_to_folder
+from hasten.jobs.common.reference import reference
 from hasten.jobs.common.schema import Run, plain
 
 
@@ -36,4 +37,5 @@ def tracked(config: Run, title: str, run_dir: Path) -> Tracker:
         run_dir,
         system_seconds=tracking.system_seconds,
         register=tracking.register,
+        tags_of=lambda report: reference(report.get("config", plain(config)), report).tags,
     )

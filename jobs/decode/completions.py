@@ -61,7 +61,12 @@ class Completions:
 
     def __enter__(self) -> Self:
         """Open the file for appending, without the incomplete last line of a killed run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(f"output={self.path} cannot be made ({error.strerror}): give another file") from None
         file = self.path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

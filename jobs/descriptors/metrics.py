@@ -41,6 +41,8 @@ DRAFT_ACCEPTANCE_RATE = Metric("draft_acceptance_rate", "accepted of drafted", "
 PEAK_RSS_BYTES = Metric("peak_rss_bytes", "peak memory", "MiB", "minimize", _MEBI)
 SECONDS = Metric("seconds", "time", "s")
 
+# Comparable only within one original model, tokenizer and evaluation text.
+QUALITY = (KL_DIVERGENCE.name, PERPLEXITY.name, TOP1_AGREEMENT.name)
 # Of a checkpoint, in the order of a table's columns.
 CHECKPOINT = (KL_DIVERGENCE, PERPLEXITY, TOP1_AGREEMENT, BYTES, BITS_PER_WEIGHT)
 

@@ -32,9 +32,11 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     quality = quality_of(groups)
     drawable: list[Chart | None] = []
     if quality is not None:
-        drawable.append(against(groups, "quality against size", quality, "bytes"))
-        drawable.append(against(groups, "quality against tokens per second", quality, "tokens_per_second"))
-    drawable += [objectives(group, quality) for group in groups]
+        drawable += against(groups, "quality against size", quality, "bytes")
+        drawable += against(groups, "quality against tokens per second", quality, "tokens_per_second")
+    for place, group in enumerate(groups):
+        earlier = sum(other.job == group.job for other in groups[:place])
+        drawable.append(objectives(group, quality, earlier))
     drawable += maps(rows)
     drawable += [_allocators(row) for row in rows]
     drawable += [_acceptance(rows), _times(rows)]

@@ -4,15 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hasten.jobs.descriptors.metrics import QUALITY
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.pareto import front
 from hasten.jobs.report.reading import Entry, Objective, Source
+from hasten.jobs.report.references import described, reference_numbers
 from hasten.jobs.report.settings import common, differing, settings, shown
 
 
 @dataclass(frozen=True)
 class Row:
-    """An entry with its rank. number: position by the first objective, from 1, continued over all tables."""
+    """An entry with its rank. number: position by the first objective, from 1, continued over all tables.
+
+    reference: number of what its quality refers to; None if it has none.
+    """
 
     number: int
     entry: Entry
@@ -20,6 +25,7 @@ class Row:
     metrics: Mapping[str, float | None]
     winner: bool = False
     on_front: bool = False
+    reference: int | None = None
 
     @property
     def label(self) -> str:
@@ -38,7 +44,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one job, best first. front_of: objectives of the Pareto front, () if there is no front."""
+    """Rows of one job and one reference, best first. front_of: objectives of the Pareto front, () if there is no front.
+
+    reference: options that tell what the rows' quality refers to from that of the job's other groups; else empty.
+    """
 
     job: str
     rows: tuple[Row, ...]
@@ -48,6 +57,7 @@ class Group:
     front_of: tuple[Objective, ...]
     common: Mapping[str, str]
     sweep: bool
+    reference: str = ""
 
     @property
     def winner(self) -> Row | None:
@@ -61,23 +71,26 @@ class Group:
 
 
 def compare(sources: Sequence[Source]) -> list[Group]:
-    """A group for every job, in order of appearance."""
-    jobs = list(dict.fromkeys(entry.job for source in sources for entry in source.entries))
+    """A group for every job, and for every original and evaluation text of its runs, in order of appearance."""
+    entries = [entry for source in sources for entry in source.entries]
+    members: dict[str, dict[int | None, list[Entry]]] = {}
+    for entry, number in zip(entries, reference_numbers(entries), strict=True):
+        members.setdefault(entry.job, {}).setdefault(number, []).append(entry)
     groups: list[Group] = []
-    for job in jobs:
-        numbered = sum(len(group.rows) for group in groups)
-        groups.append(_group(job, [source for source in sources if _includes(source, job)], numbered))
+    for job, by_reference in members.items():
+        texts = described(by_reference)
+        for number, some in by_reference.items():
+            numbered = sum(len(group.rows) for group in groups)
+            groups.append(_group(job, sources, some, numbered, number, texts[number]))
     return groups
 
 
 def quality_of(groups: Sequence[Group]) -> Objective | None:
     """The quality metric of the charts: the first objective on quality, else one that rows have, else None."""
-    names = [objective for group in groups for objective in group.objectives if objective.metric in known.QUALITY]
+    names = [objective for group in groups for objective in group.objectives if objective.metric in QUALITY]
     if names:
         return names[0]
-    present = [
-        name for name in known.QUALITY if any(row.metric(name) is not None for group in groups for row in group.rows)
-    ]
+    present = [name for name in QUALITY if any(row.metric(name) is not None for group in groups for row in group.rows)]
     return _objective(present[0]) if present else None
 
 
@@ -86,28 +99,34 @@ def with_quality_of_checkpoints(groups: Sequence[Group]) -> list[Group]:
 
     Compression runs measure quality and decoding runs speed; joined, they give quality against speed.
     """
-    measured: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, Row] = {}
     for group in groups:
         for row in group.rows:
-            figures = {name: row.metric(name) for name in known.QUALITY if row.metric(name) is not None}
-            if figures and row.entry.report.get("output"):
-                measured.setdefault(_absolute(row.entry.report["output"]), figures)
+            has_quality = any(row.metric(name) is not None for name in QUALITY)
+            if has_quality and row.entry.report.get("output"):
+                measured.setdefault(_absolute(row.entry.report["output"]), row)
     return [replace(group, rows=tuple(_joined(row, measured) for row in group.rows)) for group in groups]
 
 
-def _joined(row: Row, measured: Mapping[str, Mapping[str, float | None]]) -> Row:
+def _joined(row: Row, measured: Mapping[str, Row]) -> Row:
     target = row.entry.config.get("target")
     if not isinstance(target, str) or row.metric("tokens_per_second") is None:
         return row
-    return replace(row, metrics={**measured.get(_absolute(target), {}), **row.metrics})
+    other = measured.get(_absolute(target))
+    if other is None:
+        return row
+    figures = {name: other.metric(name) for name in QUALITY if other.metric(name) is not None}
+    return replace(row, metrics={**figures, **row.metrics}, reference=other.reference)
 
 
 def _absolute(path: object) -> str:
     return str(Path(str(path)).expanduser().absolute())
 
 
-def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
-    entries = [entry for source in sources for entry in source.entries if entry.job == job]
+def _group(
+    job: str, sources: Sequence[Source], entries: Sequence[Entry], numbered: int, reference: int | None, text: str
+) -> Group:
+    sources = [source for source in sources if any(entry in entries for entry in source.entries)]
     keys = differing(sources, entries)
     numbers = [{name: known.number(value) for name, value in entry.metrics.items()} for entry in entries]
     finished = [row for row, entry in zip(numbers, entries, strict=True) if entry.finished]
@@ -118,7 +137,7 @@ def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
     for place, index in enumerate(order):
         known_settings = settings(entries[index])
         values = {key: shown(known_settings[key]) for key in keys if key in known_settings}
-        rows.append(Row(numbered + place + 1, entries[index], values, numbers[index]))
+        rows.append(Row(numbered + place + 1, entries[index], values, numbers[index], reference=reference))
     front_of = _front_of(objectives, finished)
     return Group(
         job=job,
@@ -129,6 +148,7 @@ def _group(job: str, sources: Sequence[Source], numbered: int) -> Group:
         front_of=front_of,
         common=common(entries),
         sweep=any(source.varied is not None for source in sources),
+        reference=text,
     )
 
 
@@ -178,7 +198,7 @@ def _front_of(objectives: Sequence[Objective], finished: Sequence[Mapping[str, f
     if len(objectives) > 1:
         return tuple(objectives)
     for cost in ("bytes", "tokens_per_second"):
-        if objectives and objectives[0].metric in known.QUALITY:
+        if objectives and objectives[0].metric in QUALITY:
             both = [row for row in finished if None not in (row.get(cost), row.get(objectives[0].metric))]
             if len(both) > 1:
                 return (objectives[0], _objective(cost))
@@ -187,7 +207,3 @@ def _front_of(objectives: Sequence[Objective], finished: Sequence[Mapping[str, f
 
 def _objective(name: str) -> Objective:
     return Objective(name, known.metric(name).better or "minimize")
-
-
-def _includes(source: Source, job: str) -> bool:
-    return any(entry.job == job for entry in source.entries)

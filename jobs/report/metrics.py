@@ -8,7 +8,6 @@ from hasten.jobs.descriptors.metrics import Metric
 from hasten.jobs.descriptors.registry import metrics as listed
 
 _GIBI = 2.0**30
-QUALITY = ("kl_divergence", "perplexity", "top1_agreement")
 # Shown for every row anyway, so no column of its own, unless it is the only metric.
 _NOT_MAIN = "seconds"
 

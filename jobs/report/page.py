@@ -94,14 +94,14 @@ def html(groups: Sequence[Group], shown: Sequence[Chart], folders: Sequence[Path
 
 
 def _title(groups: Sequence[Group]) -> str:
-    if len(groups) > 1:
-        *jobs, last = (group.job for group in groups)
+    *jobs, last = dict.fromkeys(group.job for group in groups)
+    if jobs:
         return f"{', '.join(jobs)} and {last} compared"
-    (group,) = groups
-    varied = " × ".join(group.settings[:4])
-    if len(group.rows) == 1:
-        return f"{group.job}: {group.rows[0].entry.name}"
-    subject = f"Sweep of {group.job}" if group.sweep else f"{len(group.rows)} runs of {group.job}"
+    rows = [row for group in groups for row in group.rows]
+    varied = " × ".join(list(dict.fromkeys(key for group in groups for key in group.settings))[:4])
+    if len(rows) == 1:
+        return f"{last}: {rows[0].entry.name}"
+    subject = f"Sweep of {last}" if any(group.sweep for group in groups) else f"{len(rows)} runs of {last}"
     return f"{subject}: {varied}" if varied else subject
 
 

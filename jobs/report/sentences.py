@@ -1,7 +1,7 @@
 """Sentences of a report: the winner and its lead, how runs ended, and sections without data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hasten.jobs.report import metrics as known
 from hasten.jobs.report.comparison import Group, Row, complete
@@ -9,17 +9,22 @@ from hasten.jobs.report.comparison import Group, Row, complete
 
 @dataclass(frozen=True)
 class Summary:
-    """A sentence in two parts: the subject, which pages highlight, and the rest."""
+    """A sentence in two parts: the subject, which pages highlight, and the rest. reference: that of the quality."""
 
     subject: str
     rest: str
+    reference: str = ""
 
     def __str__(self) -> str:
-        return f"{self.subject} {self.rest}"
+        return f"{self.reference}: {self.subject} {self.rest}" if self.reference else f"{self.subject} {self.rest}"
 
 
 def summary(group: Group) -> Summary:
     """The winning setting, its lead, and the Pareto front."""
+    return replace(_summary(group), reference=group.reference)
+
+
+def _summary(group: Group) -> Summary:
     finished = [row for row in group.rows if row.entry.finished]
     if not group.objectives or not finished:
         return Summary(
@@ -52,7 +57,8 @@ def facts(group: Group) -> str:
     for row in group.rows:
         counts[row.entry.status] = counts.get(row.entry.status, 0) + 1
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{group.job}, {_counted(len(group.rows), _noun(group))}: {text}"
+    reference = f" on {group.reference}" if group.reference else ""
+    return f"{group.job}{reference}, {_counted(len(group.rows), _noun(group))}: {text}"
 
 
 def left_out(sections: Sequence[str]) -> str:

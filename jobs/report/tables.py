@@ -61,7 +61,8 @@ def comparison_table(group: Group) -> Table:
     if group.settings:
         parts.append(name)
     return Table(
-        title=f"{group.job}: {'points' if group.sweep else 'runs'}",
+        title=f"{group.job}: {'points' if group.sweep else 'runs'}"
+        + (f" on {group.reference}" if group.reference else ""),
         columns=tuple(column for column, _ in parts),
         rows=tuple(zip(*(cells for _, cells in parts), strict=True)),
         sorted_by=by,

@@ -14,25 +14,42 @@ from hasten.jobs.report.reading import Objective
 _SERIES = 6
 
 
-def against(groups: Sequence[Group], section: str, quality: Objective, cost: str) -> Chart | None:
-    """Chart of quality against cost for the rows that have both metrics; None for fewer than two rows."""
+def against(groups: Sequence[Group], section: str, quality: Objective, cost: str) -> list[Chart]:
+    """Charts of quality against cost, one for each reference that two rows with both metrics have."""
     rows = complete([row for group in groups for row in group.rows], [quality.metric, cost])
     name = "quality_against_size" if cost == "bytes" else "quality_against_speed"
-    return _trade_off(section, name, rows, quality, Objective(cost, known.metric(cost).better or "minimize"))
+    second = Objective(cost, known.metric(cost).better or "minimize")
+    texts = {row.reference: group.reference for group in reversed(groups) for row in group.rows if group.reference}
+    made: list[Chart] = []
+    for number in sorted({row.reference for row in rows}, key=lambda number: -1 if number is None else number):
+        some = [row for row in rows if row.reference == number]
+        chart = _trade_off(section, _numbered(name, len(made)), some, quality, second, texts.get(number, ""))
+        made += [] if chart is None else [chart]
+    return made
 
 
-def objectives(group: Group, quality: Objective | None) -> Chart | None:
-    """Chart of the first two objectives of a sweep; None if another chart shows them."""
+def objectives(group: Group, quality: Objective | None, earlier: int) -> Chart | None:
+    """Chart of the first two objectives of a sweep; None if another chart shows them.
+
+    earlier: number of the job's groups before this one.
+    """
     if len(group.objectives) < 2:
         return None
     first, second = group.objectives[:2]
     if quality and {first.metric, second.metric} in ({quality.metric, "bytes"}, {quality.metric, "tokens_per_second"}):
         return None
     rows = complete(group.rows, [first.metric, second.metric])
-    return _trade_off("objectives against each other", f"objectives_{group.job}", rows, first, second)
+    name = _numbered(f"objectives_{group.job}", earlier)
+    return _trade_off("objectives against each other", name, rows, first, second, group.reference)
 
 
-def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, across: Objective) -> Chart | None:
+def _numbered(name: str, earlier: int) -> str:
+    return f"{name}_{earlier + 1}" if earlier else name
+
+
+def _trade_off(
+    section: str, name: str, rows: Sequence[Row], up: Objective, across: Objective, reference: str
+) -> Chart | None:
     if len(rows) < 2:
         return None
     values = {objective.metric: [row.metrics[objective.metric] or 0.0 for row in rows] for objective in (up, across)}
@@ -69,9 +86,11 @@ def _trade_off(section: str, name: str, rows: Sequence[Row], up: Objective, acro
         f"{rows[index].label}: {axes[up.metric].text(points[index][1])}, {axes[across.metric].text(points[index][0])}"
         for index in sorted(on_front, key=lambda index: points[index])
     )
-    alt = f"{title} of {len(rows)} finished rows. On the Pareto front: {members}."
+    on = f" on {reference}" if reference else ""
+    alt = f"{title} of {len(rows)} finished rows{on}. On the Pareto front: {members}."
+    first = f"Rows{on}. " if on else ""
     caption = (
-        "The dashed line is the Pareto front: no other row is better in both. Numbers are rows of the table, "
+        f"{first}The dashed line is the Pareto front: no other row is better in both. Numbers are rows of the table, "
         f"the star is the best by {axes[up.metric].title}."
     )
     return Chart(section, name, alt, caption, draw)

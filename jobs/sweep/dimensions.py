@@ -1,6 +1,5 @@
 """The words of a sweep, in Hydra's grammar: `bits=2,3,4`, `range(2,6)`, `choice(a,b)`, `interval(0,1)`, `glob(*)`."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -8,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import method_names
+from hasten.jobs.cli.quotes import if_needed, quoted
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Words:
 def read(words: Sequence[str], groups: Sequence[str]) -> Words:
     """Parse the words of a sweep; a word with one value need not follow Hydra's grammar. groups: options with methods.
 
-    Quotes keep a text with commas together and are removed.
+    Quotes keep a text with commas together.
     """
     fixed: list[str] = []
     dimensions: dict[str, Dimension] = {}
@@ -68,18 +68,10 @@ def read(words: Sequence[str], groups: Sequence[str]) -> Words:
         fixed = [other for other in fixed if other.partition("=")[0] != key]
         dimensions.pop(key, None)
         if dimension is None:
-            fixed.append(_without_quotes(word))
+            fixed.append(word)
         else:
             dimensions[key] = dimension
     return Words(tuple(fixed), tuple(dimensions.values()))
-
-
-def _without_quotes(word: str) -> str:
-    try:
-        value = OverridesParser.create().parse_override(word)._value
-    except HydraException:
-        return word
-    return f"{word.partition('=')[0]}={value.text}" if isinstance(value, QuotedString) else word
 
 
 def _dimension(word: str, groups: Sequence[str]) -> Dimension | None:
@@ -153,6 +145,8 @@ def as_text(value: object) -> str:
 
 
 def _item(value: object) -> str:
-    """A value inside a list, where a quoted text keeps its quotes."""
+    """A value inside a list, where a text that was quoted, or is no plain word, is quoted."""
     text = getattr(value, "text", None)
-    return as_text(value) if text is None else json.dumps(text)
+    if text is not None:
+        return quoted(text)
+    return if_needed(value) if isinstance(value, str) else as_text(value)

@@ -15,6 +15,7 @@ from hasten.cluster.storage.remote import Remote, in_place, is_uri
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.execute import run_job
 from hasten.jobs.cli.options import options, value_at
+from hasten.jobs.cli.quotes import verbatim
 from hasten.jobs.common.schema import Run, plain
 from hasten.jobs.descriptors.descriptor import Job
 
@@ -65,7 +66,7 @@ class Points:
 
     def make(self, values: Mapping[str, str]) -> Point:
         """The point with these values; UserError if a value is wrong."""
-        words = [*self._fixed, *(f"{key}={text}" for key, text in values.items())]
+        words = [*self._fixed, *(verbatim(key, text) for key, text in values.items())]
         config = compose(self._job.name, self._job.options, words)
         digest = fingerprint(self._job, config, self._identities, self._query_stores)
         label = ",".join(f"{key}={text}" for key, text in values.items())

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hasten.jobs.common.records import Record
+from hasten.jobs.common.reference import reference
+from hasten.jobs.common.schema import plain
+from hasten.jobs.descriptors.metrics import QUALITY
 from hasten.jobs.sweep.points import Point
 
 _CELL_CHARACTERS = 40
@@ -46,10 +49,28 @@ class Row:
 
 
 def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:
-    """Lines of a table of the finished points, sorted by the first shown metric, the best first."""
+    """Lines of a table of the finished points, sorted by the first shown metric, the best first.
+
+    If the metrics are of quality, a table for each original and evaluation text, as others cannot be compared.
+    """
     done = [row for row in rows if row.status == "finished"]
-    if not done:
-        return []
+    texts = _references(done) if any(name in QUALITY for name in shown) else [""] * len(done)
+    lines: list[str] = []
+    for text in dict.fromkeys(texts):
+        lines += [f"{text}:"] if text else []
+        lines += _table([row for row, other in zip(done, texts, strict=True) if other == text], shown, ascending)
+    return lines
+
+
+def _references(rows: Sequence[Row]) -> list[str]:
+    """For each row the options that tell what its quality refers to from that of other rows; empty if all agree."""
+    options = [reference(plain(row.point.config)).options for row in rows]
+    keys = dict.fromkeys(key for each in options for key in each)
+    differing = [key for key in keys if len({str(each.get(key)) for each in options}) > 1]
+    return [" ".join(f"{key}={each[key]}" for key in differing if key in each) for each in options]
+
+
+def _table(done: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:
     present = [name for name in shown if any(row.metrics.get(name) is not None for row in done)]
     if present:
         known = [row for row in done if row.metrics.get(present[0]) is not None]

@@ -24,6 +24,7 @@ from hasten.cluster.runtime.visibility import check as check_files
 from hasten.cluster.tracking.sweep import SweepTracker
 from hasten.cluster.tracking.tracker import write_report
 from hasten.jobs.cli.options import options, split_off
+from hasten.jobs.cli.quotes import split
 from hasten.jobs.common.logs import log_to_folder
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
@@ -108,7 +109,7 @@ class Sweep:
                     self._tracked(example.config.tracking, title, key) as self._tracker,
                     Progress(title, self._total(), "point") as self._progress,
                 ):
-                    self._tracker.params(dict(word.split("=", 1) for word in self._words.fixed))
+                    self._tracker.params(dict(map(split, self._words.fixed)))
                     self._skip_finished()
                     if self._waiting or self._study:
                         count = self._launcher.pool.warm_up(
@@ -386,7 +387,7 @@ class Sweep:
 
 def _value(words: Words, key: str) -> str | None:
     """Text of an option in the sweep's fixed words, None if it is not given."""
-    return next((text for name, _, text in (word.partition("=") for word in words.fixed) if name == key), None)
+    return next((text for name, text in map(split, words.fixed) if name == key), None)
 
 
 def _default_folder(title: str, words: Sequence[str]) -> Path:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,7 @@ from hasten.cluster.programs.sweep_points import Ending, Pool, Work
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool
 from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.runtime.session_folders import ray_folder
 from hasten.cluster.tracking.tracker import write_report
 from tests.cluster.failing import Hang, failing
 from tests.cluster.processes import wait_for
@@ -41,6 +42,8 @@ from tests.cluster.processes import wait_for
 # Ray takes a node for dead after these; its own defaults are longer than a test should take.
 _HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
 _nodes: list[Any] = []
+# Until the process ends.
+_stack = ExitStack()
 
 
 def start() -> None:
@@ -51,6 +54,9 @@ def start() -> None:
     torch.set_num_threads(1)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": _HEALTH}
+    folder = _stack.enter_context(ray_folder())
+    if folder is not None:
+        head["temp_dir"] = folder
     _nodes.append(_patiently(lambda: Cluster(initialize_head=True, head_node_args=head)))
     ray.init(address=_nodes[0].address, log_to_driver=False, logging_level=logging.ERROR)
 

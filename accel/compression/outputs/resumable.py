@@ -109,7 +109,13 @@ class ResumableFolder:
         taken = []
 
         def take() -> None:
-            (self.path / PROGRESS).mkdir(parents=True, exist_ok=True)
+            try:
+                (self.path / PROGRESS).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                reason = error.strerror or type(error).__name__
+                raise UserError(f"{self.option}={self.path} cannot be made ({reason}): give another folder") from None
             taken.append(lock.take(self.path / PROGRESS / _LOCK, seconds))
 
         guard(PROGRESS, take)

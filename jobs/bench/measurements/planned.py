@@ -16,6 +16,7 @@ from hasten.cluster.runtime.rates import measure
 from hasten.jobs.bench.plan import NORMAL, SMALL, Compared
 from hasten.jobs.bench.processes.watch import watched
 from hasten.jobs.cli.compose import compose
+from hasten.jobs.cli.quotes import word
 from hasten.jobs.common.calibration import original
 from hasten.jobs.compress.options import CompressConfig
 from hasten.jobs.compress.run import make_settings
@@ -46,11 +47,11 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
     options |= {"run_dir": place / "run", "tracking.uri": f"sqlite:///{place / 'mlflow.db'}"}
     if output is not None:
         options["output"] = output
-    words = [f"{key}={value}" for key, value in options.items()]
+    words = [word(key, value) for key, value in options.items()]
     measure.cache_clear()
     composed = compose(job, jobs()[job].options, words)
     plan = make_plan(job, composed, PlanConfig())
-    command = [sys.executable, "-m", "hasten", job, *words]
+    command = [sys.executable, "-P", "-m", "hasten", job, *words]
     environment = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
     usage = watched(command, place / "hasten.out", environment, _INTERVAL_SECONDS, place)
     if usage.status:

@@ -12,6 +12,7 @@ from typing import NotRequired, TypedDict
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench.processes.watch import Peak, Usage, watched
+from hasten.jobs.cli.quotes import word
 
 _PEERS = Path(__file__).parents[1] / "peers"
 # A running Ray cluster or the number of cores must not change what is compared.
@@ -105,9 +106,9 @@ def hasten_job(job: str, folder: Path, options: Mapping[str, object], interval: 
         "run_dir": folder / "run",
         "tracking.uri": f"sqlite:///{folder.resolve() / 'mlflow.db'}",
     }
-    words = [f"{key}={value}" for key, value in {**fixed, **options}.items()]
+    words = [word(key, value) for key, value in {**fixed, **options}.items()]
     log = folder / "hasten.out"
-    usage = watched([sys.executable, "-m", "hasten", job, *words], log, _ENVIRONMENT, interval)
+    usage = watched([sys.executable, "-P", "-m", "hasten", job, *words], log, _ENVIRONMENT, interval)
     _check(usage, f"hasten {job}", log)
     report: Report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     return report, usage

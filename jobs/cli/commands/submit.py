@@ -15,6 +15,7 @@ import yaml
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.commands._cluster import cluster_parser, follow
 from hasten.jobs.cli.options import MULTIRUN, Option, nearest, options, split_plan
+from hasten.jobs.cli.quotes import if_needed, split, verbatim
 from hasten.jobs.common.logs import log_to_terminal
 from hasten.jobs.common.records import Record
 from hasten.jobs.descriptors.descriptor import Job
@@ -116,14 +117,21 @@ def _remote_words(job: Job, words: list[str], absolute: Callable[[str], str]) ->
 
 
 def _absolute(word: str, known: dict[str, Option], is_sweep: bool, absolute: Callable[[str], str]) -> str:
-    key, sign, text = word.partition("=")
+    key, sign, _ = word.partition("=")
     item = known.get(key)
     if item is None or item.path is None or not sign:
         return word
+    if not is_sweep:
+        path = split(word)[1]
+        return verbatim(key, absolute(path)) if _is_relative(path, item) else word
     # In a sweep one option may have several paths.
-    several = is_sweep and not any(mark in text for mark in "()[]{}'\"\\")
-    parts = text.split(",") if several else [text]
-    return f"{key}={','.join(absolute(part) if _is_relative(part, item) else part for part in parts)}"
+    from hasten.jobs.sweep.dimensions import read
+
+    words = read([word], ())
+    paths = words.dimensions[0].values if words.dimensions else (split(word)[1],)
+    if paths is None or not any(_is_relative(path, item) for path in paths):
+        return word
+    return f"{key}={','.join(if_needed(absolute(path) if _is_relative(path, item) else path) for path in paths)}"
 
 
 def _is_relative(text: str, item: Option) -> bool:

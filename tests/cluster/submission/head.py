@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from hasten.cluster.runtime.session_folders import short_folder
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -44,8 +46,8 @@ class Head:
 @contextmanager
 def started(cpus=2):
     """A head that takes jobs, for the time of the block."""
-    # A socket's path may have 107 characters, of which Ray takes most: no folder of pytest's.
-    folder = Path(tempfile.mkdtemp(prefix="h"))
+    # A socket's path may have 107 bytes, of which Ray takes most: neither a folder of pytest's nor a long TMPDIR.
+    folder = Path(tempfile.mkdtemp(prefix="h", dir=short_folder()))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         port, dashboard, client, agent = _free_ports(4)

@@ -17,6 +17,7 @@ from hasten.cluster.submission.job_server import JobServer, dashboard_url
 from hasten.jobs.cli.main import main
 from tests.cluster.submission import head as heads
 from tests.compression.local import contents
+from tests.traps import imported, set_traps
 
 pytestmark = pytest.mark.ray
 
@@ -57,6 +58,16 @@ def test_a_submitted_job_writes_the_same_bytes_as_a_local_one(head, tmp_path, mo
     assert table[0].split() == ["ID", "STATUS", "STARTED", "SECONDS", "COMMAND"]
     assert [line.split()[:2] for line in table[1:] if line.startswith("same")] == [["same", "SUCCEEDED"]]
     assert head.hasten("logs", "same", cwd=here).stdout == done.stdout
+
+
+@pytest.mark.parametrize("env", ["tree", "none"])
+def test_a_submitted_job_imports_nothing_in_its_folder(head, tmp_path, env):
+    set_traps(tmp_path, "module")
+    small = [word for word in COMPRESS if "sequences=8" not in word]
+    words = ["--name", f"traps-{env}", "--env", env, *small, "calibration.sequences=2"]
+    done = head.hasten("submit", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert imported(tmp_path) == []
 
 
 def test_a_job_that_fails_gives_its_exit_code_and_its_one_line(head, tmp_path):

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from hasten.cluster.tracking import events, store
-from hasten.cluster.tracking.events import Artifact, Metrics, Params, Registered, decode, encode
+from hasten.cluster.tracking.events import Artifact, Metrics, Params, Registered, Tags, decode, encode
 
 EVENTS = [
     Params({"bits": "4", "ö\u2028\x85": "a\nb"}),
     Metrics({"error": 0.5, "bytes": 1.0}, 3, 1700000000000),
+    Tags({"hasten.original": "/models/small"}),
     Artifact("/run/report.json"),
     Artifact("/run/error.png", "figures"),
     Registered("small", "/models/small", {"job": "compress"}),
@@ -27,24 +28,31 @@ class Calls:
     """A client that notes how much each call brings."""
 
     def __init__(self) -> None:
-        self.sizes: list[tuple[int, int]] = []
+        self.sizes: list[tuple[int, ...]] = []
         self.names: list[str] = []
 
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
         assert run_id == "run"
-        self.sizes.append((len(metrics), len(params)))
-        self.names += [entry.key for entry in (*metrics, *params)]
+        self.sizes.append((len(metrics), len(params), len(tags)))
+        self.names += [entry.key for entry in (*metrics, *params, *tags)]
 
 
-def test_a_call_brings_as_many_metrics_and_parameters_as_mlflow_takes() -> None:
+def test_a_call_brings_as_many_metrics_parameters_and_tags_as_mlflow_takes() -> None:
     calls = Calls()
     told = [
         *(Metrics({"a": step, "b": step}, step) for step in range(1100)),
         *(Params({f"p{number}": "x"}) for number in range(201)),
+        Tags({f"t{number}": "x" for number in range(101)}),
     ]
     events.write(calls, "run", told)
-    assert calls.sizes == [(0, 100), (0, 100), (0, 1), (1000, 0), (1000, 0), (200, 0)]
-    assert sorted(calls.names) == sorted(["a", "b"] * 1100 + [f"p{number}" for number in range(201)])
+    assert calls.sizes == [
+        *((0, 100, 0), (0, 100, 0), (0, 1, 0)),
+        *((1000, 0, 0), (1000, 0, 0), (200, 0, 0)),
+        *((0, 0, 100), (0, 0, 1)),
+    ]
+    assert sorted(calls.names) == sorted(
+        ["a", "b"] * 1100 + [f"p{number}" for number in range(201)] + [f"t{number}" for number in range(101)]
+    )
 
 
 def test_nothing_told_is_no_call() -> None:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from hasten.accel.errors import UserError
@@ -29,14 +31,69 @@ def test_words_set_keys_of_every_type():
     assert config.quantizer["damping"] == 0.1
 
 
-@pytest.mark.parametrize("path", ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "'quoted'", "3"])
+@pytest.mark.parametrize(
+    "path",
+    ["/a b/c,d", "/x=1/[y]{z}", "C:\\models", "embedded:draft", "~/å", "it's", "'a' b", "'a','b'", '"', "3", "()"],
+)
 def test_texts_are_kept_verbatim(path):
     assert compose("compress", CompressConfig, [f"model={path}"]).model == path
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("'runs/a b,=[x]'", "runs/a b,=[x]"),
+        ('"runs/a b,=[x]"', "runs/a b,=[x]"),
+        ("'(a){b}:c'", "(a){b}:c"),
+        (r"'it\'s'", "it's"),
+        (r'"say \"x\""', 'say "x"'),
+        ("\"'quoted'\"", "'quoted'"),
+        (r"'a\b'", r"a\b"),
+        (r"'a\\'", "a\\"),
+        ("'null'", "null"),
+        ("'3'", "3"),
+        ("''", ""),
+        ("'å ü'", "å ü"),
+    ],
+)
+def test_quotes_around_a_value_are_those_of_hydras_grammar(text, content):
+    config = compose("compress", CompressConfig, [f"model={text}", f"output={text}"])
+    assert (config.model, config.output) == (content, content)
+
+
+def test_values_of_every_type_may_be_quoted():
+    words = ["bits='3'", 'symmetric="true"', "quantizer='gptq'", "quantizer.damping='0.1'", "ignore='layers\\.[01]'"]
+    config = compose("compress", CompressConfig, words)
+    assert (config.bits, config.symmetric, config.ignore) == (3, True, ["layers\\.[01]"])
+    assert config.quantizer["damping"] == 0.1
+    with pytest.raises(UserError, match="bits='x' is wrong: expected a whole number from 2 to 8"):
+        compose("compress", CompressConfig, ["bits='x'"])
+
+
+@pytest.mark.parametrize("text", ["/a/${b}", "/a/${", "${a.b.c}"])
+def test_an_interpolation_of_no_option_is_one_line(text):
+    with pytest.raises(
+        UserError, match=rf"model={re.escape(text)} is wrong .*: \$\{{KEY\}} stands for the value"
+    ) as caught:
+        compose("compress", CompressConfig, [f"model={text}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_value_is_one_line():
+    with pytest.raises(UserError, match=r"model=\?\?\? is wrong: \?\?\? stands for a missing value"):
+        compose("compress", CompressConfig, ["model=???"])
+
+
+def test_an_interpolation_of_an_option_is_its_value():
+    config = compose("compress", CompressConfig, ["bits=3", "output=models/w${bits}"])
+    assert config.output == "models/w3"
+    assert compose("compress", CompressConfig, [r"output=models/\${bits}"]).output == "models/${bits}"
 
 
 def test_a_list_is_written_in_brackets_or_as_its_only_item():
     for words, expected in {
         "[.*down_proj, 'layers\\.(0|1)\\.']": [".*down_proj", "layers\\.(0|1)\\."],
+        "['a,b', \"c'd\", 'it\\'s', '3', e]": ["a,b", "c'd", "it's", "3", "e"],
         "lm_head": ["lm_head"],
         "layers\\.[01]": ["layers\\.[01]"],
         "[]": [],

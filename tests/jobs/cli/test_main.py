@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -131,3 +132,19 @@ def test_other_errors_are_raised_unchanged(monkeypatch):
     monkeypatch.setattr("hasten.jobs.pretrain.run.run", fail)
     with pytest.raises(OSError, match="Input/output"):
         main(["pretrain"])
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR])
+def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch, code):
+    def refuse(words):
+        raise OSError(code, os.strerror(code), "/some/file")
+
+    monkeypatch.setattr("hasten.jobs.cli.main._main", refuse)
+    reason = f"/some/file cannot be used ({os.strerror(code)}): check its permissions, or name another path"
+    assert run(capsys, "compress") == (2, "", f"hasten: error: {reason}\n")
+
+
+def test_a_home_folder_of_nobody_is_one_line(capsys):
+    code, _, err = run(capsys, "compress", "model=~no-such-user/model")
+    assert code == 2
+    assert err == "hasten: error: a path that begins with ~ names no user with a home folder: write the whole path\n"

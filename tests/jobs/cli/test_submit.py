@@ -104,6 +104,15 @@ def test_each_path_of_a_sweep_is_made_absolute(sent, folder):
     )
 
 
+def test_quoted_paths_are_made_absolute_and_quoted_again(sent, folder):
+    assert words_of(sent, "compress", "output='a b,=[x]'")[1] == "output=/work/a b,=[x]"
+    assert words_of(sent, "compress", "output='/there, too'")[1] == "output='/there, too'"
+    assert words_of(sent, "compress", "--multirun", "output='a b,=[x]/{point}'")[2] == "output='/work/a b,=[x]/{point}'"
+    Path("a, b").mkdir()
+    paths = words_of(sent, "compress", "--multirun", "model='a, b',org/name,/there,embedded:target")[2]
+    assert paths == "model='/work/a, b',org/name,/there,embedded:target"
+
+
 WRONG = {
     "compress bts=3": "unknown option 'bts': did you mean bits?",
     "compress bits=9": "bits=9 is wrong: expected a whole number from 2 to 8",

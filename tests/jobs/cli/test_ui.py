@@ -1,19 +1,25 @@
 """`hasten ui`: MLflow's server on the store of a run, which runs then write through."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import hasten
 from hasten.accel.errors import UserError
 from hasten.cluster.tracking import store
 from hasten.cluster.tracking.server import serve
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.commands.ui import tracking_uri
 from hasten.jobs.cli.main import main
+from tests.traps import imported, set_traps
+
+ROOT = Path(hasten.__file__).parents[1]
 
 
 @pytest.fixture
@@ -27,8 +33,12 @@ def test_runs_write_through_the_server_that_shows_them(tmp_path, port):
     uri = store.default_uri(tmp_path)
     with Tracker(uri, "tests", "before", tmp_path / "run") as tracker:
         tracker.metrics({"loss": 1.0})
+    here = tmp_path / "here"
+    here.mkdir()
+    set_traps(here, "module")
     command = [sys.executable, "-m", "hasten", "ui", str(tmp_path / "run"), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here, env=environment)
     try:
         while not store.serving(uri):
             assert server.poll() is None
@@ -47,6 +57,7 @@ def test_runs_write_through_the_server_that_shows_them(tmp_path, port):
     assert server.returncode == 0
     assert out == f"http://127.0.0.1:{port} shows {uri}; Ctrl-C ends it\n"
     assert store.serving(uri) is None
+    assert imported(here) == []
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)

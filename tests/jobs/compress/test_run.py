@@ -1,5 +1,6 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hasten.jobs.cli.main import main
 from tests.compression.local import contents
 from tests.jobs.report import METRICS, last_report
+from tests.models.test_hub_snapshots import snapshot
 
 BLOCKS = 3
 
@@ -75,6 +77,8 @@ def check_tracked(report, run_dir):
     assert run.data.params["calibration.sequences"] == "8"
     assert run.data.tags["hasten.run_dir"] == str(run_dir.resolve())
     assert run.data.tags["machine.host"]
+    assert run.data.tags["hasten.original"] == report["config"]["model"]
+    assert run.data.tags["hasten.evaluation.source"] == report["config"]["evaluation"]["source"]
     for name in METRICS:
         assert run.data.metrics[name] == pytest.approx(report["metrics"][name])
     for name in ("block_error", "block_seconds"):
@@ -84,6 +88,40 @@ def check_tracked(report, run_dir):
     assert by_block == pytest.approx({row["block"]: row["error"] for row in report["blocks"]})
     names = [entry.path for entry in client.list_artifacts(run.info.run_id, "figures")]
     assert sorted(names) == ["figures/error_per_layer.png", "figures/seconds_per_block.png"]
+
+
+@pytest.mark.ray
+def test_one_sequence_of_sixteen_calibration_tokens_is_enough(source, folder, capsys, ray_session):
+    assert compress(source, **{"calibration.sequences": 1}) == 0
+    report, _ = last_report(capsys)
+    assert report["metrics"]["kl_divergence"] > 0
+    assert all(row["error"] >= 0 for row in report["layers"])
+
+
+@pytest.mark.ray
+def test_hundreds_of_patterns_leave_their_layers_alone(source, folder, capsys, ray_session):
+    patterns = [rf"layers\.{number % BLOCKS}\.mlp\.(down_proj|{number}x)" for number in range(400)]
+    ignore = "[" + ",".join(f"'{pattern}'" for pattern in patterns) + "]"
+    assert compress(source, ignore=ignore, **{"evaluation.sequences": 0}) == 0
+    report, _ = last_report(capsys)
+    assert len(report["layers"]) == 6 * BLOCKS
+    assert not [row["layer"] for row in report["layers"] if "down_proj" in row["layer"]]
+    section = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
+    assert {f"model.layers.{block}.mlp.down_proj" for block in range(BLOCKS)} <= set(section["ignore"])
+
+
+@pytest.mark.ray
+def test_a_hub_snapshot_of_links_gives_the_bytes_of_its_files(source, folder, capsys, ray_session):
+    links = snapshot(folder, source)
+    before = {path: path.read_bytes() for path in links.parents[1].rglob("*") if path.is_file()}
+    assert compress(source, output="plain", **{"evaluation.sequences": 0}) == 0
+    assert compress(source, model=links, output="linked", **{"evaluation.sequences": 0}) == 0
+    linked, plain = contents(folder / "linked"), contents(folder / "plain")
+    # Names the original by its path.
+    assert linked.pop(".hasten/source.json") != plain.pop(".hasten/source.json")
+    assert linked == plain
+    assert not [path for path in (folder / "linked").rglob("*") if path.is_symlink()]
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.ray

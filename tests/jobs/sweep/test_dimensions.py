@@ -32,7 +32,8 @@ def dimension(word):
         ("fail=true,False", ("true", "false")),
         ("bits=[2,3],[4]", ("[2,3]", "[4]")),
         ("depths=[[1,2],[3,4]],[]", ("[[1,2],[3,4]]", "[]")),
-        ("stop=['a,b',c],[d]", ('["a,b",c]', "[d]")),
+        ("stop=['a,b',c],[d]", ("['a,b',c]", "[d]")),
+        (r"stop=['a\.b'],[a\,b]", (r"['a\.b']", "['a,b']")),
         ("model=embedded:target,s3://b/c", ("embedded:target", "s3://b/c")),
         ("prompts=/a b/c.jsonl,/d", ("/a b/c.jsonl", "/d")),
         ("bits=sort(3,1,2)", ("1", "2", "3")),
@@ -90,8 +91,8 @@ def test_a_word_with_one_value_is_kept_verbatim(word):
 
 
 @pytest.mark.parametrize("word", ["name='a,b'", 'name="a,b"'])
-def test_a_quoted_text_is_one_value_without_its_quotes(word):
-    assert read([word], []) == Words(("name=a,b",), ())
+def test_a_quoted_text_is_one_value(word):
+    assert read([word], []) == Words((word,), ())
 
 
 def test_a_later_word_replaces_an_earlier_one_of_the_same_key():

@@ -8,8 +8,10 @@ import pytest
 
 from hasten.accel.errors import UserError
 from hasten.cluster.programs.sweep_points import is_finished
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.descriptors.registry import job_of, jobs
 from hasten.jobs.sweep import points as sweep_points
+from hasten.jobs.sweep.dimensions import read
 from hasten.jobs.sweep.points import Points
 
 
@@ -190,3 +192,12 @@ def test_a_points_work_knows_its_folder_values_and_needs():
     assert (work.name, work.folder) == (point.name, Path("/sweep/points", point.name))
     assert work.facts == {"values": {"bits": "3"}, "fingerprint": point.fingerprint}
     assert work.needs == [{"CPU": 1.0}, {"CPU": 1.0}]
+
+
+@pytest.mark.parametrize("text", ["'a,b'", "\"'a'\"", r"'it\'s'"])
+def test_a_quoted_value_of_a_sweep_is_the_same_as_that_of_a_run(text):
+    words = read([f"model={text}", f"tracking.name={text},other"], [])
+    [dimension] = words.dimensions
+    made = Points(jobs()["compress"], words.fixed, Path("/sweep")).make({dimension.key: dimension.values[0]}).config
+    run = compose("compress", jobs()["compress"].options, [f"model={text}", f"tracking.name={text}"])
+    assert (made.model, made.tracking.name) == (run.model, run.tracking.name)

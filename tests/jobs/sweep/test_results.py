@@ -1,6 +1,7 @@
 """Rows of a sweep's report, its table and its list of failures."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,39 @@ def test_without_a_metric_that_is_known_the_order_is_kept():
 
 def test_without_finished_points_there_is_no_table():
     assert table([ROWS[2], ROWS[4]], ["kl"], ascending=True) == []
+
+
+@dataclass
+class Compress:
+    """Options of a job that measures quality."""
+
+    model: str
+    evaluation: dict = field(default_factory=lambda: {"source": "library"})
+
+
+def test_points_of_different_models_are_not_ranked_among_each_other():
+    figures = {("/a", "2"): 0.5, ("/b", "2"): 0.002, ("/a", "4"): 0.1, ("/b", "4"): 0.001}
+    rows = [
+        Row(
+            Point(f"{model}{bits}", "f", {"model": model, "bits": bits}, Compress(model)),
+            "finished",
+            metrics={"kl_divergence": divergence},
+            seconds=1.0,
+        )
+        for (model, bits), divergence in figures.items()
+    ]
+    lines = table(rows, ["kl_divergence"], ascending=True)
+    assert [line.split()[:3] for line in lines] == [
+        ["original=/a:"],
+        ["model", "bits", "kl_divergence"],
+        ["/a", "4", "0.1"],
+        ["/a", "2", "0.5"],
+        ["original=/b:"],
+        ["model", "bits", "kl_divergence"],
+        ["/b", "4", "0.001"],
+        ["/b", "2", "0.002"],
+    ]
+    assert table(rows, ["bytes"], ascending=True)[0].split() == ["model", "bits", "seconds"]
 
 
 def test_failures_name_the_error_and_the_file_of_the_output():
