@@ -169,7 +169,7 @@ def test_drafting_is_timed_by_the_clock_that_was_passed():
     torch.set_num_threads(1)
     target = MarkovTarget(torch.zeros(3, 3))
     decoded(Engine(target, Waiting(), policy=Noting(2), draft_clock=perf_counter), [Request("0", [1], 3)])
-    assert len(taken) == 3
+    assert len(taken) == 2, "nothing is drafted for the last token"
     assert min(taken) >= 0.01
 
 

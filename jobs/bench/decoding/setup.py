@@ -141,7 +141,7 @@ def _draft_model(draft: str | None, target: Path) -> tuple[Path | None, str]:
         return None, "draft=null"
     folder = resolve(draft)
     try:
-        check_tokenizers(target, folder, reads_draft_probs=True)
+        check_tokenizers(target, folder)
     except UserError:
         if draft != Config().draft:
             raise

@@ -17,6 +17,7 @@ from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftSampling
+from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 
@@ -59,7 +60,8 @@ def models(target, tmp_path_factory):
 
 def decoded(target, prompts, drafter=None, memory=None, sampling=GREEDY, in_flight=1):
     """Ids decoded for each prompt. Without gradients, as jobs do it."""
-    engine = Engine(target, drafter, memory=memory, policy=Fixed(8 if drafter else 0), in_flight=in_flight)
+    policy = Fixed(8 if drafter else 0)
+    engine = Engine(target, drafter, SampleAndMatch(), memory=memory, policy=policy, in_flight=in_flight)
     requests = [Request(str(index), prompt, NEW, sampling, seed=index) for index, prompt in enumerate(prompts)]
     with torch.no_grad():
         found = {result.id: result.token_ids for result in engine.decode(requests)}
