@@ -54,15 +54,17 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
     share = -(-one.prompts // (2 * one.workers if one.workers > 1 else 1))
     slots = max(1, min(one.in_flight, max(one.in_flight, share), one.prompts))
     held = _caches(one.target, one, slots)
+    if one.draft is not None:
+        nodes = one.drafted + 1
+        held["draft model's caches"] = slots * one.draft.token_bytes * (one.longest + nodes)
+        held["draft model's logits"] = slots * nodes * one.draft.vocabulary * 4 * _COPIES_OF_LOGITS
     if one.memory_bytes is not None:
         held = _bounded(held, one.memory_bytes)
     kept = weights(one.target, one.fast, bool(one.gpus))
     loading = {"weights": sum(kept.values()), "model as it is loaded": loaded_bytes(one.target, one.fast)}
     drafts = {}
     if one.draft is not None:
-        own = weights(one.draft, one.fast, bool(one.gpus))
-        caches = slots * one.draft.token_bytes * (one.longest + one.drafted + 1)
-        drafts = {"draft model": sum(own.values()), "draft model's caches": caches}
+        drafts = {"draft model": sum(weights(one.draft, one.fast, bool(one.gpus)).values())}
     decode = {**kept, **held, **drafts}
     if one.gpus:
         host = {"load": {"process": rates.worker_bytes, "model as it is loaded": loaded_bytes(one.target, True)}}
@@ -141,9 +143,10 @@ def _caches(model: Model, decoding: Decoding, slots: int) -> dict[str, int]:
 
 def _bounded(held: dict[str, int], bound: int) -> dict[str, int]:
     """Memory with caches and logits scaled down so that together they take at most `bound` bytes."""
-    total = held["caches"] + held["logits"]
+    bounded = {name: size for name, size in held.items() if name != "activations"}
+    total = sum(bounded.values())
     share = min(1.0, bound / total) if total else 1.0
-    return held | {name: int(held[name] * share) for name in ("caches", "logits")}
+    return held | {name: int(size * share) for name, size in bounded.items()}
 
 
 def _line_bytes(decoding: Decoding) -> float:

@@ -1,13 +1,14 @@
 """The decoding loop for several sequences: draft trees, run the target over them in one pass, verify, commit."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 
 import torch
 
-from hasten.accel.decoding.bounds import fit_to_memory
+from hasten.accel.decoding.bounds import fit_to_memory, needed_bytes
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
 from hasten.accel.decoding.lengths.base import LengthController
@@ -18,8 +19,8 @@ from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.stop_strings import StopMatcher, StopStrings
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT, DraftTree
+from hasten.accel.decoding.verifiers.auto import Auto
 from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
-from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.errors import UserError
 
 
@@ -93,7 +94,7 @@ class Engine:
         on_tokens: Callable[[str, list[int]], None] | None = None,
         draft_clock: Callable[[], float] | None = None,
     ) -> None:
-        self.target, self.drafter, self.verifier = target, drafter, verifier or SampleAndMatch()
+        self.target, self.drafter, self.verifier = target, drafter, verifier or Auto()
         self.policy = policy or Fixed(0 if drafter is None else 8)
         self.memory = memory
         if drafter is not None and memory is None:
@@ -108,7 +109,7 @@ class Engine:
         """Why this verifier cannot verify this drafter's drafts; None if it can."""
         if self.drafter is None:
             return None
-        return self.verifier.refusal(self.drafter.draft_sampling(sampling), self.drafter.chains(), sampling.is_greedy)
+        return self.verifier.refusal_of_any(self.drafter.kinds(sampling), sampling.is_greedy)
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results as sequences end, in no particular order; raises UserError for an invalid request before decoding."""
@@ -119,9 +120,11 @@ class Engine:
             return
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
-        bound = fit_to_memory(self.target, slots, longest, self.policy.max_nodes, self._memory_bytes)
+        bound = fit_to_memory(partial(self._needed, longest), slots, self.policy.max_nodes, self._memory_bytes, longest)
         slots, self._max_nodes = bound.in_flight, bound.max_nodes
         self.target.reserve(slots, longest + self._max_nodes + 1)
+        if self.drafter is not None and self._max_nodes:
+            self.drafter.reserve(self.memory, slots, longest, self._max_nodes)
         self._running = []
         while waiting or self._running:
             while waiting and len(self._running) < slots:
@@ -131,6 +134,13 @@ class Engine:
                 ended = self._finish_reason(self._running[index])
                 if ended is not None:
                     yield self._end(index, ended)
+
+    def _needed(self, longest: int, slots: int, nodes: int) -> int:
+        """Bytes of the caches and logits of target and drafter."""
+        needed = needed_bytes(self.target, slots, longest, nodes)
+        if self.drafter is not None and nodes:
+            needed += self.drafter.needed_bytes(self.memory, slots, longest, nodes)
+        return needed
 
     def _check(self, request: Request) -> None:
         refusal = self.refusal(request.sampling)
@@ -156,19 +166,22 @@ class Engine:
         self.target.clear(slot)
         # The last token is not prefilled: it is the root of the first tree.
         self.target.prefill(slot, context.tokens[:-1], self._chunk)
-        running.stats.prefill_seconds = perf_counter() - started
+        # Drawn drafts are wasted on a verifier that does not read their distributions.
+        context.draws = self.verifier.reads_draft_probs
         if self.drafter is not None:
-            begun = perf_counter()
             self.drafter.begin(context, self.memory)
-            running.stats.draft_seconds = perf_counter() - begun
+        running.stats.prefill_seconds = perf_counter() - started
         self._running.append(running)
 
     @torch.no_grad()
     def _step(self) -> None:
         """One pass of the target; every running sequence grows by at least one token."""
         running = self._running
+        drafting = self._drafting()
+        budget = min(self._max_nodes, self.policy.budget(len(running))) if drafting else 0
+        self._prefill_drafter(drafting, budget)
         started, counted = perf_counter(), self._clock()
-        trees = self._propose()
+        trees = self._propose(drafting, budget)
         drafted, draft_seconds = perf_counter(), self._clock() - counted
         rows = self.target.forward(
             range(len(running)),
@@ -179,20 +192,25 @@ class Engine:
             torch.cuda.synchronize(rows.logits.device)  # otherwise verification would be charged with the pass
         passed = perf_counter()
         shares = (drafted - started) / len(running), (passed - drafted) / len(running)
-        self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
+        if drafting:
+            self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
         for slot, (sequence, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
             verdict = self.verifier.verify(
                 tree, TargetRows(rows.logits[slot, : len(tree) + 1], tree, sequence.context), sequence.context.generator
             )
-            self.target.commit(slot, [0, *(node + 1 for node in verdict.path)])
-            verified = perf_counter()
             outcome = Outcome(sequence.context, tree, verdict.path, verdict.token)
+            new = self._truncate(sequence, outcome.committed)
+            if len(new) <= len(verdict.path):
+                # The sequence ends inside the path: nodes behind its end are neither accepted nor learned from.
+                outcome = replace(outcome, path=verdict.path[: len(new)], ended=True)
+            self.target.commit(slot, [0, *(node + 1 for node in outcome.path)])
+            verified = perf_counter()
             if self.drafter is not None:
                 outcome = outcome.with_top_tokens(self.drafter, rows.logits[slot, : len(tree) + 1])
                 self.drafter.observe(self.memory, outcome)
+            if slot in drafting:
                 self.policy.observe(outcome)
-            new = self._truncate(sequence, outcome.committed)
             sequence.context.tokens += new
             sequence.stats.add(
                 outcome,
@@ -204,24 +222,47 @@ class Engine:
             if self._on_tokens is not None:
                 self._on_tokens(sequence.request.id, new)
 
-    def _propose(self) -> list[DraftTree]:
-        running = self._running
+    def _drafting(self) -> dict[int, int]:
+        """Slots of the sequences that can accept a draft token, each with the largest depth of one.
+
+        The pass itself gives one more token, so a sequence that lacks only one is not drafted for.
+        """
         if self.drafter is None:
-            return [DraftTree()] * len(running)
-        budget = min(self._max_nodes, self.policy.budget(len(running)))
-        if budget == 0:
-            return [DraftTree()] * len(running)
-        trees = self.drafter.propose_all([sequence.context for sequence in running], self.memory, budget)
-        drafts = []
-        for sequence, tree in zip(running, trees, strict=True):
+            return {}
+        depths = {
+            slot: sequence.request.max_new_tokens - sequence.generated - 1
+            for slot, sequence in enumerate(self._running)
+        }
+        return {slot: depth for slot, depth in depths.items() if depth > 0}
+
+    def _prefill_drafter(self, drafting: Iterable[int], budget: int) -> None:
+        """Let the drafter process prompts, whose time counts as that of prefill."""
+        if self.drafter is None or budget == 0:
+            return
+        contexts = [self._running[slot].context for slot in drafting]
+        started = perf_counter()
+        self.drafter.prefill(contexts, self.memory, budget)
+        seconds = (perf_counter() - started) / len(contexts)
+        for slot in drafting:
+            self._running[slot].stats.prefill_seconds += seconds
+
+    def _propose(self, drafting: Mapping[int, int], budget: int) -> list[DraftTree]:
+        """The trees to verify, one for each running sequence; drafting: slots, and the largest depth of a draft."""
+        running = self._running
+        drafts = [DraftTree()] * len(running)
+        if self.drafter is None or budget == 0:
+            return drafts
+        if self.drafter.chains() and max(drafting.values()) < budget:
+            budget = max(drafting.values())
+            self.policy.limit(budget)
+        trees = self.drafter.propose_all([running[slot].context for slot in drafting], self.memory, budget)
+        for (slot, max_depth), tree in zip(drafting.items(), trees, strict=True):
             assert len(tree) <= budget, (self.drafter, len(tree), budget)
-            # Nodes beyond max_new_tokens are not verified: the pass itself gives one more token.
-            max_depth = sequence.request.max_new_tokens - sequence.generated - 1
             whole = self.verifier.reads_draft_probs and tree.draft_probs is not None
             tree = self.policy.select(tree, len(running), whole)
             if tree.depths and max(tree.depths) > max_depth:
                 tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= max_depth])
-            drafts.append(tree)
+            drafts[slot] = tree
         return drafts
 
     def _truncate(self, running: _Running, new: list[int]) -> list[int]:

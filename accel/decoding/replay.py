@@ -47,6 +47,7 @@ def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: i
     drafter.begin(context, memory)
     while len(context.tokens) < len(tokens):
         rest = tokens[len(context.tokens) :]
+        drafter.prefill([context], memory, budget)
         started = perf_counter()
         tree = drafter.propose(context, memory, budget)
         seconds = perf_counter() - started

@@ -5,6 +5,7 @@ are those of transformers' logits processors.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from hasten.accel.errors import UserError
 
 _CHUNK = 64  # ids in a chunk of the two-step search for the most probable ones
+# Below this temperature logits are divided after their maximum was subtracted, because the quotient may overflow.
+_SMALL_TEMPERATURE = 1e-6
+# Range of divisors and penalised logits: quotients of logits by them are finite float32 numbers.
+_LEAST, _MOST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < inf, "a finite number, 0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < inf, "a finite number above 0"),
         ):
             if not valid:
                 raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
@@ -50,15 +55,22 @@ class Sampling:
             return logits
         penalised = logits.float().clone()
         chosen = penalised[seen]
-        penalty = self.repetition_penalty
-        penalised[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+        penalty = min(max(self.repetition_penalty, _LEAST), _MOST)
+        changed = torch.where(chosen < 0, chosen * penalty, chosen / penalty).clamp(-_MOST, _MOST)
+        penalised[seen] = changed.masked_fill(chosen == -torch.inf, -torch.inf)
         return penalised
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Distribution (…, V) float32 of penalised logits (…, V); one-hot if greedy."""
+        """Distribution (…, V) float32 of penalised logits (…, V); one-hot if greedy.
+
+        As the temperature falls it tends to the one-hot one, to equal shares where the largest logits are equal.
+        """
         if self.is_greedy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-        scaled = logits.float() / self.temperature
+        scaled = logits.float()
+        if self.temperature < _SMALL_TEMPERATURE:
+            scaled = scaled - scaled.amax(-1, keepdim=True)
+        scaled = scaled / min(max(self.temperature, _LEAST), _MOST)
         if self.top_k and self.top_k < scaled.shape[-1]:
             smallest = scaled.topk(self.top_k, -1).values[..., -1:]
             scaled = scaled.masked_fill(scaled < smallest, -torch.inf)

@@ -64,7 +64,7 @@ class DecodingStats:
         return total
 
     def metrics(self) -> dict[str, float]:
-        """Statistics under vLLM's names; mean_acceptance_length includes the one token that every pass yields."""
+        """Statistics under vLLM's names; mean_acceptance_length is tokens a pass, with the one that the pass yields."""
         steps, drafted = self.num_spec_steps, self.num_draft_tokens
         spent = self.draft_seconds + self.target_seconds + self.verify_seconds
         shares = {
@@ -76,7 +76,8 @@ class DecodingStats:
             "num_spec_steps": steps,
             "num_draft_tokens": drafted,
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
-            "mean_acceptance_length": 1 + self.num_accepted_draft_tokens / steps if steps else 0.0,
+            # Not 1 + accepted / steps: a pass that accepts a stop token yields no further one.
+            "mean_acceptance_length": self.num_tokens / steps if steps else 0.0,
             "draft_acceptance_rate": self.num_accepted_draft_tokens / drafted if drafted else 0.0,
             "tokens_per_second": self.num_tokens / spent if spent else 0.0,
             **shares,

@@ -16,6 +16,8 @@ from hasten.accel.decoding.tree import ROOT
 # Largest gap of a tie, in units in the last place of the largest logit. A bfloat16 logit is a sum that was rounded to 8
 # bits of mantissa many times; this many units covered all observed ties.
 _UNITS = 8
+# Bytes of the float32 logits of one pass: they are compared part by part, because a completion's may exceed the memory.
+_PASS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,20 @@ def check_ties(target: Target, prompt: Sequence[int], decoded: Sequence[int], dt
     tokens = [*prompt, *decoded]
     target.reserve(1, len(tokens))
     target.prefill(0, prompt[:-1])
-    rows = tokens[len(prompt) - 1 : -1]
-    logits = target.forward([0], [rows], [range(ROOT, len(rows) - 1)]).logits[0].float()
+    rows = max(1, _PASS_BYTES // (4 * target.vocabulary))
+    starts = range(0, len(decoded), rows)
+    return Ties.total(
+        _of_part(target, tokens[-len(decoded) - 1 + start : -1][:rows], decoded[start : start + rows], dtype)
+        for start in starts
+    )
+
+
+def _of_part(target: Target, tokens: Sequence[int], decoded: Sequence[int], dtype: torch.dtype) -> Ties:
+    """The check of some tokens, each of which was decoded after one of `tokens`; these are committed to slot 0."""
+    logits = target.forward([0], [tokens], [range(ROOT, len(tokens) - 1)]).logits[0].float()
+    target.commit(0, range(len(tokens)))
     best = logits.max(-1).values
     gaps = best - logits.gather(1, torch.tensor(decoded, device=logits.device)[:, None])[:, 0]
     within = _UNITS * torch.finfo(dtype).eps * logits.abs().max(-1).values
     off = gaps > 0
-    return Ties(len(rows), int((off & (gaps <= within)).sum()), int((gaps > within).sum()), float(gaps.max()))
+    return Ties(len(tokens), int((off & (gaps <= within)).sum()), int((gaps > within).sum()), float(gaps.max()))

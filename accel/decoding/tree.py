@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,13 @@ class DraftSampling(Enum):
     DETERMINISTIC = "deterministic"
     INDEPENDENT = "independent"
     WITHOUT_REPLACEMENT = "without_replacement"
+
+
+class DraftKind(NamedTuple):
+    """Kind of drafts. chains: whether no node of any of them has two children."""
+
+    draft_sampling: DraftSampling
+    chains: bool
 
 
 @dataclass(frozen=True)

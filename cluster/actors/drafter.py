@@ -30,6 +30,10 @@ PATIENCE_SECONDS = 10.0
 # Events are sent with the next request for trees, or separately once there are this many.
 _MAX_EVENTS = 256
 _RECONNECT_SECONDS = 0.2
+# Share of a drafter's time that snapshots may take.
+_SNAPSHOT_SHARE = 0.01
+# A whole snapshot is taken once all changes since the last one are this many times its size.
+_CHANGED_SHARE = 4
 # Number of successive replacements that are tried, because the first replacement may be lost, too.
 _REPLACEMENTS = 3
 
@@ -71,6 +75,7 @@ class Observed(NamedTuple):
     token: int
     top_tokens: np.ndarray | None
     top_probs: np.ndarray | None
+    ended: bool
 
 
 class End(NamedTuple):
@@ -80,6 +85,13 @@ class End(NamedTuple):
 
 
 Event = Begin | Observed | End
+
+
+class Snapshot(NamedTuple):
+    """What a drafter learned, see `Drafter.changes`. whole: whether it is everything, which replaces earlier ones."""
+
+    whole: bool
+    tensors: dict[str, Tensor]
 
 
 class DrafterActor:
@@ -98,6 +110,8 @@ class DrafterActor:
         self._trees: dict[tuple[str, int], DraftTree] = {}
         self._observed = self._saved_at = 0
         self._saved = time.monotonic()
+        self._whole_bytes = self._changed_bytes = 0
+        self._snapshot_cost = 0.0  # CPU seconds of the last snapshot
         self._cpu_before = cpu_seconds()
 
     def prepare(self) -> None:
@@ -114,9 +128,7 @@ class DrafterActor:
         self, client: str, events: Sequence[Event], requests: Sequence[tuple[int, list[int]]], budget: int
     ) -> list[PlainTree]:
         """Apply events in order, then return a tree for each request (key of a sequence, its new ids)."""
-        self.prepare()
-        for event in events:
-            self._apply(client, event)
+        self._apply_all(client, events)
         contexts = []
         for key, new in requests:
             contexts.append(self._sequences[client, key])
@@ -127,6 +139,12 @@ class DrafterActor:
         self._trees |= {(client, key): tree for (key, _), tree in zip(requests, trees, strict=True)}
         return [PlainTree.of(tree) for tree in trees]
 
+    def prefill(self, client: str, events: Sequence[Event], keys: Sequence[int], budget: int) -> list[PlainTree]:
+        """Apply events in order, then prefill sequences by key; no trees."""
+        self._apply_all(client, events)
+        self._drafter.prefill([self._sequences[client, key] for key in keys], self._memory, budget)
+        return []
+
     def forget(self, client: str) -> None:
         """Free the sequences of a verifier that was lost."""
         for owner, key in list(self._sequences):
@@ -136,19 +154,37 @@ class DrafterActor:
     def learned(self) -> dict[str, Tensor]:
         """What the drafter has learned."""
         self.prepare()
-        self._saved, self._saved_at = time.monotonic(), self._observed
         return dict(self._drafter.saved(self._memory))
 
-    def snapshot(self, seconds: float) -> dict[str, Tensor] | None:
-        """What the drafter has learned; None without new observations, or within `seconds` of the last snapshot."""
-        if self._observed == self._saved_at or time.monotonic() - self._saved < seconds:
+    def snapshot(self, seconds: float) -> Snapshot | None:
+        """What the drafter has learned since the last snapshot; None without new observations, or if that is not due.
+
+        It is due `seconds` after the last one, and later where snapshots take more than a small share of the CPU time.
+        """
+        interval = max(seconds, self._snapshot_cost / _SNAPSHOT_SHARE)
+        if self._observed == self._saved_at or time.monotonic() - self._saved < interval:
             return None
-        return self.learned()
+        started = time.thread_time()
+        whole = self._changed_bytes >= _CHANGED_SHARE * self._whole_bytes
+        tensors = dict(self._drafter.changes(self._memory, whole))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if whole:
+            self._whole_bytes, self._changed_bytes = size, 0
+        else:
+            self._changed_bytes += size
+        self._saved, self._saved_at = time.monotonic(), self._observed
+        self._snapshot_cost = time.thread_time() - started
+        return Snapshot(whole, tensors)
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""
         release_memory()
         return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}
+
+    def _apply_all(self, client: str, events: Sequence[Event]) -> None:
+        self.prepare()
+        for event in events:
+            self._apply(client, event)
 
     def _apply(self, client: str, event: Event) -> None:
         place = client, event.key
@@ -156,6 +192,8 @@ class DrafterActor:
             context = Context.start(event.tokens, event.sampling)
             context.prompt_length = event.prompt_length
             context.draft_generator.manual_seed(event.seed)
+            # Trees are sent without the distributions that drawn tokens would need.
+            context.draws = False
             self._sequences[place] = context
             self._drafter.begin(context, self._memory)
         elif isinstance(event, End):
@@ -172,7 +210,8 @@ class DrafterActor:
             ]
             if tops[0] is not None:
                 tops[0] = tops[0].long()
-            self._drafter.observe(self._memory, Outcome(context, tree, event.path, event.token, *tops))
+            outcome = Outcome(context, tree, event.path, event.token, tops[0], tops[1], event.ended)
+            self._drafter.observe(self._memory, outcome)
             self._observed += 1
 
 
@@ -291,6 +330,11 @@ class Connection:
             return None
         return trees
 
+    def prefill(self, keys: Sequence[int], budget: int) -> None:
+        """Wait until the drafter has processed the queued events and has prefilled some sequences."""
+        events, self._events = self._events, []
+        self._answer(self._handle.prefill.remote(self._client, events, keys, budget))
+
     def ping(self, payload: object) -> float:
         """Seconds of a round trip."""
         assert self.is_up()
@@ -303,8 +347,8 @@ class RemoteDrafter(Drafter):
     """Proxy of a drafter in another process; its memory is the connection.
 
     One call a step requests the trees of all sequences and sends the outcomes since the last call. While no drafter
-    responds, drafts are empty. Trees come without distributions, so that results are correct only for deterministic
-    drafts, or with verifiers that do not read distributions.
+    responds, drafts are empty. Trees come without distributions, so the drafter proposes its most probable tokens, and
+    draws none.
     """
 
     def __init__(self, inner: Drafter) -> None:
@@ -326,8 +370,8 @@ class RemoteDrafter(Drafter):
         return self._inner.learns
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """As the drafter itself."""
-        return self._inner.draft_sampling(sampling)
+        """Deterministic at every temperature."""
+        return DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """As the drafter itself."""
@@ -340,6 +384,16 @@ class RemoteDrafter(Drafter):
     def begin(self, context: Context, memory: Connection) -> None:
         """Assign a key; the drafter gets the sequence with the first request for its tree."""
         context.state[self] = _Sequence(memory.new_key())
+
+    def prefill(self, contexts: Sequence[Context], memory: Connection, budget: int) -> None:
+        """Let the drafter prefill the sequences that it does not have yet, and wait for it."""
+        if not memory.is_up():
+            return
+        new = [context for context in contexts if context.state[self].connection != memory.number]
+        if new:
+            for context in new:
+                self._new(context, memory)
+            memory.prefill([context.state[self].key for context in new], budget)
 
     def propose(self, context: Context, memory: Connection, budget: int) -> DraftTree:
         """The tree of one sequence, see propose_all."""
@@ -368,7 +422,9 @@ class RemoteDrafter(Drafter):
         tops = [None if top is None else top.numpy() for top in (outcome.top_tokens, outcome.top_probs)]
         tops[0] = None if tops[0] is None else tops[0].astype(np.int32)
         tree = None if outcome.tree is sequence.tree else PlainTree.of(outcome.tree)
-        memory.send(Observed(sequence.key, new, tree, list(outcome.path), outcome.token, *tops))
+        memory.send(
+            Observed(sequence.key, new, tree, list(outcome.path), outcome.token, tops[0], tops[1], outcome.ended)
+        )
 
     def end(self, context: Context, memory: Connection) -> None:
         """Send all queued outcomes and the end of the sequence now."""

@@ -69,8 +69,8 @@ class DecodeSpec:
     snapshot_seconds: float = 10.0
 
 
-def make_memory(spec: DecodeSpec, learned: Mapping[str, Tensor] | None) -> Any:
-    """The drafter's memory, including what was learned before."""
+def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]]) -> Any:
+    """The drafter's memory, including what was learned before: a whole state, and later changes in their order."""
     assert spec.drafter is not None
     draft = spec.draft
     hidden = spec.drafter.needs_hidden
@@ -78,8 +78,8 @@ def make_memory(spec: DecodeSpec, learned: Mapping[str, Tensor] | None) -> Any:
     if draft is not None:
         load = partial(load_target, draft, spec.dtype, spec.device, spec.path, hidden, spec.compiled)
     memory = spec.drafter.new_memory(Models(spec.vocabulary, load, draft))
-    if learned:
-        spec.drafter.load(memory, learned)
+    for index, part in enumerate(learned):
+        (spec.drafter.update if index else spec.drafter.load)(memory, part)
     return memory
 
 
@@ -87,7 +87,7 @@ def sharing_refusal(spec: DecodeSpec, sampling: Sampling) -> str | None:
     """Why the drafter cannot be shared; None if it can. A shared drafter sends no distributions to the verifier."""
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
         return None
-    if spec.drafter.draft_sampling(sampling) is DraftSampling.DETERMINISTIC:
+    if all(kind.draft_sampling is DraftSampling.DETERMINISTIC for kind in spec.drafter.kinds(sampling)):
         return None
     return (
         f"placement=shared does not work with verifier={type(spec.verifier).__name__} and random drafts: the verifier "
@@ -128,7 +128,10 @@ class VerifierActor:
         if self._spec.drafter is None or self._drafter is not None:
             return
         if shared is None:
-            self._drafter, self._memory = self._spec.drafter, make_memory(self._spec, self._spec.learned)
+            self._drafter, self._memory = (
+                self._spec.drafter,
+                make_memory(self._spec, [self._spec.learned] if self._spec.learned else []),
+            )
         else:
             self._drafter, self._memory = RemoteDrafter(self._spec.drafter), Connection(shared, self._client)
 

@@ -12,6 +12,7 @@ from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, Run, option, plain
 
 _LOG = logging.getLogger(__name__)
 HEADING = "decode: speculative decoding against transformers"
+_DRAFT = "embedded:draft"
 
 
 @dataclass
@@ -19,14 +20,18 @@ class Config(Run):
     """Decode the same prompts in every way, one after the other in one process, by CPU time."""
 
     target: str = option("embedded:target", f"the target: {MODEL}")
-    draft: str = option("embedded:draft", f"the draft model: {MODEL}")
+    draft: str | None = option(
+        _DRAFT,
+        f"the draft model: {MODEL}; without one (null), and if the target has another tokenizer than the default, "
+        "drafters that need one are left out",
+    )
     prompts: list[str] = option(
         [], "JSON Lines files FILE:FIELD, a table each; [] takes prompts from the held-out standard library"
     )
     count: int = option(50, "prompts of each file, the first ones", at_least=1)
     prompt_tokens: int = option(384, "tokens of a prompt that are used, the last ones", at_least=2)
     max_new_tokens: int = option(64, "tokens to decode for every prompt", at_least=1)
-    drafters: list[str] = option([], "drafters in the table; [] is all that there are")
+    drafters: list[str] = option([], "drafters in the table; [] is all that the models allow")
     head: str | None = option(None, "acceptance head of specdec_pp; null is the one beside the draft model")
     max_draft_tokens: int = option(32, "largest tree", at_least=1)
     in_flight: int = option(8, "sequences at once in the second table", at_least=2)
@@ -54,6 +59,7 @@ def run(config: Config) -> Path:
         for label, prompts in setup.prompts.items():
             rows, distinct = speed.compare(setup, prompts)
             parts.append(speed.speed_table(label, rows, len(prompts) - 1, config.max_new_tokens, distinct))
+            parts += setup.omissions()
             _LOG.info("%s", parts[-1])
             metrics |= speed.speed_metrics(label, rows)
         first = next(iter(setup.prompts.values()))[1:]
@@ -63,7 +69,7 @@ def run(config: Config) -> Path:
         learned = acceptance.learning(setup, first)
         parts.append(acceptance.learning_table(learned))
         metrics |= {f"learning.{name}": quarters[-1] / quarters[0] for name, quarters in learned.items()}
-        if config.sampled:
+        if config.sampled and setup.assistant is not None:
             sampled = acceptance.sampled(setup, first)
             parts.append(acceptance.sampled_table(sampled))
             metrics |= {f"sampled.{name}": length for name, (length, _) in sampled.items()}

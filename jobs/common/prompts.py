@@ -53,11 +53,8 @@ def model_folder(option: str, model: str) -> Path:
     return folder
 
 
-def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None:
-    """UserError if the models' tokenizers differ, with an example.
-
-    reads_draft_probs: whether the verifier compares the models' distributions, which then must have the same length.
-    """
+def check_tokenizers(target: Path, draft: Path) -> None:
+    """UserError if the models' tokenizers differ, with an example; without tokenizers, if the vocabularies do."""
     tokenizers = [load_tokenizer(folder) for folder in (target, draft)]
     ids, other_ids = ({} if tokenizer is None else tokenizer.get_vocab() for tokenizer in tokenizers)
     remedy = "give a draft model with the target's tokenizer"
@@ -75,21 +72,18 @@ def check_tokenizers(target: Path, draft: Path, reads_draft_probs: bool) -> None
         )
     sizes = vocabulary_size(target), vocabulary_size(draft)
     # Vocabulary rows beyond the tokenizer's entries are padding, whose size differs within a model family.
-    if sizes[0] != sizes[1] and (reads_draft_probs or None in tokenizers):
-        raise UserError(
-            f"target={target} has a vocabulary of {sizes[0]} and draft={draft} one of {sizes[1]}: {remedy}"
-            + ("" if None in tokenizers else ", or use verifier=sample_and_match")
-        )
+    if sizes[0] != sizes[1] and None in tokenizers:
+        raise UserError(f"target={target} has a vocabulary of {sizes[0]} and draft={draft} one of {sizes[1]}: {remedy}")
 
 
-def draft_folder(draft: str | None, drafter: Drafter, target: Path, reads_draft_probs: bool) -> Path | None:
+def draft_folder(draft: str | None, drafter: Drafter, target: Path) -> Path | None:
     """Folder of the draft model, None if the drafter needs none; UserError if it does not fit the target."""
     if not drafter.needs_draft_model:
         return None
     if draft is None:
         raise UserError(f"drafter={type(drafter).__name__} needs a draft model: give draft=PATH")
     folder = model_folder("draft", draft)
-    check_tokenizers(target, folder, reads_draft_probs)
+    check_tokenizers(target, folder)
     return folder
 
 

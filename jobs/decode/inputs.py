@@ -6,7 +6,6 @@ from typing import Any
 
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.verifiers.base import Verifier
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.actors.verifier import DecodeSpec, sharing_refusal
@@ -27,6 +26,7 @@ from hasten.jobs.decode.completions import Completions, Record
 from hasten.jobs.decode.draft_length import chosen_draft_length
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.stopping import Stopping, chosen_stopping
+from hasten.jobs.decode.verification import chosen_verifier, verifier_settings
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,11 @@ def prepare(config: DecodeConfig) -> Inputs:
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     draft_length = chosen_draft_length(config)
     drafter: Drafter | None = build(config.drafter) if draft_length.max_tokens(config.max_draft_tokens) else None
-    verifier: Verifier = build(config.verifier)
-    if drafter is not None:
-        refusal = verifier.refusal(drafter.draft_sampling(sampling), drafter.chains(), sampling.is_greedy)
-        if refusal is not None:
-            raise UserError(refusal)
+    verifier = chosen_verifier(config, drafter, sampling)
     target = model_folder("target", config.target)
     draft = None
     if drafter is not None:
-        draft = draft_folder(config.draft, drafter, target, verifier.reads_draft_probs and not sampling.is_greedy)
+        draft = draft_folder(config.draft, drafter, target)
     device = resolve_device(config.device)
     tokenizer, vocabulary = load_tokenizer(target, config.template), vocabulary_size(target)
     stopping = chosen_stopping(config, target, tokenizer, vocabulary)
@@ -124,7 +120,7 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         "target": Checkpoint(spec.target).fingerprint()[:16],
         "draft": None if spec.draft is None else Checkpoint(spec.draft).fingerprint()[:16],
         "drafter": None if spec.drafter is None else config.drafter,
-        "verifier": config.verifier,
+        "verifier": verifier_settings(config, spec.verifier),
         **vars(sampling),
         "max_new_tokens": config.max_new_tokens,
         "stop": list(spec.stop),

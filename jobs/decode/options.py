@@ -59,7 +59,9 @@ class DecodeConfig(Run):
     in_flight: int = option(8, "prompts that a worker decodes at once; 1 has the lowest latency", at_least=1)
     prefill_chunk: int = option(512, "tokens of a prompt per prefill pass", at_least=1)
     memory_bytes: int | None = option(
-        None, "bytes that a worker's target may use for KV caches and logits; null is no limit", at_least=1
+        None,
+        "bytes that a worker may use for KV caches and logits of target and draft model; null is no limit",
+        at_least=1,
     )
     stream: bool = option(False, "print tokens as they are decoded, one prompt after the other, on one worker")
     memory: str | None = option(

@@ -30,6 +30,7 @@ from hasten.jobs.decode.inputs import Inputs, prepare
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.stopping import Stopping
 from hasten.jobs.decode.streaming import Printer
+from hasten.jobs.decode.verification import explained, rule_names
 
 _LOG = logging.getLogger(__name__)
 # At most this many prompts are logged to MLflow, one call each; the report has all of them.
@@ -61,6 +62,10 @@ def run(config: DecodeConfig) -> Path:
         tracker = stack.enter_context(tracked(config, "decode", run_dir))
         tracker.params(plain(config))
         output, kept = inputs.completions.path, inputs.kept
+        verification = config, inputs.spec.verifier, inputs.spec.drafter, inputs.sampling
+        explanation = explained(*verification)
+        if explanation:
+            _LOG.info("%s", explanation)
         if kept:
             _LOG.info("%s holds %d of %d results already", output, len(kept), len(inputs.prompts))
         metrics: dict[str, float | None] = {"tokens_per_second": None, "target_efficiency": None}
@@ -84,6 +89,7 @@ def run(config: DecodeConfig) -> Path:
             "job": "decode",
             "config": plain(config),
             "metrics": metrics,
+            "verifier": rule_names(*verification),
             "acceptance_histogram": total.acceptance_histogram,
             "acceptance_per_position": total.acceptance_per_position,
             "prompts": prompts,

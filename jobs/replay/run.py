@@ -90,7 +90,7 @@ def _prepared(config: ReplayConfig) -> tuple[list[tuple[list[int], int]], Callab
     target = model_folder("target", config.target)
     vocabulary = vocabulary_size(target)
     device = resolve_device(config.device)
-    draft = draft_folder(config.draft, drafter, target, reads_draft_probs=False)
+    draft = draft_folder(config.draft, drafter, target)
     load = None
     if draft is not None:
         dtype = resolve_dtype(config.dtype, device)

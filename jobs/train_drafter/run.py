@@ -38,7 +38,7 @@ def run(config: TrainDrafterConfig) -> Path:
     folders = {"target": model_folder("target", config.target)}
     if head.needs_draft_model:
         folders["draft"] = model_folder("draft", config.draft)
-        check_tokenizers(folders["target"], folders["draft"], reads_draft_probs=False)
+        check_tokenizers(folders["target"], folders["draft"])
     fingerprint = Checkpoint(folders[head.reads]).fingerprint()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

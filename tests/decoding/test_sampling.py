@@ -1,3 +1,5 @@
+from math import inf, nan
+
 import pytest
 import torch
 from transformers.generation.logits_process import (
@@ -41,6 +43,46 @@ def test_the_distribution_is_that_of_transformers(temperature, top_k, top_p, rep
     assert torch.equal(ours, theirs(sampling, logits, seen))
 
 
+SMALL = [1e-3, 1e-7, 1e-20, 1e-40, 5e-324]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0, 1e30])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.9}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("temperature", SMALL)
+def test_small_temperatures_tend_to_the_most_probable_token(temperature, options, scale):
+    logits = scale * torch.arange(-40.0, 10.0)[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    logits[3] = -torch.inf  # models mask tokens so
+    sampling, greedy = Sampling(temperature, **options), Sampling(0.0, **options)
+    seen = torch.tensor([1, 3, 5])
+    probs = sampling.probs(sampling.penalised(logits, seen))
+    assert probs.isfinite().all()
+    assert probs.sum() == pytest.approx(1)
+    if temperature < 1e-3 * scale:
+        assert torch.equal(probs, greedy.probs(greedy.penalised(logits, seen)))
+        assert draw(probs, torch.Generator().manual_seed(0)) == int(probs.argmax())
+
+
+def test_a_small_temperature_shares_between_equal_logits():
+    assert Sampling(1e-40).probs(torch.tensor([3.0, 1.0, 3.0])).tolist() == [0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("temperature", [1e4, 1e30, 1e38, 1e39, 1e308])
+def test_large_temperatures_tend_to_equal_shares_of_the_possible_tokens(temperature):
+    logits = torch.tensor([30.0, -30.0, -torch.inf, 5.0])
+    expected = torch.tensor([1 / 3, 1 / 3, 0, 1 / 3])
+    torch.testing.assert_close(Sampling(temperature).probs(logits), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 1e-30, 1e30, 1e300])
+def test_an_extreme_penalty_gives_a_distribution(penalty):
+    sampling = Sampling(0.7, repetition_penalty=penalty)
+    logits = torch.tensor([0.0, 20.0, -20.0, -torch.inf])
+    probs = sampling.probs(sampling.penalised(logits, torch.tensor([0, 1, 2, 3])))
+    assert probs.isfinite().all()
+    assert probs.sum() == pytest.approx(1)
+    assert probs[3] == 0
+
+
 def test_rows_are_distributions_of_their_own():
     logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
     for sampling in (Sampling(), Sampling(0.7, top_k=3, top_p=0.8)):
@@ -76,7 +118,13 @@ def test_a_draw_takes_one_number_and_does_not_mind_the_sum():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)]
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, -5e-324, nan, inf)),
+        *(("top_p", value) for value in (0, 1.1, nan)),
+        *(("repetition_penalty", value) for value in (0, -1, nan, inf)),
+        ("top_k", -1),
+    ],
 )
 def test_what_is_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"{name}={value} is wrong: expected"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.sampling import Sampling, most_probable
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import DraftSampling, DraftTree
+from hasten.accel.decoding.tree import ROOT, DraftKind, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 # State that a drafter shares between sequences, such as what it learned. Only the drafter knows its type.
@@ -42,7 +42,8 @@ class Outcome:
     """Result of verifying a draft of N nodes.
 
     context: its tokens are those before the draft. tree: the verified draft. path: accepted nodes, from the root.
-    token: the id after the last accepted node. top_tokens: (N + 1, k) int64, the target's most probable ids; row 0 is
+    token: the id after the last accepted node. ended: whether the sequence ends with the last accepted node, such as a
+    stop token; then `token` is not committed. top_tokens: (N + 1, k) int64, the target's most probable ids; row 0 is
     after the last committed token, row i + 1 after node i. top_probs: (N + 1, k) float32, their probabilities at
     temperature 1. Both are None unless the drafter's `observes` and `observes_probs` request them.
     """
@@ -53,11 +54,19 @@ class Outcome:
     token: int
     top_tokens: Tensor | None = None
     top_probs: Tensor | None = None
+    ended: bool = False
 
     @property
     def committed(self) -> list[int]:
         """Ids that are appended to the sequence: the accepted ones and the one after them."""
-        return [*(self.tree.tokens[node] for node in self.path), self.token]
+        accepted = [self.tree.tokens[node] for node in self.path]
+        return accepted if self.ended else [*accepted, self.token]
+
+    @property
+    def decided(self) -> list[int]:
+        """Nodes, ROOT included, after which the committed sequence has a token: there drafted children are verified."""
+        nodes = [ROOT, *self.path]
+        return nodes[:-1] if self.ended else nodes
 
     def with_top_tokens(self, drafter: "Drafter", logits: Tensor) -> "Outcome":
         """The outcome with those top tokens of logits (N + 1, V) that a drafter observes."""
@@ -90,19 +99,39 @@ class Drafter(ABC):
         return self.observes > 0 or type(self).saved is not Drafter.saved
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """How the children of a node are chosen."""
+        """How the children of a node are chosen for a request of this sampling, if they may be drawn."""
         return DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """Whether no node ever has two children."""
         return False
 
+    def kinds(self, sampling: Sampling) -> frozenset[DraftKind]:
+        """The kinds of its drafts; several if it combines drafters. `Context.drafting` is the sampling of drafts."""
+        return frozenset({DraftKind(self.draft_sampling(sampling), self.chains())})
+
     def new_memory(self, models: Models) -> Memory:
         """The initial memory; None for a drafter without one."""
         return None
 
+    def reserve(self, memory: Memory, slots: int, longest: int, budget: int) -> None:
+        """Called before `slots` sequences of up to `longest` tokens are decoded at once; budget: tokens of a draft."""
+        return
+
+    def needed_bytes(self, memory: Memory, slots: int, longest: int, budget: int) -> int:
+        """Bytes of caches and logits after such a `reserve`, weights not counted; 0 for a drafter without a model."""
+        return 0
+
     def begin(self, context: Context, memory: Memory) -> None:
         """Called when a sequence starts; its prompt is context.tokens."""
+        return
+
+    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
+        """Process tokens that are many and new, such as a prompt; called before drafts of at most `budget` tokens.
+
+        Its time is not part of the time of drafting, by which adaptive draft lengths decide whether drafting pays: it
+        is spent once for a sequence, whatever is drafted.
+        """
         return
 
     @abstractmethod
@@ -117,6 +146,13 @@ class Drafter(ABC):
         """Learn from a verified draft; called after every pass, before its tokens are appended to context.tokens."""
         return
 
+    def truncate(self, context: Context, length: int) -> None:
+        """Forget the tokens after the first `length`, which are about to change; context.tokens still has them.
+
+        By default all state of the sequence is dropped; it is built again at the next draft.
+        """
+        context.state.pop(self, None)
+
     def end(self, context: Context, memory: Memory) -> None:
         """Called when a sequence has ended; frees its state."""
         return
@@ -125,6 +161,17 @@ class Drafter(ABC):
         """What was learned, as tensors by name for a file; empty for a drafter that does not learn."""
         return {}
 
+    def changes(self, memory: Memory, whole: bool = False) -> Mapping[str, Tensor]:
+        """What was learned since the last call, as tensors by name; everything at the first call, or with `whole`.
+
+        A memory is restored by `load` with the latest whole result, and `update` with all later ones in their order.
+        """
+        return self.saved(memory)
+
     def load(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
-        """Fill a new memory with tensors that `saved` returned."""
+        """Restore tensors that `saved` returned, or `changes` as a whole; what the memory has learned is dropped."""
         return
+
+    def update(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors that `changes` returned to the memory."""
+        self.load(memory, tensors)

@@ -40,9 +40,9 @@ class AcceptanceEstimate:
         self._rates: dict[Hashable, AcceptanceRate] = {}
 
     def observe(self, outcome: Outcome) -> None:
-        """Count every node whose parent was accepted."""
+        """Count every node whose parent was accepted, up to the end of the sequence."""
         tree = outcome.tree
-        for parent in (ROOT, *outcome.path):
+        for parent in outcome.decided:
             for child in tree.children.get(parent, ()):
                 self._rate(tree.label(child)).add(child in outcome.path)
 

@@ -99,6 +99,10 @@ class AdaptiveController(LengthController):
             self._requested = self._best_budget(sequences)
         return self._requested
 
+    def limit(self, nodes: int) -> None:
+        """Learn from the tokens that are drafted, not from those that were requested."""
+        self._requested = min(self._requested, nodes)
+
     def select(self, tree: DraftTree, sequences: int, whole: bool) -> DraftTree:
         """The nodes whose expected tokens are worth the time that they add to the pass."""
         gains = self._acceptance.probabilities(tree)
@@ -126,7 +130,7 @@ class AdaptiveController(LengthController):
         """Learn the time of drafting. That of the target's passes was measured before, when nothing else ran."""
         if self._requested:
             self._drafts += 1
-            if self._drafts > 1:  # the first one fills the draft model's cache, and is not typical
+            if self._drafts > 1:  # the first one allocates memory or compiles, and is not typical
                 self._drafting.add(self._requested if nodes else 0, seconds)
 
     def observe(self, outcome: Outcome) -> None:
@@ -135,7 +139,7 @@ class AdaptiveController(LengthController):
         spent = self.costs.seconds(len(outcome.tree) + 1, self._sequences)
         if self._requested:
             spent += self._drafting.seconds(self._requested)
-        self._rate += _RATE_LEARN * ((len(outcome.path) + 1) * self._sequences / spent - self._rate)
+        self._rate += _RATE_LEARN * (len(outcome.committed) * self._sequences / spent - self._rate)
 
     def _exploration_seconds(self, sequences: int) -> float:
         """Extra seconds that one exploring pass may take."""

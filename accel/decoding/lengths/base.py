@@ -25,6 +25,10 @@ class LengthController(ABC):
     def budget(self, sequences: int) -> int:
         """Tokens to draft for each of the `sequences` sequences of the next pass; 0 drafts none."""
 
+    def limit(self, nodes: int) -> None:
+        """Called after `budget` if only `nodes` tokens are drafted, because the sequences need no more."""
+        return
+
     def select(self, tree: DraftTree, sequences: int, whole: bool) -> DraftTree:
         """The part of a draft to verify; with `whole` all of it, because dropping nodes would bias the verifier."""
         return tree

@@ -15,6 +15,8 @@ from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 
 _PREFILL_CHUNK = 512
+# The logits of a pass, their float32 copy, and the probabilities that are computed from them.
+COPIES_OF_LOGITS = 3
 
 
 @dataclass(frozen=True)

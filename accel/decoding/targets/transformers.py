@@ -72,6 +72,12 @@ class _SlotLayer(CacheLayerMixin):
         return self._place.capacity
 
 
+def _held_bytes(layers: Sequence[_SlotLayer]) -> int:
+    """Bytes of keys and values, whose heads may differ in size."""
+    held = [tensor for layer in layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+
+
 class TransformersTarget(Target):
     """An unmodified transformers model of any family with a KV cache; it may be compressed, or sharded over devices."""
 
@@ -94,20 +100,30 @@ class TransformersTarget(Target):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._window = int(window) if window else None
         self._mixed = len(set(types)) > 1
+        self._token_bytes: int | None = None
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of all layers."""
-        made = [layer for layer in self._layers if layer.is_initialized]
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in made if layer.keys is not None)
+        return _held_bytes(self._layers)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values by the config; an upper bound for families that share them."""
-        config = self._config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(config.num_hidden_layers * 2 * heads * size * self._model.dtype.itemsize)
+        """Bytes of one token's keys and values, counted in a pass over it: configs name their sizes variously."""
+        if self._token_bytes is None:
+            layers = [_SlotLayer(_Place(1, 1, [0], [0], 1)) for _ in range(self._config.num_hidden_layers)]
+            with torch.no_grad():
+                ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                mask = torch.ones(1, 1, 1, dtype=torch.bool, device=self.device)
+                self._model(
+                    input_ids=ids,
+                    position_ids=ids,
+                    attention_mask=self._by_layer_type(self._mask(mask), self._mask(mask)),
+                    past_key_values=Cache(layers=list(layers)),
+                    use_cache=True,
+                )
+            self._token_bytes = _held_bytes(layers)
+        return self._token_bytes
 
     def _allocate(self, slots: int, capacity: int) -> None:
         self._place_of_pass = _Place(slots, capacity)
@@ -138,7 +154,12 @@ class TransformersTarget(Target):
         if self._window is None:
             return full
         near = positions[:, :, None] - self._key_positions(slots, allowed.shape[-1]) < self._window
-        sliding = self._mask(allowed & near)
+        return self._by_layer_type(full, self._mask(allowed & near))
+
+    def _by_layer_type(self, full: Tensor, sliding: Tensor) -> Tensor | dict[str, Tensor]:
+        """The model's attention_mask, made of the masks of full and of sliding attention."""
+        if self._window is None:
+            return full
         types = getattr(self._config, "layer_types", None)
         if types is None:
             return sliding

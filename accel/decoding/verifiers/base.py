@@ -1,7 +1,7 @@
 """The interface of verifiers: a verifier accepts a path of a draft, and draws the token after it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
+from hasten.accel.decoding.tree import ROOT, DraftKind, DraftSampling, DraftTree
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Verifier(ABC):
     """A rule of acceptance; a frozen dataclass of hyper-parameters.
 
     lossless: whether the output has the target's own distribution. reads_draft_probs: whether it uses the
-    distributions that drafts were drawn from; it is then biased if drawn nodes are dropped by their tokens.
+    distributions that drafts were drawn from; it is then biased if drawn nodes are dropped by their tokens. If it does
+    not, drafters propose their most probable tokens and draw none.
     """
 
     lossless: ClassVar[bool] = True
@@ -85,6 +86,11 @@ class Verifier(ABC):
 
         chains: whether every draft is a chain. greedy: whether temperature is 0.
         """
+
+    def refusal_of_any(self, kinds: Iterable[DraftKind], greedy: bool) -> str | None:
+        """Why drafts of one of these kinds are refused; None if none is."""
+        refusals = (self.refusal(*kind, greedy) for kind in sorted(kinds, key=str))
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
     def is_independent_of_drafts(self, greedy: bool) -> bool:
         """Whether the output depends on the target and the generator alone, so that all drafts give the same tokens."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +23,13 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.verifiers.base import Verifier
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
+from hasten.accel.training.heads.acceptance import FILE as HEAD
 from hasten.jobs.bench.decode import Config
 from hasten.jobs.bench.measurements import methods
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.markdown import table
+from hasten.jobs.common.prompts import check_tokenizers
 from hasten.jobs.common.tokenizer import load_tokenizer
 
 
@@ -41,7 +44,8 @@ class Setup:
     """Models and prompts of a benchmark run.
 
     prompts: token ids by source, one prompt more than asked for, which warms up. model, assistant: target and draft
-    model as transformers has them, device: where they are. costs: seconds of a target pass by tree size.
+    model as transformers has them, None without a draft model. device: where they are. costs: seconds of a target pass
+    by tree size. names: drafters of the speed table. omitted: by name, why a drafter is not among them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -49,7 +53,9 @@ class Setup:
         self.config = config
         self.device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.device)
-        target, draft = resolve(config.target), resolve(config.draft)
+        target = resolve(config.target)
+        draft, no_draft = _draft_model(config.draft, target)
+        self.names, self.omitted = _chosen_drafters(config, draft, no_draft)
         tokenizer = load_tokenizer(target)
         if tokenizer is None:
             raise UserError(f"target={config.target} has no tokenizer: prompts are texts")
@@ -63,11 +69,10 @@ class Setup:
             loaded: Generator = model.to(self.device).eval()
             return loaded
 
-        self.model, self.assistant = load(target), load(draft)
+        self.model, self.assistant = load(target), None if draft is None else load(draft)
         self._target = load_target(target, dtype, self.device, compiled=config.compiled)
-        self._models = Models(
-            self._target.vocabulary, lambda: load_target(draft, dtype, self.device, keeps_hidden=True), draft
-        )
+        load_draft = None if draft is None else partial(load_target, draft, dtype, self.device, keeps_hidden=True)
+        self._models = Models(self._target.vocabulary, load_draft, draft)
         widths = [width for width in (1, 2, 4, 8, 16, 32, 64) if width <= 2 * config.max_draft_tokens]
         self.costs = measure_costs(self._target, widths, config.in_flight)
 
@@ -95,14 +100,12 @@ class Setup:
                 raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
             yield Path(path).stem, [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
 
-    @property
-    def names(self) -> list[str]:
-        """Drafters of the speed table; UserError for a name that does not exist."""
-        known = method_names("drafter")
-        unknown = [name for name in self.config.drafters if name not in known]
-        if unknown:
-            raise UserError(f"drafters={unknown[0]} is wrong: expected any of {', '.join(known)}")
-        return self.config.drafters or known
+    def omissions(self) -> list[str]:
+        """A line below the speed table that names the drafters left out; empty if there are none."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.omitted.items():
+            by_reason.setdefault(reason, []).append(name)
+        return [f"Left out: {', '.join(names)} ({reason})." for reason, names in by_reason.items()]
 
     def drafter(self, name: str, **options: object) -> Drafter:
         """A drafter by name; options replace its hyper-parameters."""
@@ -139,6 +142,39 @@ class Setup:
         return "Milliseconds of a pass by tokens of each sequence, 128 tokens in the cache:\n\n" + table(
             ["sequences", *map(str, widths)], rows
         )
+
+
+def _draft_model(draft: str | None, target: Path) -> tuple[Path | None, str]:
+    """Folder of the draft model, and if there is none the reason; UserError if one that was named does not fit."""
+    if draft is None:
+        return None, "draft=null"
+    folder = resolve(draft)
+    try:
+        check_tokenizers(target, folder)
+    except UserError:
+        if draft != Config().draft:
+            raise
+        return None, f"the default draft={draft} has another tokenizer or vocabulary than the target; give draft=PATH"
+    return folder, ""
+
+
+def _chosen_drafters(config: Config, draft: Path | None, no_draft: str) -> tuple[list[str], dict[str, str]]:
+    """Drafters to compare, and by name why others are left out; UserError for a name that cannot be compared."""
+    known = method_names("drafter")
+    unknown = [name for name in config.drafters if name not in known]
+    if unknown:
+        raise UserError(f"drafters={unknown[0]} is wrong: expected any of {', '.join(known)}")
+    omitted = {}
+    for name in config.drafters or known:
+        made = methods.drafter(name)
+        if draft is None and made.needs_draft_model:
+            omitted[name] = no_draft
+        elif draft is not None and made.needs_hidden and config.head is None and not (draft / HEAD).is_file():
+            omitted[name] = f"there is no acceptance head at {draft / HEAD}; train one with hasten train_drafter"
+    if config.drafters and omitted:
+        name, reason = next(iter(omitted.items()))
+        raise UserError(f"drafters={name} cannot be compared: {reason}")
+    return [name for name in config.drafters or known if name not in omitted], omitted
 
 
 def total(results: Iterable[Result]) -> DecodingStats:

@@ -56,8 +56,9 @@ def compare(setup: Setup, prompts: Sequence[list[int]]) -> tuple[list[Row], floa
     peers: dict[str, dict[str, object]] = {
         _GENERATE: {},
         _LOOKUP: {"prompt_lookup_num_tokens": 10},
-        _ASSISTED: {"assistant_model": setup.assistant},
     }
+    if setup.assistant is not None:
+        peers[_ASSISTED] = {"assistant_model": setup.assistant}
     rows = {name: Row(name) for name in (*peers, *engines)}
     results: dict[str, list[Result]] = {name: [] for name in engines}
     distinct = 0.0
@@ -110,7 +111,7 @@ def speed_table(label: str, rows: Sequence[Row], prompts: int, new: int, distinc
     """Table of `compare`; label: of the prompts. new: tokens of each output."""
     by_name = {row.name: row for row in rows}
     generate, plain = by_name[_GENERATE], by_name[_PLAIN]
-    assisted = max(by_name[name].rate for name in (_LOOKUP, _ASSISTED))
+    assisted = max(by_name[name].rate for name in (_LOOKUP, _ASSISTED) if name in by_name)
     lines = [
         [
             row.name,

@@ -14,6 +14,7 @@ from hasten.accel.costs.estimate import Estimate
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.runtime.rates import measure
 from hasten.jobs.bench.plan import NORMAL, SMALL, Compared
+from hasten.jobs.bench.processes.runs import check_status
 from hasten.jobs.bench.processes.watch import watched
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.quotes import word
@@ -54,8 +55,7 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
     command = [sys.executable, "-P", "-m", "hasten", job, *words]
     environment = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
     usage = watched(command, place / "hasten.out", environment, _INTERVAL_SECONDS, place)
-    if usage.status:
-        raise RuntimeError(f"hasten {job} ended with status {usage.status}: see {place / 'hasten.out'}")
+    check_status(usage, f"hasten {job}", place / "hasten.out")
     estimate: Estimate = plan.estimate
     moved = None
     # Only `compress`: the settings of other jobs are not at hand here.

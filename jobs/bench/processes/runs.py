@@ -109,7 +109,7 @@ def hasten_job(job: str, folder: Path, options: Mapping[str, object], interval: 
     words = [word(key, value) for key, value in {**fixed, **options}.items()]
     log = folder / "hasten.out"
     usage = watched([sys.executable, "-P", "-m", "hasten", job, *words], log, _ENVIRONMENT, interval)
-    _check(usage, f"hasten {job}", log)
+    check_status(usage, f"hasten {job}", log)
     report: Report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     return report, usage
 
@@ -147,7 +147,7 @@ def _run_peer(name: str, python: str, folder: Path, options: Mapping[str, object
     words = [word for key, value in {"result": result, **options}.items() for word in _flag(key, value)]
     # Without PYTHONPATH, so that the peer imports nothing of hasten's checkout.
     usage = watched([python, str(_PEERS / f"{name}.py"), *words], log, {**_ENVIRONMENT, "PYTHONPATH": ""}, 2.0)
-    _check(usage, name, log)
+    check_status(usage, name, log)
     return result, usage
 
 
@@ -193,7 +193,8 @@ def _bytes(folder: Path) -> int:
     return disk_bytes(folder)
 
 
-def _check(usage: Usage, name: str, log: Path) -> None:
+def check_status(usage: Usage, name: str, log: Path) -> None:
+    """Raise UserError with a job's own message if it refused its options, RuntimeError if it failed otherwise."""
     if usage.status == 0:
         return
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

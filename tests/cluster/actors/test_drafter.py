@@ -4,6 +4,7 @@ import logging
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -17,8 +18,17 @@ from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
+from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.transformers import TransformersTarget
-from hasten.cluster.actors.drafter import Address, Connection, DrafterActor, RemoteDrafter
+from hasten.cluster.actors.drafter import (
+    Address,
+    Begin,
+    Connection,
+    DrafterActor,
+    Observed,
+    PlainTree,
+    RemoteDrafter,
+)
 from tests.models import tiny
 
 REQUESTS = [Request(str(number), row, 24) for number, row in enumerate(tiny.tokens(4, 10).tolist())]
@@ -107,8 +117,9 @@ def test_a_remote_drafter_drafts_and_learns_what_it_would_in_place(line):
 def test_one_call_a_step_carries_everything_and_no_distribution(line):
     _, results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"), in_flight=4)
     steps = max(result.stats.num_spec_steps for result in results.values())
-    assert len(line.handle.calls) == steps + len(REQUESTS)  # an end is said at once
-    assert max(map(len, line.handle.calls[1:])) < 4 * (9 * BOTH.observes * 8 + 1500)
+    # All sequences begin with one call that prefills them; an end is said at once. The last pass has no draft.
+    assert len(line.handle.calls) == 1 + steps - 1 + len(REQUESTS)
+    assert max(map(len, line.handle.calls[2:])) < 4 * (9 * BOTH.observes * 8 + 1500)
 
 
 class Sometimes(Fixed):
@@ -199,3 +210,85 @@ def test_combinations_learn_if_a_member_does():
     assert not PromptLookup().learns
     assert not Union((PromptLookup(), PromptLookup(min_ngram=2))).learns
     assert not DraftModel().learns
+
+
+class Clock:
+    """The time module with a time of its own."""
+
+    def __init__(self):
+        self.now = self.used = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def thread_time(self):
+        return self.used
+
+
+@pytest.fixture
+def snapshots(monkeypatch):
+    """An actor that has learned, its clock, and the CPU seconds that a snapshot takes: [seconds]."""
+    clock, cost = Clock(), [0.0]
+    monkeypatch.setattr("hasten.cluster.actors.drafter.time", clock)
+    drafter = TokenRecycling()
+    original = TokenRecycling.changes
+
+    def changes(self, memory, whole=False):
+        clock.used += cost[0]
+        return original(self, memory, whole)
+
+    monkeypatch.setattr(TokenRecycling, "changes", changes)
+    actor = DrafterActor(drafter, lambda: drafter.new_memory(Models(tiny.VOCABULARY)))
+    actor.serve("0", [Begin(1, [3, 4], 2, Sampling(), 0)], [], 0)
+    return actor, clock, cost
+
+
+def learn(actor, token):
+    """Let the actor observe a pass after which `token` was committed."""
+    top = np.full((1, 8), token, dtype=np.int32)
+    actor.serve("0", [Observed(1, [token], PlainTree([], [], None), [], token, top, None, False)], [], 0)
+
+
+def test_snapshots_take_a_small_share_of_the_time(snapshots):
+    actor, clock, cost = snapshots
+    cost[0] = 1.7
+    taken = []
+    for second in range(0, 2000):
+        clock.now = float(second)
+        learn(actor, second % 90)
+        if actor.snapshot(10.0) is not None:
+            taken.append(second)
+    assert taken[0] == 10
+    assert clock.used <= 0.011 * 2000
+    # Where they are cheap, the interval is the one that was asked for.
+    cost[0] = 0.0
+    clock.now = 2200.0
+    for second in range(2200, 2260):
+        clock.now = float(second)
+        learn(actor, second % 90)
+        if actor.snapshot(10.0) is not None:
+            taken.append(second)
+    assert [second for second in taken if second >= 2200] == [2200, 2210, 2220, 2230, 2240, 2250]
+
+
+def test_snapshots_of_what_is_new_restore_everything_with_the_last_whole_one(snapshots):
+    actor, clock, _ = snapshots
+    parts, sizes, wholes = [], [], 0
+    for second in range(0, 6000, 10):
+        clock.now = float(second)
+        learn(actor, second // 10 % 90)
+        snapshot = actor.snapshot(10.0)
+        if snapshot is None:
+            continue
+        parts = [snapshot.tensors] if snapshot.whole else [*parts, snapshot.tensors]
+        wholes += snapshot.whole
+        sizes.append(sum(tensor.nbytes for tensor in snapshot.tensors.values()))
+    drafter = TokenRecycling()
+    memory = drafter.new_memory(Models(tiny.VOCABULARY))
+    drafter.load(memory, parts[0])
+    for part in parts[1:]:
+        drafter.update(memory, part)
+    assert torch.equal(drafter.saved(memory)["successors"], actor.learned()["successors"])
+    assert 1 < wholes < 10
+    assert sorted(sizes)[len(sizes) // 2] < max(sizes) / 20
+    assert actor.snapshot(0.0) is None, "nothing is new"

@@ -62,7 +62,8 @@ def models(target, tmp_path_factory):
 
 def decoded(target, prompts, drafter=None, memory=None, sampling=GREEDY, in_flight=1):
     """Ids decoded for each prompt. Without gradients, as jobs do it."""
-    engine = Engine(target, drafter, memory=memory, policy=Fixed(8 if drafter else 0), in_flight=in_flight)
+    policy = Fixed(8 if drafter else 0)
+    engine = Engine(target, drafter, SampleAndMatch(), memory=memory, policy=policy, in_flight=in_flight)
     requests = [Request(str(index), prompt, NEW, sampling, seed=index) for index, prompt in enumerate(prompts)]
     with torch.no_grad():
         found = {result.id: result.token_ids for result in engine.decode(requests)}

@@ -194,6 +194,15 @@ def test_caches_are_counted_in_bytes():
     assert target.vocabulary == VOCABULARY
 
 
+@pytest.mark.parametrize(("family", "kind"), targets())
+def test_the_bytes_of_a_token_are_those_of_the_caches(family, kind):
+    _, target = made(family, kind)
+    counted = target.token_bytes
+    target.reserve(2, 20)
+    target.prefill(0, PROMPT)
+    assert target.cache_bytes == 2 * 20 * counted
+
+
 @pytest.mark.slow
 def test_the_compiled_path_gives_the_same_logits():
     model = build("llama")

@@ -1,8 +1,14 @@
 """`hasten bench decode`, small: its tables, and that every way to decode gives generate's tokens."""
 
 import json
+import shutil
 
+import pytest
+
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
 from hasten.jobs.bench import decode
+from hasten.jobs.bench.decoding.setup import Setup
 from hasten.jobs.common.schema import Tracking
 
 
@@ -30,3 +36,57 @@ def test_tables_of_the_embedded_models(tmp_path):
     text = (tmp_path / "benchmarks.md").read_text()
     assert "## decode: speculative decoding against transformers" in text
     assert "| prompt_lookup |" in text
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A target whose tokenizer is not the default draft's: two entries have each other's ids."""
+    folder = shutil.copytree(resolve("embedded:draft"), tmp_path / "foreign")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    one, other = list(ids)[300:302]
+    ids[one], ids[other] = ids[other], ids[one]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_target_with_another_tokenizer_is_compared_without_the_drafters_of_the_default_draft(tmp_path, foreign):
+    config = decode.Config(
+        target=str(foreign),
+        count=1,
+        max_new_tokens=4,
+        max_draft_tokens=2,
+        in_flight=2,
+        shared=False,
+        document=str(tmp_path / "benchmarks.md"),
+        run_dir=str(tmp_path / "run"),
+        tracking=Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"),
+    )
+    metrics = json.loads(decode.run(config).read_text())["metrics"]
+    compared = {name.split(".")[1] for name in metrics if name.endswith(".same")}
+    assert {"transformers_generate", "hasten_plain", "prompt_lookup", "token_recycling", "union"} <= compared
+    assert not {"transformers_assisted", "draft_model", "hierarchy", "specdec_pp"} & compared
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "Left out: draft_model, dyspec, hierarchy, rapid, rsd_beam, rsd_constant, specdec_pp, spectr (" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "embedded:target"}, "have different tokenizers"),
+        ({"drafters": ["draft_model"]}, "drafters=draft_model cannot be compared: the default draft=embedded:draft"),
+        ({"draft": None, "drafters": ["spectr"]}, "drafters=spectr cannot be compared: draft=null"),
+    ],
+)
+def test_what_was_named_and_cannot_be_compared_is_refused(foreign, options, message):
+    with pytest.raises(UserError, match=message):
+        Setup(decode.Config(target=str(foreign), **options))
+
+
+def test_a_draft_model_without_an_acceptance_head_leaves_out_specdec_pp(tmp_path):
+    draft = shutil.copytree(resolve("embedded:draft"), tmp_path / "draft")
+    (draft / "acceptance_head.safetensors").unlink()
+    setup = Setup(decode.Config(draft=str(draft), count=1, max_draft_tokens=2, in_flight=2))
+    assert "draft_model" in setup.names
+    assert list(setup.omitted) == ["specdec_pp"]
+    assert "there is no acceptance head at" in setup.omissions()[0]

@@ -1,11 +1,19 @@
 import json
+import shutil
 
 import pytest
 import torch
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from hasten.jobs.common.prompts import load_learned, read_prompts, read_recorded, save_learned, stop_ids
+from hasten.jobs.common.prompts import (
+    check_tokenizers,
+    load_learned,
+    read_prompts,
+    read_recorded,
+    save_learned,
+    stop_ids,
+)
 from hasten.jobs.common.tokenizer import load_tokenizer
 
 DRAFTER = {"_target_": "hasten.accel.decoding.drafters.retrieval.aded.Aded"}
@@ -71,3 +79,24 @@ def test_a_memory_of_another_vocabulary_is_refused(tmp_path):
     assert load_learned(path, DRAFTER, 9)["tokens"].tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="from a target with a vocabulary of 9, and this one has 8"):
         load_learned(path, DRAFTER, 8)
+
+
+def test_every_end_id_of_a_list_ends_a_completion(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert set(stop_ids(tmp_path, None)) == {7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    assert set(stop_ids(tmp_path, None)) == {2, 5}
+
+
+@pytest.mark.parametrize("padded", ["target", "draft"])
+def test_a_vocabulary_that_is_padded_on_either_side_fits(tmp_path, padded):
+    folders = {name: shutil.copytree(resolve("embedded:draft"), tmp_path / name) for name in ("target", "draft")}
+    config = json.loads((folders[padded] / "config.json").read_text())
+    config["vocab_size"] += 64
+    (folders[padded] / "config.json").write_text(json.dumps(config))
+    check_tokenizers(folders["target"], folders["draft"])
+    for folder in folders.values():
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"has a vocabulary of .* give a draft model with the target's tokenizer"):
+        check_tokenizers(folders["target"], folders["draft"])

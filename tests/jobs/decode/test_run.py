@@ -185,6 +185,8 @@ WRONG = {
         ["line 1: the prompt '1' has 2000 tokens", "max_new_tokens=49", "context of 2048"],
     ),
     "temperature": (GOOD, {"temperature": "-1"}, ["temperature=-1", "0 or more"]),
+    "an infinite temperature": (GOOD, {"temperature": "inf"}, ["temperature=inf is wrong", "a finite number"]),
+    "no temperature": (GOOD, {"temperature": "nan"}, ["temperature=nan is wrong", "0 or more"]),
     "top_p": (GOOD, {"top_p": "0"}, ["top_p=0.0 is wrong", "above 0 and at most 1"]),
     "penalty": (GOOD, {"repetition_penalty": "0"}, ["repetition_penalty=0.0 is wrong", "above 0"]),
     "a negative length": (

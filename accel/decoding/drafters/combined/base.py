@@ -1,6 +1,6 @@
 """Base class of drafters that combine other drafters; each member keeps a memory of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -52,15 +52,37 @@ class Combined(Drafter):
         """The initial memory of each member."""
         return tuple(drafter.new_memory(models) for drafter in self.drafters)
 
+    def reserve(self, memory: Memory, slots: int, longest: int, budget: int) -> None:
+        """Reserve in every member."""
+        for drafter, member_memory in zip(self.drafters, memory, strict=True):
+            drafter.reserve(member_memory, slots, longest, budget)
+
+    def needed_bytes(self, memory: Memory, slots: int, longest: int, budget: int) -> int:
+        """The sum over the members."""
+        return sum(
+            drafter.needed_bytes(member_memory, slots, longest, budget)
+            for drafter, member_memory in zip(self.drafters, memory, strict=True)
+        )
+
     def begin(self, context: Context, memory: Memory) -> None:
         """Start the sequence in every member."""
         for drafter, member_memory in zip(self.drafters, memory, strict=True):
             drafter.begin(context, member_memory)
 
+    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
+        """Prefill the sequences in every member."""
+        for drafter, member_memory in zip(self.drafters, memory, strict=True):
+            drafter.prefill(contexts, member_memory, budget)
+
     def observe(self, memory: Memory, outcome: Outcome) -> None:
         """Every member learns, whichever member proposed the draft."""
         for drafter, member_memory in zip(self.drafters, memory, strict=True):
             drafter.observe(member_memory, _restricted_to(drafter, outcome))
+
+    def truncate(self, context: Context, length: int) -> None:
+        """Truncate the sequence in every member."""
+        for drafter in self.drafters:
+            drafter.truncate(context, length)
 
     def end(self, context: Context, memory: Memory) -> None:
         """End the sequence in every member."""
@@ -75,13 +97,33 @@ class Combined(Drafter):
             for name, tensor in drafter.saved(member_memory).items()
         }
 
+    def changes(self, memory: Memory, whole: bool = False) -> Mapping[str, Tensor]:
+        """What each member learned since the last call; names are as in `saved`."""
+        return {
+            f"{index}.{name}": tensor
+            for index, (drafter, member_memory) in enumerate(zip(self.drafters, memory, strict=True))
+            for name, tensor in drafter.changes(member_memory, whole).items()
+        }
+
     def load(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
         """Load each member's tensors into its memory."""
+        for drafter, member_memory, own in self._divided(memory, tensors):
+            drafter.load(member_memory, own)
+
+    def update(self, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
+        """Update each member's memory with its tensors."""
+        for drafter, member_memory, own in self._divided(memory, tensors):
+            drafter.update(member_memory, own)
+
+    def _divided(
+        self, memory: Memory, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Drafter, Memory, Mapping[str, Tensor]]]:
+        """Members that have tensors, with their memories."""
         for index, (drafter, member_memory) in enumerate(zip(self.drafters, memory, strict=True)):
             prefix = f"{index}."
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if own:
-                drafter.load(member_memory, own)
+                yield drafter, member_memory, own
 
 
 def _restricted_to(drafter: Drafter, outcome: Outcome) -> Outcome:

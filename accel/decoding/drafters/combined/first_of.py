@@ -5,31 +5,42 @@ Departs from it: combines any drafters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Memory
 from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import DraftSampling, DraftTree
+from hasten.accel.decoding.tree import DraftKind, DraftSampling, DraftTree
 
 
 @dataclass(frozen=True)
 class FirstOf(Combined):
     """Drafter that tries its members in their order; the most accurate one should come first.
 
-    If the members differ in how they choose children, all drafts are declared deterministic. Every verifier of
-    deterministic drafts stays unbiased, but it may accept fewer tokens than one that knows the draft distributions.
+    A draft is of the kind of the member that proposed it: some may be drawn, and others deterministic.
     """
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """That of the members if all agree, else deterministic."""
+        """That of the members if all agree, else deterministic; `kinds` has those of all members."""
         kinds = {drafter.draft_sampling(sampling) for drafter in self.drafters}
         return kinds.pop() if len(kinds) == 1 else DraftSampling.DETERMINISTIC
 
     def chains(self) -> bool:
         """Whether all members draft chains."""
         return all(drafter.chains() for drafter in self.drafters)
+
+    def kinds(self, sampling: Sampling) -> frozenset[DraftKind]:
+        """The kinds of all members."""
+        return frozenset().union(*(drafter.kinds(sampling) for drafter in self.drafters))
+
+    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
+        """Prefill the first member at any time, the others with prompts only: they may never be asked."""
+        new = [context for context in contexts if self not in context.state]
+        for context in new:
+            context.state[self] = True
+        for index, (drafter, member_memory) in enumerate(zip(self.drafters, memory, strict=True)):
+            drafter.prefill(new if index else contexts, member_memory, budget)
 
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The first draft that is not empty."""
@@ -45,9 +56,4 @@ class FirstOf(Combined):
             drafts = drafter.propose_all([contexts[index] for index in undrafted], member_memory, budget)
             for index, tree in zip(undrafted, drafts, strict=True):
                 trees[index] = tree
-        return [self._with_declared_sampling(tree, context) for tree, context in zip(trees, contexts, strict=True)]
-
-    def _with_declared_sampling(self, tree: DraftTree, context: Context) -> DraftTree:
-        if not len(tree) or tree.draft_sampling is self.draft_sampling(context.sampling):
-            return tree
-        return replace(tree, draft_sampling=DraftSampling.DETERMINISTIC, draft_probs=None, counts=None)
+        return trees

@@ -1,18 +1,17 @@
 """Union: merges the drafts of several drafters into one tree, which the target verifies in one pass.
 
 Source: SpecInfer's merge-based trees, Miao et al. 2024, arXiv:2305.09781.
-Departs from it: the drafts share a budget of nodes in turns, and are deterministic.
+Departs from it: the drafts share a budget of nodes in turns, and are deterministic: members propose their most probable
+tokens at every temperature.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.context import Context, not_drawn
 from hasten.accel.decoding.drafters.base import Memory
 from hasten.accel.decoding.drafters.combined.base import Combined
-from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
-from hasten.accel.errors import UserError
+from hasten.accel.decoding.tree import ROOT, DraftTree
 
 
 @dataclass(frozen=True)
@@ -22,26 +21,18 @@ class Union(Combined):
     A node that several members propose is added once, with the label of the first of them.
     """
 
-    def draft_sampling(self, sampling: Sampling) -> DraftSampling:
-        """Deterministic; UserError if a member draws at random: no verifier takes siblings of two distributions."""
-        for drafter in self.drafters:
-            if drafter.draft_sampling(sampling) is not DraftSampling.DETERMINISTIC:
-                raise UserError(
-                    f"temperature={sampling.temperature} makes {type(drafter).__name__} draw at random, and a union "
-                    "takes deterministic drafts only: remove it from drafters, or set temperature=0"
-                )
-        return DraftSampling.DETERMINISTIC
-
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The merged tree of the members' drafts."""
         return self.propose_all([context], memory, budget)[0]
 
     def propose_all(self, contexts: Sequence[Context], memory: Memory, budget: int) -> list[DraftTree]:
         """A merged tree for each sequence."""
-        drafts = [
-            drafter.propose_all(contexts, member_memory, budget)
-            for drafter, member_memory in zip(self.drafters, memory, strict=True)
-        ]
+        # No verifier takes siblings of two distributions.
+        with not_drawn(contexts):
+            drafts = [
+                drafter.propose_all(contexts, member_memory, budget)
+                for drafter, member_memory in zip(self.drafters, memory, strict=True)
+            ]
         return [merged(trees, budget) for trees in zip(*drafts, strict=True)]
 
 

@@ -99,7 +99,7 @@ class SpecDecPlusPlus(SmallModelDrafter):
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """A chain of the draft model's own tokens."""
         assert isinstance(memory, HeadedModel)
-        greedy = context.sampling.is_greedy
+        greedy = context.drafting.is_greedy
         tokens: list[int] = []
         probs: list[Tensor] = []
         all_accepted = 1.0

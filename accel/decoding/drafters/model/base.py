@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models
-from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.targets.base import COPIES_OF_LOGITS, Pass, Target
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 
 _FIRST_CAPACITY = 1024
@@ -26,13 +27,14 @@ class SmallModel:
     """A draft model with a slot of its caches for each sequence.
 
     A slot becomes free when its sequence ends, or when its context is garbage-collected. vocabulary: size of the
-    target's vocabulary; None takes the draft model's. Ids beyond it, which a draft model may have rows for, are never
-    drafted. last: the latest pass, one row for each context of the call.
+    target's vocabulary, which all logits have; None takes the draft model's. The draft model may have rows for other
+    ids: those beyond the target's are never drafted, and those that only the target has get a logit of -inf and are
+    read as the id 0. last: the latest pass, one row for each context of the call.
     """
 
     def __init__(self, target: Target, vocabulary: int | None = None) -> None:
         self.target = target
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary or target.vocabulary
         self._slots: dict[int, int] = {}
         self._finalizers: dict[int, weakref.finalize] = {}
         self.last: Pass | None = None
@@ -41,6 +43,20 @@ class SmallModel:
     def of(cls, models: Models) -> "SmallModel":
         """The loaded draft model; UserError where none was given."""
         return cls(models.load_draft(), models.vocabulary)
+
+    def reserve(self, slots: int, longest: int, nodes: int) -> None:
+        """Allocate caches for `slots` sequences of up to `longest` tokens with `nodes` drafted ones.
+
+        Has no effect if they are that large. Without this they grow with the sequences, by doubling.
+        """
+        capacity = self._capacity(slots, longest, nodes)
+        if slots > self.target.slots or capacity > self.target.capacity:
+            self.target.reserve(slots, capacity)
+
+    def needed_bytes(self, slots: int, longest: int, nodes: int) -> int:
+        """Bytes of these caches, and of the logits of a pass over all drafted nodes or as many missing tokens."""
+        logits = max(nodes + 1, TOGETHER) * self.vocabulary * 4 * COPIES_OF_LOGITS
+        return slots * (self._capacity(slots, longest, nodes) * self.target.token_bytes + logits)
 
     def start(self, context: Context, nodes: int) -> Tensor | None:
         """Logits (V,) after the last committed token; the cache has room for `nodes` drafted tokens.
@@ -51,22 +67,31 @@ class SmallModel:
 
     def start_all(self, contexts: Sequence[Context], nodes: int) -> list[Tensor | None]:
         """The result of `start` for each of several sequences, in one pass."""
-        fits = [len(context.tokens) + nodes <= self.target.max_length for context in contexts]
+        fits = [self.fits(context, nodes) for context in contexts]
         running = [context for context, fitting in zip(contexts, fits, strict=True) if fitting]
         if not running:
             return [None] * len(contexts)
-        # Each sequence of a pass is padded to the width of the widest one.
-        padding = max(nodes, TOGETHER) if len(running) > 1 else 0
-        capacity = max(len(context.tokens) for context in running) + nodes + padding
-        slots = [self._slot(context) for context in running]
-        self._make_room(capacity)
+        slots = self._assign(running, nodes)
         missing = [self._missing(slot, context.tokens) for slot, context in zip(slots, running, strict=True)]
         self.last = self._forward(slots, missing, [range(ROOT, len(chain) - 1) for chain in missing])
         for slot, chain in zip(slots, missing, strict=True):
             self.target.commit(slot, range(len(chain)))
-        logits = self.last.logits[..., : self._vocabulary]
+        logits = self._of_target(self.last.logits)
         rows = iter([row[len(chain) - 1] for row, chain in zip(logits, missing, strict=True)])
         return [next(rows) if fitting else None for fitting in fits]
+
+    def prefill(self, contexts: Sequence[Context], nodes: int) -> None:
+        """Bring the caches of sequences that lack many tokens up to date; room is made for `nodes` drafted tokens."""
+        running = [context for context in contexts if self.fits(context, nodes)]
+        if running:
+            for slot, context in zip(self._assign(running, nodes), running, strict=True):
+                # Counted first, because to compare the tokens takes longer.
+                if len(context.tokens) - len(self.target.committed(slot)) > TOGETHER:
+                    self._missing(slot, context.tokens)
+
+    def fits(self, context: Context, nodes: int) -> bool:
+        """Whether the sequence and `nodes` drafted tokens are within the draft model's context length."""
+        return len(context.tokens) + nodes <= self.target.max_length
 
     def extend(self, context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
         """Logits (N, V) after new nodes of the draft; parents are indices among all nodes added since `start`."""
@@ -76,8 +101,9 @@ class SmallModel:
         self, contexts: Sequence[Context], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         """The result of `extend` for each of several sequences, in one pass."""
-        self.last = self._forward([self._slots[id(context)] for context in contexts], tokens, parents)
-        logits = self.last.logits[..., : self._vocabulary]
+        known = [self._known(new) for new in tokens]
+        self.last = self._forward([self._slots[id(context)] for context in contexts], known, parents)
+        logits = self._of_target(self.last.logits)
         return [row[: len(new)] for row, new in zip(logits, tokens, strict=True)]
 
     def probs(self, context: Context, logits: Tensor, path: Sequence[int]) -> Tensor:
@@ -118,7 +144,7 @@ class SmallModel:
 
         If they are many, all but the last are prefilled here.
         """
-        cached = self.target.committed(slot)
+        cached, tokens = self.target.committed(slot), self._known(tokens)
         common = min(len(cached), len(tokens) - 1)
         if cached[:common] != tokens[:common]:  # one comparison in most passes
             common = next((index for index in range(common) if cached[index] != tokens[index]), common)
@@ -127,6 +153,18 @@ class SmallModel:
             self.target.prefill(slot, tokens[common:-1])
             common = len(tokens) - 1
         return list(tokens[common:])
+
+    def _known(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens, with the id 0 in place of those that the draft model has no row for."""
+        size = self.target.vocabulary
+        if size >= self.vocabulary:
+            return tokens
+        return [token if token < size else 0 for token in tokens]
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) for the ids of the target's vocabulary."""
+        lacking = self.vocabulary - logits.shape[-1]
+        return F.pad(logits, (0, lacking), value=-torch.inf) if lacking > 0 else logits[..., : self.vocabulary]
 
     def _forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
         # Adjacent slots in ascending order are a view of the caches; any others have to be copied.
@@ -138,6 +176,16 @@ class SmallModel:
             return rows
         inverse = sorted(range(len(slots)), key=order.__getitem__)
         return Pass(rows.logits[inverse], rows.hidden[inverse])
+
+    def _assign(self, contexts: Sequence[Context], nodes: int) -> list[int]:
+        """A slot for each sequence, with room for its tokens and `nodes` more."""
+        slots = [self._slot(context) for context in contexts]
+        self._make_room(max(len(context.tokens) for context in contexts) + nodes + _padding(len(contexts), nodes))
+        return slots
+
+    def _capacity(self, slots: int, longest: int, nodes: int) -> int:
+        """Tokens of a slot: sequences that are longer than the draft model's context are not drafted for."""
+        return min(longest + nodes, self.target.max_length) + _padding(slots, nodes)
 
     def _slot(self, context: Context) -> int:
         key = id(context)
@@ -164,6 +212,11 @@ class SmallModel:
         # A slot may be assigned before the caches are allocated; then there is nothing to clear.
         if slot is not None and slot < self.target.slots:
             self.target.clear(slot)
+
+
+def _padding(sequences: int, nodes: int) -> int:
+    """Cache positions behind a sequence: those of a pass over several are padded to the width of the widest one."""
+    return max(nodes, TOGETHER) if sequences > 1 else 0
 
 
 def _forget(memory: "weakref.ref[SmallModel]", key: int) -> None:
@@ -253,6 +306,22 @@ class SmallModelDrafter(Drafter):
         It yields (tokens, parents) of N nodes to evaluate, and is sent their logits (N, V). Parents are indices among
         all nodes yielded so far.
         """
+
+    def reserve(self, memory: SmallModel, slots: int, longest: int, budget: int) -> None:
+        """Reserve the draft model's caches."""
+        memory.reserve(slots, self.longest_read(longest), self.max_evaluated(budget))
+
+    def needed_bytes(self, memory: SmallModel, slots: int, longest: int, budget: int) -> int:
+        """Bytes of the draft model's caches and logits."""
+        return memory.needed_bytes(slots, self.longest_read(longest), self.max_evaluated(budget))
+
+    def longest_read(self, longest: int) -> int:
+        """Number of tokens that the draft model reads of a sequence of `longest` tokens, at most."""
+        return longest
+
+    def prefill(self, contexts: Sequence[Context], memory: SmallModel, budget: int) -> None:
+        """Prefill the draft model with prompts, and with tokens that were committed while nothing was drafted."""
+        memory.prefill(contexts, self.max_evaluated(budget))
 
     def propose(self, context: Context, memory: SmallModel, budget: int) -> DraftTree:
         """A tree of the draft model's tokens; empty if the sequence exceeds the draft model's context length."""

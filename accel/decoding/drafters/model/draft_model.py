@@ -40,7 +40,7 @@ class DraftModel(SmallModelDrafter):
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """A chain of the draft model's own tokens."""
-        greedy = context.sampling.is_greedy
+        greedy = context.drafting.is_greedy
         tokens: list[int] = []
         probs: list[Tensor] = []
         for node in range(min(budget, self.length)):

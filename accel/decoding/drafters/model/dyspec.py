@@ -46,7 +46,7 @@ class DySpec(SmallModelDrafter):
 
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """The tree, largest slots first: its first n nodes are the tree for a budget of n."""
-        greedy = context.sampling.is_greedy
+        greedy = context.drafting.is_greedy
         tree = GrowingTree(context, memory, logits)
         slots: dict[int, float] = {}  # estimate of the slot that each node is in
         reached = {ROOT: 1.0}  # estimate of every node's own first slot
@@ -77,7 +77,7 @@ class DySpec(SmallModelDrafter):
                 if reached[node] >= self.threshold and (len(largest) < budget or reached[node] > largest[0])
             ][: self.max_evaluated(budget) - evaluated]
         best = sorted(slots, key=lambda node: (-slots[node], node))[:budget]
-        return tree.done(self.draft_sampling(context.sampling), nodes=best)
+        return tree.done(self.draft_sampling(context.drafting), nodes=best)
 
 
 def _slots(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
-from hasten.accel.decoding.drafters.model.base import TOGETHER, SmallModel
+from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.sampling import Sampling, draw
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
@@ -30,8 +30,7 @@ class HierarchyMemory(SmallModel):
 
     def catch_up(self, contexts: Sequence[Context], nodes: int) -> list[list[int]]:
         """For each sequence the last tokens that its cache lacks, at least one; reserves room for `nodes` more."""
-        slots = [self._slot(context) for context in contexts]
-        self._make_room(max(len(context.tokens) for context in contexts) + nodes + TOGETHER)
+        slots = self._assign(contexts, nodes)
         return [self._missing(slot, context.tokens) for slot, context in zip(slots, contexts, strict=True)]
 
     def forward(
@@ -52,13 +51,20 @@ class HierarchyMemory(SmallModel):
 
 
 @dataclass
+class _Inner(Context):
+    """The inner drafter's context. committed: number of its tokens that are the sequence's; a chain follows them."""
+
+    committed: int = 0
+
+
+@dataclass
 class _Chain:
     """The growing chain of one sequence.
 
     context: that of the inner drafter: the sequence and the chain so far. missing: tokens that the cache lacks.
     """
 
-    context: Context
+    context: _Inner
     missing: list[int]
     tokens: list[int] = field(default_factory=list)
     probs: list[Tensor] = field(default_factory=list)
@@ -108,6 +114,23 @@ class Hierarchy(Drafter):
         """Start the sequence in the inner drafter."""
         self.drafter.begin(self._inner(context), memory.inner)
 
+    def reserve(self, memory: HierarchyMemory, slots: int, longest: int, budget: int) -> None:
+        """Reserve the draft model's caches, and those of the inner drafter."""
+        memory.reserve(slots, longest, self._max_nodes(budget))
+        self.drafter.reserve(memory.inner, slots, longest + self.length, self.nodes)
+
+    def needed_bytes(self, memory: HierarchyMemory, slots: int, longest: int, budget: int) -> int:
+        """Bytes of the draft model's caches and logits."""
+        return memory.needed_bytes(slots, longest, self._max_nodes(budget))
+
+    def prefill(self, contexts: Sequence[Context], memory: HierarchyMemory, budget: int) -> None:
+        """Prefill the draft model and the inner drafter."""
+        count = min(budget, self.length)
+        fitting = [context for context in contexts if memory.fits(context, count)]
+        if fitting:
+            memory.prefill(fitting, self._max_nodes(budget))
+            self.drafter.prefill([self._inner(context) for context in fitting], memory.inner, self.nodes)
+
     def propose(self, context: Context, memory: HierarchyMemory, budget: int) -> DraftTree:
         """A chain of the draft model's tokens; empty if the sequence exceeds the draft model's context length."""
         return self.propose_all([context], memory, budget)[0]
@@ -115,10 +138,10 @@ class Hierarchy(Drafter):
     def propose_all(self, contexts: Sequence[Context], memory: HierarchyMemory, budget: int) -> list[DraftTree]:
         """A chain for each sequence; a pass of the draft model covers all chains that still grow."""
         count = min(budget, self.length)
-        fitting = [context for context in contexts if len(context.tokens) + count <= memory.target.max_length]
+        fitting = [context for context in contexts if memory.fits(context, count)]
         if not fitting:
             return [DraftTree()] * len(contexts)
-        missing = memory.catch_up(fitting, count + self.nodes)
+        missing = memory.catch_up(fitting, self._max_nodes(budget))
         chains = {
             id(context): _Chain(self._inner(context), tail) for context, tail in zip(fitting, missing, strict=True)
         }
@@ -140,9 +163,17 @@ class Hierarchy(Drafter):
         """What the inner drafter learned."""
         return self.drafter.saved(memory.inner)
 
+    def changes(self, memory: HierarchyMemory, whole: bool = False) -> Mapping[str, Tensor]:
+        """What the inner drafter learned since the last call."""
+        return self.drafter.changes(memory.inner, whole)
+
     def load(self, memory: HierarchyMemory, tensors: Mapping[str, Tensor]) -> None:
         """Load it into the inner drafter's memory."""
         self.drafter.load(memory.inner, tensors)
+
+    def update(self, memory: HierarchyMemory, tensors: Mapping[str, Tensor]) -> None:
+        """Update the inner drafter's memory."""
+        self.drafter.update(memory.inner, tensors)
 
     def _grow(self, contexts: Sequence[Context], chains: Sequence[_Chain], memory: HierarchyMemory, count: int) -> None:
         """One pass of the draft model: every chain grows by the accepted nodes of its inner tree, and by one token."""
@@ -174,13 +205,25 @@ class Hierarchy(Drafter):
 
         return descend(tree, choose)
 
-    def _inner(self, context: Context) -> Context:
+    def _max_nodes(self, budget: int) -> int:
+        """Nodes of the chain, and of the inner tree below it, in the draft model's cache."""
+        return min(budget, self.length) + self.nodes
+
+    def _inner(self, context: Context) -> _Inner:
         """The inner drafter's context of a sequence, without a chain."""
-        inner: Context | None = context.state.get(self)
-        tokens = context.tokens
-        if inner is None or inner.tokens != tokens[: len(inner.tokens)]:
-            # The target rejected part of the last chain, and drafters rely on tokens of a context never changing.
-            inner = Context([], context.prompt_length, context.sampling, context.generator, context.draft_generator)
+        inner: _Inner | None = context.state.get(self)
+        if inner is None:
+            inner = _Inner([], context.prompt_length, context.sampling, context.generator, context.draft_generator)
             context.state[self] = inner
-        inner.tokens += tokens[len(inner.tokens) :]
+        # The draft model draws its chain's tokens itself, by sample and match, where drawn inner drafts are wasted.
+        inner.sampling, inner.draws = context.drafting, False
+        tokens, held = context.tokens, inner.tokens
+        common = min(len(held), len(tokens))
+        common = next((index for index in range(inner.committed, common) if held[index] != tokens[index]), common)
+        if common < len(held):
+            # The target rejected part of the last chain.
+            self.drafter.truncate(inner, common)
+            del held[common:]
+        held += tokens[common:]
+        inner.committed = len(tokens)
         return inner

@@ -55,6 +55,15 @@ class Rapid(DraftModel):
         if self.keep < 0:
             raise UserError(f"keep={self.keep} must be 0 or more")
 
+    def longest_read(self, longest: int) -> int:
+        """The kept chunks, an incomplete one, the recent tokens, and those until a refresh."""
+        return min(longest, self.recent + (self.keep + 1) * self.chunk + self.refresh)
+
+    def prefill(self, contexts: Sequence[Context], memory: SmallModel, budget: int) -> None:
+        """Prefill the shortened prompts. Reading chunks that are chosen later is part of drafting: it recurs."""
+        new = [context for context in contexts if self not in context.state]
+        super().prefill([self._shortened(context) for context in new], memory, budget)
+
     def propose_all(self, contexts: Sequence[Context], memory: SmallModel, budget: int) -> list[DraftTree]:
         """A chain for each."""
         return super().propose_all([self._shortened(context) for context in contexts], memory, budget)
@@ -89,6 +98,7 @@ class Rapid(DraftModel):
         if shortened is None:
             shortened = _Shortened([], 0, context.sampling, context.generator, context.draft_generator, full=context)
             context.state[self] = shortened
+        shortened.draws = context.draws
         if not shortened.ranked_at or len(tokens) - shortened.ranked_at >= self.refresh:
             shortened.tokens = self.shorten(tokens)
             shortened.ranked_at = len(tokens)

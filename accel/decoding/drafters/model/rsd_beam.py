@@ -65,7 +65,7 @@ class RSDBeam(SmallModelDrafter):
             yield from tree.evaluate([node.index for node in beam])
             below = [
                 _ranked(node, tree.probs[node.index], width)
-                if context.sampling.is_greedy
+                if context.drafting.is_greedy
                 else _perturbed(node, tree.probs[node.index], context.draft_generator)
                 for node in beam
             ]
@@ -74,7 +74,7 @@ class RSDBeam(SmallModelDrafter):
                 _Node(tree.add(parent, token), log_prob, -negative)
                 for negative, parent, token, log_prob in islice(best, width)
             ]
-        return tree.done(self.draft_sampling(context.sampling))
+        return tree.done(self.draft_sampling(context.drafting))
 
 
 def _heap_entries(node: _Node, children: Iterator[tuple[float, float, int]]) -> Iterator[tuple[float, int, int, float]]:

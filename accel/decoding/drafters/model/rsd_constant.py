@@ -54,14 +54,14 @@ class RSDConstant(SmallModelDrafter):
             drawn_tokens: dict[tuple[int, ...], int] = {}
             for ranks in above:
                 probs, count = tree.probs[nodes[ranks]], children[ranks]
-                greedy = context.sampling.is_greedy
+                greedy = context.drafting.is_greedy
                 candidates = ranked(probs, count) if greedy else draw_distinct(probs, context.draft_generator)
                 for rank, candidate in enumerate(islice(candidates, count)):
                     drawn_tokens[*ranks, rank] = candidate.token
             for ranks in level:
                 if ranks in drawn_tokens:
                     nodes[ranks] = tree.add(nodes[ranks[:-1]], drawn_tokens[ranks])
-        return tree.done(self.draft_sampling(context.sampling))
+        return tree.done(self.draft_sampling(context.drafting))
 
     def _planned(self, budget: int) -> list[list[tuple[int, ...]]]:
         """Nodes of every level within the budget; a node is the path of its draw ranks from the root."""

@@ -40,7 +40,7 @@ class SpecTr(SmallModelDrafter):
     def grow(self, context: Context, memory: SmallModel, budget: int, logits: Tensor) -> Growth:
         """The merged chains, depth by depth; nodes of a depth are in the order of the first chain through them."""
         tree = GrowingTree(context, memory, logits)
-        greedy = context.sampling.is_greedy
+        greedy = context.drafting.is_greedy
         ends = [ROOT] * (1 if greedy else self.paths)  # the last node of every chain
         counts: list[int] = []
         for _ in range(self.length):
@@ -59,7 +59,7 @@ class SpecTr(SmallModelDrafter):
                     counts.append(0)
                 counts[nodes_by_step[step]] += 1
                 ends[chain] = nodes_by_step[step]
-        return tree.done(self.draft_sampling(context.sampling), None if greedy else counts)
+        return tree.done(self.draft_sampling(context.drafting), None if greedy else counts)
 
 
 def _draw_each(probs: Tensor, generator: torch.Generator) -> Tensor:

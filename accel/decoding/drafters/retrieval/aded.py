@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import accumulate
+from itertools import accumulate, islice
 from math import inf, log, sqrt
 from operator import itemgetter
 
@@ -30,9 +30,13 @@ Pair = tuple[int, int]
 
 @dataclass
 class Trigrams:
-    """scores: for each pair of tokens its successors with their scores; pairs in the order of their latest update."""
+    """scores: for each pair of tokens its successors with their scores; pairs in the order of their latest update.
+
+    changed: pairs that were updated since the last call of `Aded.changes`; None before the first.
+    """
 
     scores: OrderedDict[Pair, dict[int, float]] = field(default_factory=OrderedDict)
+    changed: set[Pair] | None = None
 
 
 @dataclass(slots=True)
@@ -121,9 +125,21 @@ class Aded(Drafter):
 
     def saved(self, memory: Trigrams) -> Mapping[str, Tensor]:
         """pairs (P, 2), counts (P,) of their successors; tokens (S,) and scores (S,) float64 of all successors."""
-        rows = memory.scores.values()
+        return self._tensors(memory.scores)
+
+    def changes(self, memory: Trigrams, whole: bool = False) -> Mapping[str, Tensor]:
+        """The rows of the pairs that were updated since the last call, in the form of `saved`."""
+        changed, memory.changed = memory.changed, set()
+        if whole or changed is None:
+            return self.saved(memory)
+        # An update moves a pair to the end.
+        latest = list(islice(reversed(memory.scores), len(changed)))[::-1]
+        return self._tensors({pair: memory.scores[pair] for pair in latest})
+
+    def _tensors(self, scores: Mapping[Pair, dict[int, float]]) -> Mapping[str, Tensor]:
+        rows = scores.values()
         return {
-            "pairs": torch.tensor(list(memory.scores), dtype=torch.long).view(-1, 2),
+            "pairs": torch.tensor(list(scores), dtype=torch.long).view(-1, 2),
             "counts": torch.tensor([len(row) for row in rows], dtype=torch.long),
             "tokens": torch.tensor([token for row in rows for token in row], dtype=torch.long),
             "scores": torch.tensor([score for row in rows for score in row.values()], dtype=torch.float64),
@@ -131,10 +147,14 @@ class Aded(Drafter):
 
     def load(self, memory: Trigrams, tensors: Mapping[str, Tensor]) -> None:
         """Restore the matrix."""
-        entries = zip(tensors["tokens"].tolist(), tensors["scores"].tolist(), strict=True)
         memory.scores.clear()
+        self.update(memory, tensors)
+
+    def update(self, memory: Trigrams, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the rows of some pairs."""
+        entries = zip(tensors["tokens"].tolist(), tensors["scores"].tolist(), strict=True)
         for (first, second), count in zip(tensors["pairs"].tolist(), tensors["counts"].tolist(), strict=True):
-            memory.scores[first, second] = dict(next(entries) for _ in range(count))
+            self._put(memory, (first, second), dict(next(entries) for _ in range(count)))
 
     def _count(self, memory: Trigrams, tokens: Sequence[int], step: float) -> None:
         for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
@@ -143,16 +163,25 @@ class Aded(Drafter):
     def _increase(self, memory: Trigrams, pair: Pair, token: int, step: float, cap: float) -> None:
         row = memory.scores.get(pair)
         if row is None:
-            memory.scores[pair] = {token: min(step, cap)}
-            if len(memory.scores) > self.max_pairs:
-                memory.scores.popitem(last=False)
+            self._put(memory, pair, {token: min(step, cap)})
             return
-        memory.scores.move_to_end(pair)
+        self._put(memory, pair, row)
         before = row.get(token, 0.0)
         row[token] = max(before, min(before + step, cap))
         if len(row) > self.successors:
             # The newest successor is kept: otherwise its score could never grow.
             del row[min((other for other in row if other != token), key=row.__getitem__)]
+
+    def _put(self, memory: Trigrams, pair: Pair, row: dict[int, float]) -> None:
+        """Set the row of a pair, as the latest one."""
+        memory.scores[pair] = row
+        memory.scores.move_to_end(pair)
+        if memory.changed is not None:
+            memory.changed.add(pair)
+        if len(memory.scores) > self.max_pairs:
+            oldest, _ = memory.scores.popitem(last=False)
+            if memory.changed is not None:
+                memory.changed.discard(oldest)
 
     def _best_first(self, memory: Trigrams, pair: Pair, budget: int) -> DraftTree:
         tokens: list[int] = []

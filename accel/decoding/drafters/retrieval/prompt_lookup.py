@@ -1,23 +1,18 @@
 """Prompt lookup: copy what followed the latest earlier occurrence of the sequence's longest repeated suffix.
 
 Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
-Departs from it: among equal matches it takes the latest, not the first; positions come from an index of n-grams.
+Departs from it: among equal matches it takes the latest, not the first; positions come from an index of n-grams; a copy
+that reaches the end of the sequence continues through itself.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory
+from hasten.accel.decoding.drafters.retrieval.ngrams import NGramIndex, copied
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
-
-
-@dataclass
-class _Index:
-    """ends: for each n-gram the position after its latest occurrence. known: number of indexed tokens."""
-
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
-    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,18 +33,32 @@ class PromptLookup(Drafter):
         """Every draft is a chain."""
         return True
 
+    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
+        """Index the tokens of the sequences."""
+        for context in contexts:
+            self._index(context).extend(context.tokens)
+
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The tokens after the latest occurrence of the longest repeated suffix; empty if no suffix repeats."""
-        tokens = context.tokens
-        index = context.state.setdefault(self, _Index())
-        # An n-gram is indexed once a token follows it, so the suffix does not match itself.
-        for end in range(index.known, len(tokens)):
-            for n in range(self.min_ngram, min(self.max_ngram, end) + 1):
-                index.ends[tuple(tokens[end - n : end])] = end
-        index.known = len(tokens)
+        tokens, index = context.tokens, self._index(context)
+        index.extend(tokens)
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
-            start = index.ends.get(tuple(tokens[-n:]))
+            start = index.after(tuple(tokens[-n:]))
             if start is not None:
-                draft = tokens[start : start + min(budget, self.length)]
-                return DraftTree.chain(draft, labels=[("prompt_lookup", n, depth) for depth in range(len(draft))])
+                draft = copied(tokens, start, min(budget, self.length))
+                # What a copy takes from itself is accepted in loops only, so it forms a class of its own.
+                own = len(tokens) - start
+                return DraftTree.chain(
+                    draft, labels=[("prompt_lookup", n, depth, depth >= own) for depth in range(len(draft))]
+                )
         return DraftTree()
+
+    def truncate(self, context: Context, length: int) -> None:
+        """Roll the index back."""
+        self._index(context).truncate(length)
+
+    def _index(self, context: Context) -> NGramIndex:
+        index: NGramIndex | None = context.state.get(self)
+        if index is None:
+            index = context.state[self] = NGramIndex(self.min_ngram, self.max_ngram, latest=True)
+        return index

@@ -8,6 +8,7 @@ acceptance at fixed acceptance rates by rank; noise is drawn on demand; the size
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import itemgetter
 from typing import ClassVar
 
@@ -42,10 +43,14 @@ class _Entry:
 
 @dataclass
 class NGrams:
-    """entries: successors of each n-gram, in the order of their latest update. vocabulary: V."""
+    """entries: successors of each n-gram, in the order of their latest update. vocabulary: V.
+
+    changed: n-grams that were updated since the last call of `Stand.changes`; None before the first.
+    """
 
     vocabulary: int
     entries: OrderedDict[NGram, _Entry] = field(default_factory=OrderedDict)
+    changed: set[NGram] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Stand(Drafter):
 
         The request's temperature is applied to the table's probabilities; its top-k, top-p and penalty are not.
         """
-        greedy = context.sampling.is_greedy
+        greedy = context.drafting.is_greedy
         tokens: list[int] = []
         parents: list[int] = []
         labels: list[tuple[str, int, int, int]] = []
@@ -129,7 +134,7 @@ class Stand(Drafter):
         tree = outcome.tree
         top_tokens, top_probs = outcome.top_tokens.tolist(), outcome.top_probs.tolist()
         tails: dict[int, NGram] = {ROOT: tuple(outcome.context.tokens[-self.max_ngram :])}
-        for node in [ROOT, *(range(len(tree)) if self.learns_rejected else outcome.path)]:
+        for node in [ROOT, *range(len(tree))] if self.learns_rejected else outcome.decided:
             if node != ROOT:
                 tails[node] = (*tails[tree.parents[node]], tree.tokens[node])[-self.max_ngram :]
             tail = tails[node]
@@ -138,9 +143,21 @@ class Stand(Drafter):
 
     def saved(self, memory: NGrams) -> Mapping[str, Tensor]:
         """ngrams (N, n) and tokens (N, 10) int64, padded with -1; visits (N,); probs (N, 10) float64, padded with 0."""
-        rows = memory.entries.values()
+        return self._tensors(memory.entries)
+
+    def changes(self, memory: NGrams, whole: bool = False) -> Mapping[str, Tensor]:
+        """The entries that were updated since the last call, in the form of `saved`."""
+        changed, memory.changed = memory.changed, set()
+        if whole or changed is None:
+            return self.saved(memory)
+        # An update moves an n-gram to the end.
+        latest = list(islice(reversed(memory.entries), len(changed)))[::-1]
+        return self._tensors({ngram: memory.entries[ngram] for ngram in latest})
+
+    def _tensors(self, entries: Mapping[NGram, _Entry]) -> Mapping[str, Tensor]:
+        rows = entries.values()
         return {
-            "ngrams": _pad(list(memory.entries), self.max_ngram, -1),
+            "ngrams": _pad(list(entries), self.max_ngram, -1),
             "visits": torch.tensor([row.visits for row in rows], dtype=torch.long),
             "tokens": _pad([list(row.probs) for row in rows], _SUCCESSORS, -1),
             "probs": _pad([list(row.probs.values()) for row in rows], _SUCCESSORS, 0.0),
@@ -149,25 +166,38 @@ class Stand(Drafter):
     def load(self, memory: NGrams, tensors: Mapping[str, Tensor]) -> None:
         """Restore the table."""
         memory.entries.clear()
+        self.update(memory, tensors)
+
+    def update(self, memory: NGrams, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the entries of some n-grams."""
         columns = (tensors[name].tolist() for name in ("ngrams", "visits", "tokens", "probs"))
         for ngram, visits, tokens, probs in zip(*columns, strict=True):
             row = {token: prob for token, prob in zip(tokens, probs, strict=True) if token >= 0}
-            memory.entries[tuple(token for token in ngram if token >= 0)] = _Entry(visits, row)
+            self._put(memory, tuple(token for token in ngram if token >= 0), _Entry(visits, row))
 
     def _average(self, memory: NGrams, ngram: NGram, ids: list[int], probs: list[float]) -> None:
         row = memory.entries.get(ngram)
         if row is None:
-            memory.entries[ngram] = _Entry(1, dict(zip(ids, probs, strict=True)))
-            if len(memory.entries) > self.max_ngrams:
-                memory.entries.popitem(last=False)
+            self._put(memory, ngram, _Entry(1, dict(zip(ids, probs, strict=True))))
             return
-        memory.entries.move_to_end(ngram)
+        self._put(memory, ngram, row)
         row.visits += 1
         share = 1 / row.visits
         mixed = {token: prob * (1 - share) for token, prob in row.probs.items()}
         for token, prob in zip(ids, probs, strict=True):
             mixed[token] = mixed.get(token, 0.0) + prob * share
         row.probs = dict(sorted(mixed.items(), key=itemgetter(1), reverse=True)[:_SUCCESSORS])
+
+    def _put(self, memory: NGrams, ngram: NGram, row: _Entry) -> None:
+        """Set the entry of an n-gram, as the latest one."""
+        memory.entries[ngram] = row
+        memory.entries.move_to_end(ngram)
+        if memory.changed is not None:
+            memory.changed.add(ngram)
+        if len(memory.entries) > self.max_ngrams:
+            oldest, _ = memory.entries.popitem(last=False)
+            if memory.changed is not None:
+                memory.changed.discard(oldest)
 
     def _longest_match(self, memory: NGrams, tail: NGram) -> tuple[int, dict[int, float]]:
         """Length of the longest known n-gram at the end of `tail`, and its successors; (0, {}) if none is known."""

@@ -6,7 +6,7 @@ several nodes with the same token the accepted one is stored; a budget below 80 
 to be accepted; prompts are not learned, because their logits are not computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,21 +39,30 @@ _RATES = (0.45, 0.1, 0.04, 0.035, 0.018, 0.015, 0.013, 0.012)
 _ORDER = by_acceptance(TEMPLATE, _RATES)
 
 
+class Adjacency(list[list[int] | None]):
+    """The paper's adjacency matrix: V rows of successors, None for a token that has not been seen.
+
+    changed: tokens whose row was stored since the last call of `TokenRecycling.changes`; None before the first.
+    """
+
+    changed: set[int] | None = None
+
+
 @dataclass(frozen=True)
 class TokenRecycling(Drafter):
     """Drafter without a model or a corpus; it stores 8 successors of every token and fills a tree of up to 80 nodes.
 
-    Its memory is the paper's adjacency matrix: a list of V rows, None for a token that has not been seen.
+    Its memory is the paper's adjacency matrix.
     """
 
     observes: ClassVar[int] = _SUCCESSORS
     observes_probs: ClassVar[bool] = False
 
-    def new_memory(self, models: Models) -> list[list[int] | None]:
+    def new_memory(self, models: Models) -> Adjacency:
         """A matrix without successors."""
-        return [None] * models.vocabulary
+        return Adjacency([None] * models.vocabulary)
 
-    def propose(self, context: Context, memory: list[list[int] | None], budget: int) -> DraftTree:
+    def propose(self, context: Context, memory: Adjacency, budget: int) -> DraftTree:
         """The first nodes of the template; a node of rank r is the r-th most probable successor of its parent."""
         tokens: list[int] = []
         parents: list[int] = []
@@ -77,7 +86,7 @@ class TokenRecycling(Drafter):
                 break
         return DraftTree(tokens, parents, labels=labels)
 
-    def observe(self, memory: list[list[int] | None], outcome: Outcome) -> None:
+    def observe(self, memory: Adjacency, outcome: Outcome) -> None:
         """Store the target's most probable successors of every token of the tree, accepted or not."""
         assert outcome.top_tokens is not None
         rows = outcome.top_tokens.tolist()
@@ -85,14 +94,43 @@ class TokenRecycling(Drafter):
             memory[token] = row
         # Accepted tokens again: if a token is in several nodes, the accepted one's context is the right one.
         memory[outcome.context.tokens[-1]] = rows[0]
-        for node in outcome.path:
+        for node in outcome.decided[1:]:
             memory[outcome.tree.tokens[node]] = rows[node + 1]
+        if memory.changed is not None:
+            memory.changed.update(outcome.tree.tokens)
+            memory.changed.add(outcome.context.tokens[-1])
 
-    def saved(self, memory: list[list[int] | None]) -> Mapping[str, Tensor]:
+    def saved(self, memory: Adjacency) -> Mapping[str, Tensor]:
         """The matrix: successors (V, 8) int64, padded with -1."""
-        return {"successors": torch.tensor([(row or []) + [-1] * (_SUCCESSORS - len(row or [])) for row in memory])}
+        return {"successors": _padded(memory)}
 
-    def load(self, memory: list[list[int] | None], tensors: Mapping[str, Tensor]) -> None:
+    def changes(self, memory: Adjacency, whole: bool = False) -> Mapping[str, Tensor]:
+        """The rows that were stored since the last call: tokens (N,) and their successors (N, 8); or all, as saved."""
+        changed, memory.changed = memory.changed, set()
+        if whole or changed is None:
+            return self.saved(memory)
+        tokens = sorted(changed)
+        return {
+            "tokens": torch.tensor(tokens, dtype=torch.long),
+            "successors": _padded(memory[token] for token in tokens),
+        }
+
+    def load(self, memory: Adjacency, tensors: Mapping[str, Tensor]) -> None:
         """Restore the matrix."""
-        rows: list[list[int]] = tensors["successors"].tolist()
-        memory[:] = [[token for token in row if token >= 0] or None for row in rows]
+        memory[:] = _unpadded(tensors["successors"])
+
+    def update(self, memory: Adjacency, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the rows of some tokens."""
+        for token, row in zip(tensors["tokens"].tolist(), _unpadded(tensors["successors"]), strict=True):
+            memory[token] = row
+
+
+def _unpadded(successors: Tensor) -> list[list[int] | None]:
+    """The rows of `_padded`."""
+    return [[token for token in row if token >= 0] or None for row in successors.tolist()]
+
+
+def _padded(rows: Iterable[list[int] | None]) -> Tensor:
+    """Rows of successors (N, 8) int64, padded with -1."""
+    padded = [[*(row or []), *[-1] * (_SUCCESSORS - len(row or []))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).view(-1, _SUCCESSORS)

@@ -12,7 +12,7 @@ from hasten.accel.decoding.drafters.combined.first_of import FirstOf
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.sampling import Sampling
-from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
+from hasten.accel.decoding.tree import ROOT, DraftKind, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
 
 
@@ -97,12 +97,16 @@ def test_it_needs_a_draft_model_if_a_member_does_and_drafts_chains_if_all_do():
     assert not FirstOf([Always(), TokenRecycling()]).chains()
 
 
-def test_drafts_of_several_kinds_pass_for_deterministic_ones():
+def test_a_draft_is_of_the_kind_of_the_member_that_proposed_it():
     sampled = Always((7,), DraftSampling.INDEPENDENT)
     mixed = FirstOf([PromptLookup(), sampled])
-    assert mixed.draft_sampling(Sampling(1.0)) is DraftSampling.DETERMINISTIC
+    kinds = {DraftKind(kind, True) for kind in (DraftSampling.DETERMINISTIC, DraftSampling.INDEPENDENT)}
+    assert mixed.kinds(Sampling(1.0)) == kinds
     tree = mixed.propose(Context.start([1], Sampling(1.0)), (None, []), 4)
-    assert (list(tree.tokens), tree.draft_sampling, tree.draft_probs) == ([7], DraftSampling.DETERMINISTIC, None)
+    assert (list(tree.tokens), tree.draft_sampling) == ([7], DraftSampling.INDEPENDENT)
+    assert tree.draft_probs is not None
+    tree = mixed.propose(Context.start([1, 2, 1], Sampling(1.0)), (None, []), 1)
+    assert (list(tree.tokens), tree.draft_sampling) == ([2], DraftSampling.DETERMINISTIC)
     alike = FirstOf([sampled, sampled])
     assert alike.draft_sampling(Sampling(1.0)) is DraftSampling.INDEPENDENT
     assert alike.propose(Context.start([1], Sampling(1.0)), ([], []), 4).draft_probs is not None

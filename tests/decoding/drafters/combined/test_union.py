@@ -1,7 +1,5 @@
 """The union of several trees: the same path is one node, members take turns, the first has precedence."""
 
-import pytest
-
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.drafters.combined.union import Union, merged
@@ -10,7 +8,7 @@ from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
-from hasten.accel.errors import UserError
+from tests.decoding.markov import MarkovTarget, random_table
 
 CHAIN = DraftTree.chain([1, 2, 3], labels=["a", "b", "c"])
 #  1 -> 2 -> 4, 1 -> 5, 6
@@ -54,8 +52,15 @@ def test_every_member_is_asked():
     assert not drafter.chains()
 
 
-def test_members_that_draw_are_refused_when_a_request_asks_for_it():
-    drafter = Union([PromptLookup(), DraftModel()])
-    assert drafter.draft_sampling(Sampling()) is DraftSampling.DETERMINISTIC
-    with pytest.raises(UserError, match=r"temperature=0\.7 makes DraftModel draw at random"):
-        drafter.draft_sampling(Sampling(0.7))
+def test_members_propose_their_most_probable_tokens_at_every_temperature():
+    table = random_table(10)
+    drafter = Union([PromptLookup(), DraftModel(length=3)])
+    memory = drafter.new_memory(Models(10, lambda: MarkovTarget(table)))
+    best = [int(table[5].argmax())]
+    best += [int(table[best[0]].argmax())]
+    for seed in range(5):
+        context = Context.start([1, 2, 5], Sampling(0.7), seed)
+        tree = drafter.propose(context, memory, 2)
+        assert tree.draft_sampling is drafter.draft_sampling(Sampling(0.7)) is DraftSampling.DETERMINISTIC
+        assert list(tree.tokens) == best
+        assert context.draws, "other drafters of the sequence may draw"

@@ -68,8 +68,22 @@ def test_guesses_that_are_right_save_passes_of_the_draft_model():
     memory = drafter.new_memory(counting)
     tree = drafter.propose(Context.start([0, 1, 2, 3, 4, 5, 0, 1, 2]), memory, 8)
     assert list(tree.tokens) == [3, 4, 5, 0, 1, 2, 3, 4]
-    # The prompt, three copied tokens that the prompt's end cuts off, one of its own; then again, and the last two.
-    assert len(memory.target.passes) == 2
+    # One pass of the prompt and seven copied tokens, the last one taken from the copy itself; it gives the eighth.
+    assert memory.target.passes == [(1, 16)]
+
+
+def test_a_rejected_chain_is_rolled_back_in_the_inner_index_which_is_not_built_again():
+    drafter = Hierarchy(PromptLookup())
+    memory, fresh = drafter.new_memory(models()), drafter.new_memory(models())
+    context = Context.start([1, 2, 3, 4] * 20)
+    drafter.propose(context, memory, 8)
+    index = context.state[drafter].state[drafter.drafter]
+    for step in range(30):
+        context.tokens.append(step % 5)
+        tree = drafter.propose(context, memory, 8)
+        assert tree == drafter.propose(Context.start(context.tokens), fresh, 8)
+        assert context.state[drafter].state[drafter.drafter] is index
+        assert context.state[drafter].tokens[: len(context.tokens)] == context.tokens
 
 
 def test_the_inner_drafter_sees_the_chain_so_far_and_learns_from_the_draft_model():

@@ -20,13 +20,21 @@ def test_the_first_occurrence_is_copied_not_the_latest():
 def test_fewer_than_gamma_repeated_tokens_give_nothing():
     tokens = [9, 1, 2, 7, 8, 1, 2]
     assert drafted(tokens) == []
-    assert drafted(tokens, gamma=2) == [7, 8, 1, 2]
+    assert drafted(tokens, gamma=2, length=4) == [7, 8, 1, 2]
 
 
 def test_the_suffix_does_not_match_itself_and_may_overlap_its_first_occurrence():
     assert drafted([1, 2, 3]) == []
     assert drafted([5, 5, 5], gamma=3) == []
-    assert drafted([5, 5, 5, 5], gamma=3) == [5]
+    assert drafted([5, 5, 5, 5], gamma=3, length=1) == [5]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 7])
+def test_text_in_a_loop_is_drafted_round_after_round(period):
+    loop = list(range(10, 10 + period))
+    drafter, context = CopySpec(length=20), Context.start([1, 2, *loop * 4])
+    tree = drafter.propose(context, None, 15)
+    assert list(tree.tokens) == [loop[place % period] for place in range(15)]
 
 
 def test_what_was_committed_is_found_as_if_it_had_been_in_the_prompt():
