@@ -2,6 +2,8 @@
 
 Documents are concatenated to one stream. Before each of them stands the tokenizer's begin-of-text token, or its
 end-of-text token where it has no other. Text is read and tokenized only until there are enough tokens for the windows.
+Records of .jsonl files and of the hub may be conversations, which pass through the tokenizer's chat template; such a
+document keeps the token that the template begins it with, and gets no second one.
 """
 
 import hashlib
@@ -10,19 +12,23 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.accel.data.chat import encode_conversation
 from hasten.accel.data.library import SPLITS, library_files, library_root, read_texts
+from hasten.accel.data.records import read_text
 from hasten.accel.errors import UserError
 
 LIBRARY = "library"
 SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
 # Windows are drawn from this many times the requested tokens, so that they come from many documents.
 MARGIN = 4
+# Text, or the token ids of a conversation.
+Document: TypeAlias = str | list[int]
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_PER_TOKEN = 8
 
@@ -151,11 +157,11 @@ def _stream(source: str, tokenizer: Any, split: str, seed: int, min_tokens: int)
     if kind in (".txt", ".md"):
         return _text_stream(Path(source), tokenizer, min_tokens)
     if kind == LIBRARY:
-        documents = _library_documents(split, seed)
+        documents: Iterator[Document] = _library_documents(split, seed)
     elif kind == "hub":
-        documents = _hub_documents(source)
+        documents = _hub_documents(source, tokenizer)
     else:
-        documents = _json_documents(Path(source))
+        documents = _json_documents(Path(source), tokenizer)
     parts: list[np.ndarray] = []
     count = 0
     while count < min_tokens and (batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))):
@@ -164,19 +170,23 @@ def _stream(source: str, tokenizer: Any, split: str, seed: int, min_tokens: int)
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _encode(tokenizer: Any, documents: Iterable[str]) -> np.ndarray:
+def _encode(tokenizer: Any, documents: Iterable[Document]) -> np.ndarray:
     """One stream of ids (N,): before every document stands the token that begins a text, if the tokenizer has one."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     stream: list[int] = []
+    documents = list(documents)
+    texts = [document for document in documents if isinstance(document, str)]
     # verbose=False: a document may be longer than the model's context, since it is cut into windows.
-    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
-        if begin is not None:
+    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    for document in documents:
+        ids = next(encoded) if isinstance(document, str) else document
+        if begin is not None and (isinstance(document, str) or document[0] != begin):
             stream.append(begin)
         stream.extend(ids)
     return np.asarray(stream, dtype=np.int64)
 
 
-def _library_documents(split: str, seed: int) -> Iterator[str]:
+def _library_documents(split: str, seed: int) -> Iterator[Document]:
     names = library_files(split)
     random.Random(seed).shuffle(names)
     yield from read_texts(library_root(), names)
@@ -198,7 +208,7 @@ def _text_stream(path: Path, tokenizer: Any, min_tokens: int) -> np.ndarray:
         characters *= 2
 
 
-def _json_documents(path: Path) -> Iterator[str]:
+def _json_documents(path: Path, tokenizer: Any) -> Iterator[Document]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -211,23 +221,18 @@ def _json_documents(path: Path) -> Iterator[str]:
                 raise UserError(
                     f"source={path} line {number} must be an object with a field `text` or other text fields"
                 )
-            text = _record_text(record)
-            if text is None:
-                raise UserError(f"source={path} line {number} has no text; its fields are {', '.join(record)}")
-            if text:
-                yield text
+            document = _document(record, tokenizer, f"source={path} line {number}")
+            if document:
+                yield document
 
 
-def _record_text(record: dict[str, Any], field: str | None = None) -> str | None:
-    """Text of a record: the named field, else `text`, else all string fields joined; None where there is none."""
-    if field is not None or isinstance(record.get("text"), str):
-        value = record.get(field or "text")
-        return value if isinstance(value, str) else None
-    strings = [value for value in record.values() if isinstance(value, str)]
-    return "\n".join(strings) if strings else None
+def _document(record: dict[str, Any], tokenizer: Any, where: str, field: str | None = None) -> Document:
+    """Text of a record, or the token ids of its conversation; for field and where see records.read_text."""
+    read = read_text(record, where, field)
+    return read if isinstance(read, str) else encode_conversation(tokenizer, read, where, prompt=False)
 
 
-def _hub_documents(source: str) -> Iterator[str]:
+def _hub_documents(source: str, tokenizer: Any) -> Iterator[Document]:
     """Texts of a data set hub:NAME[:split[:field]]; in a NAME of three parts, the last is the configuration."""
     parts = source.removeprefix("hub:").split(":")
     if not parts[0] or len(parts) > 3:
@@ -243,12 +248,10 @@ def _hub_documents(source: str) -> Iterator[str]:
     try:
         # Streamed, because only the first part of a large data set is needed.
         rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
-        for row in rows:
-            text = _record_text(row, field or None)
-            if text is None:
-                raise UserError(f"source={source}: no text in field {field or 'text'!r}; fields are {', '.join(row)}")
-            if text:
-                yield text
+        for number, row in enumerate(rows, start=1):
+            document = _document(row, tokenizer, f"source={source} record {number}", field or None)
+            if document:
+                yield document
     except UserError:
         raise
     except Exception as error:  # `datasets` raises its own errors, and those of the network and of file formats
