@@ -153,7 +153,7 @@ def speed_table(label: str, rows: Sequence[Row], prompts: int, new: str, distinc
     lines = [
         [
             row.name,
-            f"{row.rate:.0f}",
+            f"{row.rate:.1f}",
             f"{row.rate / generate.rate:.2f}",
             f"{row.rate / assisted:.2f}",
             f"{row.rate / plain.rate:.2f}",
@@ -175,7 +175,7 @@ def speed_table(label: str, rows: Sequence[Row], prompts: int, new: str, distinc
     ]
     return (
         f"**{label}**: {prompts} prompts, {new}, batch 1, CPU time; columns three to five are "
-        f"ratios of tokens per second. Share of distinct tokens in an output: {distinct_share:.0%}.\n\n"
+        f"ratios of tokens per second, with the time of the prompt. Share of distinct tokens in an output: {distinct_share:.0%}.\n\n"
         + table(head, lines)
     )
 
