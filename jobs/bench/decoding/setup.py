@@ -64,6 +64,7 @@ class Setup:
         self._tokenizer = tokenizer
         if config.template is not None:
             use_template(tokenizer, config.template)
+        _check_labels(config.prompts)
         self.prompts = dict(self._prompts())
         self.chat = self._chat(target)
         end = end_of_turn(tokenizer)
@@ -101,7 +102,7 @@ class Setup:
                 ) from error
             if len(texts) < 2:
                 raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
-            yield Path(path).stem, [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
+            yield _label(source), [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
 
     def _chat(self, target: Path) -> dict[str, ChatPrompts]:
         config, context = self.config, context_length(target)
@@ -109,7 +110,7 @@ class Setup:
         if min(config.chat_in_flight, default=0) < 1:
             raise UserError(f"chat_in_flight={config.chat_in_flight} is wrong: expected numbers of 1 or more")
         return {
-            Path(source).stem: read_conversations(
+            _label(source): read_conversations(
                 source, self._tokenizer, config.per_category, config.max_new_tokens, context
             )
             for source in sources
@@ -170,6 +171,18 @@ class Setup:
         return "Milliseconds of a pass by tokens of each sequence, 128 tokens in the cache:\n\n" + table(
             ["sequences", *map(str, widths)], rows
         )
+
+
+def _label(source: str) -> str:
+    """Name of a source of prompts in tables and report keys."""
+    return Path(source if is_conversations(source) else source.rpartition(":")[0] or source).stem
+
+
+def _check_labels(sources: Sequence[str]) -> None:
+    labels = [_label(source) for source in sources]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"prompts={','.join(sources)} has two files of the name {twice}, which names the tables of one")
 
 
 def _draft_model(draft: str | None, target: Path) -> tuple[Path | None, str]:

@@ -174,8 +174,8 @@ def speed_table(label: str, rows: Sequence[Row], prompts: int, new: str, distinc
         "same tokens",
     ]
     return (
-        f"**{label}**: {prompts} prompts, {new}, batch 1, CPU time; columns three to five are "
-        f"ratios of tokens per second, with the time of the prompt. Share of distinct tokens in an output: {distinct_share:.0%}.\n\n"
+        f"**{label}**: {prompts} prompts, {new}, batch 1, CPU time with that of the prompt; columns three to five are "
+        f"ratios of tokens per second. Share of distinct tokens in an output: {distinct_share:.0%}.\n\n"
         + table(head, lines)
     )
 

@@ -111,6 +111,7 @@ def test_hastens_own_prompts_fill_the_context_of_no_model_of_2048_tokens():
         ({"max_new_tokens": 4000}, r"prompts=.*, line 1: the prompt '1' has .* longer than the target's context"),
         ({"chat_in_flight": [4, 0]}, r"chat_in_flight=\[4, 0\] is wrong: expected"),
         ({"chat_in_flight": []}, r"chat_in_flight=\[\] is wrong: expected"),
+        ({"prompts": ["chat", "other/chat.jsonl:text"]}, r"has two files of the name chat"),
         ({"prompts": ["nowhere.jsonl"]}, r"prompts=nowhere.jsonl cannot be read: expected chat, a JSON Lines file"),
     ],
 )
