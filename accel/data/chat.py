@@ -6,12 +6,13 @@ themselves, so the tokenizer adds none.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from hasten.accel.data.records import Conversation
+from hasten.accel.data.records import Conversation, read_document
 from hasten.accel.errors import UserError
 
 _ANSWER = "ANSWER"
@@ -29,6 +30,12 @@ def use_template(tokenizer: Any, path: str) -> None:
     if not text.strip():
         raise UserError(f"template={path} is empty: give a file of a Jinja chat template")
     tokenizer.chat_template = text
+
+
+def encode_record(tokenizer: Any, record: Mapping[str, Any], where: str, field: str | None = None) -> str | list[int]:
+    """A record's text to calibrate on, or the token ids of its conversation; see records.read_document."""
+    document = read_document(record, where, field)
+    return document if isinstance(document, str) else encode_conversation(tokenizer, document, where, prompt=False)
 
 
 def encode_conversation(tokenizer: Any, conversation: Conversation, where: str, prompt: bool) -> list[int] | str:
@@ -55,7 +62,9 @@ def encode_conversation(tokenizer: Any, conversation: Conversation, where: str, 
             return_dict=False,
         )
     except TemplateSyntaxError as error:
-        raise UserError(f"the chat template is no valid Jinja (its line {error.lineno}: {_line(error)})") from None
+        raise UserError(
+            f"{where}: the chat template is no valid Jinja (its line {error.lineno}: {_line(error)})"
+        ) from None
     except TemplateError as error:
         raise UserError(f"{where}: the chat template refuses the messages: {_line(error)}") from None
     except Exception as error:  # a template is a program, and fails in any way on messages that it does not expect

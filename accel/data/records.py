@@ -60,7 +60,7 @@ class Conversation:
         return Conversation(self.messages[:-1] if ends else self.messages, self.tools, plain)
 
 
-def read_text(record: Mapping[str, Any], where: str, field: str | None = None) -> Conversation | str:
+def read_document(record: Mapping[str, Any], where: str, field: str | None = None) -> Conversation | str:
     """The text to calibrate, evaluate or train on.
 
     field: of the text or of the messages; None takes `text`, else the first kind of the table above, else all string

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.accel.data.chat import encode_conversation
+from hasten.accel.data.chat import encode_record
 from hasten.accel.data.library import SPLITS, library_files, library_root, read_texts
-from hasten.accel.data.records import read_text
 from hasten.accel.errors import UserError
 
 LIBRARY = "library"
@@ -221,15 +220,9 @@ def _json_documents(path: Path, tokenizer: Any) -> Iterator[Document]:
                 raise UserError(
                     f"source={path} line {number} must be an object with a field `text` or other text fields"
                 )
-            document = _document(record, tokenizer, f"source={path} line {number}")
+            document = encode_record(tokenizer, record, f"source={path} line {number}")
             if document:
                 yield document
-
-
-def _document(record: dict[str, Any], tokenizer: Any, where: str, field: str | None = None) -> Document:
-    """Text of a record, or the token ids of its conversation; for field and where see records.read_text."""
-    read = read_text(record, where, field)
-    return read if isinstance(read, str) else encode_conversation(tokenizer, read, where, prompt=False)
 
 
 def _hub_documents(source: str, tokenizer: Any) -> Iterator[Document]:
@@ -249,7 +242,7 @@ def _hub_documents(source: str, tokenizer: Any) -> Iterator[Document]:
         # Streamed, because only the first part of a large data set is needed.
         rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            document = _document(row, tokenizer, f"source={source} record {number}", field or None)
+            document = encode_record(tokenizer, row, f"source={source} record {number}", field or None)
             if document:
                 yield document
     except UserError:

@@ -15,6 +15,7 @@ from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.lengths.timing import clock
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stats import DecodingStats
+from hasten.accel.decoding.stop_strings import StopMatcher, StopStrings
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
@@ -24,29 +25,39 @@ from hasten.accel.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token. seed: of all random numbers that are drawn for it."""
+    """A prompt of at least one token.
+
+    seed: of all random numbers that are drawn for it. stop: ids that end it, in addition to the engine's.
+    """
 
     id: str
     tokens: Sequence[int]
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """token_ids: the decoded ids, including a final stop token. ended: `stop` or `length`."""
+    """token_ids: the decoded ids, including a final stop token and those of a stop string. ended: `stop` or `length`.
+
+    stop_string: the string that ended it, None if none did.
+    """
 
     id: str
     token_ids: list[int]
     ended: str
     stats: DecodingStats
+    stop_string: str | None = None
 
 
 @dataclass
 class _Running:
     request: Request
     context: Context
+    stop: frozenset[int]
+    matcher: StopMatcher | None
     stats: DecodingStats = field(default_factory=DecodingStats)
 
     @property
@@ -59,10 +70,10 @@ class Engine:
     """Decodes requests with one target, one drafter with its memory, and one verifier.
 
     drafter: None decodes without drafts. policy: decides how many tokens are drafted. stop: ids that end a sequence.
-    in_flight: sequences decoded at once. memory_bytes: bound of the bytes of caches and logits; the trees and then
-    in_flight are reduced to fit; None sets no bound. on_tokens: called with a request's id and its new ids after every
-    pass, for streaming. draft_clock: clock that drafting is timed with; None takes the one of `timing.clock`, which
-    does not count time spent by other processes.
+    stop_strings: texts that end a sequence. in_flight: sequences decoded at once. memory_bytes: bound of the bytes of
+    caches and logits; the trees and then in_flight are reduced to fit; None sets no bound. on_tokens: called with a
+    request's id and its new ids after every pass, for streaming. draft_clock: clock that drafting is timed with; None
+    takes the one of `timing.clock`, which does not count time spent by other processes.
     """
 
     def __init__(
@@ -75,6 +86,7 @@ class Engine:
         memory: Memory = None,
         policy: LengthController | None = None,
         stop: Iterable[int] = (),
+        stop_strings: StopStrings | None = None,
         in_flight: int = 1,
         prefill_chunk: int = 512,
         memory_bytes: int | None = None,
@@ -86,7 +98,7 @@ class Engine:
         self.memory = memory
         if drafter is not None and memory is None:
             self.memory = drafter.new_memory(models or Models(target.vocabulary))
-        self._stop = frozenset(stop)
+        self._stop, self._stop_strings = frozenset(stop), stop_strings
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._max_nodes = memory_bytes, self.policy.max_nodes
         self._clock = draft_clock or clock(target)
@@ -137,7 +149,8 @@ class Engine:
     @torch.no_grad()
     def _begin(self, request: Request) -> None:
         context = Context.start(list(request.tokens), request.sampling, request.seed)
-        running = _Running(request, context)
+        matcher = self._stop_strings.start() if self._stop_strings else None
+        running = _Running(request, context, self._stop.union(request.stop), matcher)
         slot = len(self._running)
         started = perf_counter()
         self.target.clear(slot)
@@ -212,15 +225,15 @@ class Engine:
         return drafts
 
     def _truncate(self, running: _Running, new: list[int]) -> list[int]:
-        """The new tokens up to the first stop token, and within max_new_tokens."""
+        """The new tokens up to the first stop token or stop string, and within max_new_tokens."""
         new = new[: running.request.max_new_tokens - running.generated]
-        for index, token in enumerate(new):
-            if token in self._stop:
-                return new[: index + 1]
-        return new
+        new = new[: next((index for index, token in enumerate(new, 1) if token in running.stop), None)]
+        return new if running.matcher is None else new[: running.matcher.add(new)]
 
     def _finish_reason(self, running: _Running) -> str | None:
-        if running.generated and running.context.tokens[-1] in self._stop:
+        if running.generated and running.context.tokens[-1] in running.stop:
+            return "stop"
+        if running.matcher is not None and running.matcher.matched is not None:
             return "stop"
         return "length" if running.generated >= running.request.max_new_tokens else None
 
@@ -234,4 +247,5 @@ class Engine:
             self._running[index] = self._running[last]
         self._running.pop()
         token_ids = running.context.tokens[running.context.prompt_length :]
-        return Result(running.request.id, token_ids, ended, running.stats)
+        matched = None if running.matcher is None else running.matcher.matched
+        return Result(running.request.id, token_ids, ended, running.stats, matched)

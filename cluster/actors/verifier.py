@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
@@ -19,6 +20,7 @@ from hasten.accel.decoding.lengths.acceptance import expected_rate
 from hasten.accel.decoding.lengths.base import DraftLength, LengthController
 from hasten.accel.decoding.lengths.timing import PassCosts, measure_costs
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import Ties, check_ties
@@ -38,10 +40,11 @@ class DecodeSpec:
 
     target, draft: checkpoint folders; draft is None if the drafter needs no draft model. vocabulary: size of the
     target's. drafter: None decodes without drafts. path: see hasten.accel.decoding.targets.loading. stop: ids that end
-    a sequence. draft_length: how many tokens are drafted for a pass; max_draft_tokens bounds adaptive lengths.
-    memory_bytes: bound of caches and logits. dtype, other_dtypes: of the arithmetic; the fastest of them is chosen.
-    compiled: whether the fast path is compiled. learned: what the drafter learned before. snapshot_seconds: interval of
-    snapshots of a shared drafter's memory, from which its replacement starts.
+    a sequence. stop_strings: texts that end one, in the text of the target's tokenizer. draft_length: how many tokens
+    are drafted for a pass; max_draft_tokens bounds adaptive lengths. memory_bytes: bound of caches and logits. dtype,
+    other_dtypes: of the arithmetic; the fastest of them is chosen. compiled: whether the fast path is compiled.
+    learned: what the drafter learned before. snapshot_seconds: interval of snapshots of a shared drafter's memory,
+    from which its replacement starts.
     """
 
     target: Path
@@ -58,6 +61,7 @@ class DecodeSpec:
     in_flight: int = 8
     prefill_chunk: int = 512
     stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     draft_length: DraftLength = field(kw_only=True)
     max_draft_tokens: int = 32
     memory_bytes: int | None = None
@@ -104,6 +108,7 @@ class VerifierActor:
         self._memory: Any = None
         self._costs: PassCosts | None = None
         self._policy: LengthController | None = None
+        self._stop_strings: StopStrings | None = None
         self._cpu_before = cpu_seconds()
 
     def prepare(self) -> Target:
@@ -161,6 +166,8 @@ class VerifierActor:
         spec, target = self._spec, self.prepare()
         if self._policy is None and self._drafter is not None:
             self._policy = spec.draft_length.start(self._passes, spec.max_draft_tokens)
+        if spec.stop_strings and self._stop_strings is None:
+            self._stop_strings = StopStrings(spec.stop_strings, AutoTokenizer.from_pretrained(spec.target))
         return Engine(
             target,
             self._drafter,
@@ -168,6 +175,7 @@ class VerifierActor:
             memory=self._memory,
             policy=self._policy,
             stop=spec.stop,
+            stop_strings=self._stop_strings,
             in_flight=spec.in_flight,
             prefill_chunk=spec.prefill_chunk,
             memory_bytes=spec.memory_bytes,

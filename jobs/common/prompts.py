@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.data.chat import encode_conversation, encode_prompt
 from hasten.accel.data.library import library_files, library_root, read_texts
+from hasten.accel.data.records import Conversation, read_prompt
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
@@ -30,11 +32,12 @@ _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. id: as in the file. where: file and line, for messages."""
+    """A prompt. id: as in the file. where: file and line, for messages. is_chat: made by a chat template."""
 
     id: object
     tokens: list[int]
     where: str
+    is_chat: bool = False
 
     @property
     def key(self) -> str:
@@ -92,15 +95,20 @@ def draft_folder(draft: str | None, drafter: Drafter, target: Path, reads_draft_
     return folder
 
 
-def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Token ids that end a completion: from the model's generation config, else its config, else its tokenizer."""
+def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> dict[int, str]:
+    """Token ids that end every completion, each with the place that names it.
+
+    They are those of the model's generation config, else of its config, and the tokenizer's own.
+    """
+    places: dict[int, str] = {}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            places |= dict.fromkeys(ids if isinstance(ids, list) else [ids], name)
+            break
     end = getattr(tokenizer, "eos_token_id", None)
-    return () if end is None else (end,)
+    return places if end is None else {end: "the tokenizer", **places}
 
 
 def context_length(folder: Path) -> int | None:
@@ -110,21 +118,50 @@ def context_length(folder: Path) -> int | None:
 
 
 def read_prompts(
-    path: Path, tokenizer: Tokenizer | None, vocabulary: int, prompt_field: str, id_field: str
+    path: Path,
+    tokenizer: Tokenizer | None,
+    vocabulary: int,
+    prompt_field: str,
+    id_field: str,
+    special_tokens: bool = False,
 ) -> list[Prompt]:
-    """Prompts of a JSON Lines file; UserError names the wrong line."""
+    """Prompts of a JSON Lines file; UserError names the wrong line. For the records see hasten.accel.data.records.
+
+    special_tokens: whether names of special tokens in plain prompts are those tokens.
+    """
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     for number, record in read_records("prompts", path):
         where = f"prompts={path}, line {number}"
-        if prompt_field not in record:
-            raise UserError(f"{where} has no {prompt_field!r}, only {', '.join(record)}: give prompt_field=NAME")
-        tokens = _tokens(record[prompt_field], tokenizer, vocabulary, where, prompt_field)
-        prompts.append(Prompt(record.get(id_field, number), tokens, where))
+        prompt = read_prompt(record, where, prompt_field)
+        is_chat = False
+        if isinstance(prompt, list):
+            tokens = prompt
+        elif tokenizer is None:
+            raise UserError(f"{where} is text, and the target's folder has no tokenizer: give lists of token ids")
+        else:
+            tokens, is_chat = encoded_prompt(prompt, tokenizer, where, special_tokens)
+        _check_tokens(tokens, vocabulary, where, prompt_field)
+        prompts.append(Prompt(record.get(id_field, number), tokens, where, is_chat))
         earlier = lines.setdefault(prompts[-1].key, number)
         if earlier != number:
             raise UserError(f"prompts={path} has the id {prompts[-1].key!r} twice, in lines {earlier} and {number}")
     return prompts
+
+
+def encoded_prompt(
+    prompt: Conversation | str, tokenizer: Tokenizer, where: str, special_tokens: bool
+) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether a chat template made them."""
+    if isinstance(prompt, Conversation):
+        encoded = encode_conversation(tokenizer, prompt, where, prompt=True)
+        if not isinstance(encoded, str):
+            return encoded, True
+        prompt = encoded
+    try:
+        return encode_prompt(tokenizer, prompt, special_tokens), False
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def library_prompts(tokenizer: Tokenizer | None, vocabulary: int) -> list[Prompt]:
@@ -233,19 +270,12 @@ def save_learned(path: Path, drafter: Mapping[str, object], vocabulary: int, ten
     write_whole(path, lambda temporary: save_file(kept, temporary, metadata=note))
 
 
-def _tokens(prompt: object, tokenizer: Tokenizer | None, vocabulary: int, where: str, field: str) -> list[int]:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise UserError(f"{where} is text, and the target's folder has no tokenizer: give lists of token ids")
-        prompt = tokenizer(prompt, verbose=False)["input_ids"]
-    if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-        raise UserError(f"{where} has a {field!r} that is neither text nor a list of token ids")
-    if not prompt:
+def _check_tokens(tokens: Sequence[int], vocabulary: int, where: str, field: str) -> None:
+    if not tokens:
         raise UserError(f"{where} has an empty {field!r}: give one token at least")
-    wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
+    wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
     if wrong is not None:
         raise UserError(f"{where} holds token id {wrong}, outside the target's vocabulary (0 to {vocabulary - 1})")
-    return prompt
 
 
 def _are_ids(values: object, vocabulary: int) -> TypeGuard[list[int]]:

@@ -50,6 +50,7 @@ ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts 
 WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
+TEMPLATE = "Jinja chat template for records with messages; null is the tokenizer's own"
 SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
 
 
@@ -130,6 +131,7 @@ class Calibrated(Run):
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
+    template: str | None = option(None, TEMPLATE, path="in")
     calibration: Calibration = section(Calibration)
 
 

@@ -4,15 +4,22 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from hasten.accel.data.chat import use_template
+
 Tokenizer = PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """transformers' tokenizer of a checkpoint folder, None if it has none: token ids may come from a .npy file."""
+def load_tokenizer(folder: Path, template: str | None = None) -> Tokenizer | None:
+    """transformers' tokenizer of a checkpoint folder, None if it has none: token ids may come from a .npy file.
+
+    template: file of a Jinja chat template that replaces the tokenizer's own.
+    """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder)
+    has_one = any((folder / name).exists() for name in names)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_one else None
+    if template is not None:
+        use_template(tokenizer, template)
+    return tokenizer
 
 
 def vocabulary_size(folder: Path) -> int:

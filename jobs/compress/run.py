@@ -32,7 +32,7 @@ def run(config: CompressConfig) -> Path:
     started = perf_counter()
     source = original(config.model)
     settings = make_settings(config, source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.template)
     tokens = calibration_tokens(config.calibration, settings, tokenizer)
     windows = held_out_windows(config.evaluation, tokenizer, source)
     compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config))

@@ -12,13 +12,19 @@ from hasten.accel.errors import UserError, is_disk_full
 
 
 class Record(TypedDict):
-    """A line of the file. completion: None if the target has no tokenizer. figures: counts and metrics by name."""
+    """A line of the file.
+
+    completion: text before a stop string, without special tokens; None if the target has no tokenizer. token_ids: all
+    decoded ids, including a final stop token and those of a stop string. stopped_by: that token or string; None if the
+    completion has the maximum length. figures: counts and metrics by name.
+    """
 
     id: object
     completion: str | None
     token_ids: list[int]
     prompt_token_ids: list[int]
     ended: str
+    stopped_by: str | int | None
     figures: dict[str, Any]
 
 

@@ -63,7 +63,14 @@ def _prompt_lengths(config: DecodeConfig, target: Model) -> tuple[int, float, in
     """Number of prompts, and their mean and maximum length in tokens."""
     if config.prompts is None:
         return _LIBRARY_PROMPTS, _MEAN_PROMPT, _LONGEST_PROMPT
-    tokenizer = load_tokenizer(target.architecture.checkpoint.path)
-    prompts = read_prompts(Path(config.prompts), tokenizer, target.vocabulary, config.prompt_field, config.id_field)
+    tokenizer = load_tokenizer(target.architecture.checkpoint.path, config.template)
+    prompts = read_prompts(
+        Path(config.prompts),
+        tokenizer,
+        target.vocabulary,
+        config.prompt_field,
+        config.id_field,
+        config.special_tokens,
+    )
     lengths = [len(prompt.tokens) for prompt in prompts]
     return len(lengths), sum(lengths) / len(lengths), max(lengths)

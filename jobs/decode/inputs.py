@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.verifiers.base import Verifier
@@ -23,21 +21,21 @@ from hasten.jobs.common.prompts import (
     load_learned,
     model_folder,
     read_prompts,
-    stop_ids,
 )
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions, Record
 from hasten.jobs.decode.draft_length import chosen_draft_length
 from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.decode.stopping import Stopping, chosen_stopping
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked inputs. kept: earlier results by id. tokenizer: None if the target has none. placement: the drafters'."""
+    """Checked inputs. kept: earlier results by id. placement: the drafters'."""
 
     spec: DecodeSpec
     sampling: Sampling
-    tokenizer: PreTrainedTokenizerBase | None
+    stopping: Stopping
     prompts: list[Prompt]
     completions: Completions
     kept: dict[str, Record]
@@ -64,14 +62,13 @@ def prepare(config: DecodeConfig) -> Inputs:
     if drafter is not None:
         draft = draft_folder(config.draft, drafter, target, verifier.reads_draft_probs and not sampling.is_greedy)
     device = resolve_device(config.device)
-    tokenizer, vocabulary = load_tokenizer(target), vocabulary_size(target)
-    wrong = [token for token in config.stop if not 0 <= token < vocabulary]
-    if wrong:
-        raise UserError(f"stop={config.stop} holds {wrong[0]}, outside the target's vocabulary (0 to {vocabulary - 1})")
+    tokenizer, vocabulary = load_tokenizer(target, config.template), vocabulary_size(target)
+    stopping = chosen_stopping(config, target, tokenizer, vocabulary)
     if config.prompts is None:
         prompts = library_prompts(tokenizer, vocabulary)
     else:
-        prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, config.prompt_field, config.id_field)
+        fields = config.prompt_field, config.id_field
+        prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, *fields, config.special_tokens)
     check_lengths(prompts, config.max_new_tokens, context_length(target))
     dtype, *other_dtypes = dtype_choices(config.dtype, device)
     learned = None
@@ -91,7 +88,8 @@ def prepare(config: DecodeConfig) -> Inputs:
         compiled=config.compiled,
         in_flight=config.in_flight,
         prefill_chunk=config.prefill_chunk,
-        stop=tuple(sorted({*config.stop, *(() if config.ignore_eos else stop_ids(target, tokenizer))})),
+        stop=tuple(sorted(stopping.tokens)),
+        stop_strings=() if stopping.strings is None else stopping.strings.strings,
         draft_length=draft_length,
         max_draft_tokens=config.max_draft_tokens,
         memory_bytes=config.memory_bytes,
@@ -108,7 +106,7 @@ def prepare(config: DecodeConfig) -> Inputs:
             )
     keys = {prompt.key for prompt in prompts}
     kept = {key: record for key, record in kept.items() if key in keys}
-    return Inputs(spec, sampling, tokenizer, prompts, completions, kept, _placement(config, spec, sampling))
+    return Inputs(spec, sampling, stopping, prompts, completions, kept, _placement(config, spec, sampling))
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
@@ -130,6 +128,7 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         **vars(sampling),
         "max_new_tokens": config.max_new_tokens,
         "stop": list(spec.stop),
+        "stop_strings": sorted(spec.stop_strings) or None,
         "draft_length": config.draft_length if config.draft_tokens is None else None,
         "draft_tokens": config.draft_tokens,
         "max_draft_tokens": config.max_draft_tokens,

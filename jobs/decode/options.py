@@ -8,6 +8,7 @@ from hasten.jobs.common.schema import (
     DEVICES,
     DTYPES,
     MODEL,
+    TEMPLATE,
     WORKER_GPUS,
     WORKER_MEMORY,
     Run,
@@ -28,11 +29,16 @@ class DecodeConfig(Run):
     verifier: dict[str, Any] = group("rule by which the target accepts drafted tokens")
     prompts: str | None = option(
         None,
-        "JSON Lines with a prompt (text, or a list of token ids) and an id; null takes files of the standard library",
+        "JSON Lines with a prompt (text, token ids, messages, or the fields of instruction data) and an id; null takes "
+        "files of the standard library",
         path="in",
     )
-    prompt_field: str = option("prompt", "key of the prompt in a line")
+    prompt_field: str = option("prompt", "key of the prompt in a line; another than prompt is read alone")
     id_field: str = option("id", "key of the id in a line; a line without it is identified by its number")
+    template: str | None = option(None, TEMPLATE, path="in")
+    special_tokens: bool = option(
+        False, "names of special tokens in plain prompts, such as <|im_end|>, are these tokens"
+    )
     output: str | None = option(None, "JSON Lines of the results; null is completions.jsonl in run_dir", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     max_new_tokens: int = option(128, "maximum tokens of a completion", at_least=1)
@@ -41,7 +47,8 @@ class DecodeConfig(Run):
     top_p: float = option(1.0, "sample from the most probable tokens, up to this probability", at_least=0, at_most=1)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that occurred before less probable", at_least=0)
     stop: list[int] = option([], "token ids that end a completion, in addition to the model's own")
-    ignore_eos: bool = option(False, "the model's own end tokens do not end a completion")
+    stop_strings: list[str] = option([], "texts that end a completion, whose own text ends before them")
+    ignore_eos: bool = option(False, "the model's own end tokens and the chat template's do not end a completion")
     draft_length: dict[str, Any] = group("policy for the number of tokens drafted per target pass")
     draft_tokens: int | None = option(
         None,

@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from hasten.accel.decoding.engine import Request, Result
 from hasten.accel.decoding.replay import distinct_share
@@ -29,6 +28,7 @@ from hasten.jobs.common.schema import plain
 from hasten.jobs.decode.completions import Record
 from hasten.jobs.decode.inputs import Inputs, prepare
 from hasten.jobs.decode.options import DecodeConfig
+from hasten.jobs.decode.stopping import Stopping
 from hasten.jobs.decode.streaming import Printer
 
 _LOG = logging.getLogger(__name__)
@@ -44,13 +44,14 @@ def run(config: DecodeConfig) -> Path:
     if config.stream:
         config.workers = config.in_flight = 1
     inputs = prepare(config)
+    printer = Printer(inputs.stopping) if config.stream else None
     with ExitStack() as stack:
         decoders = None
         if inputs.missing:
             drafters = 0 if inputs.placement == "private" else config.drafter_actors
             reads = {"target": inputs.spec.target} | ({} if inputs.spec.draft is None else {"draft": inputs.spec.draft})
             stack.enter_context(cluster_session(config, config.workers * config.threads + drafters, reads, {}))
-            decoders = _decoders(config, inputs)
+            decoders = _decoders(config, inputs, printer)
             stack.callback(decoders.close)
             # Checked before the actors occupy the CPUs.
             check_weights([inputs.spec.target], config.workers, config.threads)
@@ -66,7 +67,7 @@ def run(config: DecodeConfig) -> Path:
         used = {"cpu_seconds": 0.0, "peak_rss_bytes": 0.0}
         records = dict(kept)
         if decoders is not None:
-            metrics |= _decode(config, inputs, decoders, records)
+            metrics |= _decode(config, inputs, decoders, records, printer)
             metrics |= _check_ties(config, inputs, decoders, records)
             _save_learned(config, inputs.spec.vocabulary, decoders)
             used = decoders.close()
@@ -86,6 +87,7 @@ def run(config: DecodeConfig) -> Path:
             "acceptance_histogram": total.acceptance_histogram,
             "acceptance_per_position": total.acceptance_per_position,
             "prompts": prompts,
+            **inputs.stopping.report(inputs.prompts),
             "output": str(output),
         }
         for step, row in enumerate(prompts[:_TRACKED_PROMPTS]):
@@ -96,8 +98,8 @@ def run(config: DecodeConfig) -> Path:
     return path
 
 
-def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
-    on_tokens = Printer(inputs.tokenizer).tokens if config.stream else None
+def _decoders(config: DecodeConfig, inputs: Inputs, printer: Printer | None) -> Decoders:
+    on_tokens = printer.tokens if printer is not None else None
     needs = worker_resources(config)
     with_model = inputs.spec.drafter is not None and inputs.spec.drafter.needs_draft_model
     drafter_needs = ActorResources(1, needs.gpus if with_model else 0)
@@ -107,12 +109,23 @@ def _decoders(config: DecodeConfig, inputs: Inputs) -> Decoders:
 
 
 def _decode(
-    config: DecodeConfig, inputs: Inputs, decoders: Decoders, records: dict[str, Record]
+    config: DecodeConfig,
+    inputs: Inputs,
+    decoders: Decoders,
+    records: dict[str, Record],
+    printer: Printer | None,
 ) -> dict[str, float | None]:
     """Decode the missing prompts, write the results and add them to records; returns the metrics of this run."""
     prompts = {prompt.key: prompt for prompt in inputs.missing}
     requests = [
-        Request(key, prompt.tokens, config.max_new_tokens, inputs.sampling, prompt_seed(config.seed, key))
+        Request(
+            key,
+            prompt.tokens,
+            config.max_new_tokens,
+            inputs.sampling,
+            prompt_seed(config.seed, key),
+            inputs.stopping.ids(prompt),
+        )
         for key, prompt in prompts.items()
     ]
     tokens = drafted = steps = 0
@@ -120,16 +133,17 @@ def _decode(
     with inputs.completions as completions, Progress("decode", len(inputs.prompts), "prompt") as progress:
         progress.begin(len(inputs.kept))
         for result in decoders(requests):
-            record = _record(prompts[result.id], result, inputs.tokenizer)
+            record = _record(prompts[result.id], result, inputs.stopping)
             completions.write(record)
             records[result.id] = record
             tokens += len(result.token_ids)
             drafted += result.stats.num_draft_tokens
             steps += result.stats.num_spec_steps
-            if not config.stream:
+            if printer is None:
                 progress.update(len(records), f"{tokens / (perf_counter() - started):.0f} tokens/s")
     seconds = perf_counter() - started
-    if config.stream:
+    if printer is not None:
+        printer.end()
         print()  # end the line of the last completion
     if decoders.restarts:
         _LOG.warning("%d actor(s) were lost and replaced", decoders.restarts)
@@ -169,16 +183,17 @@ def _check_ties(
     }
 
 
-def _record(prompt: Prompt, result: Result, tokenizer: PreTrainedTokenizerBase | None) -> Record:
+def _record(prompt: Prompt, result: Result, stopping: Stopping) -> Record:
     """A line of the output."""
     stats = result.stats
     counts = {key: value for key, value in vars(stats).items() if key != "histogram"}
     return {
         "id": prompt.id,
-        "completion": None if tokenizer is None else str(tokenizer.decode(result.token_ids, skip_special_tokens=True)),
+        "completion": stopping.text(result.token_ids),
         "token_ids": result.token_ids,
         "prompt_token_ids": prompt.tokens,
         "ended": result.ended,
+        "stopped_by": stopping.stopped_by(result.ended, result.token_ids, result.stop_string),
         "figures": counts
         | stats.metrics()
         | {

@@ -7,6 +7,7 @@ from hasten.jobs.common.schema import (
     DEVICES,
     DTYPES,
     MODEL,
+    TEMPLATE,
     WORKER_GPUS,
     WORKER_MEMORY,
     Evaluation,
@@ -24,6 +25,7 @@ class EvaluateConfig(Run):
     original: str | None = option(
         None, "uncompressed checkpoint to compare with; null is the one that a compressed checkpoint names", path="in"
     )
+    template: str | None = option(None, TEMPLATE, path="in")
     tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
     dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
     device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)

@@ -47,7 +47,7 @@ def run(config: EvaluateConfig) -> Path:
     if config.evaluation.sequences:
         for path in folders:
             Architecture(Checkpoint(path))  # reads no weights, but refuses models that cannot be run
-        windows = held_out_windows(config.evaluation, load_tokenizer(folder), folder)
+        windows = held_out_windows(config.evaluation, load_tokenizer(folder, config.template), folder)
     with ExitStack() as stack:
         if windows is not None:
             stack.enter_context(cluster_session(config, config.workers * config.threads, reads, {}, in_turn=True))

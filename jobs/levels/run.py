@@ -74,7 +74,7 @@ class DatabaseBuild:
     def __init__(self, config: LevelOptions, output: Path | None, overwrite: bool) -> None:
         self.source = original(config.model)
         self.settings = make_settings(config, self.source, output)
-        self.tokenizer = load_tokenizer(self.source)
+        self.tokenizer = load_tokenizer(self.source, config.template)
         tokens = calibration_tokens(config.calibration, self.settings, self.tokenizer)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, Run, group, option
+from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, TEMPLATE, Run, group, option
 
 
 @dataclass
@@ -11,6 +11,7 @@ class ReplayConfig(Run):
     """Measure a drafter's acceptance on a text or on recorded completions, without decoding."""
 
     text: str = option("library", f"held-out text that stands for the target's greedy completions: {SOURCE}", path="in")
+    template: str | None = option(None, TEMPLATE, path="in")
     recorded: str | None = option(None, "JSON Lines that hasten decode wrote, in place of text", path="in")
     target: str = option("embedded:target", f"model whose tokenizer encodes the text: {MODEL}", path="in")
     draft: str | None = option(

@@ -123,7 +123,7 @@ def _sequences(config: ReplayConfig, target: Path, vocabulary: int) -> list[tupl
         )
     tokens = load_tokens(
         config.text,
-        load_tokenizer(target),
+        load_tokenizer(target, config.template),
         config.sequences,
         config.sequence_length,
         split="held_out",

@@ -63,7 +63,7 @@ class Search:
         # A given database is used as it is; the options of `levels` apply to one that is built here.
         self._database_build = None if config.levels else DatabaseBuild(config, None, overwrite=False)
         self._source = self._database_build.source if self._database_build else original(config.model)
-        tokenizer = load_tokenizer(self._source)
+        tokenizer = load_tokenizer(self._source, config.template)
         tokens = config.search
         self._tokens: Tensor = load_tokens(
             tokens.source,

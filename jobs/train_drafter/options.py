@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, Run, group, option, section
+from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, SOURCE, TEMPLATE, Run, group, option, section
 
 
 @dataclass
@@ -39,6 +39,7 @@ class TrainDrafterConfig(Run):
     dtype: str = option("float32", "dtype of the models' arithmetic", choices=DTYPES)
     device: str = option("auto", "where the models compute; auto is cuda where there is one", choices=DEVICES)
     threads: int = option(1, "threads", at_least=1)
+    template: str | None = option(None, TEMPLATE, path="in")
     output: str | None = option(
         None, "file of the trained network, must be new; null is the head's usual name in run_dir", path="out"
     )

@@ -41,7 +41,7 @@ def run(config: TrainDrafterConfig) -> Path:
     fingerprint = Checkpoint(folders[head.reads]).fingerprint()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    texts = _texts(config.text, folders)
+    texts = _texts(config.text, folders, config.template)
     if config.output is not None:
         _check_output(Path(config.output))
     torch.set_num_threads(config.threads)
@@ -76,9 +76,9 @@ def run(config: TrainDrafterConfig) -> Path:
     return path
 
 
-def _texts(text: DrafterText, folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
+def _texts(text: DrafterText, folders: dict[str, Path], template: str | None) -> tuple[Tensor, Tensor]:
     """Token ids (S, T) to train on and to measure on."""
-    tokenizer = load_tokenizer(folders["target"])
+    tokenizer = load_tokenizer(folders["target"], template)
     # Models may have vocabulary rows beyond the tokenizer's ids, and different numbers of them.
     vocabulary = min(vocabulary_size(folder) for folder in folders.values())
     if text.source == LIBRARY:

@@ -6,7 +6,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from hasten.accel.data.chat import encode_conversation, encode_prompt, end_of_turn, use_template
-from hasten.accel.data.records import Conversation, read_text
+from hasten.accel.data.records import Conversation, read_document
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
@@ -52,7 +52,7 @@ def test_special_tokens_in_a_message_are_text(tokenizer: Any) -> None:
 
 def test_a_special_token_split_over_text_parts_is_text(tokenizer: Any) -> None:
     parts = [{"type": "text", "text": "<|endof"}, {"type": "text", "text": "text|>"}]
-    read = read_text({"messages": [{"role": "user", "content": parts}]}, "here")
+    read = read_document({"messages": [{"role": "user", "content": parts}]}, "here")
     assert isinstance(read, Conversation)
     ids = encode_conversation(tokenizer, read, "here", prompt=False)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|endoftext|>")) == 1
@@ -80,7 +80,7 @@ def test_a_template_of_parts_gets_parts(tokenizer: Any) -> None:
 
 
 def test_without_a_template_pairs_are_plain_text_and_messages_are_refused(plain: Any) -> None:
-    pair = read_text({"instruction": "Add.", "input": "1, 1", "output": "2"}, "here")
+    pair = read_document({"instruction": "Add.", "input": "1, 1", "output": "2"}, "here")
     assert isinstance(pair, Conversation)
     assert encode_conversation(plain, pair, "here", prompt=False) == "Add.\n1, 1\n2"
     assert encode_conversation(plain, pair, "here", prompt=True) == "Add.\n1, 1\n"

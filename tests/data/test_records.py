@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from hasten.accel.data.records import Conversation, read_prompt, read_text
+from hasten.accel.data.records import Conversation, read_document, read_prompt
 from hasten.accel.errors import UserError
 
 USER = {"role": "user", "content": "1+1?"}
@@ -32,7 +32,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     ],
 )
 def test_records_of_different_fields_are_the_same_conversation(record: dict[str, Any]) -> None:
-    read = read_text(record, "here")
+    read = read_document(record, "here")
     assert isinstance(read, Conversation)
     assert read.messages == [SYSTEM, USER, ASSISTANT]
     assert read.prompt().messages == [SYSTEM, USER]  # the assistant's last turn is what is decoded
@@ -41,7 +41,7 @@ def test_records_of_different_fields_are_the_same_conversation(record: dict[str,
 
 def test_an_instruction_is_followed_by_its_input() -> None:
     record = {"instruction": "Add.", "context": "1 and 1", "response": "2", "category": "sums"}
-    read = read_text(record, "here")
+    read = read_document(record, "here")
     assert isinstance(read, Conversation)
     assert read.messages == [{"role": "user", "content": "Add.\n\n1 and 1"}, ASSISTANT]
     assert read.plain == ("Add.\n1 and 1\n", "2")
@@ -57,7 +57,7 @@ def test_an_instruction_is_followed_by_its_input() -> None:
     ],
 )
 def test_pairs_have_a_plain_form_and_messages_have_none(record: dict[str, Any], plain: tuple[str, str] | None) -> None:
-    read = read_text(record, "here")
+    read = read_document(record, "here")
     assert isinstance(read, Conversation)
     assert read.plain == plain
 
@@ -72,25 +72,25 @@ def test_a_prompt_alone_is_plain_text_and_token_ids_stay() -> None:
 
 
 def test_text_to_calibrate_on_is_the_field_text_or_all_text_fields() -> None:
-    assert read_text({"text": "a", "messages": [USER]}, "here") == "a"
-    assert read_text({"title": "a", "number": 1, "body": "b"}, "here") == "a\nb"
-    assert read_text({"title": "a", "body": "b"}, "here", "body") == "b"
-    assert read_text({"text": "a", "turns": [USER]}, "here", "turns") == Conversation([USER])
+    assert read_document({"text": "a", "messages": [USER]}, "here") == "a"
+    assert read_document({"title": "a", "number": 1, "body": "b"}, "here") == "a\nb"
+    assert read_document({"title": "a", "body": "b"}, "here", "body") == "b"
+    assert read_document({"text": "a", "turns": [USER]}, "here", "turns") == Conversation([USER])
 
 
 def test_text_parts_are_one_text() -> None:
     parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
-    assert read_text({"messages": [{"role": "user", "content": parts}]}, "here") == Conversation([USER])
+    assert read_document({"messages": [{"role": "user", "content": parts}]}, "here") == Conversation([USER])
 
 
 def test_tools_and_arguments_may_be_json_text() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    read = read_text({"messages": messages, "tools": '[{"type": "function"}]'}, "here")
+    read = read_document({"messages": messages, "tools": '[{"type": "function"}]'}, "here")
     assert isinstance(read, Conversation)
     assert read.tools == [{"type": "function"}]
     assert read.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert read_text({"messages": [USER], "tools": TOOLS}, "here") == Conversation([USER], TOOLS)
+    assert read_document({"messages": [USER], "tools": TOOLS}, "here") == Conversation([USER], TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_tools_and_arguments_may_be_json_text() -> None:
     ],
 )
 def test_a_malformed_record_names_the_field(record: dict[str, Any], message: str) -> None:
-    for read in (read_text, read_prompt):
+    for read in (read_document, read_prompt):
         with pytest.raises(UserError, match=message) as caught:
             read(record, "source=a.jsonl line 7")
         assert str(caught.value).startswith("source=a.jsonl line 7")
@@ -142,4 +142,4 @@ def test_a_record_without_a_prompt_is_refused(record: dict[str, Any], field: str
 
 def test_a_record_without_text_is_refused() -> None:
     with pytest.raises(UserError, match="here has no text; its fields are id"):
-        read_text({"id": 3}, "here")
+        read_document({"id": 3}, "here")

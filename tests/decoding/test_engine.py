@@ -13,6 +13,7 @@ from hasten.accel.decoding.lengths.adaptive import Adaptive
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.lengths.timing import measure_costs
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.errors import UserError
@@ -119,6 +120,28 @@ def test_a_stop_token_ends_a_sequence_inside_an_accepted_path(target, requests, 
         result = decoded(Engine(target, PromptLookup(), stop=[stop]), [request])["0"]
         assert result.token_ids == expected["0"][: expected["0"].index(stop) + 1]
         assert result.ended == "stop"
+
+
+def test_a_requests_own_stop_token_ends_it_alone(target, requests, expected):
+    stop = expected["0"][NEW // 2]
+    asked = [Request("0", requests[0].tokens, NEW, stop=(stop,)), requests[1]]
+    results = decoded(Engine(target, PromptLookup(), in_flight=2), asked)
+    assert results["0"].token_ids == expected["0"][: expected["0"].index(stop) + 1]
+    assert results["1"].token_ids == expected["1"]
+
+
+def test_a_stop_string_changes_no_token_before_it(target, requests, expected, tokenizer):
+    text = tokenizer.decode(expected["0"])
+    for start in range(0, len(text) - 5, 5):
+        stop = StopStrings((text[start : start + 5],), tokenizer)
+        results = [
+            decoded(Engine(target, drafter, stop_strings=stop), [requests[0]])["0"] for drafter in (None, Bush())
+        ]
+        assert results[0].token_ids == results[1].token_ids == expected["0"][: len(results[0].token_ids)]
+        before = text.partition(stop.strings[0])[0]
+        assert stop.cut(tokenizer.decode(results[0].token_ids)) == before
+        assert len(tokenizer.decode(results[0].token_ids[:-1])) < len(before) + 5  # the last token completed it
+        assert results[0].stop_string == stop.strings[0]
 
 
 def test_never_more_tokens_than_asked_for(target, requests, expected):

@@ -9,12 +9,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.models.checkpoint import resolve
@@ -162,6 +164,31 @@ def test_sequences_asked_together_get_what_they_get_alone(drafter, learned, prom
     with torch.no_grad():
         together = drafter.propose_all(contexts(prompts, plain, GREEDY), learned, 8)
     assert contents(together) == contents(alone)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_stop_string_ends_what_the_target_says(drafter, models, target, prompts, plain, in_flight):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:target"))
+    # In the middle of both completions, over the border of two tokens or more.
+    texts = [tokenizer.decode(tokens) for tokens in plain[0.0]]
+    strings = tuple(text[len(text) // 2 : len(text) // 2 + 7] for text in texts)
+    stop = StopStrings(strings, tokenizer)
+    engine = Engine(
+        target,
+        drafter,
+        memory=drafter.new_memory(models),
+        policy=Fixed(8),
+        in_flight=in_flight,
+        stop_strings=stop,
+    )
+    results = engine.decode([Request(str(index), prompt, NEW) for index, prompt in enumerate(prompts)])
+    for result in results:
+        tokens = plain[0.0][int(result.id)]
+        ends = [n for n in range(1, NEW + 1) if any(string in tokenizer.decode(tokens[:n]) for string in strings)]
+        assert result.token_ids == tokens[: ends[0]]
+        assert result.ended == "stop"
+        assert result.stop_string in strings
+        assert stop.cut(texts[int(result.id)]) == stop.cut(tokenizer.decode(result.token_ids))
 
 
 def test_a_prompt_of_one_token_is_decoded(drafter, models, target, prompts):

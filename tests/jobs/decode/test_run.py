@@ -156,14 +156,26 @@ def other(folder):
     return path
 
 
+CHAT = '{"id": 2, "messages": [{"role": "user", "content": "import"}]}\n'
 GOOD = '{"id": 1, "prompt": "import os"}\n'
 WRONG = {
     "no file": (None, {}, ["prompts=prompts.jsonl cannot be read", "No such file"]),
     "an empty file": ("\n\n", {}, ["prompts=prompts.jsonl is empty", "JSON Lines"]),
     "no JSON": (GOOD + "\nimport os\n", {}, ["prompts=prompts.jsonl, line 3 is not JSON"]),
     "no object": (GOOD + "[1]\n", {}, ["line 2 is JSON, but no object"]),
-    "no prompt": ('{"question": "why"}\n', {}, ["line 1 has no 'prompt', only question", "prompt_field=NAME"]),
+    "no prompt": (
+        '{"title": "why"}\n',
+        {},
+        ["line 1 has no 'prompt' (or messages, ", "only title", "prompt_field=NAME"],
+    ),
     "no text": ('{"prompt": 3}\n', {}, ["line 1 has a 'prompt' that is neither text nor a list of token ids"]),
+    "no template": (
+        GOOD + CHAT,
+        {},
+        ["line 2 holds messages, and the tokenizer has no chat template", "template=PATH"],
+    ),
+    "no such template": (GOOD, {"template": "none.jinja"}, ["template=none.jinja cannot be read", "No such file"]),
+    "an empty stop string": (GOOD, {"stop_strings": "['']"}, ["stop_strings holds ''", "one character or more"]),
     "empty": (GOOD + '{"prompt": ""}\n', {}, ["line 2 has an empty 'prompt'", "one token"]),
     "foreign id": ('{"prompt": [5, 4096]}\n', {}, ["line 1 holds token id 4096", "(0 to 4095)"]),
     "an id twice": (GOOD + '{"prompt": "a"}\n' + GOOD, {}, ["has the id '1' twice, in lines 1 and 3"]),
