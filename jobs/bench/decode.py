@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hasten.cluster.runtime.resources import peak_rss_bytes
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, Run, option, plain
+from hasten.jobs.common.schema import DEVICES, DTYPES, MODEL, TEMPLATE, Run, option, plain
 
 if TYPE_CHECKING:
     from hasten.jobs.bench.decoding.setup import Setup
@@ -38,7 +38,7 @@ class Config(Run):
     )
     count: int = option(50, "prompts of each file of texts, the first ones", at_least=1)
     per_category: int = option(3, "chat prompts of each category, the first ones; hasten's own have 25", at_least=1)
-    template: str | None = option(None, "Jinja file of a chat template; null is the target's own", path="in")
+    template: str | None = option(None, TEMPLATE, path="in")
     prompt_tokens: int = option(384, "tokens of a text that are used, the last ones", at_least=2)
     max_new_tokens: int = option(
         64, "tokens to decode for every prompt; an answer in a chat may end before", at_least=1

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.accel.data.chat import encode_conversation, encode_prompt
-from hasten.accel.data.records import Conversation, read_prompt
-from hasten.accel.errors import UserError
-from hasten.jobs.common.prompts import Prompt, check_lengths, read_records
+from hasten.accel.data.records import Conversation
+from hasten.jobs.common.prompts import Prompt, check_lengths, encoded_prompt, read_prompts, read_records
 from hasten.jobs.common.tokenizer import Tokenizer
 
 OWN = "chat"
 _OWN_FILE = Path(__file__).parents[1] / "prompts" / "chat.jsonl"
 # Decoded first and not counted. It is in no file, so no drafter learns an answer from it that is asked for again.
-_WARM_UP = Conversation([{"role": "user", "content": "Name three kinds of trees, and say where each of them grows."}])
+_QUESTION = "Name three kinds of trees, and say where each of them grows."
+_WARM_UP = Conversation([{"role": "user", "content": _QUESTION}], plain=(_QUESTION, ""))
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,24 @@ def is_conversations(source: str) -> bool:
 
 
 def read_conversations(
-    source: str, tokenizer: Tokenizer, per_category: int, max_new_tokens: int, context: int | None
+    source: str, tokenizer: Tokenizer, vocabulary: int, per_category: int, max_new_tokens: int, context: int | None
 ) -> ChatPrompts:
     """The first prompts of each category of a source; records without `category` are of the category `all`.
 
-    context: of the target, in tokens; None is no limit. UserError names a line that is no prompt or too long.
+    vocabulary, context: of the target, in tokens; None is no limit. UserError names a line that is no prompt, or one
+    whose prompt is too long.
     """
     path = _OWN_FILE if source == OWN else Path(source)
+    records = [record for _, record in read_records("prompts", path)]
     by_category: dict[str, list[Prompt]] = {}
-    for number, record in read_records("prompts", path):
-        where = f"prompts={source}, line {number}"
+    for record, prompt in zip(records, read_prompts(path, tokenizer, vocabulary, "prompt", "id"), strict=True):
         prompts = by_category.setdefault(str(record.get("category", "all")), [])
         if len(prompts) < per_category:
-            tokens = _encode(read_prompt(record, where), tokenizer, where)
-            prompts.append(Prompt(record.get("id", number), tokens, where))
+            prompts.append(prompt)
     # Sequences in flight are of all kinds, as a server's are.
     taken = list(_in_turns(by_category))
     check_lengths([prompt for _, prompt in taken], max_new_tokens, context)
-    warm_up = _encode(_WARM_UP, tokenizer, "warm-up")
+    warm_up, _ = encoded_prompt(_WARM_UP, tokenizer, f"prompts={source}, the prompt that warms up", False)
     return ChatPrompts(warm_up, [prompt.tokens for _, prompt in taken], [category for category, _ in taken])
 
 
@@ -68,15 +67,3 @@ def _in_turns(by_category: dict[str, list[Prompt]]) -> Iterator[tuple[str, Promp
     rounds = itertools.zip_longest(*by_category.values())
     for prompts in rounds:
         yield from ((name, prompt) for name, prompt in zip(by_category, prompts, strict=True) if prompt is not None)
-
-
-def _encode(prompt: Conversation | str | list[int], tokenizer: Tokenizer, where: str) -> list[int]:
-    if isinstance(prompt, Conversation):
-        encoded = encode_conversation(tokenizer, prompt, where, prompt=True)
-        if isinstance(encoded, list):
-            return encoded
-        prompt = encoded
-    tokens = encode_prompt(tokenizer, prompt, special_tokens=False) if isinstance(prompt, str) else prompt
-    if not tokens:
-        raise UserError(f"{where} has an empty prompt: give one token at least")
-    return tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hasten.accel.data.chat import end_of_turn, use_template
+from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
@@ -31,7 +31,7 @@ from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.prompts import check_tokenizers, context_length, stop_ids
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 
 
 class Generator(Protocol):
@@ -58,12 +58,10 @@ class Setup:
         target = resolve(config.target)
         draft, no_draft = _draft_model(config.draft, target)
         self.names, self.omitted = _chosen_drafters(config, draft, no_draft)
-        tokenizer = load_tokenizer(target)
+        tokenizer = load_tokenizer(target, config.template)
         if tokenizer is None:
             raise UserError(f"target={config.target} has no tokenizer: prompts are texts")
         self._tokenizer = tokenizer
-        if config.template is not None:
-            use_template(tokenizer, config.template)
         _check_labels(config.prompts)
         self.prompts = dict(self._prompts())
         self.chat = self._chat(target)
@@ -105,13 +103,13 @@ class Setup:
             yield _label(source), [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
 
     def _chat(self, target: Path) -> dict[str, ChatPrompts]:
-        config, context = self.config, context_length(target)
+        config, vocabulary, context = self.config, vocabulary_size(target), context_length(target)
         sources = [source for source in config.prompts if is_conversations(source)]
         if min(config.chat_in_flight, default=0) < 1:
             raise UserError(f"chat_in_flight={config.chat_in_flight} is wrong: expected numbers of 1 or more")
         return {
             _label(source): read_conversations(
-                source, self._tokenizer, config.per_category, config.max_new_tokens, context
+                source, self._tokenizer, vocabulary, config.per_category, config.max_new_tokens, context
             )
             for source in sources
         }

@@ -95,7 +95,7 @@ def test_prompts_are_rendered_by_the_template_and_the_categories_take_turns(file
 def test_hastens_own_prompts_fill_the_context_of_no_model_of_2048_tokens():
     tokenizer = load_tokenizer(resolve("embedded:target"))
     tokenizer.chat_template = TEMPLATE
-    prompts = read_conversations("chat", tokenizer, 25, 64, 2048)
+    prompts = read_conversations("chat", tokenizer, len(tokenizer), 25, 64, 2048)
     assert len(prompts.tokens) == 200
     assert len(prompts.by_category) == 8
     assert prompts.warm_up not in prompts.tokens
