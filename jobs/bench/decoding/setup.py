@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hasten.accel.data.begin import begin_tokens
+from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.adaptive import Adaptive
 from hasten.accel.decoding.lengths.base import LengthController
-from hasten.accel.decoding.lengths.timing import measure_costs
+from hasten.accel.decoding.lengths.timing import PassCosts, measure_costs
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.targets.loading import load_target
@@ -25,12 +26,13 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE as HEAD
 from hasten.jobs.bench.decode import Config
+from hasten.jobs.bench.decoding.conversations import OWN, ChatPrompts, is_conversations, read_conversations
 from hasten.jobs.bench.measurements import methods
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.markdown import table
-from hasten.jobs.common.prompts import check_tokenizers
-from hasten.jobs.common.tokenizer import load_tokenizer
+from hasten.jobs.common.prompts import check_tokenizers, context_length, stop_ids
+from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 
 
 class Generator(Protocol):
@@ -43,9 +45,10 @@ class Generator(Protocol):
 class Setup:
     """Models and prompts of a benchmark run.
 
-    prompts: token ids by source, one prompt more than asked for, which warms up. model, assistant: target and draft
-    model as transformers has them, None without a draft model. device: where they are. costs: seconds of a target pass
-    by tree size. names: drafters of the speed table. omitted: by name, why a drafter is not among them.
+    prompts: token ids by source of text, one prompt more than asked for, which warms up. chat: chat prompts by source.
+    stop: ids that end an answer to one. model, assistant: target and draft model as transformers has them, None without
+    a draft model. device: where they are. costs: seconds of a target pass by tree size. names: drafters of the speed
+    table. omitted: by name, why a drafter is not among them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -56,11 +59,15 @@ class Setup:
         target = resolve(config.target)
         draft, no_draft = _draft_model(config.draft, target)
         self.names, self.omitted = _chosen_drafters(config, draft, no_draft)
-        tokenizer = load_tokenizer(target)
+        tokenizer = load_tokenizer(target, config.template)
         if tokenizer is None:
             raise UserError(f"target={config.target} has no tokenizer: prompts are texts")
         self._tokenizer = tokenizer
+        _check_labels(config.prompts)
         self.prompts = dict(self._prompts())
+        self.chat = self._chat(target)
+        end = end_of_turn(tokenizer)
+        self.stop = tuple(sorted({*stop_ids(target, tokenizer), *([] if end is None else [end])}))
 
         def load(folder: Path) -> Generator:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
@@ -73,8 +80,7 @@ class Setup:
         self._target = load_target(target, dtype, self.device, compiled=config.compiled)
         load_draft = None if draft is None else partial(load_target, draft, dtype, self.device, keeps_hidden=True)
         self._models = Models(self._target.vocabulary, load_draft, draft)
-        widths = [width for width in (1, 2, 4, 8, 16, 32, 64) if width <= 2 * config.max_draft_tokens]
-        self.costs = measure_costs(self._target, widths, config.in_flight)
+        self.costs = self._measure_costs()
 
     def _prompts(self) -> Iterator[tuple[str, list[list[int]]]]:
         config = self.config
@@ -90,15 +96,42 @@ class Setup:
             )
             yield "library", windows.tolist()
         for source in config.prompts:
+            if is_conversations(source):
+                continue
             path, _, field = source.rpartition(":")
             try:
                 with Path(path).open(encoding="utf-8") as file:
                     texts = [json.loads(line)[field] for _, line in zip(range(config.count + 1), file, strict=False)]
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"prompts={source} cannot be read as FILE:FIELD of JSON Lines: {error!r}") from error
+                raise UserError(
+                    f"prompts={source} cannot be read: expected {OWN}, a JSON Lines file of messages, or FILE:FIELD of "
+                    f"one of texts ({error!r})"
+                ) from error
             if len(texts) < 2:
                 raise UserError(f"prompts={source} has {len(texts)} lines, and 2 at least are needed")
-            yield Path(path).stem, [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
+            yield _label(source), [self._tokenizer(text)["input_ids"][-config.prompt_tokens :] for text in texts]
+
+    def _chat(self, target: Path) -> dict[str, ChatPrompts]:
+        config, vocabulary, context = self.config, vocabulary_size(target), context_length(target)
+        sources = [source for source in config.prompts if is_conversations(source)]
+        if min(config.chat_in_flight, default=0) < 1:
+            raise UserError(f"chat_in_flight={config.chat_in_flight} is wrong: expected numbers of 1 or more")
+        return {
+            _label(source): read_conversations(
+                source, self._tokenizer, vocabulary, config.per_category, config.max_new_tokens, context
+            )
+            for source in sources
+        }
+
+    def _measure_costs(self) -> PassCosts:
+        """Costs for every number of sequences that is decoded at once."""
+        config = self.config
+        widths = [width for width in (1, 2, 4, 8, 16, 32, 64) if width <= 2 * config.max_draft_tokens]
+        counts = {*([config.in_flight] if self.prompts else []), *(config.chat_in_flight if self.chat else [])}
+        measured: dict[int, dict[int, float]] = {}
+        for count in sorted(counts or {1}):
+            measured |= measure_costs(self._target, widths, count).measured
+        return PassCosts(measured)
 
     def omissions(self) -> list[str]:
         """A line below the speed table that names the drafters left out; empty if there are none."""
@@ -119,11 +152,14 @@ class Setup:
         in_flight: int = 1,
         policy: LengthController | None = None,
         verifier: Verifier | None = None,
+        stop: Iterable[int] = (),
     ) -> Engine:
         """Engine on the target; without a policy the draft length adapts to the measured costs."""
         if drafter is not None and policy is None:
             policy = Adaptive().start(lambda: self.costs, self.config.max_draft_tokens)
-        return Engine(self._target, drafter, verifier, models=self._models, policy=policy, in_flight=in_flight)
+        return Engine(
+            self._target, drafter, verifier, models=self._models, policy=policy, stop=stop, in_flight=in_flight
+        )
 
     def requests(self, prompts: Sequence[list[int]], temperature: float = 0.0) -> list[Request]:
         """A request for each prompt; its number is its id and seed."""
@@ -142,6 +178,18 @@ class Setup:
         return "Milliseconds of a pass by tokens of each sequence, 128 tokens in the cache:\n\n" + table(
             ["sequences", *map(str, widths)], rows
         )
+
+
+def _label(source: str) -> str:
+    """Name of a source of prompts in tables and report keys."""
+    return Path(source if is_conversations(source) else source.rpartition(":")[0] or source).stem
+
+
+def _check_labels(sources: Sequence[str]) -> None:
+    labels = [_label(source) for source in sources]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"prompts={','.join(sources)} has two files of the name {twice}, which names the tables of one")
 
 
 def _draft_model(draft: str | None, target: Path) -> tuple[Path | None, str]:
