@@ -38,9 +38,9 @@ _CONVERSATIONS = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
 # Field of the user's turn, fields that it continues with, and names of the field of the assistant's turn.
 _PAIRS = (
+    ("prompt", (), ("completion", "response")),
     ("instruction", ("input", "context"), ("output", "response", "completion")),
     ("question", (), ("answer", "response")),
-    ("prompt", (), ("completion", "response")),
 )
 
 
@@ -135,8 +135,12 @@ def _structured(record: Mapping[str, Any], where: str, answered: bool) -> Conver
     if isinstance(prompt, list) and any(isinstance(message, dict) for message in prompt):
         return _conversation(record, "prompt", where)
     for user, more, answers in _PAIRS:
-        if record.get(user) is None or (user == "prompt" and not _has_answer(record, answers)):
+        if record.get(user) is None:
             continue
+        if user == "prompt" and not _has_answer(record, answers):
+            if answered:
+                continue
+            return None  # plain text or token ids
         return _pair(record, user, more, answers if answered else None, where)
     return None
 

@@ -66,7 +66,7 @@ def test_pairs_have_a_plain_form_and_messages_have_none(record: dict[str, Any], 
 
 def test_a_prompt_alone_is_plain_text_and_token_ids_stay() -> None:
     assert read_prompt({"prompt": "def f("}, "here") == "def f("
-    assert read_prompt({"prompt": "def f(", "text": "no"}, "here") == "def f("
+    assert read_prompt({"prompt": "def f(", "text": "no", "question": "no"}, "here") == "def f("
     assert read_prompt({"prompt": [1, 2]}, "here") == [1, 2]
     assert read_prompt({"text": "def f("}, "here") == "def f("
     assert read_prompt({"question": "1+1?", "answer": "2"}, "here", "question") == "1+1?"
