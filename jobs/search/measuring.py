@@ -109,7 +109,7 @@ class CandidateMeasurer:
             units = [alone.get(unit.name, unit) for unit in units]
         start = Space(units, bits).first(1, np.random.default_rng(self._config.seed))[0]
         passes = self._config.search.error_passes
-        with Progress("sensitivities", passes, "pass") as progress:
+        with Progress("sensitivities", passes, "measurement") as progress:
 
             def measure(genome: Genome, number: int) -> Observation:
                 observation = self._observation(genome, number)
