@@ -15,7 +15,9 @@ class LevelOptions(Calibrated):
     bits: list[int] = option(
         [2, 3, 4, 5, 6, 8], "bits of a weight; each with each of group_sizes is a level; [] is none"
     )
-    group_sizes: list[int | str] = option(["auto"], f"{GROUP_SIZE}; -1 is one scale per row", words=("auto",))
+    group_sizes: list[int | str] = option(
+        ["auto", -1], f"{GROUP_SIZE}; -1 is one scale per row, a step between two numbers of bits", words=("auto",)
+    )
     symmetric: bool = option(
         True, "no zero points; transformers loads levels with zero points only if all layers have the same bits"
     )

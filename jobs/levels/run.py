@@ -160,12 +160,15 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
-    # The reference level is the grid of `reference` bits with the largest group size. Without grids it is the last
+    # The reference level is the grid of `reference` bits with the smallest group size. Without grids it is the last
     # level: the lowest of sparsities, which fall, or the highest of column_bits, which rise. extra_levels count only if
     # there are no others.
     usual = [level for level in levels if level.name not in config.extra_levels] or levels
     schemes = {level: level.loader_scheme for level in levels}
-    grid = next((level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference), None)
+    grids = [level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference]
+    # By descending group size; extra levels, which come last, count where they are the only ones of these bits.
+    usual_grids = [level for level in grids if level.name not in config.extra_levels]
+    grid = (usual_grids[-1:] or grids[:1] or [None])[0]
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(
         config,
