@@ -17,13 +17,13 @@ class SearchTokens:
         "reads",
         path="in",
     )
-    sequences: int = option(64, "sequences that the samples are drawn from", at_least=1)
+    sequences: int = option(32, "sequences that the samples are drawn from", at_least=1)
     sequence_length: int = option(512, "tokens in a sequence, with those that begin it", at_least=2)
     error_sequences: int = option(
         12, "how many of the sequences the errors are measured on; with errors=gradient in each pass", at_least=1
     )
     error_passes: int = option(
-        2, "measurements of errors=gradient: of a first mixture, then of the best one by the errors so far", at_least=1
+        3, "measurements of errors=gradient: of a first mixture, then of the best one by the errors so far", at_least=1
     )
     seed: int = option(1, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(1, "sequences that run through a block at once; more are faster on a GPU", at_least=1)
