@@ -30,8 +30,9 @@ class EvoPress(Searcher):
     in an offspring. grouped: True limits switches to units of equal sizes. across: share of the offspring that is
     exempt from that; 0 in the paper. foresight: variants made of every offspring, of which the one with the least sum
     of the units' errors is measured; 1 in the paper.
-    The defaults suit a small model and a start that is close to the best: 20 thousand tokens a generation. The paper has 150 generations of 128 offspring
-    with survivors (16, 4, 1) and tokens (2048, 16384, 131072), which are here 1.1 million tokens a generation.
+    The defaults suit a small model and a start that is close to the best: 20 thousand tokens a generation. The paper
+    has 150 generations of 128 offspring with survivors (16, 4, 1) and tokens (2048, 16384, 131072), which are here 1.1
+    million tokens a generation.
     """
 
     generations: int = 10
