@@ -59,7 +59,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     # Hidden states of a process's share of the sequences, at every block.
     share = math.ceil(search.error_sequences / search.workers) if search.error_passes else 0
     states = min(max(search.batch, share) * model.hidden_bytes(1, search.length) * (model.blocks + 2), _STATES_BYTES)
-    if searchers or search.measured:
+    if searchers or search.measured or not search.error_passes:
         # The pass over the blocks comes before the whole model is loaded.
         held = {
             "weights of all blocks": weights,

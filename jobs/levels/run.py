@@ -90,7 +90,6 @@ class DatabaseBuild:
             name = f"{self.settings.output.name}-{digest(lasting(self._fingerprint))[:8]}"
             self.settings = replace(self.settings, output=self.settings.output.with_name(name))
         self._pass = CalibrationPass(self.settings, tokens, config.workers, worker_resources(config))
-        log_group_sizes(self.settings.made, self._pass.task.layer_groups)
         self._overwrite = overwrite
         database = self._pass.task.output
         assert isinstance(database, LevelDatabase)
@@ -113,6 +112,7 @@ class DatabaseBuild:
         try:
             open_output(self.database, self._fingerprint, self._overwrite, self.texts.origin)
             if self.database.levels:
+                log_group_sizes(self.settings.made, self._pass.task.layer_groups)
                 run_pass(self._pass, "levels", tracker)
             else:
                 self.database.finish()

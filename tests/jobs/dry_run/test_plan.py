@@ -109,12 +109,17 @@ def test_llama_405b_is_planned_from_its_config_alone():
 @pytest.mark.parametrize(
     ("job", "words", "knob"),
     [
-        ("compress", ["calibration.sequences=1024", "workers=1", "plan.memory=1.7GB"], "calibration.sequences"),
+        # In one dtype: auto is bfloat16 on some processors, and takes less.
+        (
+            "compress",
+            ["calibration.sequences=1024", "workers=1", "plan.memory=1.7GB", "dtype=float32"],
+            "calibration.sequences",
+        ),
         ("compress", ["workers=4", "plan.nodes=1", "plan.cpus=2"], "workers"),
         ("compress", ["calibration.batch=128", "plan.memory=3GB", "evaluation.sequences=0"], "calibration.batch"),
         ("search", ["workers=8", "plan.memory=6GB"], "workers"),
         ("evaluate", ["batch=64", "plan.memory=2.2GB"], "batch"),
-        ("decode", ["in_flight=16", "max_new_tokens=1500", "plan.memory=1.42GB"], "in_flight"),
+        ("decode", ["in_flight=16", "max_new_tokens=1500", "plan.memory=1.42GB", "dtype=float32"], "in_flight"),
         (
             "compress",
             [
