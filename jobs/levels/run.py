@@ -168,7 +168,7 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
     grids = [level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference]
     # By descending group size; extra levels, which come last, count where they are the only ones of these bits.
     usual_grids = [level for level in grids if level.name not in config.extra_levels]
-    grid = (usual_grids[-1:] or grids[:1] or [None])[0]
+    grid = next(reversed(usual_grids), next(iter(grids), None))
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(
         config,
