@@ -10,7 +10,7 @@ from hasten.accel.compression.search.base import Problem
 from hasten.accel.compression.search.evopress import EvoPress
 
 LENGTHS = [7, 30, 12, 25, 40, 3, 18, 64]
-SMALL = EvoPress(generations=6, offspring=8, survivors=(4, 2, 1), tokens=(20, 50, 90), initial_tokens=30)
+SMALL = EvoPress(generations=6, offspring=8, survivors=(4, 2, 1), tokens=(20, 50, 90), initial_tokens=30, foresight=4)
 
 
 def search(searcher, units, budget, fitness, lengths, seed, state=None, after=None, start=None):
