@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from hasten.accel.compression.search.base import AllocationMethod, Searcher
+from hasten.accel.compression.search.sensitivity import STATES_BYTES
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_retained
 
@@ -18,7 +19,6 @@ _FIXED_CACHE = 2**30
 # Sensitivities run a block for the original and for the candidate, again for the backward pass, and backwards, which
 # takes as long as two runs; and the head of both models, and its gradient.
 _BACKWARD_BLOCKS, _BACKWARD_HEADS = 5, 3
-_STATES_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     known = used * search.length
     # Hidden states of a process's share of the sequences, at every block.
     share = math.ceil(search.error_sequences / search.workers) if search.error_passes else 0
-    states = min(max(search.batch, share) * model.hidden_bytes(1, search.length) * (model.blocks + 2), _STATES_BYTES)
+    states = min(max(search.batch, share) * model.hidden_bytes(1, search.length) * (model.blocks + 2), STATES_BYTES)
     if searchers or search.measured or not search.error_passes:
         # The pass over the blocks comes before the whole model is loaded.
         held = {

@@ -46,7 +46,7 @@ class Evaluator:
         torch.set_grad_enabled(False)
         self._spec = spec
         self._candidates: Candidates | None = None
-        self._architecture: Architecture | None = None
+        self._opened: tuple[Architecture, LevelDatabase] | None = None
         self._cpu_before: float | None = None
 
     def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
@@ -55,7 +55,7 @@ class Evaluator:
 
     def sensitivities(self, genome: Genome, batches: Sequence[Sequence[int]]) -> list[Sensitivity]:
         """Each unit's part of a candidate's divergence, for each batch of sequences."""
-        architecture, database = self._opened()
+        architecture, database = self._open()
         spec = self._spec
         return SensitivityPass(architecture, spec.units, database.weight, spec.tokens).measure(genome, batches)
 
@@ -75,7 +75,7 @@ class Evaluator:
     def _loaded(self) -> Candidates:
         if self._candidates is None:
             spec = self._spec
-            architecture, database = self._opened()
+            architecture, database = self._open()
             self._candidates = Candidates(
                 architecture,
                 spec.units,
@@ -87,10 +87,9 @@ class Evaluator:
             )
         return self._candidates
 
-    def _opened(self) -> tuple[Architecture, LevelDatabase]:
-        if self._architecture is None:
-            self._architecture = Architecture(Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device)
-        database = LevelDatabase.read(self._spec.levels, self._architecture)
-        if self._cpu_before is None:
+    def _open(self) -> tuple[Architecture, LevelDatabase]:
+        if self._opened is None:
+            architecture = Architecture(Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device)
+            self._opened = architecture, LevelDatabase.read(self._spec.levels, architecture)
             self._cpu_before = cpu_seconds()
-        return self._architecture, database
+        return self._opened

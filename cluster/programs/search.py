@@ -184,7 +184,11 @@ class Evaluators:
         groups = [batches[part.start : part.stop] for part in split(len(batches), self._count)]
         groups = [group for group in groups if group]
         calls = [_SensitivityCall(number, genome, group) for number, group in enumerate(groups)]
-        return [result for results in self._run(calls) for result in results if isinstance(result, Sensitivity)]
+        measured: list[Sensitivity] = []
+        for results in self._run(calls):
+            assert isinstance(results, list)
+            measured += results
+        return measured
 
     def close(self) -> dict[str, float]:
         """End the evaluators; returns the sum of their usage, with the largest peak memory."""

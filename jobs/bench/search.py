@@ -251,9 +251,9 @@ def _section(config: Config, measured: Measured) -> str:
         f"{config.windows} held-out windows of 512; EvoPress of {config.generations} generations of 16, steps "
         f"on {', '.join(map(str, config.tokens))} of {512 * config.search_sequences} tokens.",
         "KL(original || compressed) in nats per token, in brackets the bits per weight that were spent, with scales. "
-        "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by the KL divergence "
-        "with one layer compressed at a time (errors=kl_scaled, 8 sequences), and EvoPress starts from the latter. So "
-        "does random search, which makes the same moves and measures as many tokens.",
+        "With a budget between two levels uniform takes the lower. BAQ and the exact optimum go by each "
+        "layer's part of the divergence of a mixture (errors=gradient), and EvoPress starts from the latter. So does "
+        "random search, which makes the same moves and measures as many tokens.",
         provenance(),
         table(head, rows),
         "The published search: 10 generations of 12 offspring, survivors 4, 2, 1 on 512, 1024, 4096 tokens, KL, levels "

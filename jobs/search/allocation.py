@@ -239,14 +239,14 @@ class Search:
         """The genome that a search finds when it starts from the exact optimum of the additive errors."""
         bits = _bits(self._measurer.units, budget)
         units = self._measurer.units_with_errors(bits)
-        start = Exact().choose(units, bits)
+        problem = Problem(units, bits, self._measurer.lengths, self._config.seed, Exact().choose(units, bits))
         run = SearchRun(
             name,
             searcher,
             budget,
-            Problem(units, bits, self._measurer.lengths, self._config.seed, start),
+            problem,
             self._measurer.measure,
-            SavedStates(self.database, self.database.path / "searches" / digest(self._key(searcher, budget, start))),
+            SavedStates(self.database, self.database.path / "searches" / digest(self._key(searcher, budget, problem))),
             self._draw,
             tracker,
         )
@@ -278,7 +278,7 @@ class Search:
             return output if config.output else output.with_name(f"{output.name}-{budget:g}")
         return output / f"{budget:g}"
 
-    def _key(self, searcher: Searcher, budget: float, start: Sequence[int]) -> dict[str, object]:
+    def _key(self, searcher: Searcher, budget: float, problem: Problem) -> dict[str, object]:
         """Everything that a search depends on, besides the level database in which its states are saved."""
         config = self._config
         return {
@@ -288,7 +288,9 @@ class Search:
             "grouping": config.grouping,
             "keep": config.keep,
             "drop": list(config.drop),
-            "start": list(start),
+            "start": problem.start and list(problem.start),
+            # Searchers choose among their offspring by them.
+            "errors": [[choice.error for choice in unit.choices] for unit in problem.space.units],
             "fitness": repr(self._fitness),
             "tokens": fingerprint(self._tokens),
             "seed": config.seed,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,29 +84,29 @@ class CandidateMeasurer:
         # Only errors=gradient depends on the budget.
         key = bits if self._config.errors == "gradient" else None
         if key not in self._with_errors:
-            self._with_errors[key] = self._alone() if key is None else self._at_operating_point(bits)
+            scaled = self._config.errors == "kl_scaled"
+            self._with_errors[key] = self._alone(scaled=scaled) if key is None else self._at_operating_point(bits)
         return self._with_errors[key]
 
-    def _alone(self) -> list[Unit]:
-        """Errors of each unit with all others original: all choices, or one that is scaled to the others."""
+    def _alone(self, only: Collection[str] | None = None, scaled: bool = False) -> list[Unit]:
+        """Errors of units with all others original; only, scaled: see with_errors."""
         used = self._tokens[: self._config.search.error_sequences]
-        path = self._saved("errors", {"errors": self._config.errors, "tokens": fingerprint(used)})
+        key = {"only": None if only is None else sorted(only), "scaled": scaled, "tokens": fingerprint(used)}
+        path = self._saved("errors", key)
         if path.exists():
             errors = json.loads(path.read_text())
             return [_with(unit, row) for unit, row in zip(self.units, errors, strict=True)]
         sample = _whole(used)
         _LOG.info("measuring the error of each unit alone, on %d tokens", sample.tokens)
         evaluators = self._evaluators("search", self._tokens, self._fitness)
-        measured = with_errors(self.units, evaluators, sample, scaled=self._config.errors == "kl_scaled")
+        measured = with_errors(self.units, evaluators, sample, scaled, only)
         self._database.write_json(path, [[choice.error for choice in unit.choices] for unit in measured])
         return measured
 
     def _at_operating_point(self, bits: int) -> list[Unit]:
         """Errors at candidates of this size; those of parts that can be dropped are measured alone."""
-        units = self.units
-        if any(not unit.layers for unit in units):
-            alone = self._alone_parts()
-            units = [alone.get(unit.name, unit) for unit in units]
+        parts = [unit.name for unit in self.units if not unit.layers]
+        units = self._alone(parts) if parts else self.units
         start = Space(units, bits).first(1, np.random.default_rng(self._config.seed))[0]
         passes = self._config.search.error_passes
         with Progress("sensitivities", passes, "measurement") as progress:
@@ -137,20 +137,6 @@ class CandidateMeasurer:
         observation = observe(genome, evaluators.sensitivities(genome, sequences))
         self._database.write_json(path, observation.to_json())
         return observation
-
-    def _alone_parts(self) -> dict[str, Unit]:
-        """Parts that can be dropped, by name, with the divergence that dropping each of them alone causes."""
-        used = self._tokens[: self._config.search.error_sequences]
-        path = self._saved("drops", {"tokens": fingerprint(used)})
-        parts = [unit for unit in self.units if not unit.layers]
-        if path.exists():
-            rows = json.loads(path.read_text())
-        else:
-            evaluators = self._evaluators("search", self._tokens, self._fitness)
-            measured = with_errors(self.units, evaluators, _whole(used), only=[unit.name for unit in parts])
-            rows = [[choice.error for choice in unit.choices] for unit in measured if not unit.layers]
-            self._database.write_json(path, rows)
-        return {unit.name: _with(unit, row) for unit, row in zip(parts, rows, strict=True)}
 
     def _saved(self, kind: str, key: Mapping[str, object]) -> Path:
         """File in the level database of measurements of the units with this key; its folder exists."""

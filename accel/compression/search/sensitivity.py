@@ -20,6 +20,8 @@ from hasten.accel.compression.search.blocks import Block, BlockState, check_unit
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.models.architecture import Architecture
 
+# Bytes of hidden states that a group of batches may hold.
+STATES_BYTES = 2**31
 # Bytes of logits that are computed at once, of each of the two models.
 _LOGITS_BYTES = 16 * 2**20
 
@@ -53,7 +55,7 @@ class SensitivityPass:
         units: Sequence[Unit],
         weights: Callable[[str, str], Tensor],
         tokens: Tensor,
-        states_bytes: int = 2**31,
+        states_bytes: int = STATES_BYTES,
     ) -> None:
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(f"need tokens (N, T), T of 2 or more, got {tuple(tokens.shape)}")
