@@ -86,6 +86,23 @@ def test_a_search_resumes_at_the_last_finished_generation(source, folder, caplog
 
 
 @pytest.mark.ray
+def test_sensitivities_are_saved_and_do_not_depend_on_the_number_of_evaluators(source, folder, ray_session):
+    changes = {"allocator": "exact", "search.error_sequences": 2, "search.batch": 1}
+    assert search(source, **changes) == 0
+    saved = sorted(folder.rglob("searches/parts-*.json"))
+    assert len(saved) >= 2
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in saved}
+    saved[0].unlink()
+    assert search(source, **changes, output="again") == 0
+    assert {path.read_bytes() for path in saved} == {content for content, _ in before.values()}
+    assert [path.stat().st_mtime_ns for path in saved[1:]] == [time for path, (_, time) in before.items()][1:]
+    for path in saved:
+        path.unlink()
+    assert search(source, **changes, output="two", workers=2) == 0
+    assert [path.read_bytes() for path in saved] == [content for content, _ in before.values()]
+
+
+@pytest.mark.ray
 def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsys, ray_session):
     assert search(source, budget="[2.8,4]", grouping="none", errors="output") == 0
     report, run_dir = last_report(capsys)
