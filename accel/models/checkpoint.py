@@ -25,7 +25,11 @@ _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Terms of use, which a checkpoint that is made from the model must carry on.
-_HUB_FILES += ["LICEN*", "NOTICE*", "COPYING*", "*USE_POLICY*"]
+_HUB_FILES += [
+    f"*{word}*"
+    for name in ("licence", "license", "notice", "copying", "copyright", "use_policy")
+    for word in (name, name.capitalize(), name.upper())
+]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
