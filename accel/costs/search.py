@@ -57,8 +57,12 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     used = search.sequences if searchers else min(search.sequences, search.error_sequences if search.measured else 0)
     known = used * search.length
     # Hidden states of a process's share of the sequences, at every block.
-    share = math.ceil(search.error_sequences / search.workers) if search.error_passes else 0
-    states = min(max(search.batch, share) * model.hidden_bytes(1, search.length) * (model.blocks + 2), STATES_BYTES)
+    states = 0
+    if search.error_passes:
+        of_sequence = model.hidden_bytes(1, search.length) * (model.blocks + 2)
+        share = math.ceil(search.error_sequences / search.workers)
+        # At least a batch, however large it is.
+        states = max(search.batch * of_sequence, min(share * of_sequence, STATES_BYTES))
     if searchers or search.measured or not search.error_passes:
         # The pass over the blocks comes before the whole model is loaded.
         held = {

@@ -136,9 +136,8 @@ class Architecture:
                 logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
                 for first in range(0, len(weight), step):
                     logits[..., first : first + step] = F.linear(hidden, weight[first : first + step].to(self.dtype))
-            cap = getattr(self.config, "final_logit_softcapping", None)
-            if cap is not None and self._family.caps_logits:
-                logits.div_(cap).tanh_().mul_(cap)
+            if self._logit_cap is not None:
+                logits.div_(self._logit_cap).tanh_().mul_(self._logit_cap)
         return logits
 
     def head_backward(self, hidden: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
@@ -149,10 +148,9 @@ class Architecture:
         if self._head is None:
             self._head = self._load_head()
         norm, project_out, weight = self._head
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        if cap is not None and self._family.caps_logits:
+        if self._logit_cap is not None:
             # The derivative of cap tanh(x / cap).
-            gradient.mul_(1 - (logits / cap).square())
+            gradient.mul_(1 - (logits / self._logit_cap).square())
         step = max(1, _HEAD_CHUNK // weight.shape[1])
         inner = torch.zeros(*hidden.shape[:-1], weight.shape[1], device=self.device)
         for first in range(0, len(weight), step):
@@ -165,6 +163,11 @@ class Architecture:
                 output = project_out(output)
         (result,) = torch.autograd.grad(output, given, inner.to(output.dtype))
         return result
+
+    @property
+    def _logit_cap(self) -> float | None:
+        """Magnitude that logits approach but do not exceed; None where the model does not cap them."""
+        return getattr(self.config, "final_logit_softcapping", None) if self._family.caps_logits else None
 
     def close(self) -> None:
         """Frees the head and the masks; a later call reads them again."""

@@ -25,7 +25,11 @@ _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Terms of use, which a checkpoint that is made from the model must carry on.
-_HUB_FILES += ["LICEN*", "NOTICE*", "COPYING*", "*USE_POLICY*"]
+_HUB_FILES += [
+    f"*{word}*"
+    for name in ("licence", "license", "notice", "copying", "copyright", "use_policy")
+    for word in (name, name.capitalize(), name.upper())
+]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
@@ -120,9 +124,12 @@ class Checkpoint:
         return plain, packed
 
     def _check_dtypes(self) -> None:
-        """UserError where a weight is stored in a type that no job reads; buffers may have any type."""
+        """UserError where a weight or bias is stored in a type that no job reads; buffers may have any type."""
         for name, stored in self._plain.items():
-            if name.endswith(".weight") and stored.dtype not in _READ:
+            module, _, leaf = name.rpartition(".")
+            # Some models have a buffer called bias, a mask, in a module without a weight.
+            is_parameter = leaf == "weight" or (leaf == "bias" and f"{module}.weight" in self)
+            if is_parameter and stored.dtype not in _READ:
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _READ)
                 raise UserError(
                     f"tensor {name} in {stored.file} is stored as {str(stored.dtype).removeprefix('torch.')}: weights "

@@ -62,6 +62,19 @@ def test_a_searcher_says_itself_how_many_tokens_it_measures(model):
     assert seconds(random) == seconds(replace(random, rounds=100, candidates=1)) > seconds(replace(random, tokens=512))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sensitivities_hold_the_states_of_a_batch_where_the_bound_is_smaller(model, batch, monkeypatch):
+    def states(**changes):
+        asked = search.Search(model, 64, 16, 8, 5, 0, (Exact(),), 1, original_bytes=100, batch=batch, **changes)
+        return search.estimate(asked, RATES).processes[0].host["search"]["hidden states"]
+
+    of_sequence = model.hidden_bytes(1, 16) * (model.blocks + 2)
+    assert states(error_passes=2) == 4 * of_sequence
+    monkeypatch.setattr(search, "_STATES_BYTES", of_sequence // 2)
+    assert states(error_passes=2) == batch * of_sequence
+    assert states() == batch * model.hidden_bytes(1, 16) * (model.blocks + 1)
+
+
 def test_a_bound_on_memory_cuts_caches_and_logits(model):
     free, bound = (decoded(model, memory_bytes=limit).processes[0].host["decode"] for limit in (None, 10_000))
     assert free["caches"] + free["logits"] > 10_000 >= bound["caches"] + bound["logits"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from hasten.accel.errors import UserError
@@ -267,6 +268,8 @@ def test_hub_names_are_downloaded_without_other_formats(tmp_path, monkeypatch):
         assert "*.safetensors" in allow_patterns
         assert "*.bin" not in allow_patterns
         assert "consolidated*" in ignore_patterns
+        for terms in ("LICENSE", "License.md", "license-apache", "Llama-LICENSE.pdf", "THIRD_PARTY_NOTICES", "COPYING"):
+            assert list(filter_repo_objects([terms], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)

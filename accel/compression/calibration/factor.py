@@ -7,7 +7,7 @@ Columns are stored in reverse order of visit.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Factor:
     bool, rows whose input is always zero, or negligible (see calibration/inputs.py); they have a pivot of 1 and zeros
     elsewhere. damping: what was added to the diagonal of all other rows. is_known: False for the identity that replaces
     a matrix that could not be factored. inputs: the statistics that errors are measured on where the factor is the
-    identity, else None.
+    identity.
     """
 
     lower: Tensor
@@ -40,12 +40,12 @@ class Factor:
     damping: float
     notes: tuple[str, ...]
     is_known: bool = True
-    inputs: Inputs | None = None
+    inputs: Inputs = field(default=Inputs(None))
 
     @property
     def measures_output(self) -> bool:
         """Whether `power` is of the output, not of the weights."""
-        return self.is_known or (self.inputs is not None and self.inputs.hessian is not None)
+        return self.is_known or self.inputs.hessian is not None
 
     @property
     def dead_columns(self) -> Tensor:
@@ -62,7 +62,7 @@ class Factor:
         Where there are no statistics, their squared length.
         """
         if not self.is_known:
-            return (self.inputs or Inputs(None)).power(values[self.inverse_order()].T)
+            return self.inputs.power(values[self.inverse_order()].T)
         total, errors = values.new_zeros(values.shape[1]), self.errors()
         for stop in range(len(values), 0, -_BLOCK):
             span = slice(max(0, stop - _BLOCK), stop)

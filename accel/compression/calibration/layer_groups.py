@@ -68,32 +68,37 @@ def make_layer_groups(
             raise UserError(f"{name}={value} is out of range: the model has {architecture.num_blocks} blocks")
     patterns = [(text, _compile(text)) for text in ignore]
     used: set[str] = set()
-    blocks: list[list[Group]] = []
+    blocks: list[list[Layer]] = []
     for block in range(architecture.num_blocks):
-        shared: dict[str, list[Layer]] = {}
+        layers = []
         if skip_first <= block < architecture.num_blocks - skip_last:
             for layer in architecture.linears(block):
                 hits = [text for text, pattern in patterns if pattern.search(layer.name)]
                 used.update(hits)
-                if hits:
-                    continue
-                shared.setdefault(layer.group, []).append(layer)
-        blocks.append([Group(block, tuple(layers), level) for layers in shared.values()])
+                if not hits:
+                    layers.append(layer)
+        blocks.append(layers)
     outer = {name.removesuffix(".weight") for name in architecture.outer_tensors()}
     for text, pattern in patterns:
         if text not in used and not any(pattern.search(name) for name in outer):
             raise UserError(f"ignore={text!r} matches no layer; a layer is named like {_example(architecture)}")
     if not any(blocks):
         raise UserError("no layer is left to quantize: ignore, skip_first and skip_last exclude all of them")
-    layers = [layer for groups in blocks for group in groups for layer in group.layers]
-    _check_levels(layers, list(dict.fromkeys([level, *others])))
-    sizes = auto_group_sizes(layers)
-    return [[_sized(group, sizes) for group in groups] for groups in blocks]
+    _check_levels([layer for layers in blocks for layer in layers], list(dict.fromkeys([level, *others])))
+    return join_layers(blocks, level)
 
 
-def _sized(group: Group, sizes: Mapping[str, AutoSize]) -> Group:
-    sized = replace(group, auto_size=sizes[group.key])
-    return replace(sized, level=sized.level_of(group.level))
+def join_layers(blocks: Sequence[Sequence[Layer]], level: Level) -> list[list[Group]]:
+    """Groups of every block from the layers of every block, which are all that are compressed, at a level."""
+    sizes = auto_group_sizes([layer for layers in blocks for layer in layers])
+    groups: list[list[Group]] = []
+    for block, layers in enumerate(blocks):
+        shared: dict[str, list[Layer]] = {}
+        for layer in layers:
+            shared.setdefault(layer.group, []).append(layer)
+        unsized = [Group(block, tuple(members), level, sizes[members[0].name]) for members in shared.values()]
+        groups.append([replace(group, level=group.level_of(level)) for group in unsized])
+    return groups
 
 
 def _check_levels(layers: Sequence[Layer], levels: Iterable[Level]) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from hasten.accel.compression.calibration.group_sizes import auto_group_sizes
-from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.layer_groups import Group, join_layers
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
@@ -65,16 +64,11 @@ class LevelDatabase(ResumableFolder):
         levels = [parse_level(name) for name in content["levels"]]
         level = levels[0] if levels else parse_level(_UNUSED)
         layers = set(content["layers"])
-        every = [layer for block in range(architecture.num_blocks) for layer in architecture.linears(block)]
-        sizes = auto_group_sizes([layer for layer in every if layer.name in layers])
-        layer_groups = []
-        for block in range(architecture.num_blocks):
-            shared: dict[str, list[Layer]] = {}
-            for layer in architecture.linears(block):
-                if layer.name in layers:
-                    shared.setdefault(layer.group, []).append(layer)
-            layer_groups.append([Group(block, tuple(group), level, sizes[group[0].name]) for group in shared.values()])
-        return cls(path, checkpoint, layer_groups, levels, None)
+        blocks = [
+            [layer for layer in architecture.linears(block) if layer.name in layers]
+            for block in range(architecture.num_blocks)
+        ]
+        return cls(path, checkpoint, join_layers(blocks, level), levels, None)
 
     @property
     def levels(self) -> list[str]:

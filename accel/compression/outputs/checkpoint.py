@@ -28,7 +28,7 @@ _OUTER_BYTES = 1 << 27
 # Files of the original that are copied: the tokenizer's and similar ones, and terms of use. Its model card is not: it
 # describes the original's weights.
 _COPIED = re.compile(
-    r".*\.(json|txt|model|jinja|tiktoken)|.*(licen[cs]e|copying|copyright|use_policy).*|notice.*", re.IGNORECASE
+    r".*\.(json|txt|model|jinja|tiktoken)|.*(licen[cs]e|notice|copying|copyright|use_policy).*", re.IGNORECASE
 )
 # Those among them that are not, because the run writes its own.
 OWN = ("config.json", "model.safetensors.index.json")

@@ -246,6 +246,7 @@ TERMS = (
     "LICENCE",
     "Llama-LICENSE.pdf",
     "NOTICE",
+    "THIRD_PARTY_NOTICES.md",
     "COPYING",
     "USE_POLICY.md",
 )

@@ -60,8 +60,17 @@ def test_every_type_that_is_not_read_is_named(dtype, checkpoint, tmp_path):
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_bias_in_such_a_type_is_refused_too(dtype, tmp_path):
+    source = tiny.save(tmp_path / "source", "qwen2", dtype=torch.bfloat16)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    folder = change(source, tmp_path / "model", name, lambda tensor: tensor.to(dtype))
+    with pytest.raises(UserError, match=f"{name} .* is stored as {str(dtype).removeprefix('torch.')}:"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.position_ids", "model.layers.1.self_attn.bias"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.uint16], ids=str)
-def test_a_buffer_may_have_any_type(dtype, checkpoint, tmp_path):
-    name = "model.layers.1.self_attn.position_ids"
+def test_a_buffer_may_have_any_type(dtype, name, checkpoint, tmp_path):
     folder = change(checkpoint, tmp_path / "model", name, lambda _: torch.ones(4, dtype=torch.uint8).to(dtype))
     assert Checkpoint(folder).dtype(name) == dtype
