@@ -70,7 +70,7 @@ def test_sensitivities_hold_the_states_of_a_batch_where_the_bound_is_smaller(mod
 
     of_sequence = model.hidden_bytes(1, 16) * (model.blocks + 2)
     assert states(error_passes=2) == 4 * of_sequence
-    monkeypatch.setattr(search, "_STATES_BYTES", of_sequence // 2)
+    monkeypatch.setattr(search, "STATES_BYTES", of_sequence // 2)
     assert states(error_passes=2) == batch * of_sequence
     assert states() == batch * model.hidden_bytes(1, 16) * (model.blocks + 1)
 
