@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from hasten.accel.data.begin import begin_tokens, separator_tokens
@@ -15,15 +15,14 @@ from hasten.accel.data.parts import ROLES, Part
 from hasten.accel.data.tokens import StreamWindows, load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import load_windows, windows
+from tests.data.one_token_a_byte import one_token_a_byte
 
 SPECIAL = ("<bos>", "<eos>", "<sop>")
 
 
 def make(template: str | None, **named: str) -> Any:
     """A tokenizer of one token a letter, whose encoded texts follow a template such as `<bos> $A <eos>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = one_token_a_byte()
     made.add_special_tokens(list(SPECIAL))
     if template is not None:
         ids = [(name, made.token_to_id(name)) for name in SPECIAL if name in template]
