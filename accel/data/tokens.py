@@ -9,9 +9,10 @@ sequence_length says.
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,16 +78,16 @@ def load_tokens(
     if holds_rows(source):
         windows = _rows(Path(source), sequences, sequence_length, seed, part, begin)
         return _checked(windows, source, vocabulary)
-    windows = _pool(source, tokenizer, sequences, sequence_length, split, seed, part, begin)
-    if len(windows) < sequences:
+    pool = _pool(source, tokenizer, sequences, sequence_length, split, seed, part, begin)
+    if len(pool) < sequences:
         raise UserError(_too_short(source, tokenizer, sequences, sequence_length, split, part, begin))
     is_drawn = source == LIBRARY or (split == "train" if part is None else part.role != "evaluation")
     if is_drawn:
         # Python's own generator draws the same numbers whatever versions of torch and numpy are installed.
-        windows = windows[random.Random(seed).sample(range(len(windows)), sequences)]
+        numbers = random.Random(seed).sample(range(len(pool)), sequences)
     else:
-        windows = windows[[number * len(windows) // sequences for number in range(sequences)]]
-    return _checked(windows, source, vocabulary)
+        numbers = [number * len(pool) // sequences for number in range(sequences)]
+    return _checked(pool.take(numbers), source, vocabulary)
 
 
 def calibration_part(
@@ -122,25 +123,62 @@ def holds_rows(source: str) -> bool:
     return kind_of(source) == ".npy" and _read_ids(Path(source)).ndim == 2
 
 
-def cut(stream: np.ndarray, length: int, begin: tuple[int, ...] = (), limit: int | None = None) -> np.ndarray:
-    """Disjoint windows (W, length) of a stream (N,) in order, each of which begins with `begin`; at most `limit`.
+@dataclass(frozen=True)
+class StreamWindows:
+    """Disjoint windows (W, length) of a stream (N,) in order, each of which begins with `begin`.
 
-    Where the stream itself goes on with `begin` at the start of a window, it is not repeated.
+    Only those that are taken are made: the stream may be a file that does not fit in memory. starts: places (W,) of
+    their first tokens behind `begin`.
     """
+
+    stream: np.ndarray
+    starts: np.ndarray
+    length: int
+    begin: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, streams: Sequence[np.ndarray], length: int, begin: tuple[int, ...] = (), limit: int | None = None
+    ) -> Self:
+        """Windows of the streams, none of which reaches over the end of one; at most `limit` of each."""
+        places = [_starts(stream, length, begin, limit) for stream in streams]
+        offsets = itertools.accumulate(map(len, streams), initial=0)
+        starts = np.concatenate([np.zeros(0, np.int64), *map(np.add, places, offsets)])
+        return cls(_joined(streams), starts, length, begin)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def take(self, numbers: Sequence[int]) -> np.ndarray:
+        """The windows of these numbers."""
+        text = self.stream[self.starts[numbers][:, None] + np.arange(self.length - len(self.begin))]
+        if not self.begin:
+            return text
+        head = np.asarray(self.begin, dtype=np.int64)
+        return np.concatenate([np.tile(head, (len(text), 1)), text.astype(np.int64)], 1)
+
+
+def _starts(stream: np.ndarray, length: int, begin: tuple[int, ...], limit: int | None) -> np.ndarray:
+    """Places where the windows' text begins; where the stream itself goes on with `begin`, it is not repeated."""
+    size = length - len(begin)
     if not begin:
-        count = min(len(stream) // length, len(stream) if limit is None else limit)
-        return stream[: count * length].reshape(-1, length)
-    head, size = np.asarray(begin, dtype=np.int64), length - len(begin)
-    rows: list[np.ndarray] = []
+        return np.arange(len(stream) // size)[:limit] * size
+    head = np.asarray(begin, dtype=np.int64)
+    starts: list[int] = []
     at = 0
-    while limit is None or len(rows) < limit:
+    while limit is None or len(starts) < limit:
         if np.array_equal(stream[at : at + len(head)], head):
             at += len(head)
         if at + size > len(stream):
             break
-        rows.append(np.concatenate([head, stream[at : at + size]]))
+        starts.append(at)
         at += size
-    return np.stack(rows) if rows else np.zeros((0, length), dtype=np.int64)
+    return np.asarray(starts, dtype=np.int64)
+
+
+def _joined(streams: Sequence[np.ndarray]) -> np.ndarray:
+    """One stream; a single one is not copied."""
+    return streams[0] if len(streams) == 1 else np.concatenate([np.zeros(0, np.int64), *streams])
 
 
 def _pool(
@@ -153,19 +191,18 @@ def _pool(
     part: Part | None,
     begin: tuple[int, ...],
     margin: int = MARGIN,
-) -> np.ndarray:
-    """Windows (W, length) to choose from; W is below `sequences` where there are no more."""
+) -> StreamWindows:
+    """Windows to choose from; fewer than `sequences` where there are no more."""
     in_order = part is None and split == "held_out" and source != LIBRARY
     min_tokens = sequences * length * (1 if in_order else margin)
     limit = sequences if in_order else None
     for wanted in (min_tokens, None) if part is not None else (min_tokens,):
         streams = _streams(source, tokenizer, split, seed, part, begin, wanted, length)
-        pieces = [cut(stream, length, begin, limit) for stream in streams]
-        if len(pieces) == 1 or sum(map(len, pieces)) >= sequences:
-            # A single piece is not copied: it may be a file that does not fit in memory.
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        windows = StreamWindows.of(streams, length, begin, limit)
+        if len(streams) == 1 or len(windows) >= sequences:
+            return windows
     # Ranges shorter than a window, or with much left over behind the last one: windows may reach over their borders.
-    return cut(np.concatenate([np.zeros(0, np.int64), *streams]), length, begin)
+    return StreamWindows.of([_joined(streams)], length, begin)
 
 
 def _streams(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import hasten
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.costs.estimate import Rates
+from hasten.import_path import ROOT
 
 # Assumed of a GPU that this machine lacks, after an H100: half of the data sheet's FLOP/s of matrix products in
 # bfloat16 and float32, bytes per second of its memory, mean seconds of a kernel launch or a view, bytes of a context.
@@ -73,8 +73,7 @@ class _Baseline:
     """A separate process that runs hasten.cluster.runtime.baseline, while this one measures its rates."""
 
     def __init__(self) -> None:
-        root = Path(hasten.__file__).resolve().parents[1]
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-P", "-m", "hasten.cluster.runtime.baseline"]
         self._process = subprocess.Popen(

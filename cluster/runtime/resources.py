@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 
-import hasten
+from hasten.import_path import ROOT
 
 # The checkout, where the code runs from one.
-_ROOT = Path(hasten.__file__).resolve().parents[1]
+_ROOT = Path(ROOT)
 _MADV_DONTNEED = 4
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-import hasten
 from hasten.accel.errors import UserError
+from hasten.import_path import ROOT
 
 PACKAGES = ("accel", "cluster", "conf", "hasten", "jobs", "kernels")
 # The checkout, or the site-packages folder with the installed `hasten`.
-_ROOT = Path(hasten.__file__).resolve().parents[1]
+_ROOT = Path(ROOT)
 _ENTRY = "hasten/jobs/cli/main.py"
 
 

@@ -70,41 +70,20 @@ class Texts:
 
     def calibrate(self, calibration: Calibration, is_needed: bool) -> Tensor | None:
         """Calibration tokens (N, T); None if no method needs them. Their text becomes the origin."""
-        size = calibration.sequences, calibration.sequence_length
-        source = calibration.source
+        source, size = calibration.source, (calibration.sequences, calibration.sequence_length)
         # Without tokens too: a method that needs none is measured on the same text as one that does.
         part = calibration_part(source, self.tokenizer, *size, self.begin)
         self.origin = Origin(source, part.calibration)
         if not is_needed:
             return None
-        tokens = load_tokens(
-            source,
-            self.tokenizer,
-            *size,
-            seed=calibration.seed,
-            vocabulary=self.vocabulary,
-            part=part,
-            begin=self.begin,
-        )
-        self._note("calibration", source, part, tokens.numel(), size, fingerprint(tokens))
+        tokens = self._draw("calibration", source, part, size, calibration.seed)
         self.origin = Origin(source, part.calibration, self._loaded["calibration"])
         return tokens
 
     def search(self, options: Sampled) -> Tensor:
         """Tokens (N, T) that candidates are compared on; by default the part of the calibration's text for a search."""
         source, part = self._chosen("search", options.source)
-        size = options.sequences, options.sequence_length
-        tokens = load_tokens(
-            source,
-            self.tokenizer,
-            *size,
-            seed=options.seed,
-            vocabulary=self.vocabulary,
-            part=part,
-            begin=self.begin,
-        )
-        self._note("search", source, part, tokens.numel(), size, fingerprint(tokens))
-        return tokens
+        return self._draw("search", source, part, (options.sequences, options.sequence_length), options.seed)
 
     def evaluate(self, options: Evaluation) -> Windows | None:
         """Windows of the evaluation, by default of a part of the calibration's text; None for no sequences."""
@@ -152,6 +131,14 @@ class Texts:
             return source, self.origin.part(role)
         # The library's files for search and evaluation are never those of a calibration.
         return source, Part(role) if source == LIBRARY else None
+
+    def _draw(self, role: str, source: str, part: Part | None, size: tuple[int, int], seed: int) -> Tensor:
+        """Tokens (N, T) of a text, of which it takes note. size: N and T."""
+        tokens = load_tokens(
+            source, self.tokenizer, *size, seed=seed, vocabulary=self.vocabulary, part=part, begin=self.begin
+        )
+        self._note(role, source, part, tokens.numel(), size, fingerprint(tokens))
+        return tokens
 
     def _note(
         self, role: str, source: str, part: Part | None, tokens: int, size: tuple[int, int], identity: str

@@ -52,11 +52,9 @@ def tokenizer_fingerprint(tokenizer: Tokenizer | None) -> str | None:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: dict[str, object] = {"class": type(tokenizer).__name__}
+    rules: object = type(tokenizer).__name__
     if backend is not None:
         # Settings of padding and truncation stay out: they belong to calls.
         rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    content = json.dumps(
-        [type(tokenizer).__name__ if backend is None else rules, sorted(tokenizer.get_vocab().items())]
-    )
+    content = json.dumps([rules, sorted(tokenizer.get_vocab().items())])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -94,69 +94,7 @@ def read(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
-def _source(folder: Path) -> Source:
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist: {_EXPECTED}")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: {_EXPECTED}")
-    if (folder / "report.json").exists():
-        report = _report(folder / "report.json")
-        if report["job"] == "sweep":
-            return _sweep(folder, report)
-        return Source(folder, tuple(_budgets(_finished(folder, folder.name, report))))
-    if (folder / "sweep.json").exists() or (folder / "points").is_dir():
-        return _unfinished_sweep(folder)
-    if (folder / "config.yaml").exists():
-        return Source(folder, (_without_report(folder, folder.name, _job_of(folder)),))
-    inside = sorted(path.parent for path in folder.glob("*/report.json"))
-    hint = f"; there are runs in it, such as {inside[0]}" if inside else ""
-    raise UserError(
-        f"{folder} is neither run nor sweep, as it has no report.json, config.yaml or sweep.json: {_EXPECTED}{hint}"
-    )
-
-
-def _sweep(folder: Path, report: Mapping[str, object]) -> Source:
-    job = str(report.get("sweep_of", _UNKNOWN))
-    rows = _listed(folder, report, "points")
-    points = [_point(folder / str(row["folder"]), job, row) for row in rows]
-    # A sweep may have started points between its last report and a kill.
-    known = {point.folder.name for point in points}
-    points += [_unreported_point(path, job) for path in _point_folders(folder) if path.name not in known]
-    return _as_source(folder, report, points)
-
-
-def _unfinished_sweep(folder: Path) -> Source:
-    """A sweep without a report, read from the files of its points."""
-    plan = _json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
-    job = str(plan.get("sweep_of") or plan.get("job") or _UNKNOWN)
-    return _as_source(folder, plan, [_unreported_point(path, job) for path in _point_folders(folder)])
-
-
-def _point_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "points").glob("*") if path.is_dir())
-
-
-def _unreported_point(folder: Path, job: str) -> Entry:
-    """A point that its sweep's report does not list."""
-    try:
-        row = _json(folder / "point.json") if (folder / "point.json").exists() else {}
-    except UserError as error:
-        row = {"status": "failed", "error": {"type": "damaged", "message": str(error)}}
-    return _point(folder, job, row)
-
-
-def _as_source(folder: Path, plan: Mapping[str, object], points: Sequence[Entry]) -> Source:
-    varied = plan.get("varied")
-    if not isinstance(varied, list) or not varied:
-        varied = list(dict.fromkeys(key for point in points for key in point.values))
-    objectives = tuple(
-        Objective(str(row["metric"]), str(row.get("direction", "minimize"))) for row in _rows(plan.get("objectives"))
-    )
-    entries = tuple(entry for point in points for entry in _budgets(point))
-    return Source(folder, entries, tuple(map(str, varied)), objectives)
-
-
-def _point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
+def entry_of_point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
     """A point from its row in the sweep's report or its point.json, and from the files in its folder."""
     report: dict[str, object] = {}
     damage = None
@@ -185,6 +123,68 @@ def _point(folder: Path, job: str, row: Mapping[str, object]) -> Entry:
         failure=damage or _failure(row.get("error"), status, folder),
         report=_without_main_keys(report),
     )
+
+
+def _source(folder: Path) -> Source:
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: {_EXPECTED}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: {_EXPECTED}")
+    if (folder / "report.json").exists():
+        report = _report(folder / "report.json")
+        if report["job"] == "sweep":
+            return _sweep(folder, report)
+        return Source(folder, tuple(_budgets(_finished(folder, folder.name, report))))
+    if (folder / "sweep.json").exists() or (folder / "points").is_dir():
+        return _unfinished_sweep(folder)
+    if (folder / "config.yaml").exists():
+        return Source(folder, (_without_report(folder, folder.name, _job_of(folder)),))
+    inside = sorted(path.parent for path in folder.glob("*/report.json"))
+    hint = f"; there are runs in it, such as {inside[0]}" if inside else ""
+    raise UserError(
+        f"{folder} is neither run nor sweep, as it has no report.json, config.yaml or sweep.json: {_EXPECTED}{hint}"
+    )
+
+
+def _sweep(folder: Path, report: Mapping[str, object]) -> Source:
+    job = str(report.get("sweep_of", _UNKNOWN))
+    rows = _listed(folder, report, "points")
+    points = [entry_of_point(folder / str(row["folder"]), job, row) for row in rows]
+    # A sweep may have started points between its last report and a kill.
+    known = {point.folder.name for point in points}
+    points += [_unreported_point(path, job) for path in _point_folders(folder) if path.name not in known]
+    return _as_source(folder, report, points)
+
+
+def _unfinished_sweep(folder: Path) -> Source:
+    """A sweep without a report, read from the files of its points."""
+    plan = _json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
+    job = str(plan.get("sweep_of") or plan.get("job") or _UNKNOWN)
+    return _as_source(folder, plan, [_unreported_point(path, job) for path in _point_folders(folder)])
+
+
+def _point_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "points").glob("*") if path.is_dir())
+
+
+def _unreported_point(folder: Path, job: str) -> Entry:
+    """A point that its sweep's report does not list."""
+    try:
+        row = _json(folder / "point.json") if (folder / "point.json").exists() else {}
+    except UserError as error:
+        row = {"status": "failed", "error": {"type": "damaged", "message": str(error)}}
+    return entry_of_point(folder, job, row)
+
+
+def _as_source(folder: Path, plan: Mapping[str, object], points: Sequence[Entry]) -> Source:
+    varied = plan.get("varied")
+    if not isinstance(varied, list) or not varied:
+        varied = list(dict.fromkeys(key for point in points for key in point.values))
+    objectives = tuple(
+        Objective(str(row["metric"]), str(row.get("direction", "minimize"))) for row in _rows(plan.get("objectives"))
+    )
+    entries = tuple(entry for point in points for entry in _budgets(point))
+    return Source(folder, entries, tuple(map(str, varied)), objectives)
 
 
 def _failure(error: object, status: str, folder: Path) -> Failure | None:

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.reference import reference
 from hasten.jobs.common.schema import plain
 from hasten.jobs.descriptors.metrics import QUALITY
+from hasten.jobs.report.reading import Entry, entry_of_point
+from hasten.jobs.report.references import described, reference_numbers
 from hasten.jobs.sweep.points import Point
 
 _CELL_CHARACTERS = 40
@@ -63,11 +64,20 @@ def table(rows: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[st
 
 
 def _references(rows: Sequence[Row]) -> list[str]:
-    """For each row the options that tell what its quality refers to from that of other rows; empty if all agree."""
-    options = [reference(plain(row.point.config)).options for row in rows]
-    keys = dict.fromkeys(key for each in options for key in each)
-    differing = [key for key in keys if len({str(each.get(key)) for each in options}) > 1]
-    return [" ".join(f"{key}={each[key]}" for key in differing if key in each) for each in options]
+    """For each row what tells the reference of its quality from those of other rows; empty if all agree."""
+    entries = [_entry(row) for row in rows]
+    numbers = reference_numbers(entries)
+    members: dict[int | None, list[Entry]] = {}
+    for number, entry in zip(numbers, entries, strict=True):
+        members.setdefault(number, []).append(entry)
+    texts = described(members)
+    return [texts[number] for number in numbers]
+
+
+def _entry(row: Row) -> Entry:
+    """The row as an entry of a report, with what the point's own report says of its text and original."""
+    entry = entry_of_point(row.point.folder, "", {"status": row.status, "metrics": row.metrics})
+    return replace(entry, config=entry.config or plain(row.point.config))
 
 
 def _table(done: Sequence[Row], shown: Sequence[str], ascending: bool) -> list[str]:

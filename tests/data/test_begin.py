@@ -7,28 +7,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from hasten.accel.data.begin import begin_tokens, separator_tokens
 from hasten.accel.data.parts import ROLES, Part
-from hasten.accel.data.tokens import cut, load_tokens
+from hasten.accel.data.tokens import StreamWindows, load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import load_windows, windows
+from tests.data.one_token_a_byte import one_token_a_byte
 
 SPECIAL = ("<bos>", "<eos>", "<sop>")
 
 
 def make(template: str | None, **named: str) -> Any:
     """A tokenizer of one token a letter, whose encoded texts follow a template such as `<bos> $A <eos>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = one_token_a_byte()
     made.add_special_tokens(list(SPECIAL))
     if template is not None:
         ids = [(name, made.token_to_id(name)) for name in SPECIAL if name in template]
         made.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=made, **named)
+
+
+def cut(text: list[int], begin: tuple[int, ...] = ()) -> np.ndarray:
+    """All windows of 4 tokens."""
+    found = StreamWindows.of([np.array(text)], 4, begin)
+    return found.take([*range(len(found))])
 
 
 BOS, EOS, SOP = 256, 257, 258
@@ -56,9 +61,21 @@ def test_the_begin_is_what_the_tokenizer_adds_and_not_its_bos_token(
 
 def test_a_window_repeats_no_begin_of_the_stream_and_loses_no_token() -> None:
     text = [BOS, 1, 2, 3, BOS, 4, 5, 6, 7, 8, BOS, 9]
-    assert cut(np.array(text), 4, (BOS,)).tolist() == [[BOS, 1, 2, 3], [BOS, 4, 5, 6], [BOS, 7, 8, BOS]]
-    assert cut(np.array(text), 4).tolist() == [[BOS, 1, 2, 3], [BOS, 4, 5, 6], [7, 8, BOS, 9]]
-    assert cut(np.array([BOS, 1]), 4, (BOS,)).shape == (0, 4)
+    assert cut(text, (BOS,)).tolist() == [[BOS, 1, 2, 3], [BOS, 4, 5, 6], [BOS, 7, 8, BOS]]
+    assert cut(text).tolist() == [[BOS, 1, 2, 3], [BOS, 4, 5, 6], [7, 8, BOS, 9]]
+    assert cut([BOS, 1], (BOS,)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("begin", [(), (BOS,)])
+def test_a_stream_is_not_copied_and_no_window_reaches_into_the_next(begin: tuple[int, ...]) -> None:
+    stream = np.arange(9, dtype=np.uint16)
+    assert StreamWindows.of([stream], 4, begin).stream is stream
+    found = StreamWindows.of([stream, stream + 100], 4, begin)
+    size = 4 - len(begin)
+    texts = [[place + offset for offset in range(size)] for place in range(0, 9 - size + 1, size)]
+    assert found.take([*range(len(found))]).tolist() == [
+        [*begin, *(shift + token for token in text)] for shift in (0, 100) for text in texts
+    ]
 
 
 @pytest.mark.parametrize("role", [None, *ROLES])

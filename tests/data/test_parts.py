@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hasten.accel.data import tokens
@@ -20,6 +19,7 @@ from hasten.accel.data.parts import ROLES, Part, larger_calibrations
 from hasten.accel.data.tokens import calibration_part, load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import load_windows
+from tests.data.one_token_a_byte import one_token_a_byte
 
 LINES = 12_000  # of 8 characters, each different
 LENGTH = 32
@@ -28,11 +28,7 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """A tokenizer with one token a byte, and none that begins or ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_only)
+    return PreTrainedTokenizerFast(tokenizer_object=one_token_a_byte())
 
 
 @pytest.fixture(autouse=True)

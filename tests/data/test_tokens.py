@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hasten.accel.data import documents
 from hasten.accel.data.tokens import fingerprint, holds_rows, load_tokens
 from hasten.accel.errors import UserError
+from tests.data.one_token_a_byte import one_token_a_byte
 
 START = "<|start|>"
 
@@ -21,11 +21,7 @@ START = "<|start|>"
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """A tokenizer with one token a byte, and one that begins a document."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token=START, model_max_length=8)
+    return PreTrainedTokenizerFast(tokenizer_object=one_token_a_byte(), bos_token=START, model_max_length=8)
 
 
 @pytest.fixture

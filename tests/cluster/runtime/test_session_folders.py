@@ -25,7 +25,7 @@ def variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_rays_own_default_andshort_folders_are_taken_as_they_are(monkeypatch):
+def test_rays_own_default_and_short_folders_are_taken_as_they_are(monkeypatch):
     with ray_folder() as folder:
         assert folder is None
     monkeypatch.setenv("TMPDIR", "/tmp")
@@ -59,7 +59,7 @@ def test_the_longest_folder_without_a_link_is_short_enough(monkeypatch):
         assert len(f"{folder}/{SOCKET}") == 107
 
 
-def test_without_ashort_folder_one_line_says_what_to_set(monkeypatch):
+def test_without_a_short_folder_one_line_says_what_to_set(monkeypatch):
     monkeypatch.setattr(session_folders, "short_folder", lambda: None)
     monkeypatch.setenv("TMPDIR", "/" + "x" * 60)
     with pytest.raises(UserError, match=r"TMPDIR=/x+ is too long .* at most 39 bytes: set RAY_TMPDIR to a shorter one"):

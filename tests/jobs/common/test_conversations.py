@@ -18,6 +18,13 @@ SOURCES = [
     ("train_drafter", "text.source"),
     ("replay", "text"),
 ]
+# The job's other texts are short: they are read first.
+CALIBRATION = ["calibration.sequences=2", "calibration.sequence_length=16"]
+SHORT = {
+    "compress": CALIBRATION,
+    "levels": CALIBRATION,
+    "search": [*CALIBRATION, "search.sequences=1", "search.sequence_length=16"],
+}
 
 
 def refused(capsys, *words):
@@ -34,8 +41,8 @@ def refused(capsys, *words):
 def test_conversations_need_a_template_and_pass_through_it(job, source, folder, capsys):
     record = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     Path("chat.jsonl").write_text('{"text": "a"}\n' + json.dumps(record) + "\n")
-    error = refused(capsys, job, f"{source}=chat.jsonl")
+    error = refused(capsys, job, f"{source}=chat.jsonl", *SHORT.get(job, []))
     assert "chat.jsonl line 2 holds messages, and the tokenizer has no chat template: give template=PATH" in error
     Path("chat.jinja").write_text("{{ raise_exception('seen: ' + messages[1].content) }}")
-    error = refused(capsys, job, f"{source}=chat.jsonl", "template=chat.jinja")
+    error = refused(capsys, job, f"{source}=chat.jsonl", "template=chat.jinja", *SHORT.get(job, []))
     assert "chat.jsonl line 2: the chat template refuses the messages: seen: y" in error

@@ -54,6 +54,7 @@ class Compress:
 
     model: str
     evaluation: dict = field(default_factory=lambda: {"source": "library"})
+    run_dir: str = "/sweep/points/x"
 
 
 def test_points_of_different_models_are_not_ranked_among_each_other():
@@ -79,6 +80,36 @@ def test_points_of_different_models_are_not_ranked_among_each_other():
         ["/b", "2", "0.002"],
     ]
     assert table(rows, ["bytes"], ascending=True)[0].split() == ["model", "bits", "seconds"]
+
+
+def test_points_are_compared_by_the_originals_and_texts_of_their_reports(tmp_path):
+    def measured(name, divergence, text):
+        report = {
+            "job": "evaluate",
+            "config": {"model": name, "original": "/m", "evaluation": {"source": None}},
+            "metrics": {"kl_divergence": divergence},
+            "original": {"fingerprint": "m"},
+            "tokenizer": {"fingerprint": "t"},
+            "texts": {"evaluation": {"fingerprint": text}},
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        config = Compress(name, {"source": None}, str(tmp_path / name))
+        return Row(Point(name, "f", {"model": name}, config), "finished", metrics=report["metrics"], seconds=1.0)
+
+    copies = [measured("w3", 0.5, "a"), measured("w4", 0.25, "a")]
+    assert [line.split()[0] for line in table(copies, ["kl_divergence"], ascending=True)] == ["model", "w4", "w3"]
+    # Such as another bos, which changes the text.
+    lines = table([*copies, measured("w5", 0.125, "b")], ["kl_divergence"], ascending=True)
+    assert [line.split()[0] for line in lines] == [
+        "text.fingerprint=a:",
+        "model",
+        "w4",
+        "w3",
+        "text.fingerprint=b:",
+        "model",
+        "w5",
+    ]
 
 
 def test_failures_name_the_error_and_the_file_of_the_output():
