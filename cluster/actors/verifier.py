@@ -26,7 +26,8 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import Ties, check_ties
 from hasten.accel.decoding.tree import DraftSampling
 from hasten.accel.decoding.verifiers.base import Verifier
-from hasten.cluster.actors.drafter import Address, Connection, RemoteDrafter
+from hasten.cluster.actors.drafter import Address
+from hasten.cluster.actors.remote_drafter import Connection, RemoteDrafter
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _TRIPS = 5

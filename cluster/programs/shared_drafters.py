@@ -10,7 +10,8 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from hasten.accel.decoding.drafters.base import Drafter
-from hasten.cluster.actors.drafter import PATIENCE_SECONDS, Address, DrafterActor, Snapshot
+from hasten.cluster.actors.drafter import Address, DrafterActor, Snapshot
+from hasten.cluster.actors.remote_drafter import PATIENCE_SECONDS
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
 from hasten.cluster.runtime.placement import ActorResources

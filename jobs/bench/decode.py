@@ -87,8 +87,8 @@ def _texts(config: Config, setup: "Setup", folder: Path) -> dict[str, float]:
         rows, distinct = speed.compare(setup, prompts)
         new = f"{config.max_new_tokens} greedy tokens each"
         parts.append(speed.speed_table(label, rows, len(prompts) - 1, new, distinct))
-        parts += setup.omissions()
         _LOG.info("%s", parts[-1])
+        parts += setup.omissions()
         metrics |= speed.speed_metrics(label, rows)
     first = next(iter(setup.prompts.values()))[1:]
     rates = speed.in_flight(setup, first)

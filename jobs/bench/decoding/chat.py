@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import process_time
 
 from hasten.accel.decoding.stats import DecodingStats
@@ -45,9 +46,7 @@ def in_flight(setup: Setup, prompts: ChatPrompts, samples: Mapping[str, Sequence
 
 
 def _row(way: str, samples: Sequence[Sample], expected: Sequence[list[int]]) -> Row:
-    total = Row.total(way, samples)
-    same = sum(sample.token_ids == tokens for sample, tokens in zip(samples, expected, strict=True))
-    return Row(way, total.seconds, total.tokens, same, total.stats)
+    return replace(Row.total(way, samples), same=_same((sample.token_ids for sample in samples), expected))
 
 
 def _generated(setup: Setup, prompts: ChatPrompts, count: int, expected: Sequence[list[int]]) -> Row:

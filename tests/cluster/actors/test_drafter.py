@@ -20,15 +20,8 @@ from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.transformers import TransformersTarget
-from hasten.cluster.actors.drafter import (
-    Address,
-    Begin,
-    Connection,
-    DrafterActor,
-    Observed,
-    PlainTree,
-    RemoteDrafter,
-)
+from hasten.cluster.actors.drafter import Address, Begin, DrafterActor, Observed, PlainTree
+from hasten.cluster.actors.remote_drafter import Connection, RemoteDrafter
 from tests.models import tiny
 
 REQUESTS = [Request(str(number), row, 24) for number, row in enumerate(tiny.tokens(4, 10).tolist())]
@@ -165,7 +158,7 @@ class LosesTheDrafter(Fixed):
 
 
 def test_without_a_drafter_nothing_is_drafted_and_the_next_one_hears_of_every_sequence(line, monkeypatch):
-    monkeypatch.setattr("hasten.cluster.actors.drafter._RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr("hasten.cluster.actors.remote_drafter._RECONNECT_SECONDS", 0.0)
     plain, _, _ = decoded(None, policy=Fixed(0))
     policy = LosesTheDrafter(line)
     connection = Connection(Address("name"), "0")

@@ -1,6 +1,7 @@
 """`hasten bench decode`, small: its tables, and that every way to decode gives generate's tokens."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -12,20 +13,22 @@ from hasten.jobs.bench.decoding.setup import Setup
 from hasten.jobs.common.schema import Tracking
 
 
-def test_tables_of_the_embedded_models(tmp_path):
+def measured(tmp_path, **options):
+    """Metrics of a run with two sequences in flight and without workers, all of whose files are in tmp_path."""
     config = decode.Config(
-        count=2,
-        max_new_tokens=12,
-        drafters=["draft_model", "prompt_lookup"],
-        max_draft_tokens=4,
+        **options,
         in_flight=2,
         shared=False,
         document=str(tmp_path / "benchmarks.md"),
         run_dir=str(tmp_path / "run"),
         tracking=Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"),
     )
-    report = json.loads(decode.run(config).read_text())
-    metrics = report["metrics"]
+    return json.loads(decode.run(config).read_text())["metrics"]
+
+
+def test_tables_of_the_embedded_models(tmp_path):
+    drafters = ["draft_model", "prompt_lookup"]
+    metrics = measured(tmp_path, count=2, max_new_tokens=12, drafters=drafters, max_draft_tokens=4)
     ways = ("transformers_generate", "transformers_assisted", "hasten_plain", "draft_model", "prompt_lookup")
     assert [metrics[f"library.{way}.same"] for way in ways] == [2.0] * len(ways)
     assert {"in_flight.plain", "in_flight.prompt_lookup", "learning.aded"} <= metrics.keys()
@@ -50,24 +53,17 @@ def foreign(tmp_path):
     return folder
 
 
-def test_a_target_with_another_tokenizer_is_compared_without_the_drafters_of_the_default_draft(tmp_path, foreign):
-    config = decode.Config(
-        target=str(foreign),
-        count=1,
-        max_new_tokens=4,
-        max_draft_tokens=2,
-        in_flight=2,
-        shared=False,
-        document=str(tmp_path / "benchmarks.md"),
-        run_dir=str(tmp_path / "run"),
-        tracking=Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"),
-    )
-    metrics = json.loads(decode.run(config).read_text())["metrics"]
+def test_a_target_with_another_tokenizer_is_compared_without_the_drafters_of_the_default_draft(
+    tmp_path, foreign, caplog
+):
+    with caplog.at_level(logging.INFO, "hasten.jobs.bench.decode"):
+        metrics = measured(tmp_path, target=str(foreign), count=1, max_new_tokens=4, max_draft_tokens=2)
     compared = {name.split(".")[1] for name in metrics if name.endswith(".same")}
     assert {"transformers_generate", "hasten_plain", "prompt_lookup", "token_recycling", "union"} <= compared
     assert not {"transformers_assisted", "draft_model", "hierarchy", "specdec_pp"} & compared
     text = (tmp_path / "benchmarks.md").read_text()
     assert "Left out: draft_model, dyspec, hierarchy, rapid, rsd_beam, rsd_constant, specdec_pp, spectr (" in text
+    assert "**library**: 1 prompts" in caplog.text, "the table is logged as soon as it is measured"
 
 
 @pytest.mark.parametrize(

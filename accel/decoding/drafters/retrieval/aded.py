@@ -7,11 +7,11 @@ its size is bounded.
 """
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import accumulate, islice
+from itertools import accumulate
 from math import inf, log, sqrt
 from operator import itemgetter
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.retrieval.recent_rows import RecentRows
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.errors import UserError
 
@@ -30,13 +31,9 @@ Pair = tuple[int, int]
 
 @dataclass
 class Trigrams:
-    """scores: for each pair of tokens its successors with their scores; pairs in the order of their latest update.
+    """scores: for each pair of tokens its successors with their scores; pairs in the order of their latest update."""
 
-    changed: pairs that were updated since the last call of `Aded.changes`; None before the first.
-    """
-
-    scores: OrderedDict[Pair, dict[int, float]] = field(default_factory=OrderedDict)
-    changed: set[Pair] | None = None
+    scores: RecentRows[Pair, dict[int, float]] = field(default_factory=RecentRows)
 
 
 @dataclass(slots=True)
@@ -129,12 +126,7 @@ class Aded(Drafter):
 
     def changes(self, memory: Trigrams, whole: bool = False) -> Mapping[str, Tensor]:
         """The rows of the pairs that were updated since the last call, in the form of `saved`."""
-        changed, memory.changed = memory.changed, set()
-        if whole or changed is None:
-            return self.saved(memory)
-        # An update moves a pair to the end.
-        latest = list(islice(reversed(memory.scores), len(changed)))[::-1]
-        return self._tensors({pair: memory.scores[pair] for pair in latest})
+        return self._tensors(memory.scores.changes(whole))
 
     def _tensors(self, scores: Mapping[Pair, dict[int, float]]) -> Mapping[str, Tensor]:
         rows = scores.values()
@@ -154,7 +146,7 @@ class Aded(Drafter):
         """Replace the rows of some pairs."""
         entries = zip(tensors["tokens"].tolist(), tensors["scores"].tolist(), strict=True)
         for (first, second), count in zip(tensors["pairs"].tolist(), tensors["counts"].tolist(), strict=True):
-            self._put(memory, (first, second), dict(next(entries) for _ in range(count)))
+            memory.scores.put((first, second), dict(next(entries) for _ in range(count)), self.max_pairs)
 
     def _count(self, memory: Trigrams, tokens: Sequence[int], step: float) -> None:
         for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
@@ -163,25 +155,14 @@ class Aded(Drafter):
     def _increase(self, memory: Trigrams, pair: Pair, token: int, step: float, cap: float) -> None:
         row = memory.scores.get(pair)
         if row is None:
-            self._put(memory, pair, {token: min(step, cap)})
+            memory.scores.put(pair, {token: min(step, cap)}, self.max_pairs)
             return
-        self._put(memory, pair, row)
+        memory.scores.put(pair, row, self.max_pairs)
         before = row.get(token, 0.0)
         row[token] = max(before, min(before + step, cap))
         if len(row) > self.successors:
             # The newest successor is kept: otherwise its score could never grow.
             del row[min((other for other in row if other != token), key=row.__getitem__)]
-
-    def _put(self, memory: Trigrams, pair: Pair, row: dict[int, float]) -> None:
-        """Set the row of a pair, as the latest one."""
-        memory.scores[pair] = row
-        memory.scores.move_to_end(pair)
-        if memory.changed is not None:
-            memory.changed.add(pair)
-        if len(memory.scores) > self.max_pairs:
-            oldest, _ = memory.scores.popitem(last=False)
-            if memory.changed is not None:
-                memory.changed.discard(oldest)
 
     def _best_first(self, memory: Trigrams, pair: Pair, budget: int) -> DraftTree:
         tokens: list[int] = []

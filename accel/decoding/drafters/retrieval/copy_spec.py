@@ -5,11 +5,11 @@ Departs from it: n-grams are compared, not their hashes; a copy that reaches the
 itself; if nothing repeats, the draft is empty, and `FirstOf` provides the paper's fallback to a draft model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Memory
+from hasten.accel.decoding.drafters.base import Memory
+from hasten.accel.decoding.drafters.retrieval.base import CopyingDrafter
 from hasten.accel.decoding.drafters.retrieval.ngrams import NGramIndex, copied
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
@@ -18,7 +18,7 @@ _MAX_MATCH = 32  # longer matches count as this long
 
 
 @dataclass(frozen=True)
-class CopySpec(Drafter):
+class CopySpec(CopyingDrafter):
     """Drafter without a model; gamma tokens must repeat, and at most `length` are copied."""
 
     gamma: int = 3
@@ -29,19 +29,13 @@ class CopySpec(Drafter):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
-    def chains(self) -> bool:
-        """Every draft is a chain."""
-        return True
-
-    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
-        """Index the tokens of the sequences."""
-        for context in contexts:
-            self._index(context).extend(context.tokens)
+    def new_index(self) -> NGramIndex:
+        """An empty index for one sequence."""
+        return NGramIndex(self.gamma, self.gamma, latest=False)
 
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The tokens after the first occurrence of the last gamma tokens; empty if these are new."""
-        tokens, index = context.tokens, self._index(context)
-        index.extend(tokens)
+        tokens, index = context.tokens, self.indexed(context)
         start = index.after(tuple(tokens[-self.gamma :]))
         if start is None:
             return DraftTree()
@@ -54,13 +48,3 @@ class CopySpec(Drafter):
         own = len(tokens) - start
         labels = [("copy_spec", match.bit_length(), depth, depth >= own) for depth in range(len(draft))]
         return DraftTree.chain(draft, labels=labels)
-
-    def truncate(self, context: Context, length: int) -> None:
-        """Roll the index back."""
-        self._index(context).truncate(length)
-
-    def _index(self, context: Context) -> NGramIndex:
-        index: NGramIndex | None = context.state.get(self)
-        if index is None:
-            index = context.state[self] = NGramIndex(self.gamma, self.gamma, latest=False)
-        return index

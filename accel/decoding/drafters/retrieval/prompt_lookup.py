@@ -5,18 +5,18 @@ Departs from it: among equal matches it takes the latest, not the first; positio
 that reaches the end of the sequence continues through itself.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Memory
+from hasten.accel.decoding.drafters.base import Memory
+from hasten.accel.decoding.drafters.retrieval.base import CopyingDrafter
 from hasten.accel.decoding.drafters.retrieval.ngrams import NGramIndex, copied
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class PromptLookup(Drafter):
+class PromptLookup(CopyingDrafter):
     """Drafter without a model; max_ngram and min_ngram bound the suffix and length the chain, in tokens."""
 
     max_ngram: int = 3
@@ -29,19 +29,13 @@ class PromptLookup(Drafter):
         if self.length < 1:
             raise UserError(f"length={self.length} must be 1 or more")
 
-    def chains(self) -> bool:
-        """Every draft is a chain."""
-        return True
-
-    def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
-        """Index the tokens of the sequences."""
-        for context in contexts:
-            self._index(context).extend(context.tokens)
+    def new_index(self) -> NGramIndex:
+        """An empty index for one sequence."""
+        return NGramIndex(self.min_ngram, self.max_ngram, latest=True)
 
     def propose(self, context: Context, memory: Memory, budget: int) -> DraftTree:
         """The tokens after the latest occurrence of the longest repeated suffix; empty if no suffix repeats."""
-        tokens, index = context.tokens, self._index(context)
-        index.extend(tokens)
+        tokens, index = context.tokens, self.indexed(context)
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             start = index.after(tuple(tokens[-n:]))
             if start is not None:
@@ -52,13 +46,3 @@ class PromptLookup(Drafter):
                     draft, labels=[("prompt_lookup", n, depth, depth >= own) for depth in range(len(draft))]
                 )
         return DraftTree()
-
-    def truncate(self, context: Context, length: int) -> None:
-        """Roll the index back."""
-        self._index(context).truncate(length)
-
-    def _index(self, context: Context) -> NGramIndex:
-        index: NGramIndex | None = context.state.get(self)
-        if index is None:
-            index = context.state[self] = NGramIndex(self.min_ngram, self.max_ngram, latest=True)
-        return index

@@ -5,10 +5,8 @@ Departs from it: the shape of the tree is not fitted to maths problems, but is t
 acceptance at fixed acceptance rates by rank; noise is drawn on demand; the size of the table is bounded.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from operator import itemgetter
 from typing import ClassVar
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.retrieval.recent_rows import RecentRows
 from hasten.accel.decoding.drafters.template import by_acceptance, most_accepted
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
@@ -43,14 +42,10 @@ class _Entry:
 
 @dataclass
 class NGrams:
-    """entries: successors of each n-gram, in the order of their latest update. vocabulary: V.
-
-    changed: n-grams that were updated since the last call of `Stand.changes`; None before the first.
-    """
+    """entries: successors of each n-gram, in the order of their latest update. vocabulary: V."""
 
     vocabulary: int
-    entries: OrderedDict[NGram, _Entry] = field(default_factory=OrderedDict)
-    changed: set[NGram] | None = None
+    entries: RecentRows[NGram, _Entry] = field(default_factory=RecentRows)
 
 
 @dataclass(frozen=True)
@@ -147,12 +142,7 @@ class Stand(Drafter):
 
     def changes(self, memory: NGrams, whole: bool = False) -> Mapping[str, Tensor]:
         """The entries that were updated since the last call, in the form of `saved`."""
-        changed, memory.changed = memory.changed, set()
-        if whole or changed is None:
-            return self.saved(memory)
-        # An update moves an n-gram to the end.
-        latest = list(islice(reversed(memory.entries), len(changed)))[::-1]
-        return self._tensors({ngram: memory.entries[ngram] for ngram in latest})
+        return self._tensors(memory.entries.changes(whole))
 
     def _tensors(self, entries: Mapping[NGram, _Entry]) -> Mapping[str, Tensor]:
         rows = entries.values()
@@ -173,31 +163,20 @@ class Stand(Drafter):
         columns = (tensors[name].tolist() for name in ("ngrams", "visits", "tokens", "probs"))
         for ngram, visits, tokens, probs in zip(*columns, strict=True):
             row = {token: prob for token, prob in zip(tokens, probs, strict=True) if token >= 0}
-            self._put(memory, tuple(token for token in ngram if token >= 0), _Entry(visits, row))
+            memory.entries.put(tuple(token for token in ngram if token >= 0), _Entry(visits, row), self.max_ngrams)
 
     def _average(self, memory: NGrams, ngram: NGram, ids: list[int], probs: list[float]) -> None:
         row = memory.entries.get(ngram)
         if row is None:
-            self._put(memory, ngram, _Entry(1, dict(zip(ids, probs, strict=True))))
+            memory.entries.put(ngram, _Entry(1, dict(zip(ids, probs, strict=True))), self.max_ngrams)
             return
-        self._put(memory, ngram, row)
+        memory.entries.put(ngram, row, self.max_ngrams)
         row.visits += 1
         share = 1 / row.visits
         mixed = {token: prob * (1 - share) for token, prob in row.probs.items()}
         for token, prob in zip(ids, probs, strict=True):
             mixed[token] = mixed.get(token, 0.0) + prob * share
         row.probs = dict(sorted(mixed.items(), key=itemgetter(1), reverse=True)[:_SUCCESSORS])
-
-    def _put(self, memory: NGrams, ngram: NGram, row: _Entry) -> None:
-        """Set the entry of an n-gram, as the latest one."""
-        memory.entries[ngram] = row
-        memory.entries.move_to_end(ngram)
-        if memory.changed is not None:
-            memory.changed.add(ngram)
-        if len(memory.entries) > self.max_ngrams:
-            oldest, _ = memory.entries.popitem(last=False)
-            if memory.changed is not None:
-                memory.changed.discard(oldest)
 
     def _longest_match(self, memory: NGrams, tail: NGram) -> tuple[int, dict[int, float]]:
         """Length of the longest known n-gram at the end of `tail`, and its successors; (0, {}) if none is known."""
