@@ -3,23 +3,20 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hasten.accel.decoding.detokenizer import Detokenizer
 from hasten.accel.decoding.stop_strings import StopStrings
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
+from tests.data.one_token_a_byte import one_token_a_byte
 
 TEXT = "def naïve(x):\n    return '€ 😀 日本'  # fin\n\n\nclass A:\n    pass\n"
 
 
-def one_token_a_byte():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+def bytes_tokenizer():
+    return PreTrainedTokenizerFast(tokenizer_object=one_token_a_byte(), eos_token="<|end|>")
 
 
 def sentence_pieces():
@@ -49,7 +46,7 @@ def ids_of(tokenizer, text):
 
 @pytest.fixture(scope="module", params=["embedded", "bytes", "pieces"])
 def tokenizer(request):
-    makers = {"bytes": one_token_a_byte, "pieces": sentence_pieces}
+    makers = {"bytes": bytes_tokenizer, "pieces": sentence_pieces}
     if request.param == "embedded":
         return AutoTokenizer.from_pretrained(resolve("embedded:target"))
     return makers[request.param]()
@@ -77,13 +74,13 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer, seed):
 
 
 def test_half_a_character_waits_for_its_other_half():
-    tokenizer = one_token_a_byte()
+    tokenizer = bytes_tokenizer()
     text = Detokenizer(tokenizer)
     assert [text.add([token]) for token in ids_of(tokenizer, "a€b")] == ["a", "", "", "€", "b"]
 
 
 def test_bytes_that_are_no_text_do_not_hide_what_follows():
-    tokenizer = one_token_a_byte()
+    tokenizer = bytes_tokenizer()
     ids = ids_of(tokenizer, "€")[:1] * 200 + ids_of(tokenizer, "€end")
     for seed in range(5):
         text = Detokenizer(tokenizer)
