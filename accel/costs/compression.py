@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.stages import stages_of
 from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
@@ -27,7 +28,8 @@ class Pass:
     layer_groups: groups of every block. methods: methods of the compression. levels: levels of a database, None for a
     checkpoint. sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: number of
     chunks of calibration sequences. gpus: of every worker; gpu_memory: bytes of each GPU, 0 without one. nodes: number
-    of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs.
+    of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs. staged:
+    whether it is, and layers on outputs of compressed layers of their own block as well.
     """
 
     model: Model
@@ -44,6 +46,11 @@ class Pass:
     gpu_memory: int = 0
     nodes: int = 1
     propagates: bool = True
+    staged: bool = True
+
+    def stages(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """Groups of a block whose sums are collected at the same time."""
+        return [*stages_of(groups)] if self.staged and self.sequences else [groups]
 
     @property
     def chunks(self) -> int:
@@ -70,12 +77,12 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     )
     largest = max(work.layer_groups, key=lambda groups: sum(_weights(group) for group in groups))
     packed = sum(_packed_bytes(work, group) for group in largest)
-    sums = _sums_bytes(largest) * sent_sums(work.chunks, work.workers) if work.sequences else 0
+    sums = max(map(_sums_bytes, work.stages(largest)), default=0) * sent_sums(work.chunks, work.workers)
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
         moved=_moved(work),
-        store=sums + (packed if work.levels is None else 0),
+        store=(sums if work.sequences else 0) + (packed if work.levels is None else 0),
         written=written,
         notes=_guesses(work),
     )
@@ -138,10 +145,11 @@ def _moved(work: Pass) -> dict[str, int]:
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
     block = model.largest_block()
-    groups = max(work.layer_groups, key=_sums_bytes)
+    groups = max((stage for block in work.layer_groups for stage in work.stages(block)), key=_sums_bytes)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
-    hidden = {"hidden states": model.hidden_bytes(work.max_sequences, work.length)}
+    held = model.waiting_bytes if work.staged else model.hidden_bytes
+    hidden = {"hidden states": held(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
@@ -163,7 +171,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
             host["collect"] = with_retained({**always, **running, **sums, **sent}, running["activations"])
-    for group in sorted(groups, key=lambda group: -group.cost)[:1]:
+    solved = max((group for block in work.layer_groups for group in block), key=lambda group: group.cost, default=None)
+    for group in [solved] if solved is not None else []:
         solving = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
         reads = {SHARED: hessian_bytes(group.columns) * sent_sums(work.chunks, work.workers)}
         own = {
@@ -215,9 +224,11 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     for block, groups in enumerate(work.layer_groups):
         if work.sequences:
             # With propagation a block runs twice: for the sums, which stops at the last group's input, and, compressed,
-            # for the next block's input. Without, one run gives both.
+            # for the next block's input. Without, and in stages, one run gives both.
             last = groups[-1].layers if groups else ()
-            stops = work.propagates and not any(group.is_expert for group in groups)
+            is_last = block + 1 == len(work.layer_groups)
+            experts = any(group.is_expert for group in groups)
+            stops = not experts and (is_last if work.staged else work.propagates)
             if groups:
                 run = model.run(block, tokens, work.length, work.batch)
                 if stops:
@@ -226,15 +237,21 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 add("forward", run, share)
                 add("load", model.load(block), 1.0, workers)
                 add("sums", _collected(work, groups, tokens), share)
-            if work.propagates and block + 1 < len(work.layer_groups):
-                add("forward", model.run(block, tokens, work.length, work.batch), share)
-                add("load", model.load(block) * 2, 1.0, workers)
-        solves = sorted((_solve_seconds(work, group, rates) for group in groups), reverse=True)
-        busy = [0.0] * workers
-        for seconds in solves:
-            busy[busy.index(min(busy))] += seconds
-        wall["solve"] += max(busy)
-        cpu["solve"] += sum(busy)
+            if work.propagates and not is_last:
+                if work.staged and groups:
+                    if experts:
+                        add("forward", _again(model, groups, tokens), share)
+                    add("load", model.load(block), 1.0, workers)
+                else:
+                    add("forward", model.run(block, tokens, work.length, work.batch), share)
+                    add("load", model.load(block) * 2, 1.0, workers)
+        for stage in work.stages(groups):
+            solves = sorted((_solve_seconds(work, group, rates) for group in stage), reverse=True)
+            busy = [0.0] * workers
+            for seconds in solves:
+                busy[busy.index(min(busy))] += seconds
+            wall["solve"] += max(busy)
+            cpu["solve"] += sum(busy)
     guess = "; ".join(_guesses(work))
     steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
@@ -243,6 +260,12 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     if BETWEEN in moved:
         steps.append(Step("network", 0.0, 0.0, _network_bytes(work) / rates.network))
     return steps
+
+
+def _again(model: Model, groups: Sequence[Group], tokens: int) -> Work:
+    """Work of running the experts of a block a second time, on their compressed weights."""
+    weights = sum(_weights(group) for group in groups if group.is_expert)
+    return Work(flops=2.0 * tokens * weights * model.active_share(groups[0].block))
 
 
 def _network_bytes(work: Pass) -> float:

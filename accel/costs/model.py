@@ -130,6 +130,16 @@ class Model:
         """Bytes of the hidden states of `sequences` sequences of `length` tokens."""
         return sequences * length * self.hidden * self.dtype.itemsize
 
+    def waiting_bytes(self, sequences: int, length: int) -> int:
+        """Bytes of sequences that wait in the middle of a block, where most is held.
+
+        At the input of the attention's last layer these are the block's input, its norm, query, key, value and output;
+        at that of the last layer, the block's input, the residual, its norm, and the inner values.
+        """
+        keys = self.token_bytes // (self.blocks * self.dtype.itemsize)
+        widest = max(2 * self.hidden + 2 * self.attention + keys, 3 * self.hidden + self.inner)
+        return sequences * length * widest * self.dtype.itemsize
+
     def active_share(self, index: int) -> float:
         """Share of a block's experts to which a token is routed; 1 without experts."""
         config = self.architecture.config

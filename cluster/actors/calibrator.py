@@ -1,16 +1,17 @@
 """The calibrator actor: it holds a shard of the calibration sequences, collects statistics and quantizes layers."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.settings import Settings, Task
-from hasten.accel.compression.calibration.shard import Shard, replace_weights
+from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
+from hasten.accel.compression.calibration.stages import replace_weights
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
@@ -42,21 +43,25 @@ class Calibrator:
             self._task.checkpoint.check(name)
         release_memory()
 
-    def collect(self, block: int, keys: Collection[str]) -> dict[str, Nodes]:
-        """Sums of layer inputs in a block over this shard, for the layer groups `keys`.
+    def collect(
+        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Nodes]:
+        """Sums of layer inputs in a block over this shard, for the layer groups `keys` of a stage.
 
         Experts that no token reached have an empty list. The caller chooses the groups: if each shard looked on the
         disk for unfinished ones, shards that look at different times would collect different groups.
+        solved: packed tensors by layer of the block's earlier stages, one mapping for each; of a level database empty.
 
-        Missing hidden states are computed from the earlier blocks. These must be finished if their quantized outputs
+        Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.
         """
         release_memory()
-        shard = self._catch_up(block)
-        module = self._task.architecture.load_block(block)
-        original = self._settings.propagate == "original"
-        groups = [group for group in self._task.layer_groups[block] if group.key in keys]
-        trees = shard.collect(module, groups, advance=original)
+        try:
+            trees = self._collect(block, keys, stage, solved)
+        except BaseException:
+            # A block may have stopped in the middle.
+            self._shard = None
+            raise
         return {key: [] for key in keys} | {
             key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
@@ -100,15 +105,47 @@ class Calibrator:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""
         return cpu_seconds() - self._cpu_before, peak_rss_bytes()
 
-    def _catch_up(self, block: int) -> Shard:
-        if self._shard is None or self._shard.position > block:
-            self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
-        while self._shard.position < block:
-            position = self._shard.position
-            module = self._task.architecture.load_block(position)
-            if self._settings.propagate == "quantized":
-                replace_weights(module, self._task.output.read_block(position))
-            self._shard.advance(module)
-            del module
+    def _collect(
+        self, block: int, keys: Collection[str], stage: int, solved: Sequence[Mapping[str, Mapping[str, Tensor]]]
+    ) -> dict[str, Tree]:
+        groups = self._task.layer_groups[block]
+        if self._settings.propagate != "sequential":
+            wanted = [group for group in groups if group.key in keys]
+            shard = self._catch_up(block)
+            return shard.collect(self._load(block), wanted, advance=self._settings.propagate == "original")
+        shard = self._catch_up(block, stage)
+        staged = shard.staged or shard.begin(self._load(block), groups)
+        for number in range(staged.replaced, stage):
+            staged.replace(self._task.output.unpack_layers(staged.stages[number], solved[number]))
+        return staged.collect(stage, keys)
+
+    def _catch_up(self, block: int, stage: int = 0) -> Shard:
+        """The shard at the input of a block, or in it where its inputs of a stage can still be collected."""
+        shard = self._shard
+        if shard is None or shard.position > block or not _can_collect(shard, block, stage):
+            shard = self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
+        while shard.position < block:
+            self._advance(shard)
             release_memory()
-        return self._shard
+        return shard
+
+    def _advance(self, shard: Shard) -> None:
+        """Bring a shard to the input of the next block; its block is finished, unless the original is propagated."""
+        groups = self._task.layer_groups[shard.position]
+        if shard.staged is not None:
+            for stage in shard.staged.stages[shard.staged.replaced :]:
+                shard.staged.replace(self._task.output.read_layers(stage))
+            shard.finish()
+            return
+        module = self._load(shard.position)
+        if self._settings.propagate != "original":
+            replace_weights(module, self._task.output.read_layers(groups))
+        shard.advance(module)
+
+    def _load(self, block: int) -> nn.Module:
+        return self._task.architecture.load_block(block)
+
+
+def _can_collect(shard: Shard, block: int, stage: int) -> bool:
+    """Whether the shard has not passed a stage of a block at or behind which it is."""
+    return shard.staged is None or shard.position < block or shard.staged.can_collect(stage)

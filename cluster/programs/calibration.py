@@ -6,13 +6,14 @@ progress is repeated. Solves that are stragglers are re-executed on an idle cali
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
 
+from ray import ObjectRef, put
 from ray.actor import ActorHandle
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from hasten.accel.compression.calibration.solve import OUTPUT
 from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import Calibrator
-from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Unit
+from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Step, Unit
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor, wait_for_all
 from hasten.cluster.runtime.dispatcher import Dispatcher, SharedQueue
@@ -75,6 +76,8 @@ class CalibrationPass:
             "use a smaller calibration.sequence_length, fewer calibration.sequences, or more workers on more nodes",
         )
         self.report = PassReport()
+        # Packed layers of the stages of the current block.
+        self._stored: dict[Step, ObjectRef] = {}
 
     @property
     def task(self) -> Task:
@@ -161,13 +164,8 @@ class CalibrationPass:
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
         """Compute a block; returns its row. solved: solutions of earlier attempts, to which new ones are added."""
         started = perf_counter()
-        keys = {key for unit in solved for key in unit}
-        groups = [group for group in self._task.output.unfinished(block) if group.key not in keys]
-        self._sums.begin(block)
-        if self._settings.needs_hessian and groups:
-            self._collect(block, groups)
-        self._solve(block, groups, solved)
-        self._sums.finish(block)
+        for stage, groups in enumerate(self._settings.stages(self._task.layer_groups[block])):
+            self._run_stage((block, stage), groups, solved)
         packed = {name: tensors for layers, _, _ in solved.values() for name, tensors in layers.items()}
         facts = [row for _, rows, _ in solved.values() for row in rows]
         order = [layer.name for group in self._task.layer_groups[block] for layer in group.layers]
@@ -178,6 +176,7 @@ class CalibrationPass:
         self._task.output.write_block(block, packed, facts)
         del packed
         solved.clear()
+        self._stored.clear()
         release_memory()
         # Errors of weights, of experts that too few tokens reached, are no errors of outputs.
         errors = [row["error"] for row in facts if row["error_of"] == OUTPUT] or [row["error"] for row in facts]
@@ -188,26 +187,48 @@ class CalibrationPass:
             "layers": len(facts),
         }
 
-    def _collect(self, block: int, groups: list[Group]) -> None:
-        """Request the sums of a block's groups from all calibrators, each of which has its own chunks.
+    def _run_stage(self, step: Step, groups: Sequence[Group], solved: dict[Unit, Solution]) -> None:
+        """Collect and solve the groups of a stage that are not solved yet, and add the solutions to `solved`."""
+        keys = {key for unit in solved for key in unit}
+        unfinished = {group.key for group in self._task.output.unfinished(step[0])} - keys
+        waiting = [group for group in groups if group.key in unfinished]
+        self._sums.begin(step)
+        if self._settings.needs_hessian and waiting:
+            self._collect(step, waiting, solved)
+        self._solve(step, waiting, solved)
+        self._sums.finish(step)
+
+    def _collect(self, step: Step, groups: list[Group], solved: Mapping[Unit, Solution]) -> None:
+        """Request the sums of a stage's groups from all calibrators, each of which has its own chunks.
 
         So a straggler cannot be re-executed elsewhere. If the original's outputs are propagated, the next unfinished
         block does not depend on this block's solutions. Its sums are requested now, too, so that no calibrator is idle
         while another solves.
         """
-        requested = {block: groups}
+        block, stage = step
+        earlier = [self._packed((block, number), solved) for number in range(stage)]
+        self._sums.request(step, groups, earlier, self._pool.actors)
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
-            requested |= dict(islice(((other, rest) for other, rest in unfinished if rest), 1))
-        for requested_block, block_groups in requested.items():
-            self._sums.request(requested_block, block_groups, self._pool.actors)
+            for other, rest in islice(((other, rest) for other, rest in unfinished if rest), 1):
+                self._sums.request((other, 0), rest, [], self._pool.actors)
 
-    def _solve(self, block: int, groups: list[Group], solved: dict[Unit, Solution]) -> None:
+    def _packed(self, step: Step, solved: Mapping[Unit, Solution]) -> ObjectRef:
+        """Packed layers of a solved stage, in the object store until the block is written."""
+        if step not in self._stored:
+            block, stage = step
+            groups = self._settings.stages(self._task.layer_groups[block])[stage]
+            names = {layer.name for group in groups for layer in group.layers}
+            layers = (layer for packed, _, _ in solved.values() for layer in packed.items())
+            self._stored[step] = put({name: parts for name, parts in layers if name in names})
+        return self._stored[step]
+
+    def _solve(self, step: Step, groups: list[Group], solved: dict[Unit, Solution]) -> None:
         """Solve groups, most expensive first, and add the results to `solved`."""
         costs = {group.key: group.cost for group in groups}
         units = {unit: sum(costs[key] for key in unit) for unit in self._units(groups)}
-        self._work.begin(block, units)
+        self._work.begin(step, units)
         for unit, solution in self._dispatcher.run(units, SharedQueue(units)):
             self._work.solved(unit)
             solved[unit] = solution

@@ -13,6 +13,8 @@ from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool
 from hasten.cluster.runtime.dispatcher import PoolWorkload
 
+# A block, and the stage of it whose groups are compressed at the same time.
+Step = tuple[int, int]
 # Keys of the layer groups that one call solves.
 Unit = tuple[str, ...]
 # One row of a block's or a layer's report.
@@ -22,61 +24,72 @@ Solution = tuple[dict[str, dict[str, Tensor]], list[Facts], float]
 
 
 class CollectedSums:
-    """References to the sums of layer inputs that calibrators collect: for each block, one of each calibrator.
+    """References to the sums of layer inputs that calibrators collect: for each step, one of each calibrator.
 
     A calibrator's sums are lost with it, so its replacement is asked for the same ones when it starts.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, list[ObjectRef]] = {}
-        self._keys: dict[int, list[str]] = {}
-        # Sums of the current block by replacements; used only if those of their predecessors are lost.
+        self._sums: dict[Step, list[ObjectRef]] = {}
+        # Keys of the groups, and the packed layers of the block's earlier stages.
+        self._arguments: dict[Step, tuple[list[str], list[ObjectRef]]] = {}
+        # Sums of the current step by replacements; used only if those of their predecessors are lost.
         self._replacements: dict[int, ObjectRef] = {}
-        self._block = -1
+        self._step: Step = (-1, 0)
 
-    def begin(self, block: int) -> None:
-        """Make a block the current one."""
-        self._block = block
+    def begin(self, step: Step) -> None:
+        """Make a step the current one."""
+        self._step = step
 
-    def request(self, block: int, groups: Sequence[Group], calibrators: Sequence[ActorHandle]) -> None:
-        """Request the sums of some groups from all calibrators, unless this block was requested before."""
-        if block not in self._sums:
+    def request(
+        self, step: Step, groups: Sequence[Group], solved: Sequence[ObjectRef], calibrators: Sequence[ActorHandle]
+    ) -> None:
+        """Request the sums of some groups from all calibrators, unless this step was requested before.
+
+        solved: packed layers of the earlier stages of the block.
+        """
+        if step not in self._sums:
             # The keys are fixed here, so that all calibrators collect the same groups.
-            self._keys[block] = [group.key for group in groups]
-            self._sums[block] = [calibrator.collect.remote(block, self._keys[block]) for calibrator in calibrators]
+            self._arguments[step] = ([group.key for group in groups], list(solved))
+            self._sums[step] = [self._ask(calibrator, step) for calibrator in calibrators]
 
     def request_again(self, index: int, calibrator: ActorHandle) -> None:
         """Send the requests of a lost calibrator to its replacement."""
-        for block in sorted(self._sums):
-            sums: ObjectRef = calibrator.collect.remote(block, self._keys[block])
-            if block == self._block:
+        for step in sorted(self._sums):
+            sums = self._ask(calibrator, step)
+            if step == self._step:
                 self._replacements[index] = sums
             else:
-                self._sums[block][index] = sums
+                self._sums[step][index] = sums
 
-    def of(self, block: int) -> list[ObjectRef]:
-        """Sums of a block, one reference for each calibrator; empty if no statistics are needed."""
-        return self._sums.get(block, [])
+    def of(self, step: Step) -> list[ObjectRef]:
+        """Sums of a step, one reference for each calibrator; empty if no statistics are needed."""
+        return self._sums.get(step, [])
 
     def recover(self) -> None:
-        """After a loss, use the replacements' sums of the current block; if there are none, drop all sums."""
-        if self._replacements and self._block in self._sums:
+        """After a loss, use the replacements' sums of the current step; if there are none, drop all sums."""
+        if self._replacements and self._step in self._sums:
             for index, sums in self._replacements.items():
-                self._sums[self._block][index] = sums
+                self._sums[self._step][index] = sums
             self._replacements.clear()
         else:
             # It is unknown which sums are lost: all are collected again.
             self._sums.clear()
 
-    def finish(self, block: int) -> None:
-        """Free a block's sums in the object store, to make room for those of the next block."""
-        self._sums.pop(block, None)
+    def finish(self, step: Step) -> None:
+        """Free a step's sums in the object store, to make room for those of the next one."""
+        self._sums.pop(step, None)
         self._replacements.clear()
 
     def clear(self) -> None:
         """Free all sums."""
         self._sums.clear()
         self._replacements.clear()
+
+    def _ask(self, calibrator: ActorHandle, step: Step) -> ObjectRef:
+        (block, stage), (keys, solved) = step, self._arguments[step]
+        sums: ObjectRef = calibrator.collect.remote(block, keys, stage, *solved)
+        return sums
 
 
 class SolveWorkload(PoolWorkload[Unit, Solution]):
@@ -89,19 +102,19 @@ class SolveWorkload(PoolWorkload[Unit, Solution]):
     def __init__(self, pool: ActorPool, sums: CollectedSums) -> None:
         super().__init__(pool)
         self._sums = sums
-        self._block = -1
+        self._step: Step = (-1, 0)
         self._costs: Mapping[Unit, float] = {}
         # Largest cost that was solved: a more expensive unit may take longer without being a straggler.
         self._max_cost = 0.0
 
-    def begin(self, block: int, costs: Mapping[Unit, float]) -> None:
-        """Set the block and the costs of its units."""
-        self._block, self._costs = block, costs
+    def begin(self, step: Step, costs: Mapping[Unit, float]) -> None:
+        """Set the step and the costs of its units."""
+        self._step, self._costs = step, costs
 
     def submit(self, worker: int, keys: Sequence[Unit]) -> ActorHandle:
         """Start a solve."""
         (unit,) = keys
-        return self.pool.actors[worker].solve.remote(self._block, list(unit), *self._sums.of(self._block))
+        return self.pool.actors[worker].solve.remote(self._step[0], list(unit), *self._sums.of(self._step))
 
     def solved(self, unit: Unit) -> None:
         """Note that a unit was solved."""

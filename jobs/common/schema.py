@@ -140,9 +140,11 @@ class Calibrated(Run):
     skip_first: int = option(0, "blocks left as they are at the start", at_least=0)
     skip_last: int = option(0, "blocks left as they are at the end", at_least=0)
     propagate: str = option(
-        "quantized",
-        "blocks whose output calibrates the next block; with original all blocks are independent",
-        choices=("quantized", "original"),
+        "sequential",
+        "what layers are calibrated on: sequential, outputs of all compressed layers before them, in one pass over the "
+        "text; quantized, of the compressed blocks before theirs, in two passes and less memory; original, of the "
+        "original blocks, which makes all blocks independent",
+        choices=("sequential", "quantized", "original"),
     )
     dtype: str = option(
         "auto", "dtype of the arithmetic; auto is bfloat16 where the hardware is fast in it", choices=DTYPES

@@ -42,5 +42,6 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
         gpus=setting.gpus,
         gpu_memory=setting.gpu_memory if setting.gpus else 0,
         nodes=min(setting.nodes, config.workers),
-        propagates=config.propagate == "quantized",
+        propagates=config.propagate != "original",
+        staged=config.propagate == "sequential",
     )

@@ -31,12 +31,17 @@ def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
     rows = []
     with torch.no_grad():
         for block in sorted(set(range(len(task.layer_groups))) - set(task.output.finished)):
-            groups = task.output.unfinished(block)
-            keys = [group.key for group in groups]
-            collected = [calibrator.collect(block, keys)] if needed else []
-            packed, facts, _ = calibrator.solve(block, keys, *collected)
-            task.output.write_block(block, packed, facts)
-            rows += facts
+            unfinished = {group.key for group in task.output.unfinished(block)}
+            solved: list[dict[str, Any]] = []
+            done = []
+            for number, stage in enumerate(chosen.stages(task.layer_groups[block])):
+                keys = [group.key for group in stage if group.key in unfinished]
+                collected = [calibrator.collect(block, keys, number, *solved)] if needed and keys else []
+                packed, facts, _ = calibrator.solve(block, keys, *collected)
+                solved.append(packed)
+                done += facts
+            task.output.write_block(block, {name: parts for packed in solved for name, parts in packed.items()}, done)
+            rows += done
     task.output.finish()
     return rows
 

@@ -13,7 +13,7 @@ from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.costs.compression import Pass, estimate, sent_sums
-from hasten.accel.costs.estimate import Rates
+from hasten.accel.costs.estimate import Rates, Work
 from hasten.accel.costs.files import checkpoint_files, database_files
 from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.models.architecture import Architecture
@@ -69,7 +69,7 @@ def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_traffic_of_calibrators_is_planned_to_the_byte(folder, model, tmp_path, workers):
-    chosen = settings(folder, tmp_path / "out")
+    chosen = settings(folder, tmp_path / "out", propagate="quantized")
     chunks = dict(enumerate(tiny.tokens(8, 16).tensor_split(8)))
     sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
     for part in split(8, workers):
@@ -112,12 +112,28 @@ def test_memory_is_added_up_by_parts(model):
     calibrator = next(each for each in found.processes if each.kind == "calibrator")
     collect = calibrator.host["collect"]
     assert collect["process"] == 500
-    assert collect["hidden states"] == 8 * 16 * 64 * 4
+    # In the attention: input, norm, query and output of 64, keys and values of 32 each.
+    assert collect["hidden states"] == 8 * 16 * (4 * 64 + 2 * 32) * 4
     assert collect["weights of a block"] == 4 * 36_992
-    # Inputs of 64 columns three times, and of 128 once; of 8 chunks four sizes wait for their siblings.
-    sums = 3 * hessian_bytes(64) + hessian_bytes(128)
-    assert collect["sums of second moments"] == 4 * sums
+    # The widest input has 128 columns; of 8 chunks four sizes wait for their siblings.
+    assert collect["sums of second moments"] == 4 * hessian_bytes(128)
     assert calibrator.peak_bytes == max(sum(parts.values()) for parts in calibrator.host.values())
+
+
+def test_two_passes_hold_less_and_take_longer_than_one_in_stages(model):
+    staged, two = (estimate(planned(model, staged=staged), RATES) for staged in (True, False))
+    one, other = (found.processes[0].host["collect"] for found in (staged, two))
+    assert other["hidden states"] == 8 * 16 * 64 * 4
+    # All inputs of the block at the same time: 64 columns three times, and 128 once.
+    assert other["sums of second moments"] == 4 * (3 * hessian_bytes(64) + hessian_bytes(128))
+    forward = [next(step.cpu_seconds for step in found.steps if step.name == "forward") for found in (staged, two)]
+    # Of two blocks the first runs twice; runs for sums alone leave the last layer out.
+    layer, run = 2 * 8 * 16 * 64 * 128, model.run(0, 8 * 16, 16, 2)
+    per_run = run.seconds(RATES)
+    skipped = per_run - (run + Work(flops=-float(layer))).seconds(RATES)
+    assert forward[0] == pytest.approx(2 * per_run - skipped)
+    assert forward[1] == pytest.approx(3 * per_run - 2 * skipped)
+    assert one["hidden states"] == 5 * other["hidden states"]
 
 
 def test_more_workers_hold_fewer_hidden_states_each_and_send_more_sums(model):
@@ -153,7 +169,7 @@ def faster(times):
 
 def test_on_a_gpu_states_and_factor_lie_on_the_device_and_sums_on_both(model):
     calibrator = estimate(planned(model, gpus=1, gpu_memory=80 * 10**9), RATES).processes[0]
-    assert calibrator.device["collect"]["hidden states"] == 8 * 16 * 64 * 4
+    assert calibrator.device["collect"]["hidden states"] == 8 * 16 * 320 * 4
     assert "hidden states" not in calibrator.host["collect"]
     assert calibrator.device["solve"]["factor"] == 4 * 128 * 128 + 2 * hessian_bytes(128)
     assert "sums of second moments" in calibrator.host["collect"]

@@ -1,5 +1,6 @@
 """Settings that determine the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration import shard, solve
 from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
+from hasten.accel.compression.calibration.stages import Stage, stages_of
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -22,7 +24,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 
-PROPAGATE = ("quantized", "original")
+PROPAGATE = ("sequential", "quantized", "original")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Settings:
 
     level: level of every layer. levels: None for a checkpoint; otherwise the output is a database of all layers at all
     these levels, and `level` is the one whose outputs are propagated. quantizer, column_quantizer, pruner: each makes
-    the levels of its family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate: whether the
-    next block is calibrated on outputs of the `quantized` or the `original` block. dtype: of the arithmetic. batch:
-    calibration sequences that run through a block at once. shards: number of chunks of calibration sequences, each
-    owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
+    the levels of its family. ignore, skip_first, skip_last: see layer_groups.make_layer_groups. propagate:
+    what layers are calibrated on: outputs of the `original` blocks, of the `quantized` blocks before theirs, or also of
+    the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
+    arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
+    sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
     """
 
     checkpoint: Path
@@ -48,7 +51,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     skip_first: int = 0
     skip_last: int = 0
-    propagate: str = "quantized"
+    propagate: str = "sequential"
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     threads: int = 1
@@ -59,7 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
             raise UserError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
-        if self.levels and self.propagate == "quantized" and self.level not in self.levels:
+        if self.levels and self.propagate != "original" and self.level not in self.levels:
             known = ", ".join(level.name for level in self.levels)
             raise UserError(f"reference={self.level.name} is none of the levels {known}")
         for level in self.made:
@@ -88,6 +91,12 @@ class Settings:
     @property
     def _given(self) -> list[Method]:
         return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
+
+    def stages(self, groups: Sequence[Group]) -> list[Stage]:
+        """Groups of a block that are compressed at the same time, in the order in which they are."""
+        if self.propagate == "sequential" and self.needs_hessian:
+            return stages_of(groups)
+        return [tuple(groups)] if groups else []
 
     def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, object]:
         """Plain values that must be equal for one run to resume another."""

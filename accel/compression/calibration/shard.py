@@ -6,11 +6,13 @@ the same bits for any number of shards.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.stages import StagedBlock
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
 
@@ -20,11 +22,15 @@ class _AllCollected(Exception):  # noqa: N818 (not an error: the rest of the blo
 
 
 class Shard:
-    """Hidden states [sequences, T, D] of some chunks, at the input of block `position`."""
+    """Hidden states [sequences, T, D] of some chunks, at the input of block `position`.
+
+    staged: that block, where it is in the middle of its forward; it holds the hidden states then.
+    """
 
     def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int) -> None:
         self.architecture = architecture
         self.position = 0
+        self.staged: StagedBlock | None = None
         self._hidden = {
             number: [architecture.embed(part) for part in tokens.split(batch)] for number, tokens in chunks.items()
         }
@@ -62,6 +68,18 @@ class Shard:
                 parts[index] = self.architecture.run_block(block, self.position, part)
         self.position += 1
 
+    def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
+        """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
+        hidden, self._hidden = self._hidden, {}
+        self.staged = StagedBlock(block, groups, hidden, partial(self.architecture.run_block, block, self.position))
+        return self.staged
+
+    def finish(self) -> None:
+        """End the forward that was begun: its outputs are the hidden states of the next block."""
+        assert self.staged is not None
+        self._hidden, self.staged = self.staged.finish(), None
+        self.position += 1
+
     @staticmethod
     def _watch(
         block: nn.Module, group: Group, hessians: dict[str, Hessian], stop: bool
@@ -77,11 +95,3 @@ class Shard:
                 raise _AllCollected
 
         return block.get_submodule(layer.module).register_forward_pre_hook(add)
-
-
-def replace_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Replace weights of a block. weights: [rows, columns], by the path of the layer in the block."""
-    for path, weight in weights.items():
-        parameter = block.get_submodule(path).weight
-        assert isinstance(parameter, nn.Parameter)
-        parameter.data = weight.to(parameter.device, parameter.dtype)

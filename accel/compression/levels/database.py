@@ -125,13 +125,16 @@ class LevelDatabase(ResumableFolder):
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
         return parse_level(level).checkpoint_tensors(self.parts(layer, level))
 
-    def read_block(self, block: int) -> dict[str, Tensor]:
-        """Weights of a finished block's layers at the propagated level, by their path in the block."""
+    def read_layers(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Weights of the layers of some solved groups at the propagated level, by their path in the block."""
         assert self._propagated is not None
         level = self._propagated.name
-        return {
-            layer.module: self.weight(layer.name, level) for group in self.layer_groups[block] for layer in group.layers
-        }
+        return {layer.module: self.weight(layer.name, level) for group in groups for layer in group.layers}
+
+    def unpack_layers(self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same; packed is empty, since write_layer wrote the layers."""
+        assert not packed
+        return self.read_layers(groups)
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Check that the layers of a block are written; packed is empty, since write_layer wrote them."""

@@ -34,6 +34,8 @@ _COPIED = re.compile(
 OWN = ("config.json", "model.safetensors.index.json")
 # Modules that contain the whole model; patterns name the modules below them.
 _HOLDERS = ("model", "decoder", "language_model")
+# Tensors of a compressed layer that its weight is unpacked from; those that a scheme does not need are not stored.
+_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 
 
@@ -96,24 +98,31 @@ class OutputFolder(ResumableFolder):
         self.write_json(self._facts_file(block), facts)
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
-    def read_block(self, block: int) -> dict[str, Tensor]:
-        """Weights of a finished block's compressed layers, as a loader unpacks them, by their path in the block."""
-        weights: dict[str, Tensor] = {}
-        with safe_open(self.shard(block), framework="pt") as file:
+    def read_layers(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Weights of the layers of some groups of a finished block, as a loader unpacks them, by path in the block."""
+        if not groups:
+            return {}
+        with safe_open(self.shard(groups[0].block), framework="pt") as file:
             stored = set(file.keys())
-            for group in self._layer_groups[block]:
-                scheme = group.level.loader_scheme
-                for layer in group.layers:
-                    name = self._renamed(layer.name)
-                    if scheme is None:
-                        weights[layer.module] = file.get_tensor(f"{name}.weight")
-                        continue
-                    parts = {
-                        part: file.get_tensor(f"{name}.{part}")
-                        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-                        if f"{name}.{part}" in stored
-                    }
-                    weights[layer.module] = self.format.unpack(parts, scheme)
+            packed = {
+                layer.name: {
+                    part: file.get_tensor(f"{self._renamed(layer.name)}.{part}")
+                    for part in _PARTS
+                    if f"{self._renamed(layer.name)}.{part}" in stored
+                }
+                for group in groups
+                for layer in group.layers
+            }
+        return self.unpack_layers(groups, packed)
+
+    def unpack_layers(self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Weights of the layers of some groups, by their path in the block. packed: see write_block."""
+        weights: dict[str, Tensor] = {}
+        for group in groups:
+            scheme = group.level.loader_scheme
+            for layer in group.layers:
+                parts = packed[layer.name]
+                weights[layer.module] = parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
         return weights
 
     def finish(self) -> None:

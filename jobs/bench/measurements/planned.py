@@ -82,7 +82,8 @@ def compare(model: str, folder: Path, job: str, size: str) -> Compared:
 def moved_bytes(config: CompressConfig) -> int:
     """Bytes of Hessians that the calibrators of a job send, over all blocks: counted for the first block."""
     settings = make_settings(config, original(config.model))
-    settings = replace(settings, output=Path(f"{settings.output}{PROGRESS}-counted"))
+    # Stages send the sums that one pass sends, each its own.
+    settings = replace(settings, output=Path(f"{settings.output}{PROGRESS}-counted"), propagate="quantized")
     length = config.calibration.sequence_length
     tokens = torch.zeros(config.calibration.sequences, length, dtype=torch.long)
     chunks = dict(enumerate(tokens.tensor_split(min(settings.shards, len(tokens)))))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.calibration.settings import PROPAGATE, Task
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import Calibrator
@@ -42,7 +42,7 @@ def calibrators():
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("propagate", ["quantized", "original"])
+@pytest.mark.parametrize("propagate", PROPAGATE)
 def test_any_number_of_calibrators_gives_the_bytes_of_one_process(propagate, source, tmp_path, ray_session):
     local.compress(local.settings(source, tmp_path / "alone", propagate=propagate), TOKENS)
     report = run(local.settings(source, tmp_path / "three", propagate=propagate), 3)
@@ -51,7 +51,7 @@ def test_any_number_of_calibrators_gives_the_bytes_of_one_process(propagate, sou
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("propagate", ["quantized", "original"])
+@pytest.mark.parametrize("propagate", PROPAGATE)
 def test_killed_calibrators_are_replaced_and_the_bytes_are_the_same(propagate, source, tmp_path, ray_session):
     local.compress(local.settings(source, tmp_path / "alone", propagate=propagate), TOKENS)
     killed = []
@@ -68,7 +68,9 @@ def test_killed_calibrators_are_replaced_and_the_bytes_are_the_same(propagate, s
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("propagate", "missing"), [("quantized", [2, 3]), ("original", [0, 3])])
+@pytest.mark.parametrize(
+    ("propagate", "missing"), [("sequential", [2, 3]), ("quantized", [2, 3]), ("original", [0, 3])]
+)
 def test_finished_blocks_are_kept_and_only_the_others_done(propagate, missing, source, tmp_path, ray_session):
     chosen = local.settings(source, tmp_path / "out", propagate=propagate)
     local.compress(chosen, TOKENS)
@@ -96,7 +98,7 @@ def test_more_calibrators_than_chunks_are_refused(source, tmp_path):
 
 
 def test_shards_send_sums_of_what_was_asked_for_of_which_none_may_be_missing(source, tmp_path):
-    chosen = local.settings(source, tmp_path / "out")
+    chosen = local.settings(source, tmp_path / "out", propagate="quantized")
     first, second = (Calibrator(chosen, {number: TOKENS[:2]}) for number in range(2))
     *keys, last = [group.key for group in Task(chosen).layer_groups[0]]
     collected = [first.collect(0, [*keys, last]), second.collect(0, keys)]

@@ -56,12 +56,16 @@ def test_the_propagated_level_is_what_compress_makes_at_that_level(database, sou
         assert torch.equal(database.weight(layer, "w3g32"), compressed.tensor(f"{layer}.weight"))
 
 
-def test_the_first_block_is_what_compress_makes_at_every_level(database, source, tmp_path):
+@pytest.mark.parametrize(("propagate", "groups"), [("sequential", 1), ("quantized", 4)])
+def test_what_no_propagated_level_reaches_is_what_compress_makes_at_every_level(propagate, groups, source, tmp_path):
+    chosen = settings(source, tmp_path / "levels", propagate=propagate)
+    local.compress(chosen, TOKENS)
+    database = LevelDatabase.read(chosen.output, Task(chosen).architecture)
     for level in LEVELS:
         output = tmp_path / level.name
-        local.compress(local.settings(source, output, level=level), TOKENS)
+        local.compress(local.settings(source, output, level=level, propagate=propagate), TOKENS)
         compressed = Checkpoint(output)
-        for group in database.layer_groups[0]:
+        for group in database.layer_groups[0][:groups]:
             for layer in group.layers:
                 weight = database.weight(layer.name, level.name)
                 assert torch.equal(weight, compressed.tensor(f"{layer.name}.weight"))
@@ -240,11 +244,11 @@ def test_bits_by_column_do_not_depend_on_what_else_is_solved(three, source, tmp_
     chosen = by_columns(source, tmp_path / "levels", levels=THREE[1:2], level=THREE[1], ignore=("q_proj",))
     local.compress(chosen, TOKENS)
     alone = LevelDatabase.read(chosen.output, Task(chosen).architecture)
-    for group in alone.layer_groups[0]:
-        for layer in group.layers:
-            together = three.parts(layer.name, "c3")
-            for name, tensor in alone.parts(layer.name, "c3").items():
-                assert torch.equal(tensor, together[name])
+    # The inputs of all later layers depend on the level that is propagated.
+    for layer in alone.layer_groups[0][0].layers:
+        together = three.parts(layer.name, "c3")
+        for name, tensor in alone.parts(layer.name, "c3").items():
+            assert torch.equal(tensor, together[name])
 
 
 def test_a_layer_in_pieces_has_one_map_for_all_its_rows(three, source, tmp_path, monkeypatch):
