@@ -7,12 +7,13 @@ the chunks over any number of workers gives the same bits.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hasten.kernels import second_moment
 
 
 class Hessian:
@@ -26,6 +27,7 @@ class Hessian:
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.tokens = 0
+        self._width = panel_width(columns)
         self._bounds = panel_bounds(columns)
         # All panels, concatenated: one block so large that the allocator returns it to the system when it is freed.
         self._sums: Tensor | None = None
@@ -38,10 +40,7 @@ class Hessian:
         if self._sums is None:
             size = sum((stop - start) * stop for start, stop in self._bounds)
             self._sums = torch.zeros(size, device=inputs.device)
-        is_bfloat16, inputs = inputs.dtype == torch.bfloat16, inputs.float()
-        with _bfloat16_products(is_bfloat16):
-            for (start, stop), panel in zip(self._bounds, self.panels(), strict=True):
-                panel.addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+        second_moment.add(self._sums, inputs, self._width)
         self.tokens += len(inputs)
 
     def merge(self, other: "Hessian") -> None:
@@ -60,9 +59,7 @@ class Hessian:
             for left, right in zip(self._terms[0].panels(), self._terms[1].panels(), strict=True):
                 yield left + right
         elif self._sums is not None:
-            sizes = [(stop - start) * stop for start, stop in self._bounds]
-            for (start, stop), panel in zip(self._bounds, self._sums.split(sizes), strict=True):
-                yield panel.view(stop - start, stop)
+            yield from second_moment.panels(self._sums, self.columns, self._width)
 
     def diagonal(self) -> Tensor:
         """E[x²] of every column, (C,) float32."""
@@ -117,29 +114,14 @@ class Hessian:
         return hessian
 
 
+def panel_width(columns: int) -> int:
+    """Rows of a panel: narrow panels waste less beyond the diagonal, wide ones compute faster."""
+    return 128 if columns <= 512 else 256
+
+
 def panel_bounds(columns: int) -> list[tuple[int, int]]:
-    """First row and end row of every panel: narrow panels waste less beyond the diagonal, wide ones compute faster."""
-    width = 128 if columns <= 512 else 256
-    return [(start, min(columns, start + width)) for start in range(0, columns, width)]
-
-
-@contextmanager
-def _bfloat16_products(allowed: bool) -> Iterator[None]:
-    """Let products of float32 matrices run on bfloat16 units; exact where both matrices hold bfloat16 values.
-
-    Sums stay float32. Has no effect on CPUs without such units, and where allowed is False.
-    """
-    if not allowed:
-        yield
-        return
-    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = cpu.fp32_precision, gpu.fp32_precision
-    # A GPU's tf32 keeps more of the mantissa than bfloat16 has.
-    cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, gpu.fp32_precision = before
+    """First row and end row of every panel of a Hessian."""
+    return second_moment.panel_bounds(columns, panel_width(columns))
 
 
 class Tree:

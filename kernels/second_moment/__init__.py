@@ -1,0 +1,21 @@
+"""Sum of x xᵀ over tokens, of which only one half is stored.
+
+The sums of C columns lie in panels: blocks of `width` rows, each with the columns up to the end of its diagonal square.
+Products and sums are of float32, also where x is of bfloat16.
+"""
+
+from torch import Tensor
+
+from hasten.kernels.dispatch import use_c
+from hasten.kernels.second_moment import c_kernel, reference
+from hasten.kernels.second_moment.reference import panel_bounds, panels
+
+__all__ = ["add", "panel_bounds", "panels"]
+
+
+def add(sums: Tensor, x: Tensor, width: int) -> None:
+    """Add the rows of x (N, C), float32 or another floating type, to the sums: all panels, concatenated, float32."""
+    if use_c(sums) and c_kernel.is_faster(x.dtype):
+        c_kernel.add(sums, x, width)
+    else:
+        reference.add(sums, x, width)
