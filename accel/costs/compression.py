@@ -53,6 +53,11 @@ class Pass:
         return [*stages_of(groups)] if self.staged and self.sequences else [groups]
 
     @property
+    def sent_sums(self) -> int:
+        """Number of sums of a group that all workers send."""
+        return sent_sums(self.chunks, self.workers, self.shards // 2)
+
+    @property
     def chunks(self) -> int:
         """Number of chunks: at most one for each sequence."""
         return min(self.shards, self.sequences)
@@ -77,7 +82,7 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     )
     largest = max(work.layer_groups, key=lambda groups: sum(_weights(group) for group in groups))
     packed = sum(_packed_bytes(work, group) for group in largest)
-    sums = max(map(_sums_bytes, work.stages(largest)), default=0) * sent_sums(work.chunks, work.workers)
+    sums = max(map(_sums_bytes, work.stages(largest)), default=0) * work.sent_sums
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
@@ -88,14 +93,17 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     )
 
 
-def sent_sums(chunks: int, workers: int) -> int:
-    """Number of sums of a group that all workers send: each merges its chunks as far as the tree over all allows."""
+def sent_sums(chunks: int, workers: int, cut: int = 0) -> int:
+    """Number of sums of a group that all workers send: each merges its chunks as far as the tree over all allows.
+
+    cut: the first chunk of the second half, which is not merged with the first; 0 where there are no halves.
+    """
     total = 0
     for part in split(chunks, workers):
         start = part.start
         while start < part.stop:
             size = 1
-            while start % (2 * size) == 0 and start + 2 * size <= part.stop:
+            while start % (2 * size) == 0 and start + 2 * size <= part.stop and not start < cut < start + 2 * size:
                 size *= 2
             total, start = total + 1, start + size
     return total
@@ -132,7 +140,7 @@ def _moved(work: Pass) -> dict[str, int]:
     """Bytes sent between processes: tokens to calibrators, sums to solving processes, packed layers to the driver."""
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
-        count = sent_sums(work.chunks, work.workers)
+        count = work.sent_sums
         moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.layer_groups)
         if work.nodes > 1:
             fetched = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
@@ -165,7 +173,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         float32_copy = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += float32_copy
         sums = {"sums of second moments": _sums_bytes(groups) * _held_sums(work.max_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * sent_sums(work.max_chunks, 1)}
+        sent = {SHARED: _sums_bytes(groups) * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
         if on_device:
             host["collect"] = {**always, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
@@ -174,7 +182,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     solved = max((group for block in work.layer_groups for group in block), key=lambda group: group.cost, default=None)
     for group in [solved] if solved is not None else []:
         solving = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
-        reads = {SHARED: hessian_bytes(group.columns) * sent_sums(work.chunks, work.workers)}
+        reads = {SHARED: hessian_bytes(group.columns) * work.sent_sums}
         own = {
             "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
             "codes": _weights(group),
@@ -272,7 +280,7 @@ def _network_bytes(work: Pass) -> float:
     """Bytes through the busiest node's network, in or out: a solving node fetches the sums of the whole block."""
     total = 0.0
     for groups in work.layer_groups:
-        sums = _sums_bytes(groups) * sent_sums(work.chunks, work.workers)
+        sums = _sums_bytes(groups) * work.sent_sums
         solving = min(work.nodes, len(groups))
         total += sums * (1 - 1 / work.nodes) * max(1.0, solving / work.nodes)
     return total

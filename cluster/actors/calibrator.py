@@ -82,7 +82,7 @@ class Calibrator:
         facts: list[dict[str, Any]] = []
         for key in keys:
             group = self._groups[key]
-            tree = Tree()
+            tree = Tree(settings.cut)
             for nodes in collected:
                 if key not in nodes:
                     raise RuntimeError(f"a shard's sums of {key} in block {block} are missing")
@@ -123,7 +123,7 @@ class Calibrator:
         """The shard at the input of a block, or in it where its inputs of a stage can still be collected."""
         shard = self._shard
         if shard is None or shard.position > block or not _can_collect(shard, block, stage):
-            shard = self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch)
+            shard = self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch, self._settings.cut)
         while shard.position < block:
             self._advance(shard)
             release_memory()

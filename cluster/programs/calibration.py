@@ -32,6 +32,8 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, releas
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+# Calibration tokens for a column below which errors on other text are clearly larger than those on these tokens.
+_FEW = 8
 # glibc returns large temporaries to the system as soon as they are freed. By default it raises the first threshold to
 # 32 MiB by itself, and holds hundreds of MB after a few blocks. The second threshold keeps small blocks.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24), "MALLOC_TRIM_THRESHOLD_": str(1 << 26)}
@@ -66,6 +68,7 @@ class CalibrationPass:
         self._task = Task(settings)
         self._needs = needs or ActorResources(settings.threads)
         self._chunks = _chunks(settings, tokens, workers)
+        _warn_of_few(tokens, self._task.layer_groups)
         self._pool = ActorPool("a calibrator", workers, self._needs, self._start)
         self._sums = CollectedSums()
         self._work = SolveWorkload(self._pool, self._sums)
@@ -270,6 +273,18 @@ class CalibrationPass:
         self._sums.clear()
         for index in self._pool.alive:
             self._pool.replace(index)
+
+
+def _warn_of_few(tokens: Tensor | None, layer_groups: Sequence[Sequence[Group]]) -> None:
+    """Log that the tokens are few for the widest layer; experts see a part of them, see expert_tokens."""
+    columns = max((group.columns for groups in layer_groups for group in groups if not group.is_expert), default=0)
+    if tokens is not None and 0 < tokens.numel() < _FEW * columns:
+        _LOG.warning(
+            "%d calibration tokens are few for layers of %d columns: use %d or more (calibration.sequences)",
+            tokens.numel(),
+            columns,
+            _FEW * columns,
+        )
 
 
 def _chunks(settings: Settings, tokens: Tensor | None, workers: int) -> list[dict[int, Tensor]]:

@@ -56,15 +56,20 @@ def test_sums_take_their_panels_up_to_the_diagonal(columns, elements):
 
 @pytest.mark.parametrize(("chunks", "workers"), [(8, 1), (8, 2), (8, 3), (8, 8), (7, 2), (13, 5)])
 def test_workers_send_as_many_sums_as_their_trees_hold(chunks, workers):
+    for cut in (0, chunks // 2):
+        assert sent_sums(chunks, workers, cut) == sums_of(chunks, workers, cut)
+
+
+def sums_of(chunks, workers, cut):
     sent = 0
     for part in split(chunks, workers):
-        tree = Tree()
+        tree = Tree(cut)
         for chunk in part:
             total = Hessian(1)
             total.add(torch.ones(1, 1))
             tree.add(chunk, 1, total)
         sent += len(tree.nodes)
-    assert sent_sums(chunks, workers) == sent
+    return sent
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

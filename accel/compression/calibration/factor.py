@@ -17,6 +17,11 @@ from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.errors import UserError
 
 ORDERS = ("static", "none")
+# Damping where there are many tokens, and what is tried where there are fewer than this many for each column.
+DAMPING = 0.01
+_TRIED, _ENOUGH = (0.01, 0.03, 0.1, 0.3, 1.0), 32
+# Rows of random rounding errors on which dampings are compared.
+_ROWS = 64
 # Rows of a product with the factor that are computed at once.
 _BLOCK = 128
 
@@ -79,19 +84,20 @@ class Factor:
         return back
 
 
-def check_factor(damping: float, max_damping: float, act_order: str = "none") -> None:
+def check_factor(damping: float | None, max_damping: float, act_order: str = "none") -> None:
     """UserError where factorise would not accept these arguments."""
     if act_order not in ORDERS:
         raise UserError(f"act_order={act_order!r} is none of {', '.join(ORDERS)}")
-    if not 0 < damping <= max_damping:
+    if not 0 < (max_damping if damping is None else damping) <= max_damping:
         raise UserError(f"need 0 < damping <= max_damping, got {damping} and {max_damping}")
 
 
-def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: str, instead: str) -> Factor:
+def factorise(hessian: Hessian, damping: float | None, max_damping: float, act_order: str, instead: str) -> Factor:
     """Factor of a Hessian; columns are visited by descending E[x²] (act_order `static`) or in their order (`none`).
 
-    damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where the matrix cannot
-    be factored. instead: for the note, what the caller does where it cannot be factored at max_damping either.
+    damping: added to the diagonal, as a share of its mean; None chooses it, see choose_damping. Raised tenfold, up to
+    max_damping, where the matrix cannot be factored. instead: for the note, what the caller does where it cannot be
+    factored at max_damping either.
     """
     importance = hessian.diagonal()
     columns = len(importance)
@@ -102,21 +108,13 @@ def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: s
         order = torch.arange(columns - 1, -1, -1, device=importance.device)
     # The rows of dead inputs are zero: any positive diagonal entry makes the matrix positive definite.
     dead = dead_columns(importance)[order]
-    mean, share = float(importance.mean()), damping
+    mean = float(importance.mean())
+    first = share = choose_damping(hessian, max_damping, order) if damping is None else damping
     while share <= max_damping and math.isfinite(mean):
-        # Factored in place, and built again for another try, because two of these matrices may not fit in memory.
-        # LAPACK needs contiguous columns and would copy; the transpose of a symmetric matrix has them.
-        lower = hessian.mean(order).mT
-        if bool(dead.any()):
-            lower[dead] = 0.0
-            lower[:, dead] = 0.0
-        lower.diagonal()[dead] = 1.0
-        lower.diagonal()[~dead] += share * mean
-        info = torch.empty((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        pivots = lower.diagonal().clone()
-        if int(info) == 0 and bool(torch.isfinite(pivots).all()):
-            notes = (f"Hessian could not be factored: damping raised to {share:g}",) * (share > damping)
+        lower = _cholesky(hessian, order, dead, share * mean)
+        if lower is not None:
+            pivots = lower.diagonal().clone()
+            notes = (f"Hessian could not be factored: damping raised to {share:g}",) * (share > first)
             return Factor(lower.div_(pivots), pivots, order, dead, share * mean, notes)
         share *= 10
     failed = f"Hessian could not be factored with damping {max_damping:g}: {instead}"
@@ -124,3 +122,52 @@ def factorise(hessian: Hessian, damping: float, max_damping: float, act_order: s
     ones = torch.ones_like(importance)
     identity = torch.eye(columns, device=ones.device)
     return Factor(identity, ones, order, dead, 0.0, (failed,), is_known=False, inputs=inputs)
+
+
+def choose_damping(hessian: Hessian, max_damping: float, order: Tensor) -> float:
+    """The damping of least expected error on tokens that the factor is not made of; 0.01 where tokens are many.
+
+    Where they are few for the number of columns, errors compensate each other on these tokens and add up on others. The
+    factor is made of one half of the tokens, and the error is that on the other half. Rounding leaves in every column
+    an error e_k that is spread evenly between two codes, and the weights' error d solves d L = (e_k L_kk)_k. So neither
+    weights nor a grid are needed: the mean error of random e ranks the dampings. order: (C,), see Factor.
+    """
+    halves = hessian.halves
+    usual = min(DAMPING, max_damping)
+    if halves is None or not all(half.tokens for half in halves) or hessian.tokens >= _ENOUGH * hessian.columns:
+        return usual
+    fitted, other = halves
+    importance = fitted.diagonal()
+    dead, mean = dead_columns(importance)[order], float(importance.mean())
+    if not math.isfinite(mean):
+        return usual
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (_ROWS, hessian.columns), generator=generator) * 2.0 - 1.0
+    signs = signs.to(importance.device).masked_fill_(dead, 0.0)
+    errors: dict[float, float] = {}
+    for share in _TRIED:
+        lower = _cholesky(fitted, order, dead, share * mean) if share <= max_damping else None
+        if lower is not None:
+            solved = torch.linalg.solve_triangular(lower, signs * lower.diagonal(), upper=False, left=False)
+            difference = torch.empty_like(solved)
+            difference[:, order] = solved
+            errors[share] = float(other.power(difference).double().sum())
+    return min(errors, key=errors.__getitem__, default=usual)
+
+
+def _cholesky(hessian: Hessian, order: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+    """Lower Cholesky factor (C, C) with the damping on the diagonal of all live rows; None where there is none.
+
+    Entries above the diagonal are undefined.
+    """
+    # Factored in place, and built again for another try, because two of these matrices may not fit in memory. LAPACK
+    # needs contiguous columns and would copy; the transpose of a symmetric matrix has them.
+    lower = hessian.mean(order).mT
+    if bool(dead.any()):
+        lower[dead] = 0.0
+        lower[:, dead] = 0.0
+    lower.diagonal()[dead] = 1.0
+    lower.diagonal()[~dead] += damping
+    info = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return lower if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None

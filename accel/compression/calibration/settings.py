@@ -98,6 +98,11 @@ class Settings:
             return stages_of(groups)
         return [tuple(groups)] if groups else []
 
+    @property
+    def cut(self) -> int:
+        """The first chunk of the second half of the calibration sequences, see statistics.Tree."""
+        return self.shards // 2
+
     def fingerprint(self, checkpoint: Checkpoint, tokens: Tensor | None) -> dict[str, object]:
         """Plain values that must be equal for one run to resume another."""
         return {

@@ -24,11 +24,13 @@ class _AllCollected(Exception):  # noqa: N818 (not an error: the rest of the blo
 class Shard:
     """Hidden states [sequences, T, D] of some chunks, at the input of block `position`.
 
-    staged: that block, where it is in the middle of its forward; it holds the hidden states then.
+    cut: see statistics.Tree. staged: that block, where it is in the middle of its forward; it holds the hidden states
+    then.
     """
 
-    def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int) -> None:
+    def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int, cut: int = 0) -> None:
         self.architecture = architecture
+        self._cut = cut
         self.position = 0
         self.staged: StagedBlock | None = None
         self._hidden = {
@@ -56,7 +58,7 @@ class Shard:
                 for hook in hooks:
                     hook.remove()
             for key, hessian in hessians.items():
-                trees.setdefault(key, Tree()).add(number, 1, hessian)
+                trees.setdefault(key, Tree(self._cut)).add(number, 1, hessian)
         if advance:
             self.position += 1
         return trees
@@ -71,7 +73,8 @@ class Shard:
     def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
         """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
         hidden, self._hidden = self._hidden, {}
-        self.staged = StagedBlock(block, groups, hidden, partial(self.architecture.run_block, block, self.position))
+        run = partial(self.architecture.run_block, block, self.position)
+        self.staged = StagedBlock(block, groups, hidden, run, self._cut)
         return self.staged
 
     def finish(self) -> None:

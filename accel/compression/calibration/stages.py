@@ -53,7 +53,7 @@ class StagedBlock:
     """A block in the middle of its forward on some chunks of the calibration sequences.
 
     groups: all layer groups of the block. chunks: by number their parts [sequences, T, D]; they are taken out, so that
-    they are freed as early as the forward allows. run: the block's output for one part.
+    they are freed as early as the forward allows. run: the block's output for one part. cut: see statistics.Tree.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class StagedBlock:
         groups: Sequence[Group],
         chunks: dict[int, list[Tensor]],
         run: Callable[[Tensor], Tensor],
+        cut: int = 0,
     ) -> None:
+        self._cut = cut
         self.stages = stages_of(groups)
         # Stage whose inputs were collected last, and the number of stages whose weights are replaced.
         self.collected, self.replaced = -1, 0
@@ -102,7 +104,7 @@ class StagedBlock:
                     self._add(group, run.inputs)
             for key in keys:
                 if key in self._sums:
-                    trees.setdefault(key, Tree()).add(number, 1, self._sums[key])
+                    trees.setdefault(key, Tree(self._cut)).add(number, 1, self._sums[key])
         self.collected = stage
         return trees
 

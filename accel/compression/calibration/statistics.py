@@ -21,12 +21,14 @@ class Hessian:
 
     Stored as the sum of x xᵀ over tokens, in panels: blocks of rows with the columns up to the end of their diagonal.
 
-    columns: C. tokens: number of tokens in the sum.
+    columns: C. tokens: number of tokens in the sum. halves: Hessians of two halves of the tokens, whose sum this is;
+    None where they are not known.
     """
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.tokens = 0
+        self.halves: tuple[Hessian, Hessian] | None = None
         self._width = panel_width(columns)
         self._bounds = panel_bounds(columns)
         # All panels, concatenated: one block so large that the allocator returns it to the system when it is freed.
@@ -87,10 +89,20 @@ class Hessian:
             total += outputs.mul_(weight[:, :stop]).sum(1)
         return total.div_(self.tokens).clamp_(min=0)
 
+    @classmethod
+    def of_halves(cls, first: "Hessian", second: "Hessian") -> "Hessian":
+        """Sum of the Hessians of two halves of the tokens, which are kept."""
+        total = cls(first.columns)
+        total._terms, total.tokens = (first, second), first.tokens + second.tokens
+        total.halves = (first, second)
+        return total
+
     def to(self, device: torch.device | str) -> "Hessian":
         """The Hessian on a device; itself where it is on that device already."""
         if all(panel.device == torch.device(device) for panel in self.panels()):
             return self
+        if self.halves is not None:
+            return Hessian.of_halves(*(half.to(device) for half in self.halves))
         moved = Hessian(self.columns)
         moved._sums = torch.cat([panel.to(device).flatten() for panel in self.panels()])
         moved.tokens = self.tokens
@@ -128,16 +140,21 @@ class Tree:
     """Hessians of chunks, merged pairwise along one binary tree over all chunks.
 
     A node (start, size) is the sum of chunks start … start + size - 1; size is a power of two and divides start.
-    Merging two siblings changes the left one in place.
+    Merging two siblings changes the left one in place. cut: chunks before it and from it on are two halves, whose sums
+    are not merged; 0 for one sum.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cut: int = 0) -> None:
+        self.cut = cut
         self.nodes: dict[tuple[int, int], Hessian] = {}
 
     def add(self, start: int, size: int, total: Hessian) -> None:
         """Add a node, and merge it with its sibling as long as there is one."""
         while True:
             left = start - start % (2 * size)
+            if left < self.cut < left + 2 * size:
+                self.nodes[start, size] = total
+                return
             sibling = self.nodes.pop((left if left != start else start + size, size), None)
             if sibling is None:
                 self.nodes[start, size] = total
@@ -151,11 +168,20 @@ class Tree:
 
     def total(self) -> Hessian:
         """Sum of all nodes; where the tree is not full, the remaining nodes are added in order of their start."""
-        ordered = [self.nodes[key] for key in sorted(self.nodes)]
-        first = ordered[0]
-        for other in ordered[1:]:
-            first.merge(other)
-        return first
+        ordered = sorted(self.nodes)
+        halves = [
+            _sum([self.nodes[key] for key in half])
+            for half in ([key for key in ordered if key[0] < self.cut], [key for key in ordered if key[0] >= self.cut])
+            if half
+        ]
+        return Hessian.of_halves(*halves) if len(halves) == 2 else halves[0]
+
+
+def _sum(hessians: list[Hessian]) -> Hessian:
+    first, *others = hessians
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def split(items: int, parts: int) -> list[range]:

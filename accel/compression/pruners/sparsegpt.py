@@ -33,12 +33,12 @@ _WIDTH = 128
 class SparseGPT(Pruner[Factor]):
     """Pruner that minimises the layer's output error on the calibration tokens.
 
-    damping: added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to max_damping, where the
-    Hessian cannot be factored; past that, weights are pruned by magnitude. block: number of columns whose mask is
-    chosen at once where the pattern has no groups.
+    damping: added to the diagonal of the Hessian, as a share of its mean; None chooses it, see quantizers.gptq.GPTQ.
+    It is raised tenfold, up to max_damping, where the Hessian cannot be factored; past that, weights are pruned by
+    magnitude. block: number of columns whose mask is chosen at once where the pattern has no groups.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     max_damping: float = 1.0
     block: int = 32
 

@@ -91,7 +91,7 @@ class ColumnwiseBAQ(ColumnQuantizer[Factor | None]):
     solved again between two fits.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     max_damping: float = 1.0
     act_order: str = "static"
     lowest: int = 1

@@ -65,15 +65,17 @@ class _Solved:
 class GPTQ(Quantizer[Factor]):
     """Quantizer that minimises the layer's output error on the calibration tokens.
 
-    damping: added to the diagonal, as a share of its mean; raised tenfold, up to max_damping, where H cannot be
-    factored. act_order: `static` visits columns by descending diagonal of H, each with the scale of its own group;
-    `none` visits them in their own order and computes a group's scale from its corrected weights. search, shrink: the
-    ranges that are tried for each scale, see quantizers.grid.find_grid; 0 takes the full range. refits: number of times
+    damping: added to the diagonal, as a share of its mean; None is 0.01 where there are 32 calibration tokens or more
+    for each column, and else the one of least error on a half of the tokens that the factor is not made of, see
+    calibration.factor.choose_damping. It is raised tenfold, up to max_damping, where H cannot be factored. act_order:
+    `static` visits columns by descending diagonal of H, each with the scale of its own group; `none` visits them in
+    their own order and computes a group's scale from its corrected weights. search, shrink: the ranges that are tried
+    for each scale, see quantizers.grid.find_grid; 0 takes the full range. refits: number of times
     that the scales are fitted to the codes, by the output error; the columns are solved again between two fits. 0 is
     plain GPTQ.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     max_damping: float = 1.0
     act_order: str = "static"
     search: int = 24

@@ -92,6 +92,15 @@ def test_a_quantizer_without_statistics_needs_no_tokens(source, tmp_path, ray_se
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_tokens_that_are_few_for_the_widest_layer_are_named(source, tmp_path, caplog):
+    # 128 columns need 1024 tokens.
+    chosen = local.settings(source, tmp_path / "out")
+    CalibrationPass(chosen, tiny.tokens(batch=8, length=128), 1)
+    assert not caplog.records
+    CalibrationPass(chosen, tiny.tokens(batch=8, length=127), 1)
+    assert "1016 calibration tokens are few for layers of 128 columns: use 1024 or more" in caplog.text
+
+
 def test_more_calibrators_than_chunks_are_refused(source, tmp_path):
     with pytest.raises(UserError, match="workers=9 is more than the 8 chunks"):
         CalibrationPass(local.settings(source, tmp_path / "out"), TOKENS, 9)

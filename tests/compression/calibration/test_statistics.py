@@ -22,8 +22,9 @@ def test_the_mean_is_the_hessian_in_the_requested_order(columns):
     torch.testing.assert_close(hessian.diagonal(), x.square().mean(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [0, 4])
 @pytest.mark.parametrize("chunks", [1, 5, 8])
-def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
+def test_any_split_of_the_chunks_gives_the_same_bits(chunks, cut):
     sums = []
     for number in range(chunks):
         hessian = Hessian(300)
@@ -31,9 +32,9 @@ def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
         sums.append(hessian)
     totals = []
     for workers in (1, 2, 3, chunks):
-        whole = Tree()
+        whole = Tree(cut)
         for part in reversed(split(chunks, workers)):
-            own = Tree()
+            own = Tree(cut)
             for number in part:
                 own.add(number, 1, copy.deepcopy(sums[number]))
             for (start, size), node in own.nodes.items():
@@ -42,6 +43,13 @@ def test_any_split_of_the_chunks_gives_the_same_bits(chunks):
                 whole.add(start, size, Hessian.from_array(300, array, node.tokens))
         totals.append(whole.total())
     assert totals[0].tokens == 7 * chunks
+    halves = totals[0].halves
+    assert (halves is not None) == (0 < cut < chunks)
+    if halves is not None:
+        assert [half.tokens for half in halves] == [7 * cut, 7 * (chunks - cut)]
+        order = torch.arange(300)
+        both = sum(half.mean(order) * half.tokens for half in halves) / totals[0].tokens
+        torch.testing.assert_close(both, totals[0].mean(order), rtol=1e-4, atol=0.1)
     for total in totals[1:]:
         assert all(torch.equal(a, b) for a, b in zip(total.panels(), totals[0].panels(), strict=True))
 
