@@ -76,7 +76,9 @@ class CalibrationPass:
         self._batches = recovery.Batches(
             "calibration.batch",
             settings.batch,
-            "use a smaller calibration.sequence_length, fewer calibration.sequences, or more workers on more nodes",
+            # Sequences that wait in the middle of a block hold several times their hidden states.
+            f"use {'propagate=quantized, ' * (settings.propagate == 'sequential')}a smaller "
+            "calibration.sequence_length, fewer calibration.sequences, or more workers on more nodes",
         )
         self.report = PassReport()
         # Packed layers of the stages of the current block.
