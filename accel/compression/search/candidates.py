@@ -72,7 +72,8 @@ class Candidates:
         self._read = weights
         self._cache = WeightCache(cache_bytes)
         self._blocks = load_blocks(architecture, self.units)
-        self._references: dict[int, dict[str, Tensor]] = {}
+        # By sequence, for each of the parts that `_tiles` makes of it.
+        self._references: dict[int, list[dict[str, Tensor]]] = {}
 
     def evaluate(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
         """Mean fitness per scored token of every genome, in nats; lower is better."""
@@ -110,8 +111,9 @@ class Candidates:
 
         def keep(_: list[int], piece: "_Piece", hidden: Tensor) -> None:
             number, targets = piece.parts[0][0], self._targets(piece.parts[0][0])
-            parts = [self.fitness.reference(tiles, targets[rows]) for rows, tiles in self._tiles(hidden[0], length - 1)]
-            self._references[number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            self._references[number] = [
+                self.fitness.reference(tiles, targets[rows]) for rows, tiles in self._tiles(hidden[0], length - 1)
+            ]
 
         self._walk([self._states((ORIGINAL,) * len(self.units))], pieces, keep)
 
@@ -232,10 +234,11 @@ class Candidates:
 
     def _loss(self, hidden: Tensor, number: int, used: int) -> float:
         """Sum of the losses over the scored tokens of a sequence; hidden: its last hidden states (T, D)."""
-        targets, stored = self._targets(number), self._references.get(number, {})
+        targets, stored = self._targets(number), self._references.get(number, [])
         sums = []
-        for rows, tiles in self._tiles(hidden, self._positions(used)):
-            part = {name: value[rows] for name, value in stored.items()}
+        for place, (rows, tiles) in enumerate(self._tiles(hidden, self._positions(used))):
+            size = rows.stop - rows.start
+            part = {name: value[:size] for name, value in stored[place].items()} if stored else {}
             sums.append(self.fitness.loss(tiles, targets[rows], part))
         return math.fsum(sums)
 

@@ -107,12 +107,11 @@ class SensitivityPass:
         layer = self.architecture.output_layer()
         # The last position predicts no token of the sequence.
         states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))
-        fitting = _KEPT_LOGITS_BYTES // (4 * layer.vocabulary)
-        keep = fitting >= _LEAST_TOKENS
-        step = min(TILE_TOKENS, fitting) if keep else TILE_TOKENS
+        kept = kept_tokens(layer.vocabulary)
+        step = kept or TILE_TOKENS
         total, gradients = 0.0, []
         for part, original in zip(states.split(step), originals.split(step), strict=True):
-            divergence, gradient = _divergence(layer, part, original, keep)
+            divergence, gradient = _divergence(layer, part, original, keep=kept > 0)
             total += divergence
             gradients.append(gradient)
         gradient = torch.zeros_like(compressed)
@@ -157,6 +156,12 @@ class SensitivityPass:
                 slot.level = level
         block.drop(state.dropped)
         return errors
+
+
+def kept_tokens(vocabulary: int) -> int:
+    """Tokens at once whose logits are kept for the gradient; 0 where they are computed again instead."""
+    fitting = _KEPT_LOGITS_BYTES // (4 * vocabulary)
+    return min(TILE_TOKENS, fitting) if fitting >= _LEAST_TOKENS else 0
 
 
 def _divergence(layer: OutputLayer, compressed: Tensor, reference: Tensor, keep: bool) -> tuple[float, Tensor]:

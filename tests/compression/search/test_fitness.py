@@ -94,6 +94,11 @@ def test_a_model_does_not_diverge_from_itself(fitness: Fitness) -> None:
         assert abs(loss(fitness, logits(0, spread=spread), logits(0, spread=spread))) < 12 * 1e-6
 
 
+def test_the_divergence_of_a_model_from_itself_is_exactly_zero() -> None:
+    for spread in (0.1, 3.0, 30.0):
+        assert loss(KL(), logits(0, spread=spread), logits(0, spread=spread)) == 0
+
+
 @pytest.mark.parametrize("fitness", FITNESSES, ids=str)
 def test_losses_add_up_over_tokens(fitness: Fitness) -> None:
     stored = fitness.reference(tiles(logits(0)), TARGETS)
