@@ -6,11 +6,10 @@ from math import ceil, prod
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_retained
 
-# Elementwise operations on a logit: softmax of one model; softmax of two models and their divergence.
-_LOGIT_ALONE, _LOGIT_COMPARED = 6, 14
+# Elementwise operations on a logit, in the cache: normalizer of one model; of two models, and their divergence.
+_LOGIT_ALONE, _LOGIT_COMPARED = 2, 4
 # Bytes of a packed weight while it is unpacked: words, codes, values.
 _UNPACKED_BYTES = 13
-_LOGITS_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def estimate(
         run["weight being unpacked"] = _UNPACKED_BYTES * prod((layer.rows, layer.columns))
     compare = {
         **states,
-        "heads": sum(one.head_bytes() for one in models),
-        "logits": len(models) * 6 * _LOGITS_BYTES,
+        "heads": sum(one.streamed_head_bytes() for one in models),
+        "logits": model.tile_bytes(len(models), gpu=gpus > 0),
     }
     if gpus:
         host = {"run": {"process": rates.worker_bytes, "tensor as it is read": _largest_tensor(models)}}
@@ -89,8 +88,11 @@ def estimate(
 
 
 def _largest_tensor(models: list[Model]) -> int:
+    """Bytes of the largest tensor that is read at once: of embeddings and heads only some rows are, unless packed."""
     largest = 0
     for model in models:
-        checkpoint = model.architecture.checkpoint
-        largest = max(largest, *(checkpoint.nbytes(name) for name in checkpoint.names))
+        architecture = model.architecture
+        names = {name for index in range(model.blocks) for name in architecture.block_tensors(index)}
+        sizes = (architecture.checkpoint.nbytes(name) for name in names)
+        largest = max(largest, model.streamed_head_bytes(), *sizes)
     return largest

@@ -8,6 +8,7 @@ import torch
 
 from hasten.accel.costs.estimate import Work
 from hasten.accel.models.architecture import Architecture, Layer
+from hasten.accel.models.output_layer import TILE_TOKENS, tile_columns
 
 # Elementwise operations of a block on a token, on vectors of the hidden size (norms, residuals, rotations) and of the
 # inner size (activation and product).
@@ -21,7 +22,9 @@ _SCORES = 3
 # Vectors of a token in the widest part of a block, of the hidden size (input, residual, norm) and of the inner size
 # (gate, up and their product).
 _NARROW_HELD, _WIDE_HELD = 4, 3
-_LOGITS_BYTES = 4 << 20
+# Operations on a tile of logits. Tensors of its size that live at once for a model: logits, exponentials, differences.
+_TILE_LAUNCHES, _TILE_TENSORS = 20, 3
+_CPU, _GPU = torch.device("cpu"), torch.device("cuda")
 # Limit of freed memory that the C library does not return to the system.
 _KEPT_BACK_BYTES = 64 << 20
 
@@ -96,6 +99,11 @@ class Model:
         checkpoint, head = self.architecture.checkpoint, self.architecture.head_name()
         return checkpoint.nbytes(head)
 
+    def streamed_head_bytes(self) -> int:
+        """Bytes of the head that are held where it is read a tile at a time: all of them where it is packed."""
+        checkpoint, head = self.architecture.checkpoint, self.architecture.head_name()
+        return checkpoint.nbytes(head) if checkpoint.is_packed(head) else 0
+
     def load(self, index: int) -> Work:
         """Work of reading a block and converting it to the dtype in which it runs."""
         checkpoint = self.architecture.checkpoint
@@ -118,9 +126,16 @@ class Model:
         return Work(flops=tokens * (products + scores), elements=tokens * small, launches=passes * _LAUNCHES)
 
     def logits(self, tokens: int) -> Work:
-        """Work of the logits of `tokens` tokens."""
-        at_once = max(1, _LOGITS_BYTES // (4 * self.vocabulary))
-        return Work(flops=2 * tokens * self.hidden * self.vocabulary, launches=-(-tokens // at_once) * 10)
+        """Work of the logits of `tokens` tokens, in tiles of the vocabulary."""
+        tiles = -(-tokens // TILE_TOKENS) * -(-self.vocabulary // self._tile_columns(_CPU))
+        return Work(flops=2 * tokens * self.hidden * self.vocabulary, launches=tiles * _TILE_LAUNCHES)
+
+    def tile_bytes(self, models: int = 1, gpu: bool = False) -> int:
+        """Bytes of a tile of logits and of what is computed from it, for so many models, with the models' weights."""
+        columns = self._tile_columns(_GPU if gpu else _CPU)
+        head = self.architecture.checkpoint.dtype(self.architecture.head_name())
+        weight = columns * self.hidden * (head.itemsize + self.dtype.itemsize)
+        return models * (_TILE_TENSORS * 4 * TILE_TOKENS * columns + weight)
 
     def activation_bytes(self, batch: int, length: int) -> int:
         """Bytes of the activations in a block that runs `batch` sequences at once."""
@@ -146,6 +161,9 @@ class Model:
         number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         used: int | None = getattr(config, "num_experts_per_tok", None)
         return min(1.0, used / number) if number and used else 1.0
+
+    def _tile_columns(self, device: torch.device) -> int:
+        return min(self.vocabulary, tile_columns(TILE_TOKENS, self.hidden, device))
 
     def _used(self, layer: Layer, share: float) -> float:
         return 1.0 if layer.expert is None else share

@@ -4,17 +4,18 @@ import math
 from dataclasses import dataclass
 
 from hasten.accel.compression.search.base import AllocationMethod, Searcher
-from hasten.accel.compression.search.sensitivity import STATES_BYTES
+from hasten.accel.compression.search.sensitivity import STATES_BYTES, kept_tokens
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_retained
+from hasten.accel.models.output_layer import TILE_TOKENS
 
 # Candidates that share their first blocks run these once: share of the blocks that each candidate runs on average.
 _NOT_SHARED = 0.6
 # Several evaluators wait for each other at the end of every selection step: share of the time in which they work, and
 # slowdown of each, because they share the memory bandwidth and the clock of the machine.
 _BUSY, _TOGETHER = 0.9, 1.16
-_LOGIT_NUMBERS = 6
-_LOGITS_BYTES = 16 << 20
+# Elementwise operations on a logit, in the cache.
+_LOGIT_NUMBERS = 3
 _FIXED_CACHE = 2**30
 # Sensitivities run a block for the original and for the candidate, again for the backward pass, and backwards, which
 # takes as long as two runs; and the head of both models, and its gradient.
@@ -80,7 +81,7 @@ def estimate(search: Search, rates: Rates) -> Estimate:
         }
     held |= {
         "activations": model.activation_bytes(search.batch, search.length),
-        "logits": 2 * _LOGITS_BYTES,
+        "logits": _logits_bytes(search),
     }
     if search.gpus:
         host = {"search": {"process": rates.worker_bytes}}
@@ -109,3 +110,15 @@ def estimate(search: Search, rates: Rates) -> Estimate:
     step = Step("search", begin + seconds / at_once, search.workers * begin + seconds)
     sent = search.workers * search.sequences * search.length * 8
     return Estimate((process,), (step,), {"search's tokens": sent})
+
+
+def _logits_bytes(search: Search) -> int:
+    """Bytes of a tile of logits, and of the logits of both models that a measurement of sensitivities keeps.
+
+    Where a fitness stores the original's predictions of the whole vocabulary, they are logits before.
+    """
+    model, tokens = search.model, min(TILE_TOKENS, search.length)
+    whole = 4 * model.vocabulary
+    stored = tokens * whole if search.original_bytes >= whole else 0
+    kept = 2 * whole * kept_tokens(model.vocabulary) if search.error_passes else 0
+    return model.tile_bytes(2, gpu=search.gpus > 0) + max(stored, kept)

@@ -5,19 +5,17 @@ predicts text that the original would write.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.online_softmax import Divergence, LogSumExp, MostLikely, PickedLogits
 from hasten.accel.evaluation.perplexity import Windows, windows
 from hasten.accel.models.architecture import Architecture
-
-# Bytes of each model's logits that are computed at once: more do not fit in the processor's cache, and sums over the
-# vocabulary then take twice as long.
-_LOGITS_BYTES = 4 * 2**20
+from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ def evaluate(
     tokens: windows, or token ids (N, T), each row of which is one window that scores all but its first token.
     batch: windows that run through a block at once. progress(done, total) is called after every block, and once more
     after the logits.
-    Peak memory: the hidden states of all windows (of both models), the largest block and a few logits. The
-    architectures keep their output layers until they are closed.
+    Peak memory: the hidden states of all windows (of both models), the largest block and a few logits. The output
+    layers are read once, a tile of the vocabulary at a time, and are not kept.
     Raises UserError where the two models have different vocabularies.
     """
     scored_windows = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
@@ -77,16 +75,18 @@ def evaluate(
         )
     total = sum(model.num_blocks for model in models) + 1
     done = 0
-    hidden = []
-    for model in models:
+    layers = [model.streamed_output_layer() for model in models]
+    inputs = []
+    for model, layer in zip(models, layers, strict=True):
         states = _embed(model, scored_windows.tokens, batch)
         for index in range(model.num_blocks):
             _run_block(model, index, states, batch)
             done += 1
             if progress is not None:
                 progress(done, total)
-        hidden.append(states)
-    sums = _compare(models, hidden, scored_windows, max(1, _LOGITS_BYTES // (4 * sizes[0])))
+        inputs.append(_output_inputs(layer, states, scored_windows))
+        del states
+    sums = _output_sums(layers, inputs, scored_windows.tokens[scored_windows.is_scored])
     if progress is not None:
         progress(total, total)
     return sums
@@ -106,40 +106,82 @@ def _run_block(model: Architecture, index: int, states: Tensor, batch: int) -> N
             part.copy_(model.run_block(block, index, part))
 
 
-def _compare(models: list[Architecture], hidden: list[Tensor], windows: Windows, chunk: int) -> Sums:
-    """Sums from the last hidden states (N, T, D) of the model and, where there are two, of the original.
-
-    chunk: number of tokens whose logits are computed at once.
-    """
+def _output_inputs(layer: OutputLayer, states: Tensor, windows: Windows) -> Tensor:
+    """Inputs of the output matrix that predict the M scored tokens, (M, D'), from the last hidden states (N, T, D)."""
     rows, columns = windows.is_scored.nonzero(as_tuple=True)
-    sums = Sums()
-    with torch.inference_mode():
-        for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):
-            # The state at position t predicts token t + 1.
-            states = [of_model[row, column - 1][None] for of_model in hidden]
-            logits = [model.head(state)[0] for model, state in zip(models, states, strict=True)]
-            sums += _sums(logits, windows.tokens[row, column])
-    return sums
+    inputs = states.new_empty(len(rows), layer.width)
+    for part, row, column in zip(
+        inputs.split(TILE_TOKENS), rows.split(TILE_TOKENS), columns.split(TILE_TOKENS), strict=True
+    ):
+        # The state at position t predicts token t + 1.
+        part.copy_(layer.inputs(states[row, column - 1]))
+    return inputs
 
 
-def _sums(logits: list[Tensor], targets: Tensor) -> Sums:
-    """Sums over targets (M,) from logits (M, V) float32 of the model and, where there are two, the original."""
-    targets = targets.to(logits[0].device)[:, None]
-    model = logits[0].log_softmax(-1)
-    nll = -float(model.gather(-1, targets).sum(dtype=torch.float64))
-    if len(logits) == 1:
-        return Sums(len(targets), nll)
-    original = logits[1].to(model.device).log_softmax(-1)
-    # Logits are finite, so all log probabilities are finite.
-    kl = torch.linalg.vecdot(original.exp(), original - model)
-    return Sums(
-        tokens=len(targets),
-        nll=nll,
-        compared=len(targets),
-        nll_original=-float(original.gather(-1, targets).sum(dtype=torch.float64)),
-        kl=float(kl.sum(dtype=torch.float64)),
-        agreed=int((model.argmax(-1) == original.argmax(-1)).sum()),
-    )
+def _output_sums(layers: list[OutputLayer], inputs: list[Tensor], targets: Tensor) -> Sums:
+    """Sums over targets (M,). layers and inputs (M, D') of the model and, where there are two, of the original."""
+    lots = zip(*(of_model.split(TILE_TOKENS) for of_model in inputs), strict=True)
+    parts = [
+        _RunningSums(lot, target)
+        for lot, target in zip(lots, targets.to(inputs[0].device).split(TILE_TOKENS), strict=True)
+    ]
+    # Tiles outside, tokens inside: every part of the output matrices is read and converted once.
+    for first, last in layers[0].spans(min(TILE_TOKENS, len(targets))):
+        weights = [layer.weight(first, last) for layer in layers]
+        for part in parts:
+            part.add(
+                first,
+                [layer.logits(*pair) for layer, *pair in zip(layers, part.inputs, weights, strict=True)],
+            )
+    return sum((part.sums() for part in parts), Sums())
+
+
+class _RunningSums:
+    """Sums over a few tokens, of which one tile of the vocabulary is seen at a time.
+
+    inputs: of the output matrix, (M, D') of the model and, where there are two, of the original. targets: (M,).
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], targets: Tensor) -> None:
+        rows, device = len(targets), targets.device
+        self.inputs = inputs
+        self._divergence = Divergence(rows, device) if len(inputs) == 2 else None
+        self._normalizers = (
+            [self._divergence.model, self._divergence.original] if self._divergence else [LogSumExp(rows, device)]
+        )
+        self._targets = [PickedLogits(targets[:, None]) for _ in inputs]
+        self._likeliest = [MostLikely(rows, device) for _ in inputs]
+
+    def add(self, first: int, logits: list[Tensor]) -> None:
+        """Add a tile that begins with entry `first`; logits: (M, C) of the model and the original."""
+        if self._divergence is None:
+            self._normalizers[0].add(logits[0])
+        else:
+            self._divergence.add(original=logits[1], model=logits[0])
+        for tile, picked, likeliest, normalizer in zip(
+            logits, self._targets, self._likeliest, self._normalizers, strict=True
+        ):
+            picked.add(first, tile)
+            if self._divergence is not None:
+                likeliest.add(first, tile, normalizer.maximum)
+
+    def sums(self) -> Sums:
+        """Sums after the last tile."""
+        nll = [
+            float((normalizer.value() - picked.value()[:, 0]).sum())
+            for normalizer, picked in zip(self._normalizers, self._targets, strict=True)
+        ]
+        tokens = len(self.inputs[0])
+        if self._divergence is None:
+            return Sums(tokens, nll[0])
+        return Sums(
+            tokens=tokens,
+            nll=nll[0],
+            compared=tokens,
+            nll_original=nll[1],
+            kl=float(self._divergence.value().sum()),
+            agreed=int((self._likeliest[0].entry == self._likeliest[1].entry).sum()),
+        )
 
 
 def _perplexity(nll: float, tokens: int) -> float:

@@ -6,23 +6,21 @@ weights of one block at most.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, expert_sizes, is_fused
 from hasten.accel.models.families import family_of
+from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import build_skeleton
 
 _EXPERTS = "mlp.experts"
-# Elements of the head that are converted at a time: the whole head in float32 can be larger than a block.
-_HEAD_CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Architecture:
         self.hidden_size = int(self.config.hidden_size)
         self._prefix = self._find_prefix()
         self._arguments: dict[int, list[dict[str, object]]] = {}
-        self._head: tuple[nn.Module, nn.Module | None, Tensor] | None = None
+        self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
         self._check_tensors()
@@ -120,49 +118,37 @@ class Architecture:
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V], float32, of the last block's output [B, T, D]."""
-        if self._head is None:
-            self._head = self._load_head()
-        norm, project_out, weight = self._head
-        with torch.no_grad():
-            hidden = norm(hidden)
-            if project_out is not None:
-                hidden = project_out(hidden)
-            step = max(1, _HEAD_CHUNK // weight.shape[1])
-            if step >= len(weight):
-                # In one piece: the copy below takes as long as the product.
-                logits = F.linear(hidden, weight.to(self.dtype)).float()
-            else:
-                logits = torch.empty(*hidden.shape[:-1], len(weight), device=self.device)
-                for first in range(0, len(weight), step):
-                    logits[..., first : first + step] = F.linear(hidden, weight[first : first + step].to(self.dtype))
-            if self._logit_cap is not None:
-                logits.div_(self._logit_cap).tanh_().mul_(self._logit_cap)
+        """Logits [B, T, V], float32, of the last block's output [B, T, D]; for large vocabularies see output_layer."""
+        layer = self.output_layer()
+        inputs = layer.inputs(hidden)
+        logits = torch.empty(*hidden.shape[:-1], layer.vocabulary, device=self.device)
+        for first, tile in layer.tiles(inputs.flatten(0, -2)):
+            logits.view(-1, layer.vocabulary)[:, first : first + tile.shape[1]] = tile
         return logits
 
-    def head_backward(self, hidden: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient [B, T, D] with respect to hidden, for the gradient [B, T, V] with respect to head(hidden).
+    def output_layer(self) -> OutputLayer:
+        """The output layer, whose weights are held in their stored dtype until `close`."""
+        if self._output_layer is None:
+            weight = self._stored_head()
+            self._output_layer = self._make_output_layer(lambda first, last: weight[first:last])
+        return self._output_layer
 
-        hidden: [B, T, D]. logits: those that `head` returned. gradient: float32; it is overwritten.
+    def streamed_output_layer(self) -> OutputLayer:
+        """An output layer whose weights are read from the checkpoint whenever they are used.
+
+        A packed output matrix is unpacked and held, by this layer alone.
         """
-        if self._head is None:
-            self._head = self._load_head()
-        norm, project_out, weight = self._head
-        if self._logit_cap is not None:
-            # The derivative of cap tanh(x / cap).
-            gradient.mul_(1 - (logits / self._logit_cap).square())
-        step = max(1, _HEAD_CHUNK // weight.shape[1])
-        inner = torch.zeros(*hidden.shape[:-1], weight.shape[1], device=self.device)
-        for first in range(0, len(weight), step):
-            rows = weight[first : first + step].to(self.dtype)
-            inner += gradient[..., first : first + step].to(self.dtype) @ rows
-        with torch.enable_grad():
-            given = hidden.detach().requires_grad_()
-            output = norm(given)
-            if project_out is not None:
-                output = project_out(output)
-        (result,) = torch.autograd.grad(output, given, inner.to(output.dtype))
-        return result
+        name, checkpoint = self.head_name(), self.checkpoint
+        if checkpoint.is_packed(name):
+            weight = self._stored_head()
+            return self._make_output_layer(lambda first, last: weight[first:last])
+
+        def read(first: int, last: int) -> Tensor:
+            rows = checkpoint.row_range(name, first, last)
+            checkpoint.check_finite(rows, name)
+            return rows.to(self.device)
+
+        return self._make_output_layer(read)
 
     @property
     def _logit_cap(self) -> float | None:
@@ -170,8 +156,8 @@ class Architecture:
         return getattr(self.config, "final_logit_softcapping", None) if self._family.caps_logits else None
 
     def close(self) -> None:
-        """Frees the head and the masks; a later call reads them again."""
-        self._head, self._arguments = None, {}
+        """Frees the output layer and the masks; a later call reads them again."""
+        self._output_layer, self._arguments = None, {}
 
     def linears(self, index: int) -> list[Layer]:
         """Linear layers of a block in execution order; no tensor is read."""
@@ -296,15 +282,19 @@ class Architecture:
                     module._buffers[name] = None if buffer is None else buffer.to(self.device)
             self._front_is_loaded = True
 
-    def _load_head(self) -> tuple[nn.Module, nn.Module | None, Tensor]:
+    def _stored_head(self) -> Tensor:
+        """The output matrix in its stored dtype, on the device."""
+        weight = self.checkpoint.tensor(self.head_name())
+        self.checkpoint.check_finite(weight, self.head_name())
+        return weight.to(self.device)
+
+    def _make_output_layer(self, read: Callable[[int, int], Tensor]) -> OutputLayer:
         norm, project_out = copy.deepcopy(self._skeleton.norm), copy.deepcopy(self._skeleton.project_out)
         self._fill(norm, f"{self._prefix}{self._family.norm}.")
         if project_out is not None:
             self._fill(project_out, f"{self._prefix}project_out.")
-        # In the stored dtype: `head` converts a few rows at a time.
-        weight = self.checkpoint.tensor(self.head_name())
-        self.checkpoint.check_finite(weight, self.head_name())
-        return norm, project_out, weight.to(self.device)
+        rows, columns = self._skeleton.head.weight.shape
+        return OutputLayer(norm, project_out, read, (rows, columns), self.dtype, self._logit_cap, self.device)
 
 
 def _find(module: Any, path: str) -> Any:

@@ -23,6 +23,8 @@ _EMBEDDED = "embedded:"
 # Types of weights.
 _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
+# Bytes of a matrix that are checked for values that are not finite at a time.
+_CHECKED_BYTES = 16 << 20
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Terms of use, which a checkpoint that is made from the model must carry on.
 _HUB_FILES += [
@@ -175,6 +177,10 @@ class Checkpoint:
             return sum(part.nbytes for leaf, part in self._packed[name].items() if leaf in COUNTED)
         return self._place(name).nbytes
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is a packed weight."""
+        return name in self._packed
+
     def quantization(self, name: str) -> "QuantizationArgs | None":
         """compressed-tensors' QuantizationArgs of a packed weight; None for a plain tensor."""
         if name not in self._packed:
@@ -209,12 +215,25 @@ class Checkpoint:
         runs = list(zip(unique[starts].tolist(), (ends - starts).tolist(), strict=True))
         return self._place(name).read_rows(runs)[inverse]
 
+    def row_range(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last (exclusive) of a plain matrix, in the stored dtype; other rows are not read."""
+        return self._place(name).read_rows([(first, last - first)])
+
     def check(self, name: str) -> None:
-        """UserError where a tensor holds NaN or infinite values; of a packed weight only the scales are read."""
+        """UserError where a tensor holds NaN or infinite values; of a packed weight only the scales are read.
+
+        Matrices are read a few rows at a time: an embedding can be larger than all that is needed at once to run it.
+        """
         if name in self._packed:
             self.check_finite(self._packed[name]["weight_scale"].read(), f"{name}_scale")
-        else:
+            return
+        shape = self.shape(name)
+        if len(shape) != 2:
             self.check_finite(self.tensor(name), name)
+            return
+        step = max(1, _CHECKED_BYTES // max(1, shape[1] * self.dtype(name).itemsize))
+        for first in range(0, shape[0], step):
+            self.check_finite(self.row_range(name, first, min(first + step, shape[0])), name)
 
     def check_finite(self, tensor: Tensor, name: str) -> None:
         """UserError, which names the tensor, where it holds NaN or infinite values."""

@@ -32,7 +32,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     parts = sum(not unit.layers for unit in units)
     measured = {"gradient": parts, "output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
     logits = torch.zeros(1, model.vocabulary)
-    kept = build(config.fitness).reference(logits, torch.zeros(1, dtype=torch.long))
+    kept = build(config.fitness).reference([(0, logits)], torch.zeros(1, dtype=torch.long))
     of_search = search.estimate(
         search.Search(
             model=model,

@@ -14,6 +14,7 @@ from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import windows
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from tests.allocations import Allocations
 from tests.models import tiny
 
 LENGTH = 16
@@ -97,25 +98,32 @@ def test_sums_of_parts_are_the_sums_of_the_whole(folders: tuple[Path, Path], str
     assert added.metrics() == pytest.approx(whole.metrics(), rel=1e-6)  # float32 batches of other sizes
 
 
-def test_logits_are_made_a_few_at_a_time(
+def test_tokens_and_tiles_of_any_number_give_the_same_metrics(
     folders: tuple[Path, Path], stream: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = stream[: LENGTH * 3].reshape(3, LENGTH)
-    whole = evaluate(architecture(folders[0]), rows)
-    made: list[int] = []
-    model = architecture(folders[0])
-    head = model.head
+    cut = windows(stream, LENGTH, 5)
+    whole = evaluate(architecture(folders[0]), cut, architecture(folders[1])).metrics()
+    for tokens, columns in ((4, 7), (1, 96), (1000, 1), (13, 40)):
+        monkeypatch.setattr("hasten.accel.evaluation.divergence.TILE_TOKENS", tokens)
+        monkeypatch.setattr("hasten.accel.models.output_layer.tile_columns", lambda *_, columns=columns: columns)
+        found = evaluate(architecture(folders[0]), cut, architecture(folders[1])).metrics()
+        assert found == pytest.approx(whole, rel=1e-6)  # float32 products of other sizes
+        assert found["top1_agreement"] == whole["top1_agreement"]
 
-    def counted(hidden: Tensor) -> Tensor:
-        logits = head(hidden)
-        made.append(logits.nbytes)
-        return logits
 
-    monkeypatch.setattr(model, "head", counted)
-    monkeypatch.setattr("hasten.accel.evaluation.divergence._LOGITS_BYTES", 7 * 4 * tiny.VOCABULARY)
-    assert evaluate(model, rows).nll == pytest.approx(whole.nll, rel=1e-6)
-    assert max(made) == 7 * 4 * tiny.VOCABULARY
-    assert sum(made) == 3 * (LENGTH - 1) * 4 * tiny.VOCABULARY
+def test_neither_the_logits_nor_the_output_matrix_are_held(
+    tmp_path: Path, stream: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = 20011
+    folder = tiny.save(tmp_path / "original", "gemma3_text", vocab_size=vocabulary)
+    rows = stream[: LENGTH * 4].reshape(4, LENGTH)
+    monkeypatch.setattr("hasten.accel.models.output_layer.TILE_LOGITS_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr("hasten.accel.models.output_layer.TILE_WEIGHT_BYTES", {"cpu": 1 << 16})
+    with Allocations() as allocations:
+        evaluate(architecture(folder), rows, architecture(folder))
+    matrix, logits = vocabulary * 64 * 4, rows[:, 1:].numel() * vocabulary * 4
+    # A block takes 0.2 MB.
+    assert allocations.peak < min(matrix, logits) / 5
 
 
 def test_one_block_is_held_at_a_time(

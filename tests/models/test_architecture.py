@@ -224,7 +224,7 @@ def test_only_the_tensors_in_use_are_read(checkpoints, monkeypatch):
     read.clear()
     architecture.head(hidden)
     architecture.head(hidden)
-    assert read == ["model.norm.weight", "lm_head.weight"]
+    assert sorted(read) == ["lm_head.weight", "model.norm.weight"]
     architecture.close()
     architecture.head(hidden)
     assert len(read) == 4
@@ -250,14 +250,6 @@ def test_the_model_runs_in_other_dtypes(checkpoints):
     assert rounded.dtype == torch.float32
     error = (rounded - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.05
-
-
-def test_a_head_computed_in_chunks_gives_the_same_logits(checkpoints, monkeypatch):
-    architecture = Architecture(Checkpoint(checkpoints("gemma3_text")))
-    hidden = architecture.embed(tiny.tokens())
-    whole = architecture.head(hidden)
-    monkeypatch.setattr("hasten.accel.models.architecture._HEAD_CHUNK", 64 * 7)
-    torch.testing.assert_close(architecture.head(hidden), whole, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("token", [-1, tiny.VOCABULARY])

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
-from hasten.accel.compression.search.fitness import Fitness
+from hasten.accel.compression.search.fitness import Fitness, Tiles
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.output_layer import TILE_TOKENS
 
 # Used as the index of a choice: the unit as in the original checkpoint.
 ORIGINAL = -1
 
-# Bytes of logits that are computed at once: every call converts and reads the head's weights again.
-_LOGITS_BYTES = 16 * 2**20
-# Bytes of logits whose fitness is computed at once: more do not fit in the processor's cache.
-_FITNESS_BYTES = 4 * 2**20
 # Matrix products may round differently where their operands are aligned differently.
 _ALIGNMENT = 64
 
@@ -75,7 +72,8 @@ class Candidates:
         self._read = weights
         self._cache = WeightCache(cache_bytes)
         self._blocks = load_blocks(architecture, self.units)
-        self._references: dict[int, dict[str, Tensor]] = {}
+        # By sequence, for each of the parts that `_tiles` makes of it.
+        self._references: dict[int, list[dict[str, Tensor]]] = {}
 
     def evaluate(self, genomes: Sequence[Genome], sample: Sample) -> list[float]:
         """Mean fitness per scored token of every genome, in nats; lower is better."""
@@ -113,11 +111,9 @@ class Candidates:
 
         def keep(_: list[int], piece: "_Piece", hidden: Tensor) -> None:
             number, targets = piece.parts[0][0], self._targets(piece.parts[0][0])
-            parts = [
-                self.fitness.reference(logits, targets[first : first + len(logits)])
-                for first, logits in self._logits(hidden[0], length - 1)
+            self._references[number] = [
+                self.fitness.reference(tiles, targets[rows]) for rows, tiles in self._tiles(hidden[0], length - 1)
             ]
-            self._references[number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         self._walk([self._states((ORIGINAL,) * len(self.units))], pieces, keep)
 
@@ -238,22 +234,20 @@ class Candidates:
 
     def _loss(self, hidden: Tensor, number: int, used: int) -> float:
         """Sum of the losses over the scored tokens of a sequence; hidden: its last hidden states (T, D)."""
-        targets, stored = self._targets(number), self._references.get(number, {})
+        targets, stored = self._targets(number), self._references.get(number, [])
         sums = []
-        for first, logits in self._logits(hidden, self._positions(used)):
-            rows = slice(first, first + len(logits))
-            part = {name: value[rows] for name, value in stored.items()}
-            sums.append(self.fitness.loss(logits, targets[rows], part))
+        for place, (rows, tiles) in enumerate(self._tiles(hidden, self._positions(used))):
+            size = rows.stop - rows.start
+            part = {name: value[:size] for name, value in stored[place].items()} if stored else {}
+            sums.append(self.fitness.loss(tiles, targets[rows], part))
         return math.fsum(sums)
 
-    def _logits(self, hidden: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:
-        """Logits (M, V) of a few positions at a time, each with the first of these positions."""
-        row = 4 * self.architecture.config.vocab_size
-        step, chunk = max(1, _LOGITS_BYTES // row), max(1, _FITNESS_BYTES // row)
-        for first in range(0, positions, step):
-            logits = self.architecture.head(hidden[None, first : min(first + step, positions)])[0]
-            for start in range(0, len(logits), chunk):
-                yield first + start, logits[start : start + chunk]
+    def _tiles(self, hidden: Tensor, positions: int) -> Iterator[tuple[slice, Tiles]]:
+        """Some positions at a time of a sequence's last hidden states (T, D), and the tiles of their logits."""
+        layer = self.architecture.output_layer()
+        for first in range(0, positions, TILE_TOKENS):
+            rows = slice(first, min(first + TILE_TOKENS, positions))
+            yield rows, layer.tiles(layer.inputs(hidden[rows]))
 
 
 class _Piece(NamedTuple):

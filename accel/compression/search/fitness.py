@@ -9,6 +9,7 @@ exact where no classes are merged, and the mass that leaves the kept tokens coun
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.online_softmax import LogSumExp, PickedLogits
+
+# Tiles of the vocabulary in order, once: the first entry of each, and its logits (M, C) float32 of M tokens.
+Tiles = Iterable[tuple[int, Tensor]]
 
 
 class Fitness(ABC):
@@ -27,32 +32,44 @@ class Fitness(ABC):
     needs_original: ClassVar[bool] = True
 
     @abstractmethod
-    def reference(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def reference(self, tiles: Tiles, targets: Tensor) -> dict[str, Tensor]:
         """Tensors to keep of the original's predictions, with one row a token.
 
-        logits: (M, V) float32 of the original. targets: (M,) int64, the tokens that follow.
+        tiles: of the original's logits. targets: (M,) int64, the tokens that follow.
         """
 
     @abstractmethod
-    def loss(self, logits: Tensor, targets: Tensor, stored: dict[str, Tensor]) -> float:
-        """Sum of the loss over tokens. logits: (M, V) float32, the candidate's. stored: tensors of `reference`."""
+    def loss(self, tiles: Tiles, targets: Tensor, stored: dict[str, Tensor]) -> float:
+        """Sum of the loss over tokens. tiles: of the candidate's logits. stored: tensors of `reference`."""
 
 
 @dataclass(frozen=True)
 class KL(Fitness):
-    """KL(original || candidate) over the whole vocabulary; keeps 4 V + 4 bytes a token."""
+    """KL(original || candidate) over the whole vocabulary; keeps 4 V + 8 bytes a token."""
 
-    def reference(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def reference(self, tiles: Tiles, targets: Tensor) -> dict[str, Tensor]:
         """probs (M, V): the original's; negentropy (M,): the sum over the vocabulary of p log p."""
-        probs = logits.softmax(-1)
-        # The same formula as in `loss`, so that a model's divergence from itself is zero.
-        return {"probs": probs, "negentropy": torch.linalg.vecdot(probs, logits) - logits.logsumexp(-1)}
+        normalizer, logits = LogSumExp(len(targets), targets.device), []
+        for _, tile in tiles:
+            normalizer.add(tile)
+            logits.append(tile)
+        probs = torch.empty(len(targets), sum(tile.shape[1] for tile in logits), device=targets.device)
+        mean = torch.zeros_like(targets, dtype=torch.float64)
+        for part in probs.split([tile.shape[1] for tile in logits], 1):
+            # Each tile is freed once its part is written.
+            tile = logits.pop(0)
+            part.copy_(normalizer.probabilities(tile))
+            # The same formula as in `loss`, so that a model's divergence from itself is exactly zero.
+            mean += torch.linalg.vecdot(part, tile)
+        return {"probs": probs, "negentropy": mean - normalizer.value()}
 
-    def loss(self, logits: Tensor, targets: Tensor, stored: dict[str, Tensor]) -> float:
+    def loss(self, tiles: Tiles, targets: Tensor, stored: dict[str, Tensor]) -> float:
         """Sum of divergences; rounding may make a divergence of zero slightly negative."""
-        # Two passes over the vocabulary; the sum of p (log p - log q) would take four.
-        cross_entropy = logits.logsumexp(-1) - torch.linalg.vecdot(stored["probs"], logits)
-        return float((cross_entropy + stored["negentropy"]).sum(dtype=torch.float64))
+        normalizer, mean = LogSumExp(len(targets), targets.device), torch.zeros_like(targets, dtype=torch.float64)
+        for first, tile in tiles:
+            normalizer.add(tile)
+            mean += torch.linalg.vecdot(stored["probs"][:, first : first + tile.shape[1]], tile)
+        return float((stored["negentropy"] - (mean - normalizer.value())).sum())
 
 
 @dataclass(frozen=True)
@@ -68,17 +85,30 @@ class SparseKL(Fitness):
         if self.top_k < 1:
             raise UserError(f"top_k={self.top_k} is out of range: 1 or more")
 
-    def reference(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def reference(self, tiles: Tiles, targets: Tensor) -> dict[str, Tensor]:
         """ids (M, k) int32 and log_probs (M, k) of the k most likely tokens, k <= V; tail (M,): mass of the others."""
-        log_probs = logits.log_softmax(-1)
-        top = log_probs.topk(min(self.top_k, logits.shape[-1]), -1, sorted=False)
-        # Summed, and not 1 minus the kept mass, so that the tail is exactly zero where no token is left.
-        tail = log_probs.exp().scatter(-1, top.indices, 0).sum(-1)
-        return {"log_probs": top.values, "ids": top.indices.int(), "tail": tail}
+        rows, device = len(targets), targets.device
+        normalizer, tail = LogSumExp(rows, device), torch.zeros(rows, dtype=torch.float64, device=device)
+        top, ids = torch.empty(rows, 0, device=device), torch.empty(rows, 0, dtype=torch.int32, device=device)
+        for first, tile in tiles:
+            _, factor = normalizer.add(tile)
+            entries = torch.arange(first, first + tile.shape[1], dtype=torch.int32, device=device)
+            logits, ids = torch.cat([top, tile], -1), torch.cat([ids, entries.expand(rows, -1)], -1)
+            top, places = logits.topk(min(self.top_k, logits.shape[-1]), -1, sorted=False)
+            ids = ids.gather(-1, places)
+            # Summed, and not 1 minus the kept mass, so that the tail is exactly zero where no token is left.
+            others = logits.sub_(normalizer.maximum[:, None]).exp_().scatter_(-1, places, 0)
+            tail = tail * factor + others.sum(-1)
+        log_probs = (top - normalizer.value()[:, None]).float()
+        return {"log_probs": log_probs, "ids": ids, "tail": (tail / normalizer.total).float()}
 
-    def loss(self, logits: Tensor, targets: Tensor, stored: dict[str, Tensor]) -> float:
+    def loss(self, tiles: Tiles, targets: Tensor, stored: dict[str, Tensor]) -> float:
         """Sum of divergences; rounding may make a divergence of zero slightly negative."""
-        log_probs = logits.gather(-1, stored["ids"].long()) - logits.logsumexp(-1, keepdim=True)
+        normalizer, kept = LogSumExp(len(targets), targets.device), PickedLogits(stored["ids"].long())
+        for first, tile in tiles:
+            normalizer.add(tile)
+            kept.add(first, tile)
+        log_probs = (kept.value() - normalizer.value()[:, None]).float()
         # Rounding may leave no mass: then the tail is the rounding error, since more mass keeps this a lower bound.
         tail = (1 - log_probs.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).eps)
         divergence = torch.linalg.vecdot(stored["log_probs"].exp(), stored["log_probs"] - log_probs)
@@ -93,11 +123,14 @@ class Perplexity(Fitness):
 
     needs_original: ClassVar[bool] = False
 
-    def reference(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def reference(self, tiles: Tiles, targets: Tensor) -> dict[str, Tensor]:
         """No tensors: predictions are compared with the text, not with the original."""
         return {}
 
-    def loss(self, logits: Tensor, targets: Tensor, stored: dict[str, Tensor]) -> float:
+    def loss(self, tiles: Tiles, targets: Tensor, stored: dict[str, Tensor]) -> float:
         """Sum over tokens."""
-        nll = logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
-        return float(nll.sum(dtype=torch.float64))
+        normalizer, target = LogSumExp(len(targets), targets.device), PickedLogits(targets[:, None])
+        for first, tile in tiles:
+            normalizer.add(tile)
+            target.add(first, tile)
+        return float((normalizer.value() - target.value()[:, 0]).sum())

@@ -18,12 +18,16 @@ from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, check_units, load_block
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.evaluation.online_softmax import Divergence
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
 # Bytes of hidden states that a group of batches may hold.
 STATES_BYTES = 2**31
-# Bytes of logits that are computed at once, of each of the two models.
-_LOGITS_BYTES = 16 * 2**20
+# Bytes of logits that are kept from the divergence to its gradient, of each of the two models. Where so many bytes are
+# the logits of fewer tokens than a matrix product needs, logits are computed again for the gradient.
+_KEPT_LOGITS_BYTES = 80 * 2**20
+_LEAST_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -100,19 +104,18 @@ class SensitivityPass:
 
     def _head(self, compressed: Tensor, reference: Tensor) -> tuple[float, Tensor]:
         """Sum of the divergences, and its gradient (B, T, D) with respect to the compressed model's last states."""
-        architecture = self.architecture
-        step = max(1, _LOGITS_BYTES // (4 * architecture.config.get_text_config().vocab_size))
-        gradient, total = torch.zeros_like(compressed), 0.0
-        for row in range(len(compressed)):
-            # The last position predicts no token of the sequence.
-            for first in range(0, compressed.shape[1] - 1, step):
-                place = slice(row, row + 1), slice(first, min(first + step, compressed.shape[1] - 1))
-                states = compressed[place]
-                logits = architecture.head(states)
-                log_p, log_q = architecture.head(reference[place]).log_softmax(-1), logits.log_softmax(-1)
-                p = log_p.exp()
-                total += float(torch.linalg.vecdot(p, log_p - log_q).sum(dtype=torch.float64))
-                gradient[place] = architecture.head_backward(states, logits, log_q.exp_().sub_(p))
+        layer = self.architecture.output_layer()
+        # The last position predicts no token of the sequence.
+        states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))
+        kept = kept_tokens(layer.vocabulary)
+        step = kept or TILE_TOKENS
+        total, gradients = 0.0, []
+        for part, original in zip(states.split(step), originals.split(step), strict=True):
+            divergence, gradient = _divergence(layer, part, original, keep=kept > 0)
+            total += divergence
+            gradients.append(gradient)
+        gradient = torch.zeros_like(compressed)
+        gradient[:, :-1] = torch.cat(gradients).unflatten(0, (len(compressed), -1))
         return total, gradient
 
     def _backward(
@@ -153,6 +156,36 @@ class SensitivityPass:
                 slot.level = level
         block.drop(state.dropped)
         return errors
+
+
+def kept_tokens(vocabulary: int) -> int:
+    """Tokens at once whose logits are kept for the gradient; 0 where they are computed again instead."""
+    fitting = _KEPT_LOGITS_BYTES // (4 * vocabulary)
+    return min(TILE_TOKENS, fitting) if fitting >= _LEAST_TOKENS else 0
+
+
+def _divergence(layer: OutputLayer, compressed: Tensor, reference: Tensor, keep: bool) -> tuple[float, Tensor]:
+    """Sum of the divergences of M tokens, and its gradient (M, D) with respect to the compressed model's last states.
+
+    compressed, reference: (M, D). keep: whether to keep all logits of both models for the gradient.
+    """
+    models = layer.inputs(compressed), layer.inputs(reference)
+    running = Divergence(len(compressed), compressed.device)
+    spans = list(layer.spans(len(compressed)))
+    kept: list[tuple[Tensor, Tensor]] = []
+    for span in spans:
+        weight = layer.weight(*span)
+        model, original = (layer.logits(inputs, weight) for inputs in models)
+        running.add(original=original, model=model)
+        if keep:
+            kept.append((model, original))
+    inner = torch.zeros(len(compressed), layer.width, device=compressed.device)
+    for number, span in enumerate(spans):
+        weight = layer.weight(*span)
+        model, original = kept[number] if keep else (layer.logits(inputs, weight) for inputs in models)
+        change = running.model.probabilities(model).sub_(running.original.probabilities(original))
+        inner += layer.inputs_gradient(change, model, weight)
+    return float(running.value().sum()), layer.hidden_gradient(compressed, inner)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL
+from hasten.accel.compression.search.fitness import KL, Fitness, Perplexity, SparseKL, Tiles
 from hasten.accel.errors import UserError
 
 VOCABULARY = 40
@@ -22,9 +22,15 @@ def candidate() -> Tensor:
 TARGETS = torch.randint(0, VOCABULARY, (12,), generator=torch.Generator().manual_seed(2))
 
 
-def loss(fitness: Fitness, original: Tensor, changed: Tensor) -> float:
+def tiles(logits: Tensor, columns: int = 7) -> Tiles:
+    """Tiles of so many entries, of which the last is smaller."""
+    for first in range(0, logits.shape[1], columns):
+        yield first, logits[:, first : first + columns].clone()
+
+
+def loss(fitness: Fitness, original: Tensor, changed: Tensor, columns: int = 7) -> float:
     targets = TARGETS[: len(original)]
-    return fitness.loss(changed, targets, fitness.reference(original, targets))
+    return fitness.loss(tiles(changed, columns), targets, fitness.reference(tiles(original, columns), targets))
 
 
 def divergence(original: Tensor, changed: Tensor) -> float:
@@ -72,7 +78,14 @@ def test_perplexity_is_cross_entropy_with_the_text() -> None:
     expected = torch.nn.functional.cross_entropy(candidate(), TARGETS, reduction="sum")
     assert loss(Perplexity(), logits(0), candidate()) == pytest.approx(float(expected), rel=1e-6)
     assert not Perplexity().needs_original
-    assert Perplexity().reference(logits(0), TARGETS) == {}
+    assert Perplexity().reference(tiles(logits(0)), TARGETS) == {}
+
+
+@pytest.mark.parametrize("fitness", FITNESSES, ids=str)
+def test_tiles_of_any_size_give_the_same_loss(fitness: Fitness) -> None:
+    whole = loss(fitness, logits(0), candidate(), VOCABULARY)
+    for columns in (1, 7, 39):
+        assert loss(fitness, logits(0), candidate(), columns) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("fitness", [KL(), SparseKL(), SparseKL(5)], ids=str)
@@ -81,12 +94,17 @@ def test_a_model_does_not_diverge_from_itself(fitness: Fitness) -> None:
         assert abs(loss(fitness, logits(0, spread=spread), logits(0, spread=spread))) < 12 * 1e-6
 
 
+def test_the_divergence_of_a_model_from_itself_is_exactly_zero() -> None:
+    for spread in (0.1, 3.0, 30.0):
+        assert loss(KL(), logits(0, spread=spread), logits(0, spread=spread)) == 0
+
+
 @pytest.mark.parametrize("fitness", FITNESSES, ids=str)
 def test_losses_add_up_over_tokens(fitness: Fitness) -> None:
-    stored = fitness.reference(logits(0), TARGETS)
+    stored = fitness.reference(tiles(logits(0)), TARGETS)
     assert all(len(value) == len(TARGETS) for value in stored.values())
     parts = [
-        fitness.loss(candidate()[rows], TARGETS[rows], {name: value[rows] for name, value in stored.items()})
+        fitness.loss(tiles(candidate()[rows]), TARGETS[rows], {name: value[rows] for name, value in stored.items()})
         for rows in (slice(0, 5), slice(5, 12))
     ]
     # Sums over the vocabulary may be blocked otherwise for other row counts.
@@ -108,11 +126,15 @@ def test_certain_predictions_give_finite_losses(fitness: Fitness) -> None:
 
 
 def test_what_is_kept_of_the_original_takes_k_values_a_token() -> None:
-    stored = SparseKL(5).reference(logits(0), TARGETS)
+    stored = SparseKL(5).reference(tiles(logits(0)), TARGETS)
     assert sum(value.nbytes for value in stored.values()) == len(TARGETS) * (5 * 8 + 4)
     assert stored["ids"].dtype == torch.int32
     best = logits(0).topk(5).indices.sort().values
     assert torch.equal(stored["ids"].sort().values.long(), best)
+    log_probs = logits(0).double().log_softmax(-1)
+    kept = log_probs.gather(-1, stored["ids"].long())
+    torch.testing.assert_close(stored["log_probs"].double(), kept, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stored["tail"].double(), 1 - kept.exp().sum(-1), rtol=1e-5, atol=1e-7)
 
 
 def test_top_k_must_be_one_or_more() -> None:

@@ -63,6 +63,22 @@ def test_parts_are_those_of_the_whole_models_gradient(tmp_path: Path, family: st
         assert result.parts.numpy() == pytest.approx(np.array(parts), rel=2e-3, abs=1e-5 * divergence, nan_ok=True)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_tiles_of_the_vocabulary_give_the_same_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    folder = tiny.save(tmp_path / "model", "gemma3_text")  # it caps its logits
+    units = layer_units(architecture(folder))
+    genome = (0,) * len(units)
+    whole = made(folder, units).measure(genome, BATCHES)
+    monkeypatch.setattr("hasten.accel.models.output_layer.tile_columns", lambda *_: 7)
+    monkeypatch.setattr("hasten.accel.compression.search.sensitivity._KEPT_LOGITS_BYTES", kept_bytes)
+    monkeypatch.setattr("hasten.accel.compression.search.sensitivity.TILE_TOKENS", 5)
+    for before, found in zip(whole, made(folder, units).measure(genome, BATCHES), strict=True):
+        assert found.divergence == pytest.approx(before.divergence, rel=1e-5)
+        torch.testing.assert_close(found.parts, before.parts, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_the_parts_of_a_small_change_add_up_to_the_divergence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NOISE, "fine", 0.003)
     units = layer_units(architecture(folder))
@@ -111,7 +127,9 @@ def test_layers_of_experts_are_measured(tmp_path: Path) -> None:
     log_q, log_p = logits.log_softmax(-1), model.head(before).log_softmax(-1)
     gradient = log_q.exp() - log_p.exp()
     gradient[:, -1] = 0
-    after.backward(model.head_backward(after.detach(), logits, gradient))
+    layer = model.output_layer()
+    inner = layer.inputs_gradient(gradient, logits, layer.weight(0, layer.vocabulary))
+    after.backward(layer.hidden_gradient(after.detach(), inner))
     expected = dict.fromkeys((unit.name for unit in units), 0.0)
     for block in blocks:
         for slot in block.slots:

@@ -1,0 +1,102 @@
+"""The output layer of a model, from the last block's output to logits, a tile of the vocabulary at a time.
+
+The logits of one token of Gemma 3 take 1 MB, and its output matrix 335 MB. So logits of many tokens are made for a few
+thousand entries of the vocabulary at a time: the matrix is read once for all of the tokens, and the logits of a tile
+stay in the processor's cache until the sums over them are made.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Tokens whose logits are computed at once: with fewer, reading and converting the weights takes a noticeable share of
+# the time, and with more, nothing is gained.
+TILE_TOKENS = 256
+# Limits of a tile: bytes of its logits, and of its weights in float32. A GPU needs larger products.
+TILE_LOGITS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+TILE_WEIGHT_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Below this, calls take longer than products.
+_LEAST_COLUMNS = 256
+
+
+def tile_columns(tokens: int, width: int, device: torch.device) -> int:
+    """Vocabulary entries of a tile for so many tokens at once, whose inputs to the output matrix have this width."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    by_logits = TILE_LOGITS_BYTES[kind] // (4 * max(1, tokens))
+    return max(_LEAST_COLUMNS, min(by_logits, TILE_WEIGHT_BYTES[kind] // (4 * width)))
+
+
+class OutputLayer:
+    """Last norm, projection and output matrix (V, D') of a model.
+
+    norm, project_out: modules on the device; project_out is None where the model has none. read(first, last) returns
+    these rows of the output matrix on the device, in any dtype. dtype: of the products. cap: magnitude that logits
+    approach but do not exceed, None where the model does not cap them.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        project_out: nn.Module | None,
+        read: Callable[[int, int], Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        cap: float | None,
+        device: torch.device,
+    ) -> None:
+        self.vocabulary, self.width = shape
+        self.device = device
+        self._norm, self._project_out, self._read = norm, project_out, read
+        self._dtype, self._cap = dtype, cap
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Inputs (..., D') of the output matrix, for the last block's output (..., D)."""
+        with torch.no_grad():
+            return self._before_matrix(hidden)
+
+    def weight(self, first: int, last: int) -> Tensor:
+        """Rows of the output matrix (C, D') in the dtype of the products."""
+        return self._read(first, last).to(self._dtype)
+
+    def logits(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Logits (..., C) float32 for inputs (..., D') and rows (C, D') of the output matrix."""
+        with torch.no_grad():
+            logits = F.linear(inputs, weight).float()
+            if self._cap is not None:
+                logits.div_(self._cap).tanh_().mul_(self._cap)
+        return logits
+
+    def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """First entry and end of each tile of the vocabulary, for so many tokens at once."""
+        columns = tile_columns(tokens, self.width, self.device)
+        for first in range(0, self.vocabulary, columns):
+            yield first, min(first + columns, self.vocabulary)
+
+    def tiles(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """First entry and logits (M, C) float32 of each tile of the vocabulary, for inputs (M, D')."""
+        for first, last in self.spans(len(inputs)):
+            yield first, self.logits(inputs, self.weight(first, last))
+
+    def inputs_gradient(self, gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        """A tile's part (..., D') float32 of the gradient with respect to the inputs of the output matrix.
+
+        gradient: (..., C) float32, with respect to the logits that `logits` returned; it is overwritten.
+        """
+        if self._cap is not None:
+            # The derivative of cap tanh(x / cap).
+            gradient.mul_(1 - (logits / self._cap).square())
+        return (gradient.to(self._dtype) @ weight).float()
+
+    def hidden_gradient(self, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient (..., D) with respect to hidden, for the gradient (..., D') with respect to inputs(hidden)."""
+        with torch.enable_grad():
+            given = hidden.detach().requires_grad_()
+            output = self._before_matrix(given)
+        (result,) = torch.autograd.grad(output, given, gradient.to(output.dtype))
+        return result
+
+    def _before_matrix(self, hidden: Tensor) -> Tensor:
+        inputs: Tensor = self._norm(hidden)
+        return inputs if self._project_out is None else self._project_out(inputs)
