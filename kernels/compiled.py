@@ -26,23 +26,32 @@ _TIMEOUT_SECONDS = 120
 @cache
 def load_library(source: Path) -> ctypes.CDLL | None:
     """The library compiled from a C file; None if it cannot be compiled."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    key = hashlib.sha256(source.read_bytes())
-    for part in (*compiler, *_OPTIONS, _version(compiler), _processor()):
-        key.update(part.encode() + b"\0")
-    name = f"{source.stem}-{key.hexdigest()[:16]}.so"
+    compiler = _compiler()
+    path = library_path(source)
     with suppress(OSError, subprocess.SubprocessError):
-        path = default_cache().expanduser() / "kernels" / name
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
     # The cache folder is not writable, is full, or is mounted noexec: compile into a temporary folder instead.
     with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name)
+        path = Path(folder, path.name)
         _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
     return None
+
+
+def library_path(source: Path) -> Path:
+    """Where the library of a C file is cached; the name depends on all that its code depends on."""
+    compiler = _compiler()
+    key = hashlib.sha256(source.read_bytes())
+    for part in (*compiler, *_OPTIONS, _version(compiler), _processor()):
+        key.update(part.encode() + b"\0")
+    return default_cache().expanduser() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC") or "cc")
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:

@@ -2,24 +2,28 @@
 
 A decoding pass reads every weight for a few rows, so it is bound by memory bandwidth: half the bytes take half the
 time, and no value changes. The weight is packed into panels of 32 outputs, in the order in which the kernel reads it,
-and is widened to float32 in registers. The order of summation is the same for any number of rows and threads, so a
-token gets the same products alone and as a node of a tree.
+and is widened to float32 in registers, as many outputs at once as a register holds.
+
+The order of summation is the same for any number of rows and threads, so a token gets the same products alone, as a
+node of a tree and in a prompt, to the bit. It is also the same on all processors that multiply and add in one
+instruction. On a machine where the kernel is slower than torch, torch is used for all numbers of rows; its products
+then differ by rounding errors between numbers of rows.
 """
 
 import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import use_c
-from hasten.kernels.skinny_gemm import c_kernel, reference
+from hasten.kernels.skinny_gemm import c_kernel, choice, reference
 
 
 def pack_weight(weight: Tensor) -> Tensor | None:
     """Panels (P, C, 16, 2) bfloat16 of a float32 weight (R, C), R padded with zeros to 32 P.
 
-    None if skinny_gemm would not be faster than torch (there is no compiled kernel for the tensor), or if a value is
-    not exact in bfloat16.
+    None if skinny_gemm would not be faster than torch (there is no compiled kernel for the tensor, or torch was faster
+    when both were timed on this machine), or if a value is not exact in bfloat16.
     """
-    if not use_c(weight) or not c_kernel.is_available():
+    if not use_c(weight) or not c_kernel.is_available() or not choice.is_faster():
         return None
     exact = exact_bfloat16(weight)
     return None if exact is None else reference.pack_panels(exact)

@@ -5,11 +5,12 @@ from functools import partial
 
 import torch
 
-from hasten.kernels.skinny_gemm import c_kernel, pack_weight
+from hasten.kernels.skinny_gemm import c_kernel
+from hasten.kernels.skinny_gemm.reference import pack_panels
 from hasten.kernels.timing import Case, Operands, Skipped
 
 _SHAPES = [(576, 1536), (4096, 4096)]
-_ROWS = (1, 4, 16)
+_ROWS = (1, 8, 16, 64, 512)
 
 
 def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
@@ -36,10 +37,8 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
 
 
 def _operands(rows: int, inputs: int, outputs: int, generator: torch.Generator, device: torch.device) -> Operands:
-    weight = torch.randn(outputs, inputs, generator=generator).bfloat16().float()
-    packed = pack_weight(weight)
-    assert packed is not None
-    return torch.randn(rows, inputs, generator=generator), weight, packed
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    return torch.randn(rows, inputs, generator=generator), weight.float(), pack_panels(weight)
 
 
 def _kernel(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

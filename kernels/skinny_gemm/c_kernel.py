@@ -18,8 +18,10 @@ SOURCE = Path(__file__).with_name("skinny_gemm.c")
 class _Function(Protocol):
     """Signature of the C function; pointers are addresses."""
 
-    def __call__(self, x: int, packed: int, out: int, rows: int, inputs: int, outputs: int, threads: int) -> None:
-        """Write the product to out."""
+    def __call__(
+        self, x: int, packed: int, out: int, scratch: int | None, rows: int, inputs: int, outputs: int, threads: int
+    ) -> None:
+        """Write the product to out. scratch: room for a copy of x; None with one row."""
 
 
 def is_available() -> bool:
@@ -35,7 +37,17 @@ def skinny_gemm(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     rows, inputs = x.shape
     padded = packed.shape[0] * PANEL
     out = torch.empty(rows, padded)
-    function(x.data_ptr(), packed.data_ptr(), out.data_ptr(), rows, inputs, padded, torch.get_num_threads())
+    scratch = None if rows == 1 else torch.empty_like(x)
+    function(
+        x.data_ptr(),
+        packed.data_ptr(),
+        out.data_ptr(),
+        None if scratch is None else scratch.data_ptr(),
+        rows,
+        inputs,
+        padded,
+        torch.get_num_threads(),
+    )
     return out if padded == outputs else out[:, :outputs]
 
 
@@ -46,6 +58,6 @@ def _function() -> _Function | None:
     if library is None:
         return None
     function = library.skinny_gemm
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int]
     function.restype = None
     return cast(_Function, function)

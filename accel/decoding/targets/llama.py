@@ -42,7 +42,8 @@ class _CacheAccess(NamedTuple):
 
     slots: slots of the pass. first: the first slot if they are adjacent, else None. rows (B, 1), places (B, N): slots
     and cache positions of the new nodes; None if start is given. start: first position in the only slot, whose new
-    nodes are then written by one copy. total: number of positions that are read.
+    nodes are then written by one copy. total: number of positions that are read. causal: whether the new nodes are the
+    first tokens of a sequence, whose attention needs no mask.
     """
 
     first: int | None
@@ -51,6 +52,7 @@ class _CacheAccess(NamedTuple):
     places: Tensor | None
     start: int | None
     total: int
+    causal: bool
 
 
 def refusal(config: Any) -> str | None:
@@ -71,9 +73,12 @@ def refusal(config: Any) -> str | None:
 
 
 class LlamaTarget(Target):
-    """A Llama-like model of transformers. The weights are copied or shared; the model object is not needed any more."""
+    """A Llama-like model of transformers. The weights are copied or shared; the model object is not needed any more.
 
-    def __init__(self, model: Any, compiled: bool = False) -> None:
+    compiled: whether torch compiles passes. packs: whether weights may be packed; if not, products are torch's.
+    """
+
+    def __init__(self, model: Any, compiled: bool = False, packs: bool = True) -> None:
         config = model.config
         reason = refusal(config)
         if reason is not None:
@@ -90,7 +95,7 @@ class LlamaTarget(Target):
             self._embedding = self._embedding if short is None else short
         self._norm = Norm(model.model.norm.weight.detach(), self._eps)
         # torch.compile cannot trace the kernels of packed weights.
-        self._packs = not compiled
+        self._packs = packs and not compiled
         self._layers = [self._fused_layer(layer) for layer in model.model.layers]
         self._head = Weight(model.get_output_embeddings().weight.detach(), packs=self._packs)
         self._rotary = model.model.rotary_emb
@@ -173,10 +178,12 @@ class LlamaTarget(Target):
         if start is None:
             rows = torch.tensor(slots)[:, None].to(self.device)
             places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
-        access = _CacheAccess(first if adjacent else None, list(slots), rows, places, start, allowed.shape[-1])
+        # Only a prompt is run without logits. It is a chain.
+        causal = not logits and start == 0
+        access = _CacheAccess(first if adjacent else None, list(slots), rows, places, start, allowed.shape[-1], causal)
         # A single token directly after the committed ones attends to all of them, and needs no mask.
         alone = count == width == 1 and len(self.depths(slots[0])) == 1
-        mask = None if alone and not compiled else self._mask(allowed)
+        mask = None if causal or (alone and not compiled) else self._mask(allowed)
         # inference_mode skips autograd's bookkeeping for views, which is a good part of a small model's pass.
         with torch.no_grad() if compiled else torch.inference_mode():
             forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
@@ -237,6 +244,10 @@ class LlamaTarget(Target):
         cached = cached.narrow(2, 0, access.total)
         keys, values = cached.narrow(1, 0, kv_heads), cached.narrow(1, kv_heads, kv_heads)
         queries = qkv.narrow(1, 0, heads)
+        if access.causal:  # skips the half of the scores that a mask would remove
+            queries = queries.transpose(0, 1)[None]
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=groups > 1)
+            return attended[0].transpose(0, 1).reshape(width, heads * size)
         if width == 1:
             queries = queries.view(count, kv_heads, groups, size)
         else:
