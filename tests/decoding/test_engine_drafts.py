@@ -64,7 +64,7 @@ def test_nodes_behind_the_end_of_a_sequence_are_not_accepted():
     assert outcome.decided == [-1, 0, 1]
     # What follows the end is no observation of acceptance, neither a good nor a bad one.
     seen = policy._acceptance._rates
-    assert {label: rate.accepted - 1 for label, rate in seen.items() if rate.seen > 2} == {
+    assert {label: rate.seen - 2 for label, rate in seen.items() if rate.seen > 2} == {
         (1, 0): 1,
         (2, 0): 1,
         (3, 0): 1,

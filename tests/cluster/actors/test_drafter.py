@@ -126,8 +126,8 @@ class Sometimes(Fixed):
         self.asked += 1
         return 0 if self.asked % 3 else 8
 
-    def select(self, tree, *_):
-        return tree.first(3)
+    def select(self, trees, *_):
+        return [tree.first(3) for tree in trees]
 
 
 def test_passes_without_drafts_and_trees_that_were_cut_are_observed_as_they_were(line):

@@ -31,7 +31,7 @@ def simulated(costs, chance, drafting, passes=600, max_nodes=16, sequences=1):
             tree = DraftTree.chain([1] * budget)
             seconds += drafting * budget
             policy.record_drafting(budget, drafting * budget)
-            tree = policy.select(tree, sequences, whole=False)
+            [tree] = policy.select([tree], sequences, [False])
         accepted = 0
         while accepted < len(tree) and dice.random() < chance:
             accepted += 1
@@ -68,8 +68,7 @@ def test_sequences_of_one_pass_pause_once():
         drafted.append(budget > 0)
         if budget:
             policy.record_drafting(8 * budget, 100.0)
-            for _ in range(8):
-                tree = policy.select(DraftTree.chain([1] * budget), 8, whole=False)
+            for tree in policy.select([DraftTree.chain([1] * budget)] * 8, 8, [False] * 8):
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
     first = drafted.index(False)
     assert drafted[first:].index(True) == 16
@@ -82,8 +81,7 @@ def test_the_last_sequence_drafts_as_if_it_had_been_alone():
     for sequences in [8] * 200 + [1] * 10:
         budget = policy.budget(sequences)
         policy.record_drafting(budget * sequences, 0.0)
-        for _ in range(sequences):
-            tree = policy.select(DraftTree.chain([1] * budget), sequences, whole=False)
+        for tree in policy.select([DraftTree.chain([1] * budget)] * sequences, sequences, [False] * sequences):
             accepted = next((node for node in range(len(tree)) if dice.random() > 0.8), len(tree))
             policy.observe(Outcome(Context.start([0]), tree, list(range(accepted)), 2))
             drafted.append(len(tree))
@@ -106,8 +104,8 @@ def test_of_a_tree_the_nodes_that_were_accepted_most():
         policy.observe(Outcome(Context.start([0]), tree, [0], 2))
     policy = _with(policy, PassCosts({1: {1: 1.0, 2: 1.2, 3: 1.6, 9: 4.0}}))
     policy.budget(1)
-    assert list(policy.select(tree, 1, whole=False).tokens) == [5]
-    assert policy.select(tree, 1, whole=True) is tree
+    assert list(policy.select([tree], 1, [False])[0].tokens) == [5]
+    assert policy.select([tree], 1, [True])[0] is tree
 
 
 def _with(policy, costs):
@@ -121,7 +119,7 @@ def test_the_maximum_budget_is_requested_at_every_exploring_pass_and_its_first_n
     for _ in range(24):
         budget = policy.budget(1)
         policy.record_drafting(budget, 0.0)
-        tree = policy.select(DraftTree.chain([1] * budget), 1, whole=False) if budget else DraftTree()
+        [tree] = policy.select([DraftTree.chain([1] * budget)], 1, [False]) if budget else [DraftTree()]
         verified.append((budget, len(tree)))
         policy.observe(Outcome(Context.start([0]), tree, [], 2))
     assert [verified[index][0] for index in (3, 7)] == [16, 16]

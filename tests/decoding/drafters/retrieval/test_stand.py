@@ -7,7 +7,8 @@ import torch
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models, Outcome
-from hasten.accel.decoding.drafters.retrieval.stand import NGrams, Stand, _Entry
+from hasten.accel.decoding.drafters.retrieval.ngram_probs import Entry, NGramProbs
+from hasten.accel.decoding.drafters.retrieval.stand import Stand
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
@@ -17,7 +18,7 @@ DRAFTER = Stand()
 
 def table(rows, vocabulary=20):
     memory = DRAFTER.new_memory(Models(vocabulary))
-    memory.entries.update({ngram: _Entry(1, dict(probs)) for ngram, probs in rows.items()})
+    memory.entries.update({ngram: Entry(1, dict(probs)) for ngram, probs in rows.items()})
     return memory
 
 
@@ -124,10 +125,10 @@ def test_greedy_takes_the_most_probable_tokens_in_order_and_the_same_shape():
 
 
 def test_saved_and_loaded_it_averages_on():
-    memory, again = table({(1, 2): ROW, (7, 1, 2): {3: 0.25}}), NGrams(20)
+    memory, again = table({(1, 2): ROW, (7, 1, 2): {3: 0.25}}), NGramProbs(20)
     DRAFTER.load(again, DRAFTER.saved(memory))
     assert again.entries == memory.entries
-    DRAFTER.load(again, DRAFTER.saved(NGrams(20)))
+    DRAFTER.load(again, DRAFTER.saved(NGramProbs(20)))
     assert not again.entries
 
 
