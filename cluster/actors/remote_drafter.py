@@ -33,12 +33,14 @@ _REPLACEMENTS = 3
 class _Sequence:
     """What a drafter instance knows of a sequence.
 
-    connection: number of the instance. sent: number of ids sent to it. tree: the last tree that it proposed.
+    connection: number of the instance. sent: number of ids sent to it. awaits_prefill: whether it has the prompt, but was
+    not asked to prefill it. tree: the last tree that it proposed.
     """
 
     key: int
     connection: int = -1
     sent: int = 0
+    awaits_prefill: bool = False
     tree: DraftTree | None = None
 
 
@@ -194,20 +196,28 @@ class RemoteDrafter(Drafter):
         """Queue what the target says about a part of the prompt; it is sent with the next request for trees."""
         if not memory.is_up():
             return
-        self._new(context, memory)
+        if context.state[self].connection != memory.number:
+            self._new(context, memory)
+            context.state[self].awaits_prefill = True
         ids, probs = _arrays(top_tokens, top_probs)
         assert ids is not None
         memory.send(ObservedPrompt(context.state[self].key, start, ids, probs))
 
     def prefill(self, contexts: Sequence[Context], memory: Connection, budget: int) -> None:
-        """Let the drafter prefill the sequences that it does not have yet, and wait for it."""
+        """Let the drafter prefill the sequences that it has not prefilled yet, and wait for it."""
         if not memory.is_up():
             return
-        new = [context for context in contexts if context.state[self].connection != memory.number]
-        if new:
-            for context in new:
+        keys = []
+        for context in contexts:
+            sequence: _Sequence = context.state[self]
+            if sequence.connection != memory.number:
                 self._new(context, memory)
-            memory.prefill([context.state[self].key for context in new], budget)
+            elif not sequence.awaits_prefill:
+                continue
+            sequence.awaits_prefill = False
+            keys.append(sequence.key)
+        if keys:
+            memory.prefill(keys, budget)
 
     def propose(self, context: Context, memory: Connection, budget: int) -> DraftTree:
         """The tree of one sequence, see propose_all."""

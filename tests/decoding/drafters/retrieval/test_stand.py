@@ -30,8 +30,8 @@ def test_the_longest_ngram_that_was_seen_is_used():
     rows = {(2, 3): {10: 0.9}, (1, 2, 3): {11: 0.9}, (0, 1, 2, 3): {12: 0.9}}
     for tokens, expected in (([0, 1, 2, 3], 12), ([9, 1, 2, 3], 11), ([9, 9, 2, 3], 10), ([2, 3], 10)):
         assert DRAFTER.propose(Context.start(tokens), table(rows), 1).tokens == [expected]
-    assert not len(DRAFTER.propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8))
-    assert Stand(min_ngram=1).propose(Context.start([3]), table({(3,): {10: 0.9}}), 8).tokens == [10]
+    assert not len(Stand(min_ngram=2).propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8))
+    assert DRAFTER.propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8).tokens == [10]
 
 
 def test_probabilities_are_averaged_over_visits_and_missing_ones_count_as_zero():
@@ -53,15 +53,15 @@ def test_no_more_than_ten_successors_are_kept():
     assert set(memory.entries[1, 2].probs) == {*range(10)}
 
 
-def test_the_accepted_path_is_learned_and_rejected_nodes_if_asked():
+def test_the_accepted_path_is_learned_and_rejected_nodes_unless_that_is_off():
     tree = DraftTree([5, 6, 7], [ROOT, 0, ROOT])
     given = outcome([1, 2, 3, 4], tree, [0], 9, [[10], [11], [12], [13]], [[0.5]] * 4)
     memory = DRAFTER.new_memory(Models(20))
-    DRAFTER.observe(memory, given)
+    Stand(min_ngram=2, learns_rejected=False).observe(memory, given)
     expected = {(3, 4): 10, (2, 3, 4): 10, (1, 2, 3, 4): 10, (4, 5): 11, (3, 4, 5): 11, (2, 3, 4, 5): 11}
     assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
     memory = DRAFTER.new_memory(Models(20))
-    Stand(learns_rejected=True).observe(memory, given)
+    Stand(min_ngram=2).observe(memory, given)
     expected |= {(5, 6): 12, (4, 5, 6): 12, (3, 4, 5, 6): 12, (4, 7): 13, (3, 4, 7): 13, (2, 3, 4, 7): 13}
     assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
 
