@@ -178,7 +178,7 @@ class Engine:
         prompt = context.tokens[:-1]
         drafter = self.drafter
         observed = 0
-        if drafter is not None and drafter.observes_prompt and self.policy.observes_prompt(self._in_flight):
+        if drafter is not None and self._max_nodes and self.policy.observes_prompt(self._in_flight):
             # A short completion does not earn back the time of many tokens.
             observed = min(drafter.observes_prompt, len(prompt), new // 4)
         self.target.prefill(slot, prompt[: len(prompt) - observed], self._chunk)

@@ -33,8 +33,8 @@ _REPLACEMENTS = 3
 class _Sequence:
     """What a drafter instance knows of a sequence.
 
-    connection: number of the instance. sent: number of ids sent to it. awaits_prefill: whether it has the prompt, but was
-    not asked to prefill it. tree: the last tree that it proposed.
+    connection: number of the instance. sent: number of ids sent to it. awaits_prefill: whether it has the prompt, but
+    was not asked to prefill it. tree: the last tree that it proposed.
     """
 
     key: int

@@ -9,6 +9,7 @@ passages of the prompt are copied without a pass of the output layer over the pr
 from dataclasses import dataclass
 from math import log2
 from operator import itemgetter
+from typing import ClassVar
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.best_first import best_first
@@ -27,18 +28,23 @@ class BlendedNGrams(NGramDrafter):
     An n-gram that was seen c times has the weight c / (c + concentration), and shorter ones share the rest.
     min_probability: of a node's path; less probable nodes are not proposed. max_depth: of a node. learns_prompt:
     whether the text of prompts is learned. learns_rejected: whether n-grams of rejected nodes are learned as well.
-    prompt_tokens: number of tokens at the end of a prompt after which it learns the target's probabilities; they cost
-    the target's output layer for these tokens. max_ngrams: number of n-grams kept; the least recently updated one is
-    dropped.
+    newest_share: the least weight of the newest observation in an average; 1 keeps the newest alone. prompt_tokens:
+    number of tokens at the end of a prompt after which it learns the target's probabilities; they cost the target's
+    output layer for these tokens. max_ngrams: number of n-grams kept; the least recently updated one is dropped.
     """
 
     max_ngram: int = 6
+    min_ngram: int = 1
     concentration: float = 1.0
     min_probability: float = 0.01
     max_depth: int = 16
     learns_prompt: bool = True
+    learns_rejected: bool = True
     newest_share: float = 1.0
     prompt_tokens: int = 0
+    max_ngrams: int = 200_000
+    # Short rows are learned and blended in less time.
+    least_kept: ClassVar[float] = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()

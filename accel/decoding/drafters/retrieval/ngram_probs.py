@@ -1,6 +1,6 @@
 """Shared by drafters that learn the target's probabilities after n-grams: a table of bounded size, and its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
@@ -41,7 +41,7 @@ class NGramProbs:
     def average(self, ngram: NGram, newest: Entry, newest_share: float, max_ngrams: int) -> None:
         """Average an entry of one visit into that of an n-gram, with the weight newest_share at least."""
         entry = self.entries.get(ngram)
-        if entry is None or newest_share == 1:
+        if entry is None:
             self.entries.put(ngram, newest, max_ngrams)
             return
         visits = entry.visits + 1
@@ -63,16 +63,17 @@ class NGramDrafter(Drafter):
     learns_rejected: whether it learns n-grams of rejected nodes as well. newest_share: the least weight of the newest
     observation in an average; 0 weighs all alike, 1 keeps the newest alone. prompt_tokens: number of tokens at the end
     of a prompt after which it learns the target's probabilities, see `Drafter.observes_prompt`. max_ngrams: number of
-    n-grams kept; the least recently updated one is dropped.
+    n-grams kept; the least recently updated one is dropped. least_kept: probabilities below it are not stored.
     """
 
-    max_ngram: int = 4
-    min_ngram: int = 1
-    learns_rejected: bool = True
-    newest_share: float = 0.0
-    prompt_tokens: int = 64
-    max_ngrams: int = 100_000
+    max_ngram: int
+    min_ngram: int
+    learns_rejected: bool
+    newest_share: float
+    prompt_tokens: int
+    max_ngrams: int
     observes: ClassVar[int] = SUCCESSORS
+    least_kept: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
@@ -100,7 +101,7 @@ class NGramDrafter(Drafter):
         assert top_probs is not None
         for end, tokens, probs in zip(count(start + 1), top_tokens.tolist(), top_probs.tolist(), strict=False):
             tail = tuple(context.tokens[max(0, end - self.max_ngram) : end])
-            self.learn(memory, tail, dict(zip(tokens, probs, strict=True)))
+            self.learn(memory, tail, self._probable(tokens, probs))
 
     def observe(self, memory: NGramProbs, outcome: Outcome) -> None:
         """Average the target's probabilities into the entries of the n-grams before each new token."""
@@ -112,13 +113,22 @@ class NGramDrafter(Drafter):
         for node in [ROOT, *range(len(tree))] if self.learns_rejected else outcome.decided:
             if node != ROOT:
                 tails[node] = (*tails[tree.parents[node]], tree.tokens[node])[-self.max_ngram :]
-            self.learn(memory, tails[node], dict(zip(top_tokens[node + 1], top_probs[node + 1], strict=True)))
+            self.learn(memory, tails[node], self._probable(top_tokens[node + 1], top_probs[node + 1]))
 
     def learn(self, memory: NGramProbs, tail: NGram, probs: dict[int, float]) -> None:
         """Average probabilities, most probable token first, into the entries of all n-grams at the end of `tail`."""
         newest = Entry(1, probs)
+        put = memory.entries.put
         for n in range(self.min_ngram, min(self.max_ngram, len(tail)) + 1):
-            memory.average(tail[-n:], newest, self.newest_share, self.max_ngrams)
+            if self.newest_share == 1:
+                put(tail[-n:], newest, self.max_ngrams)
+            else:
+                memory.average(tail[-n:], newest, self.newest_share, self.max_ngrams)
+
+    def _probable(self, tokens: Sequence[int], probs: Sequence[float]) -> dict[int, float]:
+        """The first token, and all others of the least probability that is kept."""
+        least = min(self.least_kept, probs[0])
+        return {token: prob for token, prob in zip(tokens, probs, strict=True) if prob >= least}
 
     def saved(self, memory: NGramProbs) -> Mapping[str, Tensor]:
         """ngrams (N, n) and tokens (N, 10) int64, padded with -1; visits (N,); probs (N, 10) float64, padded with 0."""

@@ -31,10 +31,18 @@ _TOPOLOGY = by_acceptance(most_accepted(80, _RATES, depth=10), _RATES)
 class Stand(NGramDrafter):
     """Drafter without a model; it looks up the longest known n-gram of min_ngram to max_ngram tokens at the end.
 
-    learns_rejected: whether it learns n-grams of rejected nodes as well. prompt_tokens: number of tokens at the end of
-    a prompt after which it learns the target's probabilities; they cost the target's output layer for these tokens.
+    learns_rejected: whether it learns n-grams of rejected nodes as well. newest_share: the least weight of the newest
+    observation in an average; 0 weighs all alike, 1 keeps the newest alone. prompt_tokens: number of tokens at the end
+    of a prompt after which it learns the target's probabilities; they cost the target's output layer for these tokens.
     max_ngrams: number of n-grams kept; the least recently updated one is dropped.
     """
+
+    max_ngram: int = 4
+    min_ngram: int = 1
+    learns_rejected: bool = True
+    newest_share: float = 0.0
+    prompt_tokens: int = 64
+    max_ngrams: int = 100_000
 
     def draft_sampling(self, sampling: Sampling) -> DraftSampling:
         """Draws without replacement; deterministic at temperature 0."""
