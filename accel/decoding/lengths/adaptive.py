@@ -2,8 +2,8 @@
 
 The gain of a pass is its expected tokens minus the tokens that its seconds yield at the mean rate of the run; the tree
 that maximises this maximises tokens per second (renewal reward). The cost of a pass is measured at every tree size
-before decoding starts. Acceptance is estimated from the text that follows a proposal, so that a proposal teaches without
-being verified. While drafting does not pay, it pauses; a proposal every few hundred passes then costs next to nothing.
+before decoding starts. Acceptance is estimated from the text that follows a proposal, so that a proposal teaches even
+if it is not verified. Where drafting does not pay it pauses, and the pauses grow.
 Sources of the parts: target efficiency, MoESD (arXiv:2505.19645); trees that grow where acceptance is likely, DySpec
 (arXiv:2410.11744) and Sequoia (arXiv:2402.12374); sizes by measured latency, PPD (arXiv:2405.18628).
 """
