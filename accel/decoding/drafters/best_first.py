@@ -51,8 +51,11 @@ def best_first(
         value, _, above, row, rank, parent, tail, depth = heappop(heap)
         token, prob = row[rank]
         node = len(nodes.tokens)
-        for column, item in zip(nodes, (token, parent, prob, rank, depth), strict=True):
-            column.append(item)
+        nodes.tokens.append(token)
+        nodes.parents.append(parent)
+        nodes.probs.append(prob)
+        nodes.ranks.append(rank)
+        nodes.depths.append(depth)
         if rank + 1 < len(row):
             put(above, parent, depth, tail, row, rank + 1)
         if depth < max_depth:
