@@ -7,10 +7,11 @@ from functools import partial
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from hasten.accel.decoding.bounds import fit_to_memory, needed_bytes
 from hasten.accel.decoding.context import Context
-from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome
+from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome, top_tokens_of
 from hasten.accel.decoding.lengths.base import LengthController
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.lengths.timing import clock
@@ -164,14 +165,31 @@ class Engine:
         slot = len(self._running)
         started = perf_counter()
         self.target.clear(slot)
-        # The last token is not prefilled: it is the root of the first tree.
-        self.target.prefill(slot, context.tokens[:-1], self._chunk)
         # Drawn drafts are wasted on a verifier that does not read their distributions.
         context.draws = self.verifier.reads_draft_probs
         if self.drafter is not None:
             self.drafter.begin(context, self.memory)
+        self._prefill(slot, context, request.max_new_tokens)
         running.stats.prefill_seconds = perf_counter() - started
         self._running.append(running)
+
+    def _prefill(self, slot: int, context: Context, new: int) -> None:
+        """Run the prompt, and let the drafter observe the end of it. The last token is the root of the first tree."""
+        prompt = context.tokens[:-1]
+        drafter = self.drafter
+        observed = 0
+        if drafter is not None and self._max_nodes and self.policy.observes_prompt(self._in_flight):
+            # A short completion does not earn back the time of many tokens.
+            observed = min(drafter.observes_prompt, len(prompt), new // 4)
+        self.target.prefill(slot, prompt[: len(prompt) - observed], self._chunk)
+        # No more logits at once than a pass of decoding has, which the bound on memory allows for.
+        width = self._max_nodes + 1
+        for start in range(len(prompt) - observed, len(prompt), width):
+            part = prompt[start : start + width]
+            logits = self.target.forward([slot], [part], [range(ROOT, len(part) - 1)]).logits[0]
+            self.target.commit(slot, range(len(part)))
+            if drafter is not None:
+                drafter.observe_prompt(self.memory, context, start, *top_tokens_of(drafter, logits))
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -183,6 +201,8 @@ class Engine:
         started, counted = perf_counter(), self._clock()
         trees = self._propose(drafting, budget)
         drafted, draft_seconds = perf_counter(), self._clock() - counted
+        # Without the target's most probable tokens learning costs next to nothing.
+        learns = self.drafter is not None and (not drafting or not self.drafter.observes or self.policy.learns())
         rows = self.target.forward(
             range(len(running)),
             [[sequence.context.tokens[-1], *tree.tokens] for sequence, tree in zip(running, trees, strict=True)],
@@ -190,10 +210,10 @@ class Engine:
         )
         if rows.logits.is_cuda:
             torch.cuda.synchronize(rows.logits.device)  # otherwise verification would be charged with the pass
-        passed = perf_counter()
-        shares = (drafted - started) / len(running), (passed - drafted) / len(running)
-        if drafting:
-            self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
+        passed, counted = perf_counter(), self._clock()
+        top_tokens, top_probs = self._top_tokens(rows.logits) if learns else (None, None)
+        draft_seconds += self._clock() - counted
+        shares = (drafted - started + perf_counter() - passed) / len(running), (passed - drafted) / len(running)
         for slot, (sequence, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
             verdict = self.verifier.verify(
@@ -206,9 +226,13 @@ class Engine:
                 outcome = replace(outcome, path=verdict.path[: len(new)], ended=True)
             self.target.commit(slot, [0, *(node + 1 for node in outcome.path)])
             verified = perf_counter()
-            if self.drafter is not None:
-                outcome = outcome.with_top_tokens(self.drafter, rows.logits[slot, : len(tree) + 1])
+            if self.drafter is not None and learns:
+                counted = self._clock()
+                tokens = None if top_tokens is None else top_tokens[slot, : len(tree) + 1]
+                probs = None if top_probs is None else top_probs[slot, : len(tree) + 1]
+                outcome = replace(outcome, top_tokens=tokens, top_probs=probs)
                 self.drafter.observe(self.memory, outcome)
+                draft_seconds += self._clock() - counted
             if slot in drafting:
                 self.policy.observe(outcome)
             sequence.context.tokens += new
@@ -221,6 +245,15 @@ class Engine:
             )
             if self._on_tokens is not None:
                 self._on_tokens(sequence.request.id, new)
+        if drafting:
+            self.policy.record_drafting(sum(map(len, trees)), draft_seconds)
+
+    def _top_tokens(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the drafter observes of logits (B, N, V), see `Outcome`; of all sequences at once, which is cheaper."""
+        if self.drafter is None or not self.drafter.observes:
+            return None, None
+        tokens, probs = top_tokens_of(self.drafter, logits.flatten(0, 1))
+        return tokens.unflatten(0, logits.shape[:2]), None if probs is None else probs.unflatten(0, logits.shape[:2])
 
     def _drafting(self) -> dict[int, int]:
         """Slots of the sequences that can accept a draft token, each with the largest depth of one.
@@ -256,12 +289,13 @@ class Engine:
             budget = max(drafting.values())
             self.policy.limit(budget)
         trees = self.drafter.propose_all([running[slot].context for slot in drafting], self.memory, budget)
-        for (slot, max_depth), tree in zip(drafting.items(), trees, strict=True):
+        whole = []
+        for index, (max_depth, tree) in enumerate(zip(drafting.values(), trees, strict=True)):
             assert len(tree) <= budget, (self.drafter, len(tree), budget)
-            whole = self.verifier.reads_draft_probs and tree.draft_probs is not None
-            tree = self.policy.select(tree, len(running), whole)
+            whole.append(self.verifier.reads_draft_probs and tree.draft_probs is not None)
             if tree.depths and max(tree.depths) > max_depth:
-                tree = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= max_depth])
+                trees[index] = tree.keep([node for node, depth in enumerate(tree.depths) if depth <= max_depth])
+        for slot, tree in zip(drafting, self.policy.select(trees, len(running), whole), strict=True):
             drafts[slot] = tree
         return drafts
 

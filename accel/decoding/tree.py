@@ -36,6 +36,7 @@ class DraftTree:
     draft_probs: for every parent, including ROOT, the distribution (V,) float32 that its first child was drawn from;
     None for deterministic drafts. counts: number of times that each node was drawn, for independent draws; None is
     once. labels: class of each node for acceptance estimates (match length, rank, …); None takes its depth and rank.
+    whole: the tree that this one is a part of, see `keep`; None if it is whole itself.
     """
 
     tokens: Sequence[int] = ()
@@ -44,6 +45,7 @@ class DraftTree:
     draft_probs: Mapping[int, Tensor] | None = None
     counts: Sequence[int] | None = None
     labels: Sequence[Hashable] | None = field(default=None, compare=False)
+    whole: "DraftTree | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.parents), "a parent for every token"
@@ -82,6 +84,11 @@ class DraftTree:
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
+
+    @property
+    def proposed(self) -> "DraftTree":
+        """The tree as the drafter proposed it, before nodes were dropped."""
+        return self if self.whole is None else self.whole
 
     @property
     def is_chain(self) -> bool:
@@ -123,4 +130,5 @@ class DraftTree:
             probs,
             None if self.counts is None else [self.counts[node] for node in nodes],
             [self.label(node) for node in nodes],  # explicit, because ranks among siblings change
+            self.proposed,
         )

@@ -51,6 +51,15 @@ class Begin(NamedTuple):
     seed: int
 
 
+class ObservedPrompt(NamedTuple):
+    """The target's most probable tokens after a part of a prompt, see `Drafter.observe_prompt`."""
+
+    key: int
+    start: int
+    top_tokens: np.ndarray
+    top_probs: np.ndarray | None
+
+
 class Observed(NamedTuple):
     """An outcome. new: ids committed since the last message. tree: None if it is the proposed one."""
 
@@ -70,7 +79,7 @@ class End(NamedTuple):
     key: int
 
 
-Event = Begin | Observed | End
+Event = Begin | ObservedPrompt | Observed | End
 
 
 class Snapshot(NamedTuple):
@@ -187,18 +196,23 @@ class DrafterActor:
             ended = self._sequences.pop(place, None)
             if ended is not None:
                 self._drafter.end(ended, self._memory)
+        elif isinstance(event, ObservedPrompt):
+            top_tokens, top_probs = _tensors(event)
+            assert top_tokens is not None
+            self._drafter.observe_prompt(self._memory, self._sequences[place], event.start, top_tokens, top_probs)
         else:
             context = self._sequences[place]
             context.tokens += event.new
             tree = self._trees[place] if event.tree is None else event.tree.tree()
-            tops = [
-                None if top is None else torch.from_numpy(top.copy()) for top in (event.top_tokens, event.top_probs)
-            ]
-            if tops[0] is not None:
-                tops[0] = tops[0].long()
-            outcome = Outcome(context, tree, event.path, event.token, tops[0], tops[1], event.ended)
+            outcome = Outcome(context, tree, event.path, event.token, *_tensors(event), event.ended)
             self._drafter.observe(self._memory, outcome)
             self._observed += 1
+
+
+def _tensors(event: ObservedPrompt | Observed) -> tuple[Tensor | None, Tensor | None]:
+    """The target's most probable tokens and their probabilities, as a drafter takes them."""
+    tops = [None if top is None else torch.from_numpy(top.copy()) for top in (event.top_tokens, event.top_probs)]
+    return None if tops[0] is None else tops[0].long(), tops[1]
 
 
 class Address(NamedTuple):

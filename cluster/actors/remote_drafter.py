@@ -10,12 +10,13 @@ import numpy as np
 import ray
 from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayError
+from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import DraftSampling, DraftTree
-from hasten.cluster.actors.drafter import Address, Begin, End, Event, Observed, PlainTree
+from hasten.cluster.actors.drafter import Address, Begin, End, Event, Observed, ObservedPrompt, PlainTree
 from hasten.cluster.runtime.recovery import is_loss
 
 _LOG = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ _REPLACEMENTS = 3
 class _Sequence:
     """What a drafter instance knows of a sequence.
 
-    connection: number of the instance. sent: number of ids sent to it. tree: the last tree that it proposed.
+    connection: number of the instance. sent: number of ids sent to it. awaits_prefill: whether it has the prompt, but
+    was not asked to prefill it. tree: the last tree that it proposed.
     """
 
     key: int
     connection: int = -1
     sent: int = 0
+    awaits_prefill: bool = False
     tree: DraftTree | None = None
 
 
@@ -162,6 +165,11 @@ class RemoteDrafter(Drafter):
         return self._inner.observes_probs
 
     @property
+    def observes_prompt(self) -> int:  # type: ignore[override]
+        """As the drafter itself."""
+        return self._inner.observes_prompt
+
+    @property
     def learns(self) -> bool:
         """As the drafter itself."""
         return self._inner.learns
@@ -182,15 +190,34 @@ class RemoteDrafter(Drafter):
         """Assign a key; the drafter gets the sequence with the first request for its tree."""
         context.state[self] = _Sequence(memory.new_key())
 
-    def prefill(self, contexts: Sequence[Context], memory: Connection, budget: int) -> None:
-        """Let the drafter prefill the sequences that it does not have yet, and wait for it."""
+    def observe_prompt(
+        self, memory: Connection, context: Context, start: int, top_tokens: Tensor, top_probs: Tensor | None
+    ) -> None:
+        """Queue what the target says about a part of the prompt; it is sent with the next request for trees."""
         if not memory.is_up():
             return
-        new = [context for context in contexts if context.state[self].connection != memory.number]
-        if new:
-            for context in new:
+        if context.state[self].connection != memory.number:
+            self._new(context, memory)
+            context.state[self].awaits_prefill = True
+        ids, probs = _arrays(top_tokens, top_probs)
+        assert ids is not None
+        memory.send(ObservedPrompt(context.state[self].key, start, ids, probs))
+
+    def prefill(self, contexts: Sequence[Context], memory: Connection, budget: int) -> None:
+        """Let the drafter prefill the sequences that it has not prefilled yet, and wait for it."""
+        if not memory.is_up():
+            return
+        keys = []
+        for context in contexts:
+            sequence: _Sequence = context.state[self]
+            if sequence.connection != memory.number:
                 self._new(context, memory)
-            memory.prefill([context.state[self].key for context in new], budget)
+            elif not sequence.awaits_prefill:
+                continue
+            sequence.awaits_prefill = False
+            keys.append(sequence.key)
+        if keys:
+            memory.prefill(keys, budget)
 
     def propose(self, context: Context, memory: Connection, budget: int) -> DraftTree:
         """The tree of one sequence, see propose_all."""
@@ -216,12 +243,9 @@ class RemoteDrafter(Drafter):
             return
         sequence = outcome.context.state[self]
         new = self._new(outcome.context, memory)
-        tops = [None if top is None else top.numpy() for top in (outcome.top_tokens, outcome.top_probs)]
-        tops[0] = None if tops[0] is None else tops[0].astype(np.int32)
+        ids, probs = _arrays(outcome.top_tokens, outcome.top_probs)
         tree = None if outcome.tree is sequence.tree else PlainTree.of(outcome.tree)
-        memory.send(
-            Observed(sequence.key, new, tree, list(outcome.path), outcome.token, tops[0], tops[1], outcome.ended)
-        )
+        memory.send(Observed(sequence.key, new, tree, list(outcome.path), outcome.token, ids, probs, outcome.ended))
 
     def end(self, context: Context, memory: Connection) -> None:
         """Send all queued outcomes and the end of the sequence now."""
@@ -239,3 +263,11 @@ class RemoteDrafter(Drafter):
         new = context.tokens[sequence.sent :]
         sequence.sent = len(context.tokens)
         return new
+
+
+def _arrays(top_tokens: Tensor | None, top_probs: Tensor | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The target's most probable tokens in int32, and their probabilities, as they are sent."""
+    return (
+        None if top_tokens is None else top_tokens.numpy().astype(np.int32),
+        None if top_probs is None else top_probs.numpy(),
+    )

@@ -1,6 +1,6 @@
 """The loop with drafts that end a sequence, are drawn, come from several drafters or are for sliding windows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -12,7 +12,9 @@ from hasten.accel.decoding.drafters.combined.union import Union
 from hasten.accel.decoding.drafters.model.draft_model import DraftModel
 from hasten.accel.decoding.drafters.model.dyspec import DySpec
 from hasten.accel.decoding.drafters.model.spectr import SpecTr
+from hasten.accel.decoding.drafters.retrieval.blended_ngrams import BlendedNGrams
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
+from hasten.accel.decoding.drafters.retrieval.stand import Stand
 from hasten.accel.decoding.drafters.retrieval.token_recycling import TokenRecycling
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.adaptive import Adaptive
@@ -64,7 +66,7 @@ def test_nodes_behind_the_end_of_a_sequence_are_not_accepted():
     assert outcome.decided == [-1, 0, 1]
     # What follows the end is no observation of acceptance, neither a good nor a bad one.
     seen = policy._acceptance._rates
-    assert {label: rate.accepted - 1 for label, rate in seen.items() if rate.seen > 2} == {
+    assert {label: rate.seen - 2 for label, rate in seen.items() if rate.seen > 2} == {
         (1, 0): 1,
         (2, 0): 1,
         (3, 0): 1,
@@ -141,3 +143,62 @@ class Drawing(DraftModel):
 
 def test_for_sample_and_match_drafters_propose_their_most_probable_tokens():
     assert tokens_per_pass(SampleAndMatch(), DraftModel()) > 1.1 * tokens_per_pass(SampleAndMatch(), Drawing())
+
+
+@dataclass(frozen=True)
+class Reader(Counting):
+    """Observes the target after the last six tokens of a prompt. read: (start, top tokens) of every part."""
+
+    read: list = field(default_factory=list, hash=False, compare=False)
+    observes_prompt: ClassVar[int] = 6
+
+    def observe_prompt(self, memory, context, start, top_tokens, top_probs):
+        self.read.append((start, top_tokens.tolist(), top_probs.tolist()))
+
+
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_a_drafter_observes_the_target_after_the_end_of_a_prompt(nodes):
+    prompt, new = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], 24
+    table = random_table(10)
+    plain = decoded(Engine(MarkovTarget(table)), [Request("0", prompt, new)])["0"]
+    drafter = Reader()
+    found = decoded(Engine(MarkovTarget(table), drafter, policy=Fixed(nodes)), [Request("0", prompt, new)])["0"]
+    assert found.token_ids == plain.token_ids
+    starts = [start for start, _, _ in drafter.read]
+    # No more logits at once than a pass of decoding has.
+    assert starts == ([3, 6] if nodes == 2 else [3])
+    ids = [row for _, rows, _ in drafter.read for row in rows]
+    probs = [prob for _, _, rows in drafter.read for [prob] in rows]
+    # The last token of the prompt is the root of the first tree, and is observed with it.
+    assert ids == [[int(table[token].argmax())] for token in prompt[3:9]]
+    assert probs == pytest.approx([float(table[token].softmax(-1).max()) for token in prompt[3:9]])
+
+
+def test_a_short_completion_observes_less_of_the_prompt_and_a_length_can_refuse():
+    class Refusing(Fixed):
+        def observes_prompt(self, sequences):
+            return False
+
+    for policy, new, expected in ((Fixed(8), 8, [7]), (Fixed(8), 3, []), (Refusing(8), 24, [])):
+        drafter = Reader()
+        decoded(Engine(MarkovTarget(random_table(10)), drafter, policy=policy), [Request("0", list(range(10)), new)])
+        assert [start for start, _, _ in drafter.read] == expected
+
+
+@pytest.mark.parametrize(
+    "drafter", [TokenRecycling(prompt_tokens=64), Stand(), BlendedNGrams(learns_prompt=False, prompt_tokens=64)]
+)
+def test_the_first_draft_comes_from_what_the_target_said_about_the_prompt(drafter):
+    table = torch.zeros(10, 10)
+    for token in range(10):
+        table[token, (token + 1) % 10] = 10.0
+    # Each token of the prompt is followed by another one than the target would have given.
+    prompt = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9, 0]
+    passes = {}
+    for used in (drafter, replace(drafter, prompt_tokens=0)):
+        result = decoded(Engine(MarkovTarget(table), used, policy=Fixed(5)), [Request("0", prompt, 44)])["0"]
+        assert result.token_ids == [token % 10 for token in range(1, 45)]
+        passes[used.prompt_tokens] = result.stats.num_spec_steps
+    # With the prompt all tokens are known from the first pass on, without it only after the first round.
+    assert passes[drafter.prompt_tokens] <= 44 / 2 < passes[0] + 10
+    assert passes[drafter.prompt_tokens] < passes[0]

@@ -72,11 +72,18 @@ class Outcome:
         """The outcome with those top tokens of logits (N + 1, V) that a drafter observes."""
         if not drafter.observes:
             return self
-        values, ids = most_probable(logits, drafter.observes)
-        probs = None
-        if drafter.observes_probs:
-            probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
-        return replace(self, top_tokens=ids.cpu(), top_probs=probs)
+        top_tokens, top_probs = top_tokens_of(drafter, logits)
+        return replace(self, top_tokens=top_tokens, top_probs=top_probs)
+
+
+def top_tokens_of(drafter: "Drafter", logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a drafter observes of logits (N, V): ids (N, k) int64, and probabilities (N, k) float32 if it reads them."""
+    _, ids = most_probable(logits, drafter.observes)
+    probs = None
+    if drafter.observes_probs:
+        # On a CPU a softmax takes half the time of the logarithm of its denominator alone.
+        probs = logits.float().softmax(-1).gather(-1, ids).cpu()
+    return ids.cpu(), probs
 
 
 class Drafter(ABC):
@@ -84,12 +91,14 @@ class Drafter(ABC):
 
     All sequences share its memory, in which it learns. Its state of one sequence is `context.state[drafter]`.
     observes: number of most probable ids after every verified node that it learns from. observes_probs: whether it
-    learns from their probabilities, too. needs_draft_model: whether it needs a draft model. needs_hidden: whether it
-    reads the draft model's hidden states.
+    learns from their probabilities, too. observes_prompt: number of tokens at the end of a prompt after which it learns
+    from them as well, which costs the target's output layer for these tokens. needs_draft_model: whether it needs a
+    draft model. needs_hidden: whether it reads the draft model's hidden states.
     """
 
     observes: ClassVar[int] = 0
     observes_probs: ClassVar[bool] = True
+    observes_prompt: ClassVar[int] = 0
     needs_draft_model: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
 
@@ -126,6 +135,15 @@ class Drafter(ABC):
         """Called when a sequence starts; its prompt is context.tokens."""
         return
 
+    def observe_prompt(
+        self, memory: Memory, context: Context, start: int, top_tokens: Tensor, top_probs: Tensor | None
+    ) -> None:
+        """Learn from a part of a prompt, after `begin`; the parts are in order and end before the prompt's last token.
+
+        top_tokens (N, k) int64 and top_probs (N, k) float32 are the target's after context.tokens[start], ….
+        """
+        return
+
     def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
         """Process tokens that are many and new, such as a prompt; called before drafts of at most `budget` tokens.
 
@@ -143,7 +161,10 @@ class Drafter(ABC):
         return [self.propose(context, memory, budget) for context in contexts]
 
     def observe(self, memory: Memory, outcome: Outcome) -> None:
-        """Learn from a verified draft; called after every pass, before its tokens are appended to context.tokens."""
+        """Learn from a verified draft; called before its tokens are appended to context.tokens.
+
+        It is called after every pass, except while an adaptive draft length pauses drafting for long.
+        """
         return
 
     def truncate(self, context: Context, length: int) -> None:

@@ -2,27 +2,36 @@
 
 The gain of a pass is its expected tokens minus the tokens that its seconds yield at the mean rate of the run; the tree
 that maximises this maximises tokens per second (renewal reward). The cost of a pass is measured at every tree size
-before decoding starts; acceptance is estimated while drafts are verified.
+before decoding starts. Acceptance is estimated from the text that follows a proposal, so that a proposal teaches even
+if it is not verified. Where drafting does not pay it pauses, and the pauses grow.
 Sources of the parts: target efficiency, MoESD (arXiv:2505.19645); trees that grow where acceptance is likely, DySpec
 (arXiv:2410.11744) and Sequoia (arXiv:2402.12374); sizes by measured latency, PPD (arXiv:2405.18628).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hasten.accel.decoding.drafters.base import Outcome
-from hasten.accel.decoding.lengths.acceptance import AcceptanceEstimate, prior_probability
+from hasten.accel.decoding.lengths.acceptance import AcceptanceEstimate, expected_rate, prior_probability
 from hasten.accel.decoding.lengths.base import DraftLength, LengthController
 from hasten.accel.decoding.lengths.timing import DraftingTime, PassCosts
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import UserError
 
 # Number of drafts before the first decision on a pause, and between two pauses.
-_FIRST_PROBES, _PROBES = 12, 3
+_FIRST_PROBES, _PROBES = 64, 8
 # Weight of the newest observation in running means: of acceptance and gain, and of the rate.
 _LEARN, _RATE_LEARN = 0.1, 0.02
-# Drafting is cheap if it takes less than this share of a pass without drafts.
+# A prompt is observed if drafting gains this share of the rate of plain decoding; passes before the gain is known.
+_PROMPT_GAIN, _SETTLED = 0.1, 64
+# Number of passes that a budget is kept for, because finding it takes as long as a small draft.
+_BUDGET_PASSES = 4
+# Share of the expected tokens that is counted on: of several sizes the best one is mostly one that is overestimated.
+_TRUSTED = 0.9
+# Drafting goes on where it costs less than this share of a pass.
+_NEGLIGIBLE = 0.004
+# A larger budget is cheap if drafting takes longer by less than this share of a pass without drafts.
 _CHEAP = 0.05
 
 
@@ -38,7 +47,7 @@ class Adaptive(DraftLength):
 
     explore_every: int = 32
     explore_nodes: int = 8
-    explore_share: float = 0.03
+    explore_share: float = 0.01
     first_pause: int = 16
     longest_pause: int = 256
     needs_costs: ClassVar[bool] = True
@@ -74,8 +83,9 @@ class AdaptiveController(LengthController):
         self._drafting = DraftingTime()
         self._sequences = 1
         self._rate = 0.0  # tokens per second of the whole run
-        self._requested = 0
+        self._requested = self._width = 0
         self._passes = self._drafts = 0
+        self._budget = self._budget_sequences = self._budget_until = 0
         self._advantage = 0.0
         self._drafts_until_decision = _FIRST_PROBES
         self._pause, self._pause_left = settings.first_pause, 0
@@ -88,7 +98,7 @@ class AdaptiveController(LengthController):
             self._rate *= self._plain_rate(sequences) / self._plain_rate(self._sequences)
         self._sequences = sequences
         self._passes += 1
-        self._requested = 0
+        self._requested = self._width = 0
         if self._pause_left:
             self._pause_left -= 1
             return 0
@@ -96,35 +106,71 @@ class AdaptiveController(LengthController):
         allowed = self._exploration_seconds(sequences)
         explores = self._passes % self.settings.explore_every == 0
         if self._drafts and (not explores or self._drafting.seconds(self.max_nodes) > allowed):
-            self._requested = self._best_budget(sequences)
+            if self._passes >= self._budget_until or sequences != self._budget_sequences:
+                self._budget, self._budget_sequences = self._best_budget(sequences), sequences
+                self._budget_until = self._passes + _BUDGET_PASSES
+            self._requested = self._budget
         return self._requested
+
+    def observes_prompt(self, sequences: int) -> bool:
+        """Whether drafting gains enough to pay for a pass of the output layer over a part of the prompt."""
+        plain = self._plain_rate(sequences)
+        if self._passes < _SETTLED:
+            return expected_rate(self.costs, self.max_nodes, sequences) > (1 + _PROMPT_GAIN) * plain
+        return self._rate > (1 + _PROMPT_GAIN) * self._plain_rate(self._sequences)
+
+    def learns(self) -> bool:
+        """Whether drafters learn from the pass: not in a pause, until shortly before its end.
+
+        Where drafting does not pay, learning would take the larger part of its time.
+        """
+        # The last quarter of the pause; _pause is already the length of the next one.
+        return self._pause_left < max(self.settings.first_pause, self._pause // 4) // 2
 
     def limit(self, nodes: int) -> None:
         """Learn from the tokens that are drafted, not from those that were requested."""
         self._requested = min(self._requested, nodes)
 
-    def select(self, tree: DraftTree, sequences: int, whole: bool) -> DraftTree:
-        """The nodes whose expected tokens are worth the time that they add to the pass."""
-        gains = self._acceptance.probabilities(tree)
-        for rank in range(self._requested):
-            gain = gains[rank] if rank < len(gains) else 0.0
-            self._by_rank[rank] += _LEARN * (gain - self._by_rank[rank])
+    def select(self, trees: Sequence[DraftTree], sequences: int, whole: Sequence[bool]) -> list[DraftTree]:
+        """The nodes whose expected tokens are worth the time that they add to the pass.
+
+        All sequences of a pass are as wide as the widest one, so all of them get the same number of nodes.
+        """
+        gains = [self._acceptance.probabilities(tree) for tree in trees]
+        for of_tree in gains:
+            for rank in range(self._requested):
+                gain = of_tree[rank] if rank < len(of_tree) else 0.0
+                self._by_rank[rank] += _LEARN * (gain - self._by_rank[rank])
         # A child's gain is below its parent's, so the best nodes include the parents of all of them.
-        order = sorted(range(len(tree)), key=lambda node: (-gains[node], node))
+        orders = [
+            sorted(range(len(tree)), key=lambda node: (-of[node], node)) for tree, of in zip(trees, gains, strict=True)
+        ]
+        kept_whole = [(len(tree), sum(of)) for tree, of, all_of in zip(trees, gains, whole, strict=True) if all_of]
+        first = max((nodes for nodes, _ in kept_whole), default=0)
+        total = sum(gain for _, gain in kept_whole)
+        added = [0.0] * max(map(len, trees))  # expected tokens of the n-th best node of every tree
+        for order, of, all_of in zip(orders, gains, whole, strict=True):
+            if not all_of:
+                for place, node in enumerate(order):
+                    added[place] += of[node]
+        total += sum(added[:first])
         plain = self._net_tokens(0, 0.0, sequences)
-        best, kept, total, net = plain, 0, 0.0, plain
-        for count, node in enumerate(order, start=1):
-            total += gains[node]
-            net = self._net_tokens(count, total, sequences)
+        width, gain = first, total
+        best = self._net_tokens(first, _TRUSTED * total, sequences) if kept_whole else plain
+        for nodes in range(first + 1, len(added) + 1):
+            total += added[nodes - 1]
+            net = self._net_tokens(nodes, _TRUSTED * total, sequences)
             if net > best:
-                best, kept = net, count
-        drafting = self._rate * self._drafting.seconds(len(tree)) / sequences
-        self._decide((net if whole else best) - plain - drafting)
-        if whole:
-            return tree
+                best, width, gain = net, nodes, total
+        drafting = self._rate * self._drafting.seconds(self._requested if added else 0)
+        self._decide(self._net_tokens(width, gain, sequences) - plain - drafting, sequences)
         if self._passes % self.settings.explore_every == 0:
-            kept = max(kept, min(len(tree), self._affordable_nodes(sequences)))
-        return tree if kept == len(tree) else tree.keep(sorted(order[:kept]))
+            width = max(width, self._affordable_nodes(sequences))
+        self._width = min(width, len(added))
+        return [
+            tree if all_of or width >= len(tree) else tree.keep(sorted(order[:width]))
+            for tree, order, all_of in zip(trees, orders, whole, strict=True)
+        ]
 
     def record_drafting(self, nodes: int, seconds: float) -> None:
         """Learn the time of drafting. That of the target's passes was measured before, when nothing else ran."""
@@ -136,7 +182,7 @@ class AdaptiveController(LengthController):
     def observe(self, outcome: Outcome) -> None:
         """Update the acceptance of the verified classes of nodes, and the rate of the run."""
         self._acceptance.observe(outcome)
-        spent = self.costs.seconds(len(outcome.tree) + 1, self._sequences)
+        spent = self.costs.seconds(self._width + 1, self._sequences)
         if self._requested:
             spent += self._drafting.seconds(self._requested)
         self._rate += _RATE_LEARN * (len(outcome.committed) * self._sequences / spent - self._rate)
@@ -156,24 +202,24 @@ class AdaptiveController(LengthController):
         best, budget, total = -1.0, 1, 0.0
         for count in range(1, self.max_nodes + 1):
             total += self._by_rank[count - 1]
-            net = self._net_tokens(count, total, sequences) - self._rate * self._drafting.seconds(count) / sequences
+            net = self._net_tokens(count, total * sequences, sequences) - self._rate * self._drafting.seconds(count)
             if net > best or count == 1:
                 best, budget = net, count
         # Drafts differ in acceptance: where drafting is cheap, a doubled budget lets `select` choose the nodes.
-        doubled_seconds = self._drafting.seconds(min(self.max_nodes, 2 * budget))
-        if doubled_seconds < _CHEAP * self.costs.seconds(1, sequences):
-            return min(self.max_nodes, max(self.settings.explore_nodes, 2 * budget))
-        return budget
+        doubled = min(self.max_nodes, max(self.settings.explore_nodes, 2 * budget))
+        added = self._drafting.seconds(doubled) - self._drafting.seconds(budget)
+        return doubled if added < _CHEAP * self.costs.seconds(1, sequences) else budget
 
-    def _decide(self, advantage: float) -> None:
-        """Pause drafting if it does not pay; each pause is longer than the one before, until drafting pays again."""
-        if self._pause_left:  # another sequence of this pass has started the pause
-            return
-        self._advantage += _LEARN * (advantage - self._advantage)
-        self._drafts_until_decision -= 1
+    def _decide(self, advantage: float, sequences: int) -> None:
+        """Pause drafting if it does not pay; each pause is longer than the one before, until drafting pays again.
+
+        advantage: expected tokens of a pass over `sequences` sequences, more than without a draft.
+        """
+        self._advantage += _LEARN * (advantage / sequences - self._advantage)
+        self._drafts_until_decision -= sequences
         if self._drafts_until_decision > 0:
             return
-        if self._advantage < 0:
+        if self._advantage < -_NEGLIGIBLE:
             self._pause_left, self._pause = self._pause, min(2 * self._pause, self.settings.longest_pause)
             self._drafts_until_decision, self._advantage = _PROBES, 0.0
         else:
@@ -183,5 +229,8 @@ class AdaptiveController(LengthController):
         return sequences / self.costs.seconds(1, sequences)
 
     def _net_tokens(self, nodes: int, gain: float, sequences: int) -> float:
-        """Expected tokens of a pass over `nodes` drafted nodes, minus those that its seconds yield at the mean rate."""
-        return 1 + gain - self._rate * self.costs.seconds(nodes + 1, sequences) / sequences
+        """Expected tokens of a pass over `nodes` drafted nodes a sequence, minus those that its time yields on average.
+
+        gain: expected accepted tokens of all sequences.
+        """
+        return sequences + gain - self._rate * self.costs.seconds(nodes + 1, sequences)

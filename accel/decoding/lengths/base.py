@@ -5,7 +5,7 @@ which holds what is learned.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from hasten.accel.decoding.drafters.base import Outcome
@@ -21,20 +21,34 @@ class LengthController(ABC):
 
     max_nodes: int
 
+    def observes_prompt(self, sequences: int) -> bool:
+        """Whether a drafter that would observe a new prompt is to do so; sequences: number decoded at once."""
+        return self.max_nodes > 0
+
     @abstractmethod
     def budget(self, sequences: int) -> int:
         """Tokens to draft for each of the `sequences` sequences of the next pass; 0 drafts none."""
+
+    def learns(self) -> bool:
+        """Whether drafters that observe the target learn from the pass that `budget` was called for."""
+        return True
 
     def limit(self, nodes: int) -> None:
         """Called after `budget` if only `nodes` tokens are drafted, because the sequences need no more."""
         return
 
-    def select(self, tree: DraftTree, sequences: int, whole: bool) -> DraftTree:
-        """The part of a draft to verify; with `whole` all of it, because dropping nodes would bias the verifier."""
-        return tree
+    def select(self, trees: Sequence[DraftTree], sequences: int, whole: Sequence[bool]) -> list[DraftTree]:
+        """The part of each draft of a pass over `sequences` sequences that is verified.
+
+        whole: drafts of which no node may be dropped, because that would bias the verifier.
+        """
+        return list(trees)
 
     def record_drafting(self, nodes: int, seconds: float) -> None:
-        """Called once per pass: drafting took `seconds` and gave `nodes` tokens, all sequences together."""
+        """Called at the end of a pass: drafting and learning took `seconds`, and gave `nodes` tokens for verification.
+
+        Both are of all sequences together.
+        """
         return
 
     def observe(self, outcome: Outcome) -> None:

@@ -23,7 +23,8 @@ class PassCosts:
     """Seconds of a pass, by its number of sequences and its width, the number of tokens of each sequence.
 
     measured: seconds by sequences and width. Between two measured widths the cost is interpolated; beyond the largest
-    it is extrapolated along the last segment.
+    it is extrapolated along the last segment. It is interpolated between numbers of sequences as well, and beyond the
+    largest it is proportional to them.
     """
 
     def __init__(self, measured: Mapping[int, Mapping[int, float]]) -> None:
@@ -39,8 +40,15 @@ class PassCosts:
         return seconds
 
     def _interpolated(self, width: int, sequences: int) -> float:
-        # The nearest measured number of sequences.
-        count = min(self.measured, key=lambda count: abs(count - sequences))
+        counts = list(self.measured)
+        index = min(bisect_left(counts, sequences), len(counts) - 1)
+        high, low = counts[index], counts[max(0, index - 1)]
+        if sequences >= high:
+            return self._of_width(high, width) * sequences / high
+        share = (sequences - low) / (high - low) if low < sequences else 0.0
+        return (1 - share) * self._of_width(low, width) + share * self._of_width(high, width)
+
+    def _of_width(self, count: int, width: int) -> float:
         by_width = self.measured[count]
         widths = list(by_width)
         index = min(bisect_left(widths, width), len(widths) - 1)
@@ -50,7 +58,7 @@ class PassCosts:
             low, high = widths[index - 1], widths[index]
             slope = (by_width[high] - by_width[low]) / (high - low)
             seconds = by_width[low] + slope * (width - low)
-        return seconds * max(1.0, sequences / count) if sequences > count else seconds
+        return seconds
 
     def efficiency(self, width: int, sequences: int = 1) -> float:
         """Target efficiency: cost of a pass over one token a sequence, divided by that over `width` tokens."""

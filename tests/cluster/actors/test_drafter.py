@@ -20,12 +20,12 @@ from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.transformers import TransformersTarget
-from hasten.cluster.actors.drafter import Address, Begin, DrafterActor, Observed, PlainTree
+from hasten.cluster.actors.drafter import Address, Begin, DrafterActor, Observed, ObservedPrompt, PlainTree
 from hasten.cluster.actors.remote_drafter import Connection, RemoteDrafter
 from tests.models import tiny
 
 REQUESTS = [Request(str(number), row, 24) for number, row in enumerate(tiny.tokens(4, 10).tolist())]
-BOTH = Union((PromptLookup(), TokenRecycling()))
+BOTH = Union((PromptLookup(), TokenRecycling(prompt_tokens=4)))
 
 
 class Line:
@@ -107,6 +107,14 @@ def test_a_remote_drafter_drafts_and_learns_what_it_would_in_place(line):
     assert not line.handle.actor._sequences
 
 
+def test_a_remote_drafter_learns_the_target_after_the_end_of_a_prompt(line):
+    decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"))
+    sent = [event for call in line.handle.calls for event in pickle.loads(call)[1] if isinstance(event, ObservedPrompt)]
+    assert {event.key for event in sent} == {1, 2, 3, 4}
+    # The last token of a prompt of ten is the root of the first tree.
+    assert all((event.start, len(event.top_tokens), event.top_probs) == (5, 4, None) for event in sent)
+
+
 def test_one_call_a_step_carries_everything_and_no_distribution(line):
     _, results, _ = decoded(RemoteDrafter(BOTH), Connection(Address("name"), "0"), in_flight=4)
     steps = max(result.stats.num_spec_steps for result in results.values())
@@ -126,8 +134,8 @@ class Sometimes(Fixed):
         self.asked += 1
         return 0 if self.asked % 3 else 8
 
-    def select(self, tree, *_):
-        return tree.first(3)
+    def select(self, trees, *_):
+        return [tree.first(3) for tree in trees]
 
 
 def test_passes_without_drafts_and_trees_that_were_cut_are_observed_as_they_were(line):

@@ -19,6 +19,14 @@ def started(costs, max_nodes, **fields):
     return Adaptive(**fields).start(lambda: costs, max_nodes)
 
 
+def observed(policy, tree, chance, dice):
+    """Number of accepted tokens of a chain of ones; the text has a one with a chance, also after the last one."""
+    accepted = next((node for node in range(len(tree)) if dice.random() >= chance), len(tree))
+    agrees = accepted == len(tree) and dice.random() < chance
+    policy.observe(Outcome(Context.start([0]), tree, list(range(accepted)), 1 if agrees else 2))
+    return accepted
+
+
 def simulated(costs, chance, drafting, passes=600, max_nodes=16, sequences=1):
     """Tokens and seconds of chains whose tokens are accepted with a chance each; drafting: seconds a node."""
     policy = started(costs, max_nodes)
@@ -31,11 +39,8 @@ def simulated(costs, chance, drafting, passes=600, max_nodes=16, sequences=1):
             tree = DraftTree.chain([1] * budget)
             seconds += drafting * budget
             policy.record_drafting(budget, drafting * budget)
-            tree = policy.select(tree, sequences, whole=False)
-        accepted = 0
-        while accepted < len(tree) and dice.random() < chance:
-            accepted += 1
-        policy.observe(Outcome(Context.start([0]), tree, list(range(accepted)), 2))
+            [tree] = policy.select([tree], sequences, [False])
+        accepted = observed(policy, tree, chance, dice)
         tokens += accepted + 1
         seconds += costs.seconds(len(tree) + 1, sequences) / sequences
         drafted.append(len(tree))
@@ -68,8 +73,7 @@ def test_sequences_of_one_pass_pause_once():
         drafted.append(budget > 0)
         if budget:
             policy.record_drafting(8 * budget, 100.0)
-            for _ in range(8):
-                tree = policy.select(DraftTree.chain([1] * budget), 8, whole=False)
+            for tree in policy.select([DraftTree.chain([1] * budget)] * 8, 8, [False] * 8):
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
     first = drafted.index(False)
     assert drafted[first:].index(True) == 16
@@ -82,10 +86,8 @@ def test_the_last_sequence_drafts_as_if_it_had_been_alone():
     for sequences in [8] * 200 + [1] * 10:
         budget = policy.budget(sequences)
         policy.record_drafting(budget * sequences, 0.0)
-        for _ in range(sequences):
-            tree = policy.select(DraftTree.chain([1] * budget), sequences, whole=False)
-            accepted = next((node for node in range(len(tree)) if dice.random() > 0.8), len(tree))
-            policy.observe(Outcome(Context.start([0]), tree, list(range(accepted)), 2))
+        for tree in policy.select([DraftTree.chain([1] * budget)] * sequences, sequences, [False] * sequences):
+            observed(policy, tree, 0.8, dice)
             drafted.append(len(tree))
     # Alone it settles at five to six; with the rate of eight it began with three.
     assert sum(drafted[-10:]) / 10 > 5
@@ -106,8 +108,50 @@ def test_of_a_tree_the_nodes_that_were_accepted_most():
         policy.observe(Outcome(Context.start([0]), tree, [0], 2))
     policy = _with(policy, PassCosts({1: {1: 1.0, 2: 1.2, 3: 1.6, 9: 4.0}}))
     policy.budget(1)
-    assert list(policy.select(tree, 1, whole=False).tokens) == [5]
-    assert policy.select(tree, 1, whole=True) is tree
+    assert list(policy.select([tree], 1, [False])[0].tokens) == [5]
+    assert policy.select([tree], 1, [True])[0] is tree
+
+
+def test_a_pass_is_not_made_wider_for_all_sequences_by_a_good_draft_of_one():
+    # A second token in each of four sequences takes as long as 1.8 tokens.
+    costs = PassCosts({1: {1: 1.0, 2: 1.1}, 4: {1: 1.0, 2: 1.45, 3: 1.9}})
+    good, bad = (DraftTree([5], [-1], labels=[label]) for label in ("good", "bad"))
+    policy = started(costs, 8)
+    for _ in range(30):
+        policy.budget(4)
+        policy.observe(Outcome(Context.start([0]), good, [0], 2))
+        policy.observe(Outcome(Context.start([0]), bad, [], 2))
+    policy.budget(4)
+    assert [len(tree) for tree in policy.select([good, bad, bad, bad], 4, [False] * 4)] == [0, 0, 0, 0]
+    # Three good drafts pay for the pass; in the fourth sequence the place would be empty otherwise.
+    assert [len(tree) for tree in policy.select([good, bad, good, good], 4, [False] * 4)] == [1, 1, 1, 1]
+    # A draft that must stay whole makes the pass wide, and then nodes of the others cost nothing.
+    assert [len(tree) for tree in policy.select([good, bad, bad, bad], 4, [True] + [False] * 3)] == [1, 1, 1, 1]
+
+
+def test_nothing_is_learned_in_a_long_pause_until_shortly_before_its_end():
+    policy = started(STEEP, 8, first_pause=16, longest_pause=256)
+    learned, drafted = [], []
+    for _ in range(1500):
+        budget = policy.budget(1)
+        drafted.append(budget > 0)
+        learned.append(policy.learns())
+        trees = policy.select([DraftTree.chain([1] * budget)], 1, [False]) if budget else [DraftTree()]
+        policy.record_drafting(budget, 0.2 * bool(budget))
+        policy.observe(Outcome(Context.start([0]), trees[0], [], 2))
+    assert all(learns for learns, drafts in zip(learned, drafted, strict=True) if drafts)
+    assert all(learned[index - 1] for index in range(1, 1500) if drafted[index])
+    assert sum(learned[500:]) < 400
+
+
+def test_a_prompt_is_observed_where_drafting_gains():
+    assert started(FLAT, 16).observes_prompt(1)
+    assert not started(STEEP, 16).observes_prompt(1)
+    policy = started(FLAT, 16)
+    for _ in range(200):
+        policy.budget(1)
+        policy.observe(Outcome(Context.start([0]), DraftTree(), [], 2))
+    assert not policy.observes_prompt(1), "what is drafted here gains nothing"
 
 
 def _with(policy, costs):
@@ -121,7 +165,7 @@ def test_the_maximum_budget_is_requested_at_every_exploring_pass_and_its_first_n
     for _ in range(24):
         budget = policy.budget(1)
         policy.record_drafting(budget, 0.0)
-        tree = policy.select(DraftTree.chain([1] * budget), 1, whole=False) if budget else DraftTree()
+        [tree] = policy.select([DraftTree.chain([1] * budget)], 1, [False]) if budget else [DraftTree()]
         verified.append((budget, len(tree)))
         policy.observe(Outcome(Context.start([0]), tree, [], 2))
     assert [verified[index][0] for index in (3, 7)] == [16, 16]

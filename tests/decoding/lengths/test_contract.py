@@ -27,9 +27,9 @@ def passes(controller, count, sequences=1):
     for number in range(count):
         budget = controller.budget(sequences)
         yield_of_drafter = DraftTree.chain(list(range(budget)))
+        trees = controller.select([yield_of_drafter] * sequences, sequences, [False] * sequences)
         controller.record_drafting(budget * sequences, 0.01 * budget)
-        for _ in range(sequences):
-            tree = controller.select(yield_of_drafter, sequences, whole=False)
+        for tree in trees:
             accepted = range(len(tree) * (number % 2))
             controller.observe(Outcome(Context.start([0]), tree, accepted, 1))
             yield budget, yield_of_drafter, tree
@@ -54,8 +54,8 @@ def test_a_draft_that_must_stay_whole_stays_whole(length):
     controller = length.start(lambda: COSTS, LIMIT)
     for _ in range(40):
         tree = DraftTree.chain(list(range(controller.budget(1))))
+        assert controller.select([tree], 1, [True])[0] is tree
         controller.record_drafting(len(tree), 0.0)
-        assert controller.select(tree, 1, whole=True) is tree
         controller.observe(Outcome(Context.start([0]), tree, [], 1))
 
 

@@ -16,7 +16,7 @@ def test_every_pass_gets_the_same_number_whatever_the_limit_and_all_of_it_is_ver
     tree = DraftTree.chain([1, 2, 3, 4, 5])
     assert [length.budget(sequences) for sequences in (1, 2, 8)] == [5, 5, 5]
     assert length.max_nodes == 5
-    assert length.select(tree, 1, whole=False) is tree
+    assert length.select([tree], 1, [False])[0] is tree
 
 
 def test_a_negative_number_is_refused():

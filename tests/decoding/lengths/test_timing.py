@@ -14,6 +14,7 @@ def test_costs_between_measured_sizes_are_interpolated():
     assert costs.seconds(6) == 5.5
     assert costs.seconds(12) == 7.0  # the last step goes on
     assert costs.seconds(4, 4) == 9.0
+    assert costs.seconds(4, 2) == pytest.approx(5.0 + 4.0 / 3)  # a third of the way from 1 to 4 sequences
     assert costs.seconds(4, 8) == 18.0  # twice as many sequences as were measured
     assert costs.efficiency(4) == 2 / 5
 

@@ -34,6 +34,11 @@ class Combined(Drafter):
         return any(drafter.observes and drafter.observes_probs for drafter in self.drafters)
 
     @property
+    def observes_prompt(self) -> int:  # type: ignore[override]
+        """The largest number that a member observes."""
+        return max(drafter.observes_prompt for drafter in self.drafters)
+
+    @property
     def needs_hidden(self) -> bool:  # type: ignore[override]
         """Whether any member reads hidden states."""
         return any(drafter.needs_hidden for drafter in self.drafters)
@@ -68,6 +73,16 @@ class Combined(Drafter):
         """Start the sequence in every member."""
         for drafter, member_memory in zip(self.drafters, memory, strict=True):
             drafter.begin(context, member_memory)
+
+    def observe_prompt(
+        self, memory: Memory, context: Context, start: int, top_tokens: Tensor, top_probs: Tensor | None
+    ) -> None:
+        """Every member that observes prompts learns from it."""
+        for drafter, member_memory in zip(self.drafters, memory, strict=True):
+            if drafter.observes_prompt:
+                tokens = top_tokens[:, : drafter.observes]
+                probs = None if top_probs is None else top_probs[:, : drafter.observes]
+                drafter.observe_prompt(member_memory, context, start, tokens, probs)
 
     def prefill(self, contexts: Sequence[Context], memory: Memory, budget: int) -> None:
         """Prefill the sequences in every member."""

@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from itertools import accumulate
 from math import inf, log, sqrt
 from operator import itemgetter
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
+from hasten.accel.decoding.drafters.best_first import best_first
 from hasten.accel.decoding.drafters.retrieval.recent_rows import RecentRows
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.errors import UserError
 
 SEARCHES = ("best_first", "mcts")
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 @dataclass
@@ -165,30 +165,9 @@ class Aded(Drafter):
             del row[min((other for other in row if other != token), key=row.__getitem__)]
 
     def _best_first(self, memory: Trigrams, pair: Pair, budget: int) -> DraftTree:
-        tokens: list[int] = []
-        parents: list[int] = []
-        labels: list[tuple[str, int, int, int]] = []
-        # An entry also represents its later siblings, which are at most as likely:
-        # (-value, age, parent's value, successors, rank, parent, pair, depth).
-        heap: list[tuple[float, int, float, list[tuple[int, float]], int, int, Pair, int]] = []
-
-        def put(value: float, parent: int, depth: int, pair: Pair, row: list[tuple[int, float]], rank: int) -> None:
-            heappush(heap, (-value * row[rank][1], len(tokens), value, row, rank, parent, pair, depth))
-
-        put(1.0, ROOT, 1, pair, _relative_scores(memory, pair), 0)
-        while heap and len(tokens) < budget:
-            value, _, parent_value, row, rank, parent, pair, depth = heappop(heap)
-            token, share = row[rank]
-            node = len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            labels.append(_label(share, rank, depth))
-            if rank + 1 < len(row):
-                put(parent_value, parent, depth, pair, row, rank + 1)
-            next_pair = pair[1], token
-            if depth < self.length and next_pair in memory.scores:
-                put(-value, node, depth + 1, next_pair, _relative_scores(memory, next_pair), 0)
-        return DraftTree(tokens, parents, labels=labels)
+        nodes = best_first(pair, lambda tail: _relative_scores(memory, tail), budget, self.length)
+        labels = [_label(*node) for node in zip(nodes.probs, nodes.ranks, nodes.depths, strict=True)]
+        return DraftTree(nodes.tokens, nodes.parents, labels=labels)
 
     def _most_visited(self, memory: Trigrams, pair: Pair, budget: int, generator: torch.Generator) -> DraftTree:
         """The nodes that the paper's search visits most often, each followed by its most probable successor."""
@@ -266,9 +245,11 @@ class Aded(Drafter):
         return best
 
 
-def _relative_scores(memory: Trigrams, pair: Pair) -> list[tuple[int, float]]:
-    """Successors of a pair with their scores divided by the sum of its scores, largest first."""
-    row = memory.scores[pair]
+def _relative_scores(memory: Trigrams, pair: tuple[int, ...]) -> list[tuple[int, float]]:
+    """Successors of a pair with their scores divided by the sum of its scores, largest first; empty for a new pair."""
+    row = memory.scores.get(pair)
+    if row is None:
+        return []
     total = sum(row.values())
     return sorted([(token, score / total) for token, score in row.items()], key=itemgetter(1), reverse=True)
 

@@ -3,7 +3,7 @@
 Source: Luo et al. 2024, arXiv:2408.08696.
 Departs from it: a token that was never seen has no successors, where the paper's zeros propose the id 0 eight times; of
 several nodes with the same token the accepted one is stored; a budget below 80 nodes is spent on the nodes most likely
-to be accepted; prompts are not learned, because their logits are not computed.
+to be accepted; of a prompt nothing or only the end is learned, because its logits cost more than they gain.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,6 +17,7 @@ from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Models, Outcome
 from hasten.accel.decoding.drafters.template import Path, by_acceptance
 from hasten.accel.decoding.tree import DraftTree
+from hasten.accel.errors import UserError
 
 _SUCCESSORS = 8  # successors of a token
 
@@ -52,11 +53,22 @@ class Adjacency(list[list[int] | None]):
 class TokenRecycling(Drafter):
     """Drafter without a model or a corpus; it stores 8 successors of every token and fills a tree of up to 80 nodes.
 
-    Its memory is the paper's adjacency matrix.
+    Its memory is the paper's adjacency matrix. prompt_tokens: number of tokens at the end of a prompt whose successors
+    are stored; they cost the target's output layer for these tokens.
     """
 
+    prompt_tokens: int = 0
     observes: ClassVar[int] = _SUCCESSORS
     observes_probs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 0:
+            raise UserError(f"prompt_tokens={self.prompt_tokens} must be 0 or more")
+
+    @property
+    def observes_prompt(self) -> int:  # type: ignore[override]
+        """Equal to `prompt_tokens`."""
+        return self.prompt_tokens
 
     def new_memory(self, models: Models) -> Adjacency:
         """A matrix without successors."""
@@ -85,6 +97,17 @@ class TokenRecycling(Drafter):
             if len(tokens) == budget:
                 break
         return DraftTree(tokens, parents, labels=labels)
+
+    def observe_prompt(
+        self, memory: Adjacency, context: Context, start: int, top_tokens: Tensor, top_probs: Tensor | None
+    ) -> None:
+        """Store the target's most probable successors of the prompt's tokens."""
+        rows = top_tokens.tolist()
+        tokens = context.tokens[start : start + len(rows)]
+        for token, row in zip(tokens, rows, strict=True):
+            memory[token] = row
+        if memory.changed is not None:
+            memory.changed.update(tokens)
 
     def observe(self, memory: Adjacency, outcome: Outcome) -> None:
         """Store the target's most probable successors of every token of the tree, accepted or not."""

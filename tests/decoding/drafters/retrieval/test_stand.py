@@ -7,7 +7,8 @@ import torch
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models, Outcome
-from hasten.accel.decoding.drafters.retrieval.stand import NGrams, Stand, _Entry
+from hasten.accel.decoding.drafters.retrieval.ngram_probs import Entry, NGramProbs
+from hasten.accel.decoding.drafters.retrieval.stand import Stand
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.tree import ROOT, DraftSampling, DraftTree
 from hasten.accel.errors import UserError
@@ -17,7 +18,7 @@ DRAFTER = Stand()
 
 def table(rows, vocabulary=20):
     memory = DRAFTER.new_memory(Models(vocabulary))
-    memory.entries.update({ngram: _Entry(1, dict(probs)) for ngram, probs in rows.items()})
+    memory.entries.update({ngram: Entry(1, dict(probs)) for ngram, probs in rows.items()})
     return memory
 
 
@@ -29,8 +30,8 @@ def test_the_longest_ngram_that_was_seen_is_used():
     rows = {(2, 3): {10: 0.9}, (1, 2, 3): {11: 0.9}, (0, 1, 2, 3): {12: 0.9}}
     for tokens, expected in (([0, 1, 2, 3], 12), ([9, 1, 2, 3], 11), ([9, 9, 2, 3], 10), ([2, 3], 10)):
         assert DRAFTER.propose(Context.start(tokens), table(rows), 1).tokens == [expected]
-    assert not len(DRAFTER.propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8))
-    assert Stand(min_ngram=1).propose(Context.start([3]), table({(3,): {10: 0.9}}), 8).tokens == [10]
+    assert not len(Stand(min_ngram=2).propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8))
+    assert DRAFTER.propose(Context.start([9, 9, 9, 3]), table({(3,): {10: 0.9}}), 8).tokens == [10]
 
 
 def test_probabilities_are_averaged_over_visits_and_missing_ones_count_as_zero():
@@ -52,15 +53,15 @@ def test_no_more_than_ten_successors_are_kept():
     assert set(memory.entries[1, 2].probs) == {*range(10)}
 
 
-def test_the_accepted_path_is_learned_and_rejected_nodes_if_asked():
+def test_the_accepted_path_is_learned_and_rejected_nodes_unless_that_is_off():
     tree = DraftTree([5, 6, 7], [ROOT, 0, ROOT])
     given = outcome([1, 2, 3, 4], tree, [0], 9, [[10], [11], [12], [13]], [[0.5]] * 4)
     memory = DRAFTER.new_memory(Models(20))
-    DRAFTER.observe(memory, given)
+    Stand(min_ngram=2, learns_rejected=False).observe(memory, given)
     expected = {(3, 4): 10, (2, 3, 4): 10, (1, 2, 3, 4): 10, (4, 5): 11, (3, 4, 5): 11, (2, 3, 4, 5): 11}
     assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
     memory = DRAFTER.new_memory(Models(20))
-    Stand(learns_rejected=True).observe(memory, given)
+    Stand(min_ngram=2).observe(memory, given)
     expected |= {(5, 6): 12, (4, 5, 6): 12, (3, 4, 5, 6): 12, (4, 7): 13, (3, 4, 7): 13, (2, 3, 4, 7): 13}
     assert {ngram: next(iter(entry.probs)) for ngram, entry in memory.entries.items()} == expected
 
@@ -124,10 +125,10 @@ def test_greedy_takes_the_most_probable_tokens_in_order_and_the_same_shape():
 
 
 def test_saved_and_loaded_it_averages_on():
-    memory, again = table({(1, 2): ROW, (7, 1, 2): {3: 0.25}}), NGrams(20)
+    memory, again = table({(1, 2): ROW, (7, 1, 2): {3: 0.25}}), NGramProbs(20)
     DRAFTER.load(again, DRAFTER.saved(memory))
     assert again.entries == memory.entries
-    DRAFTER.load(again, DRAFTER.saved(NGrams(20)))
+    DRAFTER.load(again, DRAFTER.saved(NGramProbs(20)))
     assert not again.entries
 
 
