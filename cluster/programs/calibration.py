@@ -68,7 +68,7 @@ class CalibrationPass:
         self._task = Task(settings)
         self._needs = needs or ActorResources(settings.threads)
         self._chunks = _chunks(settings, tokens, workers)
-        _warn_of_few(tokens, self._task.layer_groups)
+        self._tokens = 0 if tokens is None else tokens.numel()
         self._pool = ActorPool("a calibrator", workers, self._needs, self._start)
         self._sums = CollectedSums()
         self._work = SolveWorkload(self._pool, self._sums)
@@ -111,6 +111,7 @@ class CalibrationPass:
         unfinished = [block for block in range(self._task.architecture.num_blocks) if block not in finished]
         try:
             if unfinished:
+                _warn_of_few(self._tokens, self._task.layer_groups)
                 self._run_blocks(unfinished, progress)
             if not output.is_complete:
                 output.finish()
@@ -277,13 +278,13 @@ class CalibrationPass:
             self._pool.replace(index)
 
 
-def _warn_of_few(tokens: Tensor | None, layer_groups: Sequence[Sequence[Group]]) -> None:
+def _warn_of_few(tokens: int, layer_groups: Sequence[Sequence[Group]]) -> None:
     """Log that the tokens are few for the widest layer; experts see a part of them, see expert_tokens."""
     columns = max((group.columns for groups in layer_groups for group in groups if not group.is_expert), default=0)
-    if tokens is not None and 0 < tokens.numel() < _FEW * columns:
+    if 0 < tokens < _FEW * columns:
         _LOG.warning(
             "%d calibration tokens are few for layers of %d columns: use %d or more (calibration.sequences)",
-            tokens.numel(),
+            tokens,
             columns,
             _FEW * columns,
         )

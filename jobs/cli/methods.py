@@ -19,16 +19,21 @@ _FAMILIES = (
     *("drafter", "verifier", "draft_length", "head"),
 )
 _TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
+_OR_NONE = " | None"
 _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 
 @dataclass(frozen=True)
 class MethodField:
-    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text."""
+    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text.
+
+    optional: None is allowed.
+    """
 
     name: str
     kind: type
     default: object
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
             annotation = ast.unparse(item.annotation)
             if not annotation.startswith("ClassVar"):
-                fields.append(MethodField(item.target.id, _SIMPLE.get(annotation, object), _value(item.value)))
+                kind = _SIMPLE.get(annotation.removesuffix(_OR_NONE), object)
+                optional = annotation.endswith(_OR_NONE)
+                fields.append(MethodField(item.target.id, kind, _value(item.value), optional))
     return tuple(fields)
 
 

@@ -195,7 +195,7 @@ def set_value(config: object, key: str, value: object) -> None:
 
 def method_options(group: str, name: str) -> list[Option]:
     """Options `group.field` for the hyper-parameters of a method."""
-    return [Option(f"{group}.{item.name}", item.kind) for item in method(group, name).fields]
+    return [Option(f"{group}.{item.name}", item.kind, item.optional) for item in method(group, name).fields]
 
 
 def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:

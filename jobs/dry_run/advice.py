@@ -14,8 +14,8 @@ Changes = list[tuple[str, object]]
 # From a config to its planned seconds and to what fits nowhere.
 Judge = Callable[[C], tuple[float, list[str]]]
 
-# Tried in this order; the first options change results little or not at all.
-_HALVED = (
+# Tried in this order; the first options change results little or not at all. Numbers are halved.
+_LESSENED = (
     "calibration.batch",
     "search.batch",
     "batch",
@@ -23,6 +23,7 @@ _HALVED = (
     "in_flight",
     "max_draft_tokens",
     "prefill_chunk",
+    "propagate",
     "workers",
     "threads",
     "target.batch",
@@ -43,7 +44,7 @@ def advise(config: C, judge: Judge[C]) -> list[Changes]:
     A single option is preferred. If none is enough, the largest changes of several options are combined, in the order
     of their cost in quality.
     """
-    moves = {key: list(_candidates(config, key)) for key in [*_HALVED, "dtype"]}
+    moves = {key: list(_candidates(config, key)) for key in [*_LESSENED, "dtype"]}
     moves["workers"] = [*moves.get("workers", []), *_more_workers(config)]
     fitting = []
     for candidates in moves.values():
@@ -104,6 +105,11 @@ def _candidates(config: Run, key: str) -> Iterable[Changes]:
     if key == "dtype":
         if value in ("auto", "float32"):
             yield [(key, "bfloat16")]
+        return
+    if key == "propagate":
+        # Sequences that wait in the middle of a block hold more than between blocks.
+        if value == "sequential":
+            yield [(key, "quantized")]
         return
     least = 2 if key.endswith("sequence_length") else 1
     while isinstance(value, int) and not isinstance(value, bool) and value // 2 >= least:

@@ -255,7 +255,10 @@ def test_a_compression_out_of_memory_goes_on_with_half_the_batch_once(source, tm
         if times == 1:
             work.run()
         else:
-            with pytest.raises(UserError, match=r"out of memory with calibration.batch=1 \(half of 2\): use a smaller"):
+            with pytest.raises(
+                UserError,
+                match=r"out of memory with calibration.batch=1 \(half of 2\): use propagate=quantized, a smaller",
+            ):
                 work.run()
     assert shards(tmp_path / "out1") == shards(tmp_path / "alone")
     assert "with calibration.batch=2: trying once more with 1; the last bits of the result may differ" in caplog.text

@@ -85,7 +85,7 @@ WRONG = {
     "compress workers=0": "workers=0 is wrong: expected a whole number, 1 or more",
     "compress symmetric=maybe": "symmetric=maybe is wrong: expected true or false",
     "compress propagate=both": "propagate=both is wrong: expected one of sequential, quantized, original",
-    "compress quantizer.damping=much": "quantizer.damping=much is wrong: expected a number",
+    "compress quantizer.damping=much": "quantizer.damping=much is wrong: expected a number, or null",
     "pretrain draft.depths=[1]": "draft.depths=[1] is wrong: expected a list",
     "pretrain draft.lr=nan": "draft.lr=nan is wrong: expected a number",
     "bench": "hasten bench needs the name of a benchmark",

@@ -127,9 +127,15 @@ def test_llama_405b_is_planned_from_its_config_alone():
                 "calibration.sequences=2048",
                 "calibration.sequence_length=2048",
                 "workers=1",
+                "propagate=quantized",
                 *NODE,
             ],
             "workers",
+        ),
+        (
+            "compress",
+            ["calibration.sequences=512", "workers=1", "plan.memory=2GB", "dtype=float32"],
+            "propagate",
         ),
     ],
 )
