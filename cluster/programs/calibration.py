@@ -1,8 +1,8 @@
 """The calibration pass on a cluster: blocks are compressed one after another, and lost calibrators are replaced.
 
-For each block, every calibrator collects statistics of its shard, idle calibrators solve the layer groups, and the
-driver writes the block's file. The replacement of a lost calibrator takes over its chunks, and only the work in
-progress is repeated. Solves that are stragglers are re-executed on an idle calibrator.
+For each stage of a block, every calibrator collects statistics of its shard, and idle calibrators solve the layer
+groups; behind the last stage the driver writes the block's file. The replacement of a lost calibrator takes over its
+chunks, and only the work in progress is repeated. Solves that are stragglers are re-executed on an idle calibrator.
 """
 
 import logging

@@ -93,7 +93,7 @@ def _measured(config: Config, model: Path, instructions: str) -> dict[str, Any]:
     }
     _LOG.info("measuring with instructions=%s", instructions)
     done = subprocess.run(
-        [sys.executable, "-m", "hasten.jobs.bench.processes.passes", json.dumps(arguments)],
+        [sys.executable, "-P", "-m", "hasten.jobs.bench.processes.passes", json.dumps(arguments)],
         env={**os.environ, "OMP_NUM_THREADS": str(config.threads), **changed},
         capture_output=True,
         text=True,

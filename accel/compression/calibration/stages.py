@@ -69,6 +69,9 @@ class StagedBlock:
         # Stage whose inputs were collected last, and the number of stages whose weights are replaced.
         self.collected, self.replaced = -1, 0
         self._block = block
+        # Undo what was changed in the block, which would otherwise be in a reference cycle with this object, and would
+        # stay in memory until the garbage collector finds it.
+        self._undo: list[Callable[[], None]] = []
         self._target = 0
         self._sums: dict[str, Hessian] = {}
         self._runs = {
@@ -111,7 +114,10 @@ class StagedBlock:
     def finish(self) -> dict[int, list[Tensor]]:
         """Outputs of the block for all chunks; all weights must have been replaced."""
         assert self.replaced == len(self.stages)
-        return {number: [self._end(run) for run in runs] for number, runs in self._runs.items()}
+        outputs = {number: [self._end(run) for run in runs] for number, runs in self._runs.items()}
+        for undo in self._undo:
+            undo()
+        return outputs
 
     def _resume(self, run: _Run, stage: int) -> None:
         """Let a run go on until it waits at a stage; passes stages before it."""
@@ -151,7 +157,7 @@ class StagedBlock:
 
         # The layers of a group share their input; any of them may be the first to read it.
         for layer in stage[0].layers:
-            self._block.get_submodule(layer.module).register_forward_pre_hook(arrive)
+            self._undo.append(self._block.get_submodule(layer.module).register_forward_pre_hook(arrive).remove)
 
     def _watch_experts(self, number: int, stage: Stage) -> None:
         """Run the experts once for their inputs, wait, and run them again with the compressed weights."""
@@ -178,8 +184,11 @@ class StagedBlock:
             return add
 
         experts.forward = forward
+        # The class's own forward again.
+        self._undo.append(lambda: delattr(experts, "forward"))
         for group in stage:
-            self._block.get_submodule(group.layers[0].module).register_forward_pre_hook(hook(group))
+            layer = self._block.get_submodule(group.layers[0].module)
+            self._undo.append(layer.register_forward_pre_hook(hook(group)).remove)
 
 
 def replace_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
@@ -89,6 +92,24 @@ def test_the_inputs_of_the_current_stage_are_held_but_those_of_experts_and_of_ea
             same(staged.collect(number, keys), first)
         assert not number or not staged.can_collect(number - 1)
         staged.replace(changed(block, stage))
+
+
+def test_a_finished_block_is_freed_without_the_garbage_collector(model):
+    shard = Shard(model, CHUNKS, batch=2)
+    block = model.load_block(0)
+    staged = shard.begin(block, groups_of(model))
+    for number, stage in enumerate(staged.stages):
+        staged.collect(number, [group.key for group in stage])
+        staged.replace(changed(block, stage))
+    weight = weakref.ref(block.get_submodule(staged.stages[0][0].layers[0].module).weight)
+    gc.collect()
+    gc.disable()
+    try:
+        shard.finish()
+        del staged, block, stage
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_block_whose_groups_are_in_another_order_is_refused(model):
