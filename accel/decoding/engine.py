@@ -99,7 +99,9 @@ class Engine:
         self.policy = policy or Fixed(0 if drafter is None else 8)
         self.memory = memory
         if drafter is not None and memory is None:
-            self.memory = drafter.new_memory(models or Models(target.vocabulary))
+            self.memory = drafter.new_memory(models or Models(target.vocabulary, target=target))
+        # Drafters read the hidden states that passes keep.
+        target.feature_layers = () if drafter is None else drafter.target_layers(self.memory)
         self._stop, self._stop_strings = frozenset(stop), stop_strings
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._max_nodes = memory_bytes, self.policy.max_nodes
@@ -181,15 +183,19 @@ class Engine:
         if drafter is not None and self._max_nodes and self.policy.observes_prompt(self._in_flight):
             # A short completion does not earn back the time of many tokens.
             observed = min(drafter.observes_prompt, len(prompt), new // 4)
-        self.target.prefill(slot, prompt[: len(prompt) - observed], self._chunk)
+        features = self.target.prefill(slot, prompt[: len(prompt) - observed], self._chunk)
+        if drafter is not None and features is not None:
+            drafter.observe_features(self.memory, context, 0, features)
         # No more logits at once than a pass of decoding has, which the bound on memory allows for.
         width = self._max_nodes + 1
         for start in range(len(prompt) - observed, len(prompt), width):
             part = prompt[start : start + width]
-            logits = self.target.forward([slot], [part], [range(ROOT, len(part) - 1)]).logits[0]
+            rows = self.target.forward([slot], [part], [range(ROOT, len(part) - 1)])
             self.target.commit(slot, range(len(part)))
             if drafter is not None:
-                drafter.observe_prompt(self.memory, context, start, *top_tokens_of(drafter, logits))
+                drafter.observe_prompt(self.memory, context, start, *top_tokens_of(drafter, rows.logits[0]))
+                if rows.features is not None:
+                    drafter.observe_features(self.memory, context, start, rows.features[0])
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -224,8 +230,14 @@ class Engine:
             if len(new) <= len(verdict.path):
                 # The sequence ends inside the path: nodes behind its end are neither accepted nor learned from.
                 outcome = replace(outcome, path=verdict.path[: len(new)], ended=True)
-            self.target.commit(slot, [0, *(node + 1 for node in outcome.path)])
+            path = [0, *(node + 1 for node in outcome.path)]
+            self.target.commit(slot, path)
             verified = perf_counter()
+            if self.drafter is not None and rows.features is not None:
+                counted = self._clock()
+                start = len(sequence.context.tokens) - 1
+                self.drafter.observe_features(self.memory, sequence.context, start, rows.features[slot, path])
+                draft_seconds += self._clock() - counted
             if self.drafter is not None and learns:
                 counted = self._clock()
                 tokens = None if top_tokens is None else top_tokens[slot, : len(tree) + 1]

@@ -70,15 +70,18 @@ class DecodeSpec:
     snapshot_seconds: float = 10.0
 
 
-def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]]) -> Any:
-    """The drafter's memory, including what was learned before: a whole state, and later changes in their order."""
+def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]], target: Target | None = None) -> Any:
+    """The drafter's memory, including what was learned before: a whole state, and later changes in their order.
+
+    target: the target of this process; None in the process of a shared drafter.
+    """
     assert spec.drafter is not None
     draft = spec.draft
     hidden = spec.drafter.needs_hidden
     load = None
     if draft is not None:
         load = partial(load_target, draft, spec.dtype, spec.device, spec.path, hidden, spec.compiled)
-    memory = spec.drafter.new_memory(Models(spec.vocabulary, load, draft))
+    memory = spec.drafter.new_memory(Models(spec.vocabulary, load, draft, target, spec.target))
     for index, part in enumerate(learned):
         (spec.drafter.update if index else spec.drafter.load)(memory, part)
     return memory
@@ -86,6 +89,11 @@ def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]]) -> An
 
 def sharing_refusal(spec: DecodeSpec, sampling: Sampling) -> str | None:
     """Why the drafter cannot be shared; None if it can. A shared drafter sends no distributions to the verifier."""
+    if spec.drafter is not None and spec.drafter.reads_target:
+        return (
+            f"placement=shared does not work with drafter={type(spec.drafter).__name__}, which reads hidden states of "
+            "the target: use placement=private"
+        )
     if spec.drafter is None or not spec.verifier.reads_draft_probs:
         return None
     if all(kind.draft_sampling is DraftSampling.DETERMINISTIC for kind in spec.drafter.kinds(sampling)):
@@ -129,10 +137,8 @@ class VerifierActor:
         if self._spec.drafter is None or self._drafter is not None:
             return
         if shared is None:
-            self._drafter, self._memory = (
-                self._spec.drafter,
-                make_memory(self._spec, [self._spec.learned] if self._spec.learned else []),
-            )
+            learned = [self._spec.learned] if self._spec.learned else []
+            self._drafter, self._memory = self._spec.drafter, make_memory(self._spec, learned, self.prepare())
         else:
             self._drafter, self._memory = RemoteDrafter(self._spec.drafter), Connection(shared, self._client)
 

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from hasten.accel.decoding.engine import Request, Result
+from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.ties import Ties
 from hasten.accel.errors import UserError
 from hasten.cluster.actors.verifier import DecodeSpec, OnTokens, make_memory, sharing_refusal
@@ -153,6 +154,7 @@ class Decoders:
             and self._count > 1
             and spec.drafter is not None
             and spec.drafter.learns
+            and not spec.drafter.reads_target
             and packs(nodes(), self._bundles(shared=True))
         )
         # After a loss, the remaining nodes may have room for either pool but not for both.
@@ -214,7 +216,9 @@ class Decoders:
 
     def _check_resources(self) -> None:
         """Raise UserError if the cluster lacks the resources, for which Ray would wait for ever."""
-        shared = self._placement == "shared"
+        shared, drafter = self._placement == "shared", self._work.spec.drafter
+        if shared and drafter is not None and drafter.reads_target:
+            raise UserError(sharing_refusal(self._work.spec, Sampling()) or "")
         drafters = f" and drafter_actors={self._drafter_count}" if shared else ""
         check(self._bundles(shared), f"workers={self._count} of threads={self._work.spec.threads}{drafters}")
 

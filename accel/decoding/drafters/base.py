@@ -23,12 +23,15 @@ class Models:
     """What a drafter's memory is built from: the size of the vocabulary, and a draft model of the same tokenizer.
 
     draft: function that loads the draft model; None where none was given. draft_path: folder of its checkpoint, which
-    also holds the heads that were trained for it.
+    also holds the heads that were trained for it. target, target_path: the target that is drafted for, for drafters
+    that read its hidden states; None where they are not at hand, such as in the process of a shared drafter.
     """
 
     vocabulary: int
     draft: Callable[[], Target] | None = None
     draft_path: Path | None = None
+    target: Target | None = None
+    target_path: Path | None = None
 
     def load_draft(self) -> Target:
         """The draft model; UserError where none was given."""
@@ -93,7 +96,8 @@ class Drafter(ABC):
     observes: number of most probable ids after every verified node that it learns from. observes_probs: whether it
     learns from their probabilities, too. observes_prompt: number of tokens at the end of a prompt after which it learns
     from them as well, which costs the target's output layer for these tokens. needs_draft_model: whether it needs a
-    draft model. needs_hidden: whether it reads the draft model's hidden states.
+    draft model. needs_hidden: whether it reads the draft model's hidden states. reads_target: whether it reads the
+    target's, so that it must run in the process of the target.
     """
 
     observes: ClassVar[int] = 0
@@ -101,6 +105,7 @@ class Drafter(ABC):
     observes_prompt: ClassVar[int] = 0
     needs_draft_model: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    reads_target: ClassVar[bool] = False
 
     @property
     def learns(self) -> bool:
@@ -141,6 +146,18 @@ class Drafter(ABC):
         """Learn from a part of a prompt, after `begin`; the parts are in order and end before the prompt's last token.
 
         top_tokens (N, k) int64 and top_probs (N, k) float32 are the target's after context.tokens[start], ….
+        """
+        return
+
+    def target_layers(self, memory: Memory) -> tuple[int, ...]:
+        """Hidden states of the target that it reads, as numbers of `Target.feature_layers`."""
+        return ()
+
+    def observe_features(self, memory: Memory, context: Context, start: int, features: Tensor) -> None:
+        """Receive features (N, F * D) of N >= 1 committed tokens of the sequence, the first at index `start`.
+
+        Every token's arrive once, in order, after `begin` and before the draft that follows them: all except the last
+        committed token's, which has not run yet.
         """
         return
 

@@ -19,12 +19,20 @@ _PREFILL_CHUNK = 512
 COPIES_OF_LOGITS = 3
 
 
+# Number of the hidden states after the final norm, of which the output layer makes logits, in `Target.feature_layers`.
+FINAL = -1
+
+
 @dataclass(frozen=True)
 class Pass:
-    """logits (B, N, V) and last hidden states (B, N, D) of new nodes; rows beyond a sequence's nodes are padding."""
+    """logits (B, N, V) and last hidden states (B, N, D) of new nodes; rows beyond a sequence's nodes are padding.
+
+    features: (B, N, F * D), see `Target.feature_layers`; None if the target keeps none.
+    """
 
     logits: Tensor
     hidden: Tensor
+    features: Tensor | None = None
 
 
 @dataclass
@@ -47,12 +55,15 @@ class _Slot:
 class Target(ABC):
     """A model with caches for `slots` sequences of at most `capacity` tokens, including waiting nodes.
 
-    A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy.
+    A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy. feature_layers: F numbers of
+    hidden states that passes return, next to each other, as the features of a token: i is after the first i decoder
+    layers, FINAL after the final norm.
     """
 
     def __init__(self, vocabulary: int, max_length: int, device: torch.device) -> None:
         self.vocabulary, self.max_length, self.device = vocabulary, max_length, device
         self.capacity = 0
+        self.feature_layers: tuple[int, ...] = ()
         self._slots: list[_Slot] = []
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -88,13 +99,24 @@ class Target(ABC):
         """Drop a slot's sequence."""
         self._slots[slot] = _Slot()
 
-    def prefill(self, slot: int, tokens: Sequence[int], chunk: int = _PREFILL_CHUNK) -> None:
-        """Commit tokens without computing their logits, `chunk` of them in a pass."""
+    def embedding(self) -> Tensor:
+        """Weight (V, D) of the token embedding, which heads share; NotImplementedError for a target without one."""
+        raise NotImplementedError(f"{type(self).__name__} has no token embedding")
+
+    def prefill(self, slot: int, tokens: Sequence[int], chunk: int = _PREFILL_CHUNK) -> Tensor | None:
+        """Commit tokens without computing their logits, `chunk` of them in a pass.
+
+        Returns their features (T, F * D); None if the target keeps none, or for no tokens.
+        """
+        features = []
         for start in range(0, len(tokens), chunk):
             part = list(tokens[start : start + chunk])
-            self._append([slot], [part], [range(ROOT, len(part) - 1)], logits=False)
+            rows = self._append([slot], [part], [range(ROOT, len(part) - 1)], logits=False)
+            if rows.features is not None:
+                features.append(rows.features[0])
             self._slots[slot].committed += part
             self._slots[slot].drop()
+        return torch.cat(features) if features else None
 
     def forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Pass:
         """Add new nodes to slots' trees and run them. parents: indices among the slot's waiting nodes, or ROOT."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.targets.base import FINAL, Pass, Target
 from hasten.accel.decoding.targets.matmul import Norm, Weight
 from hasten.accel.errors import UserError
 from hasten.kernels.skinny_gemm import exact_bfloat16
@@ -99,6 +99,7 @@ class LlamaTarget(Target):
         self._layers = [self._fused_layer(layer) for layer in model.model.layers]
         self._head = Weight(model.get_output_embeddings().weight.detach(), packs=self._packs)
         self._rotary = model.model.rotary_emb
+        self._features: dict[int, Tensor] = {}
         self._cis = torch.empty(0)
         self._cache: list[Tensor] = []
         # Rotations in place are complex products: only float32 has them, and torch.compile generates no code for them.
@@ -118,6 +119,10 @@ class LlamaTarget(Target):
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values."""
         return len(self._layers) * 2 * self._kv_heads * self._size * self.dtype.itemsize
+
+    def embedding(self) -> Tensor:
+        """The embedding's weight, in bfloat16 where that is exact."""
+        return self._embedding
 
     def _fused_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -168,7 +173,8 @@ class LlamaTarget(Target):
         first = slots[0]
         # Adjacent slots are a view of the cache, others have to be gathered.
         adjacent = list(slots) == list(range(first, first + count))
-        compiled = self._compiled is not None and logits and adjacent
+        # A compiled pass cannot keep hidden states by the way.
+        compiled = self._compiled is not None and logits and adjacent and not self.feature_layers
         if compiled:
             # The length is rounded up to a power of two, because every shape is compiled once.
             total = min(self.capacity, max(_MIN_COMPILED_LENGTH, 1 << (allowed.shape[-1] - 1).bit_length()))
@@ -188,9 +194,15 @@ class LlamaTarget(Target):
         with torch.no_grad() if compiled else torch.inference_mode():
             forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
             hidden = forward(ids, positions, mask, access)
+            features = None
+            if self.feature_layers:
+                self._features[FINAL] = hidden
+                features = torch.cat([self._features[layer] for layer in self.feature_layers], -1)
+                features = features.unflatten(0, (count, width))
+                self._features.clear()
             if not logits:
-                return Pass(hidden[:0, None], hidden[:0, None])
-            return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)))
+                return Pass(hidden[:0, None], hidden[:0, None], features)
+            return Pass(*(rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden)), features)
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """Additive mask (B, 1, G * N, L): the G query heads of a KV head are folded into the rows."""
@@ -206,7 +218,9 @@ class LlamaTarget(Target):
         cis = self._cis[positions.view(-1)][:, None]
         if self._rotates_in_place:
             cis = torch.view_as_complex(cis)
-        for layer, cache in zip(self._layers, self._cache, strict=True):
+        for number, (layer, cache) in enumerate(zip(self._layers, self._cache, strict=True)):
+            if number in self.feature_layers:
+                self._features[number] = x
             qkv = layer.qkv(layer.norm(x)).view(rows, -1, self._size)
             qkv = self._rotate(layer, qkv, cis)
             attended = self._attention(qkv, cache, count, width, mask, access)

@@ -102,6 +102,11 @@ class TransformersTarget(Target):
         self._mixed = len(set(types)) > 1
         self._token_bytes: int | None = None
 
+    def embedding(self) -> Tensor:
+        """The weight of the model's own embedding."""
+        weight: Tensor = self._model.get_input_embeddings().weight.detach()
+        return weight
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of all layers."""
@@ -142,11 +147,15 @@ class TransformersTarget(Target):
                 attention_mask=self._masks(slots, positions, allowed),
                 past_key_values=self._cache,
                 use_cache=True,
-                output_hidden_states=self._keeps_hidden,
+                output_hidden_states=self._keeps_hidden or bool(self.feature_layers),
                 logits_to_keep=0 if logits else 1,
             )
         hidden = out.hidden_states[-1] if self._keeps_hidden else out.logits[..., :0]
-        return Pass(out.logits, hidden)
+        features = None
+        if self.feature_layers:
+            # transformers' own list has the embedding at 0, and the state after the final norm at the end.
+            features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
+        return Pass(out.logits, hidden, features)
 
     def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
         """The model's attention_mask: one mask, or a mask for each layer type."""

@@ -79,7 +79,7 @@ class Setup:
         self.model, self.assistant = load(target), None if draft is None else load(draft)
         self._target = load_target(target, dtype, self.device, compiled=config.compiled)
         load_draft = None if draft is None else partial(load_target, draft, dtype, self.device, keeps_hidden=True)
-        self._models = Models(self._target.vocabulary, load_draft, draft)
+        self._models = Models(self._target.vocabulary, load_draft, draft, self._target, target)
         self.costs = self._measure_costs()
 
     def _prompts(self) -> Iterator[tuple[str, list[list[int]]]]:

@@ -1,7 +1,6 @@
-"""What every drafter in conf/drafter must do."""
+"""What every drafter in conf/drafter must do; those with a head on the target have heads/test_contract.py."""
 
 from collections.abc import Hashable
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +21,9 @@ from hasten.accel.decoding.tree import ROOT, DraftSampling
 from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
+from tests.decoding.drafters.heads.untrained import without_target_heads
 
-CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "drafter").glob("*.yaml"))
+CONFIGS = without_target_heads()
 TEXTS = [
     "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\ndef",
     "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def",

@@ -1,7 +1,5 @@
 """What every drafter in conf/drafter must do inside the loop, on targets and draft models whose logits are tables."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -18,9 +16,10 @@ from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.jobs.bench.measurements.markov import chi_square, joint
+from tests.decoding.drafters.heads.untrained import without_target_heads
 from tests.decoding.markov import MarkovTarget, random_table
 
-CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "drafter").glob("*.yaml"))
+CONFIGS = without_target_heads()
 GREEDY, WARM = Sampling(), Sampling(temperature=1.0)
 SIZE = 6
 LONG = 20 * [1, 2, 3, 4, 5, 0, 2] + 20 * [4, 1, 3]  # more tokens than a draft model reads in a pass of drafting

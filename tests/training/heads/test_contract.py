@@ -1,4 +1,4 @@
-"""What every head in conf/head must do, on the embedded models."""
+"""What every head of `hasten train_drafter` must do, on the embedded models."""
 
 import pickle
 from dataclasses import replace
@@ -13,11 +13,15 @@ from transformers import AutoModelForCausalLM
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from hasten.accel.training.heads.base import HeadModels
+from hasten.accel.training.heads.base import Head, HeadModels
 from hasten.jobs.cli.methods import method, method_names
 from hasten.jobs.common.tokenizer import load_tokenizer
 
-CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "head").glob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[3] / "conf" / "head").glob("*.yaml"))
+    if isinstance(instantiate(OmegaConf.load(path)), Head)
+]
 SEQUENCES, LENGTH = 4, 32
 
 

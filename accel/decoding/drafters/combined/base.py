@@ -49,6 +49,24 @@ class Combined(Drafter):
         return any(drafter.needs_draft_model for drafter in self.drafters)
 
     @property
+    def reads_target(self) -> bool:  # type: ignore[override]
+        """Whether any member reads the target's hidden states."""
+        return any(drafter.reads_target for drafter in self.drafters)
+
+    def target_layers(self, memory: Memory) -> tuple[int, ...]:
+        """The members' layers, next to each other."""
+        return sum((drafter.target_layers(own) for drafter, own in zip(self.drafters, memory, strict=True)), ())
+
+    def observe_features(self, memory: Memory, context: Context, start: int, features: Tensor) -> None:
+        """Every member that reads the target receives its own layers."""
+        counts = [len(drafter.target_layers(own)) for drafter, own in zip(self.drafters, memory, strict=True)]
+        size = features.shape[-1] // sum(counts)
+        parts = features.split([count * size for count in counts], -1)
+        for drafter, own, part in zip(self.drafters, memory, parts, strict=True):
+            if part.shape[-1]:
+                drafter.observe_features(own, context, start, part)
+
+    @property
     def learns(self) -> bool:
         """Whether any member learns."""
         return any(drafter.learns for drafter in self.drafters)

@@ -1,0 +1,280 @@
+"""The interface of draft heads: trained modules that draft from the target's hidden states.
+
+A `DraftHead` is a frozen dataclass of hyper-parameters; it builds a `DraftNetwork`, defines its training loss, and
+writes its folder. The drafter of the same name (accel/decoding/drafters/heads) grows trees with the network. To add a
+head, write a module here, a drafter, and a file in conf/head and in conf/drafter.
+
+Positions. Let h(t) be the features of token t (`Target.feature_layers`), from which the target predicts token t + 1. At
+h(t), with token t + 1 known, the draft of depth d = 1, 2, … is of token t + 1 + d.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.vocabulary import DraftVocabulary
+
+CONFIG, WEIGHTS = "head.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a head must know of its target. fingerprint: of its checkpoint."""
+
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_length: int
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> "TargetFacts":
+        """Facts of a checkpoint."""
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return cls(
+            vocabulary=config.vocab_size,
+            hidden_size=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+            rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
+            max_length=config.max_position_embeddings,
+            fingerprint=Checkpoint(folder).fingerprint(),
+        )
+
+
+@dataclass(frozen=True)
+class TargetWeights:
+    """Weights of the target that heads begin with. embedding, output: (V, D) float32."""
+
+    embedding: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, folder: Path) -> "TargetWeights":
+        """Embedding and output layer of a checkpoint; one tensor where they are tied."""
+        checkpoint = Checkpoint(folder)
+        embedding = next((name for name in checkpoint.names if name.endswith("embed_tokens.weight")), None)
+        if embedding is None:
+            raise UserError(f"{folder} has no tensor embed_tokens.weight: a head for it cannot be trained")
+        output = next((name for name in checkpoint.names if name.endswith("lm_head.weight")), embedding)
+        weight = checkpoint.tensor(embedding, torch.float32)
+        return cls(weight, weight if output == embedding else checkpoint.tensor(output, torch.float32))
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """Windows of B sequences of T tokens with what the target made of them; tensors on the training device.
+
+    tokens: (B, T) int64. features: (B, T, F * D). top_ids (B, T, K) int64, top_log_probs (B, T, K): the target's most
+    probable ids after each token, with log probabilities among all ids. learned: (B, T) bool, whether the loss counts
+    this token as one to be predicted, such as those of answers. segments: (B, T) int64, number of the document that a
+    token is of, -1 for padding; tokens of one document are adjacent. positions: (B, T) int64 within the document.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    top_ids: Tensor
+    top_log_probs: Tensor
+    learned: Tensor
+    segments: Tensor
+    positions: Tensor
+
+    def to(self, device: torch.device | str) -> "HeadBatch":
+        """The batch on a device."""
+        return HeadBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def next_tokens(self) -> Tensor:
+        """(B, T) int64, token t + 1 at t; the last one of a window is repeated, and is never counted."""
+        return torch.cat([self.tokens[:, 1:], self.tokens[:, -1:]], 1)
+
+    def at_depth(self, depth: int) -> "DepthTargets":
+        """What a draft of this depth, 1 or more, has to predict at each t, as rows of T' = T - 1 - depth positions."""
+        count = self.tokens.shape[1] - 1 - depth
+        same = self.segments[:, :count] == self.segments[:, 1 + depth :]
+        return DepthTargets(
+            self.tokens[:, 1 + depth :],
+            self.top_ids[:, depth : depth + count],
+            self.top_log_probs[:, depth : depth + count],
+            same & (self.segments[:, :count] >= 0) & self.learned[:, 1 + depth :],
+        )
+
+
+@dataclass(frozen=True)
+class DepthTargets:
+    """labels (B, T'): the text's own token. top_ids, top_log_probs (B, T', K): the target's. valid (B, T') bool."""
+
+    labels: Tensor
+    top_ids: Tensor
+    top_log_probs: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """value: scalar to minimise. parts: named scalars without gradient for the log, such as `accuracy_1` by depth."""
+
+    value: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclass
+class Frontier:
+    """M nodes of draft trees after which a network has drafted.
+
+    logits: (M, R) over the draft's vocabulary, of the nodes' children. sequence: (M,) int64, row of each node's
+    sequence among those of the call. depth: of the children. carried: what the network needs to go on; only it knows.
+    """
+
+    logits: Tensor
+    sequence: Tensor
+    depth: int
+    carried: Any
+
+
+class DraftNetwork(nn.Module, ABC):
+    """A head's network. It has no copy of the target's embedding: `attach` gives it, (V, D), outside of its state.
+
+    max_depth: largest depth of a draft. vocabulary: the ids of its outputs. dtype: of its arithmetic.
+    """
+
+    max_depth: int
+    vocabulary: DraftVocabulary
+    dtype: torch.dtype = torch.float32
+
+    def attach(self, embedding: Tensor) -> None:
+        """Give the target's embedding; a tuple hides it from the module's parameters."""
+        self._embedding = (embedding,)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (…, D) of the target's ids (…), in the dtype of the network."""
+        (embedding,) = self._embedding
+        return embedding[tokens].to(self.dtype)
+
+    def begin(self) -> Any:
+        """State of a sequence that has no token yet; None for a network that keeps none."""
+        return None
+
+    @abstractmethod
+    def read(self, states: Sequence[Any], features: Sequence[Tensor], tokens: Sequence[Tensor]) -> Frontier:
+        """Read new committed tokens of B sequences and draft after the last one of each.
+
+        features: (N, F * D) each, N >= 1 differing, of the tokens that are new since the last call. tokens: (N,), the
+        id that follows each of them; the last one is the sequence's last committed token. States are updated in place.
+        The result has B nodes, in order.
+        """
+
+    @abstractmethod
+    def step(self, states: Sequence[Any], frontier: Frontier, rows: Tensor, tokens: Tensor) -> Frontier:
+        """Draft after children of the frontier's nodes. rows: (M,) index of each child's parent. tokens: (M,) ids."""
+
+
+class DraftHead(ABC):
+    """A head's hyper-parameters and its training; a frozen dataclass.
+
+    drafter: name in conf/drafter of the drafter that uses it.
+    """
+
+    drafter: ClassVar[str]
+
+    @abstractmethod
+    def layers(self, target: TargetFacts) -> tuple[int, ...]:
+        """Hidden states of the target that it reads, as numbers of `Target.feature_layers`."""
+
+    @abstractmethod
+    def build(self, target: TargetFacts, vocabulary: DraftVocabulary) -> DraftNetwork:
+        """An untrained network in float32; random numbers are torch's global ones."""
+
+    def initialise(self, network: DraftNetwork, weights: TargetWeights) -> None:
+        """Copy what the network begins with from the target, such as rows of its output layer; nothing by default."""
+        return
+
+    @abstractmethod
+    def loss(self, network: DraftNetwork, batch: HeadBatch) -> Loss:
+        """The training loss of a batch, as a mean over predicted tokens."""
+
+    @abstractmethod
+    def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
+        """Logits (B, T - 1 - d, R) of each depth d = 1, 2, … up to the network's, if the text is drafted.
+
+        Row t is what `read` of the tokens up to t, and `step` along tokens t + 2, … give: what is trained must be what
+        is used. Only rows whose tokens are of one document count.
+        """
+
+    def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
+        """Write the folder atomically by file, config last. extra: further keys for the config, such as `rates`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().bfloat16().contiguous() for name, value in network.state_dict().items()}
+        tensors["d2t"] = network.vocabulary.d2t.cpu()
+        write_whole(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+        config = {
+            "head": self.drafter,
+            "hyper_parameters": asdict(self),  # type: ignore[call-overload]
+            "target": asdict(target),
+            **extra,
+        }
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        write_whole(folder / CONFIG, lambda temporary: Path(temporary).write_text(text))
+
+
+def load_head(
+    folder: Path, head_of: Callable[[Mapping[str, Any]], DraftHead], target: TargetFacts | None = None
+) -> tuple[DraftHead, DraftNetwork, dict[str, Any]]:
+    """Head, network in float32 and config of a folder; UserError if it holds no head, or one for another target.
+
+    head_of: makes the head of its hyper-parameters. target: facts of the target that it will be used with.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        facts = TargetFacts(**config["target"])
+        d2t = tensors.pop("d2t")
+        vocabulary = DraftVocabulary(d2t + torch.arange(len(d2t)), facts.vocabulary)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"head={folder} is no folder of a trained head: train one with hasten train") from error
+    if target is not None:
+        check_target(folder, facts, target)
+    head = head_of(config["hyper_parameters"])
+    network = head.build(facts, vocabulary)
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise UserError(f"head={folder} is damaged: its tensors are not those of {config['head']}: {error}") from error
+    return head, network.eval(), config
+
+
+def check_target(folder: Path, trained: TargetFacts, target: TargetFacts) -> None:
+    """UserError that says what differs, unless a head was trained for this target."""
+    own, other = asdict(trained), asdict(target)
+    differing = [name for name in own if own[name] != other[name] and name != "fingerprint"]
+    if differing:
+        texts = ", ".join(f"{name} {own[name]} against {other[name]}" for name in differing)
+        raise UserError(f"head={folder} was trained for another target: {texts}; train one with hasten train")
+    if trained.fingerprint and target.fingerprint and trained.fingerprint != target.fingerprint:
+        raise UserError(
+            f"head={folder} was trained for another target: its weights have the fingerprint "
+            f"{trained.fingerprint[:12]}, and the target's {target.fingerprint[:12]}; train one with hasten train"
+        )
