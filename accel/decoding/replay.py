@@ -5,10 +5,12 @@ token, with probability 1, and nothing after drafted tokens that it does not con
 overestimated, and mostly underestimated.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Outcome
@@ -18,14 +20,24 @@ from hasten.accel.decoding.verifiers.base import descend
 
 
 def replay(
-    drafter: Drafter, memory: Memory, sequences: Iterable[tuple[Sequence[int], int]], budget: int
+    drafter: Drafter,
+    memory: Memory,
+    sequences: Iterable[tuple[Sequence[int], int]],
+    budget: int,
+    features: Iterable[Tensor] | None = None,
 ) -> list[DecodingStats]:
     """Statistics of every sequence, replayed one after the other. sequences: ids, and the length of the prompt.
+
+    features: (T, F * D) of each sequence, for a drafter that reads the target's hidden states.
 
     At each step the drafter drafts at most `budget` tokens; the longest path that the text follows is accepted, and the
     text's next token is committed after it. draft_seconds: time of proposing and observing; other times are zero.
     """
-    return [_replayed(drafter, memory, tokens, prompt, budget) for tokens, prompt in sequences]
+    recorded = itertools.repeat(None) if features is None else features
+    return [
+        _replayed(drafter, memory, tokens, prompt, budget, states)
+        for (tokens, prompt), states in zip(sequences, recorded, strict=False)
+    ]
 
 
 def distinct_share(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
@@ -41,11 +53,18 @@ def distinct_share(sequences: Iterable[Sequence[int]], n: int = 1) -> float:
     return distinct / total if total else 1.0
 
 
-def _replayed(drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: int, budget: int) -> DecodingStats:
+def _replayed(
+    drafter: Drafter, memory: Memory, tokens: Sequence[int], prompt: int, budget: int, features: Tensor | None
+) -> DecodingStats:
     context = Context.start(list(tokens[:prompt]))
     stats = DecodingStats()
     drafter.begin(context, memory)
+    read = 0
     while len(context.tokens) < len(tokens):
+        # As in decoding, those of all committed tokens except the last, which has not run.
+        if features is not None and (known := len(context.tokens) - 1) > read:
+            drafter.observe_features(memory, context, read, features[read:known])
+            read = known
         rest = tokens[len(context.tokens) :]
         drafter.prefill([context], memory, budget)
         started = perf_counter()
