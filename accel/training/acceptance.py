@@ -14,7 +14,7 @@ from hasten.accel.decoding.drafters.heads.linear import use_fast_linears
 from hasten.accel.decoding.replay import replay
 from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.training.data.records import Record
-from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, TargetFacts
+from hasten.accel.training.heads.draft_head import DraftHead, HeadBatch, TargetFacts
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 # Ranks that `rates` has for every depth.

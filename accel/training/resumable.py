@@ -46,7 +46,8 @@ class StepTrainer(Protocol):
 @dataclass
 class Progress:
     """step: of the checkpoint. losses: of each step up to it. evaluations: what was measured, `step` and `branch` among
-    it. best: the one whose weights are kept; None before the first."""
+    it. best: the one whose weights are kept; None before the first.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -60,9 +61,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """When what happens. evaluate_at: steps after which the network is measured. branches: number of steps of a decay
-    of the learning rate, by the step at which it begins: what the network would give if the training ended there, for
-    which it is set aside. Checkpoints are written after so many seconds, or steps (0: only seconds)."""
+    """When what happens.
+
+    evaluate_at: steps after which the network is measured. branches: number of steps of a decay of the learning rate,
+    by the step at which it begins: what the network would give if the training ended there, for which it is set aside.
+    Checkpoints are written after so many seconds, or steps (0: only seconds).
+    """
 
     steps: int
     evaluate_at: Sequence[int]

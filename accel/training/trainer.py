@@ -172,7 +172,7 @@ def loss_of(head: DraftHead, network: DraftNetwork, batch: HeadBatch, seed: int,
 
 def mean_of(losses: Sequence[Loss]) -> dict[str, float]:
     """Mean of the losses and of their parts."""
-    value = sum(float(loss.value) for loss in losses) / len(losses)
+    value = sum(float(loss.value.detach()) for loss in losses) / len(losses)
     parts: Mapping[str, Tensor] = losses[0].parts
     return {"loss": value, **{name: sum(float(loss.parts[name]) for loss in losses) / len(losses) for name in parts}}
 
