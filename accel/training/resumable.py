@@ -45,8 +45,10 @@ class StepTrainer(Protocol):
 
 @dataclass
 class Progress:
-    """step: of the checkpoint. losses: of each step up to it. evaluations: what was measured, `step` and `branch` among
-    it. best: the one whose weights are kept; None before the first.
+    """What a training has measured up to its checkpoint.
+
+    step: of the checkpoint. losses: of each step. evaluations: what was measured, with `step` and `branch`. best: the
+    evaluation whose weights are kept; None before the first.
     """
 
     step: int = 0

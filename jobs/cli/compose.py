@@ -46,7 +46,8 @@ def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
             near = nearest(word.lstrip("-"), known)
             hint = f", did you mean {near}=VALUE?" if near else ""
             raise UserError(f"{word!r} is no option: options are written key=value{hint}")
-        texts[key] = text
+        # The name of a section of options stands for its source: data=FILE.
+        texts[f"{key}.source" if key not in known and f"{key}.source" in known else key] = text
     return texts
 
 
