@@ -68,10 +68,14 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """Weights of the target that heads begin with. embedding, output: (V, D) float32."""
+    """Weights of the target that heads begin with. embedding, output: (V, D) float32.
+
+    folder: of the checkpoint, for heads that begin with more of it; None for weights without one.
+    """
 
     embedding: Tensor
     output: Tensor
+    folder: Path | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "TargetWeights":
@@ -82,7 +86,7 @@ class TargetWeights:
             raise UserError(f"{folder} has no tensor embed_tokens.weight: a head for it cannot be trained")
         output = next((name for name in checkpoint.names if name.endswith("lm_head.weight")), embedding)
         weight = checkpoint.tensor(embedding, torch.float32)
-        return cls(weight, weight if output == embedding else checkpoint.tensor(output, torch.float32))
+        return cls(weight, weight if output == embedding else checkpoint.tensor(output, torch.float32), folder)
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,13 @@ class DraftNetwork(nn.Module, ABC):
 class DraftHead(ABC):
     """A head's hyper-parameters and its training; a frozen dataclass.
 
-    drafter: name in conf/drafter of the drafter that uses it.
+    drafter: name in conf/drafter of the drafter that uses it. reads_target: whether its network drafts from the
+    target's hidden states, by `read` and `step`; if not, it trains something else on the target's records, such as a
+    draft model, and `save` writes what that drafter loads.
     """
 
     drafter: ClassVar[str]
+    reads_target: ClassVar[bool] = True
 
     @abstractmethod
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
