@@ -164,7 +164,7 @@ class DistilledDraft(DraftHead):
         )
 
     def build(self, target: TargetFacts, vocabulary: DraftVocabulary) -> DraftModelNetwork:
-        """An untrained Llama with all ids of the target, whatever the vocabulary: a checkpoint has a tokenizer's ids."""
+        """An untrained Llama with all ids of the target, whatever the vocabulary: a checkpoint has its tokenizer's."""
         return DraftModelNetwork(LlamaForCausalLM(self.config(target)), self.depth)
 
     def initialise(self, network: DraftNetwork, weights: TargetWeights) -> None:
@@ -186,8 +186,8 @@ class DistilledDraft(DraftHead):
             raise UserError(f"{given} needs the target's checkpoint")
         if model.config.hidden_size != weights.embedding.shape[1]:
             raise UserError(
-                f"{given} needs a draft of the target's width: its hidden size is {weights.embedding.shape[1]}, and the "
-                f"draft's {model.config.hidden_size}; give share=1"
+                f"{given} needs a draft of the target's width: its hidden size is {weights.embedding.shape[1]}, and "
+                f"the draft's {model.config.hidden_size}; give share=1"
             )
         checkpoint = Checkpoint(weights.folder)
         for number, source in enumerate(self.from_layers):

@@ -10,7 +10,6 @@ from hasten.accel.training.heads.draft_head import DepthTargets, Loss
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.soft_cross_entropy import soft_cross_entropy
 
-
 # From logits (N, R), top_ids and top_log_probs (N, K), the draft's vocabulary and weights (N,) to a sum over rows.
 Objective: TypeAlias = Callable[[Tensor, Tensor, Tensor, DraftVocabulary, Tensor], Tensor]
 

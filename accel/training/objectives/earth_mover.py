@@ -2,7 +2,7 @@
 
 Source: Ren et al. 2023, arXiv:2310.04691 (EMO), and its code, github.com/DRSY/EMO. With the cost 1 - cos(e_i, e_j) of
 moving from token i to j, the bound is that of moving every share in proportion: the sum of p_i q_j times their cost,
-which is 1 - p E · q E for embeddings E of unit length. As there, the loss is half the cross-entropy and half this bound,
+which is 1 - p E · q E for embeddings E of unit length. As there, the loss is half cross-entropy and half this bound,
 scaled in every row to the size of the cross-entropy.
 Departs from it: p is the target's recorded distribution, not the text's one-hot; the embeddings are the target's.
 """

@@ -33,7 +33,7 @@ def tables():
     """The small model says token + 1 after even ones, the whole one token + 3 after all."""
     small, whole = torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)
     for token in range(SIZE):
-        small[token, (token + 1) % SIZE] = 20.0 if token % 2 == 0 else 0.1
+        small[token, (token + 1) % SIZE] = 10.0 if token % 2 == 0 else 0.1
         whole[token, (token + 3) % SIZE] = 20.0
     return small, whole
 
