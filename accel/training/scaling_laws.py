@@ -173,7 +173,7 @@ def choices(
         found.append(Choice(factors, expected, Interval(*speeds), law.is_measured(**factors)))
     if not found:
         raise UserError(
-            f"a budget of {budget_flops:g} operations trains no draft of {low / reach:,.0f} parameters or more with the "
-            f"{first:,.0f} tokens that the smallest training had: give {6 * first * low / reach:g} or more"
+            f"a budget of {budget_flops:g} operations trains no draft of {low / reach:,.0f} parameters or more with "
+            f"the {first:,.0f} tokens that the smallest training had: give {6 * first * low / reach:g} or more"
         )
     return found

@@ -85,8 +85,8 @@ def _summary(config: FitScalingConfig, law: ScalingLaw, best: Choice | None) -> 
     if best is not None:
         beyond = "" if best.measured else "; this is beyond the rows, where laws break first"
         lines.append(
-            f"best draft: {best.factors['parameters']:,.0f} parameters, trained on {best.factors['tokens']:,.0f} tokens: "
-            f"{_text(best.acceptance)} tokens of a pass, {_text(best.speed_up)} times plain decoding{beyond}"
+            f"best draft: {best.factors['parameters']:,.0f} parameters, trained on {best.factors['tokens']:,.0f} "
+            f"tokens: {_text(best.acceptance)} tokens of a pass, {_text(best.speed_up)} times plain decoding{beyond}"
         )
     return lines
 
