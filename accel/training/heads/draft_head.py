@@ -231,6 +231,14 @@ class DraftHead(ABC):
         is used. Only rows whose tokens are of one document count.
         """
 
+    def drafter_memory(self, network: DraftNetwork) -> Any:
+        """Memory of the drafter of this head with the network as it is, to measure it by replay while it is trained.
+
+        None for a head whose drafter is a `HeadDrafter`, whose memory is made of the network, and for one that drafts
+        nothing.
+        """
+        return None
+
     def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
         """Write the folder atomically by file, config last. extra: further keys for the config, such as `rates`."""
         folder.mkdir(parents=True, exist_ok=True)

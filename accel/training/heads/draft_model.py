@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten.accel.compression.outputs.checkpoint import copied_files
 from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.decoding.drafters.model.base import SmallModel
+from hasten.accel.decoding.targets.llama import LlamaTarget
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.draft_head import (
@@ -230,6 +232,11 @@ class DistilledDraft(DraftHead):
         [states] = network.states(batch)
         logits = network.model.lm_head(states)
         return [logits[:, depth:-1] for depth in range(1, self.depth + 1)]
+
+    def drafter_memory(self, network: DraftNetwork) -> SmallModel:
+        """The model as a draft model."""
+        assert isinstance(network, DraftModelNetwork)
+        return SmallModel(LlamaTarget(network.model))
 
     def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint in bfloat16 with the target's tokenizer, and the head's config beside it."""

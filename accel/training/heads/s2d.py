@@ -11,6 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from hasten.accel.decoding.drafters.model.base import SmallModel
+from hasten.accel.decoding.drafters.model.s2d import SortedModels
+from hasten.accel.decoding.targets.llama import LlamaTarget
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.draft_head import DraftNetwork, HeadBatch, Loss
 from hasten.accel.training.heads.draft_model import DistilledDraft, DraftModelNetwork
@@ -44,3 +47,9 @@ class SortedDraft(DistilledDraft):
             for name, value in loss.parts.items()
         }
         return Loss(torch.stack([loss.value for loss in losses]).sum(), parts)
+
+    def drafter_memory(self, network: DraftNetwork) -> SortedModels:  # type: ignore[override]
+        """The sub-models."""
+        assert isinstance(network, DraftModelNetwork)
+        target = LlamaTarget(network.model)
+        return SortedModels([SmallModel(target.first_layers(count)) for count in self.exits])

@@ -1,11 +1,16 @@
 """What distilled draft models must do: drafts in use are those of training, and what is saved is a checkpoint."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hasten.accel.decoding.context import Context
+from hasten.accel.decoding.drafters.model.draft_model import DraftModel
+from hasten.accel.decoding.drafters.model.s2d import SortedDrafting
+from hasten.accel.decoding.replay import replay
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.accel.training.heads.draft_head import HeadBatch, TargetFacts, TargetWeights
@@ -83,6 +88,21 @@ def test_what_is_saved_is_a_checkpoint_with_the_logits_of_training_and_the_targe
     torch.testing.assert_close(second, expected[:, 2:-1], rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(FOLDER).get_vocab()
     assert Checkpoint(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize(("head", "drafter"), [(DistilledDraft(), DraftModel()), (SortedDraft(), SortedDrafting())])
+def test_acceptance_is_measured_on_the_network_as_it_is(head, drafter):
+    network = made(head)
+    memory = head.drafter_memory(network)
+    tokens = torch.arange(30, 50)
+    with torch.no_grad():
+        said = int(network.model(tokens[None]).logits[0, -1].argmax())
+        tree = replace(drafter, **({"confidence": 1.0} if head.drafter == "s2d" else {})).propose(
+            Context.start(tokens.tolist()), memory, 1
+        )
+        [stats] = replay(drafter, memory, [(tokens.tolist(), 4)], 4)
+    assert list(tree.tokens) == [said]
+    assert stats.num_draft_tokens > 0
 
 
 def test_layers_of_the_target_are_copied_as_they_are():
