@@ -103,6 +103,15 @@ class Target(ABC):
         """Weight (V, D) of the token embedding, which heads share; NotImplementedError for a target without one."""
         raise NotImplementedError(f"{type(self).__name__} has no token embedding")
 
+    def first_layers(self, count: int) -> "Target":
+        """The model of the first `count` decoder layers, the final norm and the output layer.
+
+        It shares the weights and has caches of its own. UserError for a model that cannot be cut, or has fewer layers.
+        """
+        raise UserError(
+            f"a {type(self).__name__} has no sub-models: choose a draft model of the Llama family, with path=auto"
+        )
+
     def prefill(self, slot: int, tokens: Sequence[int], chunk: int = _PREFILL_CHUNK) -> Tensor | None:
         """Commit tokens without computing their logits, `chunk` of them in a pass.
 

@@ -6,6 +6,7 @@ stored in the order in which the CPU's matrix product reads them, in bfloat16 wh
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,6 +124,15 @@ class LlamaTarget(Target):
     def embedding(self) -> Tensor:
         """The embedding's weight, in bfloat16 where that is exact."""
         return self._embedding
+
+    def first_layers(self, count: int) -> "LlamaTarget":
+        """The model of the first `count` layers; it is not compiled."""
+        if count > len(self._layers):
+            raise UserError(f"a sub-model of {count} layers is wrong: the model has {len(self._layers)}")
+        part = copy(self)
+        part._layers, part._cache, part._features, part._compiled = self._layers[:count], [], {}, None
+        part._slots, part.capacity, part.feature_layers = [], 0, ()
+        return part
 
     def _fused_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -8,7 +8,7 @@ because the draft model is frozen; quality is also measured without the weight o
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from hasten.accel.errors import UserError
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.accel.training.heads.base import Head, HeadModels, HeadQuality
 from hasten.accel.training.heads.fitting import Fitting
+
+if TYPE_CHECKING:
+    from hasten.accel.training.heads.draft_head import DraftHead
 
 _BINS = 10
 
@@ -114,6 +117,15 @@ class AcceptanceTraining(Head[Examples, AcceptanceHead]):
     def examples_per_token(self) -> float:
         """Share of the tokens that are replaced by draws of the draft model."""
         return 1 - self.mixing
+
+    def on_records(self, draft: Path | None) -> "DraftHead":
+        """The head of this draft model on the target's records."""
+        # It imports this module.
+        from hasten.accel.training.heads.acceptance_on_records import AcceptanceOnRecords
+
+        if draft is None:
+            raise UserError("head=acceptance needs the draft model whose tokens it judges: give draft=PATH")
+        return AcceptanceOnRecords(self, str(draft))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Weighted cross-entropy of logits (N, 2) with soft labels (N,), divided by the sum of the weights."""

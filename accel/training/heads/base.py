@@ -9,11 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hasten.accel.errors import UserError
+
+if TYPE_CHECKING:
+    from hasten.accel.training.heads.draft_head import DraftHead
 
 ExamplesT = TypeVar("ExamplesT", bound=Sized)
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -61,6 +66,10 @@ class Head(ABC, Generic[ExamplesT, NetworkT]):
     @abstractmethod
     def parameters(self, hidden_size: int) -> int:
         """Number of parameters of the network for a model with this hidden size."""
+
+    def on_records(self, draft: Path | None) -> "DraftHead":
+        """The head as the trainer trains it on the target's records; UserError if it cannot. draft: the draft model."""
+        raise UserError(f"head={type(self).__name__} is trained by hasten train_drafter")
 
     @property
     def examples_per_token(self) -> float:

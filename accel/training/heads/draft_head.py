@@ -68,10 +68,14 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """Weights of the target that heads begin with. embedding, output: (V, D) float32."""
+    """Weights of the target that heads begin with. embedding, output: (V, D) float32.
+
+    folder: of the checkpoint, for heads that begin with more of it; None for weights without one.
+    """
 
     embedding: Tensor
     output: Tensor
+    folder: Path | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "TargetWeights":
@@ -82,7 +86,7 @@ class TargetWeights:
             raise UserError(f"{folder} has no tensor embed_tokens.weight: a head for it cannot be trained")
         output = next((name for name in checkpoint.names if name.endswith("lm_head.weight")), embedding)
         weight = checkpoint.tensor(embedding, torch.float32)
-        return cls(weight, weight if output == embedding else checkpoint.tensor(output, torch.float32))
+        return cls(weight, weight if output == embedding else checkpoint.tensor(output, torch.float32), folder)
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,13 @@ class DraftNetwork(nn.Module, ABC):
 class DraftHead(ABC):
     """A head's hyper-parameters and its training; a frozen dataclass.
 
-    drafter: name in conf/drafter of the drafter that uses it.
+    drafter: name in conf/drafter of the drafter that uses it. reads_target: whether its network drafts from the
+    target's hidden states, by `read` and `step`; if not, it trains something else on the target's records, such as a
+    draft model, and `save` writes what that drafter loads.
     """
 
     drafter: ClassVar[str]
+    reads_target: ClassVar[bool] = True
 
     @abstractmethod
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
@@ -223,6 +230,14 @@ class DraftHead(ABC):
         Row t is what `read` of the tokens up to t, and `step` along tokens t + 2, … give: what is trained must be what
         is used. Only rows whose tokens are of one document count.
         """
+
+    def drafter_memory(self, network: DraftNetwork) -> Any:
+        """Memory of the drafter of this head with the network as it is, to measure it by replay while it is trained.
+
+        None for a head whose drafter is a `HeadDrafter`, whose memory is made of the network, and for one that drafts
+        nothing.
+        """
+        return None
 
     def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
         """Write the folder atomically by file, config last. extra: further keys for the config, such as `rates`."""

@@ -1,5 +1,8 @@
 """The loss of a head over the depths of its drafts, with the share of right drafts at each depth."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -7,12 +10,17 @@ from hasten.accel.training.heads.draft_head import DepthTargets, Loss
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.soft_cross_entropy import soft_cross_entropy
 
+# From logits (N, R), top_ids and top_log_probs (N, K), the draft's vocabulary and weights (N,) to a sum over rows.
+Objective: TypeAlias = Callable[[Tensor, Tensor, Tensor, DraftVocabulary, Tensor], Tensor]
+
 
 class DepthLoss:
     """Adds the depths of a batch up. decay: weight of a depth relative to that of the one before."""
 
-    def __init__(self, vocabulary: DraftVocabulary, decay: float = 1.0) -> None:
-        self._vocabulary, self._decay = vocabulary, decay
+    def __init__(
+        self, vocabulary: DraftVocabulary, decay: float = 1.0, objective: Objective = soft_cross_entropy
+    ) -> None:
+        self._vocabulary, self._decay, self._objective = vocabulary, decay, objective
         self._total: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
 
@@ -21,7 +29,7 @@ class DepthLoss:
         top_ids, top_log_probs = targets.top_ids[targets.valid], targets.top_log_probs[targets.valid]
         weight = torch.ones(len(logits), device=logits.device) if weight is None else weight
         count = weight.sum().clamp(min=1e-6)
-        loss = soft_cross_entropy(logits, top_ids, top_log_probs, self._vocabulary, weight) / count
+        loss = self._objective(logits, top_ids, top_log_probs, self._vocabulary, weight) / count
         self.add_loss(depth, loss)
         with torch.no_grad():
             right = self._vocabulary.ids.to(logits.device)[logits.argmax(-1)] == top_ids[:, 0]

@@ -27,9 +27,9 @@ def with_target_heads():
 
 
 def draft_heads():
-    """Draft heads by name, with their default hyper-parameters."""
+    """Heads that draft from the target's hidden states by name, with their default hyper-parameters."""
     made = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "head").glob("*.yaml"))}
-    return {name: head for name, head in made.items() if isinstance(head, DraftHead)}
+    return {name: head for name, head in made.items() if isinstance(head, DraftHead) and head.reads_target}
 
 
 def vocabulary(facts):
