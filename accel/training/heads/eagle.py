@@ -47,7 +47,7 @@ class Step:
 
 
 class EagleNetwork(DraftNetwork):
-    """The layer with its fusion and output. normed_residual: whether its residual begins after the norm of its input."""
+    """The layer with its fusion and output. normed_residual: whether its residual is its normed input."""
 
     def __init__(
         self, target: TargetFacts, vocabulary: DraftVocabulary, depth: int, normed_residual: bool = False
