@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
@@ -45,7 +46,9 @@ def spread_layers(layers: int, count: int) -> tuple[int, ...]:
     first, last = (1, layers - 3) if layers >= _FEW_LAYERS else (0, layers - 1)
     if count == 1:
         return (1 + (first + last) // 2,)
-    return tuple(sorted({1 + round(first + index * (last - first) / (count - 1)) for index in range(count)}))
+    numbers = sorted({1 + round(first + index * (last - first) / (count - 1)) for index in range(count)})
+    # Targets have the state after the last layer behind the final norm only.
+    return tuple(FINAL if number == layers else number for number in numbers)
 
 
 class DFlashLayer(nn.Module):
@@ -172,7 +175,7 @@ class DFlashNetwork(DraftNetwork):
         return Frontier(logits[:, 0], torch.arange(len(logits), device=logits.device), 1, logits)
 
     def _attended(self, layer: DFlashLayer, queries: Tensor, own: Tensor, held: Tensor, length: int) -> Tensor:
-        """Attention (K, heads, D) of a block's queries (K, heads, D) to the context held and to its own keys and values.
+        """Attention (K, heads, D) of queries (K, heads, D) to the context held and to the block's own keys.
 
         own: (K, 2, H, D). held: (2, H, capacity, D).
         """

@@ -5,6 +5,7 @@ from math import exp
 import pytest
 import torch
 
+from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads import dflash
@@ -30,8 +31,8 @@ def read_in_parts(network, batch, sizes):
 def test_layers_are_those_of_the_published_heads():
     # Those of the head for Qwen3-8B, [1, 9, 17, 25, 33] from 0.
     assert spread_layers(36, 5) == (2, 10, 18, 26, 34)
-    assert spread_layers(4, 3) == (1, 2, 4)
-    assert spread_layers(4, 9) == (1, 2, 3, 4)
+    assert spread_layers(4, 3) == (1, 3, FINAL)
+    assert spread_layers(4, 9) == (1, 2, 3, FINAL)
     assert spread_layers(30, 1) == (15,)
 
 
