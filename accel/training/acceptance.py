@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.decoding.drafters.heads.base import HeadDrafter, HeadMemory
+from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.drafters.heads.base import HeadMemory
 from hasten.accel.decoding.drafters.heads.linear import use_fast_linears
 from hasten.accel.decoding.replay import replay
 from hasten.accel.decoding.stats import DecodingStats
@@ -58,14 +59,20 @@ def deployed(
 
 
 @torch.no_grad()
-def measured(drafter: HeadDrafter, memory: HeadMemory, held_out: HeldOut, budget: int) -> DecodingStats:
-    """Statistics of drafts of at most `budget` tokens along the sequences; the network's linear layers become fast."""
-    use_fast_linears(memory.network)
+def measured(head: DraftHead, drafter: Drafter, memory: HeadMemory, held_out: HeldOut, budget: int) -> DecodingStats:
+    """Statistics of drafts of at most `budget` tokens along the sequences.
+
+    A head's linear layers become fast; a draft model drafts as the target that it is.
+    """
+    own = head.drafter_memory(memory.network)
+    if own is None:
+        use_fast_linears(memory.network)
+        own = memory
     sequences = [
         (record.tokens.tolist(), prompt) for record, prompt in zip(held_out.records, held_out.prompts, strict=True)
     ]
     features = (record.features.to(memory.device) for record in held_out.records)
-    return DecodingStats.total(replay(drafter, memory, sequences, budget, features))
+    return DecodingStats.total(replay(drafter, own, sequences, budget, features))
 
 
 @torch.no_grad()

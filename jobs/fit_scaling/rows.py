@@ -70,6 +70,6 @@ def _number(record: Mapping[str, Any], column: str, place: str) -> float | None:
     if value in (None, ""):
         return None
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: {column}={value} is no number") from error

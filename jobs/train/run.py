@@ -15,8 +15,9 @@ from torch import Tensor
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.documents import LIBRARY
-from hasten.accel.decoding.drafters.heads.base import HeadDrafter
+from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.accel.training.acceptance import HeldOut, deployed, measured, rates_of
@@ -110,12 +111,12 @@ def run(config: TrainConfig) -> Path:
             network.attach(embedding)
             network.to(device)
             network.vocabulary = vocabulary.to(device)
-            drafter: HeadDrafter = build({"_target_": target_of("drafter", head.drafter)})
+            drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
             of_step = windows.learned_tokens / len(windows) * settings.batch
 
             def measure(state: dict[str, Tensor]) -> dict[str, Any]:
                 memory = deployed(head, state, facts, vocabulary, embedding)
-                stats = measured(drafter, memory, held_out, held.budget)
+                stats = measured(head, drafter, memory, held_out, held.budget)
                 return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
 
             seconds = 0.0
@@ -194,7 +195,8 @@ def run(config: TrainConfig) -> Path:
 
 
 def _layers(config: TrainConfig, head: DraftHead, facts: TargetFacts) -> tuple[int, ...]:
-    layers = tuple(dict.fromkeys((*head.layers(facts), *config.data.layers)))
+    # A draft model reads none, but a record of the target has one at least.
+    layers = tuple(dict.fromkeys((*head.layers(facts), *config.data.layers))) or (FINAL,)
     wrong = [layer for layer in layers if not -1 <= layer <= facts.layers]
     if wrong:
         raise UserError(f"data.layers={wrong} is wrong: the target has hidden states 0 to {facts.layers}, and -1")

@@ -1,7 +1,7 @@
 """Records of a target: sequences with its hidden states and most probable next tokens, in a folder of shards.
 
-A shard is one safetensors file of whole sequences, one after the other, written atomically; `records.json` says what all
-shards have in common. So recording goes on after a crash with the next shard.
+A shard is one safetensors file of whole sequences, one after the other, written atomically; `records.json` says what
+all shards have in common. So recording goes on after a crash with the next shard.
 """
 
 import json

@@ -48,7 +48,7 @@ class AcceptanceNetwork(DraftNetwork):
         count = tokens.shape[1]
         causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         mask = causal & (batch.segments[:, :, None] == batch.segments[:, None])
-        draft.to(tokens.device)  # type: ignore[arg-type]  # the types of its wrapper are wrong
+        draft.to(tokens.device)
         with torch.no_grad():
             return draft(
                 input_ids=tokens,

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,7 +261,11 @@ class DistilledDraft(DraftHead):
         config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16", **tokens}
         for name, content in ((CONFIG, about), (_MODEL_CONFIG, config)):
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            write_whole(folder / name, lambda temporary, text=text: Path(temporary).write_text(text))
+            write_whole(folder / name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
 
 
 def _principal_axes(embedding: Tensor, size: int) -> Tensor:

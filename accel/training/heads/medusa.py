@@ -105,7 +105,7 @@ class Medusa(DraftHead):
         """Output layers begin as the target's rows of the draft's vocabulary."""
         assert isinstance(network, MedusaNetwork)
         for output in network.outputs:
-            output.weight.data.copy_(weights.output[network.vocabulary.ids])  # type: ignore[operator, union-attr]
+            output.weight.data.copy_(weights.output[network.vocabulary.ids])
 
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Every depth from the same states."""

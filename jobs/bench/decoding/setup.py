@@ -14,6 +14,7 @@ from hasten.accel.data.begin import begin_tokens
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.drafters.heads.base import HeadDrafter
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.adaptive import Adaptive
 from hasten.accel.decoding.lengths.base import LengthController
@@ -58,7 +59,7 @@ class Setup:
         dtype = resolve_dtype(config.dtype, self.device)
         target = resolve(config.target)
         draft, no_draft = _draft_model(config.draft, target)
-        self.names, self.omitted = _chosen_drafters(config, draft, no_draft)
+        self.names, self.omitted = _chosen_drafters(config, target, draft, no_draft)
         tokenizer = load_tokenizer(target, config.template)
         if tokenizer is None:
             raise UserError(f"target={config.target} has no tokenizer: prompts are texts")
@@ -206,7 +207,9 @@ def _draft_model(draft: str | None, target: Path) -> tuple[Path | None, str]:
     return folder, ""
 
 
-def _chosen_drafters(config: Config, draft: Path | None, no_draft: str) -> tuple[list[str], dict[str, str]]:
+def _chosen_drafters(
+    config: Config, target: Path, draft: Path | None, no_draft: str
+) -> tuple[list[str], dict[str, str]]:
     """Drafters to compare, and by name why others are left out; UserError for a name that cannot be compared."""
     known = method_names("drafter")
     unknown = [name for name in config.drafters if name not in known]
@@ -219,6 +222,11 @@ def _chosen_drafters(config: Config, draft: Path | None, no_draft: str) -> tuple
             omitted[name] = no_draft
         elif draft is not None and made.needs_hidden and config.head is None and not (draft / HEAD).is_file():
             omitted[name] = f"there is no acceptance head at {draft / HEAD}; train one with hasten train_drafter"
+        elif isinstance(made, HeadDrafter):
+            try:
+                made.folder(target)
+            except UserError as error:
+                omitted[name] = str(error)
     if config.drafters and omitted:
         name, reason = next(iter(omitted.items()))
         raise UserError(f"drafters={name} cannot be compared: {reason}")

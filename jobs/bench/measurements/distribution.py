@@ -35,7 +35,10 @@ def pairs(config: Config) -> list[tuple[str, str]]:
 
     Unless asked for by name, verifiers that are not lossless are tested with one drafter only, as a control.
     """
-    drafters = _chosen("drafter", config.drafters)
+    # A head on the target reads hidden states, which a table of logits does not have.
+    drafters = [name for name in _chosen("drafter", config.drafters) if not methods.drafter(name).reads_target]
+    if not drafters:
+        raise UserError(f"drafters={config.drafters} is wrong: drafters with a head on the target cannot be tested")
     tested = []
     for verifier in _chosen("verifier", config.verifiers):
         control = not config.verifiers and not methods.verifier(verifier).lossless
