@@ -212,8 +212,8 @@ class LlamaTarget(Target):
                 self._features.clear()
             if not logits:
                 return Pass(hidden[:0, None], hidden[:0, None], features)
-            logits, last = (rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden))
-            return Pass(logits, last, features)
+            scores, last = (rows.unflatten(0, (count, width)) for rows in (self._head(hidden), hidden))
+            return Pass(scores, last, features)
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """Additive mask (B, 1, G * N, L): the G query heads of a KV head are folded into the rows."""

@@ -105,6 +105,7 @@ class Medusa(DraftHead):
         """Output layers begin as the target's rows of the draft's vocabulary."""
         assert isinstance(network, MedusaNetwork)
         for output in network.outputs:
+            assert isinstance(output, nn.Linear)
             output.weight.data.copy_(weights.output[network.vocabulary.ids])
 
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
