@@ -31,6 +31,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sqlite file with MLflow's tables, which take seconds to make."""
+    # Imported here because this file is read on GPU machines without MLflow, too.
+    from hasten.cluster.tracking import store
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    store.import_mlflow()
+    store.make_database(file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     # Imported here because this file is read on GPU machines without Ray, too.
     from hasten.cluster.runtime.session import session

@@ -1,4 +1,4 @@
-"""What the tests of tracking share: a sqlite file with MLflow's tables, which take seconds to make, and its copies."""
+"""What the tests of tracking share: copies of a sqlite file with MLflow's tables."""
 
 import shutil
 from pathlib import Path
@@ -6,15 +6,6 @@ from pathlib import Path
 import pytest
 
 from hasten.cluster.tracking import store
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sqlite file with MLflow's tables."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    store.import_mlflow()
-    store.make_database(file)
-    return file
 
 
 @pytest.fixture

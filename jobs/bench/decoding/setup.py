@@ -14,7 +14,7 @@ from hasten.accel.data.begin import begin_tokens
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
-from hasten.accel.decoding.drafters.heads.base import HeadDrafter
+from hasten.accel.decoding.drafters.heads.base import HEADS, HeadDrafter
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.adaptive import Adaptive
 from hasten.accel.decoding.lengths.base import LengthController
@@ -225,8 +225,9 @@ def _chosen_drafters(
         elif isinstance(made, HeadDrafter):
             try:
                 made.folder(target)
-            except UserError as error:
-                omitted[name] = str(error)
+            except UserError:
+                # Without the path, because the table says it.
+                omitted[name] = f"the target's folder has no {HEADS}/NAME; train heads with hasten train"
     if config.drafters and omitted:
         name, reason = next(iter(omitted.items()))
         raise UserError(f"drafters={name} cannot be compared: {reason}")

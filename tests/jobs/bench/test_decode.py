@@ -11,6 +11,7 @@ from hasten.accel.models.checkpoint import resolve
 from hasten.jobs.bench import decode
 from hasten.jobs.bench.decoding.setup import Setup
 from hasten.jobs.common.schema import Tracking
+from tests.decoding.drafters.heads.untrained import with_target_heads
 
 
 def measured(tmp_path, **options):
@@ -62,7 +63,7 @@ def test_a_target_with_another_tokenizer_is_compared_without_the_drafters_of_the
     assert {"transformers_generate", "hasten_plain", "prompt_lookup", "token_recycling", "union"} <= compared
     assert not {"transformers_assisted", "draft_model", "hierarchy", "specdec_pp"} & compared
     text = (tmp_path / "benchmarks.md").read_text()
-    assert "Left out: draft_model, dyspec, hierarchy, rapid, rsd_beam, rsd_constant, specdec_pp, spectr (" in text
+    assert "Left out: draft_model, dyspec, hierarchy, rapid, rsd_beam, rsd_constant, s2d, specdec_pp, spectr (" in text
     assert "**library**: 1 prompts" in caplog.text, "the table is logged as soon as it is measured"
 
 
@@ -84,5 +85,9 @@ def test_a_draft_model_without_an_acceptance_head_leaves_out_specdec_pp(tmp_path
     (draft / "acceptance_head.safetensors").unlink()
     setup = Setup(decode.Config(draft=str(draft), count=1, max_draft_tokens=2, in_flight=2))
     assert "draft_model" in setup.names
-    assert list(setup.omitted) == ["specdec_pp"]
-    assert "there is no acceptance head at" in setup.omissions()[0]
+    heads = {path.stem for path in with_target_heads()}
+    assert setup.omitted.keys() == {"specdec_pp"} | heads
+    assert "there is no acceptance head at" in setup.omitted["specdec_pp"]
+    assert any("specdec_pp (there is no acceptance head at" in line for line in setup.omissions())
+    assert heads
+    assert all("hasten train" in setup.omitted[head] for head in heads)
