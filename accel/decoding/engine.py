@@ -100,8 +100,6 @@ class Engine:
         self.memory = memory
         if drafter is not None and memory is None:
             self.memory = drafter.new_memory(models or Models(target.vocabulary, target=target))
-        # Drafters read the hidden states that passes keep.
-        target.feature_layers = () if drafter is None else drafter.target_layers(self.memory)
         self._stop, self._stop_strings = frozenset(stop), stop_strings
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._max_nodes = memory_bytes, self.policy.max_nodes
@@ -121,6 +119,8 @@ class Engine:
             self._check(request)
         if not waiting:
             return
+        # Here, because a target may serve several engines in turn.
+        self.target.feature_layers = () if self.drafter is None else self.drafter.target_layers(self.memory)
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
         bound = fit_to_memory(partial(self._needed, longest), slots, self.policy.max_nodes, self._memory_bytes, longest)

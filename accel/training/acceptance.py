@@ -55,7 +55,8 @@ def deployed(
     network.load_state_dict({name: tensor.bfloat16().float() for name, tensor in weights.items()})
     network.attach(embedding)
     network.to(embedding.device).eval().requires_grad_(False)
-    return HeadMemory(network, head.layers(target), vocabulary.ids.tolist(), embedding.device)
+    # A draft model has ids of its own choice.
+    return HeadMemory(network, head.layers(target), network.vocabulary.ids.tolist(), embedding.device)
 
 
 @torch.no_grad()

@@ -10,37 +10,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.training.trainer import Trainer
 
 PROGRESS_FILE, BEST_FILE = "progress.json", "best.safetensors"
 _CHECKPOINT = "step-{:08d}"
 
 Weights = dict[str, Tensor]
-
-
-class StepTrainer(Protocol):
-    """Does steps of a training, in this process or in several. chunk: steps of a call, at most."""
-
-    step: int
-    chunk: int
-
-    def train(self, count: int, decay_from: int | None = None, decay_steps: int = 1) -> list[dict[str, float]]:
-        """Do `count` steps; the loss of each, with its parts. decay_from, decay_steps: see TrainSettings.rate."""
-
-    def weights(self) -> Weights:
-        """The network's tensors."""
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint into a new folder."""
-
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
 
 
 @dataclass
@@ -86,7 +67,7 @@ class ResumableTraining:
 
     def __init__(
         self,
-        trainer: StepTrainer,
+        trainer: Trainer,
         plan: Plan,
         folder: Path,
         measure: Callable[[Weights], dict[str, Any]],
@@ -113,8 +94,7 @@ class ResumableTraining:
                 self._evaluate(step, step)
             if step >= plan.steps:
                 break
-            stops = [stop for stop in (*plan.evaluate_at, *plan.branches, plan.steps) if stop > step]
-            self._do(min(trainer.chunk, min(stops) - step))
+            self._do()
             if self._is_due():
                 self._save()
         if self._saved_step < trainer.step:
@@ -127,11 +107,10 @@ class ResumableTraining:
         weights: Weights = load_file(self._folder / BEST_FILE)
         return weights
 
-    def _do(self, count: int) -> None:
-        first = self._trainer.step
-        for index, parts in enumerate(self._trainer.train(count), first + 1):
-            self.progress.losses.append(parts["loss"])
-            self._report(index, parts)
+    def _do(self) -> None:
+        (parts,) = self._trainer.train(1)
+        self.progress.losses.append(parts["loss"])
+        self._report(self._trainer.step, parts)
 
     def _evaluate(self, step: int, trained: int, branch: bool = False) -> None:
         weights = self._trainer.weights()
@@ -190,8 +169,3 @@ def read_progress(folder: Path) -> Progress:
 def evaluation_steps(steps: int, count: int) -> list[int]:
     """`count` steps at equal distances, the last one among them, and step 0."""
     return sorted({0, *(round(steps * number / count) for number in range(1, count + 1))})
-
-
-def parameters_of(weights: Mapping[str, torch.Tensor]) -> int:
-    """Number of parameters."""
-    return sum(tensor.numel() for tensor in weights.values())

@@ -59,6 +59,3 @@ class WarmupStableDecay(Schedule):
 def decayed(step: int, steps: int) -> float:
     """1 - sqrt, at a step of a decay of `steps`; 1 before it begins."""
     return 1 - math.sqrt(max(0, step) / steps)
-
-
-SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "wsd": WarmupStableDecay}

@@ -1,15 +1,14 @@
 """Trains a draft head in one process: AdamW with warm-up, gradient accumulation and clipping, over packed windows.
 
 The batch of a step, and the random numbers of its loss, depend on the seed and the number of the step alone. So a
-training that resumes from a checkpoint has the loss curve of one that was never interrupted, and ranks that share a
-step have that of one process. The loss of a step is the mean over its micro-batches, of which each is a mean over
-predicted tokens.
+training that resumes from a checkpoint has the loss curve of one that was never interrupted. The loss of a step is the
+mean over its micro-batches, of which each is a mean over predicted tokens.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Hyper-parameters. steps: of the whole training. batch: windows of a step, of all ranks.
+    """Hyper-parameters. steps: of the whole training. batch: windows of a step.
 
     micro_batch: windows that run at once. clip: largest norm of the gradient; 0 does not clip. bfloat16: products in
     bfloat16, with weights and optimizer in float32.
@@ -70,36 +69,8 @@ class TrainSettings:
         return self.lr * begun * decayed(step - decay_from, decay_steps)
 
 
-class Batches:
-    """Micro-batches of steps on a device. rank, ranks: which share of each step's they are."""
-
-    def __init__(
-        self, windows: PackedWindows, settings: TrainSettings, device: torch.device, rank: int = 0, ranks: int = 1
-    ) -> None:
-        self._windows, self._settings, self._device = windows, settings, device
-        self._rank, self._ranks = rank, ranks
-
-    def of(self, step: int, dtype: torch.dtype) -> "list[tuple[int, HeadBatch]]":
-        """Seed of the loss, and batch, of every micro-batch of this rank."""
-        settings = self._settings
-        numbers = self._windows.order(step, settings.batch)
-        batches = []
-        for index in range(self._rank, settings.micro_batches, self._ranks):
-            part = numbers[index * settings.micro_batch : (index + 1) * settings.micro_batch]
-            seed = (settings.seed * settings.steps + step) * settings.micro_batches + index
-            batches.append((seed, with_features(self._windows.batch(part).to(self._device), dtype)))
-        return batches
-
-
-def with_features(batch: HeadBatch, dtype: torch.dtype) -> HeadBatch:
-    """The batch with features of another dtype."""
-    return HeadBatch(**{**vars(batch), "features": batch.features.to(dtype)})
-
-
 class Trainer:
     """The training of a network in this process; `network` is trained in place, on its device."""
-
-    chunk = 1
 
     def __init__(self, head: DraftHead, network: DraftNetwork, windows: PackedWindows, settings: TrainSettings) -> None:
         self.head, self.network, self.settings = head, network, settings
@@ -109,7 +80,7 @@ class Trainer:
             parameters, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self._parameters = parameters
-        self._batches = Batches(windows, settings, self._device)
+        self._windows = windows
         self.step = 0
 
     def train(self, count: int, decay_from: int | None = None, decay_steps: int = 1) -> "list[dict[str, float]]":
@@ -123,10 +94,9 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
-        batches = self._batches.of(self.step, torch.float32)
-        for seed, batch in batches:
+        for seed, batch in self._micro_batches():
             loss = loss_of(self.head, self.network, batch, seed, self.settings.bfloat16)
-            (loss.value / len(batches)).backward()
+            (loss.value / self.settings.micro_batches).backward()
             losses.append(loss)
         means = mean_of(losses)
         check_finite(self.step, means["loss"])
@@ -134,6 +104,15 @@ class Trainer:
         self._optimizer.step()
         self.step += 1
         return {**means, "gradient_norm": float(norm), "lr": rate}
+
+    def _micro_batches(self) -> Iterator[tuple[int, HeadBatch]]:
+        """Seed of the loss, and batch with features in float32, of every micro-batch of the step."""
+        settings, size = self.settings, self.settings.micro_batch
+        numbers = self._windows.order(self.step, settings.batch)
+        for index in range(settings.micro_batches):
+            batch = self._windows.batch(numbers[index * size : (index + 1) * size]).to(self._device)
+            seed = (settings.seed * settings.steps + self.step) * settings.micro_batches + index
+            yield seed, replace(batch, features=batch.features.float())
 
     def weights(self) -> dict[str, Tensor]:
         """The network's tensors by name, float32 on the CPU."""
@@ -152,14 +131,6 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
-
-    def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's state in this process."""
-        states = self._optimizer.state.values()
-        return sum(value.numel() * value.element_size() for state in states for value in state.values())
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def loss_of(head: DraftHead, network: DraftNetwork, batch: HeadBatch, seed: int, bfloat16: bool = False) -> Loss:

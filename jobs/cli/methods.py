@@ -75,14 +75,11 @@ def target_of(group: str, name: str) -> str:
 def method(group: str, name: str) -> Method:
     """An existing method of a group; its module is parsed and not imported."""
     module, _, class_name = target_of(group, name).rpartition(".")
-    path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    method_class = next(
-        (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None
-    )
+    tree = _parsed(module)
+    method_class = _class_of(tree, class_name)
     documented = method_class if method_class is not None and _is_shared(group, module) else tree
     summary = " ".join((ast.get_docstring(documented) or "").partition("\n\n")[0].split()).removesuffix(".")
-    return Method(name, summary, () if method_class is None else _fields(method_class))
+    return Method(name, summary, () if method_class is None else _fields(module, class_name))
 
 
 def _is_shared(group: str, module: str) -> bool:
@@ -91,7 +88,38 @@ def _is_shared(group: str, module: str) -> bool:
     return sum(match is not None and match[1] == module for match in map(_TARGET.search, texts)) > 1
 
 
-def _fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
+@cache
+def _parsed(module: str) -> ast.Module:
+    """Source of a module below the import root."""
+    path = CONF.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _class_of(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+
+
+def _fields(module: str, class_name: str) -> tuple[MethodField, ...]:
+    """Hyper-parameters of a class in the order of dataclasses: those of its bases first, with its own defaults."""
+    tree = _parsed(module)
+    node = _class_of(tree, class_name)
+    if node is None:
+        return ()
+    imported = {
+        alias.asname or alias.name: (item.module, alias.name)
+        for item in tree.body
+        if isinstance(item, ast.ImportFrom) and item.module is not None and item.module.startswith("hasten.")
+        for alias in item.names
+    }
+    fields: dict[str, MethodField] = {}
+    for base in node.bases:
+        name = ast.unparse(base).partition("[")[0]
+        origin = imported.get(name, (module, name))
+        fields |= {field.name: field for field in _fields(*origin)}
+    return tuple((fields | {field.name: field for field in _own_fields(node)}).values())
+
+
+def _own_fields(node: ast.ClassDef) -> tuple[MethodField, ...]:
     fields = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:

@@ -56,6 +56,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     target = model_folder("target", config.target)
     draft = None
     if drafter is not None:
+        drafter.check_target(target)
         draft = draft_folder(config.draft, drafter, target)
     device = resolve_device(config.device)
     tokenizer, vocabulary = load_tokenizer(target, config.template), vocabulary_size(target)

@@ -10,7 +10,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.errors import UserError
 from hasten.accel.training.data.recording import Recorder, record_answers, record_texts
-from hasten.accel.training.data.records import Record, Records, RecordsMeta
+from hasten.accel.training.data.records import META, Record, Records, RecordsMeta, shard_path
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import prompt_seed
 from hasten.jobs.train.inputs import TrainingText
@@ -28,7 +28,7 @@ class Recording:
         self, folder: Path, meta: RecordsMeta, texts: Sequence[TrainingText], shard: int, max_new_tokens: int
     ) -> None:
         self._texts, self._shard, self._max_new_tokens = texts, shard, max_new_tokens
-        if (folder / "records.json").is_file():
+        if (folder / META).is_file():
             held = Records(folder).meta
             for name in ("target", "source", "top", "hidden_size"):
                 if getattr(held, name) != getattr(meta, name):
@@ -49,8 +49,7 @@ class Recording:
     def missing(self) -> list[int]:
         """Shards that are not recorded yet."""
         count = -(-len(self._texts) // self._shard)
-        names = {path.name for path in self._folder.glob("*.safetensors")}
-        return [number for number in range(count) if f"records-{number:05d}.safetensors" not in names]
+        return [number for number in range(count) if not shard_path(self._folder, number).is_file()]
 
     def check_space(self) -> None:
         """UserError if the disk has no room for the missing shards; the size is logged."""

@@ -2,9 +2,9 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,21 +16,23 @@ from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.decoding.drafters.base import Drafter
+from hasten.accel.decoding.drafters.heads.base import HeadMemory
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.accel.training.acceptance import HeldOut, deployed, measured, rates_of
-from hasten.accel.training.data.records import RecordsMeta
+from hasten.accel.training.data.records import Records, RecordsMeta
 from hasten.accel.training.data.windows import PackedWindows
-from hasten.accel.training.data_scaling import MIN_POINTS, LogLinear
 from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts, TargetWeights
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.resumable import Plan, ResumableTraining, evaluation_steps
+from hasten.accel.training.scaling_laws import Row, ScalingLaw
 from hasten.accel.training.schedules import Cosine, Schedule, WarmupStableDecay
 from hasten.accel.training.trainer import Trainer, TrainSettings
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
+from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, target_of
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
@@ -44,6 +46,8 @@ from hasten.jobs.train.options import TrainConfig
 from hasten.jobs.train.recorded import Recording
 
 _SCORE = "mean_acceptance_length"
+# Measurements of acceptance_at from which a line with an interval is drawn.
+_MIN_POINTS = 3
 _NOT_COMPARED = ("run_dir", "cache", "tracking", "output", "overwrite", "threads")
 
 
@@ -60,138 +64,190 @@ def run(config: TrainConfig) -> Path:
     head = build(config.head)
     if not isinstance(head, DraftHead):
         raise UserError(f"the head {type(head).__name__} drafts nothing: train it with hasten train_drafter")
+    _settings(config, 1)  # checks the options, before anything is recorded
     target = model_folder("target", config.target)
     facts, weights = TargetFacts.of(target), TargetWeights.of(target)
-    layers = _layers(config, head, facts)
-    texts, held_out_texts = _texts(config, target, facts)
+    texts = _texts(config, target, facts)
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "head"
-    fingerprint = _fingerprint(config, facts, texts, held_out_texts)
+    fingerprint = _fingerprint(config, facts, *texts)
     folder = HeadFolder(output, target)
     folder.check(fingerprint, config.overwrite)
     records = Path(config.data.records) if config.data.records else output / PROGRESS / "records"
-    data, held = config.data, config.held_out
-
-    def recording(name: str, of: list[TrainingText], settings: list[object], new_tokens: int) -> Recording:
-        meta = RecordsMeta(layers, data.top, facts.hidden_size, facts.fingerprint, digest_of(of, settings))
-        return Recording(records / name, meta, of, data.shard, new_tokens)
-
-    train_recording = recording("train", texts, [data.max_new_tokens, data.temperature, data.seed], data.max_new_tokens)
-    held_recording = recording("held_out", held_out_texts, [held.max_new_tokens], held.max_new_tokens)
-    train_recording.check_space()
+    recordings = _recordings(config, records, _layers(config, head, facts), facts, *texts)
 
     run_dir = start(config)
     folder.open(fingerprint, config.overwrite)
     try:
         with tracked(config, "train", run_dir) as tracker:
             tracker.params(plain(config))
-            device = torch.device(resolve_device(config.device))
-            load = partial(load_target, target, resolve_dtype(config.dtype, device.type), device.type)
-            stop = _stop(config, target)
-            recorded = train_recording.run(
-                load, "recording", stop, Sampling(data.temperature), data.seed, data.in_flight
-            )
-            held_records = held_recording.run(load, "recording held-out", stop, Sampling(), 0, data.in_flight)
+            recorded, held_records = _recorded(config, target, *recordings)
             reads = head.layers(facts)
             windows = PackedWindows(recorded, reads, config.train.window, config.seed)
-            held_out = (
-                HeldOut.of(
-                    [r for path in held_records.shards() for r in held_records.read(path, reads)], held.prompt_length
-                )
-                if not held.generate
-                else HeldOut.of([r for path in held_records.shards() for r in held_records.read(path, reads)])
-            )
-            if not held_out.tokens:
-                raise UserError("held_out holds no token behind its prompts: give longer texts, or a shorter prompt")
-            vocabulary = DraftVocabulary.most_frequent(windows.counts(facts.vocabulary), config.draft_vocabulary)
-            settings = _settings(config, windows)
-            torch.manual_seed(config.seed)
-            network = head.build(facts, vocabulary)
-            head.initialise(network, weights)
-            embedding = weights.embedding.to(device)
-            network.attach(embedding)
-            network.to(device)
-            network.vocabulary = vocabulary.to(device)
-            drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
-            of_step = windows.learned_tokens / len(windows) * settings.batch
-
-            def measure(state: dict[str, Tensor]) -> dict[str, Any]:
-                memory = deployed(head, state, facts, vocabulary, embedding)
-                stats = measured(head, drafter, memory, held_out, held.budget)
-                return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
-
-            seconds = 0.0
-            with Progress("training", settings.steps, "step") as progress:
-
-                def report(step: int, parts: Mapping[str, float]) -> None:
-                    tracker.metrics({"train": dict(parts)}, step)
-                    progress.update(step, f"loss {parts['loss']:.4f}")
-
-                def noted(row: Mapping[str, Any]) -> None:
-                    positions = {f"position_{n}": v for n, v in enumerate(row["acceptance_per_position"], 1)}
-                    tracker.metrics({"held_out": {_SCORE: row[_SCORE], **positions}}, row["trained_steps"])
-
-                training = ResumableTraining(
-                    Trainer(head, network, windows, settings),
-                    _plan(config, settings, of_step),
-                    output / PROGRESS,
-                    measure,
-                    _SCORE,
-                    report,
-                    noted,
-                )
-                progress.begin(training.progress.step)
-                first, begun = training.progress.step, perf_counter()
-                done = training.run()
-                seconds = perf_counter() - begun
-            best = training.best_weights()
-            memory = deployed(head, best, facts, vocabulary, embedding)
-            rates = rates_of(head, memory, held_out)
-            assert done.best is not None
-            network.load_state_dict(best)
-            network.vocabulary = vocabulary
-            extra = {
-                "rates": rates,
-                "tokens": round(of_step * done.best["trained_steps"]),
-                "acceptance": done.best,
-            }
-            head.save(network, output, facts, extra)
+            held_out = _held_out(config, held_records, reads)
+            training = _HeadTraining(config, head, facts, weights, windows, held_out)
+            report = training.run(output / PROGRESS, tracker)
+            training.save(output)
             if config.data.records is None:
                 shutil.rmtree(records, ignore_errors=True)
-            evaluations = [{**row, "tokens": round(of_step * row["trained_steps"])} for row in done.evaluations]
-            trained = (settings.steps - first) * of_step
-            untrained = next(row[_SCORE] for row in evaluations if row["step"] == 0 and not row["branch"])
-            metrics = {
-                _SCORE: done.best[_SCORE],
-                "untrained_acceptance_length": untrained,
-                "train_tokens_per_second": trained / seconds if trained else None,
-                "loss": done.losses[-1],
-                "tokens": round(of_step * settings.steps),
-                "unique_tokens": windows.learned_tokens,
-                "held_out_tokens": held_out.tokens,
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "steps": settings.steps,
+            usage = {
                 "seconds": perf_counter() - started,
                 "cpu_seconds": cpu_seconds(),
                 "peak_rss_bytes": peak_rss_bytes(),
             }
-            path = tracker.report(
-                {
-                    "job": "train",
-                    "config": plain(config),
-                    "metrics": metrics,
-                    "losses": done.losses,
-                    "evaluations": evaluations,
-                    "rates": rates,
-                    "data_scaling": _scaling(evaluations),
-                    "layers": [],
-                    "output": str(output.absolute()),
-                }
-            )
+            metrics = report["metrics"] | usage
+            common = {"job": "train", "config": plain(config), "layers": [], "output": str(output.absolute())}
+            path = tracker.report(common | report | {"metrics": metrics})
     finally:
         folder.release()
-    print(f"acceptance: {untrained:.2f} tokens a pass before training, {metrics[_SCORE]:.2f} after it")
-    print(f"to use it: drafter={head.drafter} drafter.head={as_given(output.absolute())}")
+    before, after = metrics["untrained_acceptance_length"], metrics[_SCORE]
+    print(f"acceptance: {before:.2f} tokens a pass before training, {after:.2f} after it")
+    option = "drafter.head" if training.drafter.reads_target else "draft"
+    print(f"to use it: drafter={head.drafter} {option}={as_given(output.absolute())}")
     return path
+
+
+class _HeadTraining:
+    """The training of a head's network on recorded windows, measured on held-out records."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        head: DraftHead,
+        facts: TargetFacts,
+        weights: TargetWeights,
+        windows: PackedWindows,
+        held_out: HeldOut,
+    ) -> None:
+        self._config, self._head, self._facts = config, head, facts
+        self._windows, self._held_out = windows, held_out
+        steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(windows) / config.train.batch))
+        self._settings = _settings(config, steps)
+        self._vocabulary = DraftVocabulary.most_frequent(windows.counts(facts.vocabulary), config.draft_vocabulary)
+        device = torch.device(resolve_device(config.device))
+        torch.manual_seed(config.seed)
+        self._network = head.build(facts, self._vocabulary)
+        head.initialise(self._network, weights)
+        self._embedding = weights.embedding.to(device)
+        self._network.attach(self._embedding)
+        self._network.to(device)
+        # That of the network: a draft model has all ids, whatever the option says.
+        self._network.vocabulary = self._network.vocabulary.to(device)
+        self.drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
+        self._tokens_of_step = windows.learned_tokens / len(windows) * self._settings.batch
+        self._extra: Record = {}
+
+    def run(self, folder: Path, tracker: Tracker) -> Record:
+        """Train, or go on, with checkpoints in a folder; returns the report's own part. The best network is kept."""
+        settings = self._settings
+        with Progress("training", settings.steps, "step") as progress:
+
+            def report(step: int, parts: Mapping[str, float]) -> None:
+                tracker.metrics({"train": dict(parts)}, step)
+                progress.update(step, f"loss {parts['loss']:.4f}")
+
+            def noted(row: Mapping[str, Any]) -> None:
+                positions = {f"position_{n}": v for n, v in enumerate(row["acceptance_per_position"], 1)}
+                tracker.metrics({"held_out": {_SCORE: row[_SCORE], **positions}}, row["trained_steps"])
+
+            training = ResumableTraining(
+                Trainer(self._head, self._network, self._windows, settings),
+                _plan(self._config, settings, self._tokens_of_step),
+                folder,
+                self._measure,
+                _SCORE,
+                report,
+                noted,
+            )
+            first, begun = training.progress.step, perf_counter()
+            progress.begin(first)
+            done = training.run()
+            seconds = perf_counter() - begun
+        best = training.best_weights()
+        self._network.load_state_dict(best)
+        rates = rates_of(self._head, self._deployed(best), self._held_out)
+        assert done.best is not None
+        tokens = self._tokens(done.best["trained_steps"])
+        self._extra = {"rates": rates, "tokens": tokens, "acceptance": done.best}
+        evaluations = [{**row, "tokens": self._tokens(row["trained_steps"])} for row in done.evaluations]
+        trained = self._tokens(settings.steps - first)
+        metrics = {
+            _SCORE: done.best[_SCORE],
+            "untrained_acceptance_length": next(
+                row[_SCORE] for row in evaluations if row["step"] == 0 and not row["branch"]
+            ),
+            "train_tokens_per_second": trained / seconds if trained else None,
+            "loss": done.losses[-1],
+            "tokens": self._tokens(settings.steps),
+            "unique_tokens": self._windows.learned_tokens,
+            "held_out_tokens": self._held_out.tokens,
+            "parameters": sum(parameter.numel() for parameter in self._network.parameters()),
+            "steps": settings.steps,
+        }
+        return {
+            "metrics": metrics,
+            "losses": done.losses,
+            "evaluations": evaluations,
+            "rates": rates,
+            "data_scaling": _scaling(evaluations),
+        }
+
+    def save(self, output: Path) -> None:
+        """Write the best network's folder, after `run`."""
+        self._head.save(self._network, output, self._facts, self._extra)
+
+    def _tokens(self, steps: int) -> int:
+        """Tokens that so many steps learn, on average."""
+        return round(self._tokens_of_step * steps)
+
+    def _measure(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        budget = self._config.held_out.budget
+        stats = measured(self._head, self.drafter, self._deployed(state), self._held_out, budget)
+        return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
+
+    def _deployed(self, state: dict[str, Tensor]) -> HeadMemory:
+        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding)
+
+
+def _recordings(
+    config: TrainConfig,
+    folder: Path,
+    layers: tuple[int, ...],
+    facts: TargetFacts,
+    texts: list[TrainingText],
+    held_out: list[TrainingText],
+) -> tuple[Recording, Recording]:
+    """Recordings of both kinds of sequences; UserError if the disk has no room for those to train on."""
+    data, held = config.data, config.held_out
+
+    def recording(name: str, of: list[TrainingText], settings: list[object], new_tokens: int) -> Recording:
+        meta = RecordsMeta(layers, data.top, facts.hidden_size, facts.fingerprint, digest_of(of, settings))
+        return Recording(folder / name, meta, of, data.shard, new_tokens)
+
+    answers: list[object] = [data.max_new_tokens, data.temperature, data.seed]
+    train = recording("train", texts, answers, data.max_new_tokens)
+    train.check_space()
+    return train, recording("held_out", held_out, [held.max_new_tokens], held.max_new_tokens)
+
+
+def _recorded(config: TrainConfig, target: Path, train: Recording, held_out: Recording) -> tuple[Records, Records]:
+    """The records of both, of which the missing ones are made; held-out prompts are answered greedily."""
+    data, device = config.data, resolve_device(config.device)
+    load = cache(partial(load_target, target, resolve_dtype(config.dtype, device), device))
+    stop = _stop(config, target)
+    return (
+        train.run(load, "recording", stop, Sampling(data.temperature), data.seed, data.in_flight),
+        held_out.run(load, "recording held-out", stop, Sampling(), 0, data.in_flight),
+    )
+
+
+def _held_out(config: TrainConfig, records: Records, layers: Sequence[int]) -> HeldOut:
+    """The records to measure on; of texts the first tokens are the prompt. UserError if nothing is left."""
+    held = config.held_out
+    sequences = [record for path in records.shards() for record in records.read(path, layers)]
+    held_out = HeldOut.of(sequences, 1 if held.generate else held.prompt_length)
+    if not held_out.tokens:
+        raise UserError("held_out holds no token behind its prompts: give longer texts, or a shorter prompt")
+    return held_out
 
 
 def _layers(config: TrainConfig, head: DraftHead, facts: TargetFacts) -> tuple[int, ...]:
@@ -259,9 +315,8 @@ def _stop(config: TrainConfig, target: Path) -> tuple[int, ...]:
     return tuple(sorted({*stop_ids(target, tokenizer), *(() if turn is None else (turn,))}))
 
 
-def _settings(config: TrainConfig, windows: PackedWindows) -> TrainSettings:
+def _settings(config: TrainConfig, steps: int) -> TrainSettings:
     train = config.train
-    steps = train.steps or max(1, math.ceil(train.epochs * len(windows) / train.batch))
     schedule: Schedule = Cosine(train.warmup)
     if train.schedule == "wsd":
         schedule = WarmupStableDecay(train.warmup, train.decay)
@@ -294,11 +349,17 @@ def _plan(config: TrainConfig, settings: TrainSettings, of_step: float) -> Plan:
 
 
 def _scaling(evaluations: list[Record]) -> Record | None:
-    """The line through the measurements of acceptance_at, and what 2, 4 and 10 times the most tokens would give."""
-    rows = [row for row in evaluations if row["branch"]]
-    if len(rows) < MIN_POINTS:
+    """The law through the measurements of acceptance_at, and what 2, 4 and 10 times the most tokens would give.
+
+    None for fewer measurements than a law with an interval needs.
+    """
+    rows = [Row({"tokens": row["tokens"]}, row[_SCORE]) for row in evaluations if row["branch"]]
+    if len(rows) < _MIN_POINTS:
         return None
-    tokens = [row["tokens"] for row in rows]
-    line = LogLinear.fit(tokens, [row[_SCORE] for row in rows])
-    predictions = [asdict(line.predict(times * max(tokens))) for times in (2, 4, 10)]
-    return {"points": [[row["tokens"], row[_SCORE]] for row in rows], "line": asdict(line), "predictions": predictions}
+    law, most = ScalingLaw.fit(rows), max(row.factors["tokens"] for row in rows)
+    intercept, slope = (asdict(interval) for interval in law.coefficients)
+    return {
+        "points": [[row.factors["tokens"], row.acceptance] for row in rows],
+        "line": {"intercept": intercept, "slope": slope, "residual": law.residual},
+        "predictions": [{"tokens": times * most, **asdict(law.predict(tokens=times * most))} for times in (2, 4, 10)],
+    }

@@ -124,6 +124,10 @@ class Drafter(ABC):
         """The kinds of its drafts; several if it combines drafters. `Context.drafting` is the sampling of drafts."""
         return frozenset({DraftKind(self.draft_sampling(sampling), self.chains())})
 
+    def check_target(self, target: Path) -> None:
+        """UserError unless what was trained for it fits the target in this folder; called before all else."""
+        return
+
     def new_memory(self, models: Models) -> Memory:
         """The initial memory; None for a drafter without one."""
         return None

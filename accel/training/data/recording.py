@@ -36,9 +36,9 @@ class Recorder(Drafter):
         """The number of most probable ids that are kept."""
         return self.top
 
-    def new_memory(self, models: Models) -> Memory:
-        """None: what is kept belongs to the sequences."""
-        return None
+    def new_memory(self, models: Models) -> list[Record]:
+        """The records of the sequences that have ended."""
+        return []
 
     def target_layers(self, memory: Memory) -> tuple[int, ...]:
         """The layers to keep."""
@@ -64,8 +64,8 @@ class Recorder(Drafter):
         recorded: _Recorded = context.state.setdefault(self, _Recorded())
         return recorded
 
-    def record(self, context: Context) -> Record:
-        """The record of a decoded sequence; its last token, which has not run, is left out. Answers are learned."""
+    def end(self, context: Context, memory: list[Record]) -> None:
+        """Add the record of a sequence; its last token, which has not run, is left out. Answers are learned."""
         recorded = self._of(context)
         features = torch.cat(recorded.features)
         count = len(features)
@@ -79,29 +79,16 @@ class Recorder(Drafter):
         top_log_probs[before : before + rows] = torch.cat(recorded.top_probs)[:rows].log().half()
         learned = torch.zeros(count, dtype=torch.bool)
         learned[context.prompt_length :] = True
-        return Record(torch.tensor(context.tokens[:count]), learned, features, top_ids, top_log_probs)
-
-
-class _RecordingEngine(Engine):
-    """An engine that gives records of the sequences that ended; finished: filled with them, by id."""
-
-    finished: dict[str, Record]
-
-    def _end(self, index: int, ended: str):  # type: ignore[no-untyped-def]
-        running = self._running[index]
-        assert isinstance(self.drafter, Recorder)
-        self.finished[running.request.id] = self.drafter.record(running.context)
-        return super()._end(index, ended)
+        memory.append(Record(torch.tensor(context.tokens[:count]), learned, features, top_ids, top_log_probs))
 
 
 def record_answers(
     target: Target, requests: Sequence[Request], recorder: Recorder, stop: Sequence[int] = (), in_flight: int = 32
 ) -> Iterator[tuple[str, Record]]:
     """(id, record) of each request as its answer ends; the answer is what the target decodes without drafts."""
-    engine = _RecordingEngine(target, recorder, policy=Fixed(0), stop=stop, in_flight=in_flight)
-    engine.finished = {}
+    engine = Engine(target, recorder, policy=Fixed(0), stop=stop, in_flight=in_flight)
     for result in engine.decode(requests):
-        yield result.id, engine.finished.pop(result.id)
+        yield result.id, engine.memory.pop()  # that of the sequence that has just ended
 
 
 @torch.no_grad()

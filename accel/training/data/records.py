@@ -5,7 +5,7 @@ all shards have in common. So recording goes on after a crash with the next shar
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +17,13 @@ from torch import Tensor
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
 
-_META = "records.json"
+META = "records.json"
 _SHARD = "records-{:05d}.safetensors"
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Path of a shard."""
+    return folder / _SHARD.format(number)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Records:
 
     def __init__(self, folder: Path, meta: RecordsMeta | None = None) -> None:
         self.folder = folder
-        path = folder / _META
+        path = folder / META
         if path.is_file():
             held = json.loads(path.read_text())
             self.meta = RecordsMeta(**{**held, "layers": tuple(held["layers"])})
@@ -78,16 +83,12 @@ class Records:
                     f"{folder} holds records of something else: {', '.join(differing)} differ; give a new folder"
                 )
         elif meta is None:
-            raise UserError(f"{folder} holds no records of a target: {_META} is missing")
+            raise UserError(f"{folder} holds no records of a target: {META} is missing")
         else:
             self.meta = meta
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(meta), indent=2) + "\n"
             write_whole(path, lambda temporary: Path(temporary).write_text(text))
-
-    def shard(self, number: int) -> Path:
-        """Path of a shard."""
-        return self.folder / _SHARD.format(number)
 
     def shards(self) -> list[Path]:
         """Shards that are complete, in order; there may be gaps while several processes record."""
@@ -97,7 +98,7 @@ class Records:
         """Write a shard atomically."""
         tensors = {name: torch.cat([getattr(record, name) for record in records]) for name in Record.__annotations__}
         tensors["lengths"] = torch.tensor([len(record) for record in records])
-        write_whole(self.shard(number), lambda temporary: save_file(tensors, temporary))
+        write_whole(shard_path(self.folder, number), lambda temporary: save_file(tensors, temporary))
 
     def read(self, path: Path, layers: Sequence[int] | None = None) -> list[Record]:
         """The sequences of a shard, with features of these layers only; None gives all. UserError if it is damaged."""
@@ -123,8 +124,3 @@ class Records:
             )
         parts = features.unflatten(-1, (len(self.meta.layers), self.meta.hidden_size))
         return parts[:, [self.meta.layers.index(layer) for layer in layers]].flatten(1)
-
-    def __iter__(self) -> Iterator[Record]:
-        """All sequences, in the order of the shards."""
-        for path in self.shards():
-            yield from self.read(path)

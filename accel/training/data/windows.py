@@ -59,7 +59,6 @@ class PackedWindows:
         records.select(torch.empty(0, len(records.meta.layers) * records.meta.hidden_size), layers)
         self._paths = records.shards()
         self._files: dict[Path, Any] = {}
-        self._counts: Tensor | None = None
         pieces, learned = [], []
         for shard, path in enumerate(self._paths):
             row = 0
@@ -82,11 +81,6 @@ class PackedWindows:
 
     def __len__(self) -> int:
         return len(self._windows)
-
-    @property
-    def filled(self) -> float:
-        """Share of the windows that is not padding."""
-        return sum(piece.length for window in self._windows for piece in window) / (len(self) * self.length)
 
     def order(self, step: int, batch: int) -> list[int]:
         """Windows of the batch of a step, from 0; every epoch has all windows once, in another order."""

@@ -10,7 +10,7 @@ h(t), with token t + 1 known, the draft of depth d = 1, 2, … is of token t + 1
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -256,11 +256,11 @@ class DraftHead(ABC):
 
 
 def load_head(
-    folder: Path, head_of: Callable[[Mapping[str, Any]], DraftHead], target: TargetFacts | None = None
+    folder: Path, head_type: type[DraftHead], target: TargetFacts | None = None
 ) -> tuple[DraftHead, DraftNetwork, dict[str, Any]]:
     """Head, network in float32 and config of a folder; UserError if it holds no head, or one for another target.
 
-    head_of: makes the head of its hyper-parameters. target: facts of the target that it will be used with.
+    head_type: the head that is expected. target: facts of the target that it will be used with.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -272,7 +272,10 @@ def load_head(
         raise UserError(f"head={folder} is no folder of a trained head: train one with hasten train") from error
     if target is not None:
         check_target(folder, facts, target)
-    head = head_of(config["hyper_parameters"])
+    # Before the hyper-parameters, which another head does not have.
+    if config["head"] != head_type.drafter:
+        raise UserError(f"head={folder} is a head of {config['head']}: expected one of {head_type.drafter}")
+    head = head_type(**config["hyper_parameters"])
     network = head.build(facts, vocabulary)
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
+from hasten.accel.training.schedules import Cosine
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Fitting:
 
     def rate(self, step: int, steps: int) -> float:
         """Factor on the learning rate at a step, counted from 0, of `steps` in all."""
-        rising = math.ceil(self.warmup * steps)
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+        return Cosine(self.warmup).rate(step, steps)
 
     def run(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError
+from hasten.accel.training.heads.acceptance import ResBlock
 from hasten.accel.training.heads.draft_head import (
     DraftHead,
     DraftNetwork,
@@ -28,18 +29,13 @@ from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.by_depth import DepthLoss
 
 
-class ResBlock(nn.Module):
-    """x + SiLU(Wx + b), the identity at first."""
+class IdentityBlock(ResBlock):
+    """A residual block that is the identity at first."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size)
+        super().__init__(size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) to (…, D)."""
-        return x + nn.functional.silu(self.linear(x))
 
 
 class MedusaNetwork(DraftNetwork):
@@ -48,7 +44,7 @@ class MedusaNetwork(DraftNetwork):
     def __init__(self, size: int, vocabulary: DraftVocabulary, depth: int, blocks: int, outputs: int) -> None:
         super().__init__()
         self.vocabulary, self.max_depth = vocabulary, depth
-        self.heads = nn.ModuleList(nn.Sequential(*(ResBlock(size) for _ in range(blocks))) for _ in range(depth))
+        self.heads = nn.ModuleList(nn.Sequential(*(IdentityBlock(size) for _ in range(blocks))) for _ in range(depth))
         self.outputs = nn.ModuleList(nn.Linear(size, len(vocabulary), bias=False) for _ in range(outputs))
 
     def logits(self, hidden: Tensor, depth: int) -> Tensor:

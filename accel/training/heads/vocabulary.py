@@ -1,6 +1,6 @@
 """The reduced vocabulary that a head drafts from: the most frequent tokens of its training text.
 
-Source: Zhao et al. 2025, arXiv:2502.14856 (FR-Spec); Li et al. 2025, arXiv:2503.01840 (EAGLE-3), whose d2t and t2d it
+Source: Zhao et al. 2025, arXiv:2502.14856 (FR-Spec); Li et al. 2025, arXiv:2503.01840 (EAGLE-3), whose d2t it
 writes. The output layer is the largest part of a head, and most of a vocabulary is never drafted.
 """
 
@@ -55,10 +55,3 @@ class DraftVocabulary:
     def d2t(self) -> Tensor:
         """EAGLE-3's map from rows to ids, (R,) int64: what is added to a row's number to get the id."""
         return self.ids - torch.arange(len(self.ids), device=self.ids.device)
-
-    @property
-    def t2d(self) -> Tensor:
-        """EAGLE-3's mask, (V,) bool: the ids that the draft has."""
-        mask = torch.zeros(self.size, dtype=torch.bool, device=self.ids.device)
-        mask[self.ids] = True
-        return mask

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -70,6 +71,11 @@ class Combined(Drafter):
     def learns(self) -> bool:
         """Whether any member learns."""
         return any(drafter.learns for drafter in self.drafters)
+
+    def check_target(self, target: Path) -> None:
+        """Check every member."""
+        for drafter in self.drafters:
+            drafter.check_target(target)
 
     def new_memory(self, models: Models) -> tuple[Memory, ...]:
         """The initial memory of each member."""

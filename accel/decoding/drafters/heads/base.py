@@ -98,11 +98,7 @@ class HeadDrafter(Drafter):
 
     def new_memory(self, models: Models) -> HeadMemory:
         """The trained network with the target's embedding; UserError if there is no head, or one for another target."""
-        folder = self.folder(models.target_path)
-        facts = TargetFacts.of(models.target_path) if models.target_path is not None else None
-        head, network, config = load_head(folder, lambda values: self.head_type(**values), facts)
-        if config["head"] != self.head_type.drafter:
-            raise UserError(f"head={folder} is of {config['head']}, and the drafter is {self.name}")
+        head, network, config = self._loaded(models.target_path)
         if models.target is not None:
             embedding, device = models.target.embedding(), models.target.device
         elif models.target_path is not None:
@@ -112,10 +108,21 @@ class HeadDrafter(Drafter):
         network.attach(embedding)
         network.to(device).requires_grad_(False)
         use_fast_linears(network)
-        if self.tree == "static" and not config.get("rates"):
-            raise UserError(f"tree=static needs measured acceptance, which head={folder} lacks: use tree=dynamic")
         layers = head.layers(TargetFacts(**config["target"]))
         return HeadMemory(network, layers, network.vocabulary.ids.tolist(), device, config.get("rates"))
+
+    def check_target(self, target: Path) -> None:
+        """UserError if there is no head, or one for another target."""
+        self._loaded(target)
+
+    def _loaded(self, target: Path | None) -> tuple[DraftHead, DraftNetwork, dict[str, Any]]:
+        """Head, network and config of the head's folder."""
+        folder = self.folder(target)
+        facts = TargetFacts.of(target) if target is not None else None
+        head, network, config = load_head(folder, self.head_type, facts)
+        if self.tree == "static" and not config.get("rates"):
+            raise UserError(f"tree=static needs measured acceptance, which head={folder} lacks: use tree=dynamic")
+        return head, network, config
 
     def folder(self, target: Path | None) -> Path:
         """Folder of the head for a target's folder; UserError if there is none."""
