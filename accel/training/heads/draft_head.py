@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 CONFIG, WEIGHTS = "head.json", "model.safetensors"
@@ -239,10 +240,20 @@ class DraftHead(ABC):
         """
         return None
 
-    def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
-        """Write the folder atomically by file, config last. extra: further keys for the config, such as `rates`."""
+    def save(
+        self,
+        network: DraftNetwork,
+        folder: Path,
+        target: TargetFacts,
+        extra: Mapping[str, Any],
+        store: str = BFLOAT16,
+    ) -> None:
+        """Write the folder atomically by file, config last.
+
+        extra: further keys for the config, such as `rates`. store: see `to_stored`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().bfloat16().contiguous() for name, value in network.state_dict().items()}
+        tensors = to_stored(network.state_dict(), store)
         tensors["d2t"] = network.vocabulary.d2t.cpu()
         write_whole(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
         config = {
@@ -278,8 +289,8 @@ def load_head(
     head = head_type(**config["hyper_parameters"])
     network = head.build(facts, vocabulary)
     try:
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except RuntimeError as error:
+        network.load_state_dict(from_stored(tensors))
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"head={folder} is damaged: its tensors are not those of {config['head']}: {error}") from error
     return head, network.eval(), config
 
