@@ -39,7 +39,7 @@ class MedusaLayout(Layout):
         assert isinstance(head, Medusa)
         check_full_vocabulary(network, self.name)
         state = network.state_dict()
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for depth in range(head.depth):
             for part in ("weight", "bias"):
                 blocks = [state[f"heads.{depth}.{block}.linear.{part}"] for block in range(head.blocks)]
