@@ -87,3 +87,12 @@ def fill(network: DraftNetwork, tensors: Mapping[str, Tensor], folder: Path) -> 
     except RuntimeError as error:
         raise UserError(f"head={folder} does not fit the target, or is damaged: {error}") from error
     return network.eval()
+
+
+def check_full_vocabulary(network: DraftNetwork, layout: str) -> None:
+    """UserError if the head does not draft all ids."""
+    if len(network.vocabulary) < network.vocabulary.size:
+        raise UserError(
+            f"the head drafts {len(network.vocabulary)} of {network.vocabulary.size} ids: the layout {layout} holds "
+            "heads of all ids only; train with draft_vocabulary=0"
+        )

@@ -14,7 +14,14 @@ import torch
 
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, TargetFacts
-from hasten.accel.training.heads.layouts.base import Layout, fill, read_tensors, write_config, write_tensors
+from hasten.accel.training.heads.layouts.base import (
+    Layout,
+    check_full_vocabulary,
+    fill,
+    read_tensors,
+    write_config,
+    write_tensors,
+)
 from hasten.accel.training.heads.medusa import Medusa, MedusaNetwork
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
@@ -81,12 +88,3 @@ class MedusaLayout(Layout):
         renamed |= {f"outputs.{match[1]}.weight": tensors[match[0]] for match in outputs}
         network = head.build(facts, DraftVocabulary.full(facts.vocabulary))
         return head, fill(network, renamed, folder)
-
-
-def check_full_vocabulary(network: DraftNetwork, layout: str) -> None:
-    """UserError if the head does not draft all ids."""
-    if len(network.vocabulary) < network.vocabulary.size:
-        raise UserError(
-            f"the head drafts {len(network.vocabulary)} of {network.vocabulary.size} ids: the layout {layout} holds "
-            "heads of all ids only; train with draft_vocabulary=0"
-        )

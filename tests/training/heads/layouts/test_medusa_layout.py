@@ -12,26 +12,16 @@ from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.draft_head import TargetFacts
 from hasten.accel.training.heads.layouts.loading import layout_of, layouts, load_any_head
 from hasten.accel.training.heads.medusa import Medusa
-from hasten.accel.training.heads.vocabulary import DraftVocabulary
+from tests.training.heads.layouts.noisy import noisy
 
 FACTS = replace(TargetFacts.of(resolve("embedded:target")), vocabulary=50, hidden_size=8)
 LAYOUT = layouts()["medusa"]
 
 
-def noisy(head, ids=FACTS.vocabulary, seed=0):
-    """A network with random weights that bfloat16 holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    network = head.build(FACTS, DraftVocabulary(torch.arange(ids), FACTS.vocabulary))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator).bfloat16())
-    return network.eval()
-
-
 @pytest.mark.parametrize("shares_output", [False, True])
 def test_a_folder_holds_what_medusas_own_code_computes_with(tmp_path, shares_output):
     head = Medusa(depth=3, shares_output=shares_output)
-    network = noisy(head)
+    network = noisy(head, FACTS)
     LAYOUT.write(network, head, tmp_path, FACTS, "org/target")
     hidden = torch.randn(5, FACTS.hidden_size, generator=torch.Generator().manual_seed(1))
     for tensors in (
@@ -49,7 +39,7 @@ def test_a_folder_holds_what_medusas_own_code_computes_with(tmp_path, shares_out
 
 def test_a_folder_is_found_and_read_though_its_config_counts_fewer_heads(tmp_path):
     head = Medusa(depth=3)
-    network = noisy(head)
+    network = noisy(head, FACTS)
     LAYOUT.write(network, head, tmp_path, FACTS, "org/target")
     (tmp_path / "config.json").write_text('{"medusa_num_heads": 2, "medusa_num_layers": 1}')  # as published
     (tmp_path / "medusa_lm_head.safetensors").unlink()
@@ -62,9 +52,9 @@ def test_a_folder_is_found_and_read_though_its_config_counts_fewer_heads(tmp_pat
 
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"40 of 50 ids.*draft_vocabulary=0"):
-        LAYOUT.write(noisy(Medusa(), ids=40), Medusa(), tmp_path, FACTS, "org/target")
+        LAYOUT.write(noisy(Medusa(), FACTS, ids=40), Medusa(), tmp_path, FACTS, "org/target")
     with pytest.raises(UserError, match="blocks=1"):
-        LAYOUT.write(noisy(Medusa(blocks=2)), Medusa(blocks=2), tmp_path, FACTS, "org/target")
+        LAYOUT.write(noisy(Medusa(blocks=2), FACTS), Medusa(blocks=2), tmp_path, FACTS, "org/target")
     assert not list(tmp_path.iterdir())
 
 
@@ -85,6 +75,6 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 
 def test_a_head_of_another_target_is_refused(tmp_path):
-    LAYOUT.write(noisy(Medusa()), Medusa(), tmp_path, FACTS, "org/target")
+    LAYOUT.write(noisy(Medusa(), FACTS), Medusa(), tmp_path, FACTS, "org/target")
     with pytest.raises(UserError, match="does not fit the target"):
         load_any_head(tmp_path, Medusa, replace(FACTS, hidden_size=16))
