@@ -138,8 +138,8 @@ def _prefix_of(state: dict[str, Tensor], facts: TargetFacts) -> dict[str, Tensor
     """Their tensors of the prefix layer."""
     if facts.rope_theta != _ROPE_THETA or facts.head_dim * facts.heads != facts.hidden_size:
         raise UserError(
-            f"the target has rope_theta {facts.rope_theta:g} and {facts.heads} heads of {facts.head_dim}: the code of Hydra++ "
-            f"has {_ROPE_THETA:g}, and heads that divide the hidden size {facts.hidden_size}"
+            f"the target has rope_theta {facts.rope_theta:g} and {facts.heads} heads of {facts.head_dim}: Hydra++'s "
+            f"own code has {_ROPE_THETA:g}, and heads that divide the hidden size {facts.hidden_size}"
         )
     rows = {
         "prefix.attention.qkv.weight": [facts.heads * facts.head_dim] + 2 * [facts.kv_heads * facts.head_dim],

@@ -1,8 +1,11 @@
-"""Finds the layout of a folder, and loads its head."""
+"""Finds the layout of a folder, loads its head, and writes trained heads in other layouts."""
 
 import importlib
 import inspect
+import json
 import pkgutil
+import shutil
+import uuid
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -46,3 +49,29 @@ def load_any_head(
         raise UserError(f"head={folder} is a head of {head.drafter}: expected one of {head_type.drafter}")
     config = {"head": head.drafter, "target": asdict(target)}
     return head, network, config
+
+
+def export_head(folder: Path, layout: str, target: str, output: Path) -> None:
+    """Write the trained head of a folder in a layout, into a new folder, which is whole once it is there.
+
+    target: what others call the target. UserError if the folder holds no head, or one that the layout cannot hold.
+    """
+    if layout not in layouts():
+        raise UserError(f"layout={layout} is wrong: expected {' or '.join(layouts())}")
+    if output.exists():
+        raise UserError(f"output={output} exists: give a new folder")
+    try:
+        kind = json.loads((folder / CONFIG).read_text())["head"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"head={folder} is no folder of a trained head: train one with hasten train") from error
+    kinds = {head.drafter: head for head in layouts()[layout].heads}
+    if kind not in kinds:
+        raise UserError(f"head={folder} is a head of {kind}: the layout {layout} holds {', '.join(kinds)} only")
+    head, network, config = load_head(folder, kinds[kind])
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        layouts()[layout].write(network, head, temporary, TargetFacts(**config["target"]), target)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
