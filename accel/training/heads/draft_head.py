@@ -11,7 +11,7 @@ h(t), with token t + 1 known, the draft of depth d = 1, 2, … is of token t + 1
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,11 @@ class TargetFacts:
     @classmethod
     def of(cls, folder: Path) -> "TargetFacts":
         """Facts of a checkpoint."""
+        return replace(cls.of_config(folder), fingerprint=Checkpoint(folder).fingerprint())
+
+    @classmethod
+    def of_config(cls, folder: Path) -> "TargetFacts":
+        """The same without the fingerprint, for which the weights are read; a config.json is enough."""
         config = AutoConfig.from_pretrained(folder).get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -63,7 +68,6 @@ class TargetFacts:
             rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
             rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
             max_length=config.max_position_embeddings,
-            fingerprint=Checkpoint(folder).fingerprint(),
         )
 
 
@@ -231,6 +235,10 @@ class DraftHead(ABC):
         Row t is what `read` of the tokens up to t, and `step` along tokens t + 2, … give: what is trained must be what
         is used. Only rows whose tokens are of one document count.
         """
+
+    def training_passes(self, window: int) -> float:
+        """How often a token of a window passes the network's parameters in training, for estimates of its cost."""
+        return 1.0
 
     def drafter_memory(self, network: DraftNetwork) -> Any:
         """Memory of the drafter of this head with the network as it is, to measure it by replay while it is trained.
