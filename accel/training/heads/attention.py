@@ -136,10 +136,20 @@ class Attention(nn.Module):
         rows = sequence.tolist()
         queries, both = self.project(x, torch.tensor([caches[row].length + above for row in rows], device=x.device))
         path = both[:, None] if path is None else torch.cat([path, both[:, None]], 1)
-        own_keys, own_values = path.unbind(2)  # (M, P + 1, H, D) each
+        return self.out(self.attend_path(caches, rows, queries, path)), path
+
+    def attend_path(
+        self, caches: Sequence[KeyValueCache], rows: Sequence[int], queries: Tensor, path: Tensor
+    ) -> Tensor:
+        """Attention (M, heads * D) of M queries to the cache of their sequence and to their path.
+
+        rows: index of each query's cache. queries: (M, heads, D). path: (M, P, 2, H, D), P >= 0.
+        """
+        above = path.shape[1]
+        own_keys, own_values = path.unbind(2)  # (M, P, H, D) each
         groups = self.heads // self.kv_heads
         queries = (queries * self.head_dim**-0.5).unflatten(1, (self.kv_heads, groups))  # (M, H, G, D)
-        own = queries @ own_keys.permute(0, 2, 3, 1)  # (M, H, G, P + 1)
+        own = queries @ own_keys.permute(0, 2, 3, 1)  # (M, H, G, P)
         own_values = own_values.transpose(1, 2)
         attended = queries.new_empty(len(rows), self.heads * self.head_dim)
         for number, cache in enumerate(caches):
@@ -151,10 +161,10 @@ class Attention(nn.Module):
             folded = queries[part].transpose(0, 1).flatten(1, 2)  # (H, m * G, D)
             scores = (folded @ keys.mT).unflatten(1, (len(nodes), groups)).transpose(0, 1)
             probs = torch.cat([scores, own[part]], -1).softmax(-1, dtype=torch.float32).to(values.dtype)
-            far, near = probs.split([cache.length, above + 1], -1)
+            far, near = probs.split([cache.length, above], -1)
             result = (far.transpose(0, 1).flatten(1, 2) @ values).unflatten(1, (len(nodes), groups)).transpose(0, 1)
             attended[part] = (result + near @ own_values[part]).flatten(1)
-        return self.out(attended), path
+        return attended
 
 
 class SwiGLU(nn.Module):
@@ -184,7 +194,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), see `Attention.forward`."""
-        return self._finish(x, self.attention(self.attention_norm(x), positions, mask))
+        return self.finish(x, self.attention(self.attention_norm(x), positions, mask))
 
     def extend(
         self, caches: Sequence[KeyValueCache], x: Tensor, counts: Sequence[int], last_only: bool = True
@@ -193,16 +203,17 @@ class DecoderLayer(nn.Module):
         attended = self.attention.extend(caches, self.attention_norm(x), counts, last_only)
         if last_only and len(x) > len(counts):
             x = torch.stack([part[-1] for part in x.split(list(counts))])
-        return self._finish(x, attended)
+        return self.finish(x, attended)
 
     def extend_path(
         self, caches: Sequence[KeyValueCache], sequence: Tensor, x: Tensor, path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Outputs (M, D) and paths, see `Attention.extend_path`."""
         attended, path = self.attention.extend_path(caches, sequence, self.attention_norm(x), path)
-        return self._finish(x, attended), path
+        return self.finish(x, attended), path
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention, for inputs x and its outputs, (…, D) both."""
         x = x + attended
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out

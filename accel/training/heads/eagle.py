@@ -125,27 +125,27 @@ class EagleNetwork(DraftNetwork):
 def attend_unrolled(queries: Tensor, context: Tensor, own: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Attention (B, T, heads * D) to the context up to each token, and to the token's own S steps.
 
-    queries: (B, T, heads, D). context: keys and values (B, T, 2, H, D). own: those of S steps, of the same shape each.
-    mask: see `block_causal`, over T tokens or more. Scores of a token's own steps are products of rows, which stand
-    behind the T columns of the context; there is no mask of a step.
+    queries: (B, T, heads, D). context: keys and values (B, C, 2, H, D). own: those of S steps, (B, T, 2, H, D) each.
+    mask: (B, 1, T, C) bool or larger, see `block_causal`. Scores of a token's own steps are products of rows, which
+    stand behind the C columns of the context; there is no mask of a step.
     """
     batch, count, _, size = queries.shape
-    kv_heads, steps = context.shape[3], len(own)
+    columns, kv_heads, steps = context.shape[1], context.shape[3], len(own)
     queries = (queries * size**-0.5).unflatten(2, (kv_heads, -1))  # (B, T, H, G, D)
-    keys, values = context.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    keys, values = context.permute(2, 0, 3, 1, 4)  # (B, H, C, D) each
     if steps:
         keys, values = (nn.functional.pad(each, (0, 0, 0, steps)) for each in (keys, values))
     folded = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, H, G * T, D)
-    scores = (folded @ keys.mT).view(batch, kv_heads, -1, count, count + steps)
+    scores = (folded @ keys.mT).view(batch, kv_heads, -1, count, columns + steps)
     # In place: a copy of the scores for each step is most of the memory.
-    scores[..., :count].masked_fill_(~mask[:, :, None, :count, :count], -torch.inf)
+    scores[..., :columns].masked_fill_(~mask[:, :, None, :count, :columns], -torch.inf)
     if steps:
         near = torch.stack(list(own), 2)  # (B, T, S, 2, H, D)
-        scores[..., count:] = torch.einsum("bthgd,btshd->bhgts", queries, near[:, :, :, 0])
+        scores[..., columns:] = torch.einsum("bthgd,btshd->bhgts", queries, near[:, :, :, 0])
     probs = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
     attended = (probs.flatten(2, 3) @ values).view(batch, kv_heads, -1, count, size)
     if steps:
-        attended = attended + torch.einsum("bhgts,btshd->bhgtd", probs[..., count:], near[:, :, :, 1])
+        attended = attended + torch.einsum("bhgts,btshd->bhgtd", probs[..., columns:], near[:, :, :, 1])
     return attended.permute(0, 3, 1, 2, 4).flatten(2)
 
 
