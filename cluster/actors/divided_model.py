@@ -1,0 +1,99 @@
+"""One rank's part of a model that DeepSpeed divides: tensor parallelism by AutoTP, or ZeRO-3 without an optimiser.
+
+Both are applied to a block as soon as it is read, so that a rank never holds the whole model.
+
+Source: DeepSpeed-Inference, Aminabadi et al. 2022, arXiv:2207.00032; ZeRO-Infinity, Rajbhandari et al. 2021,
+arXiv:2104.07857. AutoTP replaces the linear layers of a block through a method that is not public: the version of
+deepspeed is bounded in pyproject.toml, and tests hold the result against one process.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hasten.accel.models.assembled import WholeModel
+from hasten.accel.models.checkpoint import Checkpoint
+
+TENSOR_PARALLEL, ZERO3 = "tensor_parallel", "zero3"
+MODES = (TENSOR_PARALLEL, ZERO3)
+# Parameters of ZeRO-3 below this number of elements, such as norms, are on every rank.
+PERSISTENT_ELEMENTS = 10_000
+
+# Context in which a parameter is complete; all ranks enter it at once.
+WholeParameter = Callable[[Tensor], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a target is divided over `size` ranks.
+
+    offload: where ZeRO-3 holds the ranks' parts of the weights: None is the device, `cpu` main memory, and else a folder
+    on an NVMe disk.
+    """
+
+    size: int
+    mode: str = TENSOR_PARALLEL
+    offload: str | None = None
+
+
+def load_part(
+    folder: Path, division: Division, dtype: torch.dtype, device: str
+) -> tuple[PreTrainedModel, WholeParameter | None]:
+    """This rank's part of a checkpoint's model; to be called on all ranks at once.
+
+    A part is called like the whole model, on all ranks with the same arguments, and all get the same result. The second
+    value is None if parameters outside the blocks are complete anyway.
+    """
+    checkpoint = Checkpoint(folder)
+    if division.mode == TENSOR_PARALLEL:
+        return _tensor_parallel(WholeModel(checkpoint, dtype), division.size).to(device), None
+    assert division.mode == ZERO3, division
+    return _zero3(WholeModel(checkpoint, dtype, device), division, dtype)
+
+
+def _tensor_parallel(source: WholeModel, size: int) -> Any:
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    # By block class, the names of the layers whose inputs are divided, and whose outputs are summed over the ranks.
+    policies = AutoTP.tp_parser(source.empty())
+    summed = {name for _, names in policies for name in names}
+
+    def divide(block: nn.Module) -> None:
+        auto = AutoTP(block, summed, "", None, None, type(block), model_config=source.config)
+        auto.set_tensor_parallel_config(size, torch.distributed.group.WORLD)
+        auto.update_linear_policies()
+        auto._replace_module(block)
+
+    return source.assemble(divide)
+
+
+def _zero3(source: WholeModel, division: Division, dtype: torch.dtype) -> tuple[Any, WholeParameter]:
+    import deepspeed
+
+    config = zero3_config(division, dtype)
+    model = source.assemble(partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=dtype))
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine.module, deepspeed.zero.GatheredParameters
+
+
+def zero3_config(division: Division, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's config of ZeRO-3 for inference."""
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS}
+    if division.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif division.offload is not None:
+        zero["offload_param"] = {"device": "nvme", "nvme_path": division.offload}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
