@@ -28,6 +28,11 @@ class WholeModel(Architecture):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         return model.eval().requires_grad_(False)
 
+    def sizes(self) -> tuple[int, int]:
+        """Elements of the largest block, and of all parameters outside the blocks."""
+        blocks = [sum(weight.numel() for weight in block.parameters()) for block in self._skeleton.blocks]
+        return max(blocks), sum(weight.numel() for weight in self.empty().parameters()) - sum(blocks)
+
     def assemble(self, divide: Callable[[nn.Module], object]) -> "PreTrainedModel":
         """The model with its weights; to be called once. divide: changes a loaded block in its place."""
         model, skeleton = self.empty(), self._skeleton

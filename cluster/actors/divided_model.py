@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hasten.accel.errors import UserError
 from hasten.accel.models.assembled import WholeModel
 from hasten.accel.models.checkpoint import Checkpoint
 
@@ -34,8 +35,8 @@ WholeParameter = Callable[[Tensor], AbstractContextManager[Any]]
 class Division:
     """How a target is divided over `size` ranks.
 
-    offload: where ZeRO-3 holds the ranks' parts of the weights: None is the device, `cpu` main memory, and else a folder
-    on an NVMe disk.
+    offload: where ZeRO-3 holds the parts of the weights: None is the device, `cpu` main memory, and else a folder on an
+    NVMe disk.
     """
 
     size: int
@@ -46,7 +47,7 @@ class Division:
 def load_part(
     folder: Path, division: Division, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, WholeParameter | None]:
-    """This rank's part of a checkpoint's model; to be called on all ranks at once.
+    """The part of a checkpoint's model that belongs to this rank; to be called on all ranks at once.
 
     A part is called like the whole model, on all ranks with the same arguments, and all get the same result. The second
     value is None if parameters outside the blocks are complete anyway.
@@ -76,17 +77,33 @@ def _tensor_parallel(source: WholeModel, size: int) -> Any:
 
 def _zero3(source: WholeModel, division: Division, dtype: torch.dtype) -> tuple[Any, WholeParameter]:
     import deepspeed
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    config = zero3_config(division, dtype)
+    if division.offload not in (None, "cpu") and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            f"target_group.offload={division.offload} needs the library libaio and its headers on every node (package "
+            "libaio-dev): install it, or use target_group.offload=cpu"
+        )
+    config = zero3_config(division, dtype, *source.sizes())
     model = source.assemble(partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=dtype))
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine.module, deepspeed.zero.GatheredParameters
 
 
-def zero3_config(division: Division, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's config of ZeRO-3 for inference."""
-    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS}
+def zero3_config(division: Division, dtype: torch.dtype, block: int, outside: int) -> dict[str, Any]:
+    """DeepSpeed's config of ZeRO-3 for inference. block, outside: elements of the largest block, and of all the rest.
+
+    By default DeepSpeed keeps what it has collected, up to 1e9 elements. Here a block is dropped once it has run, while
+    the next one is collected, so that a rank holds its part and little more.
+    """
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": block,
+        "stage3_max_live_parameters": 2 * block + outside,
+    }
     if division.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif division.offload is not None:

@@ -1,7 +1,7 @@
 """One rank of a verifier whose target is divided over a process group.
 
-Rank 0 is the verifier: the engine runs in it, with the drafter and all requests. The other ranks repeat the calls of its
-target, which it broadcasts.
+Rank 0 is the verifier: the engine runs in it, with the drafter and all requests. The other ranks repeat the calls of
+its target, which it broadcasts.
 """
 
 import weakref

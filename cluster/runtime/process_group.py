@@ -166,6 +166,8 @@ class ProcessGroup:
 
         A thread waits for them, so that a rank of which nothing is asked at the moment is watched, too.
         """
+        if not calls:
+            return
         self._watched = [*self._joined, *calls]
         threading.Thread(target=self._wait_for_end, args=(list(calls),), daemon=True).start()
 

@@ -38,8 +38,10 @@ class DividedTarget(TransformersTarget):
     def repeat(self, calls: Sequence[Call]) -> None:
         """Repeat calls of the leading process."""
         for name, arguments in calls:
-            if name in ("feature_layers", "token_bytes"):
-                _ = setattr(self, name, *arguments) if arguments else getattr(self, name)
+            if name == "feature_layers":
+                (self.feature_layers,) = arguments
+            elif name == "token_bytes":
+                _ = self.token_bytes
             else:
                 getattr(self, name)(*arguments)
 
@@ -53,12 +55,13 @@ class LeadingTarget(DividedTarget):
         send: Callable[[Sequence[Call]], None],
         whole: Callable[[Tensor], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self._send, self._unsent, self._layers_of_features = send, list[Call](), ()
+        self._send, self._unsent = send, list[Call]()
+        self._layers_of_features: tuple[int, ...] = ()
         super().__init__(model, whole)
         self.waits_for_others = True
 
     @property
-    def feature_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+    def feature_layers(self) -> tuple[int, ...]:
         """See Target."""
         return self._layers_of_features
 
