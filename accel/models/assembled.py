@@ -5,7 +5,7 @@ So a process that keeps a part of every block never holds more than that and one
 
 from collections.abc import Callable
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,18 @@ from hasten.accel.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Sizes(NamedTuple):
+    """Elements of the largest block, and of all parameters outside the blocks together.
+
+    parameters: largest number of a block's parameters. largest: elements of the largest parameter of the model.
+    """
+
+    block: int
+    outside: int
+    parameters: int
+    largest: int
 
 
 class WholeModel(Architecture):
@@ -28,10 +40,12 @@ class WholeModel(Architecture):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         return model.eval().requires_grad_(False)
 
-    def sizes(self) -> tuple[int, int]:
-        """Elements of the largest block, and of all parameters outside the blocks."""
-        blocks = [sum(weight.numel() for weight in block.parameters()) for block in self._skeleton.blocks]
-        return max(blocks), sum(weight.numel() for weight in self.empty().parameters()) - sum(blocks)
+    def sizes(self) -> Sizes:
+        """Sizes of the model."""
+        parameters = [weight.numel() for weight in self.empty().parameters()]
+        blocks = [[weight.numel() for weight in block.parameters()] for block in self._skeleton.blocks]
+        elements = [sum(block) for block in blocks]
+        return Sizes(max(elements), sum(parameters) - sum(elements), max(map(len, blocks)), max(parameters))
 
     def assemble(self, divide: Callable[[nn.Module], object]) -> "PreTrainedModel":
         """The model with its weights; to be called once. divide: changes a loaded block in its place."""
@@ -84,6 +98,13 @@ def divisible_by(architecture: Architecture) -> dict[str, tuple[int, str]]:
 
 def check_division(architecture: Architecture, size: int, option: str) -> None:
     """UserError unless tensor parallelism can divide all layers into `size` equal parts. option: names the size."""
+    fused = next((layer.name for layer in architecture.linears(0) if layer.module.endswith("qkv_proj")), None)
+    if fused is not None and size > 1:
+        # transformers cuts its output by the number of all heads of the config, which is not that of a rank.
+        raise UserError(
+            f"{option}={size}: {fused} of {architecture.checkpoint.path} holds queries, keys and values in one matrix, "
+            "which tensor parallelism does not divide: use mode=zero3"
+        )
     numbers = divisible_by(architecture)
     common = gcd(*(number for number, _ in numbers.values()))
     for layer, (number, what) in numbers.items():
@@ -96,10 +117,8 @@ def check_division(architecture: Architecture, size: int, option: str) -> None:
 
 
 def _divided(leaf: str, rows: int, columns: int, heads: int, kv_heads: int) -> tuple[int, str]:
-    if leaf in ("k_proj", "v_proj", "qkv_proj"):
+    if leaf in ("k_proj", "v_proj"):
         return kv_heads, "KV heads"
     if leaf in ("q_proj", "o_proj", "out_proj"):
         return heads, "heads"
-    if leaf == "gate_up_proj":
-        return rows // 2, "inner columns"
     return (columns if leaf in ("down_proj", "fc2") else rows), "inner columns"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hasten.accel.errors import UserError
-from hasten.accel.models.assembled import WholeModel
+from hasten.accel.models.assembled import Sizes, WholeModel
 from hasten.accel.models.checkpoint import Checkpoint
 
 TENSOR_PARALLEL, ZERO3 = "tensor_parallel", "zero3"
@@ -84,30 +84,40 @@ def _zero3(source: WholeModel, division: Division, dtype: torch.dtype) -> tuple[
             f"target_group.offload={division.offload} needs the library libaio and its headers on every node (package "
             "libaio-dev): install it, or use target_group.offload=cpu"
         )
-    config = zero3_config(division, dtype, *source.sizes())
-    model = source.assemble(partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=dtype))
+    config = zero3_config(division, dtype, source.sizes())
+    # Its argument dtype is not given: on a CPU, DeepSpeed would take bfloat16 instead of float32.
+    model = source.assemble(partial(deepspeed.zero.Init, config_dict_or_path=config))
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine.module, deepspeed.zero.GatheredParameters
 
 
-def zero3_config(division: Division, dtype: torch.dtype, block: int, outside: int) -> dict[str, Any]:
-    """DeepSpeed's config of ZeRO-3 for inference. block, outside: elements of the largest block, and of all the rest.
+def zero3_config(division: Division, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
+    """DeepSpeed's config of ZeRO-3 for inference.
 
     By default DeepSpeed keeps what it has collected, up to 1e9 elements. Here a block is dropped once it has run, while
     the next one is collected, so that a rank holds its part and little more.
     """
     zero: dict[str, Any] = {
         "stage": 3,
+        # Else F.linear is replaced in the whole process, with what saves memory in a backward pass.
+        "memory_efficient_linear": False,
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": block,
-        "stage3_max_live_parameters": 2 * block + outside,
+        "stage3_prefetch_bucket_size": sizes.block,
+        "stage3_max_live_parameters": 2 * sizes.block + sizes.outside,
     }
     if division.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif division.offload is not None:
-        zero["offload_param"] = {"device": "nvme", "nvme_path": division.offload}
+        # A buffer holds a rank's part of one parameter; two blocks are on their way. By default they are 5e8 elements.
+        zero["offload_param"] = {
+            "device": "nvme",
+            "nvme_path": division.offload,
+            "buffer_count": 2 * sizes.parameters,
+            "buffer_size": -(-sizes.largest // division.size),
+            "max_in_cpu": 0,
+        }
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,

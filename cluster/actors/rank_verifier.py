@@ -43,9 +43,7 @@ class RankVerifier(VerifierActor, Rank):
         """Repeat the calls of rank 0's targets; ends with the group only."""
         targets: dict[int, DividedTarget] = {}
         while True:
-            message: list[Any] = [None]
-            torch.distributed.broadcast_object_list(message, src=0, group=self._control)
-            dropped, number, calls = message[0]
+            dropped, number, calls = self._receive()
             for old in dropped:
                 del targets[old]
             if calls == _USAGE:
@@ -54,6 +52,12 @@ class RankVerifier(VerifierActor, Rank):
                 targets[number].repeat(calls)
             else:
                 targets[number] = DividedTarget(*load_part(self._spec.target, self._division, calls, self._spec.device))
+
+    def _receive(self) -> Any:
+        """The next message of rank 0, see _send."""
+        message: list[Any] = [None]
+        torch.distributed.broadcast_object_list(message, src=0, group=self._control)
+        return message[0]
 
     def usage(self) -> dict[str, float]:
         """Sum of the ranks' CPU seconds since their targets were loaded, and the largest of their peak memories."""
