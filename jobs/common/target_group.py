@@ -17,26 +17,28 @@ def is_divided(group: TargetGroup) -> bool:
     return group.size > 1 or group.offload is not None
 
 
-def chosen_division(group: TargetGroup, path: str) -> Division | None:
-    """The division that the options describe, None for one process; UserError where they contradict each other.
-
-    path: the option of that name.
-    """
+def check_options(group: TargetGroup, path: str) -> None:
+    """UserError if options contradict each other. path: the option of that name."""
     if group.offload is not None and group.mode == TENSOR_PARALLEL:
         raise UserError(
             f"target_group.offload={group.offload} is an option of target_group.mode=zero3: tensor parallelism keeps "
             "the weights on the devices"
         )
+    if is_divided(group) and path == "llama":
+        raise UserError("path=llama runs in one process: give path=auto or transformers with target_group")
+
+
+def chosen_division(group: TargetGroup, path: str) -> Division | None:
+    """The division that the options describe, None for one process; UserError without DeepSpeed, and see above."""
+    check_options(group, path)
     if not is_divided(group):
         return None
-    if path == "llama":
-        raise UserError("path=llama runs in one process: give path=auto or transformers with target_group")
     require_deepspeed(f"target_group.size={group.size}")
     return Division(group.size, group.mode, group.offload)
 
 
 def check_target(target: Path, division: Division | None) -> None:
-    """UserError if the target's family is unknown, or its layers cannot be divided so. target: a checkpoint's folder."""
+    """UserError if a checkpoint's layers cannot be divided so, or its family is unknown. target: its folder."""
     if division is None:
         return
     architecture = Architecture(Checkpoint(target))
