@@ -29,8 +29,7 @@ class Part(Rank):
 
 
 @pytest.fixture(scope="module")
-def group(ray_session):
-    pytest.importorskip("deepspeed", reason="needs the extra `distributed`")
+def group(deepspeed, ray_session):
     group = ProcessGroup(Part, 2, ActorResources(0.5))
     yield group
     group.close()

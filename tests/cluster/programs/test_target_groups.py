@@ -24,8 +24,7 @@ REQUESTS = [Request(f"prompt {number}", row, 12) for number, row in enumerate(ti
 
 
 @pytest.fixture(scope="module")
-def spec():
-    pytest.importorskip("deepspeed", reason="needs the extra `distributed`")
+def spec(deepspeed):
     division = Division(2, TENSOR_PARALLEL)
     target = resolve("embedded:target")
     return DecodeSpec(target, 4096, Auto(), PromptLookup(), in_flight=2, draft_length=Fixed(4), division=division)

@@ -43,8 +43,7 @@ class Summing(Rank):
 
 
 @pytest.fixture
-def group(ray_session):
-    pytest.importorskip("deepspeed", reason="needs the extra `distributed`")
+def group(deepspeed, ray_session):
     group = ProcessGroup(Summing, 2, ActorResources(0.5), [3])
     yield group
     group.close()
