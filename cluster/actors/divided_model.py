@@ -7,6 +7,7 @@ arXiv:2104.07857. AutoTP replaces the linear layers of a block through a method 
 deepspeed is bounded in pyproject.toml, and tests hold the result against one process.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def zero3_config(division: Division, dtype: torch.dtype, sizes: Sizes) -> dict[s
         # A buffer holds a rank's part of one parameter; two blocks are on their way. By default they are 5e8 elements.
         zero["offload_param"] = {
             "device": "nvme",
-            "nvme_path": division.offload,
+            # DeepSpeed names files by the rank's number alone, which several groups on a node may share.
+            "nvme_path": os.path.join(division.offload, f"group-{os.environ['MASTER_PORT']}"),
             "buffer_count": 2 * sizes.parameters,
             "buffer_size": -(-sizes.largest // division.size),
             "max_in_cpu": 0,

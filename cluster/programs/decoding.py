@@ -203,7 +203,7 @@ class Decoders:
         try:
             result: T = recovery.get(call(self._verifiers.actors[alive[0]]))
         except RayError as error:
-            recovery.raise_unless_lost(self._verifiers.cause(error))
+            recovery.raise_unless_lost(self._verifiers.cause(error, alive[0]))
             return None
         return result
 

@@ -82,7 +82,7 @@ class DecodeWorkload(PoolWorkload[str, Result]):
 
     def recover(self, worker: int, keys: Sequence[str], error: RayError) -> None:
         """Replace a verifier that was lost or ran out of memory."""
-        error = self.pool.cause(error)
+        error = self.pool.cause(error, worker)
         recovery.raise_if_refused(error)
         out_of_memory = recovery.is_out_of_memory(error)
         if out_of_memory:

@@ -197,8 +197,8 @@ class ActorPool:
                 ray.cancel(pending.probe)
         self.actors, self._pending, self._places, self._starting = [], {}, {}, {}
 
-    def cause(self, error: RayError) -> RayError:
-        """The error that caused the error of a call to one of the actors; here they do not depend on each other."""
+    def cause(self, error: RayError, index: int | None = None) -> RayError:
+        """The error that caused the error of a call to an actor, or to any for None; here they are independent."""
         return error
 
     def _stop(self, index: int) -> None:

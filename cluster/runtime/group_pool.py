@@ -23,10 +23,10 @@ class GroupPool(ActorPool):
         self._size, self._start_ranks = size, start
         self.groups: dict[int, ProcessGroup] = {}
 
-    def cause(self, error: RayError) -> RayError:
+    def cause(self, error: RayError, index: int | None = None) -> RayError:
         """The error of a lost rank, or of one without memory, because of which another rank failed; else `error`."""
-        for group in self.groups.values():
-            cause = group.cause(error)
+        for group in [self.groups.get(index)] if index is not None else list(self.groups.values()):
+            cause = error if group is None else group.cause(error)
             if cause is not error:
                 return cause
         return error
@@ -37,4 +37,6 @@ class GroupPool(ActorPool):
         return first
 
     def _stop(self, index: int) -> None:
-        self.groups.pop(index).close()
+        group = self.groups.pop(index, None)  # None: poll() has ended it, and now it is replaced
+        if group is not None:
+            group.close()

@@ -34,7 +34,9 @@ def chosen_division(group: TargetGroup, path: str) -> Division | None:
     if not is_divided(group):
         return None
     require_deepspeed(f"target_group.size={group.size}")
-    return Division(group.size, group.mode, group.offload)
+    # Ranks have another current folder.
+    offload = group.offload if group.offload in (None, "cpu") else str(Path(group.offload).absolute())
+    return Division(group.size, group.mode, offload)
 
 
 def check_target(target: Path, division: Division | None) -> None:

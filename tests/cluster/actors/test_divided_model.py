@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hasten.cluster.actors.divided_model import MODES, TENSOR_PARALLEL, Division, load_part
+from hasten.cluster.actors.divided_model import MODES, TENSOR_PARALLEL, ZERO3, Division, load_part
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.process_group import ProcessGroup, Rank
 from tests.models import tiny
@@ -49,3 +49,13 @@ def test_ranks_with_half_of_the_weights_agree_with_the_whole_model(group, tmp_pa
         torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
         # Tensor parallelism does not divide the embedding.
         assert held < (0.58 if mode == TENSOR_PARALLEL else 0.51) * elements
+
+
+@pytest.mark.ray
+def test_weights_in_main_memory_are_those_of_the_model(group, tmp_path):
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(tiny.tokens()).logits
+    for logits, _ in group.call("run", tmp_path, Division(2, ZERO3, "cpu"), tiny.tokens().tolist()):
+        torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=0)
