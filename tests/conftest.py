@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def ray_session() -> Iterator[None]:
 
     with session(None, cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> None:
+    """Skips tests of process groups where DeepSpeed is not installed; it is not imported here, which takes seconds."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install 'hasten[distributed]'")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import torch
 
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model
+from hasten.accel.costs.ranks import DEEPSPEED_BYTES, Ranks
 
 # Logits, their float32 copy, and the copy that verification makes (hasten.accel.decoding.bounds).
 _COPIES_OF_LOGITS = 3
@@ -27,7 +28,7 @@ class Decoding:
     prompts: number of prompts. prompt_tokens: their mean length. longest: length of the longest sequence, completion
     included. draft: the drafter's model, None without one. drafted: maximum number of draft tokens. measures: whether
     passes are timed before decoding. fast: whether the fast path runs the models. tokens_per_pass: tokens that a pass
-    adds to a sequence.
+    adds to a sequence. ranks: division of the target over a group, of which every worker is one; None is one process.
     """
 
     target: Model
@@ -46,6 +47,7 @@ class Decoding:
     threads: int = 1
     gpus: int = 0
     tokens_per_pass: float = 1.0
+    ranks: Ranks | None = None
 
 
 def estimate(decoding: Decoding, rates: Rates) -> Estimate:
@@ -60,26 +62,46 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
         held["draft model's logits"] = slots * nodes * one.draft.vocabulary * 4 * _COPIES_OF_LOGITS
     if one.memory_bytes is not None:
         held = _bounded(held, one.memory_bytes)
-    kept = weights(one.target, one.fast, bool(one.gpus))
-    loading = {"weights": sum(kept.values()), "model as it is loaded": loaded_bytes(one.target, one.fast)}
+    offloaded: dict[str, int] = {}
+    if one.ranks is None:
+        kept, as_loaded = weights(one.target, one.fast, bool(one.gpus)), loaded_bytes(one.target, one.fast)
+    else:
+        kept, offloaded = one.ranks.weights(one.target)
+        offloaded = offloaded | {"DeepSpeed": DEEPSPEED_BYTES}
+        as_loaded = one.ranks.loading(one.target)
+    loading = {"weights": sum(kept.values()), "model as it is loaded": as_loaded}
     drafts = {}
     if one.draft is not None:
         drafts = {"draft model": sum(weights(one.draft, one.fast, bool(one.gpus)).values())}
     decode = {**kept, **held, **drafts}
     if one.gpus:
-        host = {"load": {"process": rates.worker_bytes, "model as it is loaded": loaded_bytes(one.target, True)}}
+        read = loaded_bytes(one.target, True) if one.ranks is None else as_loaded
+        host = {"load": {"process": rates.worker_bytes, "model as it is loaded": read, **offloaded}}
         device = {
             name: {"context": rates.device_bytes, **parts} for name, parts in (("load", loading), ("decode", decode))
         }
     else:
         host = {
-            name: {"process": rates.worker_bytes, **parts} for name, parts in (("load", loading), ("decode", decode))
+            name: {"process": rates.worker_bytes, **parts, **offloaded}
+            for name, parts in (("load", loading), ("decode", decode))
         }
         device = {}
-    process = Process("verifier", one.workers, one.threads, host, one.gpus, device)
+    size = 1 if one.ranks is None else one.ranks.size
+    kind = "verifier" if one.ranks is None else "rank of a target group"
+    process = Process(kind, one.workers * size, one.threads, host, one.gpus, device)
     driver = Process("driver", 1, 0, {"decode": {"process": rates.driver_bytes}})
     written = int(one.prompts * _line_bytes(one))
-    return Estimate((process, driver), tuple(_steps(one, slots, rates)), _moved(one), 0, {"completions": written})
+    moved = _moved(one)
+    notes: tuple[str, ...] = ()
+    if one.ranks is not None:
+        rows = min(slots, -(-one.prompts // one.workers)) * _width(one)
+        per_pass = one.ranks.moved(one.target, rows)
+        moved["between ranks"] = int(one.workers * per_pass * _passes(one, slots)) + _prefilled(one)
+        notes = (
+            f"the {size} ranks of a group are on one node; a pass over {rows} tokens sends {per_pass:,} bytes between "
+            "them",
+        )
+    return Estimate((process, driver), tuple(_steps(one, slots, rates)), moved, 0, {"completions": written}, notes)
 
 
 def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
@@ -134,8 +156,9 @@ def loaded_bytes(model: Model, fast: bool) -> int:
 def _caches(model: Model, decoding: Decoding, slots: int) -> dict[str, int]:
     nodes = decoding.drafted + 1
     prefill = min(decoding.prefill_chunk, int(decoding.longest))
+    share = 1.0 if decoding.ranks is None else decoding.ranks.cache_share()
     return {
-        "caches": slots * (decoding.longest + nodes) * model.token_bytes,
+        "caches": int(slots * (decoding.longest + nodes) * model.token_bytes * share),
         "logits": slots * nodes * model.vocabulary * 4 * _COPIES_OF_LOGITS,
         "activations": model.activation_bytes(1, max(prefill, slots * nodes)),
     }
@@ -163,11 +186,28 @@ def _moved(decoding: Decoding) -> dict[str, int]:
     }
 
 
+def _width(one: Decoding) -> int:
+    """Tokens of a sequence in a pass."""
+    return 1 if one.tokens_per_pass == 1 else 1 + min(8, one.drafted)
+
+
+def _passes(one: Decoding, slots: int) -> float:
+    """Passes of a worker, without those over prompts."""
+    per_worker = -(-one.prompts // one.workers)
+    return one.new_tokens / one.tokens_per_pass * -(-per_worker // slots)
+
+
+def _prefilled(one: Decoding) -> int:
+    """Bytes between ranks in the passes over all prompts, in chunks."""
+    assert one.ranks is not None
+    chunks = -(-int(one.prompt_tokens) // one.prefill_chunk)
+    return int(one.prompts * chunks * one.ranks.moved(one.target, one.prompt_tokens / max(1, chunks)))
+
+
 def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
     length = one.longest // 2
     per_worker = -(-one.prompts // one.workers)
-    passes = one.new_tokens / one.tokens_per_pass * -(-per_worker // slots)
-    width = 1 if one.tokens_per_pass == 1 else 1 + min(8, one.drafted)
+    passes, width = _passes(one, slots), _width(one)
     itemsize = itemsize_of(one.target, one.fast, bool(one.gpus))
     decode = pass_work(one.target, min(slots, per_worker), width, length, itemsize) * passes
     if one.draft is not None and one.tokens_per_pass > 1:
@@ -189,7 +229,16 @@ def _steps(one: Decoding, slots: int, rates: Rates) -> list[Step]:
         "prefill": prefill.seconds(rates),
         "decode": decode.seconds(rates),
     }
+    if one.ranks is not None:
+        for name in ("time the passes", "prefill", "decode"):
+            # With ZeRO-3, every rank does the whole work.
+            seconds[name] /= 1 if one.ranks.collects else one.ranks.size
+        rows = min(slots, per_worker) * width
+        sent = one.ranks.moved(one.target, rows) * passes + _prefilled(one) / one.workers
+        # The ranks send at the same time.
+        seconds["exchange between ranks"] = sent / one.ranks.size / rates.store
+    ranks = 1 if one.ranks is None else one.ranks.size
     check = Work(elements=one.target.elements(), file_bytes=one.target.stored_bytes()).seconds(rates)
     return [Step("check weights", check / one.workers, check)] + [
-        Step(name, value, value * one.workers) for name, value in seconds.items() if value
+        Step(name, value, value * one.workers * ranks) for name, value in seconds.items() if value
     ]

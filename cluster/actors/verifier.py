@@ -26,6 +26,7 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import Ties, check_ties
 from hasten.accel.decoding.tree import DraftSampling
 from hasten.accel.decoding.verifiers.base import Verifier
+from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.drafter import Address
 from hasten.cluster.actors.remote_drafter import Connection, RemoteDrafter
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
@@ -45,7 +46,7 @@ class DecodeSpec:
     are drafted for a pass; max_draft_tokens bounds adaptive lengths. memory_bytes: bound of caches and logits. dtype,
     other_dtypes: of the arithmetic; the fastest of them is chosen. compiled: whether the fast path is compiled.
     learned: what the drafter learned before. snapshot_seconds: interval of snapshots of a shared drafter's memory,
-    from which its replacement starts.
+    from which its replacement starts. division: how the target is divided over a process group; None is one process.
     """
 
     target: Path
@@ -68,6 +69,7 @@ class DecodeSpec:
     memory_bytes: int | None = None
     learned: Mapping[str, Tensor] | None = None
     snapshot_seconds: float = 10.0
+    division: Division | None = None
 
 
 def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]], target: Target | None = None) -> Any:
@@ -123,8 +125,7 @@ class VerifierActor:
     def prepare(self) -> Target:
         """The target, loaded at the first call."""
         if self._target is None:
-            spec = self._spec
-            self._target = load_target(spec.target, spec.dtype, spec.device, spec.path, compiled=spec.compiled)
+            self._target = self._load(self._spec.dtype)
             self._cpu_before = cpu_seconds()
         return self._target
 
@@ -167,9 +168,13 @@ class VerifierActor:
 
     def ties(self, decoded: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ties:
         """Check greedily decoded (prompt, tokens) in a reduced dtype against a float32 target, which is loaded here."""
+        exact = self._load(torch.float32)
+        return Ties.total(check_ties(exact, prompt, tokens, self._spec.dtype) for prompt, tokens in decoded)
+
+    def _load(self, dtype: torch.dtype) -> Target:
+        """A new target."""
         spec = self._spec
-        exact = load_target(spec.target, torch.float32, spec.device, spec.path)
-        return Ties.total(check_ties(exact, prompt, tokens, spec.dtype) for prompt, tokens in decoded)
+        return load_target(spec.target, dtype, spec.device, spec.path, compiled=spec.compiled)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
         """A decoding loop; the length controller keeps its state over assignments."""

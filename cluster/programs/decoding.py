@@ -30,6 +30,7 @@ from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import wait_for_all
 from hasten.cluster.runtime.dispatcher import Dispatcher
 from hasten.cluster.runtime.placement import ActorResources, check, grows, nodes, packs
+from hasten.cluster.runtime.process_group import group_needs
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -185,7 +186,12 @@ class Decoders:
 
     def _all(self, calls: Sequence[ObjectRef]) -> Any:
         """Results of calls, in the order of the calls."""
-        wait_for_all([self._verifiers, self._drafters.pool], calls)
+        try:
+            wait_for_all([self._verifiers, self._drafters.pool], calls)
+        except RayError as error:
+            cause = self._verifiers.cause(error)
+            recovery.raise_if_refused(cause)
+            raise cause from None
         return recovery.get(list(calls))
 
     def _ask(self, call: Callable[[ActorHandle], "ObjectRef[T]"]) -> T | None:
@@ -197,7 +203,7 @@ class Decoders:
         try:
             result: T = recovery.get(call(self._verifiers.actors[alive[0]]))
         except RayError as error:
-            recovery.raise_unless_lost(error)
+            recovery.raise_unless_lost(self._verifiers.cause(error, alive[0]))
             return None
         return result
 
@@ -220,11 +226,15 @@ class Decoders:
         if shared and drafter is not None and drafter.reads_target:
             raise UserError(sharing_refusal(self._work.spec, Sampling()) or "")
         drafters = f" and drafter_actors={self._drafter_count}" if shared else ""
-        check(self._bundles(shared), f"workers={self._count} of threads={self._work.spec.threads}{drafters}")
+        division = self._work.spec.division
+        workers = f"workers={self._count} of" + (f" target_group.size={division.size} and" if division else "")
+        check(self._bundles(shared), f"{workers} threads={self._work.spec.threads}{drafters}")
 
     def _bundles(self, shared: bool) -> list[dict[str, float]]:
         """Resources of all actors, with shared or private drafters."""
-        verifiers = [self._needs.bundle] * self._count
+        division = self._work.spec.division
+        needs = self._needs if division is None else group_needs(division.size, self._needs)
+        verifiers = [needs.bundle] * self._count
         return verifiers + [self._drafter_needs.bundle] * (self._drafter_count * shared)
 
     def _sharing_pays(self) -> bool:

@@ -8,12 +8,15 @@ from ray.exceptions import RayError
 
 from hasten.accel.decoding.engine import Request, Result
 from hasten.cluster.actors.drafter import Address
+from hasten.cluster.actors.rank_verifier import RankVerifier
 from hasten.cluster.actors.verifier import DecodeSpec, OnTokens, VerifierActor
 from hasten.cluster.programs.shared_drafters import SharedDrafters
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor
 from hasten.cluster.runtime.dispatcher import Assignment, PoolWorkload, SharedQueue, all_ready
+from hasten.cluster.runtime.group_pool import GroupPool
 from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.runtime.process_group import ProcessGroup
 
 
 class DecodeWorkload(PoolWorkload[str, Result]):
@@ -30,7 +33,12 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         drafters: SharedDrafters,
         on_tokens: OnTokens | None,
     ) -> None:
-        super().__init__(ActorPool("a verifier", count, needs, self._start))
+        division = spec.division
+        super().__init__(
+            ActorPool("a verifier", count, needs, self._start)
+            if division is None
+            else GroupPool("a target group", count, division.size, needs, self._start_group)
+        )
         self.spec, self.shared = spec, False
         self._count, self._needs, self._drafters, self._on_tokens = count, needs, drafters, on_tokens
         self._requests: dict[str, Request] = {}
@@ -74,6 +82,7 @@ class DecodeWorkload(PoolWorkload[str, Result]):
 
     def recover(self, worker: int, keys: Sequence[str], error: RayError) -> None:
         """Replace a verifier that was lost or ran out of memory."""
+        error = self.pool.cause(error, worker)
         recovery.raise_if_refused(error)
         out_of_memory = recovery.is_out_of_memory(error)
         if out_of_memory:
@@ -99,7 +108,18 @@ class DecodeWorkload(PoolWorkload[str, Result]):
         return self._drafters.address(worker) if self.shared else None
 
     def _start(self, worker: int, cpus: float) -> ActorHandle:
+        return start_actor(VerifierActor, self._needs.options(cpus, self.spec.threads), *self._arguments(worker))
+
+    def _start_group(self, worker: int, cpus: float) -> ProcessGroup:
+        assert self.spec.division is not None
+        arguments, device = self._arguments(worker), self.spec.device
+        size, name = self.spec.division.size, self.pool.name
+        group = ProcessGroup(RankVerifier, size, self._needs, arguments, device, name, cpus)
+        group.watch([rank.follow.remote() for rank in group.ranks[1:]])
+        return group
+
+    def _arguments(self, worker: int) -> tuple[DecodeSpec, str]:
+        """Arguments of a new verifier's constructor."""
         # A new client name after every loss, so that drafters do not mistake late messages of the old verifier.
         self._clients[worker] = f"{worker}.{self.pool.restarts}"
-        spec = replace(self.spec, in_flight=self.batches.of(worker))
-        return start_actor(VerifierActor, self._needs.options(cpus, spec.threads), spec, self._clients[worker])
+        return replace(self.spec, in_flight=self.batches.of(worker)), self._clients[worker]

@@ -7,9 +7,11 @@ from typing import Protocol
 
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.placement import ActorResources, check_workers
+from hasten.cluster.runtime.process_group import check_group
 from hasten.cluster.runtime.session import session
 from hasten.cluster.runtime.visibility import check
 from hasten.jobs.common.arithmetic import gpus_per_worker
+from hasten.jobs.common.schema import TargetGroup
 from hasten.jobs.common.sizes import parse_bytes
 
 
@@ -42,14 +44,24 @@ def worker_resources(config: InWorkers) -> ActorResources:
 
 @contextmanager
 def cluster_session(
-    config: InCluster, cpus: int, reads: Mapping[str, Path], writes: Mapping[str, Path], in_turn: bool = False
+    config: InCluster,
+    cpus: int,
+    reads: Mapping[str, Path],
+    writes: Mapping[str, Path],
+    in_turn: bool = False,
+    group: TargetGroup | None = None,
 ) -> Iterator[None]:
     """Context with a Ray session at config.address; UserError if CPUs or GPUs are missing or a node lacks the files.
 
     cpus: sum over the job's actors. reads, writes: paths that actors read or write, by option. in_turn: workers are
-    tasks, which run one after the other if the cluster has room for fewer.
+    tasks, which run one after the other if the cluster has room for fewer. group: that each worker is; None is one
+    process.
     """
     with session(config.address, cpus):
-        check_workers(1 if in_turn else config.workers, worker_resources(config))
+        workers, needs = 1 if in_turn else config.workers, worker_resources(config)
+        if group is not None and group.size > 1:
+            check_group(group.size, needs, "target_group.size", workers)
+        else:
+            check_workers(workers, needs)
         check(reads, writes)
         yield

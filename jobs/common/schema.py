@@ -115,6 +115,22 @@ class Tracking:
 
 
 @dataclass
+class TargetGroup:
+    """A target that is divided over several devices."""
+
+    size: int = option(1, "ranks that a worker's target is divided over, an actor each, all on one node", at_least=1)
+    mode: str = option(
+        "tensor_parallel",
+        "how: tensor_parallel gives every rank a part of each layer's work; zero3 gives it a part of the weights, and "
+        "collects a block's weights when it runs",
+        choices=("tensor_parallel", "zero3"),
+    )
+    offload: str | None = option(
+        None, "where zero3 holds the weights: null is the device, cpu main memory, or a folder on an NVMe disk"
+    )
+
+
+@dataclass
 class Run:
     """Options of every job."""
 

@@ -21,6 +21,7 @@ from hasten.jobs.common.prompts import (
     model_folder,
     read_prompts,
 )
+from hasten.jobs.common.target_group import check_target, chosen_division
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions, Record
 from hasten.jobs.decode.draft_length import chosen_draft_length
@@ -53,7 +54,9 @@ def prepare(config: DecodeConfig) -> Inputs:
     draft_length = chosen_draft_length(config)
     drafter: Drafter | None = build(config.drafter) if draft_length.max_tokens(config.max_draft_tokens) else None
     verifier = chosen_verifier(config, drafter, sampling)
+    division = chosen_division(config.target_group, config.path)
     target = model_folder("target", config.target)
+    check_target(target, division)
     draft = None
     if drafter is not None:
         drafter.check_target(target)
@@ -91,6 +94,7 @@ def prepare(config: DecodeConfig) -> Inputs:
         max_draft_tokens=config.max_draft_tokens,
         memory_bytes=config.memory_bytes,
         learned=learned,
+        division=division,
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
     completions = Completions(output, _settings(config, spec, sampling), config.overwrite)

@@ -12,8 +12,10 @@ from hasten.jobs.common.schema import (
     WORKER_GPUS,
     WORKER_MEMORY,
     Run,
+    TargetGroup,
     group,
     option,
+    section,
 )
 
 
@@ -95,3 +97,4 @@ class DecodeConfig(Run):
     worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
     worker_memory: str | None = option(None, WORKER_MEMORY)
     address: str | None = option(None, ADDRESS)
+    target_group: TargetGroup = section(TargetGroup)

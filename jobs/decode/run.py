@@ -51,7 +51,8 @@ def run(config: DecodeConfig) -> Path:
         if inputs.missing:
             drafters = 0 if inputs.placement == "private" else config.drafter_actors
             reads = {"target": inputs.spec.target} | ({} if inputs.spec.draft is None else {"draft": inputs.spec.draft})
-            stack.enter_context(cluster_session(config, config.workers * config.threads + drafters, reads, {}))
+            cpus = config.workers * config.threads * config.target_group.size + drafters
+            stack.enter_context(cluster_session(config, cpus, reads, {}, group=config.target_group))
             decoders = _decoders(config, inputs, printer)
             stack.callback(decoders.close)
             # Checked before the actors occupy the CPUs.

@@ -67,7 +67,8 @@ class PassCosts:
 
 def clock(target: Target) -> Callable[[], float]:
     """The clock for timing passes: CPU time with one CPU thread, which ignores other processes; else wall time."""
-    return process_time if target.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+    alone = target.device.type == "cpu" and torch.get_num_threads() == 1 and not target.waits_for_others
+    return process_time if alone else perf_counter
 
 
 def measure_costs(target: Target, widths: Sequence[int], sequences: int = 1, context: int = 128) -> PassCosts:

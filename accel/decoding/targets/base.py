@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 
-_PREFILL_CHUNK = 512
+PREFILL_CHUNK = 512
 # The logits of a pass, their float32 copy, and the probabilities that are computed from them.
 COPIES_OF_LOGITS = 3
 
@@ -57,8 +57,10 @@ class Target(ABC):
 
     A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy. feature_layers: F numbers of
     hidden states that passes return, next to each other, as the features of a token: i is after the first i decoder
-    layers, FINAL after the final norm.
+    layers, FINAL after the final norm. waits_for_others: whether a pass waits for other processes.
     """
+
+    waits_for_others = False
 
     def __init__(self, vocabulary: int, max_length: int, device: torch.device) -> None:
         self.vocabulary, self.max_length, self.device = vocabulary, max_length, device
@@ -112,7 +114,7 @@ class Target(ABC):
             f"a {type(self).__name__} has no sub-models: choose a draft model of the Llama family, with path=auto"
         )
 
-    def prefill(self, slot: int, tokens: Sequence[int], chunk: int = _PREFILL_CHUNK) -> Tensor | None:
+    def prefill(self, slot: int, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor | None:
         """Commit tokens without computing their logits, `chunk` of them in a pass.
 
         Returns their features (T, F * D); None if the target keeps none, or for no tokens.
