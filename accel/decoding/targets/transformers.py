@@ -142,7 +142,7 @@ class TransformersTarget(Target):
         place.rows, place.starts, place.total = list(slots), list(starts), allowed.shape[-1]
         with torch.no_grad():
             out = self._model(
-                input_ids=ids,
+                **self._inputs(ids),
                 position_ids=positions,
                 attention_mask=self._masks(slots, positions, allowed),
                 past_key_values=self._cache,
@@ -156,6 +156,13 @@ class TransformersTarget(Target):
             # transformers' own list has the embedding at 0, and the state after the final norm at the end.
             features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
         return Pass(out.logits, hidden, features)
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """The model's inputs for ids (B, N): their embeddings if virtual tokens are among them."""
+        if not self._inserted:
+            return {"input_ids": ids}
+        embedded = self._model.get_input_embeddings()(ids)
+        return {"inputs_embeds": self._inserted[0].into(embedded.flatten(0, 1)).view(embedded.shape)}
 
     def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
         """The model's attention_mask: one mask, or a mask for each layer type."""
