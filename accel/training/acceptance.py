@@ -75,8 +75,8 @@ def deployed(
 def measured(head: DraftHead, drafter: Drafter, memory: HeadMemory, held_out: HeldOut, budget: int) -> DecodingStats:
     """Statistics of drafts of at most `budget` tokens along the sequences.
 
-    A head's linear layers become fast; a draft model drafts as the target that it is. A head that drafts in passes of the
-    target is measured by decoding, with trees sized by its rates on these sequences.
+    A head's linear layers become fast; a draft model drafts as the target that it is. A head that drafts in passes of
+    the target is measured by decoding, with trees sized by its rates on these sequences.
     """
     target = memory.network.target()
     if target is not None:
