@@ -6,11 +6,14 @@ committed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class VirtualTokens(ABC):
@@ -58,9 +61,30 @@ class Insertion:
     anchors: Tensor
 
     def into(self, hidden: Tensor) -> Tensor:
-        """The states (rows, D) before the layer, with those of the virtual tokens."""
-        states = self.tokens.states(self.numbers, hidden[self.anchors])
-        return hidden.index_copy(0, self.rows, states.to(hidden.dtype))
+        """The states (rows, D) or (B, N, D) before the layer, with those of the virtual tokens."""
+        flat = hidden.flatten(0, -2)
+        states = self.tokens.states(self.numbers, flat[self.anchors])
+        return flat.index_copy(0, self.rows, states.to(hidden.dtype)).view(hidden.shape)
+
+
+@contextmanager
+def entering(layers: nn.ModuleList, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While it is open, the hidden states (B, N, D) before some of a transformers model's layers are changed."""
+
+    def hook(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    handles = [
+        layers[number].register_forward_pre_hook(partial(hook, change), with_kwargs=True)
+        for number, change in changes.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def insertions(

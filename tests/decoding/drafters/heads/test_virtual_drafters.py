@@ -1,4 +1,4 @@
-"""PPD, and all drafters with virtual tokens: drafts in use are those of training, and trees share a budget."""
+"""Drafters with virtual tokens: drafts in use are those of training, and candidates share a pass with them."""
 
 import itertools
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ import torch
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.drafters.combined.union import Union
+from hasten.accel.decoding.drafters.heads.hidden_transfer import HiddenTransferDrafter
 from hasten.accel.decoding.drafters.heads.ppd import PpdDrafter
 from hasten.accel.decoding.drafters.heads.virtual import SparseTrees, ends, most_probable_paths
 from hasten.accel.decoding.engine import Engine, Request
@@ -17,7 +18,8 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from hasten.accel.training.heads.draft_head import HeadBatch
+from hasten.accel.training.heads.draft_head import HeadBatch, load_head
+from hasten.accel.training.heads.hidden_transfer import HiddenTransfer
 from hasten.accel.training.heads.ppd import ParallelPrompts
 from tests.decoding.drafters.heads.untrained import network_of, save_untrained
 
@@ -52,12 +54,11 @@ def batch_of(tokens):
     )
 
 
-@dataclass(frozen=True)
-class Oracle(PpdDrafter):
+class Oracle:
     """Drafts the text's own next tokens beside wrong ones, and notes what it observes after each pass."""
 
-    text: tuple[int, ...] = ()
-    notes: list = field(default_factory=list, compare=False)
+    text: tuple[int, ...]
+    notes: list
 
     def _levels(self, context, memory):
         if not context.state.get(self):
@@ -70,27 +71,49 @@ class Oracle(PpdDrafter):
         super().observe_virtual(memory, context, numbers, logits)
 
 
-@pytest.mark.parametrize("ensemble", [1, 2])
-def test_drafts_in_use_are_those_of_training(target, plain, tmp_path, ensemble):
-    head = ParallelPrompts(ensemble=ensemble)
+@dataclass(frozen=True)
+class PpdOracle(Oracle, PpdDrafter):
+    text: tuple[int, ...] = ()
+    notes: list = field(default_factory=list, compare=False)
+
+
+@dataclass(frozen=True)
+class HiddenTransferOracle(Oracle, HiddenTransferDrafter):
+    text: tuple[int, ...] = ()
+    notes: list = field(default_factory=list, compare=False)
+
+
+@pytest.mark.parametrize("path", ["llama", "transformers"])
+@pytest.mark.parametrize(
+    ("oracle", "head"),
+    [
+        (PpdOracle, ParallelPrompts()),
+        (PpdOracle, ParallelPrompts(ensemble=2)),
+        (HiddenTransferOracle, HiddenTransfer(enter=(1, 2, 3))),
+    ],
+    ids=["ppd", "ppd with an ensemble", "hidden transfer"],
+)
+def test_drafts_in_use_are_those_of_training(plain, tmp_path, oracle, head, path):
+    target = load_target(FOLDER, torch.float32, path=path)
     folder = save_untrained(head, tmp_path)
-    drafter = Oracle(head=str(folder), text=(*PROMPT, *plain))
+    drafter = oracle(head=str(folder), text=(*PROMPT, *plain))
     models = Models(target.vocabulary, target=target, target_path=FOLDER)
     engine = Engine(target, drafter, models=models, policy=Fixed(12))
     [result] = engine.decode([Request("0", PROMPT, NEW)])
     assert result.token_ids == plain
     assert result.stats.metrics()["mean_acceptance_length"] > 1.8, "drafts of several depths were accepted"
-    network = network_of(head)
-    network.prompts.data.copy_(engine.memory.network.prompts)  # as stored, in bfloat16
+    _, network, _ = load_head(folder, type(head))  # as stored, in bfloat16
+    network.borrow(network_of(head))
     depths = set()
     for tokens, logits in drafter.notes:
-        positions = len(logits) // ensemble
+        positions = len(logits) // network.ensemble
         depths.add(positions)
         # The last token has not run: the virtual tokens hang on the one before it.
         with torch.no_grad():
             trained = network.logits(batch_of(tokens), torch.tensor([[len(tokens) - 2]]))[0, 0, :positions]
         # The target's float32 sums in another order, over logits of about 10.
-        torch.testing.assert_close(logits.view(positions, ensemble, -1).mean(1), trained, rtol=1e-3, atol=1e-3)
+        found = logits.view(positions, network.ensemble, -1).mean(1)
+        torch.testing.assert_close(found, trained, rtol=1e-3, atol=1e-3)
     assert max(depths) == head.depth
 
 
