@@ -215,7 +215,7 @@ class DraftHead(ABC):
 
     drafter: name in conf/drafter of the drafter that uses it. reads_target: whether its network drafts from the
     target's hidden states, by `read` and `step`; if not, it trains something else on the target's records, such as a
-    draft model, and `save` writes what that drafter loads.
+    draft model or virtual tokens of the target's own passes (virtual.py), and `save` writes what that drafter loads.
     """
 
     drafter: ClassVar[str]

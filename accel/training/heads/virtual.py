@@ -111,6 +111,12 @@ class VirtualNetwork(DraftNetwork):
         """Numbers of layers after which `states` reads hidden states of the windows."""
         return ()
 
+    def attach(self, embedding: Tensor) -> None:
+        """Give the target's embedding; its model moves to the same device."""
+        super().attach(embedding)
+        if self._frozen is not None:
+            self.frozen.model.to(embedding.device)
+
     def freeze(self, frozen: FrozenTarget) -> None:
         """Give the target; a tuple hides it from the module's parameters."""
         self._frozen = (frozen,)
@@ -143,7 +149,7 @@ class VirtualNetwork(DraftNetwork):
 
     @torch.no_grad()
     def _context(self, batch: HeadBatch) -> WindowContext:
-        model = self.frozen.model.to(batch.tokens.device)
+        model = self.frozen.model
         count, wanted = batch.tokens.shape[1], self.hidden_layers()
         causal = torch.ones(count, count, dtype=torch.bool, device=batch.tokens.device).tril()
         mask = causal & (batch.segments[:, :, None] == batch.segments[:, None])

@@ -187,7 +187,8 @@ class VirtualDrafter(HeadDrafter):
             return known.levels
         rates = memory.rates or ()
         return [
-            (tokens[: len(rate)], rate[: len(tokens)]) for (tokens, _), rate in zip(known.levels, rates, strict=False)
+            (tokens[: len(rate)], sorted(rate, reverse=True)[: len(tokens)])
+            for (tokens, _), rate in zip(known.levels, rates, strict=False)
         ]
 
     def virtual_nodes(self, context: Context, memory: HeadMemory, tree: DraftTree, budget: int) -> VirtualNodes:
