@@ -19,7 +19,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.decoding.stop_strings import StopMatcher, StopStrings
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import ROOT, DraftTree
+from hasten.accel.decoding.tree import ROOT, DraftTree, VirtualNodes
 from hasten.accel.decoding.verifiers.auto import Auto
 from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
 from hasten.accel.errors import UserError
@@ -100,6 +100,8 @@ class Engine:
         self.memory = memory
         if drafter is not None and memory is None:
             self.memory = drafter.new_memory(models or Models(target.vocabulary, target=target))
+        if drafter is not None:
+            self.policy.count_virtual(partial(drafter.max_virtual_nodes, self.memory))
         self._stop, self._stop_strings = frozenset(stop), stop_strings
         self._in_flight, self._chunk, self._on_tokens = in_flight, prefill_chunk, on_tokens
         self._memory_bytes, self._max_nodes = memory_bytes, self.policy.max_nodes
@@ -121,6 +123,7 @@ class Engine:
             return
         # Here, because a target may serve several engines in turn.
         self.target.feature_layers = () if self.drafter is None else self.drafter.target_layers(self.memory)
+        self.target.virtual = None if self.drafter is None else self.drafter.virtual_tokens(self.memory)
         longest = max(len(request.tokens) + request.max_new_tokens for request in waiting)
         slots = min(self._in_flight, len(waiting))
         bound = fit_to_memory(partial(self._needed, longest), slots, self.policy.max_nodes, self._memory_bytes, longest)
@@ -206,13 +209,24 @@ class Engine:
         self._prefill_drafter(drafting, budget)
         started, counted = perf_counter(), self._clock()
         trees = self._propose(drafting, budget)
+        virtual = self._virtual_nodes(drafting, trees, budget)
         drafted, draft_seconds = perf_counter(), self._clock() - counted
         # Without the target's most probable tokens learning costs next to nothing.
         learns = self.drafter is not None and (not drafting or not self.drafter.observes or self.policy.learns())
         rows = self.target.forward(
             range(len(running)),
-            [[sequence.context.tokens[-1], *tree.tokens] for sequence, tree in zip(running, trees, strict=True)],
-            [[ROOT, *(parent + 1 for parent in tree.parents)] for tree in trees],
+            [
+                [
+                    sequence.context.tokens[-1],
+                    *tree.tokens,
+                    *(self.target.vocabulary + number for number in nodes.numbers),
+                ]
+                for sequence, tree, nodes in zip(running, trees, virtual, strict=True)
+            ],
+            [
+                [ROOT, *(parent + 1 for parent in tree.parents), *(parent + 1 for parent in nodes.parents)]
+                for tree, nodes in zip(trees, virtual, strict=True)
+            ],
         )
         if rows.logits.is_cuda:
             torch.cuda.synchronize(rows.logits.device)  # otherwise verification would be charged with the pass
@@ -248,6 +262,10 @@ class Engine:
             if slot in drafting:
                 self.policy.observe(outcome)
             sequence.context.tokens += new
+            if self.drafter is not None and len(virtual[slot]) and not outcome.ended:
+                counted = self._clock()
+                self._observe_virtual(sequence.context, virtual[slot], outcome, rows.logits[slot, len(tree) + 1 :])
+                draft_seconds += self._clock() - counted
             sequence.stats.add(
                 outcome,
                 len(new),
@@ -310,6 +328,26 @@ class Engine:
         for slot, tree in zip(drafting, self.policy.select(trees, len(running), whole), strict=True):
             drafts[slot] = tree
         return drafts
+
+    def _virtual_nodes(
+        self, drafting: Mapping[int, int], trees: Sequence[DraftTree], budget: int
+    ) -> list[VirtualNodes]:
+        """The virtual nodes of the pass behind each draft."""
+        virtual = [VirtualNodes(len(tree)) for tree in trees]
+        if self.drafter is None or budget == 0 or self.target.virtual is None:
+            return virtual
+        for slot, max_depth in drafting.items():
+            tree = trees[slot]
+            nodes = self.drafter.virtual_nodes(self._running[slot].context, self.memory, tree, budget)
+            assert len(tree) + len(nodes) <= budget, (self.drafter, len(tree), len(nodes), budget)
+            virtual[slot] = nodes.within(tree, max_depth)
+        return virtual
+
+    def _observe_virtual(self, context: Context, nodes: VirtualNodes, outcome: Outcome, logits: Tensor) -> None:
+        """Hand the drafter the logits (M, V) of those virtual nodes that hang on the last accepted node."""
+        assert self.drafter is not None
+        own = nodes.on(outcome.path[-1] if outcome.path else ROOT)
+        self.drafter.observe_virtual(self.memory, context, [nodes.numbers[index] for index in own], logits[own])
 
     def _truncate(self, running: _Running, new: list[int]) -> list[int]:
         """The new tokens up to the first stop token or stop string, and within max_new_tokens."""

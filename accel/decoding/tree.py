@@ -132,3 +132,47 @@ class DraftTree:
             [self.label(node) for node in nodes],  # explicit, because ranks among siblings change
             self.proposed,
         )
+
+
+@dataclass(frozen=True)
+class VirtualNodes:
+    """Nodes of a pass behind those of a draft of `drafted` nodes: virtual tokens, which are neither verified nor kept.
+
+    numbers: of the virtual tokens, see `Target.virtual`. parents: index of each node's parent, smaller than its own:
+    below `drafted` a node of the draft, from there on a virtual one; or ROOT.
+    """
+
+    drafted: int
+    numbers: Sequence[int] = ()
+    parents: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.numbers) == len(self.parents), "a parent for every virtual node"
+        assert all(ROOT <= parent < node for node, parent in enumerate(self.parents, self.drafted)), self.parents
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @cached_property
+    def anchors(self) -> list[int]:
+        """The node of the draft, or ROOT, that each virtual node hangs on."""
+        anchors: list[int] = []
+        for parent in self.parents:
+            anchors.append(parent if parent < self.drafted else anchors[parent - self.drafted])
+        return anchors
+
+    def on(self, anchor: int) -> list[int]:
+        """Indices among the virtual nodes of those that hang on a node of the draft, or on ROOT."""
+        return [index for index, own in enumerate(self.anchors) if own == anchor]
+
+    def within(self, tree: DraftTree, max_depth: int) -> "VirtualNodes":
+        """The virtual nodes of a depth of at most max_depth; children of ROOT have depth 1. tree: the draft."""
+        depths = list(tree.depths)
+        kept: dict[int, int] = {}
+        for node, parent in enumerate(self.parents, self.drafted):
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+            if depths[-1] <= max_depth:
+                kept[node] = self.drafted + len(kept)
+        parents = [self.parents[node - self.drafted] for node in kept]
+        numbers = [self.numbers[node - self.drafted] for node in kept]
+        return VirtualNodes(self.drafted, numbers, [kept.get(parent, parent) for parent in parents])

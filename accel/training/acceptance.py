@@ -1,4 +1,4 @@
-"""Acceptance of a head on recorded sequences: its drafter drafts along them, without the target.
+"""Acceptance of a head on recorded sequences: its drafter drafts along them, without the target if it can.
 
 On greedy answers of the target this is the acceptance of greedy decoding, up to the bfloat16 of recorded features.
 """
@@ -12,10 +12,13 @@ from torch import Tensor
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.drafters.heads.base import HeadMemory
 from hasten.accel.decoding.drafters.heads.linear import use_fast_linears
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.replay import replay
 from hasten.accel.decoding.stats import DecodingStats
+from hasten.accel.decoding.targets.base import Target
 from hasten.accel.training.data.records import Record
-from hasten.accel.training.heads.draft_head import DraftHead, HeadBatch, TargetFacts
+from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, TargetFacts
 from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
@@ -53,13 +56,18 @@ def deployed(
     target: TargetFacts,
     vocabulary: DraftVocabulary,
     embedding: Tensor,
+    trained: DraftNetwork,
     store: str = BFLOAT16,
 ) -> HeadMemory:
-    """A drafter's memory with a copy of a network as it would be stored, on the embedding's device."""
+    """A drafter's memory with a copy of a network as it would be stored, on the embedding's device.
+
+    trained: the network itself, whose target the copy takes over if it has one.
+    """
     with torch.random.fork_rng(devices=[]):
         network = head.build(target, vocabulary)
     network.load_state_dict(from_stored(to_stored(weights, store)))
     network.attach(embedding)
+    network.borrow(trained)
     network.to(embedding.device).eval().requires_grad_(False)
     # A draft model has ids of its own choice.
     return HeadMemory(network, head.layers(target), network.vocabulary.ids.tolist(), embedding.device)
@@ -69,8 +77,13 @@ def deployed(
 def measured(head: DraftHead, drafter: Drafter, memory: HeadMemory, held_out: HeldOut, budget: int) -> DecodingStats:
     """Statistics of drafts of at most `budget` tokens along the sequences.
 
-    A head's linear layers become fast; a draft model drafts as the target that it is.
+    A head's linear layers become fast; a draft model drafts as the target that it is. A head that drafts in passes of
+    the target is measured by decoding, with trees sized by its rates on these sequences.
     """
+    target = memory.network.target()
+    if target is not None:
+        memory.rates = rates_of(head, memory, held_out)
+        return _decoded(target, drafter, memory, held_out, budget)
     own = head.drafter_memory(memory.network)
     if own is None:
         use_fast_linears(memory.network)
@@ -80,6 +93,16 @@ def measured(head: DraftHead, drafter: Drafter, memory: HeadMemory, held_out: He
     ]
     features = (record.features.to(memory.device) for record in held_out.records)
     return DecodingStats.total(replay(drafter, own, sequences, budget, features))
+
+
+def _decoded(target: Target, drafter: Drafter, memory: HeadMemory, held_out: HeldOut, budget: int) -> DecodingStats:
+    """Statistics of decoding as many tokens after the prompts as the sequences have, greedily."""
+    requests = [
+        Request(str(number), record.tokens[:prompt].tolist(), len(record) - prompt)
+        for number, (record, prompt) in enumerate(zip(held_out.records, held_out.prompts, strict=True))
+    ]
+    engine = Engine(target, drafter, memory=memory, policy=Fixed(budget))
+    return DecodingStats.total(result.stats for result in engine.decode(requests))
 
 
 @torch.no_grad()

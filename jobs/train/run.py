@@ -208,7 +208,8 @@ class _HeadTraining:
         return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
 
     def _deployed(self, state: dict[str, Tensor]) -> HeadMemory:
-        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding, self._config.store)
+        network, store = self._network, self._config.store
+        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding, network, store)
 
 
 def _recordings(

@@ -11,7 +11,8 @@ from torch import Tensor
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.sampling import Sampling, most_probable
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.tree import ROOT, DraftKind, DraftSampling, DraftTree
+from hasten.accel.decoding.targets.virtual import VirtualTokens
+from hasten.accel.decoding.tree import ROOT, DraftKind, DraftSampling, DraftTree, VirtualNodes
 from hasten.accel.errors import UserError
 
 # State that a drafter shares between sequences, such as what it learned. Only the drafter knows its type.
@@ -162,6 +163,26 @@ class Drafter(ABC):
 
         Every token's arrive once, in order, after `begin` and before the draft that follows them: all except the last
         committed token's, which has not run yet.
+        """
+        return
+
+    def virtual_tokens(self, memory: Memory) -> VirtualTokens | None:
+        """The virtual tokens that it puts into the target's passes; None for none."""
+        return None
+
+    def max_virtual_nodes(self, memory: Memory, budget: int) -> int:
+        """How many of the `budget` nodes of a pass are virtual, at most; those of the draft are then fewer."""
+        return 0
+
+    def virtual_nodes(self, context: Context, memory: Memory, tree: DraftTree, budget: int) -> VirtualNodes:
+        """At most `budget` - len(tree) virtual nodes behind the draft that is verified; budget: that of `propose`."""
+        return VirtualNodes(len(tree))
+
+    def observe_virtual(self, memory: Memory, context: Context, numbers: Sequence[int], logits: Tensor) -> None:
+        """Receive logits (M, V) of the virtual nodes that hang on the last accepted node, in the order of the pass.
+
+        numbers: of their virtual tokens, none or more. Called after the new tokens were appended to context.tokens, and
+        not if the sequence ended inside the draft.
         """
         return
 

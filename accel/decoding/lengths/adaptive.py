@@ -10,6 +10,7 @@ Sources of the parts: target efficiency, MoESD (arXiv:2505.19645); trees that gr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 from hasten.accel.decoding.drafters.base import Outcome
@@ -83,7 +84,8 @@ class AdaptiveController(LengthController):
         self._drafting = DraftingTime()
         self._sequences = 1
         self._rate = 0.0  # tokens per second of the whole run
-        self._requested = self._width = 0
+        self._requested = self._width = self._virtual = 0
+        self._virtual_of: Callable[[int], int] = lambda budget: 0
         self._passes = self._drafts = 0
         self._budget = self._budget_sequences = self._budget_until = 0
         self._advantage = 0.0
@@ -98,7 +100,7 @@ class AdaptiveController(LengthController):
             self._rate *= self._plain_rate(sequences) / self._plain_rate(self._sequences)
         self._sequences = sequences
         self._passes += 1
-        self._requested = self._width = 0
+        self._requested = self._width = self._virtual = 0
         if self._pause_left:
             self._pause_left -= 1
             return 0
@@ -110,7 +112,12 @@ class AdaptiveController(LengthController):
                 self._budget, self._budget_sequences = self._best_budget(sequences), sequences
                 self._budget_until = self._passes + _BUDGET_PASSES
             self._requested = self._budget
+        self._virtual = self._virtual_of(self._requested)
         return self._requested
+
+    def count_virtual(self, max_virtual_nodes: Callable[[int], int]) -> None:
+        """Passes cost what their virtual nodes cost, too."""
+        self._virtual_of = max_virtual_nodes
 
     def observes_prompt(self, sequences: int) -> bool:
         """Whether drafting gains enough to pay for a pass of the output layer over a part of the prompt."""
@@ -138,7 +145,7 @@ class AdaptiveController(LengthController):
         """
         gains = [self._acceptance.probabilities(tree) for tree in trees]
         for of_tree in gains:
-            for rank in range(self._requested):
+            for rank in range(self._requested - self._virtual):
                 gain = of_tree[rank] if rank < len(of_tree) else 0.0
                 self._by_rank[rank] += _LEARN * (gain - self._by_rank[rank])
         # A child's gain is below its parent's, so the best nodes include the parents of all of them.
@@ -155,17 +162,17 @@ class AdaptiveController(LengthController):
                     added[place] += of[node]
         total += sum(added[:first])
         plain = self._net_tokens(0, 0.0, sequences)
-        width, gain = first, total
-        best = self._net_tokens(first, _TRUSTED * total, sequences) if kept_whole else plain
+        width, gain, virtual = first, total, self._virtual
+        best = self._net_tokens(first + virtual, _TRUSTED * total, sequences) if kept_whole or virtual else plain
         for nodes in range(first + 1, len(added) + 1):
             total += added[nodes - 1]
-            net = self._net_tokens(nodes, _TRUSTED * total, sequences)
+            net = self._net_tokens(nodes + virtual, _TRUSTED * total, sequences)
             if net > best:
                 best, width, gain = net, nodes, total
         drafting = self._rate * self._drafting.seconds(self._requested if added else 0)
-        self._decide(self._net_tokens(width, gain, sequences) - plain - drafting, sequences)
+        self._decide(self._net_tokens(width + virtual, gain, sequences) - plain - drafting, sequences)
         if self._passes % self.settings.explore_every == 0:
-            width = max(width, self._affordable_nodes(sequences))
+            width = max(width, self._affordable_nodes(sequences) - virtual)
         self._width = min(width, len(added))
         return [
             tree if all_of or width >= len(tree) else tree.keep(sorted(order[:width]))
@@ -182,7 +189,7 @@ class AdaptiveController(LengthController):
     def observe(self, outcome: Outcome) -> None:
         """Update the acceptance of the verified classes of nodes, and the rate of the run."""
         self._acceptance.observe(outcome)
-        spent = self.costs.seconds(self._width + 1, self._sequences)
+        spent = self.costs.seconds(self._width + self._virtual + 1, self._sequences)
         if self._requested:
             spent += self._drafting.seconds(self._requested)
         self._rate += _RATE_LEARN * (len(outcome.committed) * self._sequences / spent - self._rate)
@@ -199,9 +206,11 @@ class AdaptiveController(LengthController):
         return next((size for size in sizes if self.costs.seconds(size + 1, sequences) <= allowed), 0)
 
     def _best_budget(self, sequences: int) -> int:
-        best, budget, total = -1.0, 1, 0.0
+        best, budget = -1.0, 1
+        gains = [0.0, *accumulate(self._by_rank)]
         for count in range(1, self.max_nodes + 1):
-            total += self._by_rank[count - 1]
+            # Virtual nodes cost as much as others, and gain nothing in this pass.
+            total = gains[count - self._virtual_of(count)]
             net = self._net_tokens(count, total * sequences, sequences) - self._rate * self._drafting.seconds(count)
             if net > best or count == 1:
                 best, budget = net, count

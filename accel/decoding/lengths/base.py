@@ -33,6 +33,10 @@ class LengthController(ABC):
         """Whether drafters that observe the target learn from the pass that `budget` was called for."""
         return True
 
+    def count_virtual(self, max_virtual_nodes: Callable[[int], int]) -> None:
+        """Called once before all else. max_virtual_nodes: how many of a budget's nodes are virtual, and no tokens."""
+        return
+
     def limit(self, nodes: int) -> None:
         """Called after `budget` if only `nodes` tokens are drafted, because the sequences need no more."""
         return

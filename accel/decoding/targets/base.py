@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hasten.accel.decoding.targets.virtual import Insertion, VirtualTokens, insertions
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 
@@ -57,7 +58,8 @@ class Target(ABC):
 
     A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy. feature_layers: F numbers of
     hidden states that passes return, next to each other, as the features of a token: i is after the first i decoder
-    layers, FINAL after the final norm. waits_for_others: whether a pass waits for other processes.
+    layers, FINAL after the final norm. waits_for_others: whether a pass waits for other processes. virtual: virtual
+    tokens that passes may have, with the ids from V on; None for none.
     """
 
     waits_for_others = False
@@ -66,6 +68,8 @@ class Target(ABC):
         self.vocabulary, self.max_length, self.device = vocabulary, max_length, device
         self.capacity = 0
         self.feature_layers: tuple[int, ...] = ()
+        self.virtual: VirtualTokens | None = None
+        self._inserted: dict[int, Insertion] = {}  # what enters the current pass, by layer
         self._slots: list[_Slot] = []
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -166,6 +170,7 @@ class Target(ABC):
             raise UserError(f"{max(starts) + width} tokens do not fit the cache's capacity={self.capacity}")
         total = max(starts) + width
         sequence = self._slots[slots[0]]
+        self._inserted = {}
         # A fast case for decoding without drafts, whose passes are so short that this code counts.
         if len(slots) == width == 1 and not sequence.waiting:
             ids, positions = torch.tensor([list(tokens[0])]), torch.tensor([[total - 1]])
@@ -177,6 +182,10 @@ class Target(ABC):
             allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
             for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
                 self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
+            if self.virtual is not None:
+                entries = self._virtual_entries(slots, width, tokens)
+                self._inserted = insertions(self.virtual, entries, self.device)
+                ids.masked_fill_(ids >= self.vocabulary, 0)
         ids, positions, allowed = (tensor.to(self.device) for tensor in (ids, positions, allowed))
         return self._run(slots, starts, ids, positions, allowed, logits)
 
@@ -206,6 +215,24 @@ class Target(ABC):
         # Padding attends to itself, because a softmax over no keys is nan.
         for padding in range(count, ids.shape[0]):
             allowed[padding, committed + first + padding] = True
+
+    def _virtual_entries(
+        self, slots: Sequence[int], width: int, tokens: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int, int]]:
+        """Row, number and anchor of every virtual token among new nodes, which have been placed."""
+        entries = []
+        for row, (slot, new) in enumerate(zip(slots, tokens, strict=True)):
+            sequence = self._slots[slot]
+            first = len(sequence.waiting) - len(new)
+            for index, token in enumerate(new):
+                if token < self.vocabulary:
+                    continue
+                anchor = first + index
+                while sequence.waiting[anchor] >= self.vocabulary:
+                    anchor = sequence.parents[anchor]
+                assert anchor >= first, "a virtual token hangs on a node of its own pass"
+                entries.append((row * width + index, token - self.vocabulary, row * width + anchor - first))
+        return entries
 
     @abstractmethod
     def _allocate(self, slots: int, capacity: int) -> None:

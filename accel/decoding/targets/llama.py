@@ -131,7 +131,7 @@ class LlamaTarget(Target):
             raise UserError(f"a sub-model of {count} layers is wrong: the model has {len(self._layers)}")
         part = copy(self)
         part._layers, part._cache, part._features, part._compiled = self._layers[:count], [], {}, None
-        part._slots, part.capacity, part.feature_layers = [], 0, ()
+        part._slots, part.capacity, part.feature_layers, part.virtual = [], 0, (), None
         return part
 
     def _fused_layer(self, layer: Any) -> _Layer:
@@ -183,8 +183,9 @@ class LlamaTarget(Target):
         first = slots[0]
         # Adjacent slots are a view of the cache, others have to be gathered.
         adjacent = list(slots) == list(range(first, first + count))
-        # A compiled pass cannot keep hidden states by the way.
-        compiled = self._compiled is not None and logits and adjacent and not self.feature_layers
+        # A compiled pass can neither keep hidden states by the way nor insert any.
+        plain = not self.feature_layers and not self._inserted
+        compiled = self._compiled is not None and logits and adjacent and plain
         if compiled:
             # The length is rounded up to a power of two, because every shape is compiled once.
             total = min(self.capacity, max(_MIN_COMPILED_LENGTH, 1 << (allowed.shape[-1] - 1).bit_length()))
@@ -230,6 +231,8 @@ class LlamaTarget(Target):
         if self._rotates_in_place:
             cis = torch.view_as_complex(cis)
         for number, (layer, cache) in enumerate(zip(self._layers, self._cache, strict=True)):
+            if number in self._inserted:
+                x = self._inserted[number].into(x)
             if number in self.feature_layers:
                 self._features[number] = x
             qkv = layer.qkv(layer.norm(x)).view(rows, -1, self._size)

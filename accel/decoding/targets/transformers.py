@@ -1,6 +1,7 @@
 """Any causal LM of transformers as a target, through public interfaces: 4-D attention mask, position ids, cache."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.decoding.targets.base import Pass, Target
+from hasten.accel.decoding.targets.virtual import entering
 from hasten.accel.errors import UserError
 
 
@@ -140,9 +142,11 @@ class TransformersTarget(Target):
     ) -> Pass:
         place = self._place_of_pass
         place.rows, place.starts, place.total = list(slots), list(starts), allowed.shape[-1]
-        with torch.no_grad():
+        inserted = {layer: insertion.into for layer, insertion in self._inserted.items() if layer}
+        hooks = entering(self._model.get_decoder().layers, inserted) if inserted else nullcontext()
+        with torch.no_grad(), hooks:
             out = self._model(
-                input_ids=ids,
+                **self._inputs(ids),
                 position_ids=positions,
                 attention_mask=self._masks(slots, positions, allowed),
                 past_key_values=self._cache,
@@ -156,6 +160,12 @@ class TransformersTarget(Target):
             # transformers' own list has the embedding at 0, and the state after the final norm at the end.
             features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
         return Pass(out.logits, hidden, features)
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """The model's inputs for ids (B, N): their embeddings if virtual ones are among them."""
+        if 0 not in self._inserted:
+            return {"input_ids": ids}
+        return {"inputs_embeds": self._inserted[0].into(self._model.get_input_embeddings()(ids))}
 
     def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
         """The model's attention_mask: one mask, or a mask for each layer type."""

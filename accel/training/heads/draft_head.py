@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.decoding.targets.base import Target
+from hasten.accel.decoding.targets.virtual import VirtualTokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
@@ -183,6 +185,18 @@ class DraftNetwork(nn.Module, ABC):
         (embedding,) = self._embedding
         return embedding[tokens].to(self.dtype)
 
+    def borrow(self, other: "DraftNetwork") -> None:
+        """Take over what another network of the same head holds outside of its state, such as a frozen target."""
+        return
+
+    def target(self) -> Target | None:
+        """The target that the network drafts in, with which it is measured; None for one that is replayed."""
+        return None
+
+    def virtual(self) -> VirtualTokens | None:
+        """The virtual tokens that it puts into the target's passes; None for none."""
+        return None
+
     def begin(self) -> Any:
         """State of a sequence that has no token yet; None for a network that keeps none."""
         return None
@@ -206,7 +220,7 @@ class DraftHead(ABC):
 
     drafter: name in conf/drafter of the drafter that uses it. reads_target: whether its network drafts from the
     target's hidden states, by `read` and `step`; if not, it trains something else on the target's records, such as a
-    draft model, and `save` writes what that drafter loads.
+    draft model or virtual tokens of the target's own passes (virtual.py), and `save` writes what that drafter loads.
     """
 
     drafter: ClassVar[str]

@@ -177,3 +177,20 @@ def test_a_wrong_hyper_parameter_is_named(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(UserError, match=f"{name}={value} is wrong"):
         Adaptive(**wrong)
+
+
+@pytest.mark.parametrize(("virtual", "pays"), [(0, True), (4, False)])
+def test_virtual_nodes_cost_what_other_nodes_cost(virtual, pays):
+    # A token that is accepted in 3 of 10 passes costs a tenth of a pass, and with 4 virtual nodes half of one.
+    policy = started(PassCosts({1: {1: 1.0, 33: 4.2}}), virtual + 1)
+    policy.count_virtual(lambda budget: min(virtual, budget))
+    dice, drafted = random.Random(0), 0
+    for number in range(600):
+        budget = policy.budget(1)
+        tree = DraftTree()
+        if budget:
+            policy.record_drafting(1, 0.0)
+            [tree] = policy.select([DraftTree([1], [-1])], 1, [False])
+        observed(policy, tree, 0.3, dice)
+        drafted += number >= 300 and budget > 0
+    assert (drafted > 250) if pays else (drafted < 100)

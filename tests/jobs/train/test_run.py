@@ -48,6 +48,16 @@ def test_a_draft_model_has_all_ids_whatever_a_head_would_have(folder, capsys, he
 
 
 @pytest.mark.slow
+def test_a_head_that_drafts_in_the_targets_pass_is_measured_by_decoding(folder, capsys):
+    assert trained(head="ppd", train__steps=30, train__lr=3e-3) == 0
+    report, run_dir = last_report(capsys)
+    assert report["losses"][-1] < 0.9 * report["losses"][0]
+    assert report["metrics"]["mean_acceptance_length"] > 1
+    head = json.loads((run_dir / "head" / "head.json").read_text())
+    assert len(head["rates"]) == 3, "a row for each prompt token, which size the trees"
+
+
+@pytest.mark.slow
 def test_acceptance_at_several_numbers_of_tokens_is_extrapolated_with_intervals(capsys):
     assert trained(train__steps=6, train__acceptance_at="[1024,1536,2048]") == 0
     scaling = last_report(capsys)[0]["data_scaling"]

@@ -78,8 +78,13 @@ class Combined(Drafter):
             drafter.check_target(target)
 
     def new_memory(self, models: Models) -> tuple[Memory, ...]:
-        """The initial memory of each member."""
-        return tuple(drafter.new_memory(models) for drafter in self.drafters)
+        """The initial memory of each member; UserError for one that puts virtual tokens into passes."""
+        memories = tuple(drafter.new_memory(models) for drafter in self.drafters)
+        for drafter, memory in zip(self.drafters, memories, strict=True):
+            if drafter.virtual_tokens(memory) is not None:
+                name = type(drafter).__name__
+                raise UserError(f"{name} cannot be combined: it needs the target's passes for its own tokens")
+        return memories
 
     def reserve(self, memory: Memory, slots: int, longest: int, budget: int) -> None:
         """Reserve in every member."""

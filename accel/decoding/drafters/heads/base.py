@@ -39,13 +39,17 @@ _CLASSES = 12
 
 @dataclass(eq=False)
 class HeadMemory:
-    """A network on the target's device. layers: see `Target.feature_layers`. rates: acceptance by depth and rank."""
+    """A network on the target's device. layers: see `Target.feature_layers`. rates: acceptance by depth and rank.
+
+    cache: what drafters compute from it once.
+    """
 
     network: DraftNetwork
     layers: tuple[int, ...]
     ids: list[int]
     device: torch.device
     rates: Sequence[Sequence[float]] | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

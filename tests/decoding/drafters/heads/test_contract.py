@@ -16,7 +16,7 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from tests.decoding.drafters.heads.untrained import draft_heads, save_untrained, with_target_heads
+from tests.decoding.drafters.heads.untrained import all_heads, save_untrained, with_target_heads
 
 TEXTS = [
     "def total(values):\n    result = 0\n    for value in",
@@ -30,7 +30,7 @@ NEW = 16
 @pytest.fixture(scope="module", params=with_target_heads(), ids=lambda path: path.stem)
 def drafter(request, tmp_path_factory):
     made = instantiate(OmegaConf.load(request.param), _convert_="all")
-    head = draft_heads()[made.head_type.drafter]
+    head = all_heads()[made.head_type.drafter]
     return replace(made, head=str(save_untrained(head, tmp_path_factory.mktemp("head"))))
 
 

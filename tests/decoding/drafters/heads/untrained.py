@@ -26,10 +26,15 @@ def with_target_heads():
     return [path for path in paths if instantiate(OmegaConf.load(path), _convert_="all").reads_target]
 
 
-def draft_heads():
-    """Heads that draft from the target's hidden states by name, with their default hyper-parameters."""
+def all_heads():
+    """Heads by name, with their default hyper-parameters."""
     made = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "head").glob("*.yaml"))}
-    return {name: head for name, head in made.items() if isinstance(head, DraftHead) and head.reads_target}
+    return {name: head for name, head in made.items() if isinstance(head, DraftHead)}
+
+
+def draft_heads():
+    """Heads that draft from the target's hidden states by name."""
+    return {name: head for name, head in all_heads().items() if head.reads_target}
 
 
 def vocabulary(facts):
