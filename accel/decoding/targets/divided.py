@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass
 from hasten.accel.decoding.targets.transformers import TransformersTarget
+from hasten.accel.decoding.targets.virtual import VirtualTokens
 
 # A method's name and its arguments.
 Call = tuple[str, tuple[Any, ...]]
@@ -40,6 +41,8 @@ class DividedTarget(TransformersTarget):
         for name, arguments in calls:
             if name == "feature_layers":
                 (self.feature_layers,) = arguments
+            elif name == "virtual":
+                (self.virtual,) = arguments
             elif name == "token_bytes":
                 _ = self.token_bytes
             else:
@@ -57,6 +60,7 @@ class LeadingTarget(DividedTarget):
     ) -> None:
         self._send, self._unsent = send, list[Call]()
         self._layers_of_features: tuple[int, ...] = ()
+        self._virtual: VirtualTokens | None = None
         super().__init__(model, whole)
         self.waits_for_others = True
 
@@ -70,6 +74,17 @@ class LeadingTarget(DividedTarget):
         if layers != self._layers_of_features:
             self._later("feature_layers", layers)
             self._layers_of_features = layers
+
+    @property
+    def virtual(self) -> VirtualTokens | None:
+        """See Target."""
+        return self._virtual
+
+    @virtual.setter
+    def virtual(self, tokens: VirtualTokens | None) -> None:
+        if tokens is not self._virtual:
+            self._later("virtual", tokens)
+            self._virtual = tokens
 
     @property
     def token_bytes(self) -> int:
