@@ -132,7 +132,7 @@ class ActorPool:
             return
         if error is not None:
             _LOG.warning("lost %s (%s); starting a replacement", self.name, reason(error))
-        _kill(self.actors[index])
+        self._stop(index)
         self.actors[index] = None
         self._starting.pop(index, None)
         self.restarts += 1
@@ -156,7 +156,7 @@ class ActorPool:
                 # A node was lost before the actor answered. The actor may have been placed on it, and would wait for
                 # ever. Killing it makes its calls fail, so that it is replaced.
                 del self._starting[index]
-                _kill(self.actors[index])
+                self._stop(index)
         before = len(self._pending)
         for index, pending in list(self._pending.items()):
             cpus = self._place(pending)
@@ -191,11 +191,20 @@ class ActorPool:
     def end(self) -> None:
         """End all actors."""
         for index in self.alive:
-            _kill(self.actors[index])
+            self._stop(index)
         for pending in self._pending.values():
             if pending.probe is not None:
                 ray.cancel(pending.probe)
         self.actors, self._pending, self._places, self._starting = [], {}, {}, {}
+
+    def cause(self, error: RayError) -> RayError:
+        """The error that caused the error of a call to one of the actors; here they do not depend on each other."""
+        return error
+
+    def _stop(self, index: int) -> None:
+        """End an actor."""
+        with suppress(RayError):  # raised for an actor that could not be created
+            ray.kill(self.actors[index])
 
     def _start_actor(self, index: int, cpus: float) -> None:
         self._places[index] = cpus, node_ids()
@@ -277,11 +286,6 @@ def wait_for_all(pools: Iterable[ActorPool], references: Sequence[ObjectRef]) ->
 def start_actor(kind: type, options: Mapping[str, Any], *arguments: object) -> ActorHandle:
     """A new actor of a class, with options of Ray."""
     return cast(ActorHandle, ray.remote(kind).options(**options).remote(*arguments))
-
-
-def _kill(actor: ActorHandle) -> None:
-    with suppress(RayError):  # raised for an actor that could not be created
-        ray.kill(actor)
 
 
 def node_ids() -> frozenset[str]:

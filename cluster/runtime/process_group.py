@@ -114,6 +114,7 @@ class ProcessGroup:
         places = [actor.place.remote() for actor in self.ranks]
         self._joined = [actor.join.remote(rank, device, *places) for rank, actor in enumerate(self.ranks)]
         self._watched: list[ObjectRef] = []
+        self._error: RayError | None = None
 
     @property
     def size(self) -> int:
@@ -146,8 +147,8 @@ class ProcessGroup:
 
         others: calls whose errors may be the cause. Waits for a few seconds, unless `error` is a loss or a UserError.
         """
-        if _is_final(error):
-            return error
+        if self._error is not None or _is_final(error):
+            return self._error or error
         probes = [*others, *self._watched, *(actor.usage.remote() for actor in self.ranks)]
         until = time.monotonic() + _GRACE_SECONDS
         while probes and time.monotonic() < until:
@@ -165,6 +166,8 @@ class ProcessGroup:
 
         A thread waits for them, so that a rank of which nothing is asked at the moment is watched, too.
         """
+        if not calls:
+            return
         self._watched = [*self._joined, *calls]
         threading.Thread(target=self._wait_for_end, args=(list(calls),), daemon=True).start()
 
@@ -187,8 +190,8 @@ class ProcessGroup:
             for reference in ready:
                 try:
                     ray.get(reference)
-                except RayError:
-                    pass
+                except RayError as error:
+                    self._error = self.cause(error, waiting)
                 else:
                     if reference in self._joined:
                         continue
