@@ -26,7 +26,7 @@ class Division:
     total: Callable[[Tensor], Tensor] = _itself
 
     def part(self, numbers: Sequence[int]) -> Sequence[int]:
-        """This process' part of a micro-batch, whose length `size` divides."""
+        """The own part of a micro-batch, whose length `size` divides."""
         count = len(numbers) // self.size
         return numbers[self.rank * count : (self.rank + 1) * count]
 

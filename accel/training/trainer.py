@@ -108,6 +108,10 @@ class Trainer:
         """The network's tensors by name, float32 on the CPU."""
         return {name: tensor.detach().float().cpu().clone() for name, tensor in self.network.state_dict().items()}
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        return state_bytes(self._optimizer)
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +125,12 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state in this process."""
+    tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def adamw(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.training.division import Division, divided
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, TargetWeights
 from hasten.accel.training.setup import HeadSetup, Measurement
-from hasten.accel.training.trainer import STATE, TrainSettings, adamw, check_finite, loss_of, micro_batches
+from hasten.accel.training.trainer import STATE, TrainSettings, adamw, check_finite, loss_of, micro_batches, state_bytes
 from hasten.cluster.runtime.process_group import Rank
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,10 +64,11 @@ class TrainerRank(Rank):
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder; all ranks take part."""
-        state = {"step": self.step, "network": self._state(), "optimizer": self._optimizer_state()}
+        network, optimizer = self._state(), self._optimizer_state()
         if self.rank == 0:
+            state = {"step": self.step, "network": network, "optimizer": optimizer}
             folder.mkdir(parents=True, exist_ok=True)
-            needed = sum(3 * 4 * tensor.numel() for tensor in state["network"].values())
+            needed = sum(3 * 4 * tensor.numel() for tensor in network.values())
             write_whole(folder / STATE, lambda temporary: torch.save(state, temporary), needed)
 
     def load(self, folder: Path) -> int:
@@ -80,12 +81,7 @@ class TrainerRank(Rank):
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state that this rank holds."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for state in self._inner_optimizer.state.values()
-            for tensor in state.values()
-            if isinstance(tensor, Tensor)
-        )
+        return state_bytes(self._inner_optimizer)
 
     def _build(self, weights: dict[str, Tensor] | None) -> None:
         """A new engine. weights: of its network; None begins the training."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,19 @@ class GroupTrainer:
         self.group.close()
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished training. usage: of each rank of the last group. optimizer_bytes: of the rank that holds most."""
+
+    training: ResumableTraining
+    usage: list[dict[str, float]]
+    optimizer_bytes: int
+
+
 def train_in_groups(
     start: Callable[[], GroupTrainer], training_of: Callable[[GroupTrainer], ResumableTraining], folder: Path
-) -> ResumableTraining:
-    """The training in this folder, finished. start: starts a group. training_of: the training as the folder has it.
+) -> Finished:
+    """Do the training in this folder to its end. start: starts a group. training_of: the training as the folder has it.
 
     UserError if ranks are lost again and again, or run out of memory; the checkpoint is kept.
     """
@@ -83,7 +93,8 @@ def train_in_groups(
             trainer.prepare()
             training = training_of(trainer)
             training.run()
-            return training
+            call = trainer.group.call
+            return Finished(training, call("usage"), max(call("optimizer_bytes")))
         except RayError as error:
             step = read_progress(folder).step
             losses = losses + 1 if step == last else 1

@@ -277,7 +277,7 @@ class DFlash(DraftHead):
         useful = depths[0].valid
         count = min(self.anchors, useful.shape[1])
         # All places if they are no more than the anchors, else random ones among those that are useful.
-        order = rand(*useful.shape, useful.device) + useful
+        order = rand(useful.shape[0], useful.shape[1], useful.device) + useful
         anchors = order.topk(count, 1).indices.sort(1).values
         hidden = network.blocks(batch, anchors)
         total = DepthLoss(network.vocabulary, exp(-1 / self.gamma))

@@ -1,32 +1,25 @@
 """A training that is divided over ranks, with every stage of ZeRO, is that of one process; it survives its ranks."""
 
-import os
-import signal
 
 import pytest
 import torch
 
 from hasten.accel.decoding.drafters.heads.eagle import EagleDrafter
-from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.data.records import Record, Records, RecordsMeta
 from hasten.accel.training.heads.draft_head import TargetFacts, TargetWeights
 from hasten.accel.training.heads.eagle import Eagle
-from hasten.accel.training.resumable import Plan, ResumableTraining
-from hasten.accel.training.setup import SCORE, HeadSetup, Measurement
+from hasten.accel.training.setup import HeadSetup
 from hasten.accel.training.trainer import Trainer, TrainSettings
 from hasten.cluster.actors.trainer import TrainerRank
-from hasten.cluster.programs import training
-from hasten.cluster.programs.training import GroupTrainer, train_in_groups
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.process_group import ProcessGroup
-from tests.cluster.processes import processes
 
 pytestmark = pytest.mark.ray
 TARGET = resolve("embedded:target")
 FACTS = TargetFacts.of(TARGET)
 HEAD = Eagle(ttt_steps=2)
-# Sums over ranks, and over the partitions of ZeRO, are in another order: a few last bits of float32, which grow in 6 steps.
+# Sums over ranks and over partitions of ZeRO are in another order: last bits of float32, which grow in 6 steps.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 STEPS = 6
 
@@ -54,9 +47,7 @@ def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     write(folder / "train", (5, 9, 16, 3, 20, 7, 12, 6, 15), 0)
     write(folder / "held_out", (12, 9), 1)
-    return HeadSetup(
-        HEAD, EagleDrafter(), TARGET, FACTS, folder / "train", folder / "held_out", 16, 64, 4, 4, seed=0
-    )
+    return HeadSetup(HEAD, EagleDrafter(), TARGET, FACTS, folder / "train", folder / "held_out", 16, 64, 4, 4, seed=0)
 
 
 SETTINGS = TrainSettings(STEPS, batch=4, micro_batch=2, clip=0.5)
