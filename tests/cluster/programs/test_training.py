@@ -1,5 +1,7 @@
 """A training that is divided over ranks, with every stage of ZeRO, is that of one process; it survives its ranks."""
 
+import os
+import signal
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.data.records import Record, Records, RecordsMeta
 from hasten.accel.training.heads.draft_head import TargetFacts, TargetWeights
 from hasten.accel.training.heads.eagle import Eagle
-from hasten.accel.training.setup import HeadSetup
+from hasten.accel.training.resumable import Plan, ResumableTraining
+from hasten.accel.training.setup import SCORE, HeadSetup, Measurement
 from hasten.accel.training.trainer import Trainer, TrainSettings
 from hasten.cluster.actors.trainer import TrainerRank
+from hasten.cluster.programs.training import GroupTrainer, train_in_groups
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.process_group import ProcessGroup
+from tests.cluster.processes import processes
 
 pytestmark = pytest.mark.ray
 TARGET = resolve("embedded:target")
@@ -95,3 +100,29 @@ def test_every_stage_has_the_losses_and_the_checkpoints_of_one_process(setup, st
             same(group.call("train", 3)[0], expected[3:])
     finally:
         group.close()
+
+
+def test_a_killed_rank_changes_no_loss_and_no_measurement(setup, steps, tmp_path, ray_session):
+    rows, killed, losses = [], [], {}
+    plan = Plan(STEPS, (0,), checkpoint_steps=2)
+
+    def report(step, parts):
+        losses.setdefault(step, []).append(parts["loss"])
+        if step == 3 and not killed:
+            killed.append(processes("TrainerRank")[-1])
+            os.kill(killed[0].pid, signal.SIGKILL)
+
+    def training_of(trainer):
+        return ResumableTraining(trainer, plan, tmp_path, trainer.measure, SCORE, report, rows.append)
+
+    done = train_in_groups(lambda: GroupTrainer(setup, SETTINGS, 2, 2, "cpu", ActorResources(1)), training_of, tmp_path)
+    expected = [step["loss"] for step in steps[0]]
+    torch.testing.assert_close(done.training.progress.losses, expected, **CLOSE)
+    assert [len(times) for times in losses.values()] == [1, 1, 2, 1, 1, 1], "the third step was done again"
+    # Half of the moments of one process; steps are counted apart.
+    trainer = alone(setup)
+    trainer.train(1)
+    assert done.optimizer_bytes < 0.51 * trainer.optimizer_bytes()
+    measurement = Measurement(setup, setup.vocabulary(setup.windows()), TargetWeights.of(TARGET).embedding)
+    untrained = measurement(alone(setup).weights())
+    assert rows[0] == {"step": 0, "branch": False, "trained_steps": 0, **untrained}
