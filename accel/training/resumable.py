@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.accel.compression.outputs.resumable import write_whole
-from hasten.accel.training.trainer import Trainer
 
 PROGRESS_FILE, BEST_FILE = "progress.json", "best.safetensors"
 _CHECKPOINT = "step-{:08d}"
@@ -58,6 +57,28 @@ class Plan:
     checkpoint_steps: int = 0
 
 
+class Trains(Protocol):
+    """A trainer, in this process or elsewhere. step: number of steps that are done."""
+
+    step: int
+
+    def train(self, count: int, decay_from: int | None = None, decay_steps: int = 1) -> list[dict[str, float]]:
+        """Do `count` steps; the loss of each with its parts, in order."""
+        ...
+
+    def weights(self) -> Weights:
+        """The network's tensors by name, float32 on the CPU."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into a new folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+
 class ResumableTraining:
     """A training in a folder. score: name of the number in an evaluation by which the best network is kept.
 
@@ -67,7 +88,7 @@ class ResumableTraining:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trains,
         plan: Plan,
         folder: Path,
         measure: Callable[[Weights], dict[str, Any]],

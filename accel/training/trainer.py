@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
 from hasten.accel.training.data.windows import PackedWindows
+from hasten.accel.training.division import WHOLE, Division
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, Loss
 from hasten.accel.training.schedules import Cosine, Schedule, decayed
 
@@ -76,9 +77,7 @@ class Trainer:
         self.head, self.network, self.settings = head, network, settings
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._device = parameters[0].device
-        self._optimizer = torch.optim.AdamW(
-            parameters, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        self._optimizer = adamw(parameters, settings)
         self._parameters = parameters
         self._windows = windows
         self.step = 0
@@ -94,7 +93,7 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
-        for seed, batch in self._micro_batches():
+        for seed, batch in micro_batches(self._windows, self.settings, self.step, self._device):
             loss = loss_of(self.head, self.network, batch, seed, self.settings.bfloat16)
             (loss.value / self.settings.micro_batches).backward()
             losses.append(loss)
@@ -105,18 +104,13 @@ class Trainer:
         self.step += 1
         return {**means, "gradient_norm": float(norm), "lr": rate}
 
-    def _micro_batches(self) -> Iterator[tuple[int, HeadBatch]]:
-        """Seed of the loss, and batch with features in float32, of every micro-batch of the step."""
-        settings, size = self.settings, self.settings.micro_batch
-        numbers = self._windows.order(self.step, settings.batch)
-        for index in range(settings.micro_batches):
-            batch = self._windows.batch(numbers[index * size : (index + 1) * size]).to(self._device)
-            seed = (settings.seed * settings.steps + self.step) * settings.micro_batches + index
-            yield seed, replace(batch, features=batch.features.float())
-
     def weights(self) -> dict[str, Tensor]:
         """The network's tensors by name, float32 on the CPU."""
         return {name: tensor.detach().float().cpu().clone() for name, tensor in self.network.state_dict().items()}
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        return state_bytes(self._optimizer)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder."""
@@ -131,6 +125,33 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state in this process."""
+    tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def adamw(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """The optimizer of these parameters."""
+    return torch.optim.AdamW(parameters, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True)
+
+
+def micro_batches(
+    windows: PackedWindows,
+    settings: TrainSettings,
+    step: int,
+    device: torch.device,
+    division: Division = WHOLE,
+) -> Iterator[tuple[int, HeadBatch]]:
+    """Seed of the loss, and this process' part with features in float32, of every micro-batch of a step."""
+    size = settings.micro_batch
+    numbers = windows.order(step, settings.batch)
+    for index in range(settings.micro_batches):
+        batch = windows.batch(division.part(numbers[index * size : (index + 1) * size])).to(device)
+        seed = (settings.seed * settings.steps + step) * settings.micro_batches + index
+        yield seed, replace(batch, features=batch.features.float())
 
 
 def loss_of(head: DraftHead, network: DraftNetwork, batch: HeadBatch, seed: int, bfloat16: bool = False) -> Loss:

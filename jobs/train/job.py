@@ -9,7 +9,7 @@ JOB = Job(
     position=75,
     options=TrainConfig,
     run="hasten.jobs.train.run:run",
-    needs="hasten.jobs.descriptors.needs:of_process",
+    needs="hasten.jobs.train.ranks:needs",
     estimate="hasten.jobs.train.estimate:estimate",
     shapes="hasten.jobs.train.estimate:shapes",
     in_ray=False,
@@ -23,6 +23,7 @@ JOB = Job(
     examples=(
         "hasten train",
         "hasten train head=medusa target=/models/llama data=chat.jsonl data.generate=true output=/heads/medusa",
+        "hasten train head=eagle train.ranks=2 train.zero=2",
         "hasten train data=text.jsonl data.records=/scratch/records train.schedule=wsd "
         "train.acceptance_at=[50000,100000,200000,400000,800000]",
     ),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.jobs.common.schema import (
+    ADDRESS,
     BOS,
     BOS_CHOICES,
     DEVICES,
@@ -83,6 +84,16 @@ class TrainOptions:
     acceptance_at: list[int] = option(
         [], "numbers of training tokens at which acceptance is measured after a decay of its own, and extrapolated from"
     )
+    ranks: int = option(
+        1, "processes that share every batch, each with a part of it; more than one need DeepSpeed", at_least=1
+    )
+    zero: int = option(
+        0,
+        "stage of DeepSpeed's ZeRO, what the ranks divide among them: 1 the optimizer's state, 2 gradients as well, 3 "
+        "weights as well",
+        at_least=0,
+        at_most=3,
+    )
     checkpoint_seconds: float = option(120.0, "seconds between checkpoints", at_least=0)
     checkpoint_steps: int = option(0, "steps between checkpoints; 0 goes by seconds alone", at_least=0)
 
@@ -108,6 +119,7 @@ class TrainConfig(Run):
     dtype: str = option("float32", "dtype of the target's arithmetic", choices=DTYPES)
     device: str = option("auto", "where target and head compute; auto is cuda where there is one", choices=DEVICES)
     threads: int = option(1, "threads", at_least=1)
+    address: str | None = option(None, ADDRESS)
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
     template: str | None = option(None, TEMPLATE, path="in")
     data: TrainData = section(TrainData)

@@ -1,42 +1,28 @@
-"""`hasten train`: trains a draft head for a target on its recorded hidden states, in this process."""
+"""`hasten train`: trains a draft head for a target on its recorded hidden states."""
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.decoding.drafters.base import Drafter
-from hasten.accel.decoding.drafters.heads.base import HeadMemory
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
-from hasten.accel.training.acceptance import HeldOut, deployed, measured, rates_of
 from hasten.accel.training.data.records import Records, RecordsMeta
-from hasten.accel.training.data.windows import PackedWindows
-from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts, TargetWeights
+from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts
 from hasten.accel.training.heads.stored import BFLOAT16
-from hasten.accel.training.heads.vocabulary import DraftVocabulary
-from hasten.accel.training.resumable import Plan, ResumableTraining, evaluation_steps
-from hasten.accel.training.scaling_laws import Row, ScalingLaw
-from hasten.accel.training.schedules import Cosine, Schedule, WarmupStableDecay
-from hasten.accel.training.trainer import Trainer, TrainSettings
+from hasten.accel.training.setup import SCORE, HeadSetup
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
-from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, target_of
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.prompts import model_folder, stop_ids
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
@@ -44,12 +30,13 @@ from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import begin_of, load_tokenizer
 from hasten.jobs.train.inputs import Reading, TrainingText, digest_of
 from hasten.jobs.train.options import TrainConfig
+from hasten.jobs.train.ranks import check_ranks, ranks_session
 from hasten.jobs.train.recorded import Recording
+from hasten.jobs.train.training import HeadTraining, train_settings
 
-_SCORE = "mean_acceptance_length"
-# Measurements of acceptance_at from which a line with an interval is drawn.
-_MIN_POINTS = 3
-_NOT_COMPARED = ("run_dir", "cache", "tracking", "output", "overwrite", "threads")
+_NOT_COMPARED = ("run_dir", "cache", "tracking", "output", "overwrite", "threads", "address")
+# They change neither the losses nor the checkpoints.
+_MAY_DIFFER = ("train.checkpoint_seconds", "train.checkpoint_steps", "train.ranks", "train.zero")
 
 
 class HeadFolder(ResumableFolder):
@@ -65,11 +52,12 @@ def run(config: TrainConfig) -> Path:
     head = build(config.head)
     if not isinstance(head, DraftHead):
         raise UserError(f"the head {type(head).__name__} drafts nothing: train it with hasten train_drafter")
-    _settings(config, 1)  # checks the options, before anything is recorded
+    check_ranks(config, train_settings(config, 1))  # before anything is recorded
     if not head.reads_target and config.store != BFLOAT16:
         raise UserError(f"store={config.store} is wrong: a draft model is a checkpoint, which is stored in {BFLOAT16}")
     target = model_folder("target", config.target)
-    facts, weights = TargetFacts.of(target), TargetWeights.of(target)
+    facts = TargetFacts.of(target)
+    drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
     texts = _texts(config, target, facts)
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "head"
     fingerprint = _fingerprint(config, facts, *texts)
@@ -78,138 +66,60 @@ def run(config: TrainConfig) -> Path:
     records = Path(config.data.records) if config.data.records else output / PROGRESS / "records"
     recordings = _recordings(config, records, _layers(config, head, facts), facts, *texts)
 
-    run_dir = start(config)
-    folder.open(fingerprint, config.overwrite)
-    try:
-        with tracked(config, "train", run_dir) as tracker:
-            tracker.params(plain(config))
-            recorded, held_records = _recorded(config, target, *recordings)
-            reads = head.layers(facts)
-            windows = PackedWindows(recorded, reads, config.train.window, config.seed)
-            held_out = _held_out(config, held_records, reads)
-            training = _HeadTraining(config, head, facts, weights, windows, held_out)
-            report = training.run(output / PROGRESS, tracker)
-            training.save(output)
-            if config.data.records is None:
-                shutil.rmtree(records, ignore_errors=True)
-            usage = {
-                "seconds": perf_counter() - started,
-                "cpu_seconds": cpu_seconds(),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-            metrics = report["metrics"] | usage
-            common = {"job": "train", "config": plain(config), "layers": [], "output": str(output.absolute())}
-            path = tracker.report(common | report | {"metrics": metrics})
-    finally:
-        folder.release()
-    before, after = metrics["untrained_acceptance_length"], metrics[_SCORE]
+    with ranks_session(config, reads={"target": target}, writes={"output": output, "data.records": records}):
+        run_dir = start(config)
+        folder.open(fingerprint, config.overwrite)
+        try:
+            with tracked(config, "train", run_dir) as tracker:
+                tracker.params(plain(config))
+                training = HeadTraining(config, _setup(config, head, drafter, target, facts, recordings))
+                report, usage = training.run(output / PROGRESS, tracker)
+                training.save(output)
+                if config.data.records is None:
+                    shutil.rmtree(records, ignore_errors=True)
+                usage.append({"cpu_seconds": cpu_seconds(), "peak_rss_bytes": peak_rss_bytes()})
+                used = {
+                    "seconds": perf_counter() - started,
+                    "cpu_seconds": sum(process["cpu_seconds"] for process in usage),
+                    "peak_rss_bytes": max(process["peak_rss_bytes"] for process in usage),
+                }
+                metrics = report["metrics"] | used
+                common = {"job": "train", "config": plain(config), "layers": [], "output": str(output.absolute())}
+                path = tracker.report(common | report | {"metrics": metrics})
+        finally:
+            folder.release()
+    before, after = metrics["untrained_acceptance_length"], metrics[SCORE]
     print(f"acceptance: {before:.2f} tokens a pass before training, {after:.2f} after it")
-    option = "drafter.head" if training.drafter.reads_target else "draft"
+    option = "drafter.head" if drafter.reads_target else "draft"
     print(f"to use it: drafter={head.drafter} {option}={as_given(output.absolute())}")
     return path
 
 
-class _HeadTraining:
-    """The training of a head's network on recorded windows, measured on held-out records."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        head: DraftHead,
-        facts: TargetFacts,
-        weights: TargetWeights,
-        windows: PackedWindows,
-        held_out: HeldOut,
-    ) -> None:
-        self._config, self._head, self._facts = config, head, facts
-        self._windows, self._held_out = windows, held_out
-        steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(windows) / config.train.batch))
-        self._settings = _settings(config, steps)
-        self._vocabulary = DraftVocabulary.most_frequent(windows.counts(facts.vocabulary), config.draft_vocabulary)
-        device = torch.device(resolve_device(config.device))
-        torch.manual_seed(config.seed)
-        self._network = head.build(facts, self._vocabulary)
-        head.initialise(self._network, weights)
-        self._embedding = weights.embedding.to(device)
-        self._network.attach(self._embedding)
-        self._network.to(device)
-        # That of the network: a draft model has all ids, whatever the option says.
-        self._network.vocabulary = self._network.vocabulary.to(device)
-        self.drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
-        self._tokens_of_step = windows.learned_tokens / len(windows) * self._settings.batch
-        self._extra: Record = {}
-
-    def run(self, folder: Path, tracker: Tracker) -> Record:
-        """Train, or go on, with checkpoints in a folder; returns the report's own part. The best network is kept."""
-        settings = self._settings
-        with Progress("training", settings.steps, "step") as progress:
-
-            def report(step: int, parts: Mapping[str, float]) -> None:
-                tracker.metrics({"train": dict(parts)}, step)
-                progress.update(step, f"loss {parts['loss']:.4f}")
-
-            def noted(row: Mapping[str, Any]) -> None:
-                positions = {f"position_{n}": v for n, v in enumerate(row["acceptance_per_position"], 1)}
-                tracker.metrics({"held_out": {_SCORE: row[_SCORE], **positions}}, row["trained_steps"])
-
-            training = ResumableTraining(
-                Trainer(self._head, self._network, self._windows, settings),
-                _plan(self._config, settings, self._tokens_of_step),
-                folder,
-                self._measure,
-                _SCORE,
-                report,
-                noted,
-            )
-            first, begun = training.progress.step, perf_counter()
-            progress.begin(first)
-            done = training.run()
-            seconds = perf_counter() - begun
-        best = training.best_weights()
-        self._network.load_state_dict(best)
-        rates = rates_of(self._head, self._deployed(best), self._held_out)
-        assert done.best is not None
-        tokens = self._tokens(done.best["trained_steps"])
-        self._extra = {"rates": rates, "tokens": tokens, "acceptance": done.best}
-        evaluations = [{**row, "tokens": self._tokens(row["trained_steps"])} for row in done.evaluations]
-        trained = self._tokens(settings.steps - first)
-        metrics = {
-            _SCORE: done.best[_SCORE],
-            "untrained_acceptance_length": next(
-                row[_SCORE] for row in evaluations if row["step"] == 0 and not row["branch"]
-            ),
-            "train_tokens_per_second": trained / seconds if trained else None,
-            "loss": done.losses[-1],
-            "tokens": self._tokens(settings.steps),
-            "unique_tokens": self._windows.learned_tokens,
-            "held_out_tokens": self._held_out.tokens,
-            "parameters": sum(parameter.numel() for parameter in self._network.parameters()),
-            "steps": settings.steps,
-        }
-        return {
-            "metrics": metrics,
-            "losses": done.losses,
-            "evaluations": evaluations,
-            "rates": rates,
-            "data_scaling": _scaling(evaluations),
-        }
-
-    def save(self, output: Path) -> None:
-        """Write the best network's folder, after `run`."""
-        self._head.save(self._network, output, self._facts, self._extra, self._config.store)
-
-    def _tokens(self, steps: int) -> int:
-        """Tokens that so many steps learn, on average."""
-        return round(self._tokens_of_step * steps)
-
-    def _measure(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        budget = self._config.held_out.budget
-        stats = measured(self._head, self.drafter, self._deployed(state), self._held_out, budget)
-        return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
-
-    def _deployed(self, state: dict[str, Tensor]) -> HeadMemory:
-        network, store = self._network, self._config.store
-        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding, network, store)
+def _setup(
+    config: TrainConfig,
+    head: DraftHead,
+    drafter: Drafter,
+    target: Path,
+    facts: TargetFacts,
+    recordings: tuple[Recording, Recording],
+) -> HeadSetup:
+    """What the training is made of, once the missing records are made."""
+    recorded, held_records = _recorded(config, target, *recordings)
+    held = config.held_out
+    return HeadSetup(
+        head,
+        drafter,
+        target.absolute(),
+        facts,
+        recorded.folder.absolute(),
+        held_records.folder.absolute(),
+        config.train.window,
+        config.draft_vocabulary,
+        1 if held.generate else held.prompt_length,
+        held.budget,
+        config.seed,
+        config.store,
+    )
 
 
 def _recordings(
@@ -242,16 +152,6 @@ def _recorded(config: TrainConfig, target: Path, train: Recording, held_out: Rec
         train.run(load, "recording", stop, Sampling(data.temperature), data.seed, data.in_flight),
         held_out.run(load, "recording held-out", stop, Sampling(), 0, data.in_flight),
     )
-
-
-def _held_out(config: TrainConfig, records: Records, layers: Sequence[int]) -> HeldOut:
-    """The records to measure on; of texts the first tokens are the prompt. UserError if nothing is left."""
-    held = config.held_out
-    sequences = [record for path in records.shards() for record in records.read(path, layers)]
-    held_out = HeldOut.of(sequences, 1 if held.generate else held.prompt_length)
-    if not held_out.tokens:
-        raise UserError("held_out holds no token behind its prompts: give longer texts, or a shorter prompt")
-    return held_out
 
 
 def _layers(config: TrainConfig, head: DraftHead, facts: TargetFacts) -> tuple[int, ...]:
@@ -308,7 +208,7 @@ def _fingerprint(
         for name, item in value.items()
     }
     flat |= {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    for name in ("train.checkpoint_seconds", "train.checkpoint_steps"):
+    for name in _MAY_DIFFER:
         flat.pop(name)
     return flat | {"target": facts.fingerprint, "texts": digest_of(texts, []), "held_out": digest_of(held_out, [])}
 
@@ -317,53 +217,3 @@ def _stop(config: TrainConfig, target: Path) -> tuple[int, ...]:
     tokenizer = load_tokenizer(target, config.template)
     turn = end_of_turn(tokenizer)
     return tuple(sorted({*stop_ids(target, tokenizer), *(() if turn is None else (turn,))}))
-
-
-def _settings(config: TrainConfig, steps: int) -> TrainSettings:
-    train = config.train
-    schedule: Schedule = Cosine(train.warmup)
-    if train.schedule == "wsd":
-        schedule = WarmupStableDecay(train.warmup, train.decay)
-    return TrainSettings(
-        steps=steps,
-        batch=train.batch,
-        micro_batch=train.micro_batch or train.batch,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        clip=train.clip,
-        schedule=schedule,
-        bfloat16=train.bfloat16,
-        seed=config.seed,
-    )
-
-
-def _plan(config: TrainConfig, settings: TrainSettings, of_step: float) -> Plan:
-    train, branches = config.train, {}
-    for tokens in train.acceptance_at:
-        end = round(tokens / of_step)
-        if not 1 <= end <= settings.steps:
-            raise UserError(
-                f"train.acceptance_at={train.acceptance_at} is wrong: expected numbers of tokens from "
-                f"{math.ceil(of_step)} to {int(of_step * settings.steps)}, those of the training"
-            )
-        count = max(1, round(train.decay * end))
-        branches[end - count] = count
-    evaluate_at = evaluation_steps(settings.steps, train.evaluations)
-    return Plan(settings.steps, evaluate_at, branches, train.checkpoint_seconds, train.checkpoint_steps)
-
-
-def _scaling(evaluations: list[Record]) -> Record | None:
-    """The law through the measurements of acceptance_at, and what 2, 4 and 10 times the most tokens would give.
-
-    None for fewer measurements than a law with an interval needs.
-    """
-    rows = [Row({"tokens": row["tokens"]}, row[_SCORE]) for row in evaluations if row["branch"]]
-    if len(rows) < _MIN_POINTS:
-        return None
-    law, most = ScalingLaw.fit(rows), max(row.factors["tokens"] for row in rows)
-    intercept, slope = (asdict(interval) for interval in law.coefficients)
-    return {
-        "points": [[row.factors["tokens"], row.acceptance] for row in rows],
-        "line": {"intercept": intercept, "slope": slope, "residual": law.residual},
-        "predictions": [{"tokens": times * most, **asdict(law.predict(tokens=times * most))} for times in (2, 4, 10)],
-    }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError
+from hasten.accel.training.division import rand
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
     DraftHead,
@@ -280,7 +281,7 @@ class DFlash(DraftHead):
         useful = depths[0].valid
         count = min(self.anchors, useful.shape[1])
         # All places if they are no more than the anchors, else random ones among those that are useful.
-        order = torch.rand(useful.shape, device=useful.device) + useful
+        order = rand(useful.shape[0], useful.shape[1], useful.device) + useful
         anchors = order.topk(count, 1).indices.sort(1).values
         hidden = network.blocks(batch, anchors)
         total = DepthLoss(network.vocabulary, exp(-1 / self.gamma))

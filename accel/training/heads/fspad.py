@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
+from hasten.accel.training.division import mean
 from hasten.accel.training.heads.draft_head import DepthTargets, HeadBatch, TargetFacts
 from hasten.accel.training.heads.eagle import Eagle, EagleNetwork, Step
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
@@ -97,4 +98,4 @@ class Fspad(Eagle):
         carried = step.carried[valid]
         size = carried.shape[-1:]
         distance = F.smooth_l1_loss(F.rms_norm(carried, size), F.rms_norm(following, size), reduction="sum")
-        total.add_loss(depth, self.alignment * distance / max(1, carried.numel()))
+        total.add_loss(depth, self.alignment * mean(distance, carried.numel()))

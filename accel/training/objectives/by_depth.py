@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hasten.accel.training.division import mean
 from hasten.accel.training.heads.draft_head import DepthTargets, Loss
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.soft_cross_entropy import soft_cross_entropy
@@ -28,12 +29,11 @@ class DepthLoss:
         """Add a depth, from 1. logits: (N, R) of the N valid positions, in order. weight: (N,), ones for None."""
         top_ids, top_log_probs = targets.top_ids[targets.valid], targets.top_log_probs[targets.valid]
         weight = torch.ones(len(logits), device=logits.device) if weight is None else weight
-        count = weight.sum().clamp(min=1e-6)
-        loss = self._objective(logits, top_ids, top_log_probs, self._vocabulary, weight) / count
-        self.add_loss(depth, loss)
+        loss = self._objective(logits, top_ids, top_log_probs, self._vocabulary, weight)
+        self.add_loss(depth, mean(loss, weight.sum(), 1e-6))
         with torch.no_grad():
             right = self._vocabulary.ids.to(logits.device)[logits.argmax(-1)] == top_ids[:, 0]
-            self._parts[f"accuracy_{depth}"] = right.float().sum() / max(1, len(right))
+            self._parts[f"accuracy_{depth}"] = mean(right.float().sum(), len(right))
 
     def add_loss(self, depth: int, loss: Tensor) -> None:
         """Add a scalar to the loss of a depth."""

@@ -1,10 +1,14 @@
 """`hasten train` on the embedded target: what it measures and writes, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from hasten.accel.training.resumable import read_progress
 from hasten.jobs.cli.main import main
+from tests.cluster.processes import wait_for
 from tests.jobs.report import last_report
 
 QUICK = {
@@ -18,10 +22,15 @@ QUICK = {
 }
 
 
-def trained(**changes):
-    """Exit code of a quick training; options with a dot are given with two underscores."""
+def words(**changes):
+    """Command line of a quick training; options with a dot are given with two underscores."""
     options = QUICK | {key.replace("__", "."): value for key, value in changes.items()}
-    return main(["train", *(f"{key}={value}" for key, value in options.items())])
+    return ["train", *(f"{key}={value}" for key, value in options.items())]
+
+
+def trained(**changes):
+    """Exit code of a quick training."""
+    return main(words(**changes))
 
 
 @pytest.mark.slow
@@ -66,6 +75,27 @@ def test_acceptance_at_several_numbers_of_tokens_is_extrapolated_with_intervals(
     assert all(row["low"] <= row["value"] <= row["high"] for row in scaling["predictions"])
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_killed_training_goes_on_with_the_same_losses(folder, capsys):
+    common = {"train__steps": 30, "train__checkpoint_steps": 2, "data__records": "records"}
+    assert trained(**common, output="calm") == 0
+    calm = last_report(capsys)[0]
+    command = words(**common, output="killed")
+    process = subprocess.Popen([sys.executable, "-P", "-m", "hasten", *command], cwd=folder)
+    try:
+        wait_for(lambda: read_progress(folder / "killed/.hasten").step >= 4 or process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
+    reached = read_progress(folder / "killed/.hasten").step
+    assert 4 <= reached < 30, "it was killed in the middle"
+    assert main(command) == 0
+    resumed = last_report(capsys)[0]
+    assert resumed["losses"] == calm["losses"]
+    assert resumed["evaluations"] == calm["evaluations"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -74,11 +104,34 @@ def test_acceptance_at_several_numbers_of_tokens_is_extrapolated_with_intervals(
         ({"data": "nowhere.jsonl"}, "data.source=nowhere.jsonl is wrong"),
         ({"data": "prompts.jsonl"}, "data.generate=true"),
         ({"train__batch": 3, "train__micro_batch": 2}, "micro_batch=2 must divide batch=3"),
+        (
+            {"train__batch": 4, "train__ranks": 3},
+            "train.ranks=3 must divide train.batch=4, the windows that run at once on all ranks together",
+        ),
+        (
+            {"train__batch": 4, "train__micro_batch": 1, "train__ranks": 2},
+            "train.ranks=2 must divide train.micro_batch=1",
+        ),
+        ({"train__zero": 4}, "train.zero=4"),
     ],
-    ids=["no draft head", "no such state", "no such file", "no answers", "micro-batches"],
+    ids=["no draft head", "no such state", "no such file", "no answers", "micro-batches", "batch", "ranks", "zero"],
 )
 def test_what_is_wrong_is_named(folder, capsys, options, message):
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "def f("}) + "\n")
     assert trained(**options) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists(), "nothing was recorded"
+
+
+def test_deepspeed_is_asked_for_only_with_ranks(folder, capsys, monkeypatch):
+    monkeypatch.setattr("hasten.cluster.runtime.process_group.find_spec", lambda name: None)
+    assert trained(train__zero=2) == 2
+    assert "train.ranks=1 with train.zero=2 needs DeepSpeed" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_more_ranks_than_cpus_are_refused_before_anything_is_recorded(folder, capsys, ray_session, monkeypatch):
+    monkeypatch.setattr("hasten.cluster.runtime.process_group.find_spec", lambda name: name)
+    assert trained(train__batch=8, train__ranks=8) == 2
+    assert "train.ranks=8 with threads=1, on one node, need 8 CPUs each" in capsys.readouterr().err
+    assert not (folder / "runs").exists()
