@@ -5,6 +5,7 @@ Departs from it: each block has its own weights, where the released code repeats
 shares_blocks; a head begins as one that passes the target's hidden state on, where the paper's residual connection
 begins at random; the output layers draft from a reduced vocabulary and, with shares_output, are one; the loss is the
 cross-entropy with the target's own distribution, which the paper has in Hydra++ only.
+Hydra's code adds the depths up without weights, hence decay=1.
 """
 
 from collections.abc import Sequence
