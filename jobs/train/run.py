@@ -30,6 +30,7 @@ from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import begin_of, load_tokenizer
 from hasten.jobs.train.inputs import Reading, TrainingText, digest_of
 from hasten.jobs.train.options import TrainConfig
+from hasten.jobs.train.plots import plots
 from hasten.jobs.train.ranks import check_ranks, ranks_session
 from hasten.jobs.train.recorded import Recording
 from hasten.jobs.train.training import HeadTraining, train_settings
@@ -85,6 +86,8 @@ def run(config: TrainConfig) -> Path:
                 }
                 metrics = report["metrics"] | used
                 common = {"job": "train", "config": plain(config), "layers": [], "output": str(output.absolute())}
+                for plot in plots(report, run_dir):
+                    tracker.figure(plot)
                 path = tracker.report(common | report | {"metrics": metrics})
         finally:
             folder.release()

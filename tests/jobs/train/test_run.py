@@ -69,7 +69,9 @@ def test_a_head_that_drafts_in_the_targets_pass_is_measured_by_decoding(folder, 
 @pytest.mark.slow
 def test_acceptance_at_several_numbers_of_tokens_is_extrapolated_with_intervals(capsys):
     assert trained(train__steps=6, train__acceptance_at="[1024,1536,2048]") == 0
-    scaling = last_report(capsys)[0]["data_scaling"]
+    report, run_dir = last_report(capsys)
+    assert all((run_dir / f"{name}.png").stat().st_size > 1000 for name in ("loss", "acceptance", "data_scaling"))
+    scaling = report["data_scaling"]
     assert [tokens for tokens, _ in scaling["points"]] == [1024, 1536, 2048]
     assert [row["tokens"] for row in scaling["predictions"]] == [4096, 8192, 20480]
     assert all(row["low"] <= row["value"] <= row["high"] for row in scaling["predictions"])

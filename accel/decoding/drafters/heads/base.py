@@ -99,6 +99,9 @@ class HeadDrafter(Drafter):
         for name, least in (("branches", 1), ("width", 1), ("depth", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is wrong: expected {least} or more")
+        if self.head is not None:
+            # The processes that load it have another current folder.
+            object.__setattr__(self, "head", str(Path(self.head).expanduser().absolute()))
 
     def new_memory(self, models: Models) -> HeadMemory:
         """The trained network with the target's embedding; UserError if there is no head, or one for another target."""
@@ -131,7 +134,7 @@ class HeadDrafter(Drafter):
     def folder(self, target: Path | None) -> Path:
         """Folder of the head for a target's folder; UserError if there is none."""
         if self.head is not None:
-            return Path(self.head).expanduser()
+            return Path(self.head)
         if target is None:
             raise UserError("head=null, and the target has no folder to look for a head in: give drafter.head=PATH")
         folder = target / HEADS / self.name
