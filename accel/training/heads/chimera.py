@@ -227,7 +227,7 @@ class Chimera(DraftHead):
             valid, count = targets.valid, targets.valid.shape[1]
             hidden, output = batch.features[:, :count][valid].to(output), output[valid]
             total.add(depth, network.logits(hidden, output, depth), targets)
-            following = batch.features[:, depth : depth + count][valid].to(output)
-            distance = (output - following).square().sum() / max(1, output.numel())
+            following = batch.features[:, depth : depth + count][valid]
+            distance = (output.float() - following.float()).square().sum() / max(1, output.numel())
             total.add_loss(depth, self.alignment * distance)
         return total.loss()

@@ -208,8 +208,8 @@ class Clover(DraftHead):
             valid, count = targets.valid, targets.valid.shape[1]
             said = said[valid]
             total.add(depth, network.output(said), targets)
-            following = batch.features[:, depth : depth + count][valid].to(said)
-            distance = F.smooth_l1_loss(said, following, reduction="sum") / max(1, said.numel())
+            following = batch.features[:, depth : depth + count][valid]
+            distance = F.smooth_l1_loss(said.float(), following.float(), reduction="sum") / max(1, said.numel())
             total.add_loss(depth, self.alignment * distance)
         return total.loss()
 
