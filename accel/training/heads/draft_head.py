@@ -173,6 +173,11 @@ class DraftNetwork(nn.Module, ABC):
         """Give the target's embedding; a tuple hides it from the module's parameters."""
         self._embedding = (embedding,)
 
+    @property
+    def embedding(self) -> Tensor | None:
+        """The target's embedding, (V, D); None before `attach`."""
+        return getattr(self, "_embedding", (None,))[0]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (…, D) of the target's ids (…), in the dtype of the network."""
         (embedding,) = self._embedding

@@ -1,0 +1,196 @@
+"""The speculators format: its names and shapes, what it cannot express, and the package's own logits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.drafters.heads.eagle import EagleDrafter
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
+from hasten.accel.training.heads.draft_head import TargetFacts
+from hasten.accel.training.heads.eagle import Eagle
+from hasten.accel.training.heads.fspad import Fspad
+from hasten.accel.training.heads.layouts.speculators import CONFIG, Speculators
+from tests.decoding.drafters.heads.untrained import DRAFT_IDS, network_of
+from tests.training.heads.test_draft_heads import batch_of
+
+FACTS = TargetFacts.of(resolve("embedded:target"))
+HEAD = Eagle(ttt_steps=3, decay=0.7, intermediate_size=96, normed_residual=True)
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = network_of(HEAD).eval()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # what the file holds
+    return network
+
+
+@pytest.fixture(scope="module")
+def folder(network, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speculators")
+    Speculators("the/target").write(network, HEAD, folder, FACTS)
+    return folder
+
+
+def logits(head, network):
+    with torch.no_grad():
+        return head.teacher_forced(network, batch_of(head))
+
+
+def changed(folder: Path, tmp_path: Path, **settings):
+    """A copy of the folder with other settings; those of the layer as `layer_NAME`."""
+    config = json.loads((folder / CONFIG).read_text())
+    for name, value in settings.items():
+        where = config["transformer_layer_config"] if name.startswith("layer_") else config
+        where[name.removeprefix("layer_")] = value
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return tmp_path
+
+
+def test_tensors_have_the_names_and_shapes_of_the_format(folder):
+    size, head_dim, wide = FACTS.hidden_size, FACTS.head_dim, HEAD.intermediate_size
+    layer = "layers.0."
+    expected = {
+        "d2t": (DRAFT_IDS,),
+        "t2d": (FACTS.vocabulary,),
+        "embed_tokens.weight": (FACTS.vocabulary, size),
+        "fc.weight": (size, 3 * size),
+        layer + "hidden_norm.weight": (size,),
+        layer + "input_layernorm.weight": (size,),
+        layer + "mlp.down_proj.weight": (size, wide),
+        layer + "mlp.gate_proj.weight": (wide, size),
+        layer + "mlp.up_proj.weight": (wide, size),
+        layer + "post_attention_layernorm.weight": (size,),
+        layer + "self_attn.k_proj.weight": (FACTS.kv_heads * head_dim, 2 * size),
+        layer + "self_attn.o_proj.weight": (size, FACTS.heads * head_dim),
+        layer + "self_attn.q_proj.weight": (FACTS.heads * head_dim, 2 * size),
+        layer + "self_attn.v_proj.weight": (FACTS.kv_heads * head_dim, 2 * size),
+        "lm_head.weight": (DRAFT_IDS, size),
+        "norm.weight": (size,),
+    }
+    tensors = load_file(folder / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    ids = tensors["d2t"] + torch.arange(DRAFT_IDS)
+    assert tensors["t2d"].dtype == torch.bool
+    assert torch.equal(tensors["t2d"].nonzero().flatten(), ids)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt", "transformers refuses other files"
+
+
+def test_a_folder_gives_back_the_head_and_its_logits(folder, network):
+    layout = Speculators()
+    assert layout.matches(folder)
+    head, again = layout.read(folder, FACTS)
+    again.attach(network.embedding)
+    assert head == HEAD
+    assert again.embedding is network.embedding, "equal ones are not held twice"
+    assert all(torch.equal(*pair) for pair in zip(logits(HEAD, network), logits(head, again), strict=True))
+
+
+def test_a_drafter_loads_the_folder(folder, network):
+    models = Models(FACTS.vocabulary, target_path=resolve("embedded:target"))
+    memory = EagleDrafter(head=str(folder)).new_memory(models)
+    assert memory.layers == HEAD.layers(FACTS)
+    assert memory.network.max_depth == HEAD.ttt_steps
+    assert memory.ids == network.vocabulary.ids.tolist()
+
+
+def test_another_embedding_than_the_targets_is_used(folder, tmp_path, network):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / CONFIG).symlink_to(folder / CONFIG)
+    _, again = Speculators().read(tmp_path, FACTS)
+    again.attach(network.embedding)
+    assert torch.equal(again.embedding, tensors["embed_tokens.weight"].float())
+
+
+def test_a_full_vocabulary_has_no_maps(tmp_path):
+    head = Eagle(ttt_steps=1)
+    whole = head.build(replace(FACTS, vocabulary=DRAFT_IDS), network_of(head).vocabulary.full(DRAFT_IDS))
+    Speculators().write(whole, head, tmp_path, replace(FACTS, vocabulary=DRAFT_IDS))
+    assert not {"d2t", "t2d", "embed_tokens.weight"} & load_file(tmp_path / "model.safetensors").keys()
+    _, again = Speculators().read(tmp_path, replace(FACTS, vocabulary=DRAFT_IDS))
+    assert torch.equal(again.vocabulary.ids, torch.arange(DRAFT_IDS))
+
+
+@pytest.mark.parametrize(
+    ("head", "named"), [(Fspad(), "heads of eagle"), (Eagle(feature_layers=(0, 2, -1)), "feature_layers=")]
+)
+def test_what_the_format_cannot_express_is_named(head, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        Speculators().write(network_of(head), head, tmp_path, FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"norm_before_fc": True},
+        {"fc_norm": True},
+        {"norm_output": True},
+        {"target_hidden_size": 7},
+        {"speculators_model_type": "dflash"},
+        {"eagle_aux_hidden_state_layer_ids": [1, 2]},
+        {"layer_num_hidden_layers": 2},
+        {"layer_model_type": "qwen3"},
+        {"layer_rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_our_head_lacks_is_named(setting, folder, tmp_path):
+    name, value = next(iter(setting.items()))
+    named = (
+        "rope_type=llama3"
+        if "rope" in name
+        else name.removeprefix("layer_") + (f"={value}" if type(value) is not list else "=2")
+    )
+    with pytest.raises(UserError, match=named):
+        Speculators().read(changed(folder, tmp_path, **setting), FACTS)
+
+
+def test_a_head_of_another_target_is_refused(folder):
+    with pytest.raises(UserError, match="hidden_size"):
+        Speculators().read(folder, replace(FACTS, hidden_size=64))
+    with pytest.raises(UserError, match="fingerprint"):
+        Speculators().read(folder, replace(FACTS, fingerprint="another"))
+
+
+def test_layers_that_a_folder_does_not_name_are_the_formats_own(folder, tmp_path):
+    deep = replace(FACTS, layers=30)
+    named = changed(folder, tmp_path, eagle_aux_hidden_state_layer_ids=None)
+    head, _ = Speculators().read(named, deep)
+    assert head.layers(deep) == (2, 15, 27)
+
+
+def test_the_package_computes_the_same_logits(folder, network):
+    pytest.importorskip("speculators", reason="needs the package speculators 0.9.0 in the environment")
+    batch = batch_of(HEAD)
+    for row in range(len(batch.tokens)):
+        package = of_package(folder, batch.features[row], batch.tokens[row], HEAD.ttt_steps)
+        for ours, theirs in zip(logits(HEAD, network), package, strict=True):
+            # float32 sums in another order.
+            torch.testing.assert_close(theirs[: ours.shape[1]], ours[row], rtol=1e-4, atol=1e-4)
+
+
+def of_package(folder, features, tokens, steps):
+    """Logits (T - 1, R) of each step by the package, for features (T, F * D) and tokens (T,)."""
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+
+    config = Eagle3SpeculatorConfig.from_pretrained(folder)
+    config.transformer_layer_config._attn_implementation = "eager"
+    config.speculators_config.verifier.name_or_path = None  # else it is looked for on the hub
+    model = Eagle3DraftModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    made = []
+    model.lm_head.register_forward_hook(lambda _, __, output: made.append(output[0]))
+    with torch.no_grad():
+        model(features[None, :-1], tokens[None, 1:], torch.zeros(1, len(tokens) - 1, dtype=torch.long), ttt_steps=steps)
+    return made
