@@ -184,7 +184,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), see `Attention.forward`."""
-        return self._finish(x, self.attention(self.attention_norm(x), positions, mask))
+        return self.leave(x, self.attention(self.attention_norm(x), positions, mask))
 
     def extend(
         self, caches: Sequence[KeyValueCache], x: Tensor, counts: Sequence[int], last_only: bool = True
@@ -193,16 +193,17 @@ class DecoderLayer(nn.Module):
         attended = self.attention.extend(caches, self.attention_norm(x), counts, last_only)
         if last_only and len(x) > len(counts):
             x = torch.stack([part[-1] for part in x.split(list(counts))])
-        return self._finish(x, attended)
+        return self.leave(x, attended)
 
     def extend_path(
         self, caches: Sequence[KeyValueCache], sequence: Tensor, x: Tensor, path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Outputs (M, D) and paths, see `Attention.extend_path`."""
         attended, path = self.attention.extend_path(caches, sequence, self.attention_norm(x), path)
-        return self._finish(x, attended), path
+        return self.leave(x, attended), path
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention, (…, D), of the layer's input and the attention's output."""
         x = x + attended
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
@@ -159,13 +160,16 @@ class Speculators(Layout):
         """Head and network; the layer may have other sizes than the target's, except for hidden size and vocabulary."""
         try:
             config = json.loads((folder / CONFIG).read_text())
-            _check_supported(folder, config)
+            layer = config["transformer_layer_config"]
+            _check_supported(folder, config, layer)
+            # The package leaves out what transformers takes by default.
+            layer = LlamaConfig(**layer).to_dict()
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 note = json.loads((file.metadata() or {}).get(_NOTE, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             ids = _layers(config, facts)
             steps = int(config["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
-            sizes = _sizes(config["transformer_layer_config"], facts)
+            sizes = _sizes(layer, facts)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"head={folder} is no folder of the speculators format: {error!r}") from error
         # The layer's own sizes are free; the rest is the target's.
@@ -219,11 +223,10 @@ def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joined | {f"{ours}.weight": left.pop(f"{theirs}.weight") for theirs, ours in _SAME.items()} | left
 
 
-def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
-    """UserError with the first setting that our network does not have."""
-    layer = config["transformer_layer_config"]
+def _check_supported(folder: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
+    """UserError with the first setting that our network does not have; layer: the config's settings of the layer."""
     rope = layer.get("rope_parameters") or layer.get("rope_scaling") or {}
-    hidden, ids = layer["hidden_size"], config.get("eagle_aux_hidden_state_layer_ids")
+    hidden, ids = layer.get("hidden_size"), config.get("eagle_aux_hidden_state_layer_ids")
     settings: list[tuple[str, Any, Any]] = [(TYPE, config[TYPE], "eagle3")]
     settings += [(name, config.get(name, value), value) for name, value in _UNSUPPORTED.items()]
     settings += [(name, layer.get(name, value), value) for name, value in _UNSUPPORTED_LAYER.items()]
@@ -248,15 +251,14 @@ def _layers(config: Mapping[str, Any], facts: TargetFacts) -> tuple[int, ...]:
 
 def _sizes(layer: Mapping[str, Any], facts: TargetFacts) -> TargetFacts:
     """The target's facts with the sizes of a folder's layer."""
-    heads, rope = layer["num_attention_heads"], layer.get("rope_parameters") or {}
     return replace(
         facts,
         vocabulary=layer["vocab_size"],
         hidden_size=layer["hidden_size"],
-        heads=heads,
-        kv_heads=layer.get("num_key_value_heads") or heads,
-        head_dim=layer.get("head_dim") or layer["hidden_size"] // heads,
+        heads=layer["num_attention_heads"],
+        kv_heads=layer["num_key_value_heads"],
+        head_dim=layer["head_dim"],
         intermediate_size=layer["intermediate_size"],
         rms_norm_eps=layer["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or layer.get("rope_theta") or 10000.0),
+        rope_theta=float(layer["rope_parameters"]["rope_theta"]),
     )
