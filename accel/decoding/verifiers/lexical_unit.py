@@ -1,8 +1,8 @@
 """Lexical units: accept what the drafter is sure of, whatever the target says; not lossless at any temperature.
 
-Source: Sun et al. 2024, arXiv:2405.15208 (LUD), whose fine-tuned model accepts tokens that it predicts in parallel up to
-the first one with a confidence below a threshold, and at least the next token. Full text and code were not available:
-the default threshold is ours.
+Source: Sun et al. 2024, arXiv:2405.15208 (LUD), whose fine-tuned model accepts tokens that it predicts in parallel, up
+to the first one with a confidence below a threshold, and at least the next token. Full text and code were not
+available: the default threshold is ours.
 Departs from it: a pass here computes the target's distribution after every node, too. So below the threshold drafts are
 verified as usual, by drawing the target's own token, where LUD ends the unit; and no pass is saved by not looking, only
 more tokens are accepted. Its control of repetitions is left out.
