@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hasten.accel.costs.decoding import pass_work
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model
 
@@ -69,6 +70,94 @@ def pretrain(trainings: Sequence[Training], workers: int, threads: int, rates: R
         Process("driver", 1, 0, {"run": {"process": rates.driver_bytes}}),
     )
     return Estimate(processes, tuple(steps), {name: size for name, size in moved.items() if size}, 0, written)
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """A draft head that is trained on what its target computed.
+
+    parameters: of the network. depth: drafts of a token. vocabulary: ids that it drafts. passes: how often a token goes
+    through the network. recorded: tokens that the target runs over; answered: those of them that it decodes one by one,
+    with in_flight sequences at once. bytes_per_token: of a record. steps: of training, with `batch` windows of `window`
+    tokens, of which micro_batch run at once. measured: held-out tokens, drafted `evaluations` times. stored: bytes of a
+    stored parameter.
+    """
+
+    parameters: int
+    depth: int
+    vocabulary: int
+    passes: float
+    recorded: int
+    answered: int
+    in_flight: int
+    bytes_per_token: int
+    steps: int
+    batch: int
+    micro_batch: int
+    window: int
+    measured: int
+    evaluations: int
+    stored: int
+
+
+def train_head(target: Model, head: HeadTraining, threads: int, rates: Rates, gpus: int = 0) -> Estimate:
+    """Estimate of recording the target and training a head on the records."""
+    itemsize, tokens = target.dtype.itemsize, head.micro_batch * head.window
+    weights = target.elements() * itemsize
+    longest = head.recorded // max(1, head.in_flight)
+    record = {
+        "target": weights,
+        "target's caches": head.in_flight * target.token_bytes * min(longest, head.window),
+        "logits": head.in_flight * target.vocabulary * 4 * _LOGIT_COPIES,
+        "records of a shard": head.bytes_per_token * head.in_flight * head.window,
+    }
+    kept = _KEPT_NARROW * target.hidden + _KEPT_WIDE * target.inner
+    train = {
+        # The target's embedding and output layer in float32, which heads begin with.
+        "embeddings": 2 * 4 * target.vocabulary * target.hidden,
+        "weights, gradients, optimizer": 4 * head.parameters * _COPIES_OF_WEIGHTS,
+        "activations": int(4 * tokens * head.passes * kept),
+        "logits": 4 * tokens * head.depth * head.vocabulary * _LOGIT_COPIES,
+        "batch": tokens * head.bytes_per_token * 2,
+    }
+    phases = {"record": record, "train": train}
+    host = {"record": {"process": rates.driver_bytes}} if gpus else {}
+    on_host = {name: {"process": rates.driver_bytes, **parts} for name, parts in phases.items()}
+    on_device = {name: {"context": rates.device_bytes, **parts} for name, parts in phases.items()}
+    process = Process("driver", 1, threads, host or on_host, gpus, on_device if gpus else {})
+    trained = head.steps * head.batch * head.window
+    drafts = head.measured * head.evaluations
+    drafting = Work(memory_bytes=4.0 * head.parameters * max(1, head.depth // 2), launches=60.0 * head.depth)
+    work = {
+        "record the target": _recording(target, head),
+        "train the head": Work(
+            flops=6.0 * trained * head.parameters * head.passes,
+            elements=trained * head.passes * (3 * kept + 6 * head.vocabulary),
+            launches=head.steps * 600.0 * head.passes,
+        ),
+        "measure acceptance": drafting * drafts,
+    }
+    steps = tuple(Step(name, part.seconds(rates), part.seconds(rates)) for name, part in work.items() if part != Work())
+    written = {
+        "records": head.recorded * head.bytes_per_token,
+        "head": head.stored * head.parameters,
+        "checkpoint": 4 * 4 * head.parameters,
+    }
+    return Estimate((process,), steps, {}, 0, written)
+
+
+def _recording(target: Model, head: HeadTraining) -> Work:
+    """Work of the target over all records: passes over given tokens, and one pass for each token of the answers."""
+    work = Work()
+    given = head.recorded - head.answered
+    for index in range(target.blocks if given else 0):
+        work += target.run(index, given, head.window, 1)
+    if given:
+        work += target.logits(given)
+    if head.answered:
+        # A pass decodes a token of every sequence.
+        work += pass_work(target, head.in_flight, 1, head.window // 2) * (head.answered / head.in_flight)
+    return work
 
 
 def train_drafter(

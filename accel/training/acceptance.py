@@ -16,6 +16,7 @@ from hasten.accel.decoding.replay import replay
 from hasten.accel.decoding.stats import DecodingStats
 from hasten.accel.training.data.records import Record
 from hasten.accel.training.heads.draft_head import DraftHead, HeadBatch, TargetFacts
+from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 # Ranks that `rates` has for every depth.
@@ -47,12 +48,17 @@ class HeldOut:
 
 
 def deployed(
-    head: DraftHead, weights: dict[str, Tensor], target: TargetFacts, vocabulary: DraftVocabulary, embedding: Tensor
+    head: DraftHead,
+    weights: dict[str, Tensor],
+    target: TargetFacts,
+    vocabulary: DraftVocabulary,
+    embedding: Tensor,
+    store: str = BFLOAT16,
 ) -> HeadMemory:
-    """A drafter's memory with a copy of a network as it would be stored, in bfloat16, on the embedding's device."""
+    """A drafter's memory with a copy of a network as it would be stored, on the embedding's device."""
     with torch.random.fork_rng(devices=[]):
         network = head.build(target, vocabulary)
-    network.load_state_dict({name: tensor.bfloat16().float() for name, tensor in weights.items()})
+    network.load_state_dict(from_stored(to_stored(weights, store)))
     network.attach(embedding)
     network.to(embedding.device).eval().requires_grad_(False)
     # A draft model has ids of its own choice.

@@ -10,7 +10,8 @@ JOB = Job(
     options=TrainConfig,
     run="hasten.jobs.train.run:run",
     needs="hasten.jobs.descriptors.needs:of_process",
-    not_planned="its parts depend on the head: the run itself says how much it records before it begins",
+    estimate="hasten.jobs.train.estimate:estimate",
+    shapes="hasten.jobs.train.estimate:shapes",
     in_ray=False,
     metrics=(
         Metric("mean_acceptance_length", "tokens a pass", "", "maximize"),

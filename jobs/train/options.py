@@ -96,6 +96,11 @@ class TrainConfig(Run):
     draft_vocabulary: int = option(
         8192, "ids that the head drafts, the most frequent ones of the data; 0 is all", at_least=0
     )
+    store: str = option(
+        "bfloat16",
+        "how the head's weights are stored; int8 has a scale for each row, in half the bytes",
+        choices=("bfloat16", "int8"),
+    )
     output: str | None = option(
         None, "folder of the trained head, in which a killed training resumes; null is head in run_dir", path="out"
     )

@@ -25,6 +25,7 @@ from hasten.accel.training.acceptance import HeldOut, deployed, measured, rates_
 from hasten.accel.training.data.records import Records, RecordsMeta
 from hasten.accel.training.data.windows import PackedWindows
 from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts, TargetWeights
+from hasten.accel.training.heads.stored import BFLOAT16
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.resumable import Plan, ResumableTraining, evaluation_steps
 from hasten.accel.training.scaling_laws import Row, ScalingLaw
@@ -65,6 +66,8 @@ def run(config: TrainConfig) -> Path:
     if not isinstance(head, DraftHead):
         raise UserError(f"the head {type(head).__name__} drafts nothing: train it with hasten train_drafter")
     _settings(config, 1)  # checks the options, before anything is recorded
+    if not head.reads_target and config.store != BFLOAT16:
+        raise UserError(f"store={config.store} is wrong: a draft model is a checkpoint, which is stored in {BFLOAT16}")
     target = model_folder("target", config.target)
     facts, weights = TargetFacts.of(target), TargetWeights.of(target)
     texts = _texts(config, target, facts)
@@ -193,7 +196,7 @@ class _HeadTraining:
 
     def save(self, output: Path) -> None:
         """Write the best network's folder, after `run`."""
-        self._head.save(self._network, output, self._facts, self._extra)
+        self._head.save(self._network, output, self._facts, self._extra, self._config.store)
 
     def _tokens(self, steps: int) -> int:
         """Tokens that so many steps learn, on average."""
@@ -205,7 +208,7 @@ class _HeadTraining:
         return {_SCORE: stats.metrics()[_SCORE], "acceptance_per_position": stats.acceptance_per_position}
 
     def _deployed(self, state: dict[str, Tensor]) -> HeadMemory:
-        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding)
+        return deployed(self._head, state, self._facts, self._vocabulary, self._embedding, self._config.store)
 
 
 def _recordings(

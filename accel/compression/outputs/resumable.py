@@ -209,7 +209,11 @@ def write_whole(path: Path, save: Callable[[Path], object], needed: int = 0) -> 
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
 
     def write() -> None:
+        # safetensors makes files that only their owner may read: this one gets the mode that others get.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save(temporary)
+        temporary.chmod(mode)
         _replace(temporary, path)
 
     try:

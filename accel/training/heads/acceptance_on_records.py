@@ -28,6 +28,7 @@ from hasten.accel.training.heads.draft_head import (
     Loss,
     TargetFacts,
 )
+from hasten.accel.training.heads.stored import BFLOAT16
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 _DRAFTS_NOTHING = "an acceptance head drafts nothing: it ends the chains of drafter=specdec_pp"
@@ -122,9 +123,17 @@ class AcceptanceOnRecords(DraftHead):
         """Nothing is drafted."""
         return []
 
-    def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        network: DraftNetwork,
+        folder: Path,
+        target: TargetFacts,
+        extra: Mapping[str, Any],
+        store: str = BFLOAT16,
+    ) -> None:
         """Write the head's file, as `hasten train_drafter` does, and a config beside it."""
         assert isinstance(network, AcceptanceNetwork)
+        assert store == BFLOAT16, store
         folder.mkdir(parents=True, exist_ok=True)
         network.head.save(folder / FILE, Checkpoint(Path(self.draft)).fingerprint())
         hyper_parameters = asdict(self.training)

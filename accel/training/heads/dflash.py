@@ -261,6 +261,10 @@ class DFlash(DraftHead):
         network.output.weight.data.copy_(weights.output[network.vocabulary.ids])
         network.mask.data.copy_(weights.embedding.mean(0))
 
+    def training_passes(self, window: int) -> float:
+        """All tokens as context, and the tokens of blocks."""
+        return 1 + self.anchors * self.block / window
+
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """A block after every token."""
         assert isinstance(network, DFlashNetwork)

@@ -11,7 +11,7 @@ h(t), with token t + 1 known, the draft of depth d = 1, 2, … is of token t + 1
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 CONFIG, WEIGHTS = "head.json", "model.safetensors"
@@ -48,6 +49,11 @@ class TargetFacts:
     @classmethod
     def of(cls, folder: Path) -> "TargetFacts":
         """Facts of a checkpoint."""
+        return replace(cls.of_config(folder), fingerprint=Checkpoint(folder).fingerprint())
+
+    @classmethod
+    def of_config(cls, folder: Path) -> "TargetFacts":
+        """The same without the fingerprint, for which the weights are read; a config.json is enough."""
         config = AutoConfig.from_pretrained(folder).get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -62,7 +68,6 @@ class TargetFacts:
             rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
             rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
             max_length=config.max_position_embeddings,
-            fingerprint=Checkpoint(folder).fingerprint(),
         )
 
 
@@ -173,11 +178,6 @@ class DraftNetwork(nn.Module, ABC):
         """Give the target's embedding; a tuple hides it from the module's parameters."""
         self._embedding = (embedding,)
 
-    @property
-    def embedding(self) -> Tensor | None:
-        """The target's embedding, (V, D); None before `attach`."""
-        return getattr(self, "_embedding", (None,))[0]
-
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (…, D) of the target's ids (…), in the dtype of the network."""
         (embedding,) = self._embedding
@@ -236,6 +236,10 @@ class DraftHead(ABC):
         is used. Only rows whose tokens are of one document count.
         """
 
+    def training_passes(self, window: int) -> float:
+        """How often a token of a window passes the network's parameters in training, for estimates of its cost."""
+        return 1.0
+
     def drafter_memory(self, network: DraftNetwork) -> Any:
         """Memory of the drafter of this head with the network as it is, to measure it by replay while it is trained.
 
@@ -244,10 +248,20 @@ class DraftHead(ABC):
         """
         return None
 
-    def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
-        """Write the folder atomically by file, config last. extra: further keys for the config, such as `rates`."""
+    def save(
+        self,
+        network: DraftNetwork,
+        folder: Path,
+        target: TargetFacts,
+        extra: Mapping[str, Any],
+        store: str = BFLOAT16,
+    ) -> None:
+        """Write the folder atomically by file, config last.
+
+        extra: further keys for the config, such as `rates`. store: see `to_stored`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().bfloat16().contiguous() for name, value in network.state_dict().items()}
+        tensors = to_stored(network.state_dict(), store)
         tensors["d2t"] = network.vocabulary.d2t.cpu()
         write_whole(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
         config = {
@@ -283,8 +297,8 @@ def load_head(
     head = head_type(**config["hyper_parameters"])
     network = head.build(facts, vocabulary)
     try:
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except RuntimeError as error:
+        network.load_state_dict(from_stored(tensors))
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"head={folder} is damaged: its tensors are not those of {config['head']}: {error}") from error
     return head, network.eval(), config
 

@@ -38,6 +38,7 @@ from hasten.accel.training.heads.draft_head import (
     TargetFacts,
     TargetWeights,
 )
+from hasten.accel.training.heads.stored import BFLOAT16
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.by_depth import DepthLoss, Objective
 from hasten.accel.training.objectives.earth_mover import EarthMover
@@ -239,9 +240,17 @@ class DistilledDraft(DraftHead):
         assert isinstance(network, DraftModelNetwork)
         return SmallModel(LlamaTarget(network.model))
 
-    def save(self, network: DraftNetwork, folder: Path, target: TargetFacts, extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        network: DraftNetwork,
+        folder: Path,
+        target: TargetFacts,
+        extra: Mapping[str, Any],
+        store: str = BFLOAT16,
+    ) -> None:
         """Write a checkpoint in bfloat16 with the target's tokenizer, and the head's config beside it."""
         assert isinstance(network, DraftModelNetwork)
+        assert store == BFLOAT16, store
         folder.mkdir(parents=True, exist_ok=True)
         model = network.model
         names = {name for name, _ in model.named_parameters()}  # of tied weights the first one only

@@ -202,6 +202,10 @@ class Eagle(DraftHead):
         assert isinstance(network, EagleNetwork)
         network.output.weight.data.copy_(weights.output[network.vocabulary.ids])
 
+    def training_passes(self, window: int) -> float:
+        """Every step passes all tokens."""
+        return float(self.ttt_steps)
+
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Logits of every step of training."""
         assert isinstance(network, EagleNetwork)

@@ -46,6 +46,7 @@ def test_a_part_of_a_tree_keeps_its_confidences():
 
 def test_it_is_declared_as_not_lossless():
     assert not LexicalUnit.lossless
+    assert not LexicalUnit().is_lossless(greedy=True)
     assert not LexicalUnit().is_independent_of_drafts(greedy=True)
 
 

@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hasten.accel.costs.estimate import Rates
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
+from hasten.accel.training.heads.draft_head import TargetFacts
+from hasten.accel.training.heads.eagle import Eagle
+from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
 from hasten.jobs.common.sizes import parse_bytes
@@ -190,6 +195,21 @@ def test_wrong_input_is_one_line_and_leaves_nothing(words, message, folder, caps
     assert len(error) == 1
     assert message in error[0]
     assert not list(folder.iterdir())
+
+
+def test_a_training_is_planned_with_the_heads_own_size_and_the_records_of_every_token():
+    words = ("head=eagle", "draft_vocabulary=512", "data.sequences=10", "held_out.generate=false", "train.steps=3")
+    _, _, plain = planned("train", *words)
+    head, facts = Eagle(), TargetFacts.of(resolve("embedded:target"))
+    network = head.build(facts, DraftVocabulary.most_frequent(torch.arange(facts.vocabulary), 512))
+    assert plain.estimate.written["head"] == 2 * sum(parameter.numel() for parameter in network.parameters())
+    # 10 sequences to train on and 24 held-out ones of 256 tokens; 3 states of 256 numbers, 16 ids.
+    assert plain.estimate.written["records"] == (10 + 24) * 256 * (2 * 3 * 256 + 6 * 16 + 9)
+    steps = {step.name: step.seconds for step in plain.estimate.steps}
+    _, _, longer = planned("train", *words[:-1], "train.steps=6")
+    longer_steps = {step.name: step.seconds for step in longer.estimate.steps}
+    assert longer_steps["train the head"] == pytest.approx(2 * steps["train the head"])
+    assert longer_steps["record the target"] == steps["record the target"]
 
 
 def test_a_job_without_plan_is_refused_from_its_config_too():

@@ -28,7 +28,7 @@ from hasten.accel.training.heads.draft_head import (
     TargetFacts,
     TargetWeights,
 )
-from hasten.accel.training.heads.layouts.loading import read_head
+from hasten.accel.training.heads.layouts.loading import load_any_head
 
 TREES = ("dynamic", "static")
 # Folder of heads in a target's folder.
@@ -74,11 +74,10 @@ class _Node:
 class HeadDrafter(Drafter):
     """Drafter with a head on the target. Its drafts are deterministic.
 
-    head: folder of the trained head, ours or of a layout of its kind (accel/training/heads/layouts); None takes
-    heads/NAME in the target's folder. tree: `dynamic` takes the most
-    probable paths by the head's own probabilities, `static` those that were accepted most often in training, whatever
-    the head says here. branches: children of a node, at most. width: nodes of a level that are expanded, at most.
-    depth: largest depth of a draft; 0 is the head's own.
+    head: folder of the trained head, also in another program's layout; None takes heads/NAME in the target's folder.
+    tree: `dynamic` takes the most probable paths by the head's own probabilities, `static` those that were accepted
+    most often in training, whatever the head says here. branches: children of a node, at most. width: nodes of a level
+    that are expanded, at most. depth: largest depth of a draft; 0 is the head's own.
     """
 
     head: str | None = None
@@ -120,7 +119,7 @@ class HeadDrafter(Drafter):
         """Head, network and config of the head's folder."""
         folder = self.folder(target)
         facts = TargetFacts.of(target) if target is not None else None
-        head, network, config = read_head(folder, self.head_type, facts)
+        head, network, config = load_any_head(folder, self.head_type, facts)
         if self.tree == "static" and not config.get("rates"):
             raise UserError(f"tree=static needs measured acceptance, which head={folder} lacks: use tree=dynamic")
         return head, network, config

@@ -1,1 +1,1 @@
-"""Layouts of trained heads that other programs write and read, one a file."""
+"""Layouts in which other programs store trained heads, a file each: to write them, and to draft with such a folder."""

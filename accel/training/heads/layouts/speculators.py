@@ -9,7 +9,7 @@ Safetensors metadata `hasten` holds what the format has no place for: the target
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +21,18 @@ from transformers import LlamaConfig
 
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
-from hasten.accel.training.heads.draft_head import WEIGHTS, DraftHead, DraftNetwork, TargetFacts, check_target
+from hasten.accel.training.heads.draft_head import (
+    WEIGHTS,
+    DraftHead,
+    DraftNetwork,
+    TargetFacts,
+    TargetWeights,
+    check_target,
+)
 from hasten.accel.training.heads.eagle import FEATURES, Eagle, EagleNetwork
-from hasten.accel.training.heads.layouts.base import Layout
+from hasten.accel.training.heads.layouts.base import CONFIG, Layout, fill, read_config, write_config
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
-CONFIG = "config.json"
 TYPE = "speculators_model_type"
 VERSION = "0.9.0"
 _NOTE = "hasten"
@@ -66,55 +72,52 @@ class SpeculatorsNetwork(EagleNetwork):
         self.own_embedding = None
 
 
-@dataclass(frozen=True)
-class Speculators(Layout):
-    """Layout of EAGLE-3-style heads.
+class SpeculatorsLayout(Layout):
+    """Layout of EAGLE-3-style heads."""
 
-    verifier: path or hub name of the target, which `vllm serve FOLDER` loads; None for vLLM's speculative_config, where
-    the target is given besides. architecture: the target's class in transformers.
-    """
-
-    verifier: str | None = None
-    architecture: str = "LlamaForCausalLM"
     name: ClassVar[str] = "speculators"
-    head_type: ClassVar[type[DraftHead]] = Eagle
+    heads: ClassVar[tuple[type[DraftHead], ...]] = (Eagle,)
 
     def matches(self, folder: Path) -> bool:
         """Whether config.json names a type of speculators."""
-        try:
-            return TYPE in json.loads((folder / CONFIG).read_text())
-        except (OSError, ValueError):
-            return False
+        return TYPE in read_config(folder)
 
-    def write(self, network: DraftNetwork, head: DraftHead, folder: Path, facts: TargetFacts) -> None:
-        """The folder, in bfloat16; with the target's embedding if it is attached, else vLLM takes the target's."""
-        if type(head) is not Eagle:
-            raise UserError(f"layout={self.name} takes heads of {Eagle.drafter}, and this one is of {head.drafter}")
+    def write(self, network: DraftNetwork, head: DraftHead, folder: Path, facts: TargetFacts, target: str) -> None:
+        """The folder, in bfloat16; UserError for the state after the target's final norm, which has no number there.
+
+        target: `vllm serve FOLDER` loads it. If it is a folder, its embedding is written as the package does; without
+        it, the package and vLLM take the target's.
+        """
+        assert type(head) is Eagle
         assert isinstance(network, EagleNetwork)
         layers = head.layers(facts)
         if min(layers) < 0:
             raise UserError(
-                f"feature_layers={list(layers)} cannot be written as layout={self.name}: it numbers decoder layers, "
-                "and -1 is after the final norm"
+                f"feature_layers={list(layers)} cannot be written in the layout {self.name}: it numbers decoder "
+                "layers, and -1 is after the final norm; train with other layers"
             )
         sizes = head.sizes(facts)
         tensors = _split(network.state_dict(), sizes)
         if len(network.vocabulary) < facts.vocabulary:
             tensors["d2t"], tensors["t2d"] = network.vocabulary.d2t, _drafted(network.vocabulary)
-        if network.embedding is not None:
-            tensors[_EMBEDDING] = network.embedding
+        architecture, checkpoint = "LlamaForCausalLM", Path(target).expanduser()
+        if (checkpoint / CONFIG).is_file():
+            architecture = (read_config(checkpoint).get("architectures") or [architecture])[0]
+            if TargetFacts.of(checkpoint) != facts:
+                raise UserError(f"target={target} is another model than the one that the head was trained for")
+            tensors[_EMBEDDING] = TargetWeights.of(checkpoint).embedding
         stored = {
             name: (value.bfloat16() if value.is_floating_point() else value).detach().cpu().contiguous()
             for name, value in tensors.items()
         }
         note = {"format": "pt", _NOTE: json.dumps({"fingerprint": facts.fingerprint, "decay": head.decay})}
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / WEIGHTS, lambda temporary: save_file(stored, temporary, note))
-        text = json.dumps(self._config(head, layers, sizes, len(network.vocabulary)), indent=2, sort_keys=True) + "\n"
-        write_whole(folder / CONFIG, lambda temporary: Path(temporary).write_text(text))
+        config = self._config(head, layers, sizes, len(network.vocabulary))
+        config["speculators_config"]["verifier"] = {"name_or_path": target, "architectures": [architecture]}
+        write_config(folder, config)
 
     def _config(self, head: Eagle, layers: tuple[int, ...], sizes: TargetFacts, entries: int) -> dict[str, Any]:
-        """config.json. sizes: of the layer. entries: R."""
+        """config.json. without the target's name. sizes: of the layer. entries: R."""
         return {
             "architectures": ["Eagle3DraftModel"],
             TYPE: "eagle3",
@@ -138,7 +141,6 @@ class Speculators(Layout):
                         "accept_tolerance": 0.0,
                     }
                 ],
-                "verifier": {"name_or_path": self.verifier, "architectures": [self.architecture]},
             },
             "transformer_layer_config": {
                 **_UNSUPPORTED_LAYER,
@@ -159,7 +161,7 @@ class Speculators(Layout):
     def read(self, folder: Path, facts: TargetFacts) -> tuple[Eagle, SpeculatorsNetwork]:
         """Head and network; the layer may have other sizes than the target's, except for hidden size and vocabulary."""
         try:
-            config = json.loads((folder / CONFIG).read_text())
+            config = read_config(folder)
             layer = config["transformer_layer_config"]
             _check_supported(folder, config, layer)
             # The package leaves out what transformers takes by default.
@@ -190,10 +192,11 @@ class Speculators(Layout):
         network = SpeculatorsNetwork(sizes, vocabulary, steps, head.normed_residual)
         network.own_embedding = tensors.pop(_EMBEDDING, None)
         try:
-            network.load_state_dict({name: value.float() for name, value in _joined(tensors).items()})
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"head={folder} has other tensors than an EAGLE-3 layer of Llama's: {error}") from error
-        return head, network.eval()
+            joined = _joined(tensors)
+        except KeyError as error:
+            raise UserError(f"head={folder} has no tensor {error}, which EAGLE-3 heads have") from error
+        fill(network, {name: value.float() for name, value in joined.items()}, folder)
+        return head, network
 
 
 def _drafted(vocabulary: DraftVocabulary) -> Tensor:

@@ -13,14 +13,16 @@ from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.drafters.heads.eagle import EagleDrafter
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from hasten.accel.training.heads.draft_head import TargetFacts
+from hasten.accel.training.heads.draft_head import TargetFacts, TargetWeights
 from hasten.accel.training.heads.eagle import Eagle
-from hasten.accel.training.heads.fspad import Fspad
-from hasten.accel.training.heads.layouts.speculators import CONFIG, Speculators
+from hasten.accel.training.heads.layouts.base import CONFIG
+from hasten.accel.training.heads.layouts.loading import layout_of, layouts
 from tests.decoding.drafters.heads.untrained import DRAFT_IDS, network_of
 from tests.training.heads.test_draft_heads import batch_of
 
 FACTS = TargetFacts.of(resolve("embedded:target"))
+EMBEDDING = TargetWeights.of(resolve("embedded:target")).embedding
+LAYOUT = layouts()["speculators"]
 HEAD = Eagle(ttt_steps=3, decay=0.7, intermediate_size=96, normed_residual=True)
 
 
@@ -35,7 +37,7 @@ def network():
 @pytest.fixture(scope="module")
 def folder(network, tmp_path_factory):
     folder = tmp_path_factory.mktemp("speculators")
-    Speculators(str(resolve("embedded:target"))).write(network, HEAD, folder, FACTS)
+    LAYOUT.write(network, HEAD, folder, FACTS, str(resolve("embedded:target")))
     return folder
 
 
@@ -86,12 +88,10 @@ def test_tensors_have_the_names_and_shapes_of_the_format(folder):
 
 
 def test_a_folder_gives_back_the_head_and_its_logits(folder, network):
-    layout = Speculators()
-    assert layout.matches(folder)
-    head, again = layout.read(folder, FACTS)
-    again.attach(network.embedding)
+    assert layout_of(folder) is LAYOUT
+    head, again = LAYOUT.read(folder, FACTS)
+    again.attach(EMBEDDING)
     assert head == HEAD
-    assert again.embedding is network.embedding, "equal ones are not held twice"
     assert all(torch.equal(*pair) for pair in zip(logits(HEAD, network), logits(head, again), strict=True))
 
 
@@ -103,32 +103,36 @@ def test_a_drafter_loads_the_folder(folder, network):
     assert memory.ids == network.vocabulary.ids.tolist()
 
 
-def test_another_embedding_than_the_targets_is_used(folder, tmp_path, network):
+def test_another_embedding_than_the_targets_is_used(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / CONFIG).symlink_to(folder / CONFIG)
-    _, again = Speculators().read(tmp_path, FACTS)
-    again.attach(network.embedding)
-    assert torch.equal(again.embedding, tensors["embed_tokens.weight"].float())
+    _, again = LAYOUT.read(tmp_path, FACTS)
+    again.attach(EMBEDDING)
+    ids = torch.arange(FACTS.vocabulary)
+    assert torch.equal(again.embed(ids), tensors["embed_tokens.weight"].float())
 
 
 def test_a_full_vocabulary_has_no_maps(tmp_path):
     head = Eagle(ttt_steps=1)
     whole = head.build(replace(FACTS, vocabulary=DRAFT_IDS), network_of(head).vocabulary.full(DRAFT_IDS))
-    Speculators().write(whole, head, tmp_path, replace(FACTS, vocabulary=DRAFT_IDS))
+    LAYOUT.write(whole, head, tmp_path, replace(FACTS, vocabulary=DRAFT_IDS), "org/target")
     assert not {"d2t", "t2d", "embed_tokens.weight"} & load_file(tmp_path / "model.safetensors").keys()
-    _, again = Speculators().read(tmp_path, replace(FACTS, vocabulary=DRAFT_IDS))
+    _, again = LAYOUT.read(tmp_path, replace(FACTS, vocabulary=DRAFT_IDS))
     assert torch.equal(again.vocabulary.ids, torch.arange(DRAFT_IDS))
 
 
-@pytest.mark.parametrize(
-    ("head", "named"), [(Fspad(), "heads of eagle"), (Eagle(feature_layers=(0, 2, -1)), "feature_layers=")]
-)
-def test_what_the_format_cannot_express_is_named(head, named, tmp_path):
-    with pytest.raises(UserError, match=named):
-        Speculators().write(network_of(head), head, tmp_path, FACTS)
+def test_the_state_after_the_final_norm_cannot_be_written(tmp_path):
+    head = Eagle(feature_layers=(0, 2, -1))
+    with pytest.raises(UserError, match="feature_layers="):
+        LAYOUT.write(network_of(head), head, tmp_path, FACTS, "org/target")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_target_than_the_heads_own_is_not_named(network, tmp_path):
+    with pytest.raises(UserError, match="is another model than the one that the head"):
+        LAYOUT.write(network, HEAD, tmp_path, FACTS, str(resolve("embedded:draft")))
 
 
 @pytest.mark.parametrize(
@@ -154,32 +158,32 @@ def test_what_our_head_lacks_is_named(setting, folder, tmp_path):
         else name.removeprefix("layer_") + (f"={value}" if type(value) is not list else "=2")
     )
     with pytest.raises(UserError, match=named):
-        Speculators().read(changed(folder, tmp_path, **setting), FACTS)
+        LAYOUT.read(changed(folder, tmp_path, **setting), FACTS)
 
 
 def test_a_head_of_another_target_is_refused(folder):
     with pytest.raises(UserError, match="hidden_size"):
-        Speculators().read(folder, replace(FACTS, hidden_size=64))
+        LAYOUT.read(folder, replace(FACTS, hidden_size=64))
     with pytest.raises(UserError, match="fingerprint"):
-        Speculators().read(folder, replace(FACTS, fingerprint="another"))
+        LAYOUT.read(folder, replace(FACTS, fingerprint="another"))
 
 
 def test_layers_that_a_folder_does_not_name_are_the_formats_own(folder, tmp_path):
     deep = replace(FACTS, layers=30)
     named = changed(folder, tmp_path, eagle_aux_hidden_state_layer_ids=None)
-    head, _ = Speculators().read(named, deep)
+    head, _ = LAYOUT.read(named, deep)
     assert head.layers(deep) == (2, 15, 27)
 
 
 def test_sizes_that_the_package_leaves_out_are_the_defaults_of_transformers(tmp_path):
     facts = replace(FACTS, rms_norm_eps=1e-6, rope_theta=1e4)
     head = Eagle(ttt_steps=1)
-    Speculators().write(network_of(head), head, tmp_path, facts)
+    LAYOUT.write(network_of(head), head, tmp_path, facts, "org/target")
     config = json.loads((tmp_path / CONFIG).read_text())
     for name in ("rms_norm_eps", "rope_theta", "head_dim", "hidden_act"):
         del config["transformer_layer_config"][name]
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert Speculators().read(tmp_path, facts)[0] == head
+    assert LAYOUT.read(tmp_path, facts)[0] == head
 
 
 @pytest.fixture
@@ -208,7 +212,7 @@ def test_the_package_computes_the_same_logits(package, network):
 
 def test_what_the_package_writes_is_read(package, network, tmp_path):
     package.save_pretrained(tmp_path)
-    head, again = Speculators().read(tmp_path, FACTS)
-    again.attach(network.embedding)
+    head, again = LAYOUT.read(tmp_path, FACTS)
+    again.attach(EMBEDDING)
     assert head == replace(HEAD, decay=Eagle.decay), "the format has no decay"
     assert all(torch.equal(*pair) for pair in zip(logits(HEAD, network), logits(head, again), strict=True))
