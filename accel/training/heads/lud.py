@@ -92,7 +92,8 @@ class LudNetwork(DraftNetwork):
         x = self.enter(batch.features[:, :count], batch.tokens[:, 1 : 1 + count])
         positions, mask = batch.positions[:, :count], block_causal(batch.segments[:, :count])
         attention = self.layer.attention
-        outputs, keys_values = [], []
+        outputs: list[Tensor] = []
+        keys_values: list[Tensor] = []
         for depth in range(1, self.max_depth + 1):
             count = batch.tokens.shape[1] - 1 - depth
             row = x[:, :count] if depth == 1 else x[:, :count] + self.pads[depth - 2]
