@@ -142,6 +142,11 @@ class HeadDrafter(Drafter):
         """The layers that the head was trained on."""
         return memory.layers
 
+    def needed_bytes(self, memory: HeadMemory, slots: int, longest: int, budget: int) -> int:
+        """Bytes of the network's caches, and of the logits of a level of the trees."""
+        logits = min(self.width, budget) * len(memory.ids) * 4
+        return slots * (memory.network.state_bytes(longest) + logits)
+
     def observe_features(self, memory: HeadMemory, context: Context, start: int, features: Tensor) -> None:
         """Keep them until the next draft."""
         state = self._state(memory, context)
