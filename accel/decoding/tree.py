@@ -36,7 +36,8 @@ class DraftTree:
     draft_probs: for every parent, including ROOT, the distribution (V,) float32 that its first child was drawn from;
     None for deterministic drafts. counts: number of times that each node was drawn, for independent draws; None is
     once. labels: class of each node for acceptance estimates (match length, rank, …); None takes its depth and rank.
-    whole: the tree that this one is a part of, see `keep`; None if it is whole itself.
+    whole: the tree that this one is a part of, see `keep`; None if it is whole itself. confidences: the drafter's own
+    probability of each node after its parent; None where it has none.
     """
 
     tokens: Sequence[int] = ()
@@ -46,6 +47,7 @@ class DraftTree:
     counts: Sequence[int] | None = None
     labels: Sequence[Hashable] | None = field(default=None, compare=False)
     whole: "DraftTree | None" = field(default=None, compare=False, repr=False)
+    confidences: Sequence[float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.parents), "a parent for every token"
@@ -131,6 +133,7 @@ class DraftTree:
             None if self.counts is None else [self.counts[node] for node in nodes],
             [self.label(node) for node in nodes],  # explicit, because ranks among siblings change
             self.proposed,
+            None if self.confidences is None else [self.confidences[node] for node in nodes],
         )
 
 

@@ -30,7 +30,7 @@ from hasten.jobs.decode.inputs import Inputs, prepare
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.stopping import Stopping
 from hasten.jobs.decode.streaming import Printer
-from hasten.jobs.decode.verification import explained, rule_names
+from hasten.jobs.decode.verification import explained, loss_notice, rule_names
 
 _LOG = logging.getLogger(__name__)
 # At most this many prompts are logged to MLflow, one call each; the report has all of them.
@@ -65,6 +65,7 @@ def run(config: DecodeConfig) -> Path:
         output, kept = inputs.completions.path, inputs.kept
         verification = config, inputs.spec.verifier, inputs.spec.drafter, inputs.sampling
         explanation = explained(*verification)
+        notice = loss_notice(*verification[1:])
         if explanation:
             _LOG.info("%s", explanation)
         if kept:
@@ -91,6 +92,7 @@ def run(config: DecodeConfig) -> Path:
             "config": plain(config),
             "metrics": metrics,
             "verifier": rule_names(*verification),
+            "lossless": notice is None,
             "acceptance_histogram": total.acceptance_histogram,
             "acceptance_per_position": total.acceptance_per_position,
             "prompts": prompts,
@@ -102,6 +104,8 @@ def run(config: DecodeConfig) -> Path:
         _plots(total, run_dir, tracker)
         path: Path = tracker.report(report)
     _print_summary(metrics, output)
+    if notice is not None:
+        print(notice)
     return path
 
 

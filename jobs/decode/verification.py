@@ -54,6 +54,13 @@ def explained(config: DecodeConfig, verifier: Verifier, drafter: Drafter | None,
     return None
 
 
+def loss_notice(verifier: Verifier, drafter: Drafter | None, sampling: Sampling) -> str | None:
+    """What to say where the output is not the target's own; None where it is."""
+    if drafter is None or verifier.is_lossless(sampling.is_greedy):
+        return None
+    return f"the output is not the target's own: verifier={_name(verifier)} is not lossless"
+
+
 def _kinds(config: DecodeConfig, drafter: Drafter | None, sampling: Sampling) -> frozenset[DraftKind]:
     if drafter is None:
         return frozenset({DraftKind(DraftSampling.DETERMINISTIC, True)})

@@ -99,6 +99,10 @@ class Verifier(ABC):
         refusals = (self.refusal(*kind, greedy) for kind in sorted(kinds, key=str))
         return next((refusal for refusal in refusals if refusal is not None), None)
 
+    def is_lossless(self, greedy: bool) -> bool:
+        """Whether the output has the target's own distribution; greedy: whether temperature is 0."""
+        return self.lossless
+
     def is_independent_of_drafts(self, greedy: bool) -> bool:
         """Whether the output depends on the target and the generator alone, so that all drafts give the same tokens."""
         return self.lossless and greedy

@@ -38,6 +38,10 @@ class Typical(Verifier):
         """Refuses nothing: it is biased for every draft, which `lossless` declares."""
         return None
 
+    def is_lossless(self, greedy: bool) -> bool:
+        """At temperature 0 only, where it is greedy verification."""
+        return greedy
+
     def threshold(self, probs: torch.Tensor) -> float:
         """Probability above which a token is accepted, for the target's distribution probs (V,)."""
         entropy = float(torch.special.entr(probs.double()).sum())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.accel.training.heads.draft_head import TargetFacts
+from hasten.accel.training.heads.draft_head import CachingModule, TargetFacts
 
 _FIRST_CAPACITY = 64
 
@@ -48,7 +48,7 @@ class KeyValueCache:
         return self._held[:, :, : self.length]
 
 
-class Attention(nn.Module):
+class Attention(CachingModule):
     """Attention with grouped queries, as many heads as the target has.
 
     input_size: C, width of the inputs; None takes the target's D. Outputs have the target's D. The rotary embedding is
@@ -65,6 +65,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, target.hidden_size, bias=False)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
         self.register_buffer("inverse_frequencies", target.rope_theta**-exponents, persistent=False)
+
+    def cache_values(self, tokens: int) -> int:
+        """Those of a `KeyValueCache`."""
+        return 2 * self.kv_heads * self.head_dim * max(2 * tokens, _FIRST_CAPACITY)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries (…, H * G, D) and, next to each other, rotated keys and values (…, 2, H, D).

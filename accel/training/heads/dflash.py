@@ -20,6 +20,7 @@ from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError
 from hasten.accel.training.division import rand
 from hasten.accel.training.heads.draft_head import (
+    CachingModule,
     DepthTargets,
     DraftHead,
     DraftNetwork,
@@ -52,7 +53,7 @@ def spread_layers(layers: int, count: int) -> tuple[int, ...]:
     return tuple(FINAL if number == layers else number for number in numbers)
 
 
-class DFlashLayer(nn.Module):
+class DFlashLayer(CachingModule):
     """A decoder layer whose keys and values come from the context and from its own input."""
 
     def __init__(self, target: TargetFacts) -> None:
@@ -65,6 +66,10 @@ class DFlashLayer(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, size, bias=False)
         self.gate_up = nn.Linear(size, 2 * target.intermediate_size, bias=False)
         self.down = nn.Linear(target.intermediate_size, size, bias=False)
+
+    def cache_values(self, tokens: int) -> int:
+        """The layer's part of a `_Context`."""
+        return 2 * self.kv_heads * self.head_dim * max(2 * tokens, _FIRST_CAPACITY)
 
     def keys_values(self, x: Tensor, rotation: Tensor) -> Tensor:
         """Keys and values (…, 2, H, D) of x (…, size); rotation: (…, 1, D / 2) of their positions."""

@@ -166,6 +166,14 @@ class Frontier:
     carried: Any
 
 
+class CachingModule(nn.Module, ABC):
+    """A part of a network with a cache in each sequence's state."""
+
+    @abstractmethod
+    def cache_values(self, tokens: int) -> int:
+        """Numbers, at most, that the cache has room for once it has grown to `tokens` tokens."""
+
+
 class DraftNetwork(nn.Module, ABC):
     """A head's network. It has no copy of the target's embedding: `attach` gives it, (V, D), outside of its state.
 
@@ -200,6 +208,14 @@ class DraftNetwork(nn.Module, ABC):
     def begin(self) -> Any:
         """State of a sequence that has no token yet; None for a network that keeps none."""
         return None
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes, at most, of the caches of a sequence of up to `tokens` tokens."""
+        values = sum(module.cache_values(tokens + self.max_depth) for module in self._caching())
+        return values * self.dtype.itemsize
+
+    def _caching(self) -> list[CachingModule]:
+        return [module for module in self.modules() if isinstance(module, CachingModule)]
 
     @abstractmethod
     def read(self, states: Sequence[Any], features: Sequence[Tensor], tokens: Sequence[Tensor]) -> Frontier:

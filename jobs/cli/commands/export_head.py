@@ -1,7 +1,8 @@
 """Write a trained head in the layout of another program.
 
 medusa is the layout of github.com/FasterDecoding/Medusa, hydra that of github.com/zankner/Hydra; both hold heads that
-draft all ids (hasten train draft_vocabulary=0). To draft with a folder in such a layout, give drafter.head=FOLDER.
+draft all ids (hasten train draft_vocabulary=0). speculators is the format of EAGLE-3 heads that vLLM serves. To draft
+with a folder in such a layout, give drafter.head=FOLDER.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ def main(words: list[str]) -> int:
     """0 once the folder is written; UserError if the layout cannot hold the head."""
     parser = Parser("export_head", f"{__doc__}{_EXAMPLE}")
     parser.add_argument("head", metavar="HEAD", type=Path, help="folder of the trained head")
-    parser.add_argument("--layout", metavar="NAME", required=True, help="name of the layout, such as medusa or hydra")
+    parser.add_argument("--layout", metavar="NAME", required=True, help="name of the layout, such as speculators")
     parser.add_argument(
         "--target", metavar="MODEL", required=True, help="what others call the target: a path, or a name on the hub"
     )

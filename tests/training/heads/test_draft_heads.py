@@ -123,5 +123,22 @@ def test_a_stored_head_is_the_same_up_to_bfloat16(head, network, tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=2**-8, atol=1e-30)  # half a unit in the last place
 
 
+def held_bytes(state):
+    """Bytes of the tensors of a state."""
+    parts = vars(state).values() if hasattr(state, "__dict__") else ()
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_a_state_takes_no_more_bytes_than_it_says(head, network, tokens):
+    state = network.begin()
+    width = len(head.layers(FACTS)) * FACTS.hidden_size
+    with torch.no_grad():
+        for _ in range(tokens):
+            network.read([state], [torch.zeros(1, width)], [torch.zeros(1, dtype=torch.long)])
+    assert (state is None) == (network.state_bytes(tokens) == 0)
+    assert held_bytes(state) <= network.state_bytes(tokens) <= 8 * max(1, held_bytes(state))
+
+
 def test_a_head_is_pickled(head):
     assert pickle.loads(pickle.dumps(head)) == head

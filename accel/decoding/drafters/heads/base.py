@@ -149,6 +149,11 @@ class HeadDrafter(Drafter):
         """The layers that the head was trained on."""
         return memory.layers
 
+    def needed_bytes(self, memory: HeadMemory, slots: int, longest: int, budget: int) -> int:
+        """Bytes of the network's caches, and of the logits of a level of the trees."""
+        logits = min(self.width, budget) * len(memory.ids) * 4
+        return slots * (memory.network.state_bytes(longest) + logits)
+
     def observe_features(self, memory: HeadMemory, context: Context, start: int, features: Tensor) -> None:
         """Keep them until the next draft."""
         state = self._state(memory, context)
@@ -262,7 +267,9 @@ class _GrowingTree:
         best = self._best()
         new = {ROOT: ROOT} | {node: index for index, node in enumerate(best)}
         nodes = [self.nodes[node] for node in best]
-        labels = [(self._drafter.name, min(int(-2 * log2(max(node.prob, 1e-9))), _CLASSES)) for node in nodes]
+        tokens, parents = [node.token for node in nodes], [new[node.parent] for node in nodes]
         if self._rates is not None:
             labels = [(self._drafter.name, node.depth * 100 + node.rank) for node in nodes]
-        return DraftTree([node.token for node in nodes], [new[node.parent] for node in nodes], labels=labels)
+            return DraftTree(tokens, parents, labels=labels)
+        labels = [(self._drafter.name, min(int(-2 * log2(max(node.prob, 1e-9))), _CLASSES)) for node in nodes]
+        return DraftTree(tokens, parents, labels=labels, confidences=[node.prob for node in nodes])
