@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 
 _CHUNK = 64  # ids in a chunk of the two-step search for the most probable ones
 # Below this temperature logits are divided after their maximum was subtracted, because the quotient may overflow.
@@ -30,14 +30,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("temperature", 0 <= self.temperature < inf, "a finite number, 0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < inf, "a finite number above 0"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     @property
     def is_greedy(self) -> bool:

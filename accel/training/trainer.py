@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.compression.outputs.resumable import write_whole
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.training.data.windows import PackedWindows
 from hasten.accel.training.division import WHOLE, Division
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, Loss
@@ -44,16 +44,15 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("steps", self.steps >= 1, "1 or more"),
             ("batch", self.batch >= 1, "1 or more"),
             ("micro_batch", 1 <= self.micro_batch <= self.batch, f"from 1 to batch={self.batch}"),
             ("lr", self.lr > 0, "above 0"),
             ("clip", self.clip >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
         if self.batch % self.micro_batch:
             raise UserError(f"micro_batch={self.micro_batch} must divide batch={self.batch}")
 

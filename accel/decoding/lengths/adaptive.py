@@ -18,7 +18,7 @@ from hasten.accel.decoding.lengths.acceptance import AcceptanceEstimate, expecte
 from hasten.accel.decoding.lengths.base import DraftLength, LengthController
 from hasten.accel.decoding.lengths.timing import DraftingTime, PassCosts
 from hasten.accel.decoding.tree import DraftTree
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 
 # Number of drafts before the first decision on a pause, and between two pauses.
 _FIRST_PROBES, _PROBES = 64, 8
@@ -54,15 +54,14 @@ class Adaptive(DraftLength):
     needs_costs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("explore_every", self.explore_every >= 1, "1 or more"),
             ("explore_nodes", self.explore_nodes >= 0, "0 or more"),
             ("explore_share", self.explore_share >= 0, "0 or more"),
             ("first_pause", self.first_pause >= 1, "1 or more"),
             ("longest_pause", self.longest_pause >= self.first_pause, f"first_pause={self.first_pause} or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def max_tokens(self, limit: int) -> int:
         """The limit."""

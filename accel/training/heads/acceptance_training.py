@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.accel.training.heads.base import Head, HeadModels, HeadQuality
 from hasten.accel.training.heads.fitting import Fitting
@@ -96,13 +96,12 @@ class AcceptanceTraining(Head[Examples, AcceptanceHead]):
     file: ClassVar[str] = FILE
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("blocks", self.blocks >= 0, "0 or more"),
             ("mixing", 0 <= self.mixing < 1, "from 0 and below 1"),
             ("reject_weight", self.reject_weight > 0, "above 0"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
         _ = self._fitting  # checks the other fields
 
     @property

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.heads.attention import DecoderLayer, KeyValueCache, block_causal
 from hasten.accel.training.heads.draft_head import (
     DraftHead,
@@ -186,13 +186,12 @@ class Chimera(DraftHead):
     drafter: ClassVar[str] = "chimera"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
             ("alignment", self.alignment >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """The state that the target's output layer reads."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.attention import DecoderLayer, KeyValueCache, block_causal
 from hasten.accel.training.heads.draft_head import (
@@ -155,14 +155,13 @@ class Clover(DraftHead):
     drafter: ClassVar[str] = "clover"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 1, "1 or more"),
             ("blocks", self.blocks >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
             ("alignment", self.alignment >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """The state that the target's output layer reads."""

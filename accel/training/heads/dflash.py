@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.division import rand
 from hasten.accel.training.heads.draft_head import (
     CachingModule,
@@ -243,15 +243,14 @@ class DFlash(DraftHead):
     drafter: ClassVar[str] = "dflash"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("block", self.block >= 2, "2 or more"),
             ("depth_layers", self.depth_layers >= 1, "1 or more"),
             ("features", self.features >= 1, "1 or more"),
             ("anchors", self.anchors >= 1, "1 or more"),
             ("gamma", self.gamma > 0, "above 0"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """States that are evenly spread over the target's layers."""

@@ -25,7 +25,7 @@ from hasten.accel.compression.outputs.checkpoint import copied_files
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.targets.llama import LlamaTarget
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.draft_head import (
     CONFIG,
@@ -124,16 +124,15 @@ class DistilledDraft(DraftHead):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "from_layers", tuple(self.from_layers))
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("num_layers", self.num_layers >= 1, "1 or more"),
             ("share", 0 < self.share <= 1, "above 0 and at most 1"),
             ("hidden_size", self.hidden_size >= 0, "0 (take share) or a number of channels"),
             ("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
             ("from_layers", len(self.from_layers) <= self.num_layers, f"at most num_layers={self.num_layers} numbers"),
             ("depth", self.depth >= 1, "1 or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """None: the draft model reads tokens."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.training.heads.attention import Attention, KeyValueCache, SwiGLU, block_causal
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
@@ -168,14 +168,13 @@ class Eagle(DraftHead):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))  # JSON and YAML have lists
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("ttt_steps", self.ttt_steps >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
             ("feature_layers", len(self.feature_layers) in (0, FEATURES), f"{FEATURES} numbers of layers, or none"),
             ("intermediate_size", self.intermediate_size >= 0, "0 (the target's) or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """A low, a middle and a high layer; they differ if the target has four layers or more."""

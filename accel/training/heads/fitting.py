@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.schedules import Cosine
 
 
@@ -22,14 +22,13 @@ class Fitting:
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("epochs", self.epochs >= 1, "1 or more"),
             ("lr", self.lr > 0, "above 0"),
             ("batch", self.batch >= 1, "1 or more"),
             ("warmup", 0 <= self.warmup <= 1, "from 0 to 1"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def steps(self, examples: int) -> int:
         """Total number of optimizer steps for this number of examples."""

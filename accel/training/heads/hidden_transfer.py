@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.virtual import VirtualTokens, entering
-from hasten.accel.errors import UserError
+from hasten.accel.errors import UserError, check_fields
 from hasten.accel.training.heads.draft_head import TargetFacts
 from hasten.accel.training.heads.virtual import VirtualHead, VirtualNetwork, WindowContext
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
@@ -94,7 +94,8 @@ class HiddenTransfer(VirtualHead):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "enter", tuple(self.enter))
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 1, "1 or more"),
             ("anchors", self.anchors >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
@@ -103,9 +104,7 @@ class HiddenTransfer(VirtualHead):
                 len(self.enter) in (0, self.depth) and list(self.enter) == sorted(self.enter),
                 f"[] or depth={self.depth} numbers of layers in ascending order",
             ),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def build(self, target: TargetFacts, vocabulary: DraftVocabulary) -> HiddenTransferNetwork:
         """Maps that are the identity; they draft from all ids of the target, whatever the vocabulary."""

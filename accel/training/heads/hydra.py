@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.heads.draft_head import (
     DraftHead,
     DraftNetwork,
@@ -120,13 +120,12 @@ class Hydra(DraftHead):
     drafter: ClassVar[str] = "hydra"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 1, "1 or more"),
             ("blocks", self.blocks >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """The state that the target's output layer reads."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.heads.attention import DecoderLayer, KeyValueCache, block_causal
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
@@ -119,14 +119,13 @@ class Lud(DraftHead):
     drafter: ClassVar[str] = "lud"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 2, "2 or more"),
             ("unit", 0 <= self.unit < 1, "0 or more and below 1"),
             ("outside", 0 <= self.outside <= 1, "from 0 to 1"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """The state that the target's output layer reads."""

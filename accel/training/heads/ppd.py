@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.virtual import EmbeddedTokens
-from hasten.accel.errors import UserError
+from hasten.accel.errors import check_fields
 from hasten.accel.training.heads.draft_head import DraftNetwork, TargetFacts, TargetWeights
 from hasten.accel.training.heads.virtual import VirtualHead, VirtualNetwork, WindowContext
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
@@ -64,14 +64,13 @@ class ParallelPrompts(VirtualHead):
     drafter: ClassVar[str] = "ppd"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
+        check_fields(
+            self,
             ("depth", self.depth >= 1, "1 or more"),
             ("ensemble", self.ensemble >= 1, "1 or more"),
             ("anchors", self.anchors >= 1, "1 or more"),
             ("decay", 0 < self.decay <= 1, "above 0 and at most 1"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)} is wrong: expected {expected}")
+        )
 
     def build(self, target: TargetFacts, vocabulary: DraftVocabulary) -> PromptTokens:
         """Prompt tokens of zeros, which draft from all ids of the target, whatever the vocabulary."""
