@@ -96,6 +96,12 @@ class ChimeraNetwork(DraftNetwork):
         """No token yet."""
         return _Sequence()
 
+    def state_bytes(self, tokens: int) -> int:
+        """See DraftNetwork: two keys and values for each token, and embeddings of the last ones."""
+        (embedding,) = self._embedding
+        recent = (_GRAM - 1) * embedding.shape[1] * self.dtype.itemsize
+        return super().state_bytes(2 * tokens + self.max_depth) + recent
+
     def read(self, states: Sequence[Any], features: Sequence[Tensor], tokens: Sequence[Tensor]) -> Frontier:
         """Add states and trigrams to the caches, and encode the last trigram of each sequence."""
         counts = [len(new) for new in tokens]
@@ -106,7 +112,8 @@ class ChimeraNetwork(DraftNetwork):
             before = embedded.new_zeros(_GRAM - 1, embedded.shape[1]) if state.recent is None else state.recent
             embedded = torch.cat([before, embedded])
             grams.append(torch.cat([embedded[:-2], embedded[1:-1], embedded[2:]], -1))
-            state.recent = embedded[1 - _GRAM :]
+            # A copy, because a view would keep the embeddings of the whole prompt.
+            state.recent = embedded[1 - _GRAM :].clone()
             starts.append(state.length)
         trigrams, hidden = self.trigram(torch.cat(grams)), torch.cat(list(features))
         positions = torch.cat(

@@ -85,7 +85,7 @@ def test_a_draft_model_without_an_acceptance_head_leaves_out_specdec_pp(tmp_path
     (draft / "acceptance_head.safetensors").unlink()
     setup = Setup(decode.Config(draft=str(draft), count=1, max_draft_tokens=2, in_flight=2))
     assert "draft_model" in setup.names
-    heads = {path.stem for path in with_target_heads()}
+    heads = {path.stem for path in with_target_heads()} - {"eagle"}  # which the embedded target has
     assert setup.omitted.keys() == {"specdec_pp"} | heads
     assert "there is no acceptance head at" in setup.omitted["specdec_pp"]
     assert any("specdec_pp (there is no acceptance head at" in line for line in setup.omissions())

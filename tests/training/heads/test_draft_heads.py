@@ -124,9 +124,11 @@ def test_a_stored_head_is_the_same_up_to_bfloat16(head, network, tmp_path):
 
 
 def held_bytes(state):
-    """Bytes of the tensors of a state."""
-    parts = vars(state).values() if hasattr(state, "__dict__") else ()
-    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    """Bytes of the tensors of a state, and of what it is made of."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state if isinstance(state, list | tuple) else vars(state).values() if hasattr(state, "__dict__") else ()
+    return sum(held_bytes(part) for part in parts)
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
