@@ -41,7 +41,8 @@ def acceptance_by_position(evaluations: Sequence[Record], path: Path) -> Path:
         shares = [(row["acceptance_per_position"] + [0.0] * (position + 1))[position] for row in rows]
         axes.plot([row["tokens"] for row in rows], shares, "o-", markersize=3, label=f"position {position + 1}")
     axes.set_ylim(0, None)
-    axes.legend(fontsize=8)
+    if axes.lines:  # none if nothing was accepted anywhere
+        axes.legend(fontsize=8)
     return save(figure, path)
 
 
