@@ -1,11 +1,12 @@
 """Cost of training: the embedded models from scratch, and the heads of drafters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hasten.accel.costs.decoding import pass_work
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model
+from hasten.accel.costs.ranks import DEEPSPEED_BYTES
 
 # Weights, gradients, the optimizer's state, and concatenated gradients for averaging.
 _COPIES_OF_WEIGHTS = 5
@@ -77,16 +78,18 @@ class HeadTraining:
     """A draft head that is trained on what its target computed.
 
     parameters: of the network. depth: drafts of a token. vocabulary: ids that it drafts. passes: how often a token goes
-    through the network. recorded: tokens that the target runs over; answered: those of them that it decodes one by one,
-    with in_flight sequences at once. bytes_per_token: of a record. steps: of training, with `batch` windows of `window`
-    tokens, of which micro_batch run at once. measured: held-out tokens, drafted `evaluations` times. stored: bytes of a
-    stored parameter.
+    through the network while it is trained; target_passes: through the target. recorded: tokens that the target runs
+    over; answered: those of them that it decodes one by one, with in_flight sequences at once. bytes_per_token: of a
+    record. steps: of training, with `batch` windows of `window` tokens, of which micro_batch run at once. measured:
+    held-out tokens, drafted `evaluations` times. stored: bytes of a stored parameter. ranks: processes of the group that
+    trains; 0 is the process that records. zero: stage of ZeRO.
     """
 
     parameters: int
     depth: int
     vocabulary: int
     passes: float
+    target_passes: float
     recorded: int
     answered: int
     in_flight: int
@@ -98,12 +101,15 @@ class HeadTraining:
     measured: int
     evaluations: int
     stored: int
+    ranks: int = 0
+    zero: int = 0
 
 
 def train_head(target: Model, head: HeadTraining, threads: int, rates: Rates, gpus: int = 0) -> Estimate:
     """Estimate of recording the target and training a head on the records."""
-    itemsize, tokens = target.dtype.itemsize, head.micro_batch * head.window
-    weights = target.elements() * itemsize
+    ranks = max(1, head.ranks)
+    tokens = head.micro_batch // ranks * head.window
+    weights = target.elements() * target.dtype.itemsize
     longest = head.recorded // max(1, head.in_flight)
     record = {
         "target": weights,
@@ -115,35 +121,81 @@ def train_head(target: Model, head: HeadTraining, threads: int, rates: Rates, gp
     train = {
         # The target's embedding and output layer in float32, which heads begin with.
         "embeddings": 2 * 4 * target.vocabulary * target.hidden,
-        "weights, gradients, optimizer": 4 * head.parameters * _COPIES_OF_WEIGHTS,
+        "weights, gradients, optimizer": _copies_in_a_rank(head, ranks),
         "activations": int(4 * tokens * head.passes * kept),
         "logits": 4 * tokens * head.depth * head.vocabulary * _LOGIT_COPIES,
         "batch": tokens * head.bytes_per_token * 2,
     }
-    phases = {"record": record, "train": train}
-    host = {"record": {"process": rates.driver_bytes}} if gpus else {}
-    on_host = {name: {"process": rates.driver_bytes, **parts} for name, parts in phases.items()}
-    on_device = {name: {"context": rates.device_bytes, **parts} for name, parts in phases.items()}
-    process = Process("driver", 1, threads, host or on_host, gpus, on_device if gpus else {})
+    if head.target_passes:
+        train["target"] = 4 * target.elements()
+    phases = {"record": record} if head.ranks else {"record": record, "train": train}
+    processes = [_process("driver", 1, phases, rates.driver_bytes, threads, rates, gpus)]
+    if head.ranks:
+        train["DeepSpeed"] = DEEPSPEED_BYTES
+        processes.insert(0, _process("rank", ranks, {"train": train}, rates.worker_bytes, threads, rates, gpus))
     trained = head.steps * head.batch * head.window
     drafts = head.measured * head.evaluations
     drafting = Work(memory_bytes=4.0 * head.parameters * max(1, head.depth // 2), launches=60.0 * head.depth)
+    measuring = drafting * drafts
+    if head.target_passes:
+        measuring += pass_work(target, 1, 1 + head.depth, head.window) * drafts
     work = {
         "record the target": _recording(target, head),
-        "train the head": Work(
+        "train the head": _through_target(target, head, trained)
+        + Work(
             flops=6.0 * trained * head.parameters * head.passes,
             elements=trained * head.passes * (3 * kept + 6 * head.vocabulary),
             launches=head.steps * 600.0 * head.passes,
         ),
-        "measure acceptance": drafting * drafts,
+        "measure acceptance": measuring,
     }
-    steps = tuple(Step(name, part.seconds(rates), part.seconds(rates)) for name, part in work.items() if part != Work())
+    steps = []
+    for name, part in work.items():
+        seconds = part.seconds(rates)
+        steps.append(Step(name, seconds / ranks if name == "train the head" else seconds, seconds))
+    # Every step sums the gradients, which a ring sends around twice; with ZeRO-3 weights are collected twice, too.
+    sent = 4 * head.parameters * (ranks - 1) * (2 + 2 * (head.zero == 3)) * head.steps
+    moved = {"between ranks": sent} if sent else {}
     written = {
         "records": head.recorded * head.bytes_per_token,
         "head": head.stored * head.parameters,
         "checkpoint": 4 * 4 * head.parameters,
     }
-    return Estimate((process,), steps, {}, 0, written)
+    return Estimate(tuple(processes), tuple(step for step in steps if step.seconds), moved, 0, written)
+
+
+def _process(
+    kind: str,
+    count: int,
+    phases: Mapping[str, Mapping[str, int]],
+    imports: int,
+    threads: int,
+    rates: Rates,
+    gpus: int,
+) -> Process:
+    """Processes whose phases are in main memory, or on a GPU each. imports: bytes of a process after its imports."""
+    if not gpus:
+        host = {name: {"process": imports, **parts} for name, parts in phases.items()}
+        return Process(kind, count, threads, host)
+    device = {name: {"context": rates.device_bytes, **parts} for name, parts in phases.items()}
+    return Process(kind, count, threads, {"run": {"process": imports}}, gpus, device)
+
+
+def _copies_in_a_rank(head: HeadTraining, ranks: int) -> int:
+    """Bytes of weights, gradients and the optimizer's state in a rank, of which ZeRO's stage divides a part."""
+    # Both moments of Adam; then the gradients; then the weights.
+    divided = (0, 2, 3, 4)[head.zero]
+    # From stage 1 on, a rank also has a float32 copy of its part of the weights.
+    copied = 1 if head.zero else 0
+    return int(4 * head.parameters * (_COPIES_OF_WEIGHTS - divided + (divided + copied) / ranks))
+
+
+def _through_target(target: Model, head: HeadTraining, trained: int) -> Work:
+    """Work of the target's passes while the head is trained on `trained` tokens."""
+    work = Work()
+    for index in range(target.blocks if head.target_passes else 0):
+        work += target.run(index, trained, head.window, head.micro_batch) * head.target_passes
+    return work
 
 
 def _recording(target: Model, head: HeadTraining) -> Work:

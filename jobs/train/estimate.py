@@ -15,6 +15,7 @@ from hasten.jobs.cli.methods import build
 from hasten.jobs.dry_run.models import model_of, shapes_of
 from hasten.jobs.dry_run.setting import Setting, Shapes
 from hasten.jobs.train.options import TrainConfig
+from hasten.jobs.train.ranks import in_group
 
 # Share of a packed window that is tokens.
 _FILLED = 0.95
@@ -53,6 +54,7 @@ def estimate(config: TrainConfig, setting: Setting) -> Estimate:
             depth=network.max_depth,
             vocabulary=len(network.vocabulary),
             passes=head.training_passes(train.window),
+            target_passes=head.target_passes(network, train.window),
             recorded=recorded + held.sequences * held_each,
             answered=answered,
             in_flight=data.in_flight,
@@ -64,6 +66,8 @@ def estimate(config: TrainConfig, setting: Setting) -> Estimate:
             measured=held.sequences * (held.max_new_tokens if held.generate else data.sequence_length),
             evaluations=train.evaluations + 1,
             stored=1 if config.store == INT8 else 2,
+            ranks=train.ranks if in_group(config) else 0,
+            zero=train.zero,
         ),
         config.threads,
         setting.rates,

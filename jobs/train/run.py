@@ -17,7 +17,6 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.accel.training.data.records import Records, RecordsMeta
 from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts
-from hasten.accel.training.heads.stored import BFLOAT16
 from hasten.accel.training.setup import SCORE, HeadSetup
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
@@ -54,8 +53,8 @@ def run(config: TrainConfig) -> Path:
     if not isinstance(head, DraftHead):
         raise UserError(f"the head {type(head).__name__} drafts nothing: train it with hasten train_drafter")
     check_ranks(config, train_settings(config, 1))  # before anything is recorded
-    if not head.reads_target and config.store != BFLOAT16:
-        raise UserError(f"store={config.store} is wrong: a draft model is a checkpoint, which is stored in {BFLOAT16}")
+    if config.store not in head.stores:
+        raise UserError(f"store={config.store} is wrong: {head.drafter} is stored in {' or '.join(head.stores)}")
     target = model_folder("target", config.target)
     facts = TargetFacts.of(target)
     drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})

@@ -76,6 +76,7 @@ class AcceptanceOnRecords(DraftHead):
     draft: str
     drafter: ClassVar[str] = AcceptanceTraining.drafter
     reads_target: ClassVar[bool] = False
+    stores: ClassVar[tuple[str, ...]] = (BFLOAT16,)
 
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
         """None: it reads the draft model's states."""

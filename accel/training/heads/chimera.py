@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import check_fields
+from hasten.accel.training.division import mean
 from hasten.accel.training.heads.attention import DecoderLayer, KeyValueCache, block_causal
 from hasten.accel.training.heads.draft_head import (
     DraftHead,
@@ -216,6 +217,10 @@ class Chimera(DraftHead):
             assert isinstance(output, nn.Linear)
             output.weight.data.copy_(torch.cat([rows, rows], 1))
 
+    def training_passes(self, window: int) -> float:
+        """The encoder runs for every depth."""
+        return float(self.depth)
+
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Logits of every depth along the text."""
         assert isinstance(network, ChimeraNetwork)
@@ -234,6 +239,6 @@ class Chimera(DraftHead):
             hidden, output = batch.features[:, :count][valid].to(output), output[valid]
             total.add(depth, network.logits(hidden, output, depth), targets)
             following = batch.features[:, depth : depth + count][valid]
-            distance = (output.float() - following.float()).square().sum() / max(1, output.numel())
-            total.add_loss(depth, self.alignment * distance)
+            distance = (output.float() - following.float()).square().sum()
+            total.add_loss(depth, self.alignment * mean(distance, output.numel()))
         return total.loss()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.errors import UserError, check_fields
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.training.division import mean
 from hasten.accel.training.heads.attention import DecoderLayer, KeyValueCache, block_causal
 from hasten.accel.training.heads.draft_head import (
     DraftHead,
@@ -193,6 +194,10 @@ class Clover(DraftHead):
             for layer in (network.block_norm, network.norm):
                 layer.weight.data.copy_(norm)
 
+    def training_passes(self, window: int) -> float:
+        """The blocks run once; what is smaller, the update and the output layer, for every depth."""
+        return 1.0 + 0.5 * (self.depth - 1)
+
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Logits of every depth along the text."""
         assert isinstance(network, CloverNetwork)
@@ -208,8 +213,8 @@ class Clover(DraftHead):
             said = said[valid]
             total.add(depth, network.output(said), targets)
             following = batch.features[:, depth : depth + count][valid]
-            distance = F.smooth_l1_loss(said.float(), following.float(), reduction="sum") / max(1, said.numel())
-            total.add_loss(depth, self.alignment * distance)
+            distance = F.smooth_l1_loss(said.float(), following.float(), reduction="sum")
+            total.add_loss(depth, self.alignment * mean(distance, said.numel()))
         return total.loss()
 
 

@@ -27,6 +27,7 @@ from hasten.accel.training.heads.draft_head import (
     Frontier,
     HeadBatch,
     Loss,
+    ParallelNetwork,
     TargetFacts,
     TargetWeights,
 )
@@ -114,7 +115,7 @@ class _Context:
         self.length = length
 
 
-class DFlashNetwork(DraftNetwork):
+class DFlashNetwork(ParallelNetwork):
     """Layers that draft max_depth tokens in one pass over a block of one token and max_depth masks."""
 
     rotation: Tensor
@@ -177,8 +178,7 @@ class DFlashNetwork(DraftNetwork):
                 for row, state in enumerate(states)
             ]
             x = layer.mixed(x, torch.stack(attended))
-        logits = self.logits(x[:, 1:])
-        return Frontier(logits[:, 0], torch.arange(len(logits), device=logits.device), 1, logits)
+        return self.all_depths(self.logits(x[:, 1:]))
 
     def _attended(self, layer: DFlashLayer, queries: Tensor, own: Tensor, held: Tensor, length: int) -> Tensor:
         """Attention (K, heads, D) of queries (K, heads, D) to the context held and to the block's own keys.
@@ -193,12 +193,6 @@ class DFlashNetwork(DraftNetwork):
         folded = queries.unflatten(1, (layer.kv_heads, groups)).permute(1, 2, 0, 3).flatten(1, 2)  # (H, G * K, D)
         attended = F.scaled_dot_product_attention(folded[None], keys[None], values[None])[0]
         return attended.unflatten(1, (groups, width)).permute(2, 0, 1, 3).flatten(1, 2)
-
-    def step(self, states: Sequence[Any], frontier: Frontier, rows: Tensor, tokens: Tensor) -> Frontier:
-        """Drafts of the next depth, which the pass over the block has given: the same for all nodes of a sequence."""
-        sequence = frontier.sequence[rows]
-        logits = frontier.carried[:, frontier.depth][sequence]
-        return Frontier(logits, sequence, frontier.depth + 1, frontier.carried)
 
     def blocks(self, batch: HeadBatch, anchors: Tensor) -> Tensor:
         """Outputs (B, A, max_depth, D) at the masks of blocks after the tokens at anchors (B, A), as read computes."""

@@ -26,7 +26,7 @@ from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.virtual import VirtualTokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
-from hasten.accel.training.heads.stored import BFLOAT16, from_stored, to_stored
+from hasten.accel.training.heads.stored import BFLOAT16, INT8, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 CONFIG, WEIGHTS = "head.json", "model.safetensors"
@@ -231,16 +231,31 @@ class DraftNetwork(nn.Module, ABC):
         """Draft after children of the frontier's nodes. rows: (M,) index of each child's parent. tokens: (M,) ids."""
 
 
+class ParallelNetwork(DraftNetwork):
+    """A network whose `read` drafts all depths at once, the same below every node, whatever was drafted above."""
+
+    def all_depths(self, logits: Tensor) -> Frontier:
+        """The result of `read` for logits (B, max_depth, R)."""
+        return Frontier(logits[:, 0], torch.arange(len(logits), device=logits.device), 1, logits)
+
+    def step(self, states: Sequence[Any], frontier: Frontier, rows: Tensor, tokens: Tensor) -> Frontier:
+        """Drafts of the next depth; tokens are not read."""
+        sequence = frontier.sequence[rows]
+        return Frontier(frontier.carried[:, frontier.depth][sequence], sequence, frontier.depth + 1, frontier.carried)
+
+
 class DraftHead(ABC):
     """A head's hyper-parameters and its training; a frozen dataclass.
 
     drafter: name in conf/drafter of the drafter that uses it. reads_target: whether its network drafts from the
     target's hidden states, by `read` and `step`; if not, it trains something else on the target's records, such as a
     draft model or virtual tokens of the target's own passes (virtual.py), and `save` writes what that drafter loads.
+    stores: how its weights can be stored, see `to_stored`.
     """
 
     drafter: ClassVar[str]
     reads_target: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = (BFLOAT16, INT8)
 
     @abstractmethod
     def layers(self, target: TargetFacts) -> tuple[int, ...]:
@@ -269,6 +284,10 @@ class DraftHead(ABC):
     def training_passes(self, window: int) -> float:
         """How often a token of a window passes the network's parameters in training, for estimates of its cost."""
         return 1.0
+
+    def target_passes(self, network: DraftNetwork, window: int) -> float:
+        """How often a token of a window passes the target in training, beyond its record; forward passes."""
+        return 0.0
 
     def drafter_memory(self, network: DraftNetwork) -> Any:
         """Memory of the drafter of this head with the network as it is, to measure it by replay while it is trained.

@@ -121,6 +121,7 @@ class DistilledDraft(DraftHead):
     depth: int = 5
     drafter: ClassVar[str] = "draft_model"
     reads_target: ClassVar[bool] = False
+    stores: ClassVar[tuple[str, ...]] = (BFLOAT16,)  # a checkpoint's
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "from_layers", tuple(self.from_layers))

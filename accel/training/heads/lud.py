@@ -31,6 +31,7 @@ from hasten.accel.training.heads.draft_head import (
     Frontier,
     HeadBatch,
     Loss,
+    ParallelNetwork,
     TargetFacts,
     TargetWeights,
 )
@@ -39,7 +40,7 @@ from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from hasten.accel.training.objectives.by_depth import DepthLoss
 
 
-class LudNetwork(DraftNetwork):
+class LudNetwork(ParallelNetwork):
     """A decoder layer over the tokens and max_depth - 1 pads behind the last one."""
 
     def __init__(self, target: TargetFacts, vocabulary: DraftVocabulary, depth: int) -> None:
@@ -77,14 +78,7 @@ class LudNetwork(DraftNetwork):
         out = self.layer.extend(states, torch.cat(rows), with_pads, last_only=False)
         for state in states:
             state.length -= pads
-        drafted = torch.stack([part[-self.max_depth :] for part in out.split(with_pads)], 1)  # (max_depth, B, D)
-        logits = self.logits(drafted)
-        return Frontier(logits[0], torch.arange(len(counts), device=x.device), 1, logits)
-
-    def step(self, states: Sequence[Any], frontier: Frontier, rows: Tensor, tokens: Tensor) -> Frontier:
-        """Drafts of the next depth: the same for all nodes of a sequence, whose tokens are not read."""
-        sequence = frontier.sequence[rows]
-        return Frontier(frontier.carried[frontier.depth][sequence], sequence, frontier.depth + 1, frontier.carried)
+        return self.all_depths(self.logits(torch.stack([part[-self.max_depth :] for part in out.split(with_pads)])))
 
     def unroll(self, batch: HeadBatch) -> list[Tensor]:
         """Outputs (B, T - 1 - d, D) of each depth d, with pads behind every token of the text."""
@@ -139,6 +133,10 @@ class Lud(DraftHead):
         """The output layer begins as the target's rows of the draft's vocabulary."""
         assert isinstance(network, LudNetwork)
         network.output.weight.data.copy_(weights.output[network.vocabulary.ids])
+
+    def training_passes(self, window: int) -> float:
+        """The layer runs over all tokens for every depth."""
+        return float(self.depth)
 
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Every depth from the pads behind each token."""

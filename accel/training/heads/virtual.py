@@ -19,6 +19,7 @@ from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.decoding.targets.virtual import VirtualTokens
+from hasten.accel.training.division import rand
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
     DraftHead,
@@ -198,15 +199,21 @@ class VirtualHead(DraftHead):
         """Sum over depths of decay^(depth - 1) times the cross-entropy with the target's recorded distribution."""
         assert isinstance(network, VirtualNetwork)
         usable = batch.at_depth(1).valid.float()
-        count = min(self.anchors, usable.shape[1])
+        rows, columns = usable.shape
+        count = min(self.anchors, columns)
         # Tokens that count first, in random order; others fill up windows that have few of them.
-        anchors = (usable + torch.rand(usable.shape, device=usable.device)).topk(count, -1).indices
+        anchors = (usable + rand(rows, columns, usable.device)).topk(count, -1).indices
         logits = network.logits(batch, anchors)
         total = DepthLoss(network.vocabulary, self.decay)
         for depth in range(1, network.max_depth + 1):
             targets = _at(batch.at_depth(depth), anchors)
             total.add(depth, logits[:, :, depth - 1][targets.valid], targets)
         return total.loss()
+
+    def target_passes(self, network: DraftNetwork, window: int) -> float:
+        """One over the window, and one with its gradient, which is twice the work more, over the virtual tokens."""
+        assert isinstance(network, VirtualNetwork)
+        return 1 + 3 * min(self.anchors, window) * network.max_depth * network.ensemble / window
 
     @torch.no_grad()
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:

@@ -212,6 +212,35 @@ def test_a_training_is_planned_with_the_heads_own_size_and_the_records_of_every_
     assert longer_steps["record the target"] == steps["record the target"]
 
 
+def test_ranks_of_a_training_divide_its_work_and_what_zero_divides():
+    words = ("head=eagle", "train.steps=4", "train.batch=4")
+    _, _, one = planned("train", *words)
+    _, _, two = planned("train", *words, "train.ranks=2", "train.zero=2")
+    assert [process.kind for process in one.estimate.processes] == ["driver"]
+    assert [(process.kind, process.count) for process in two.estimate.processes] == [("rank", 2), ("driver", 1)]
+    alone, rank = one.estimate.processes[0].host["train"], two.estimate.processes[0].host["train"]
+    # Of 5 copies, moments and gradients are divided, and half a copy of the weights is added.
+    name = "weights, gradients, optimizer"
+    assert rank[name] == pytest.approx(alone[name] * (2 + 4 / 2) / 5)
+    assert rank["activations"] == alone["activations"] // 2
+    seconds = [{step.name: step.seconds for step in plan.estimate.steps}["train the head"] for plan in (one, two)]
+    assert seconds[1] == pytest.approx(seconds[0] / 2)
+    assert two.estimate.moved["between ranks"] > 0
+    assert not one.estimate.moved
+
+
+def test_a_head_that_drafts_in_the_targets_pass_is_trained_through_the_target():
+    costs = {}
+    for head in ("ppd", "medusa"):
+        _, _, found = planned("train", f"head={head}", "train.steps=4")
+        costs[head] = found.estimate
+    assert "target" in costs["ppd"].processes[0].host["train"]
+    assert "target" not in costs["medusa"].processes[0].host["train"]
+    # It has 768 parameters, and yet a step is not for nothing.
+    step = {step.name: step.seconds for step in costs["ppd"].steps}["train the head"]
+    assert step > 0.2 * {step.name: step.seconds for step in costs["medusa"].steps}["train the head"]
+
+
 def test_a_job_without_plan_is_refused_from_its_config_too():
     with pytest.raises(UserError, match="bench has no plan"):
         plan("bench", jobs()["bench"].options(), PlanConfig())
