@@ -81,8 +81,8 @@ class HeadTraining:
     through the network while it is trained; target_passes: through the target. recorded: tokens that the target runs
     over; answered: those of them that it decodes one by one, with in_flight sequences at once. bytes_per_token: of a
     record. steps: of training, with `batch` windows of `window` tokens, of which micro_batch run at once. measured:
-    held-out tokens, drafted `evaluations` times. stored: bytes of a stored parameter. ranks: processes of the group that
-    trains; 0 is the process that records. zero: stage of ZeRO.
+    held-out tokens, drafted `evaluations` times. stored: bytes of a stored parameter. ranks: processes of the group
+    that trains; 0 is the process that records. zero: stage of ZeRO.
     """
 
     parameters: int

@@ -54,7 +54,16 @@ def run(config: Config) -> Path:
     folder = start(config)
     with tracked(config, "bench train", folder) as tracker:
         tracker.params(plain(config))
-        loops = Loops(config.target, config.window, config.batch, config.steps, config.turns, config.seed, folder)
+        loops = Loops(
+            heads.values(),
+            config.target,
+            config.window,
+            config.batch,
+            config.steps,
+            config.turns,
+            config.seed,
+            folder,
+        )
         rate = matrix_rate()
         results = {name: loops.measure(head, config.draft_vocabulary) for name, head in heads.items()}
         publish(config.document, folder, HEADING, _section(config, results, rate))

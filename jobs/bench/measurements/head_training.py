@@ -1,5 +1,6 @@
 """CPU seconds of steps that train a head, in our loop and in transformers' Trainer."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainingArguments
 
+from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.data.recording import Recorder, record_texts
@@ -52,20 +54,34 @@ class _Objective(nn.Module):
 
 
 class Loops:
-    """Both loops on records of library text, which are made in `folder` for every head."""
+    """Both loops on records of library text with the hidden states of these heads, which are made in `folder`."""
 
-    def __init__(self, target: str, window: int, batch: int, steps: int, turns: int, seed: int, folder: Path) -> None:
-        self._path = resolve(target)
-        self._facts, self._weights = TargetFacts.of(self._path), TargetWeights.of(self._path)
-        self._target = load_target(self._path, torch.float32)
-        reading = Reading(load_tokenizer(self._path), self._facts.vocabulary, (), window, False, 0, seed)
-        self._texts = reading.library("train", _SEQUENCES)
+    def __init__(
+        self,
+        heads: Iterable[DraftHead],
+        target: str,
+        window: int,
+        batch: int,
+        steps: int,
+        turns: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        path = resolve(target)
+        self._facts, self._weights = TargetFacts.of(path), TargetWeights.of(path)
         self._window, self._batch, self._steps, self._turns = window, batch, steps, turns
         self._seed, self._folder = seed, folder
+        layers = tuple(dict.fromkeys(layer for head in heads for layer in head.layers(self._facts))) or (FINAL,)
+        meta = RecordsMeta(layers, _TOP, self._facts.hidden_size, self._facts.fingerprint, "library")
+        self._records = Records(folder / "records", meta)
+        reading = Reading(load_tokenizer(path), self._facts.vocabulary, (), window, False, 0, seed)
+        sequences = [(text.tokens, text.learned or []) for text in reading.library("train", _SEQUENCES)]
+        target_model = load_target(path, torch.float32)
+        self._records.write(0, list(record_texts(target_model, sequences, Recorder(layers, _TOP))))
 
     def measure(self, head: DraftHead, entries: int) -> dict[str, Any]:
         """Median CPU seconds of a step by loop, FLOPs of a step, and parameters; the first losses are compared."""
-        windows = self._windows(head)
+        windows = PackedWindows(self._records, head.layers(self._facts), self._window, self._seed)
         vocabulary = DraftVocabulary.most_frequent(windows.counts(self._facts.vocabulary), entries)
         seconds: dict[str, list[float]] = {"hasten": [], "transformers": []}
         first: dict[str, float] = {}
@@ -86,14 +102,6 @@ class Loops:
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "first_loss": first["hasten"],
         }
-
-    def _windows(self, head: DraftHead) -> PackedWindows:
-        layers = head.layers(self._facts) or (-1,)
-        meta = RecordsMeta(layers, _TOP, self._facts.hidden_size, self._facts.fingerprint, "library")
-        records = Records(self._folder / "records" / head.drafter, meta)
-        sequences = [(text.tokens, text.learned or []) for text in self._texts]
-        records.write(0, list(record_texts(self._target, sequences, Recorder(layers, _TOP))))
-        return PackedWindows(records, head.layers(self._facts), self._window, self._seed)
 
     def _network(self, head: DraftHead, vocabulary: DraftVocabulary) -> DraftNetwork:
         torch.manual_seed(self._seed)

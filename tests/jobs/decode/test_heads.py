@@ -23,9 +23,9 @@ def tokens(path):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_head_is_given_by_its_folder_and_changes_no_token(folder, ray_session):
-    head = save_untrained(draft_heads()["medusa"], folder / "head")
+    save_untrained(draft_heads()["medusa"], folder / "head")
     assert decode(folder, "plain.jsonl", "draft_length=fixed", "draft_length.tokens=0") == 0
-    drafting = ["draft_length=fixed", "draft_length.tokens=4", "drafter=medusa", f"drafter.head={head}"]
+    drafting = ["draft_length=fixed", "draft_length.tokens=4", "drafter=medusa", "drafter.head=head"]
     assert decode(folder, "drafted.jsonl", *drafting) == 0
     assert tokens(folder / "drafted.jsonl") == tokens(folder / "plain.jsonl")
 
