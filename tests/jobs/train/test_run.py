@@ -117,7 +117,17 @@ def test_a_killed_training_goes_on_with_the_same_losses(folder, capsys):
         ({"train__zero": 4}, "train.zero=4"),
         ({"head": "draft_model", "store": "int8"}, "store=int8 is wrong: draft_model is stored in bfloat16"),
     ],
-    ids=["no draft head", "no such state", "no such file", "no answers", "micro-batches", "batch", "ranks", "zero", "store"],
+    ids=[
+        "no draft head",
+        "no such state",
+        "no such file",
+        "no answers",
+        "micro-batches",
+        "batch",
+        "ranks",
+        "zero",
+        "store",
+    ],
 )
 def test_what_is_wrong_is_named(folder, capsys, options, message):
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "def f("}) + "\n")
