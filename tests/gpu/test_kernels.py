@@ -1,20 +1,27 @@
 """Triton kernels against their references."""
 
+import importlib
+
 import pytest
 import torch
 
 from hasten.kernels.dequantize import dequantize, reference
 from hasten.kernels.dispatch import use_triton
-from tests.kernels.dequantize_cases import DTYPES, LAYOUTS, SIZES, check, inputs
+from tests.kernels.ops import OPS
+from tests.kernels.ops.dequantize import inputs
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_dequantize_equals_the_reference(size, dtype, layout, device):
-    check(size, dtype, layout, device)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_equal_their_references(op, device):
+    failed = []
+    for name, check in importlib.import_module(f"tests.kernels.ops.{op}").checks(device):
+        try:
+            check()
+        except AssertionError as error:
+            failed.append(f"{name}: {error}")
+    assert not failed, "\n".join(failed)
 
 
 def test_dequantize_runs_the_kernel_on_the_device(device):

@@ -1,14 +1,35 @@
-"""Inputs on which the dequantization kernel is compared with its reference, on a GPU and in Triton's interpreter."""
+"""Dequantization of unpacked codes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from hasten.kernels.dequantize import reference, triton_kernel
+from tests.kernels.ops.compilation import Compilation
 
 # Rows, columns, groups: one element a group, sizes that are no powers of two, rows longer than a block.
 SIZES = [(1, 8, 1), (3, 96, 3), (5, 1056, 11), (2, 2048, 1), (4, 7, 7), (129, 1152, 9)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "transposed", "sliced"]
+
+
+def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and function of each check."""
+    for size, dtype, layout in product(SIZES, DTYPES, LAYOUTS):
+        yield f"{size} {dtype} {layout}", partial(check, size, dtype, layout, device)
+
+
+def compilations() -> list[Compilation]:
+    """One launch for each dtype of the weight."""
+    types = {"codes": "*u8", "scale": "", "zero_point": "*u8", "out": "", "columns": "i32", "groups": "i32"}
+    types |= {"group_size": "i32", "BLOCK": "constexpr"}
+    return [
+        Compilation(dtype, triton_kernel.kernel, types | {"scale": f"*{dtype}", "out": f"*{dtype}"}, {"BLOCK": 1024})
+        for dtype in ("fp32", "bf16", "fp16")
+    ]
 
 
 def inputs(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""A weight of integer codes, packed as compressed-tensors' `pack-quantized` stores it.
+
+The codes of a row are a stream of bits, least significant first, padded to whole 32-bit words: code c of a row starts
+at bit c * bits, and may cross into the next word. A stored code is unsigned, also on symmetric grids, whose zero point
+is the middle, 2**(bits - 1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Weight (R, C) as codes, scales and zero points: (code - zero_point) * scale.
+
+    codes: int32 (R, ceil(C * bits / 32)). scale: (R, G), any float dtype; C / G adjacent columns share a scale, G = 1
+    is one scale a row. zero_point: uint8 (R, G); None on symmetric grids. group_index: int32 (C,), the group of each
+    column where activation order has permuted them; None if groups are adjacent columns.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: int
+    bits: int
+    zero_point: Tensor | None = None
+    group_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} is not supported: use one of {', '.join(map(str, BITS))}")
+        words = -(-self.columns * self.bits // 32)
+        if self.codes.dtype != torch.int32 or self.codes.shape[1] != words:
+            raise ValueError(
+                f"codes of {self.columns} columns in {self.bits} bits must be int32 with {words} words a row, got "
+                f"{self.codes.dtype} with {self.codes.shape[1]}"
+            )
+        if self.group_index is None and self.columns % self.scale.shape[1]:
+            raise ValueError(f"{self.scale.shape[1]} groups do not divide {self.columns} columns")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        return self.codes.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        parts = (self.codes, self.scale, self.zero_point, self.group_index)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Words int32 (R, ceil(C * bits / 32)) of unsigned codes (R, C)."""
+    rows, columns = codes.shape
+    words = -(-columns * bits // 32)
+    position = torch.arange(bits, device=codes.device)
+    stream = (codes[..., None].int() >> position & 1).flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, 32 * words - columns * bits)).view(rows, words, 32).long()
+    packed = (stream << torch.arange(32, device=codes.device)).sum(-1)
+    return torch.where(packed < 2**31, packed, packed - 2**32).int()
+
+
+def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Unsigned codes uint8 (R, C) of packed words (R, W)."""
+    stream = (words[..., None] >> torch.arange(32, device=words.device) & 1).flatten(1)
+    stream = stream[:, : columns * bits].unflatten(1, (columns, bits))
+    return (stream << torch.arange(bits, device=words.device)).sum(-1).to(torch.uint8)
