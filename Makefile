@@ -8,8 +8,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c c
 # folder, reports are written there.
 DEVICE ?= cuda
 OUT ?=
-GPU_TEST_SECONDS ?= 330
-GPU_BENCHMARK_SECONDS ?= 120
+GPU_TEST_SECONDS ?= 270
+GPU_BENCHMARK_SECONDS ?= 190
 
 .PHONY: demo test quick gpu docs clean
 
@@ -34,7 +34,8 @@ gpu:
 	HASTEN_TEST_DEVICE=$(DEVICE) timeout --kill-after=10 $(GPU_TEST_SECONDS) \
 		$(PYTHON) -m pytest -n 0 -m gpu -p no:cacheprovider $(if $(OUT),--junitxml=$(OUT)/gpu-tests.xml) tests || status=$$?; \
 	OUT=$(OUT) timeout --kill-after=10 $(GPU_BENCHMARK_SECONDS) \
-		$(PYTHON) -m hasten.kernels.benchmark --device $(DEVICE) || status=$$?; \
+		$(PYTHON) -m hasten.kernels.benchmark --device $(DEVICE) \
+		--seconds $$(($(GPU_BENCHMARK_SECONDS) - 20)) || status=$$?; \
 	exit $$status
 
 $(VENV)/bin/python:

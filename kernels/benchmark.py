@@ -17,9 +17,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from math import inf
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -46,11 +49,69 @@ class Row:
     speedup: float
 
 
-def all_cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
-    """Cases of every op; dry: sizes small enough for Triton's interpreter."""
-    for module in sorted(pkgutil.iter_modules(hasten.kernels.__path__), key=lambda module: module.name):
-        if module.ispkg:
-            yield from importlib.import_module(f"hasten.kernels.{module.name}.benchmark").cases(device, dry)
+@dataclass
+class Results:
+    """What a run measured. copy_rates: bytes per second of a copy, by device type. wrong: failed comparisons."""
+
+    environment: dict[str, str | int]
+    dry: bool
+    copy_rates: dict[str, float] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def op_names() -> list[str]:
+    """Names of the ops, which are the folders of this package."""
+    return sorted(module.name for module in pkgutil.iter_modules(hasten.kernels.__path__) if module.ispkg)
+
+
+def all_cases(device: torch.device, dry: bool, ops: Sequence[str] = ()) -> Iterator[Case | Skipped]:
+    """Cases of these ops, or of all; dry: sizes small enough for Triton's interpreter.
+
+    The first case of every op comes before the second of any, so that a run that is out of time has measured each op.
+    """
+    modules = [importlib.import_module(f"hasten.kernels.{name}.benchmark") for name in ops or op_names()]
+    for cases in zip_longest(*(module.cases(device, dry) for module in modules)):
+        yield from (case for case in cases if case is not None)
+
+
+def run(device: torch.device, dry: bool = False, ops: Sequence[str] = (), seconds: float = inf) -> Results:
+    """Check and time the cases of these ops, or of all.
+
+    device: where Triton kernels run; on `cpu`, where they do not, only C kernels are timed, except in a dry run.
+    seconds: after this time no further case is begun.
+    """
+    results = Results(environment(device), dry)
+    started = perf_counter()
+    # Operands are made later, so that the cases of a GPU can be listed without one.
+    for case in all_cases(device if dry else torch.device("cuda"), dry, ops):
+        if isinstance(case, Skipped):
+            results.skipped.append(case)
+            continue
+        where, name = torch.device(case.device_type), f"{case.op} {case.shape} {case.dtype}"
+        if where.type == "cuda" and device.type == "cpu":
+            missing = Skipped(case.op, "its Triton kernels need a GPU")
+            results.skipped += [missing] if missing not in results.skipped else []
+        elif perf_counter() - started > seconds:
+            results.skipped.append(Skipped(name, f"the run's {seconds:.0f} seconds were over"))
+        else:
+            _run_case(case, name, where, results)
+    return results
+
+
+def _run_case(case: Case, name: str, device: torch.device, results: Results) -> None:
+    if device.type not in results.copy_rates:
+        results.copy_rates[device.type] = copy_rate(device, results.dry)
+    print(f"{name} on {device.type}", file=sys.stderr, flush=True)
+    try:
+        check(case, device)
+    except Exception as error:  # a kernel that does not compile or run must not lose the rows of others
+        results.wrong.append(f"{name}: {type(error).__name__}: {error}")
+        return
+    rows, missing = measure(case, device, results.copy_rates[device.type], results.dry)
+    results.rows += rows
+    results.skipped += missing
 
 
 def measure(case: Case, device: torch.device, rate: float, dry: bool) -> tuple[list[Row], list[Skipped]]:
@@ -125,17 +186,21 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def table(facts: dict[str, str | int], rates: dict[str, float], rows: Sequence[Row], skipped: Sequence[Skipped]) -> str:
-    """Markdown: the environment, then a row for each implementation of each case."""
-    lines = ["## Kernels", "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
-    lines += [f"copy rate of {name}: {rate / 1e9:.1f} GB/s (bytes read and written)" for name, rate in rates.items()]
-    lines += [f"not measured: {case.op}, {case.reason}" for case in skipped]
+def text(results: Results) -> str:
+    """Markdown: the environment, what is missing or wrong, then a row for each implementation of each case."""
+    lines = [", ".join(f"{name} {value}" for name, value in results.environment.items()), ""]
+    for name, rate in results.copy_rates.items():
+        lines.append(f"copy rate of {name}: {rate / 1e9:.1f} GB/s (bytes read and written)")
+    lines += [f"not measured: {case.op}, {case.reason}" for case in results.skipped]
+    lines += [f"WRONG OUTPUT, not timed: {failure}" for failure in results.wrong]
+    if results.dry:
+        lines.append("dry run on a CPU with interpreted Triton kernels: the times mean nothing")
     lines += [
         "",
         "| op | implementation | shape | dtype | device | µs, median (10–90 %) | GB/s | of copy | GFLOP/s | speedup |",
         "|---|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
+    for row in sorted(results.rows, key=lambda row: row.op):
         low, middle, high = (1e6 * value for value in (row.seconds.low, row.seconds.median, row.seconds.high))
         time = f"{middle:.1f} ({low:.1f}–{high:.1f})" + (" launch-bound" if row.seconds.launch_bound else "")
         lines.append(
@@ -150,8 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 if an output was wrong, 2 if the device does not exist."""
     parser = argparse.ArgumentParser(prog="python -m hasten.kernels.benchmark", description="Benchmark all kernels.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on tiny sizes")
-    chosen = torch.device(parser.parse_args(arguments).device)
-    dry = chosen.type == "cpu"
+    parser.add_argument("--seconds", type=float, default=inf, help="after this time no further case is begun")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    dry = device.type == "cpu"
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, with the first op's cases
     elif not torch.cuda.is_available():
@@ -159,49 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "kernel benchmarks need a GPU, and torch finds no CUDA device: use --device cpu for a dry run without one"
         )
         return 2
-    rates: dict[str, float] = {}
-    rows: list[Row] = []
-    skipped: list[Skipped] = []
-    wrong: list[str] = []
-    for case in all_cases(chosen, dry):
-        if isinstance(case, Skipped):
-            skipped.append(case)
-            continue
-        device = torch.device(case.device_type)
-        name = f"{case.op} {case.shape} {case.dtype}"
-        if device.type not in rates:
-            rates[device.type] = copy_rate(device, dry)
-        print(f"{name} on {device.type}", file=sys.stderr, flush=True)
-        try:
-            check(case, device)
-        except AssertionError as error:
-            wrong.append(f"{name}: {error}")
-            continue
-        measured, missing = measure(case, device, rates[device.type], dry)
-        rows += measured
-        skipped += missing
-    facts = environment(chosen)
-    report = table(facts, rates, rows, skipped)
-    if dry:
-        report += "\n\ndry run on a CPU with interpreted Triton kernels: the times mean nothing"
-    for failure in wrong:
-        report += f"\n\nWRONG OUTPUT, not timed: {failure}"
+    results = run(device, dry, seconds=given.seconds)
+    report = f"## Kernels\n\n{text(results)}"
     out = os.environ.get("OUT")
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "environment": facts,
-            "dry": dry,
-            "copy_bytes_per_second": rates,
-            "skipped": [asdict(case) for case in skipped],
-            "rows": [asdict(row) for row in rows],
-            "wrong": wrong,
-        }
-        (folder / "kernels.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / "kernels.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
         (folder / "kernels.md").write_text(report + "\n")
     print(report)
-    return 1 if wrong else 0
+    return 1 if results.wrong else 0
 
 
 if __name__ == "__main__":
