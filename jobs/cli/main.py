@@ -19,7 +19,10 @@ _HELP = ("-h", "--help", "help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Exit code 0, 1 if points of a sweep failed, 2 for a user's mistake, 130 if interrupted."""
+    """Run the command.
+
+    Exit code 0, 1 if points of a sweep failed, 2 for a user's mistake, 3 if a quality gate failed, 130 if interrupted.
+    """
     try:
         return _main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -78,8 +81,7 @@ def _main(words: list[str]) -> int:
 
         _print_report(plan_words(job.name, words))
         return 0
-    _run(job, words)
-    return 0
+    return _run(job, words)
 
 
 def _command(name: str, words: list[str]) -> int:
@@ -91,14 +93,16 @@ def _command(name: str, words: list[str]) -> int:
         return 0
 
 
-def _run(job: Job, words: list[str]) -> None:
+def _run(job: Job, words: list[str]) -> int:
     from hasten.jobs.cli.compose import compose
     from hasten.jobs.cli.execute import execute
 
     config = compose(job.name, job.options, words)
     config.run_dir = config.run_dir or default_folder("/".join(job.words))
     log_to_terminal()
-    _print_report(execute(job, config))
+    report, code = execute(job, config)
+    _print_report(report)
+    return code
 
 
 def _sweep(job: Job, words: list[str]) -> int:

@@ -54,6 +54,10 @@ WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 GROUP_SIZE = "input columns that share a scale; auto is the largest of 128, 64 and 32 that divides the layer's columns"
 MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
+GATE = (
+    "limits that end the run with exit code 3 where they are not kept, on metrics of the report (kl, top1, perplexity, "
+    "bits, …) or on the change of a task of lm-eval against the original: 'gate=[kl<0.05,top1>0.9,task:arc_easy>-0.01]'"
+)
 BOS_CHOICES = ("auto", "true", "false")
 BOS = (
     "windows of text begin with the begin-of-text token, as context that is not scored; auto: where the tokenizer adds "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, Evaluation, group, option, section
+from hasten.jobs.common.schema import GATE, GROUP_SIZE, MODEL, Calibrated, Evaluation, group, option, section
 
 
 @dataclass
@@ -24,4 +24,5 @@ class CompressConfig(Calibrated):
     symmetric: bool = option(False, "symmetric grids, without zero points")
     output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
+    gate: list[str] = option([], GATE)
     evaluation: Evaluation = section(Evaluation)

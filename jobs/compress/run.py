@@ -27,6 +27,7 @@ from hasten.jobs.common.calibration import (
     uses_auto,
 )
 from hasten.jobs.common.cluster import cluster_session, worker_resources
+from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
 from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
@@ -35,12 +36,15 @@ from hasten.jobs.common.schema import plain
 from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.compress.options import CompressConfig
 
+_TASK_BATCH = 8
+
 
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
     started = perf_counter()
     source = original(config.model)
     settings = make_settings(config, source)
+    gates = check_gates(config.gate, config.evaluation.sequences)
     texts = Texts(source, config.bos, config.template)
     tokens = texts.calibrate(config.calibration, settings.needs_hessian)
     windows = texts.evaluate(config.evaluation)
@@ -60,8 +64,10 @@ def run(config: CompressConfig) -> Path:
             open_output(output, fingerprint, config.overwrite, texts.origin)
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows)
+            metrics |= compared_tasks(gates, settings.output, source, _TASK_BATCH, settings.device)
             report = _report(config, compression, metrics, perf_counter() - started) | texts.report(source)
             report["warnings"] = quality_warnings(report["metrics"], report["texts"])
+            report["gates"] = judge(gates, report["metrics"], lambda: report["layers"])
             _figures(report, run_dir, tracker)
             tracker.metrics(report["metrics"])
             path = tracker.report(report)
@@ -155,5 +161,6 @@ def _print_summary(report: Record) -> None:
         )
     print_texts(report)
     print_warnings(report)
+    print_gates(report)
     if report["fallbacks"]:
         print(f"see notes in the report of {len(report['fallbacks'])} layers, the first is {report['fallbacks'][0]}")

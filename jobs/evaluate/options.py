@@ -8,6 +8,7 @@ from hasten.jobs.common.schema import (
     BOS_CHOICES,
     DEVICES,
     DTYPES,
+    GATE,
     MODEL,
     TEMPLATE,
     WORKER_GPUS,
@@ -29,6 +30,7 @@ class EvaluateConfig(Run):
     )
     template: str | None = option(None, TEMPLATE, path="in")
     tasks: list[str] = option([], "tasks of lm-eval to run, which needs the extra hasten[eval]")
+    gate: list[str] = option([], GATE)
     dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
     device: str = option("auto", "where to compute; auto is cuda where there is one", choices=DEVICES)
     batch: int = option(8, "sequences that are run at once", at_least=1)

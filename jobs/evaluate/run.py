@@ -1,8 +1,10 @@
 """`hasten evaluate`: measures a checkpoint's quality, size and divergence from its original."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -11,9 +13,10 @@ import torch
 from hasten.accel.compression.outputs.resumable import original_of, source_name
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.gates import Gate
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import sizes
-from hasten.accel.evaluation.tasks import check_tasks, run_tasks
+from hasten.accel.evaluation.tasks import check_tasks
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs.evaluation import check_weights
@@ -21,6 +24,7 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cluster import cluster_session, worker_resources
+from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates, task_metrics, tasks_of
 from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
@@ -41,6 +45,7 @@ def run(config: EvaluateConfig) -> Path:
     original = _original(config, checkpoint)
     if config.tasks:
         check_tasks(config.tasks)
+    gates = check_gates(config.gate, config.evaluation.sequences, compared=original is not None)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     reads = {"model": folder} | ({} if original is None else {"original": original})
@@ -65,7 +70,7 @@ def run(config: EvaluateConfig) -> Path:
         metrics |= sizes(checkpoint).metrics()
         if original is not None:
             metrics["bytes_original"] = sizes(Checkpoint(original)).disk_bytes
-        metrics |= _tasks(config, folder, device)
+        metrics |= _tasks(config, gates, folder, original, device)
         metrics |= {
             "seconds": perf_counter() - started,
             "cpu_seconds": metrics.pop("workers_cpu_seconds", 0.0) + cpu_seconds(),
@@ -81,11 +86,13 @@ def run(config: EvaluateConfig) -> Path:
             **texts.report(original if original or checkpoint.is_compressed else folder),
         }
         report["warnings"] = quality_warnings(metrics, report["texts"])
+        report["gates"] = judge(gates, metrics, partial(_errors, checkpoint, original))
         tracker.metrics(metrics)
         path = tracker.report(report)
     _print_summary(metrics)
     print_texts(report)
     print_warnings(report)
+    print_gates(report)
     return path
 
 
@@ -131,12 +138,27 @@ def _measure(
     return quality.sums.metrics() | {"workers_cpu_seconds": quality.cpu_seconds}, quality.peak_rss_bytes
 
 
-def _tasks(config: EvaluateConfig, folder: Path, device: str) -> dict[str, float]:
-    """Metrics of lm-eval's tasks, named TASK.METRIC."""
-    if not config.tasks:
-        return {}
-    results = run_tasks(folder, config.tasks, batch=config.batch, device=device)
-    return {f"{task}.{metric}": value for task, metrics in results.items() for metric, value in metrics.items()}
+def _tasks(
+    config: EvaluateConfig, gates: Sequence[Gate], folder: Path, original: Path | None, device: str
+) -> dict[str, float]:
+    """Metrics of lm-eval's tasks, named TASK.METRIC, and changes of those that gates name."""
+    gated = tasks_of(gates)
+    others = [task for task in config.tasks if task not in gated]
+    metrics = task_metrics(others, folder, config.batch, device)
+    return metrics if original is None else metrics | compared_tasks(gates, folder, original, config.batch, device)
+
+
+def _errors(checkpoint: Checkpoint, original: Path | None) -> list[Record]:
+    """Relative error of the weights of every quantized layer."""
+    if original is None:
+        return []
+    rows, reference = [], Checkpoint(original)
+    for name in checkpoint.names:
+        if checkpoint.quantization(name) is not None:
+            weight = reference.tensor(name).double()
+            error = (weight - checkpoint.tensor(name).double()).square().sum() / weight.square().sum()
+            rows.append({"layer": name.removesuffix(".weight"), "error": float(error)})
+    return rows
 
 
 def _layers(checkpoint: Checkpoint) -> list[Record]:

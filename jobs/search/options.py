@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import SOURCE, Evaluation, group, option, section
+from hasten.jobs.common.schema import GATE, SOURCE, Evaluation, group, option, section
 from hasten.jobs.levels.options import LevelOptions
 
 
@@ -63,4 +63,5 @@ class SearchConfig(LevelOptions):
     output: str | None = option(None, "folder of the checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     search: SearchTokens = section(SearchTokens)
+    gate: list[str] = option([], GATE)
     evaluation: Evaluation = section(Evaluation)

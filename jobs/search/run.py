@@ -1,11 +1,15 @@
 """`hasten search`: finds the best mixture of levels within a budget of bits and writes the checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
+from hasten.accel.evaluation.gates import Gate
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.common.arithmetic import resolve_device
 from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
@@ -16,10 +20,13 @@ from hasten.jobs.common.texts import print_texts
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 
+_TASK_BATCH = 8
+
 
 def run(config: SearchConfig) -> Path:
     """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
     started = perf_counter()
+    gates = check_gates(config.gate, config.evaluation.sequences)
     search = Search(config)
     with cluster_session(config, config.workers * config.threads, search.reads, search.writes):
         search.check()
@@ -34,6 +41,7 @@ def run(config: SearchConfig) -> Path:
             report = _report(config, answers, comparison, usage, perf_counter() - started)
             report |= search.texts.report(search.original)
             report["warnings"] = quality_warnings(report["metrics"], report["texts"])
+            report["gates"] = _judged(gates, search.original, answers, resolve_device(config.device))
             _figures(report, run_dir, tracker)
             path = tracker.report(report)
     _print_summary(report)
@@ -57,6 +65,16 @@ def _report(
         "pareto": comparison,
         "output": str(first.output),
     }
+
+
+def _judged(gates: Sequence[Gate], original: Path, answers: Sequence[WrittenCheckpoint], device: str) -> list[Record]:
+    """Rows on the gates of the checkpoint of every budget."""
+    rows: list[Record] = []
+    for answer in answers:
+        tasks = compared_tasks(gates, answer.output, original, _TASK_BATCH, device)
+        judged = judge(gates, {**answer.metrics, **tasks}, lambda layers=answer.layers: layers)
+        rows += [row | {"budget": answer.budget} for row in judged]
+    return rows
 
 
 def _figures(report: Record, run_dir: Path, tracker: Tracker) -> None:
@@ -89,3 +107,4 @@ def _print_summary(report: Record) -> None:
         print(table(["allocator", "budget", "bits per weight", "KL divergence"], rows))
     print_texts(report)
     print_warnings(report)
+    print_gates(report)

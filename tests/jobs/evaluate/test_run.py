@@ -106,3 +106,37 @@ def test_a_tasks_metrics_are_in_the_report(source, capsys, lm_eval):
     assert report["metrics"]["near.acc"] == 0.5
     assert report["metrics"]["perplexity"] is None
     assert lm_eval == [str(source)]
+
+
+@pytest.mark.ray
+def test_a_failed_gate_ends_the_run_with_3_and_names_the_kinds_of_layers_with_the_largest_errors(
+    source, capsys, ray_session
+):
+    compressed = source.parent / "compressed"
+    assert evaluate(compressed, gate="'kl<1e-9,top1>-1'") == 2
+    assert "gate=kl<1e-9,top1>-1 is wrong" in capsys.readouterr().err
+    assert evaluate(compressed, gate="['kl<1e-9','top1>-1']") == 3
+    report, _ = last_report(capsys)
+    assert [row["passed"] for row in report["gates"]] == [False, True]
+    kinds = report["gates"][0]["errors"]
+    assert len(kinds) == 3
+    assert list(kinds.values()) == sorted(kinds.values(), reverse=True)
+    assert all(0 < error < 1 for error in kinds.values())
+    assert "errors" not in report["gates"][1]
+    assert evaluate(compressed, gate="['top1>-1']") == 0
+
+
+def test_a_gate_that_cannot_be_judged_is_refused_before_any_work(source, folder, capsys):
+    message = refused(folder, capsys, evaluate(source, gate="['kl<0.1']"))
+    assert "gate=kl<0.1 compares with the original, which is not known: give original=PATH" in message
+    options = {"gate": "['perplexity<9']", "evaluation.sequences": 0}
+    message = refused(folder, capsys, evaluate(source, **options))
+    assert "gate=perplexity<9 needs an evaluation: give evaluation.sequences above 0" in message
+
+
+def test_a_task_gate_compares_with_the_original(source, capsys, lm_eval):
+    compressed = source.parent / "compressed"
+    assert evaluate(compressed, **{"gate": "['task:near>-0.01']", "evaluation.sequences": 0}) == 0
+    report, _ = last_report(capsys)
+    assert report["metrics"]["near.acc_change"] == 0.0
+    assert lm_eval == [str(compressed), str(source)]
