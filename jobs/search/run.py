@@ -1,6 +1,7 @@
 """`hasten search`: finds the best mixture of levels within a budget of bits and writes the checkpoint."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -72,7 +73,7 @@ def _judged(gates: Sequence[Gate], original: Path, answers: Sequence[WrittenChec
     rows: list[Record] = []
     for answer in answers:
         tasks = compared_tasks(gates, answer.output, original, _TASK_BATCH, device)
-        judged = judge(gates, {**answer.metrics, **tasks}, lambda layers=answer.layers: layers)
+        judged = judge(gates, {**answer.metrics, **tasks}, partial(list, answer.layers))
         rows += [row | {"budget": answer.budget} for row in judged]
     return rows
 
