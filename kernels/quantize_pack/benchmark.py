@@ -12,8 +12,8 @@ from hasten.kernels.timing import Case, Operands
 
 # Rows (heads times tokens), head size.
 _SHAPES = [(8 * 128, 128), (8 * 32_768, 128)]
-_DRY_SHAPES = [(64, 32)]
-_GROUPS = {"channel": 64, "token": 32}
+_DRY_SHAPES = [(32, 32)]
+_GROUPS = {"channel": 32, "token": 32}
 
 
 def cases(device: torch.device, dry: bool) -> Iterator[Case]:
@@ -21,20 +21,20 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     dtype = torch.float32 if dry else torch.bfloat16
     for rows, columns in _DRY_SHAPES if dry else _SHAPES:
         for axis, group_size in _GROUPS.items():
-            for bits in (2, 4):
+            for bits in (4,) if dry else (2, 4):
                 elements = rows * columns
                 packed = elements * bits // 8 + 2 * elements // group_size * dtype.itemsize
-                common = {
-                    "op": "quantize_pack",
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "device_type": device.type,
-                    "nbytes": elements * dtype.itemsize + packed,
-                    "flops": 4 * elements,
-                }
+                case = partial(
+                    Case,
+                    op="quantize_pack",
+                    dtype=str(dtype).removeprefix("torch."),
+                    device_type=device.type,
+                    nbytes=elements * dtype.itemsize + packed,
+                    flops=4 * elements,
+                )
                 make = partial(_operands, rows, columns, dtype)
                 name = f"{rows}x{columns} {bits} bits, groups of {group_size} a {axis}"
-                yield Case(
-                    **common,
+                yield case(
                     shape=name,
                     operands=make,
                     kernel=partial(_scale, triton_kernel.quantize_pack, bits, axis, group_size),
@@ -43,8 +43,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
                 )
                 if bits == 4:
                     packing = partial(_packed, make, bits, axis, group_size)
-                    yield Case(
-                        **common,
+                    yield case(
                         shape=f"{name}, back",
                         operands=packing,
                         kernel=partial(_unpack, triton_kernel.unpack_dequantize, columns, bits, axis),
@@ -68,7 +67,8 @@ def _packed(
     generator: torch.Generator,
     device: torch.device,
 ) -> Operands:
-    packed = triton_kernel.quantize_pack(*make(generator, device), bits, axis, group_size, False)
+    (x,) = make(generator, device)
+    packed = triton_kernel.quantize_pack(x, bits, axis, group_size, False)
     assert packed.offset is not None
     return packed.words, packed.scale, packed.offset
 

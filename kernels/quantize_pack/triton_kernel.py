@@ -51,19 +51,22 @@ def unpack_dequantize(packed: Packed) -> Tensor:
     words, scale = packed.words.contiguous(), packed.scale.contiguous()
     rows, columns = words.shape[0], packed.columns
     out = torch.empty(rows, columns, dtype=scale.dtype, device=words.device)
-    block = min(_UNPACKED, triton.next_power_of_2(columns))
-    unpacking_kernel[(rows, triton.cdiv(columns, block))](
+    width = min(_UNPACKED, triton.next_power_of_2(columns))
+    height = min(_UNPACKED // width, triton.next_power_of_2(rows))
+    unpacking_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
         words,
         scale,
         None if packed.offset is None else packed.offset.contiguous(),
         out,
+        rows,
         columns,
         packed.group_size,
         words.shape[1],
         scale.shape[1],
         packed.bits,
         packed.axis == "channel",
-        block,
+        height,
+        width,
     )
     return out
 
@@ -157,18 +160,20 @@ def unpacking_kernel(  # type: ignore[no-untyped-def]
     scale,
     offset,
     out,
+    rows,
     columns,
     group_size,
     words_stride,
     scale_stride,
     BITS: tl.constexpr,  # noqa: N803
     BY_CHANNEL: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """One program handles BLOCK columns of one row. offset may be None."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    """One program handles COLUMNS columns of ROWS rows. offset may be None."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < columns)
     bit = column * BITS
     word = bit // 32
     shift = bit % 32

@@ -10,7 +10,7 @@ from hasten.kernels.sampling import reference, triton_kernel
 from hasten.kernels.timing import Case, Operands
 
 _SHAPES = [(1, 128_256), (64, 128_256), (64, 151_936)]
-_DRY_SHAPES = [(2, 300)]
+_DRY_SHAPES = [(1, 300)]
 _SETTINGS = {"top_k=50": (1.0, 50, 1.0), "top_p=0.95": (0.8, 0, 0.95), "top_k=50,top_p=0.9": (0.8, 50, 0.9)}
 # Standard deviation of the logits: about that of a language model.
 _SPREAD = 4.0
@@ -19,7 +19,8 @@ _SPREAD = 4.0
 def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     """A case for each shape, ROWSxVOCABULARY, and setting."""
     for rows, vocabulary in _DRY_SHAPES if dry else _SHAPES:
-        for name, setting in _SETTINGS.items():
+        # One setting in a dry run: a bisection takes a second in Triton's interpreter.
+        for name, setting in list(_SETTINGS.items())[-1 if dry else 0 :]:
             yield Case(
                 op="sampling",
                 shape=f"{rows}x{vocabulary} {name}",

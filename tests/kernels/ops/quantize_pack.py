@@ -32,15 +32,17 @@ def compilations() -> list[Compilation]:
     types = {"x": "*bf16", "words": "*i32", "scale": "*bf16", "offset": "*bf16", "rows": "i32", "columns": "i32"}
     types |= dict.fromkeys(["group_size", "x_stride", "words_stride", "scale_stride"], "i32") | {"least": "fp32"}
     types |= dict.fromkeys(["BITS", "BY_CHANNEL", "ROWS"], "constexpr")
-    back = {"words": "*i32", "scale": "*bf16", "offset": "*bf16", "out": "*bf16", "columns": "i32"}
+    back = {"words": "*i32", "scale": "*bf16", "offset": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
     back |= dict.fromkeys(["group_size", "words_stride", "scale_stride"], "i32")
-    back |= dict.fromkeys(["BITS", "BY_CHANNEL", "BLOCK"], "constexpr")
+    back |= dict.fromkeys(["BITS", "BY_CHANNEL", "ROWS", "COLUMNS"], "constexpr")
     kernel = triton_kernel.quantizing_kernel
     keys = {"BITS": 4, "BY_CHANNEL": True, "ROWS": 16, "offset": None}
     return [
         Compilation("values", kernel, types, {"BITS": 3, "BY_CHANNEL": False, "ROWS": 16}),
         Compilation("keys", kernel, types | {"offset": "constexpr"}, keys, targets=("sm_90", "gfx942")),
-        Compilation("back", triton_kernel.unpacking_kernel, back, {"BITS": 3, "BY_CHANNEL": False, "BLOCK": 1024}),
+        Compilation(
+            "back", triton_kernel.unpacking_kernel, back, {"BITS": 3, "BY_CHANNEL": False, "ROWS": 8, "COLUMNS": 128}
+        ),
     ]
 
 

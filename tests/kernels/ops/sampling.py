@@ -40,7 +40,14 @@ def compilations() -> list[Compilation]:
     other = types | {"logits": "*fp32", "uniform": "*fp32", "tokens": "constexpr", "probs": "*fp32"}
     return [
         Compilation("tokens", triton_kernel.kernel, types, constants, options),
-        Compilation("probs", triton_kernel.kernel, other, {"tokens": None, "EXACT": True, "BLOCK": 2048}, options),
+        Compilation(
+            "probs",
+            triton_kernel.kernel,
+            other,
+            {"tokens": None, "EXACT": True, "BLOCK": 2048},
+            options,
+            targets=("sm_90",),
+        ),
     ]
 
 
