@@ -241,11 +241,14 @@ def kernel(  # type: ignore[no-untyped-def]
         cut = bound
         if limits_count:
             low, high = bound.to(tl.int64), _key(best).to(tl.int64) + 1
-            while high - low > 1:
+            reached = _count(scratch, filled, depth, bound, BLOCK)
+            # Exactly k reach most thresholds between the k-th logit and the next: one of them is soon met.
+            while (high - low > 1) & (reached != k):
                 middle = (low + high) >> 1
-                enough = _count(scratch, filled, depth, middle.to(tl.int32), BLOCK) >= k
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
+                count = _count(scratch, filled, depth, middle.to(tl.int32), BLOCK)
+                low = tl.where(count >= k, middle, low)
+                high = tl.where(count >= k, high, middle)
+                reached = tl.where(count >= k, count, reached)
             cut = low.to(tl.int32)
             above = _count(scratch, filled, depth, cut + 1, BLOCK)
             ties = k - above
