@@ -4,9 +4,10 @@ The sums of C columns lie in panels: blocks of `width` rows, each with the colum
 Products and sums are of float32, also where x is of bfloat16.
 """
 
+import torch
 from torch import Tensor
 
-from hasten.kernels.dispatch import use_c
+from hasten.kernels.dispatch import use_c, use_triton
 from hasten.kernels.second_moment import c_kernel, reference
 from hasten.kernels.second_moment.reference import panel_bounds, panels
 
@@ -15,7 +16,12 @@ __all__ = ["add", "panel_bounds", "panels"]
 
 def add(sums: Tensor, x: Tensor, width: int) -> None:
     """Add the rows of x (N, C), float32 or another floating type, to the sums: all panels, concatenated, float32."""
-    if use_c(sums) and c_kernel.is_faster(x.dtype):
+    # Of float32, cuBLAS's product is taken: without tensor cores there is nothing that the kernel does better.
+    if use_triton(sums) and x.dtype in (torch.bfloat16, torch.float16):
+        from hasten.kernels.second_moment import triton_kernel
+
+        triton_kernel.add(sums, x, width)
+    elif use_c(sums) and c_kernel.is_faster(x.dtype):
         c_kernel.add(sums, x, width)
     else:
         reference.add(sums, x, width)
