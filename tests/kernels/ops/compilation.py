@@ -23,7 +23,8 @@ class Compilation:
     """One kernel with the types and constants of one launch.
 
     signature: Triton type of each argument in order, `constexpr` among them; pointers are aligned to 16 bytes. options:
-    num_warps and num_stages. tensor_cores: whether matrix instructions must appear. targets: names of TARGETS.
+    num_warps and num_stages. tensor_cores: whether matrix instructions must appear. targets: names of TARGETS. aligned:
+    integer arguments that are multiples of 16, on which the width of loads depends.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Compilation:
     options: dict[str, int] = field(default_factory=dict)
     tensor_cores: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
+    aligned: tuple[str, ...] = ()
 
 
 def check(compilation: Compilation, target: str) -> None:
@@ -42,7 +44,11 @@ def check(compilation: Compilation, target: str) -> None:
     from triton.compiler import ASTSource
 
     backend = TARGETS[target][0]
-    pointers = [(number,) for number, kind in enumerate(compilation.signature.values()) if kind.startswith("*")]
+    pointers = [
+        (number,)
+        for number, (name, kind) in enumerate(compilation.signature.items())
+        if kind.startswith("*") or name in compilation.aligned
+    ]
     source = ASTSource(
         compilation.kernel,
         compilation.signature,

@@ -1,0 +1,189 @@
+"""Launches the Triton kernels of attention. It is imported only on first use, because importing triton takes seconds."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hasten.kernels.attention.contract import Cache, Partial, Scoring, Tree
+from hasten.kernels.attention.triton_kernel import attention_kernel, merge_kernel
+
+# Without a GPU, kernels are interpreted, one program after another.
+_INTERPRETED_PROGRAMS = 5
+_MERGED_ELEMENTS = 4096  # of partial results that a program of the merge holds at once
+_MIN_ROWS = 16  # of a matrix instruction
+
+
+class Config(NamedTuple):
+    """rows: block of rows of a unit. keys: of a tile. programs: number of them on a multiprocessor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def config(rows: int, size: int, dtype: torch.dtype) -> Config:
+    """Configuration for a number of rows (queries times query heads of a KV head) of a sequence.
+
+    Few rows are bound by memory: many bytes in flight. Many rows are bound by arithmetic: large blocks of rows, so that
+    keys and values are read few times, from the L2 cache all but once.
+    """
+    row_bytes = triton.next_power_of_2(size) * dtype.itemsize
+    if rows <= 2 * _MIN_ROWS:
+        keys = min(64, max(16, 64 * 256 // row_bytes))
+        return Config(max(_MIN_ROWS, triton.next_power_of_2(rows)), keys, 4, 2, 2)
+    largest = min(128, max(_MIN_ROWS, 128 * 256 // row_bytes))
+    block = min(largest, triton.next_power_of_2(rows))
+    return Config(block, min(64, max(16, 64 * 256 // row_bytes)), 8 if block > 64 else 4, 2, 1 if block > 64 else 2)
+
+
+def attention(
+    queries: Tensor,
+    cache: Cache,
+    lengths: Tensor,
+    scoring: Scoring,
+    positions: Tensor | None,
+    tree: Tree | None,
+    *,
+    sinks: Tensor | None = None,
+    out: Partial | None = None,
+    chosen: Config | None = None,
+) -> Tensor:
+    """Attention (B, N, H * G, D) in the dtype of queries; with `out`, o of the partial result, which is written to it.
+
+    chosen: for measurements; None chooses by the sizes.
+    """
+    batch, width, query_heads, size = queries.shape
+    heads = cache.keys.shape[1]
+    groups = query_heads // heads
+    block = chosen or config(width * groups, size, queries.dtype)
+    device = queries.device
+    table = torch.arange(batch, dtype=torch.int32, device=device)[:, None] if cache.table is None else cache.table
+    counts = None if tree is None else (tree.nodes if tree.counts is None else tree.counts)
+    windowed = scoring.window is not None
+    if windowed and tree is not None:
+        positions = tree.depths
+    elif windowed and positions is None:
+        positions = (lengths - 1)[:, None].expand(-1, width).contiguous()
+    row_blocks = triton.cdiv(width * groups, block.rows)
+    units = batch * heads * row_blocks
+    programs = block.programs * _multiprocessors(device) if queries.is_cuda else _INTERPRETED_PROGRAMS
+    pieces = units + programs
+    partials = Partial(
+        torch.empty(pieces, block.rows, size, dtype=torch.float32, device=device),
+        *(torch.empty(pieces, block.rows, dtype=torch.float32, device=device) for _ in range(2)),
+    )
+    first_pieces, piece_counts = torch.empty(2, units, dtype=torch.int32, device=device)
+    # Arguments that a kernel does not read are given another tensor.
+    words = lengths if tree is None else tree.words.contiguous()
+    places = lengths if positions is None or not windowed else positions
+    attention_kernel[(programs,)](
+        queries,
+        cache.keys,
+        cache.values,
+        table,
+        lengths,
+        lengths if tree is None else tree.nodes,
+        lengths if counts is None else counts,
+        words,
+        places,
+        *partials,
+        first_pieces,
+        piece_counts,
+        size**-0.5 if scoring.scale is None else scoring.scale,
+        scoring.soft_cap or 0.0,
+        scoring.window or 0,
+        batch,
+        width,
+        heads,
+        row_blocks,
+        cache.page_size,
+        table.stride(0),
+        0 if tree is None else words.shape[2],
+        places.stride(0),
+        *queries.stride()[:3],
+        *cache.keys.stride()[:3],
+        GROUPS=groups,
+        HEAD_SIZE=size,
+        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_M=block.rows,
+        BLOCK_N=block.keys,
+        BLOCK_D=max(_MIN_ROWS, triton.next_power_of_2(size)),
+        PAGED=cache.paged,
+        TREE=tree is not None,
+        WINDOWED=windowed,
+        CAPPED=scoring.soft_cap is not None,
+        num_warps=block.warps,
+        num_stages=block.stages,
+    )
+    result = torch.empty(queries.shape, dtype=queries.dtype, device=device) if out is None else out.o
+    _merge(
+        partials, (first_pieces, piece_counts), counts, sinks, result, out, width, heads, groups, row_blocks, programs
+    )
+    return result
+
+
+def merge(partials: Partial, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Attention output (..., heads, D) of partial results with the segments in the leading dimension."""
+    heads, size = partials.o.shape[-2:]
+    o, m, total = (part.contiguous() for part in partials)
+    result = torch.empty(o.shape[1:], dtype=dtype, device=o.device)
+    flat = Partial(o.view(len(o), -1, size), m.view(len(o), -1), total.view(len(o), -1))
+    # One unit that has all rows.
+    _merge(flat, None, None, sinks, result, None, flat.m.shape[1] // heads, 1, heads, 1, 0)
+    return result
+
+
+def _merge(
+    partials: Partial,
+    ranges: tuple[Tensor, Tensor] | None,
+    counts: Tensor | None,
+    sinks: Tensor | None,
+    result: Tensor,
+    out: Partial | None,
+    width: int,
+    heads: int,
+    groups: int,
+    row_blocks: int,
+    programs: int,
+) -> None:
+    """ranges: first piece of each unit, and number of pieces; None for one unit that has all pieces."""
+    pieces, block_rows, size = partials.o.shape
+    block_d = triton.next_power_of_2(size)
+    # A unit rarely has more pieces than its equal share of the programs, and one more.
+    units = result.numel() // size // (width * groups) * row_blocks if ranges else 1
+    block_p = triton.next_power_of_2(min(16, programs // units + 2)) if ranges else triton.next_power_of_2(pieces)
+    rows = max(1, _MERGED_ELEMENTS // (block_p * block_d))
+    if not result.is_cuda:
+        rows = 16  # fewer programs, which are slow when interpreted
+    rows = min(rows, triton.next_power_of_2(min(block_rows, width * groups)))
+    merge_kernel[(units, triton.cdiv(min(block_rows, width * groups), rows))](
+        *partials,
+        *(ranges or (partials.m, partials.m)),
+        partials.m if counts is None else counts,
+        partials.m if sinks is None else sinks,
+        result,
+        result if out is None else out.m,
+        result if out is None else out.l,
+        pieces,
+        block_rows,
+        row_blocks,
+        width,
+        heads,
+        GROUPS=groups,
+        HEAD_SIZE=size,
+        BLOCK_R=rows,
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
+        STACKED=ranges is None,
+        COUNTED=counts is not None,
+        SINKS=sinks is not None,
+        PARTIAL=out is not None,
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,324 @@
+"""Triton kernels of attention: partial results by stream-K division of work, and their merge.
+
+Source of the division: Sanovar et al. 2024, arXiv:2405.10480 (Lean Attention).
+Departs from it: partial results are merged by a second kernel in a fixed order, and not by the program that finishes
+last, so that no program waits and results repeat. Each program computes the division itself from the lengths, so that
+they need not be known on the host. The keys of a tree are the last tiles of its prefix.
+
+A unit is a block of rows of a (sequence, KV head); a row is a query head of a query, so that all queries of a sequence
+and all query heads of a KV head share one read of keys and values. Its work is a number of tiles of BLOCK_N keys. All
+tiles of all units lie in one sequence, of which each program processes an equal range. What a program computes of a
+unit is a piece. Going from a piece to the next, the unit, the program or both increase, so that unit + program is a
+place for its partial result that no other piece has, and the pieces of a unit are adjacent.
+"""
+
+# ruff: noqa: E741, N803, N806
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attention_kernel(
+    queries,
+    keys,
+    values,
+    table,
+    lengths,
+    nodes,
+    counts,
+    masks,
+    positions,
+    o,
+    m,
+    l,
+    first_pieces,
+    piece_counts,
+    scale,
+    soft_cap,
+    window,
+    batch,
+    width,
+    heads,
+    row_blocks,
+    page_size,
+    table_stride,
+    words,
+    position_stride,
+    query_stride_b,
+    query_stride_n,
+    query_stride_h,
+    page_stride,
+    head_stride,
+    token_stride,
+    GROUPS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr,
+    TREE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Partial results of pieces; see the module.
+
+    o (pieces, BLOCK_M, D), m, l (pieces, BLOCK_M) float32. first_pieces, piece_counts: (units,) int32. positions: depths
+    of nodes (B, nodes) if TREE, else positions of queries (B, N). Strides of keys are those of values.
+    """
+    program = tl.program_id(0)
+    sequences = tl.arange(0, BLOCK_B)
+    real = sequences < batch
+    all_lengths = tl.load(lengths + sequences, mask=real, other=0)
+    all_keys = all_lengths
+    all_rows = tl.where(real, width * GROUPS, 0)
+    if TREE:
+        all_keys += tl.load(nodes + sequences, mask=real, other=0)
+        all_rows = tl.load(counts + sequences, mask=real, other=0) * GROUPS
+    # With a window, tiles that no query sees are left out: positions of queries are lengths - 1 at least.
+    all_tiles = tl.cdiv(all_keys, BLOCK_N)
+    if WINDOWED:
+        all_tiles -= tl.maximum(all_lengths - window, 0) // BLOCK_N
+    # A unit without keys has one tile, all masked: its partial result must be written, too.
+    all_tiles = tl.maximum(all_tiles, 1)
+    work = all_tiles * tl.cdiv(all_rows, BLOCK_M) * heads
+    ends = tl.cumsum(work, 0)
+    share = tl.cdiv(tl.sum(work, 0), tl.num_programs(0))
+    tile = program * share
+    stop = tl.minimum(tile + share, tl.sum(work, 0))
+
+    row_range = tl.arange(0, BLOCK_M)
+    key_range = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    while tile < stop:
+        sequence = tl.sum((ends <= tile).to(tl.int32), 0)
+        here = sequences == sequence
+        length = tl.sum(tl.where(here, all_lengths, 0), 0)
+        total = tl.sum(tl.where(here, all_keys, 0), 0)
+        rows_of_sequence = tl.sum(tl.where(here, all_rows, 0), 0)
+        tiles = tl.sum(tl.where(here, all_tiles, 0), 0)
+        blocks = tl.cdiv(rows_of_sequence, BLOCK_M)
+        local = tile - tl.sum(tl.where(here, ends - work, 0), 0)
+        block_of_sequence = local // tiles
+        head = block_of_sequence // blocks
+        row_block = block_of_sequence % blocks
+        begin = local % tiles
+        taken = tl.minimum(tiles - begin, stop - tile)
+        unit = (sequence * heads + head) * row_blocks + row_block
+        if begin == 0:
+            tl.store(first_pieces + unit, unit + program)
+            tl.store(piece_counts + unit, (tile + tiles - 1) // share - program + 1)
+
+        rows = row_block * BLOCK_M + row_range
+        live = rows < rows_of_sequence
+        query = rows // GROUPS
+        query_head = head * GROUPS + rows % GROUPS
+        offsets = sequence.to(tl.int64) * query_stride_b + query * query_stride_n + query_head * query_stride_h
+        in_head = dims < HEAD_SIZE
+        q = tl.load(queries + offsets[:, None] + dims, mask=live[:, None] & in_head, other=0.0)
+
+        skipped = 0
+        query_position = query
+        if WINDOWED:
+            skipped = tl.maximum(length - window, 0) // BLOCK_N
+            if TREE:
+                own = (total - length) - rows_of_sequence // GROUPS + query
+                query_position = length + tl.load(
+                    positions + sequence * position_stride + own, mask=live & (own >= 0), other=0
+                )
+            else:
+                query_position = tl.load(positions + sequence * position_stride + query, mask=live, other=0)
+
+        m_row = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        l_row = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        low = skipped + begin
+        high = low + taken
+        # Tiles that every query sees as a whole need no mask.
+        dense = low
+        if not WINDOWED:
+            dense = tl.maximum(low, tl.minimum(high, length // BLOCK_N))
+        for number in tl.range(low, dense):
+            key = number * BLOCK_N + key_range
+            k, v = _load_tile(
+                keys, values, table, sequence, head, number, key, total, page_size, table_stride, page_stride,
+                head_stride, token_stride, BLOCK_N, HEAD_SIZE, BLOCK_D, PAGED, False,
+            )  # fmt: skip
+            s = _scores(q, k, scale, soft_cap, CAPPED)
+            new = tl.maximum(m_row, tl.max(s, 1))
+            p = tl.exp2(s - new[:, None])
+            kept = tl.exp2(m_row - new)
+            l_row = l_row * kept + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+            m_row = new
+        for number in tl.range(dense, high):
+            key = number * BLOCK_N + key_range
+            k, v = _load_tile(
+                keys, values, table, sequence, head, number, key, total, page_size, table_stride, page_stride,
+                head_stride, token_stride, BLOCK_N, HEAD_SIZE, BLOCK_D, PAGED, True,
+            )  # fmt: skip
+            s = _scores(q, k, scale, soft_cap, CAPPED)
+            seen = live[:, None] & (key < length)
+            key_position = key
+            if TREE:
+                node = key - length
+                is_node = (node >= 0) & (key < total)
+                word_offsets = (sequence * width + query) * words
+                bits = tl.load(
+                    masks + word_offsets[:, None] + node // 32,
+                    mask=live[:, None] & is_node & (node < words * 32),
+                    other=0,
+                )
+                seen |= ((bits >> (node % 32)) & 1) != 0
+                if WINDOWED:
+                    depth = tl.load(positions + sequence * position_stride + node, mask=is_node, other=0)
+                    key_position = tl.where(is_node, length + depth, key)
+            if WINDOWED:
+                seen &= (query_position[:, None] - key_position) < window
+            s = tl.where(seen, s, -float("inf"))
+            new = tl.maximum(m_row, tl.max(s, 1))
+            # A row that has seen no key yet: -inf minus -inf is nan.
+            finite = tl.where(new == -float("inf"), 0.0, new)
+            p = tl.exp2(s - finite[:, None])
+            kept = tl.exp2(m_row - finite)
+            l_row = l_row * kept + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+            m_row = new
+
+        place = (unit + program).to(tl.int64) * BLOCK_M + row_range
+        tl.store(o + place[:, None] * HEAD_SIZE + dims, acc, mask=live[:, None] & in_head)
+        tl.store(m + place, m_row * LN_2, mask=live)
+        tl.store(l + place, l_row, mask=live)
+        tile += taken
+
+
+@triton.jit
+def _load_tile(
+    keys, values, table, sequence, head, number, key, total, page_size, table_stride, page_stride, head_stride,
+    token_stride,
+    BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (BLOCK_N, BLOCK_D) of a tile; 0 beyond the sequence if MASKED."""
+    dims = tl.arange(0, BLOCK_D)
+    inside = key < total
+    if PAGED:
+        # A page is addressed for every key, so that its size need not be a multiple of BLOCK_N.
+        entries = table + sequence * table_stride + key // page_size
+        page = tl.load(entries, mask=inside, other=0) if MASKED else tl.load(entries)
+        offsets = page.to(tl.int64) * page_stride + (key % page_size) * token_stride
+    else:
+        page = tl.load(table + sequence * table_stride).to(tl.int64)
+        # 64 bits for the start of the tile, 32 bits within it.
+        start = page * page_stride + tl.full((), BLOCK_N, tl.int64) * number * token_stride
+        offsets = start + tl.arange(0, BLOCK_N) * token_stride
+    offsets = offsets[:, None] + head.to(tl.int64) * head_stride + dims
+    key_places, value_places = keys + offsets, values + offsets
+    in_head = dims < HEAD_SIZE
+    if MASKED:
+        mask = inside[:, None] & in_head
+        return tl.load(key_places, mask=mask, other=0.0), tl.load(value_places, mask=mask, other=0.0)
+    if HEAD_SIZE == BLOCK_D:
+        return tl.load(key_places), tl.load(value_places)
+    return tl.load(key_places, mask=in_head, other=0.0), tl.load(value_places, mask=in_head, other=0.0)
+
+
+@triton.jit
+def _scores(q, k, scale, soft_cap, CAPPED: tl.constexpr):
+    """Scores times log2(e), because exp2 is an instruction and exp is not."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CAPPED:
+        # tanh(x) = 2 sigmoid(2 x) - 1. Triton has no tanh for all devices.
+        return (2.0 * tl.sigmoid(s * (2.0 * scale / soft_cap)) - 1.0) * (soft_cap * LOG2_E)
+    return s * (scale * LOG2_E)
+
+
+@triton.jit
+def merge_kernel(
+    o,
+    m,
+    l,
+    first_pieces,
+    piece_counts,
+    counts,
+    sinks,
+    out,
+    out_m,
+    out_l,
+    pieces,
+    block_rows,
+    row_blocks,
+    width,
+    heads,
+    GROUPS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STACKED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    SINKS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Merge of the pieces of a unit, for BLOCK_R of its block_rows rows.
+
+    o (pieces, block_rows, D), m, l (pieces, block_rows). out (B, N, H * G, D), and its m and l (B, N, H * G) if PARTIAL.
+    STACKED: there is one unit, which has all pieces. COUNTED: only the first counts[b] queries have pieces; others are 0.
+    """
+    unit = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_block = unit % row_blocks
+    head = (unit // row_blocks) % heads
+    sequence = unit // row_blocks // heads
+    # int64: o may have more than 2**31 elements.
+    row_of_sequence = row_block.to(tl.int64) * block_rows + row
+    query = row_of_sequence // GROUPS
+    query_head = head * GROUPS + row_of_sequence % GROUPS
+    inside = (row < block_rows) & (query < width)
+    live = inside
+    if COUNTED:
+        live &= query < tl.load(counts + sequence)
+    first = 0
+    count = pieces
+    if not STACKED:
+        # A unit without a live row has no pieces, and what is stored as their number is arbitrary.
+        some = tl.max(live.to(tl.int32), 0) > 0
+        first = tl.load(first_pieces + unit, mask=some, other=0)
+        count = tl.load(piece_counts + unit, mask=some, other=0)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_SIZE
+    m_row = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    l_row = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in tl.range(0, count, BLOCK_P):
+        piece = start + tl.arange(0, BLOCK_P)
+        mask = live[:, None] & (piece < count)
+        place = (first + piece).to(tl.int64) * block_rows + row[:, None]
+        m_piece = tl.load(m + place, mask=mask, other=-float("inf"))
+        l_piece = tl.load(l + place, mask=mask, other=0.0)
+        o_piece = tl.load(o + place[:, :, None] * HEAD_SIZE + dims, mask=mask[:, :, None] & in_head, other=0.0)
+        new = tl.maximum(m_row, tl.max(m_piece, 1))
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        weight = tl.exp(m_piece - finite[:, None])
+        kept = tl.exp(m_row - finite)
+        l_row = l_row * kept + tl.sum(l_piece * weight, 1)
+        acc = acc * kept[:, None] + tl.sum(o_piece * weight[:, :, None], 1)
+        m_row = new
+    result = (sequence.to(tl.int64) * width + query) * (heads * GROUPS) + query_head
+    if PARTIAL:
+        tl.store(out_m + result, m_row, mask=inside)
+        tl.store(out_l + result, l_row, mask=inside)
+    else:
+        if SINKS:
+            sink = tl.load(sinks + query_head, mask=inside, other=0.0).to(tl.float32)
+            new = tl.maximum(m_row, sink)
+            kept = tl.exp(m_row - new)
+            l_row = l_row * kept + tl.exp(sink - new)
+            acc = acc * kept[:, None]
+        # A query that sees no key has l = 0 and o = 0.
+        acc = acc / tl.where(l_row == 0.0, 1.0, l_row)[:, None]
+    tl.store(out + result[:, None] * HEAD_SIZE + dims, acc.to(out.dtype.element_ty), mask=inside[:, None] & in_head)
