@@ -166,17 +166,11 @@ def attention_kernel(
             seen = live[:, None] & (key < length)
             key_position = key
             if TREE:
-                node = key - length
-                is_node = (node >= 0) & (key < total)
-                word_offsets = (sequence * width + query) * words
-                bits = tl.load(
-                    masks + word_offsets[:, None] + node // 32,
-                    mask=live[:, None] & is_node & (node < words * 32),
-                    other=0,
-                )
-                seen |= ((bits >> (node % 32)) & 1) != 0
+                is_node = (key >= length) & (key < total)
+                bits = _tile_bits(masks, (sequence * width + query) * words, words, number * BLOCK_N - length, live)
+                seen |= is_node & (((bits[:, None] >> key_range) & 1) != 0)
                 if WINDOWED:
-                    depth = tl.load(positions + sequence * position_stride + node, mask=is_node, other=0)
+                    depth = tl.load(positions + sequence * position_stride + key - length, mask=is_node, other=0)
                     key_position = tl.where(is_node, length + depth, key)
             if WINDOWED:
                 seen &= (query_position[:, None] - key_position) < window
@@ -225,6 +219,28 @@ def _load_tile(
     if HEAD_SIZE == BLOCK_D:
         return tl.load(key_places), tl.load(value_places)
     return tl.load(key_places, mask=in_head, other=0.0), tl.load(value_places, mask=in_head, other=0.0)
+
+
+@triton.jit
+def _tile_bits(masks, row, words, node, live):
+    """Bits (BLOCK_M,) int64 of the 64 nodes from `node` on, which may be negative; row: offset of a row's words.
+
+    A word is loaded for a row and not for every element of the tile, whose addresses would fill the registers.
+    """
+    first = node >> 5
+    shift = (node & 31).to(tl.int64)
+    low = _word(masks, row, first, words, live)
+    middle = _word(masks, row, first + 1, words, live)
+    high = _word(masks, row, first + 2, words, live)
+    # Two shifts, because one of 64 is undefined.
+    return (low >> shift) | (middle << (32 - shift)) | ((high << 1) << (63 - shift))
+
+
+@triton.jit
+def _word(masks, row, word, words, live):
+    """A word of each row as int64 without a sign; 0 where there is none."""
+    place = row + word
+    return tl.load(masks + place, mask=live & (place >= row) & (place < row + words), other=0).to(tl.int64) & 0xFFFFFFFF
 
 
 @triton.jit
