@@ -69,7 +69,10 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if device != "cpu":
         large = Shape((8192, 1000), 64, 8, 4, 128, (64, 30), dtype=torch.bfloat16)
         yield "64 nodes behind 8192 tokens", partial(check, large, device, None)
-        yield "one query of 131072 keys", partial(check, Shape((131072,), 1, 8, 4, 128, dtype=torch.float16), device, None)
+        yield (
+            "one query of 131072 keys",
+            partial(check, Shape((131072,), 1, 8, 4, 128, dtype=torch.float16), device, None),
+        )
 
 
 def compilations() -> list[Compilation]:
