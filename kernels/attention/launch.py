@@ -76,7 +76,7 @@ def attention(
         torch.empty(pieces, block.rows, size, dtype=torch.float32, device=device),
         *(torch.empty(pieces, block.rows, dtype=torch.float32, device=device) for _ in range(2)),
     )
-    first_pieces, piece_counts = torch.empty(2, units, dtype=torch.int32, device=device)
+    ranges = torch.empty(units, 2, dtype=torch.int32, device=device)
     # Arguments that a kernel does not read are given another tensor.
     words = lengths if tree is None else tree.words.contiguous()
     places = lengths if positions is None or not windowed else positions
@@ -91,21 +91,19 @@ def attention(
         words,
         places,
         *partials,
-        first_pieces,
-        piece_counts,
+        ranges,
         size**-0.5 if scoring.scale is None else scoring.scale,
         scoring.soft_cap or 0.0,
         scoring.window or 0,
         batch,
         width,
-        heads,
-        row_blocks,
         cache.page_size,
         table.stride(0),
         0 if tree is None else words.shape[2],
         places.stride(0),
         *queries.stride()[:3],
         *cache.keys.stride()[:3],
+        HEADS=heads,
         GROUPS=groups,
         HEAD_SIZE=size,
         BLOCK_B=triton.next_power_of_2(batch),
@@ -120,9 +118,7 @@ def attention(
         num_stages=block.stages,
     )
     result = torch.empty(queries.shape, dtype=queries.dtype, device=device) if out is None else out.o
-    _merge(
-        partials, (first_pieces, piece_counts), counts, sinks, result, out, width, heads, groups, row_blocks, programs
-    )
+    _merge(partials, ranges, counts, sinks, result, out, width, heads, groups, row_blocks, programs)
     return result
 
 
@@ -139,7 +135,7 @@ def merge(partials: Partial, sinks: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def _merge(
     partials: Partial,
-    ranges: tuple[Tensor, Tensor] | None,
+    ranges: Tensor | None,
     counts: Tensor | None,
     sinks: Tensor | None,
     result: Tensor,
@@ -150,19 +146,20 @@ def _merge(
     row_blocks: int,
     programs: int,
 ) -> None:
-    """ranges: first piece of each unit, and number of pieces; None for one unit that has all pieces."""
+    """ranges: (units, 2), first piece of each unit and number of them; None for one unit that has all pieces."""
     pieces, block_rows, size = partials.o.shape
     block_d = triton.next_power_of_2(size)
     # A unit rarely has more pieces than its equal share of the programs, and one more.
-    units = result.numel() // size // (width * groups) * row_blocks if ranges else 1
-    block_p = triton.next_power_of_2(min(16, programs // units + 2)) if ranges else triton.next_power_of_2(pieces)
+    units = 1 if ranges is None else len(ranges)
+    usual = pieces if ranges is None else programs // units + 2
+    block_p = min(16, triton.next_power_of_2(usual))
     rows = max(1, _MERGED_ELEMENTS // (block_p * block_d))
     if not result.is_cuda:
         rows = 16  # fewer programs, which are slow when interpreted
     rows = min(rows, triton.next_power_of_2(min(block_rows, width * groups)))
     merge_kernel[(units, triton.cdiv(min(block_rows, width * groups), rows))](
         *partials,
-        *(ranges or (partials.m, partials.m)),
+        partials.m if ranges is None else ranges,
         partials.m if counts is None else counts,
         partials.m if sinks is None else sinks,
         result,

@@ -36,15 +36,12 @@ def attention_kernel(
     o,
     m,
     l,
-    first_pieces,
-    piece_counts,
+    ranges,
     scale,
     soft_cap,
     window,
     batch,
     width,
-    heads,
-    row_blocks,
     page_size,
     table_stride,
     words,
@@ -55,6 +52,7 @@ def attention_kernel(
     page_stride,
     head_stride,
     token_stride,
+    HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -68,7 +66,7 @@ def attention_kernel(
 ):
     """Partial results of pieces; see the module.
 
-    o (pieces, BLOCK_M, D), m, l (pieces, BLOCK_M) float32. first_pieces, piece_counts: (units,) int32. positions: depths
+    o (pieces, BLOCK_M, D), m, l (pieces, BLOCK_M) float32. ranges: (units, 2) int32, the first piece of each unit and their number. positions: depths
     of nodes (B, nodes) if TREE, else positions of queries (B, N). Strides of keys are those of values.
     """
     program = tl.program_id(0)
@@ -86,7 +84,7 @@ def attention_kernel(
         all_tiles -= tl.maximum(all_lengths - window, 0) // BLOCK_N
     # A unit without keys has one tile, all masked: its partial result must be written, too.
     all_tiles = tl.maximum(all_tiles, 1)
-    work = all_tiles * tl.cdiv(all_rows, BLOCK_M) * heads
+    work = all_tiles * tl.cdiv(all_rows, BLOCK_M) * HEADS
     ends = tl.cumsum(work, 0)
     share = tl.cdiv(tl.sum(work, 0), tl.num_programs(0))
     tile = program * share
@@ -109,10 +107,10 @@ def attention_kernel(
         row_block = block_of_sequence % blocks
         begin = local % tiles
         taken = tl.minimum(tiles - begin, stop - tile)
-        unit = (sequence * heads + head) * row_blocks + row_block
+        unit = (sequence * HEADS + head) * tl.cdiv(width * GROUPS, BLOCK_M) + row_block
         if begin == 0:
-            tl.store(first_pieces + unit, unit + program)
-            tl.store(piece_counts + unit, (tile + tiles - 1) // share - program + 1)
+            tl.store(ranges + 2 * unit, unit + program)
+            tl.store(ranges + 2 * unit + 1, (tile + tiles - 1) // share - program + 1)
 
         rows = row_block * BLOCK_M + row_range
         live = rows < rows_of_sequence
@@ -163,18 +161,22 @@ def attention_kernel(
                 head_stride, token_stride, BLOCK_N, HEAD_SIZE, BLOCK_D, PAGED, True,
             )  # fmt: skip
             s = _scores(q, k, scale, soft_cap, CAPPED)
-            seen = live[:, None] & (key < length)
-            key_position = key
             if TREE:
-                is_node = (key >= length) & (key < total)
-                bits = _tile_bits(masks, (sequence * width + query) * words, words, number * BLOCK_N - length, live)
-                seen |= is_node & (((bits[:, None] >> key_range) & 1) != 0)
-                if WINDOWED:
-                    depth = tl.load(positions + sequence * position_stride + key - length, mask=is_node, other=0)
-                    key_position = tl.where(is_node, length + depth, key)
+                # One number for a row and not a truth value for an element, of which there would be many at a time.
+                start = number * BLOCK_N
+                bits = _tile_bits(masks, (sequence * width + query) * words, words, start - length, live)
+                bits = (bits & _ones(total - start)) | _ones(length - start)
+                s = tl.where(((bits[:, None] >> key_range) & 1) != 0, s, -float("inf"))
+            else:
+                s = tl.where(key < length, s, -float("inf"))
             if WINDOWED:
-                seen &= (query_position[:, None] - key_position) < window
-            s = tl.where(seen, s, -float("inf"))
+                key_position = key
+                if TREE:
+                    node = key - length
+                    is_node = (node >= 0) & (key < total)
+                    depth = tl.load(positions + sequence * position_stride + node, mask=is_node, other=0)
+                    key_position = tl.where(is_node, length + depth, key)
+                s = tl.where((query_position[:, None] - key_position) < window, s, -float("inf"))
             new = tl.maximum(m_row, tl.max(s, 1))
             # A row that has seen no key yet: -inf minus -inf is nan.
             finite = tl.where(new == -float("inf"), 0.0, new)
@@ -237,6 +239,15 @@ def _tile_bits(masks, row, words, node, live):
 
 
 @triton.jit
+def _ones(count):
+    """The lowest `count` bits of an int64; all for 64 or more, none for less than one."""
+    bounded = tl.minimum(tl.maximum(count, 0), 64)
+    # Two shifts, because one of 64 is undefined.
+    half = bounded // 2
+    return ((tl.full((), 1, tl.int64) << half) << (bounded - half)) - 1
+
+
+@triton.jit
 def _word(masks, row, word, words, live):
     """A word of each row as int64 without a sign; 0 where there is none."""
     place = row + word
@@ -258,8 +269,7 @@ def merge_kernel(
     o,
     m,
     l,
-    first_pieces,
-    piece_counts,
+    ranges,
     counts,
     sinks,
     out,
@@ -303,8 +313,8 @@ def merge_kernel(
     if not STACKED:
         # A unit without a live row has no pieces, and what is stored as their number is arbitrary.
         some = tl.max(live.to(tl.int32), 0) > 0
-        first = tl.load(first_pieces + unit, mask=some, other=0)
-        count = tl.load(piece_counts + unit, mask=some, other=0)
+        first = tl.load(ranges + 2 * unit, mask=some, other=0)
+        count = tl.load(ranges + 2 * unit + 1, mask=some, other=0)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_SIZE
     m_row = tl.full((BLOCK_R,), -float("inf"), tl.float32)

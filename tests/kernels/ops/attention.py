@@ -82,7 +82,7 @@ def compilations() -> list[Compilation]:
     merged = {"GROUPS": 4, "HEAD_SIZE": 128, "BLOCK_R": 2, "BLOCK_P": 16, "BLOCK_D": 128}
     pointers = ["o", "m", "l", "counts", "sinks", "out", "out_m", "out_l"]
     types = dict.fromkeys(pointers, "*fp32") | {"out": "*bf16", "counts": "*i32"}
-    types |= dict.fromkeys(("first_pieces", "piece_counts"), "*i32")
+    types |= {"ranges": "*i32"}
     return [
         _compilation("decode", one, 128),
         _compilation("decode, paged", paged, 96, PAGED=True),
@@ -101,8 +101,8 @@ def _compilation(name: str, config: Config, size: int, **flags: bool) -> Compila
     kernel = triton_kernel.attention_kernel
     types = dict.fromkeys(("queries", "keys", "values"), "*bf16") | dict.fromkeys(("o", "m", "l"), "*fp32")
     types |= {"scale": "fp32", "soft_cap": "fp32"}
-    names = "table", "lengths", "nodes", "counts", "masks", "positions", "first_pieces", "piece_counts"
-    constants = {"GROUPS": 4, "HEAD_SIZE": size, "BLOCK_B": 4, "BLOCK_D": 128}
+    names = "table", "lengths", "nodes", "counts", "masks", "positions", "ranges"
+    constants = {"HEADS": 8, "GROUPS": 4, "HEAD_SIZE": size, "BLOCK_B": 4, "BLOCK_D": 128}
     constants |= {"BLOCK_M": config.rows, "BLOCK_N": config.keys}
     constants |= dict.fromkeys(("PAGED", "TREE", "WINDOWED", "CAPPED"), False) | flags
     return Compilation(
