@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.attention import reference
-from hasten.kernels.attention.contract import Cache, Partial, Scoring, Tree, check
+from hasten.kernels.attention.contract import PLAIN, Cache, Partial, Scoring, Tree, check
 from hasten.kernels.dispatch import use_triton
 
 __all__ = [
@@ -28,7 +28,7 @@ def decode_attention(
     queries: Tensor,
     cache: Cache,
     lengths: Tensor,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN,
     *,
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -53,7 +53,7 @@ def tree_attention(
     cache: Cache,
     lengths: Tensor,
     tree: Tree,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN,
     *,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -74,7 +74,7 @@ def partial_attention(
     queries: Tensor,
     cache: Cache,
     lengths: Tensor,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN,
     *,
     positions: Tensor | None = None,
     tree: Tree | None = None,
@@ -108,7 +108,7 @@ def shared_prefix_attention(
     prefix_lengths: Tensor,
     suffix: Cache,
     lengths: Tensor,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN,
     *,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -140,7 +140,7 @@ def shared_prefix_attention(
         return launch.merge(both, sinks, queries.dtype)
     one = reference.partial_attention(together, prefix, prefix_lengths, scoring, positions, None)
     other = reference.partial_attention(queries, suffix, lengths, scoring, None, None)
-    both = Partial(*(torch.stack([a.view(b.shape), b]) for a, b in zip(one, other, strict=True)))
+    both = Partial(*(torch.stack([a.reshape(b.shape), b]) for a, b in zip(one, other, strict=True)))
     return reference.merge(both, sinks, queries.dtype)
 
 

@@ -23,7 +23,7 @@ WORD_BITS = 32
 
 
 class Partial(NamedTuple):
-    """Partial results, all float32: o (..., D), m (...), l (...); a leading dimension where there are several segments."""
+    """Partial results, all float32: o (..., D), m (...), l (...); segments, if there are several, lead."""
 
     o: Tensor
     m: Tensor
@@ -35,7 +35,7 @@ class Partial(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Cached keys and values, each (pages, H, page size, D) with any strides and adjacent elements of a head.
+    """Cached keys and values, each (pages, H, page size, D), of equal strides, with adjacent elements of a head.
 
     table: (B, P) int32, the pages of each sequence in order. A contiguous cache has one page for each sequence, and
     None means that the page of sequence b is b.
@@ -95,6 +95,9 @@ class Scoring:
             raise ValueError(f"soft_cap={self.soft_cap} must be positive, or None")
 
 
+PLAIN = Scoring()
+
+
 def check(queries: Tensor, cache: Cache, lengths: Tensor, scoring: Scoring, tree: Tree | None) -> None:
     """ValueError if the arguments of an attention do not fit together."""
     batch, width, heads, size = queries.shape
@@ -106,8 +109,11 @@ def check(queries: Tensor, cache: Cache, lengths: Tensor, scoring: Scoring, tree
             f"queries of {heads} heads of size {size} do not fit keys of {kv_heads} heads of size {own}: sizes must be "
             "equal, and the number of query heads a multiple of the number of KV heads"
         )
-    if cache.keys.stride(3) != 1 or cache.values.stride(3) != 1:
-        raise ValueError("the elements of a key and of a value must be adjacent in memory")
+    if cache.keys.stride() != cache.values.stride() or cache.keys.stride(3) != 1 or queries.stride(3) != 1:
+        raise ValueError(
+            "keys and values must have equal strides, and elements of a head, also of queries, be adjacent in memory; "
+            f"got {cache.keys.stride()}, {cache.values.stride()} and queries {queries.stride()}"
+        )
     if cache.table is None and pages < batch:
         raise ValueError(f"a cache of {pages} pages without a table is too small for {batch} sequences")
     counts = {"lengths": lengths}

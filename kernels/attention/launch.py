@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of attention. It is imported only on first use, because importing triton takes seconds."""
+"""Launches the Triton kernels of attention. Imported only on first use, because importing triton takes seconds."""
 
 from typing import NamedTuple
 
@@ -25,19 +25,37 @@ class Config(NamedTuple):
     programs: int
 
 
-def config(rows: int, size: int, dtype: torch.dtype) -> Config:
+# Many rows are bound by arithmetic: the largest blocks whose registers do not spill, for 16-bit heads of 128 elements.
+# Keys and values are then read few times, and all but once from the L2 cache. The second of each is for windows and
+# soft caps, which need more registers. Found by compiling; not measured.
+_MANY_ROWS = {
+    "sm_90": (Config(128, 64, 8, 2, 1), Config(128, 32, 8, 2, 1)),
+    "cuda": (Config(128, 32, 8, 2, 1), Config(128, 32, 8, 2, 1)),
+    "hip": (Config(64, 32, 4, 2, 1), Config(64, 32, 4, 1, 1)),
+}
+# Few rows are bound by memory: many bytes in flight.
+_FEW_ROWS = Config(2 * _MIN_ROWS, 64, 4, 2, 2)
+_ROW_BYTES = 256  # of a key, for which the tables are made
+
+
+def config(rows: int, size: int, dtype: torch.dtype, gpu: str, plain: bool = True) -> Config:
     """Configuration for a number of rows (queries times query heads of a KV head) of a sequence.
 
-    Few rows are bound by memory: many bytes in flight. Many rows are bound by arithmetic: large blocks of rows, so that
-    keys and values are read few times, from the L2 cache all but once.
+    gpu: a name of the table. plain: whether there is neither a window nor a soft cap.
     """
-    row_bytes = triton.next_power_of_2(size) * dtype.itemsize
-    if rows <= 2 * _MIN_ROWS:
-        keys = min(64, max(16, 64 * 256 // row_bytes))
-        return Config(max(_MIN_ROWS, triton.next_power_of_2(rows)), keys, 4, 2, 2)
-    largest = min(128, max(_MIN_ROWS, 128 * 256 // row_bytes))
-    block = min(largest, triton.next_power_of_2(rows))
-    return Config(block, min(64, max(16, 64 * 256 // row_bytes)), 8 if block > 64 else 4, 2, 1 if block > 64 else 2)
+    chosen = _FEW_ROWS if rows <= _FEW_ROWS.rows else _MANY_ROWS[gpu][0 if plain else 1]
+    shrink = max(1, triton.next_power_of_2(size) * dtype.itemsize // _ROW_BYTES)
+    block = max(_MIN_ROWS, min(chosen.rows // shrink, triton.next_power_of_2(rows)))
+    keys = max(16, chosen.keys // shrink)
+    if block <= 64 and chosen.rows > 64:  # half of the warps, twice as many programs
+        return Config(block, min(keys, 32), 4, chosen.stages, 2)
+    return chosen._replace(rows=block, keys=keys)
+
+
+def _gpu(device: torch.device) -> str:
+    if torch.version.hip:
+        return "hip"
+    return "sm_90" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
 
 
 def attention(
@@ -59,13 +77,15 @@ def attention(
     batch, width, query_heads, size = queries.shape
     heads = cache.keys.shape[1]
     groups = query_heads // heads
-    block = chosen or config(width * groups, size, queries.dtype)
     device = queries.device
+    plain = scoring.window is None and scoring.soft_cap is None
+    block = chosen or config(width * groups, size, queries.dtype, _gpu(device), plain)
     table = torch.arange(batch, dtype=torch.int32, device=device)[:, None] if cache.table is None else cache.table
     counts = None if tree is None else (tree.nodes if tree.counts is None else tree.counts)
     windowed = scoring.window is not None
     if windowed and tree is not None:
-        positions = tree.depths
+        # A depth is read also for keys of the prefix.
+        positions = tree.depths if tree.depths is not None and tree.depths.shape[1] else lengths[:, None]
     elif windowed and positions is None:
         positions = (lengths - 1)[:, None].expand(-1, width).contiguous()
     row_blocks = triton.cdiv(width * groups, block.rows)

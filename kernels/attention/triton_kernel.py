@@ -12,7 +12,7 @@ unit is a piece. Going from a piece to the next, the unit, the program or both i
 place for its partial result that no other piece has, and the pieces of a unit are adjacent.
 """
 
-# ruff: noqa: E741, N803, N806
+# ruff: noqa: E741, N803
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -66,8 +66,9 @@ def attention_kernel(
 ):
     """Partial results of pieces; see the module.
 
-    o (pieces, BLOCK_M, D), m, l (pieces, BLOCK_M) float32. ranges: (units, 2) int32, the first piece of each unit and their number. positions: depths
-    of nodes (B, nodes) if TREE, else positions of queries (B, N). Strides of keys are those of values.
+    o (pieces, BLOCK_M, D), m, l (pieces, BLOCK_M) float32. ranges: (units, 2) int32, the first piece of each unit and
+    their number. positions: depths of nodes (B, nodes) if TREE, else positions of queries (B, N). Keys and values have
+    the same strides.
     """
     program = tl.program_id(0)
     sequences = tl.arange(0, BLOCK_B)
@@ -172,10 +173,10 @@ def attention_kernel(
             if WINDOWED:
                 key_position = key
                 if TREE:
-                    node = key - length
-                    is_node = (node >= 0) & (key < total)
-                    depth = tl.load(positions + sequence * position_stride + node, mask=is_node, other=0)
-                    key_position = tl.where(is_node, length + depth, key)
+                    # Bits have removed what is behind the nodes.
+                    node = tl.minimum(key, total - 1) - length
+                    depth = tl.load(positions + sequence * position_stride + tl.maximum(node, 0))
+                    key_position = length + tl.where(node < 0, node, depth)
                 s = tl.where((query_position[:, None] - key_position) < window, s, -float("inf"))
             new = tl.maximum(m_row, tl.max(s, 1))
             # A row that has seen no key yet: -inf minus -inf is nan.
@@ -292,8 +293,9 @@ def merge_kernel(
 ):
     """Merge of the pieces of a unit, for BLOCK_R of its block_rows rows.
 
-    o (pieces, block_rows, D), m, l (pieces, block_rows). out (B, N, H * G, D), and its m and l (B, N, H * G) if PARTIAL.
-    STACKED: there is one unit, which has all pieces. COUNTED: only the first counts[b] queries have pieces; others are 0.
+    o (pieces, block_rows, D), m, l (pieces, block_rows). out (B, N, H * G, D), and its m and l (B, N, H * G) if
+    PARTIAL. STACKED: there is one unit, which has all pieces. COUNTED: only the first counts[b] queries have pieces;
+    others are 0.
     """
     unit = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)

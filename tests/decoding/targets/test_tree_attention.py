@@ -28,7 +28,7 @@ def test_bit_masks_equal_a_mask_of_the_whole_length(window):
         total, first = committed + len(parents), len(parents) - count
         seen = torch.zeros(count, total, dtype=torch.bool)
         depths = []
-        for node, parent in enumerate(parents):
+        for parent in parents:
             depths.append(0 if parent == ROOT else depths[parent] + 1)
         for query in range(count):
             seen[query, :committed] = True

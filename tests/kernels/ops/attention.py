@@ -8,13 +8,24 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from hasten.kernels.attention import Cache, Partial, Scoring, Tree, launch, reference, triton_kernel
+from hasten.kernels.attention import (
+    Cache,
+    Partial,
+    Scoring,
+    Tree,
+    launch,
+    reference,
+    shared_prefix_attention,
+    triton_kernel,
+)
+from hasten.kernels.attention.contract import PLAIN
 from hasten.kernels.attention.launch import Config
-from tests.kernels.ops.compilation import Compilation
+from tests.kernels.ops.compilation import TARGETS, Compilation
 
-# Error of an output whose values are standard normal numbers: of sums in float32 in different orders, with weights whose
-# exponentials have 2e-7 of relative error times scores of up to 10; else of weights and outputs that are rounded.
+# Error of an output whose values are standard normal numbers: of sums in float32 in different orders, with weights
+# whose exponentials have 2e-7 of relative error times scores of up to 10; else of weights and outputs that are rounded.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+GPUS = {"sm_90": ("sm_90",), "cuda": ("sm_80", "sm_100"), "hip": ("gfx942",)}
 SMALL = Config(16, 16, 4, 2, 1)
 
 
@@ -33,7 +44,7 @@ class Shape:
     nodes: tuple[int, ...] = ()
     counts: tuple[int, ...] | None = None
     page: int = 0
-    scoring: Scoring = Scoring()
+    scoring: Scoring = PLAIN
     sinks: bool = False
     wide_words: bool = False
     dtype: torch.dtype = torch.float32
@@ -66,6 +77,8 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         if device != "cpu":
             yield f"{name}, bfloat16", partial(check, replace(shape, dtype=torch.bfloat16), device, None)
     yield "merge of segments", partial(check_merge, device)
+    for window in (None, 9):
+        yield f"shared prefixes, window {window}", partial(check_shared_prefixes, device, Scoring(window=window))
     if device != "cpu":
         large = Shape((8192, 1000), 64, 8, 4, 128, (64, 30), dtype=torch.bfloat16)
         yield "64 nodes behind 8192 tokens", partial(check, large, device, None)
@@ -77,17 +90,18 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def compilations() -> list[Compilation]:
     """Decoding, paged decoding, and a tree with all that it can have, each with the configuration that is launched."""
-    one, paged = launch.config(8, 128, torch.bfloat16), launch.config(8, 96, torch.bfloat16)
-    tree = launch.config(256, 128, torch.bfloat16)
     merged = {"GROUPS": 4, "HEAD_SIZE": 128, "BLOCK_R": 2, "BLOCK_P": 16, "BLOCK_D": 128}
     pointers = ["o", "m", "l", "counts", "sinks", "out", "out_m", "out_l"]
     types = dict.fromkeys(pointers, "*fp32") | {"out": "*bf16", "counts": "*i32"}
     types |= {"ranges": "*i32"}
     return [
-        _compilation("decode", one, 128),
-        _compilation("decode, paged", paged, 96, PAGED=True),
-        _compilation("tree", tree, 128, TREE=True),
-        _compilation("tree, window, soft cap", tree, 128, TREE=True, WINDOWED=True, CAPPED=True),
+        _compilation("decode", 8, 128),
+        _compilation("decode, paged", 8, 96, PAGED=True),
+        *(
+            _compilation(f"tree, {gpu}", 256, 128, gpu, **flags)
+            for gpu in GPUS
+            for flags in ({"TREE": True}, {"TREE": True, "WINDOWED": True, "CAPPED": True})
+        ),
         Compilation(
             "merge",
             triton_kernel.merge_kernel,
@@ -97,8 +111,9 @@ def compilations() -> list[Compilation]:
     ]
 
 
-def _compilation(name: str, config: Config, size: int, **flags: bool) -> Compilation:
+def _compilation(name: str, rows: int, size: int, gpu: str = "", **flags: bool) -> Compilation:
     kernel = triton_kernel.attention_kernel
+    config = launch.config(rows, size, torch.bfloat16, gpu or "cuda", "WINDOWED" not in flags)
     types = dict.fromkeys(("queries", "keys", "values"), "*bf16") | dict.fromkeys(("o", "m", "l"), "*fp32")
     types |= {"scale": "fp32", "soft_cap": "fp32"}
     names = "table", "lengths", "nodes", "counts", "masks", "positions", "ranges"
@@ -112,6 +127,7 @@ def _compilation(name: str, config: Config, size: int, **flags: bool) -> Compila
         constants,
         {"num_warps": config.warps, "num_stages": config.stages},
         tensor_cores=True,
+        targets=GPUS.get(gpu, tuple(TARGETS)),
         aligned=("query_stride_b", "query_stride_n", "query_stride_h", "page_stride", "head_stride", "token_stride"),
     )
 
@@ -233,3 +249,26 @@ def check_merge(device: str) -> None:
             found = launch.merge(own, None if sinks is None else sinks.to(device), torch.float32)
         expected = reference.merge(Partial(*(part.double() for part in partials)), sinks, torch.float64)
         torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def check_shared_prefixes(device: str, scoring: Scoring) -> None:
+    """AssertionError where sequences that share prefixes do not attend as if each had a cache of its own."""
+    prefixes = inputs(Shape((20, 13), heads=2, groups=2, size=16))
+    given = inputs(Shape((5, 0, 11, 1), width=2, heads=2, groups=2, size=16, sinks=True), seed=1)
+    own, other = given.to(device), prefixes.to(device)
+    with patch("torch.empty", poisoned):
+        found = shared_prefix_attention(
+            own.queries, other.cache, other.lengths, own.cache, own.lengths, scoring, sinks=own.sinks
+        )
+    exact = given.double()
+    for b, length in enumerate(given.lengths.tolist()):
+        shared = b // 2
+        total = prefixes.lengths[shared : shared + 1] + length
+        joined = Cache(
+            *(
+                torch.cat([first[shared, :, : int(total) - length], rest[b, :, :length]], 1)[None].double()
+                for first, rest in zip(prefixes.cache[:2], given.cache[:2], strict=True)
+            )
+        )
+        expected = reference.attention(exact.queries[b : b + 1], joined, total, scoring, None, None, exact.sinks)
+        torch.testing.assert_close(found[b : b + 1].cpu().double(), expected, rtol=0, atol=TOLERANCES[torch.float32])
