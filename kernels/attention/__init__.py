@@ -84,7 +84,7 @@ def partial_attention(
     if use_triton(queries):
         from hasten.kernels.attention import launch
 
-        out = _empty(1, queries).segment(0)
+        out = launch.empty_partials(1, queries).segment(0)
         launch.attention(queries, cache, lengths, scoring, positions, tree, out=out)
         return out
     return reference.partial_attention(queries, cache, lengths, scoring, positions, tree)
@@ -133,21 +133,9 @@ def shared_prefix_attention(
     if use_triton(queries):
         from hasten.kernels.attention import launch
 
-        both = _empty(2, queries)
-        first = Partial(both.o[0].view(together.shape), *(part[0].view(together.shape[:3]) for part in both[1:]))
-        launch.attention(together, prefix, prefix_lengths, scoring, positions, None, out=first)
-        launch.attention(queries, suffix, lengths, scoring, None, None, out=both.segment(1))
-        return launch.merge(both, sinks, queries.dtype)
-    one = reference.partial_attention(together, prefix, prefix_lengths, scoring, positions, None)
-    other = reference.partial_attention(queries, suffix, lengths, scoring, None, None)
-    both = Partial(*(torch.stack([a.reshape(b.shape), b]) for a, b in zip(one, other, strict=True)))
-    return reference.merge(both, sinks, queries.dtype)
-
-
-def _empty(segments: int, queries: Tensor) -> Partial:
-    """Unwritten partial results for queries."""
-    shape = segments, *queries.shape
-    return Partial(
-        torch.empty(shape, dtype=torch.float32, device=queries.device),
-        *(torch.empty(shape[:-1], dtype=torch.float32, device=queries.device) for _ in range(2)),
+        return launch.shared_prefix_attention(
+            queries, together, prefix, prefix_lengths, suffix, lengths, scoring, positions, sinks
+        )
+    return reference.shared_prefix_attention(
+        queries, together, prefix, prefix_lengths, suffix, lengths, scoring, positions, sinks
     )

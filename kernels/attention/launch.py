@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from hasten.kernels.attention.contract import Cache, Partial, Scoring, Tree
-from hasten.kernels.attention.triton_kernel import attention_kernel, merge_kernel
+from hasten.kernels.attention.merge_kernel import merge_kernel
+from hasten.kernels.attention.triton_kernel import attention_kernel
 
 # Without a GPU, kernels are interpreted, one program after another.
 _INTERPRETED_PROGRAMS = 5
@@ -113,7 +114,7 @@ def attention(
         *partials,
         ranges,
         size**-0.5 if scoring.scale is None else scoring.scale,
-        scoring.soft_cap or 0.0,
+        float(scoring.soft_cap or 0),
         scoring.window or 0,
         batch,
         width,
@@ -140,6 +141,37 @@ def attention(
     result = torch.empty(queries.shape, dtype=queries.dtype, device=device) if out is None else out.o
     _merge(partials, ranges, counts, sinks, result, out, width, heads, groups, row_blocks, programs)
     return result
+
+
+def shared_prefix_attention(
+    queries: Tensor,
+    together: Tensor,
+    prefix: Cache,
+    prefix_lengths: Tensor,
+    suffix: Cache,
+    lengths: Tensor,
+    scoring: Scoring,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See hasten.kernels.attention.shared_prefix_attention. together (A, B / A * N, H * G, D): queries by prefix.
+
+    positions: those of `together`, from the first key of its prefix; None without a window.
+    """
+    both = empty_partials(2, queries)
+    first = Partial(both.o[0].view(together.shape), *(part[0].view(together.shape[:3]) for part in both[1:]))
+    attention(together, prefix, prefix_lengths, scoring, positions, None, out=first)
+    attention(queries, suffix, lengths, scoring, None, None, out=both.segment(1))
+    return merge(both, sinks, queries.dtype)
+
+
+def empty_partials(segments: int, queries: Tensor) -> Partial:
+    """Unwritten partial results for queries."""
+    shape = segments, *queries.shape
+    return Partial(
+        torch.empty(shape, dtype=torch.float32, device=queries.device),
+        *(torch.empty(shape[:-1], dtype=torch.float32, device=queries.device) for _ in range(2)),
+    )
 
 
 def merge(partials: Partial, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,27 @@ def attention(
     return _unfolded(out, groups).masked_fill(~seen.any(-1)[:, :, None, None], 0)
 
 
+def shared_prefix_attention(
+    queries: Tensor,
+    together: Tensor,
+    prefix: Cache,
+    prefix_lengths: Tensor,
+    suffix: Cache,
+    lengths: Tensor,
+    scoring: Scoring,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See hasten.kernels.attention.shared_prefix_attention. together (A, B / A * N, H * G, D): queries by prefix.
+
+    positions: those of `together`, from the first key of its prefix; None without a window.
+    """
+    first = partial_attention(together, prefix, prefix_lengths, scoring, positions, None)
+    rest = partial_attention(queries, suffix, lengths, scoring, None, None)
+    both = Partial(*(torch.stack([a.reshape(b.shape), b]) for a, b in zip(first, rest, strict=True)))
+    return merge(both, sinks, queries.dtype)
+
+
 def merge(partials: Partial, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Attention output (..., D) of partial results with the segments in the leading dimension."""
     o, m, total = merge_partials(partials)

@@ -14,6 +14,7 @@ from hasten.kernels.attention import (
     Scoring,
     Tree,
     launch,
+    merge_kernel,
     reference,
     shared_prefix_attention,
     triton_kernel,
@@ -104,8 +105,8 @@ def compilations() -> list[Compilation]:
         ),
         Compilation(
             "merge",
-            triton_kernel.merge_kernel,
-            _signature(triton_kernel.merge_kernel, types),
+            merge_kernel.merge_kernel,
+            _signature(merge_kernel.merge_kernel, types),
             merged | {"STACKED": False, "COUNTED": True, "SINKS": True, "PARTIAL": False},
         ),
     ]
