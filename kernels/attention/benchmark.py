@@ -63,7 +63,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
             shape += f"+{sizes.nodes} nodes" * bool(sizes.nodes) + f" prefix {sizes.prefix}" * bool(sizes.prefix)
             yield Case(
                 op="attention",
-                shape=f"{shape} page {sizes.page}" if sizes.page else f"{shape} {heads * groups}/{heads} heads",
+                shape=f"{shape} {heads * groups}/{heads} heads" + f" page {sizes.page}" * bool(sizes.page),
                 dtype=str(dtype).removeprefix("torch."),
                 device_type=device.type,
                 operands=problem.operands,

@@ -96,7 +96,7 @@ def compilations() -> list[Compilation]:
     types = dict.fromkeys(pointers, "*fp32") | {"out": "*bf16", "counts": "*i32"}
     types |= {"ranges": "*i32"}
     return [
-        _compilation("decode", 8, 128),
+        replace(_compilation("decode", 8, 128), targets=("sm_90",)),
         _compilation("decode, paged", 8, 96, PAGED=True),
         *(
             _compilation(f"tree, {gpu}", 256, 128, gpu, **flags)
@@ -195,6 +195,8 @@ def _tree(shape: Shape, parents: list[list[int]]) -> Tree:
     depths = torch.zeros(len(parents), max(shape.nodes), dtype=torch.int32)
     counts = shape.counts or shape.nodes
     for b, (above, count) in enumerate(zip(parents, counts, strict=True)):
+        for absent in range(len(above), words * bits):  # bits that are to be ignored
+            masks[b, :, absent // bits] |= torch.tensor(1, dtype=dtype) << (absent % bits)
         for node in range(len(above)):
             path = ancestors(above, node)
             depths[b, node] = len(path) - 1
