@@ -59,10 +59,11 @@ class Cache(NamedTuple):
 class Tree(NamedTuple):
     """Nodes behind the prefix of each sequence: their keys follow those of the prefix in the cache.
 
-    masks: (B, N, W) int32 or int64; bit k of word w says whether a query sees node 32 w + k (64 w + k);
-    bits of nodes that do not exist are ignored. nodes: (B,) int32, number of nodes in the cache. counts: (B,) int32, number of queries of each sequence, which are its last
-    nodes; None if all nodes are queries. Outputs of the queries behind them are 0. depths: (B, nodes) int32, distance
-    of each node from the first position behind the prefix; only needed with a window.
+    masks: (B, N, W) int32 or int64; bit k of word w says whether a query sees node 32 w + k (64 w + k); bits of nodes
+    that do not exist are ignored. nodes: (B,) int32, number of nodes in the cache. counts: (B,) int32, number of
+    queries of each sequence, which are its last nodes; None if all nodes are queries. Outputs of the queries behind
+    them are 0. depths: (B, nodes) int32, distance of each node from the first position behind the prefix; only needed
+    with a window.
     """
 
     masks: Tensor
