@@ -48,7 +48,7 @@ def config(rows: int, size: int, dtype: torch.dtype, gpu: str, plain: bool = Tru
     shrink = max(1, triton.next_power_of_2(size) * dtype.itemsize // _ROW_BYTES)
     block = max(_MIN_ROWS, min(chosen.rows // shrink, triton.next_power_of_2(rows)))
     keys = max(16, chosen.keys // shrink)
-    if block <= 64 and chosen.rows > 64:  # half of the warps, twice as many programs
+    if block <= 64 and chosen.rows > 64 and shrink == 1:  # half of the warps, twice as many programs
         return Config(block, min(keys, 32), 4, chosen.stages, 2)
     return chosen._replace(rows=block, keys=keys)
 
