@@ -83,7 +83,7 @@ class DecodeConfig(Run):
         "fast for the families that it runs",
         choices=("auto", "transformers", "fast", "llama"),
     )
-    compiled: bool = option(False, "compile the fast path, once for every size of a draft")
+    compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(
         "auto",
         "dtype of the arithmetic; auto is bfloat16 on a GPU, and the faster dtype on a CPU with bfloat16 units",
