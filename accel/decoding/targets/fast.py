@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from hasten.accel.decoding.targets.attention import CacheAccess, Reach, attend, write
 from hasten.accel.decoding.targets.base import FINAL, Pass, Target
-from hasten.accel.decoding.targets.families import build_decoder, name_of, refusal
+from hasten.accel.decoding.targets.families import FAMILIES, build_decoder, name_of, refusal
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
 from hasten.accel.decoding.targets.families.weights import ModelWeights
 from hasten.accel.decoding.targets.graphs import (
@@ -61,8 +61,9 @@ class FastTarget(Target):
         reason = refusal(model.config)
         if reason is not None:
             raise UserError(f"path=fast cannot run {name_of(model.config)}: {reason}")
-        # torch.compile cannot trace the kernels of packed weights, which are the CPU's.
-        return cls(build_decoder(model.config, ModelWeights(model, packs and not compiled)), compiled)
+        # torch.compile cannot trace the kernels of packed weights.
+        traced = compiled and not FAMILIES[model.config.model_type].data_dependent
+        return cls(build_decoder(model.config, ModelWeights(model, packs and not traced)), compiled)
 
     @property
     def cache_bytes(self) -> int:
@@ -110,8 +111,7 @@ class FastTarget(Target):
             with torch.no_grad():
                 run = self._traced if self._recorded is None else self._recorded
                 outputs = run(inputs, first, self.feature_layers)
-            scores, last, *features = (rows.unflatten(0, (count, size))[:, :width] for rows in outputs)
-            return Pass(scores, last, features[0] if features else None)
+            return Pass(*(rows.unflatten(0, (count, size))[:, :width] for rows in outputs))
         start = starts[0] if count == 1 else None
         rows = places = None
         if start is None:

@@ -5,7 +5,7 @@ addresses the recording knows, and outputs are copied out of them, because the n
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class CudaGraphs:
     """Capture by CUDA graphs, which share their memory: outputs must be read before another of them is replayed."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         """See Capture. The function runs before, because libraries and kernels are initialised at their first call."""
