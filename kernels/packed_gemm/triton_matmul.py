@@ -34,6 +34,33 @@ def _unpack(word, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]  
 
 
 @triton.jit
+def _scales(  # type: ignore[no-untyped-def]
+    scale,
+    zero_point,
+    first,
+    k,
+    stop,
+    GROUP: tl.constexpr,  # noqa: N803
+    BLOCK_U: tl.constexpr,  # noqa: N803
+    SYMMETRIC: tl.constexpr,  # noqa: N803
+):
+    """Scales and zero points (R, U, 1) of the tile at unit k. first: (R, 1), of each row.
+
+    A scale is loaded for each unit, although units share them: loads of single scales would impose their own distribution
+    over threads, one row a thread, on the tile of the weight. Symmetric weights have no zero points: the scales are returned in their place, and not used.
+    """
+    unit = k + tl.arange(0, BLOCK_U)[None, :]
+    place = (first + unit // GROUP)[:, :, None]
+    inside = (unit < stop)[:, :, None]
+    step = tl.load(scale + place, mask=inside, other=0.0)
+    if SYMMETRIC:
+        zero = step
+    else:
+        zero = tl.load(zero_point + place, mask=inside, other=0)
+    return step, zero
+
+
+@triton.jit
 def kernel(  # type: ignore[no-untyped-def]
     x,
     codes,
@@ -73,6 +100,8 @@ def kernel(  # type: ignore[no-untyped-def]
     accumulator = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     start = tl.program_id(2) * units_of_split
     stop = tl.minimum(start + units_of_split, units)
+    if not GATHER:
+        step, zero = _scales(scale, zero_point, weight_row * groups, start, stop, GROUP, BLOCK_U, SYMMETRIC)
     for k in range(start, stop, BLOCK_U):
         unit = k + tl.arange(0, BLOCK_U)[None, :]
         inside = unit < stop
@@ -85,16 +114,20 @@ def kernel(  # type: ignore[no-untyped-def]
             else:
                 group = column // GROUP
             place = weight_row[:, :, None] * groups + group
-        else:
-            inside_scale = inside[:, :, None]
-            place = (weight_row * groups + unit // GROUP)[:, :, None]
-        step = tl.load(scale + place, mask=inside_scale, other=0.0).to(tl.float32)
+            step = tl.load(scale + place, mask=inside_scale, other=0.0)
+            if SYMMETRIC:
+                zero = step
+            else:
+                zero = tl.load(zero_point + place, mask=inside_scale, other=0)
         value = (unpacked | _MAGIC).to(tl.float32, bitcast=True)
         if SYMMETRIC:
             value -= 2.0**23 + MIDDLE
         else:
-            value -= 2.0**23 + tl.load(zero_point + place, mask=inside_scale, other=0).to(tl.float32)
-        weight = tl.reshape((value * step).to(x.dtype.element_ty), (BLOCK_R, BLOCK_U * CODES))
+            value -= 2.0**23 + zero.to(tl.float32)
+        weight = tl.reshape((value * step.to(tl.float32)).to(x.dtype.element_ty), (BLOCK_R, BLOCK_U * CODES))
+        if not GATHER:
+            # Those of the next tile: their latency is hidden by this tile's product.
+            step, zero = _scales(scale, zero_point, weight_row * groups, k + BLOCK_U, stop, GROUP, BLOCK_U, SYMMETRIC)
         column = k * CODES + tl.arange(0, BLOCK_U * CODES)[:, None]
         x_tile = tl.load(x_start + column, mask=column < tl.minimum(columns, stop * CODES), other=0.0)
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision="ieee")

@@ -17,7 +17,7 @@ from tests.kernels.ops.compilation import Compilation
 
 @dataclass(frozen=True)
 class Variant:
-    """One product. groups: scales of a row. order: groups are permuted among columns. strided: x is a slice of columns."""
+    """One product. groups: scales of a row. order: groups are permuted. strided: x is a slice of columns."""
 
     n: int
     rows: int
@@ -104,7 +104,8 @@ def check(variant: Variant, dtype: torch.dtype, device: str) -> None:
     exact = reference.packed_gemm(x.double(), weight)
     # Terms of a sum cancel: its rounding errors are relative to the sum of magnitudes.
     magnitude = x.double().abs() @ reference.dequantize(weight, torch.float64).abs().T
-    assert found.dtype == dtype and found.shape == exact.shape
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
     error = (found.cpu().double() - exact).abs() / magnitude
     assert bool((error <= _ROUNDING[dtype]).all()), f"error {float(error.max())} of the sum of magnitudes"
 
@@ -152,7 +153,9 @@ def compilations() -> list[Compilation]:
         return Compilation(name, triton_matmul.kernel, types, options, launch, tensor_cores=True)
 
     return [
-        of_gemv("one row, 4 bits", 4, 1, 4, 16),
+        # A thread block of 16 AMD warps has no more than 128 registers a thread.
+        replace(of_gemv("one row, 4 bits", 4, 1, 4, 16), targets=("sm_80", "sm_90", "sm_100")),
+        replace(of_gemv("one row, 4 bits, 8 warps", 4, 1, 4, 8), targets=("gfx942",)),
         of_gemv("four rows, 4 bits, asymmetric", 4, 4, 2, 8, SYMMETRIC=False, EVEN=False),
         of_gemv("one row, 3 bits", 3, 1, 4, 8),
         of_gemv("one row, 2 bits", 2, 1, 2, 8),
