@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,12 +17,17 @@ import torch
 
 from hasten.kernels.cache import default_cache
 
-# Multiprocessors that a GPU has, for one that is not the current device or has no driver. Otherwise they are asked for.
-_PROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "B200": 148, "MI300": 304}
-_UNKNOWN_PROCESSORS = 108
 # Up to this many rows of activations are multiplied without tensor cores: each costs as much as the dequantization.
 MAX_GEMV_ROWS = 4
-_WARPS_OF_PROCESSOR = 16
+# Warps of 32 threads that a multiprocessor should hold, so that enough loads are in flight, and columns and stages of a
+# tile on tensor cores, by what a GPU's name contains. The shared memory of the last row suits consumer GPUs, too.
+_TABLE = {
+    "H100": (16, 128, 3),
+    "H200": (20, 128, 3),
+    "B200": (24, 128, 3),
+    "A100": (12, 64, 4),
+    "": (12, 64, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ Configuration = Gemv | Matmul
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of x, rounded up to a power of two, and what else the choice depends on. itemsize: bytes of an activation."""
+    """What the choice depends on. n: rows of x, rounded up to a power of two. itemsize: bytes of an element of x."""
 
     n: int
     rows: int
@@ -70,10 +75,20 @@ def problem(n: int, rows: int, columns: int, bits: int, itemsize: int) -> Proble
     return Problem(1 << max(n - 1, 0).bit_length(), rows, columns, bits, itemsize)
 
 
-def default(problem: Problem, processors: int) -> Configuration:
-    """Configuration that was derived from instruction counts and bytes in flight, for a GPU with `processors`."""
+@dataclass(frozen=True)
+class Gpu:
+    """What defaults depend on: a GPU's name and its number of multiprocessors."""
+
+    name: str
+    processors: int
+
+
+def default(problem: Problem, gpu: Gpu) -> Configuration:
+    """Configuration derived from instruction counts and bytes in flight; it was not measured."""
+    warps, block_k, stages = next(row for name, row in _TABLE.items() if name in gpu.name)
+    processors = gpu.processors
     if problem.n <= MAX_GEMV_ROWS:
-        return _default_gemv(problem, processors)
+        return _default_gemv(problem, processors, warps)
     block_n = min(max(problem.n, 16), 128)
     # Each program reads all of x: tall tiles read it less often. Splits fill the processors that row tiles leave idle.
     block_r = 128 if problem.itemsize == 2 else 32
@@ -81,10 +96,11 @@ def default(problem: Problem, processors: int) -> Configuration:
     splits = max(1, min(processors // programs, problem.columns // 512, 8))
     if problem.itemsize == 4:
         return Matmul(block_r, min(block_n, 32), 64, 4, 2, splits)
-    return Matmul(block_r, block_n, 64 if block_n == 128 else 128, 8 if block_n >= 64 else 4, 3, splits)
+    block_k = 64 if block_n == 128 else block_k
+    return Matmul(block_r, block_n, block_k, 8 if block_n >= 64 else 4, stages, splits)
 
 
-def _default_gemv(problem: Problem, processors: int) -> Gemv:
+def _default_gemv(problem: Problem, processors: int, warps_of_processor: int) -> Gemv:
     # Registers of a thread hold rows_of_thread words for each unit and as many sums for each row of x.
     for rows_of_thread in (4, 2, 1) if problem.n == 1 else (2, 1):
         programs = -(-problem.rows // (8 * rows_of_thread))
@@ -93,74 +109,58 @@ def _default_gemv(problem: Problem, processors: int) -> Gemv:
     # A warp covers 64 bytes of a row at a time.
     steps = max(1, problem.columns * problem.bits // 8 // 64)
     warps = 16
-    while warps > 2 and (programs * warps > 2 * processors * _WARPS_OF_PROCESSOR or warps > steps):
+    while warps > 2 and (programs * warps > 2 * processors * warps_of_processor or warps > steps):
         warps //= 2
     splits = max(1, min(processors // programs, steps // (2 * warps), 8))
     return Gemv(rows_of_thread, warps, splits)
 
 
-def candidates(problem: Problem, processors: int) -> list[Configuration]:
-    """The default and its neighbours, which are measured."""
-    chosen = [default(problem, processors)]
-    if problem.n <= 4 * MAX_GEMV_ROWS:
-        chosen += [
-            Gemv(rows_of_thread, warps, splits)
-            for rows_of_thread in (1, 2, 4, 8)
-            for warps in (4, 8, 16)
-            for splits in (1, 2)
-            if rows_of_thread * min(problem.n, 4) <= 8
-        ]
+def candidates(problem: Problem, gpu: Gpu) -> list[Configuration]:
+    """The default and its neighbours, which are measured; few, because each is compiled, which takes a second."""
+    chosen = [default(problem, gpu)]
+    if problem.n <= MAX_GEMV_ROWS:
+        chosen += [Gemv(1, 8), Gemv(2, 8), Gemv(2, 16), Gemv(4, 16) if problem.n == 1 else Gemv(1, 16)]
     if problem.n > 1 and problem.itemsize == 2:
-        chosen += [
-            Matmul(block_r, block_n, block_k, warps, stages, splits)
-            for block_r in (64, 128)
-            for block_n in sorted({min(max(problem.n, 16), limit) for limit in (16, 64, 128)})
-            for block_k, warps, stages in ((64, 4, 4), (128, 4, 3), (128, 8, 3))
-            for splits in (1, 2, 4)
-        ]
+        block_n = min(max(problem.n, 16), 128)
+        chosen += [Matmul(64, block_n, 128, 4, 3, splits) for splits in (1, 2, 4)]
+        chosen += [Matmul(128, block_n, 64, 8, 4, splits) for splits in (1, 2)]
     return list(dict.fromkeys(chosen))
 
 
 def configuration(problem: Problem, device: torch.device) -> Configuration:
     """The measured configuration of this GPU, else the default."""
-    name, processors = _gpu(device)
-    return _measured(_path(name)).get(problem.key) or default(problem, processors)
+    gpu = _gpu(device)
+    return _measured(_path(gpu)).get(problem.key) or default(problem, gpu)
 
 
-def measure(
-    problem: Problem, device: torch.device, seconds: Callable[[Configuration], float]
-) -> tuple[Configuration, float]:
-    """The fastest candidate and its seconds; it is written to the cache folder, and later calls use it.
+def measure(problem: Problem, device: torch.device, seconds: Callable[[Configuration], float]) -> Configuration:
+    """The fastest candidate; it is written to the cache folder, and later calls use it.
 
     seconds: time of one call with a configuration; infinite for one that this GPU cannot run.
     """
-    name, processors = _gpu(device)
-    timed = {candidate: seconds(candidate) for candidate in candidates(problem, processors)}
+    gpu = _gpu(device)
+    timed = {candidate: seconds(candidate) for candidate in candidates(problem, gpu)}
     best = min(timed, key=lambda candidate: timed[candidate])
-    path = _path(name)
+    path = _path(gpu)
     _write(path, {**_read(path), problem.key: best})
     _measured.cache_clear()
-    return best, timed[best]
+    return best
 
 
 @cache
-def _gpu(device: torch.device) -> tuple[str, int]:
+def _gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return "interpreter", 1
+        return Gpu("interpreter", 1)
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+    return Gpu(properties.name, properties.multi_processor_count)
 
 
-def processors(name: str) -> int:
-    """Multiprocessors of a GPU by its name; those of an A100 if it is unknown."""
-    return next((count for part, count in _PROCESSORS.items() if part in name), _UNKNOWN_PROCESSORS)
-
-
-def _path(name: str) -> Path:
+@cache
+def _path(gpu: Gpu) -> Path:
     # Compilers differ in what is fastest.
     import triton
 
-    key = hashlib.sha256(f"{name} {triton.__version__}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{gpu.name} {triton.__version__}".encode()).hexdigest()[:12]
     return default_cache().expanduser() / "kernels" / f"packed_gemm-{key}.json"
 
 

@@ -1,16 +1,19 @@
 """Product of up to four rows of activations and a packed weight: one pass over the codes, no tensor cores.
 
-The kernel is bound by memory only if a code costs few instructions. Shifted and masked, a code is OR'ed into the top bits
-of the mantissa of 1.0, which makes it the float f = 1 + code / F with one instruction; F is a power of two. Products are
-accumulated as f * (F * x), and the sum of F * x, which is the same for all rows of the weight, is subtracted once for each
-unit. Neighbouring codes share a shift, so that a code of 4 bits costs a multiply-add, a mask and half a shift. F is at most
-256, so the error is that of float32 sums with terms up to 256 times as large, 2**-16 of a product, below the rounding
-of 16-bit dtypes. With float32 activations, codes are converted exactly instead.
+The kernel is bound by memory only if a code costs few instructions. Shifted and masked, a code is OR'ed into the top
+bits of the mantissa of 1.0, which makes it the float f = 1 + code / F with one instruction; F is a power of two.
+Products are accumulated as f * (F * x), and the sum of F * x, which is the same for all rows of the weight, is
+subtracted once for each unit. Neighbouring codes share a shift, so that a code of 4 bits costs a multiply-add, a mask
+and half a shift. F is at most 256, so the error is that of float32 sums with terms up to 256 times as large, 2**-16 of
+a product, below the rounding of 16-bit dtypes. With float32 activations, codes are converted exactly instead.
 
 A unit is one word, or three words with 3 bits. A tile of units is the tensor (RT, KW, 8, 4, V). Triton's default
-distribution of such a tensor is: V units (16 bytes) to a thread, 8 times 4 threads to a warp, KW warps along the columns,
-and RT rows to each thread, which reuses the registers of x. Sums over columns are made in a fixed order.
+distribution of such a tensor is: V units (16 bytes) to a thread, 8 times 4 threads to a warp, KW warps along the
+columns, and RT rows to each thread, which reuses the registers of x. Sums over columns are made in a fixed order.
 """
+# Triton compiles a part of Python: no types, no unpacking, tuples that grow in loops which are unrolled.
+# ruff: noqa: N803, E741, SIM108, SIM300, RUF005
+# mypy: disable-error-code="assignment, no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -30,7 +33,7 @@ def unit_codes(bits: int) -> int:
 
 @triton.constexpr_function
 def _place(j: int, bits: int) -> tuple[int, int, int]:
-    """Word of the unit that code j begins in, right shift (negative: left), and position of the code after the shift."""
+    """Word of the unit that code j begins in, right shift (negative: left), and the code's position after the shift."""
     word = j * bits // 32
     together = (23 - _LOW.value) // bits
     # The codes that lie wholly in a word are numbered from its first one.
@@ -49,11 +52,11 @@ def _factor(j: int, bits: int, exact: bool) -> float:
 
 
 @triton.jit
-def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr):
     """Code J of each unit as the float 1 + code / F, or as it is if EXACT."""
-    PLACE: tl.constexpr = _place(J, BITS)  # noqa: N806
-    BIT: tl.constexpr = J * BITS % 32  # noqa: N806
-    MASK: tl.constexpr = 2**BITS - 1  # noqa: N806
+    PLACE: tl.constexpr = _place(J, BITS)
+    BIT: tl.constexpr = J * BITS % 32
+    MASK: tl.constexpr = 2**BITS - 1
     word = words[PLACE[0]]
     if BIT + BITS > 32:
         word = (word >> BIT) | (words[PLACE[0] + 1] << (32 - BIT))
@@ -70,7 +73,7 @@ def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr)
 
 
 @triton.jit
-def _element(quad, I: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741, N803
+def _element(quad, I: tl.constexpr, DTYPE: tl.constexpr):
     """Element I of four 16-bit floats in an int64, as float32."""
     pair = (quad >> (32 * (I // 2))).to(tl.uint32)
     if DTYPE == tl.bfloat16:
@@ -81,7 +84,7 @@ def _element(quad, I: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _load(pointers, inside, EVEN: tl.constexpr):
     if EVEN:
         values = tl.load(pointers)
     else:
@@ -90,7 +93,7 @@ def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def kernel(  # type: ignore[no-untyped-def]
+def kernel(
     x,
     codes,
     scale,
@@ -104,18 +107,18 @@ def kernel(  # type: ignore[no-untyped-def]
     words,
     groups,
     units_of_split,
-    GROUP: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    NR: tl.constexpr,  # noqa: N803
-    RT: tl.constexpr,  # noqa: N803
-    KW: tl.constexpr,  # noqa: N803
-    V: tl.constexpr,  # noqa: N803
-    ONE_SCALE: tl.constexpr,  # noqa: N803
-    SYMMETRIC: tl.constexpr,  # noqa: N803
-    GATHER: tl.constexpr,  # noqa: N803
-    INDEXED: tl.constexpr,  # noqa: N803
-    EVEN: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    NR: tl.constexpr,
+    RT: tl.constexpr,
+    KW: tl.constexpr,
+    V: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    EVEN: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """One program multiplies NR rows of x by 8 RT rows of the weight, over the columns of one split.
 
@@ -123,14 +126,14 @@ def kernel(  # type: ignore[no-untyped-def]
     is in units, or in columns if GATHER, where each code reads its own scale. ONE_SCALE: the V units of
     a thread are in one group.
     """
-    CODES: tl.constexpr = unit_codes(BITS)  # noqa: N806
-    EXACT: tl.constexpr = GATHER or DTYPE == tl.float32  # noqa: N806
-    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)  # noqa: N806
+    CODES: tl.constexpr = unit_codes(BITS)
+    EXACT: tl.constexpr = GATHER or DTYPE == tl.float32
+    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
     lane = tl.arange(0, KW)[None, :, None, None] * LANES + tl.arange(0, LANES)[None, None, None, :]
     first_row = tl.program_id(0) * (RT * ROWS_OF_WARP)
     row_of_warp = first_row + tl.arange(0, ROWS_OF_WARP)[None, None, :, None]
-    # The constant plus zero, which the compiler does not know to be zero: it would otherwise load the constant again for
-    # each code instead of keeping it in a register.
+    # The constant plus zero, which the compiler does not know to be zero: it would otherwise load the constant again
+    # for each code instead of keeping it in a register.
     one = tl.expand_dims((row_of_warp >> 31) + _ONE, 4).to(tl.uint32)
     # Rows beyond the last one are read again, and not written. int64: a weight may have more than 2**31 bytes.
     row = tl.minimum(row_of_warp + tl.arange(0, RT)[:, None, None, None] * ROWS_OF_WARP, rows - 1).to(tl.int64)

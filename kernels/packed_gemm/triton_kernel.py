@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of packed products. Imported only on first use, because importing triton takes seconds."""
+"""Launches the Triton kernels of packed products. Imported on first use, because importing triton takes seconds."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.kernels.packed_gemm import triton_gemv, triton_matmul
-from hasten.kernels.packed_gemm.choice import Configuration, Gemv, Matmul, configuration, problem
+from hasten.kernels.packed_gemm.choice import Configuration, Gemv, Matmul, configuration, measure, problem
 from hasten.kernels.packed_gemm.layout import PackedWeight
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -17,7 +17,8 @@ _SUM_BLOCK = 1024
 def packed_gemm(x: Tensor, weight: PackedWeight, chosen: Configuration | None = None) -> Tensor:
     """Product (N, R) in the dtype of x; see hasten.kernels.packed_gemm.packed_gemm.
 
-    chosen: the launch configuration; None for the measured or default one. The result depends on it by rounding errors.
+    weight is on the device of x. chosen: the launch configuration, on which the result depends by rounding errors; None
+    for the measured or default one.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}: the kernel multiplies {', '.join(map(str, DTYPES))}")
@@ -34,6 +35,18 @@ def packed_gemm(x: Tensor, weight: PackedWeight, chosen: Configuration | None = 
     partial = torch.empty(chosen.splits, n, rows, dtype=torch.float32, device=x.device)
     launch(x, weight, partial, chosen)  # type: ignore[arg-type]
     return sum_splits(partial, x.dtype)
+
+
+def tune(x: Tensor, weight: PackedWeight) -> Configuration:
+    """Measures configurations for products of this shape on x's GPU; later calls and processes use the fastest."""
+
+    def seconds(chosen: Configuration) -> float:
+        try:
+            return float(triton.testing.do_bench(lambda: packed_gemm(x, weight, chosen), 5, 20, return_mode="median"))
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+
+    return measure(problem(len(x), *weight.shape, weight.bits, x.itemsize), x.device, seconds)
 
 
 def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,12 @@
 """Product of many rows of activations and a packed weight on tensor cores, and the sum over splits of the columns.
 
-The weight is the first operand, so that few rows of activations pad little. Its tile is unpacked along an axis of its own,
-words (R, U) to codes (R, U, codes of a unit), which is then merged with the columns: in the order of the columns, so x is
-read as it is. A unit is one word, or three words with 3 bits.
+The weight is the first operand, so that few rows of activations pad little. Its tile is unpacked along an axis of its
+own, words (R, U) to codes (R, U, codes of a unit), which is then merged with the columns: in the order of the columns,
+so x is read as it is. A unit is one word, or three words with 3 bits.
 """
+# Triton compiles a part of Python, without types.
+# ruff: noqa: N803, SIM108
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -15,7 +18,7 @@ _MAGIC = tl.constexpr(0x4B000000)
 
 
 @triton.jit
-def _unpack(word, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _unpack(word, inside, BITS: tl.constexpr):
     """Codes (R, U, codes of a unit) uint32 of the units that pointers (R, U) point to."""
     low = tl.load(word, mask=inside, other=0).to(tl.uint32, bitcast=True)[:, :, None]
     code = tl.arange(0, unit_codes(BITS))[None, None, :]
@@ -34,20 +37,21 @@ def _unpack(word, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]  
 
 
 @triton.jit
-def _scales(  # type: ignore[no-untyped-def]
+def _scales(
     scale,
     zero_point,
     first,
     k,
     stop,
-    GROUP: tl.constexpr,  # noqa: N803
-    BLOCK_U: tl.constexpr,  # noqa: N803
-    SYMMETRIC: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):
     """Scales and zero points (R, U, 1) of the tile at unit k. first: (R, 1), of each row.
 
-    A scale is loaded for each unit, although units share them: loads of single scales would impose their own distribution
-    over threads, one row a thread, on the tile of the weight. Symmetric weights have no zero points: the scales are returned in their place, and not used.
+    A scale is loaded for each unit, although units share them: loads of single scales would impose their own
+    distribution over threads, one row a thread, on the tile of the weight. Symmetric weights have no zero points: the
+    scales are returned in their place, and not used.
     """
     unit = k + tl.arange(0, BLOCK_U)[None, :]
     place = (first + unit // GROUP)[:, :, None]
@@ -61,7 +65,7 @@ def _scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def kernel(  # type: ignore[no-untyped-def]
+def kernel(
     x,
     codes,
     scale,
@@ -76,22 +80,22 @@ def kernel(  # type: ignore[no-untyped-def]
     words,
     groups,
     units_of_split,
-    GROUP: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    BLOCK_R: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_U: tl.constexpr,  # noqa: N803
-    SYMMETRIC: tl.constexpr,  # noqa: N803
-    GATHER: tl.constexpr,  # noqa: N803
-    INDEXED: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
     """One program multiplies BLOCK_R rows of the weight by BLOCK_N rows of x, over the columns of one split.
 
-    x: (n, columns), rows x_stride apart. Rows of codes end with whole units. out: (splits, n, rows). GROUP is in units, or
+    x: (n, columns), rows x_stride apart. Rows of codes have whole units. out: (splits, n, rows). GROUP is in units, or
     in columns if GATHER, where each code reads its own scale.
     """
-    CODES: tl.constexpr = unit_codes(BITS)  # noqa: N806
-    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)  # noqa: N806
+    CODES: tl.constexpr = unit_codes(BITS)
+    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # int64: tensors may have more than 2**31 elements.
@@ -137,7 +141,7 @@ def kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sum_splits(partial, out, count, splits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def sum_splits(partial, out, count, splits, BLOCK: tl.constexpr):
     """Sum (count,) of partial products (splits, count) float32, in the order of the splits."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
