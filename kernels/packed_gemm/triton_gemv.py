@@ -51,9 +51,39 @@ def _factor(j: int, bits: int, exact: bool) -> float:
     return 2.0 ** (bits if crosses else 23 - _place(j, bits)[2])
 
 
+@triton.constexpr_function
+def code_order(j: int, bits: int, float_codes: bool) -> int:
+    """Code that is unpacked as number j: of float codes, the two that share an instruction are neighbours."""
+    return j // 2 + j % 2 * (16 // bits) if float_codes else j
+
+
 @triton.jit
-def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr):
-    """Code J of each unit as the float 1 + code / F, or as it is if EXACT."""
+def float_bits(bits, BITS: tl.constexpr):
+    """Float16 bits of codes e4m3 (8 bits) or e2m1 (4 bits), divided by 2**8 or 2**14, in both halves of uint32."""
+    if BITS == 8:
+        return ((bits & 0x007F007F) << 7) | ((bits & 0x00800080) << 8)
+    else:
+        return ((bits & 0x00070007) << 9) | ((bits & 0x00080008) << 12)
+
+
+@triton.jit
+def scale_value(stored, SCALE: tl.constexpr):
+    """Scales in float32. SCALE: "float", or "e8m0" or "e4m3" stored as uint8."""
+    if SCALE == "e8m0":
+        return (stored.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    elif SCALE == "e4m3":
+        bits = float_bits(stored.to(tl.uint32), 8).to(tl.uint16)
+        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, EXACT: tl.constexpr):
+    """Code J of each unit as the float 1 + code / F, or as it is if EXACT; as it is divided by a power of two if FLOAT."""
+    if FLOAT:
+        pair = float_bits(words[0] >> (J * BITS % 16), BITS)
+        return (pair >> (J * BITS // 16 * 16)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     PLACE: tl.constexpr = _place(J, BITS)
     BIT: tl.constexpr = J * BITS % 32
     MASK: tl.constexpr = 2**BITS - 1
@@ -73,9 +103,9 @@ def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr)
 
 
 @triton.jit
-def _element(quad, I: tl.constexpr, DTYPE: tl.constexpr):
-    """Element I of four 16-bit floats in an int64, as float32."""
-    pair = (quad >> (32 * (I // 2))).to(tl.uint32)
+def _element(quads, I: tl.constexpr, DTYPE: tl.constexpr):
+    """Element I of 16-bit floats, of which each int64 holds four, as float32."""
+    pair = (quads[I // 4] >> (32 * (I % 4 // 2))).to(tl.uint32)
     if DTYPE == tl.bfloat16:
         if I % 2:
             return (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -99,16 +129,25 @@ def kernel(
     scale,
     zero_point,
     group_index,
+    alpha,
     out,
     n,
     rows,
     columns,
     units,
+    x_units,
     words,
     groups,
     units_of_split,
     GROUP: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    FLOAT: tl.constexpr,
+    SCALE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALPHA: tl.constexpr,
+    WRAP: tl.constexpr,
     NR: tl.constexpr,
     RT: tl.constexpr,
     KW: tl.constexpr,
@@ -122,13 +161,13 @@ def kernel(
 ):
     """One program multiplies NR rows of x by 8 RT rows of the weight, over the columns of one split.
 
-    x: (n, units * codes of a unit), contiguous, as int64 of four elements, or float32. out: (splits, n, rows). GROUP
-    is in units, or in columns if GATHER, where each code reads its own scale. ONE_SCALE: the V units of
-    a thread are in one group.
+    x: (n, x_units * codes of a unit), contiguous, as int64 of four elements, or float32. If WRAP, x is repeated along the
+    units. out: (splits, n, rows). GROUP is in units, or in columns if GATHER, where each code reads its own scale.
+    ROW_GROUP rows share scales. ONE_SCALE: the V units of a thread are in one group. The product is multiplied by FACTOR,
+    and by the number at alpha if ALPHA.
     """
     CODES: tl.constexpr = unit_codes(BITS)
-    EXACT: tl.constexpr = GATHER or DTYPE == tl.float32
-    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
+    EXACT: tl.constexpr = GATHER or DTYPE == tl.float32 or FLOAT
     lane = tl.arange(0, KW)[None, :, None, None] * LANES + tl.arange(0, LANES)[None, None, None, :]
     first_row = tl.program_id(0) * (RT * ROWS_OF_WARP)
     row_of_warp = first_row + tl.arange(0, ROWS_OF_WARP)[None, None, :, None]
@@ -144,7 +183,7 @@ def kernel(
         x_rows = x_rows + (
             x
             + tl.minimum(tl.program_id(1) * NR + i, n - 1).to(tl.int64)
-            * (units * CODES // (1 if DTYPE == tl.float32 else 4)),
+            * (x_units * CODES // (1 if DTYPE == tl.float32 else 4)),
         )
         accumulators = accumulators + (tl.zeros((RT, KW, ROWS_OF_WARP, LANES), tl.float32),)
     start = tl.program_id(2) * units_of_split
@@ -162,13 +201,14 @@ def kernel(
                 unit_words = unit_words + (_load(word + i, inside_word, EVEN).to(tl.uint32, bitcast=True),)
         if not GATHER:
             if ONE_SCALE:
-                place = row * groups + lane_unit // GROUP
+                place = row // ROW_GROUP * groups + lane_unit // GROUP
                 in_scale = lane_unit < stop
             else:
-                place = unit_row * groups + unit // GROUP
+                place = unit_row // ROW_GROUP * groups + unit // GROUP
                 in_scale = inside
-            step = _load(scale + place, in_scale, EVEN).to(tl.float32)
+            step = scale_value(_load(scale + place, in_scale, EVEN), SCALE)
             zero = MIDDLE if SYMMETRIC else _load(zero_point + place, in_scale, EVEN).to(tl.float32)
+        x_unit = unit % x_units if WRAP else unit
         # Four elements of each row of x at a time, by rows.
         quads = ()
         dots = ()
@@ -177,19 +217,19 @@ def kernel(
             total = tl.zeros((1, KW, 1, LANES, V), tl.float32)
             if DTYPE != tl.float32:
                 for q in tl.static_range(CODES // 4):
-                    quads = quads + (_load(x_rows[i] + unit * (CODES // 4) + q, inside, EVEN),)
+                    quads = quads + (_load(x_rows[i] + x_unit * (CODES // 4) + q, inside, EVEN),)
             if not EXACT:
                 for j in tl.static_range(CODES):
-                    value = _element(quads[i * (CODES // 4) + j // 4], j % 4, DTYPE)
+                    value = _element(quads, i * CODES + j, DTYPE)
                     offset += value * (_factor(j, BITS, False) + (MIDDLE if SYMMETRIC else 0.0))
                     total += value
                 if not SYMMETRIC:
                     offset = offset + total * (tl.expand_dims(zero, 4) if ONE_SCALE else zero)
             dots = dots + (tl.zeros((RT, KW, ROWS_OF_WARP, LANES, V), tl.float32) - offset,)
         for j in tl.static_range(CODES):
-            code = _field(unit_words, one, j, BITS, EXACT)
+            code = _field(unit_words, one, code_order(j, BITS, FLOAT), BITS, FLOAT, EXACT)
             if GATHER:
-                column = unit * CODES + j
+                column = unit * CODES + code_order(j, BITS, FLOAT)
                 if INDEXED:
                     group = tl.load(group_index + column, mask=column < columns, other=0)
                 else:
@@ -202,9 +242,9 @@ def kernel(
             new_dots = ()
             for i in tl.static_range(NR):
                 if DTYPE == tl.float32:
-                    value = _load(x_rows[i] + unit * CODES + j, inside, EVEN)
+                    value = _load(x_rows[i] + x_unit * CODES + code_order(j, BITS, FLOAT), inside, EVEN)
                 else:
-                    value = _element(quads[i * (CODES // 4) + j // 4], j % 4, DTYPE)
+                    value = _element(quads, i * CODES + code_order(j, BITS, FLOAT), DTYPE)
                 new_dots = new_dots + (dots[i] + code * (value * _factor(j, BITS, EXACT)),)
             dots = new_dots
         new_accumulators = ()
@@ -220,6 +260,8 @@ def kernel(
     out_row = first_row + tl.arange(0, RT)[:, None] * ROWS_OF_WARP + tl.arange(0, ROWS_OF_WARP)[None, :]
     for i in tl.static_range(NR):
         x_row = tl.program_id(1) * NR + i
-        product = tl.sum(tl.sum(accumulators[i], axis=3), axis=1)
+        product = tl.sum(tl.sum(accumulators[i], axis=3), axis=1) * FACTOR
+        if ALPHA:
+            product *= tl.load(alpha)
         target = out + (tl.program_id(2) * n + x_row).to(tl.int64) * rows + out_row
         tl.store(target, product.to(out.dtype.element_ty), mask=out_row < tl.where(x_row < n, rows, 0))

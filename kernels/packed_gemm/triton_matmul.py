@@ -11,7 +11,7 @@ so x is read as it is. A unit is one word, or three words with 3 bits.
 import triton
 import triton.language as tl
 
-from hasten.kernels.packed_gemm.triton_gemv import unit_codes
+from hasten.kernels.packed_gemm.triton_gemv import float_bits, scale_value, unit_codes
 
 # 2**23 as a float32: a code OR'ed into its mantissa is added exactly.
 _MAGIC = tl.constexpr(0x4B000000)
@@ -71,17 +71,26 @@ def kernel(
     scale,
     zero_point,
     group_index,
+    alpha,
     out,
     n,
     rows,
     columns,
     x_stride,
     units,
+    x_units,
     words,
     groups,
     units_of_split,
     GROUP: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    FLOAT: tl.constexpr,
+    SCALE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALPHA: tl.constexpr,
+    WRAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -92,20 +101,20 @@ def kernel(
     """One program multiplies BLOCK_R rows of the weight by BLOCK_N rows of x, over the columns of one split.
 
     x: (n, columns), rows x_stride apart. Rows of codes have whole units. out: (splits, n, rows). GROUP is in units, or
-    in columns if GATHER, where each code reads its own scale.
+    in columns if GATHER, where each code reads its own scale. For the other arguments see triton_gemv.kernel.
     """
     CODES: tl.constexpr = unit_codes(BITS)
-    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # int64: tensors may have more than 2**31 elements.
     weight_row = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
+    scale_row = weight_row // ROW_GROUP * groups
     x_start = x + tl.minimum(x_row, n - 1).to(tl.int64)[None, :] * x_stride
     accumulator = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     start = tl.program_id(2) * units_of_split
     stop = tl.minimum(start + units_of_split, units)
     if not GATHER:
-        step, zero = _scales(scale, zero_point, weight_row * groups, start, stop, GROUP, BLOCK_U, SYMMETRIC)
+        step, zero = _scales(scale, zero_point, scale_row, start, stop, GROUP, BLOCK_U, SYMMETRIC)
     for k in range(start, stop, BLOCK_U):
         unit = k + tl.arange(0, BLOCK_U)[None, :]
         inside = unit < stop
@@ -123,18 +132,28 @@ def kernel(
                 zero = step
             else:
                 zero = tl.load(zero_point + place, mask=inside_scale, other=0)
-        value = (unpacked | _MAGIC).to(tl.float32, bitcast=True)
-        if SYMMETRIC:
-            value -= 2.0**23 + MIDDLE
+        if FLOAT:
+            value = float_bits(unpacked, BITS).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         else:
-            value -= 2.0**23 + zero.to(tl.float32)
-        weight = tl.reshape((value * step.to(tl.float32)).to(x.dtype.element_ty), (BLOCK_R, BLOCK_U * CODES))
+            value = (unpacked | _MAGIC).to(tl.float32, bitcast=True)
+            if SYMMETRIC and MIDDLE % 1.0:
+                value = (value - 2.0**23) - MIDDLE  # one half, which 2**23 cannot hold
+            elif SYMMETRIC:
+                value -= 2.0**23 + MIDDLE
+            else:
+                value -= 2.0**23 + zero.to(tl.float32)
+        weight = tl.reshape(
+            (value * (scale_value(step, SCALE) * FACTOR)).to(x.dtype.element_ty), (BLOCK_R, BLOCK_U * CODES)
+        )
         if not GATHER:
             # Those of the next tile: their latency is hidden by this tile's product.
-            step, zero = _scales(scale, zero_point, weight_row * groups, k + BLOCK_U, stop, GROUP, BLOCK_U, SYMMETRIC)
+            step, zero = _scales(scale, zero_point, scale_row, k + BLOCK_U, stop, GROUP, BLOCK_U, SYMMETRIC)
         column = k * CODES + tl.arange(0, BLOCK_U * CODES)[:, None]
-        x_tile = tl.load(x_start + column, mask=column < tl.minimum(columns, stop * CODES), other=0.0)
+        x_column = column % (x_units * CODES) if WRAP else column
+        x_tile = tl.load(x_start + x_column, mask=(x_column < columns) & (column < stop * CODES), other=0.0)
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision="ieee")
+    if ALPHA:
+        accumulator *= tl.load(alpha)
     target = out + (tl.program_id(2) * n + x_row).to(tl.int64)[None, :] * rows + row[:, None]
     inside_out = (row < rows)[:, None] & (x_row < n)[None, :]
     tl.store(target, accumulator.to(out.dtype.element_ty), mask=inside_out)

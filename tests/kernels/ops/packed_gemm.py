@@ -1,12 +1,15 @@
 """Products with packed weights: kernels without and with tensor cores, and the sum over splits."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hasten.kernels.packed_gemm import reference, triton_gemv, triton_kernel, triton_matmul
@@ -94,64 +97,79 @@ def inputs(variant: Variant, dtype: torch.dtype) -> tuple[Tensor, PackedWeight]:
 def check(variant: Variant, dtype: torch.dtype, device: str) -> None:
     """AssertionError where the kernel on device differs from the reference in float64 on the CPU."""
     x, weight = inputs(variant, dtype)
-    on_device = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, Tensor)}
     x_device = x.to(device)
     if variant.strided:
         x_device = torch.nn.functional.pad(x_device, (1, 1))[:, 1:-1]
+    with poisoned_outputs():
+        found = triton_kernel.packed_gemm(x_device, moved(weight, device), variant.configuration)
+    assert_product(found, x, reference.dequantize(weight, torch.float64))
+
+
+def moved(weight: Any, device: str) -> Any:
+    """A dataclass with its tensors on device."""
+    tensors = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return replace(weight, **tensors)
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """New tensors hold NaN, so that an element that is not written is wrong."""
     empty = torch.empty
     with patch("torch.empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan)):
-        found = triton_kernel.packed_gemm(x_device, replace(weight, **on_device), variant.configuration)
-    exact = reference.packed_gemm(x.double(), weight)
+        yield
+
+
+def assert_product(found: Tensor, x: Tensor, dense: Tensor) -> None:
+    """found equals the product of x and the weight dense float64, within the rounding of x's dtype."""
+    exact = x.double() @ dense.T
     # Terms of a sum cancel: its rounding errors are relative to the sum of magnitudes.
-    magnitude = x.double().abs() @ reference.dequantize(weight, torch.float64).abs().T
-    assert found.dtype == dtype
+    magnitude = x.double().abs() @ dense.abs().T
+    assert found.dtype == x.dtype
     assert found.shape == exact.shape
     error = (found.cpu().double() - exact).abs() / magnitude
-    assert bool((error <= _ROUNDING[dtype]).all()), f"error {float(error.max())} of the sum of magnitudes"
+    assert bool((error <= _ROUNDING[x.dtype]).all()), f"error {float(error.max())} of the sum of magnitudes"
+
+
+_POINTERS = {"codes": "*i32", "scale": "*bf16", "zero_point": "*u8", "group_index": "*i32", "alpha": "*fp32"}
+_POINTERS |= {"out": "*bf16"}
+_SHARED = {"ROW_GROUP": 1, "FLOAT": False, "SCALE": "float", "FACTOR": 1.0, "ALPHA": False, "WRAP": False}
+_SHARED |= {"SYMMETRIC": True, "GATHER": False, "INDEXED": False}
+
+
+def of_gemv(name: str, bits: int, x_rows: int, rows_of_thread: int, warps: int, **constants: object) -> Compilation:
+    """Launch of the kernel without tensor cores, groups of 128, in bfloat16."""
+    names = "x codes scale zero_point group_index alpha out n rows columns units x_units words groups units_of_split"
+    unit = triton_gemv.unit_codes(bits)
+    own = {"GROUP": 128 // unit, "BITS": bits, "MIDDLE": 2.0 ** (bits - 1), "NR": x_rows, "RT": rows_of_thread}
+    own |= {"KW": warps, "V": 1 if unit == 32 else 4, "ONE_SCALE": True, "EVEN": True, "DTYPE": tl.bfloat16}
+    return _compilation(name, triton_gemv.kernel, names, "*i64", own | constants, {"num_warps": warps}, False)
+
+
+def of_matmul(name: str, bits: int, chosen: Matmul, **constants: object) -> Compilation:
+    """Launch of the kernel on tensor cores, groups of 128, in bfloat16."""
+    names = "x codes scale zero_point group_index alpha out n rows columns x_stride units x_units words groups"
+    unit = triton_gemv.unit_codes(bits)
+    own = {"GROUP": 128 // unit, "BITS": bits, "MIDDLE": 2.0 ** (bits - 1), "BLOCK_R": chosen.block_r}
+    own |= {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k // unit}
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    names += " units_of_split"
+    return _compilation(name, triton_matmul.kernel, names, "*bf16", own | constants, options, True)
+
+
+def _compilation(
+    name: str, kernel: Any, names: str, x: str, own: dict[str, Any], options: dict[str, int], tensor_cores: bool
+) -> Compilation:
+    constants = _SHARED | own
+    types = {key: _POINTERS.get(key, x if key == "x" else "i32") for key in names.split()}
+    if constants["SCALE"] != "float":
+        types["scale"] = "*u8"
+    # In the order of the kernel's arguments.
+    types |= {key: "constexpr" for key in kernel.arg_names if key in constants}
+    return Compilation(name, kernel, types, constants, options, tensor_cores)
 
 
 def compilations() -> list[Compilation]:
     """One row and four rows at 4 bits, other widths, act-order; tiles of 16, 64 and 128 rows."""
-    gemv = "x codes scale zero_point group_index out n rows columns units words groups units_of_split"
-    matmul = "x codes scale zero_point group_index out n rows columns x_stride units words groups units_of_split"
-    pointers = {"codes": "*i32", "scale": "*bf16", "zero_point": "*u8", "group_index": "*i32", "out": "*bf16"}
-
-    def of_gemv(name: str, bits: int, x_rows: int, rows_of_thread: int, warps: int, **constants: object) -> Compilation:
-        options = {
-            "GROUP": 128 // triton_gemv.unit_codes(bits),
-            "BITS": bits,
-            "NR": x_rows,
-            "RT": rows_of_thread,
-            "KW": warps,
-            "V": 1 if bits == 3 else 4,
-            "ONE_SCALE": True,
-            "SYMMETRIC": True,
-            "GATHER": False,
-            "INDEXED": False,
-            "EVEN": True,
-            "DTYPE": triton_kernel.DTYPES[torch.bfloat16],
-        } | constants
-        types = {key: pointers.get(key, "*i64" if key == "x" else "i32") for key in gemv.split()}
-        types |= dict.fromkeys(options, "constexpr")
-        return Compilation(name, triton_gemv.kernel, types, options, {"num_warps": warps})
-
-    def of_matmul(name: str, bits: int, chosen: Matmul, **constants: object) -> Compilation:
-        codes = triton_gemv.unit_codes(bits)
-        options = {
-            "GROUP": 128 // codes,
-            "BITS": bits,
-            "BLOCK_R": chosen.block_r,
-            "BLOCK_N": chosen.block_n,
-            "BLOCK_U": chosen.block_k // codes,
-            "SYMMETRIC": True,
-            "GATHER": False,
-            "INDEXED": False,
-        } | constants
-        types = {key: pointers.get(key, "*bf16" if key == "x" else "i32") for key in matmul.split()}
-        types |= dict.fromkeys(options, "constexpr")
-        launch = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-        return Compilation(name, triton_matmul.kernel, types, options, launch, tensor_cores=True)
-
     return [
         # A thread block of 16 AMD warps has no more than 128 registers a thread.
         replace(of_gemv("one row, 4 bits", 4, 1, 4, 16), targets=("sm_80", "sm_90", "sm_100")),
