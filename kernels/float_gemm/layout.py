@@ -1,8 +1,9 @@
 """Weights of 8- and 4-bit floats, as compressed-tensors stores them.
 
-`float-quantized`: e4m3 with a scale per tensor, per row, or per block of 128 by 128. `mxfp4-pack-quantized`: e2m1, a scale of
-8 exponent bits (e8m0) per 32 columns. `nvfp4-pack-quantized`: e2m1, a scale in e4m3 per 16 columns, and a float32 scale of the
-tensor by which the others are divided. Two codes of 4 bits make a byte, the even column in the low half.
+`float-quantized`: e4m3 with a scale per tensor, per row, or per block of 128 by 128. `mxfp4-pack-quantized`: e2m1, a
+scale of 8 exponent bits (e8m0) per 32 columns. `nvfp4-pack-quantized`: e2m1, a scale in e4m3 per 16 columns, and a
+float32 scale of the tensor by which the others are divided. Two codes of 4 bits make a byte, the even column in the low
+half.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class FloatWeight:
             raise ValueError(
                 f"scale is {self.scale.dtype} {tuple(self.scale.shape)} for codes {self.codes.dtype} of a weight of "
                 f"{rows} rows and {columns} columns: accepted shapes are {', '.join(map(str, accepted))}, "
-                "of a float dtype for float8_e4m3fn, of uint8 for MXFP4, of float8_e4m3fn for NVFP4, with a global_scale"
+                "of a float dtype for float8_e4m3fn, of uint8 for MXFP4, of float8_e4m3fn with a global_scale for NVFP4"
             )
         if self.codes.dtype == torch.uint8 and columns % (columns // self.scale.shape[1]):
             raise ValueError(f"{self.scale.shape[1]} groups do not divide {columns} columns")

@@ -1,7 +1,7 @@
 """Products with weights of small floats in Triton, by the kernels of packed integers.
 
-A code is moved to the exponent and the mantissa of a float16, two codes at once, which divides it by a power of two. So no
-GPU needs instructions for 8-bit floats. The not-a-number codes of e4m3 are not recognised.
+A code is moved to the exponent and the mantissa of a float16, two codes at once, which divides it by a power of two. So
+no GPU needs instructions for 8-bit floats. The not-a-number codes of e4m3 are not recognised.
 """
 
 import torch

@@ -96,7 +96,8 @@ def default(problem: Problem, gpu: Gpu) -> Configuration:
     splits = max(1, min(processors // programs, problem.columns // 512, 8))
     if problem.itemsize == 4:
         return Matmul(block_r, min(block_n, 32), 64, 4, 2, splits)
-    block_k = 64 if block_n == 128 else block_k
+    # Longer tiles of 8 bits would spill registers.
+    block_k = 64 if block_n == 128 or problem.bits >= 8 else block_k
     return Matmul(block_r, block_n, block_k, 8 if block_n >= 64 else 4, stages, splits)
 
 

@@ -80,7 +80,7 @@ def scale_value(stored, SCALE: tl.constexpr):
 
 @triton.jit
 def _field(words, one, J: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, EXACT: tl.constexpr):
-    """Code J of each unit as the float 1 + code / F, or as it is if EXACT; as it is divided by a power of two if FLOAT."""
+    """Code J of each unit as the float 1 + code / F, or as it is if EXACT; a float code divided by its power of two."""
     if FLOAT:
         pair = float_bits(words[0] >> (J * BITS % 16), BITS)
         return (pair >> (J * BITS // 16 * 16)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -161,10 +161,10 @@ def kernel(
 ):
     """One program multiplies NR rows of x by 8 RT rows of the weight, over the columns of one split.
 
-    x: (n, x_units * codes of a unit), contiguous, as int64 of four elements, or float32. If WRAP, x is repeated along the
-    units. out: (splits, n, rows). GROUP is in units, or in columns if GATHER, where each code reads its own scale.
-    ROW_GROUP rows share scales. ONE_SCALE: the V units of a thread are in one group. The product is multiplied by FACTOR,
-    and by the number at alpha if ALPHA.
+    x: (n, x_units * codes of a unit), contiguous, as int64 of four elements, or float32. If WRAP, x is repeated along
+    the units. out: (splits, n, rows). GROUP is in units, or in columns if GATHER, where each code reads its own scale.
+    ROW_GROUP rows share scales. ONE_SCALE: the V units of a thread are in one group. The product is multiplied by
+    FACTOR, and by the number at alpha if ALPHA.
     """
     CODES: tl.constexpr = unit_codes(BITS)
     EXACT: tl.constexpr = GATHER or DTYPE == tl.float32 or FLOAT

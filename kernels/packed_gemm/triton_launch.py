@@ -20,10 +20,11 @@ class Codes:
     """A weight of R rows and C columns as the kernels read it.
 
     words: int32 (R, W), the codes of a row from the lowest bit on; planes of codes follow each other, in whole words.
-    scale: (S, G), S = R / row_group rounded up, of groups of `group` columns. The value of a code is (code - zero point)
-    * scale * factor * alpha; middle is the zero point where zero_point is None. is_float: codes are e4m3 (8 bits) or e2m1
-    (4 bits) and middle is 0; factor must then undo the division by 2**8 or 2**14. scale_format: "float", or "e8m0" or
-    "e4m3" for scales stored as uint8. alpha: float32, one element. group_index: int32 (C,), the group of each column.
+    scale: (S, G), S = R / row_group rounded up, of groups of `group` columns. A value is (code - zero point) * scale
+    * factor * alpha; middle is the zero point where zero_point is None. is_float: codes are e4m3 (8 bits) or
+    e2m1 (4 bits) and middle is 0; factor must then undo the division by 2**8 or 2**14. scale_format: "float", or "e8m0"
+    or "e4m3" for scales stored as uint8. alpha: float32, one element. group_index: int32 (C,), the group of each
+    column.
     """
 
     words: Tensor

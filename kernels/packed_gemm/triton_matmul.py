@@ -136,7 +136,7 @@ def kernel(
             value = float_bits(unpacked, BITS).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         else:
             value = (unpacked | _MAGIC).to(tl.float32, bitcast=True)
-            if SYMMETRIC and MIDDLE % 1.0:
+            if SYMMETRIC and MIDDLE % 1.0 != 0:
                 value = (value - 2.0**23) - MIDDLE  # one half, which 2**23 cannot hold
             elif SYMMETRIC:
                 value -= 2.0**23 + MIDDLE

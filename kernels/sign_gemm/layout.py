@@ -35,7 +35,7 @@ class SignWeight:
             )
         if self.scale.ndim != 3 or self.scale.shape[:2] != self.signs.shape[:2]:
             raise ValueError(
-                f"scale must be (rows, planes, groups) for signs {tuple(self.signs.shape)}, got {tuple(self.scale.shape)}"
+                f"scale must be (R, P, G) for signs {tuple(self.signs.shape)}, got {tuple(self.scale.shape)}"
             )
         groups = self.scale.shape[2]
         if groups > 1 and self.columns % (32 * groups):

@@ -71,7 +71,7 @@ def compilations() -> list[Compilation]:
     return [
         of_gemv("one row, fp8", 8, 1, 4, 8, **fp8),
         of_gemv("one row, nvfp4", 4, 1, 4, 8, **nvfp4, ONE_SCALE=False),
-        of_matmul("64 rows, fp8", 8, Matmul(128, 64, 128, 8, 3), **fp8),
+        of_matmul("64 rows, fp8", 8, Matmul(128, 64, 64, 8, 3), **fp8),
         of_matmul("64 rows, nvfp4", 4, Matmul(128, 64, 128, 8, 3), **nvfp4),
         of_matmul("64 rows, mxfp4", 4, Matmul(128, 64, 128, 8, 3), **nvfp4 | {"SCALE": "e8m0", "GROUP": 4}),
     ]
