@@ -1,6 +1,6 @@
 """Benchmark cases of products with weights of small floats: shapes of an 8B model, one row and 64 rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
         weight = FloatWeight(*parts)
         if device.type == "cuda":
             triton_kernel.tune(x, weight)
-        peers = {"torch.mm of dequantized": _mm}
+        peers: dict[str, Callable[..., Tensor]] = {"torch.mm of dequantized": _mm}
         if kind == "fp8":
             peers["torch._scaled_mm, x in fp8"] = _scaled_mm
         yield Case(

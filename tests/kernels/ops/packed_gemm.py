@@ -130,6 +130,7 @@ def assert_product(found: Tensor, x: Tensor, dense: Tensor) -> None:
     assert bool((error <= _ROUNDING[x.dtype]).all()), f"error {float(error.max())} of the sum of magnitudes"
 
 
+CUDA = ("sm_80", "sm_90", "sm_100")
 _POINTERS = {"codes": "*i32", "scale": "*bf16", "zero_point": "*u8", "group_index": "*i32", "alpha": "*fp32"}
 _POINTERS |= {"out": "*bf16"}
 _SHARED = {"ROW_GROUP": 1, "FLOAT": False, "SCALE": "float", "FACTOR": 1.0, "ALPHA": False, "WRAP": False}
@@ -172,7 +173,7 @@ def compilations() -> list[Compilation]:
     """One row and four rows at 4 bits, other widths, act-order; tiles of 16, 64 and 128 rows."""
     return [
         # A thread block of 16 AMD warps has no more than 128 registers a thread.
-        replace(of_gemv("one row, 4 bits", 4, 1, 4, 16), targets=("sm_80", "sm_90", "sm_100")),
+        replace(of_gemv("one row, 4 bits", 4, 1, 4, 16), targets=CUDA),
         replace(of_gemv("one row, 4 bits, 8 warps", 4, 1, 4, 8), targets=("gfx942",)),
         of_gemv("four rows, 4 bits, asymmetric", 4, 4, 2, 8, SYMMETRIC=False, EVEN=False),
         of_gemv("one row, 3 bits", 3, 1, 4, 8),
@@ -181,5 +182,6 @@ def compilations() -> list[Compilation]:
         of_matmul("16 rows, 4 bits", 4, Matmul(128, 16, 128, 4, 3)),
         of_matmul("64 rows, 4 bits", 4, Matmul(128, 64, 128, 8, 3), SYMMETRIC=False),
         of_matmul("128 rows, 4 bits", 4, Matmul(128, 128, 64, 8, 3)),
-        of_matmul("64 rows, 3 bits", 3, Matmul(128, 64, 128, 8, 3)),
+        # On gfx942 two scalar registers, which hold masks, spill.
+        replace(of_matmul("64 rows, 3 bits", 3, Matmul(128, 64, 128, 8, 3)), targets=CUDA),
     ]
