@@ -29,6 +29,8 @@ import torch
 import hasten.kernels
 from hasten.kernels.timing import SAMPLES, SEED, Case, Skipped, Timing, check, copy_rate, rotation, time_calls
 
+_MAX_MESSAGE = 200
+
 
 @dataclass(frozen=True)
 class Row:
@@ -131,7 +133,8 @@ def measure(case: Case, device: torch.device, rate: float, dry: bool) -> tuple[l
         try:
             timings[name] = time_calls(peer, buffers, samples)
         except Exception as error:  # an operator that this torch or this GPU lacks must not lose the other rows
-            reason = f"{name} at {case.shape} {case.dtype}: {type(error).__name__}: {error}"
+            message = str(error).partition("\n")[0][:_MAX_MESSAGE]  # torch lists all backends of an operator
+            reason = f"{name} at {case.shape} {case.dtype}: {type(error).__name__}: {message}"
             skipped.append(Skipped(case.op, reason))
     rows = [
         Row(
