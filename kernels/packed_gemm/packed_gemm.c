@@ -1,36 +1,36 @@
 // Product of float32 rows and a weight in panels of integer codes; the layout is in panels.py.
 #include <stdint.h>
+#include <string.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-// SUMS: registers for sums; as many more hold weights, inputs and the table of codes. ROWS: F(n) for n rows of a tile.
-#define ROWS_4(F) F(1) F(2) F(3) F(4)
-#define ROWS_6(F) ROWS_4(F) F(5) F(6)
+// SUMS: registers that hold sums; the others hold a widened weight, inputs and the table of codes.
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define SUMS 24
-#define ROWS ROWS_6
+#define MORE_TILES(F, bits) F(bits, 5) F(bits, 6)
 #elif defined(__AVX2__)
 #define VECTOR_BYTES 32
 #define SUMS 12
-#define ROWS ROWS_6
+#define MORE_TILES(F, bits) F(bits, 5) F(bits, 6)
 #elif defined(__aarch64__)
 #define VECTOR_BYTES 16
 #define SUMS 24
-#define ROWS ROWS_6
+#define MORE_TILES(F, bits) F(bits, 5) F(bits, 6)
 #else
 #define VECTOR_BYTES 16
 #define SUMS 8
-#define ROWS ROWS_4
+#define MORE_TILES(F, bits)
 #endif
 
-// A panel is 64 outputs: enough for a single row to hide the latency of additions. CHUNK inputs of it, widened, stay in
-// the L1 cache; BLOCK bytes of rows stay in the L2 cache.
+// A panel is 64 outputs: enough for a single row to hide the latency of additions. Products of up to CHUNK inputs of a
+// group are added up before they are scaled. The codes of DEPTH inputs of a panel stay in the L1 cache, BLOCK bytes of
+// rows in the L2 cache. PREFETCH: bytes ahead.
 enum { PANEL = 64, LANES = VECTOR_BYTES / 4, VECTORS = PANEL / LANES };
-enum { CHUNK = 128, BLOCK = 1 << 19, PREFETCH = 2048 };
-#define COUNT_ROW(n) +1
-enum { MAX_ROWS = 0 ROWS(COUNT_ROW) };
+enum { CHUNK = 128, DEPTH = 256, BLOCK = 1 << 19, PREFETCH = 2048 };
+#define ONE(bits, rows) +1
+enum { MAX_ROWS = 4 MORE_TILES(ONE, ) };
 
 typedef float lanes __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t integers __attribute__((vector_size(VECTOR_BYTES), may_alias));
@@ -53,7 +53,7 @@ typedef struct {
     const int8_t *zero;  // (panel, group, output) from the middle of the grid; NULL: all zero
     const float *x_sums; // (row, chunk): sums of inputs; NULL without zero points
     float *out;
-    long rows, inputs, outputs, group, groups, chunks;
+    long inputs, outputs, group, groups, group_chunks;
     int wide;
 } product;
 
@@ -84,98 +84,90 @@ INLINE lanes widen(const int bits, const words *unit, const int k)
     return __builtin_convertvector((integers)(field << (32 - bits - shift)) >> (32 - bits), lanes);
 }
 
-// Adds sums of a chunk of group g, times its scales, to the outputs of a tile.
-INLINE void finish(const int rows, const int vectors, lanes sum[MAX_ROWS][MAX_VECTORS], const product *of, long panel,
-    long g, long chunk, long row, int first)
+// A tile: rows from `row` on, which lie at x as (input, row), times chunks `first` to `last` - 1 of a panel.
+typedef struct {
+    const product *of;
+    const float *x;
+    long panel, row, first, last;
+} slice;
+
+// Adds sums (row, vector) of a chunk, times its scales, to outputs from vector `first` on.
+INLINE void add_scaled(const int rows, const int vectors, lanes *sum, const slice *at, long chunk, int first)
 {
-    long index = (panel * of->groups + g) * PANEL;
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; v++) {
-        long at = index + (first + v) * LANES;
-        lanes scale = of->wide ? *(const lanes *)(of->scale + 4 * at)
-                               : (lanes)(__builtin_convertvector(*(const halves *)(of->scale + 2 * at), words) << 16);
+    const product *of = at->of;
+    long index = (at->panel * of->groups + chunk / of->group_chunks) * PANEL + first * LANES;
+    for (int v = 0; v < vectors; v++, index += LANES) {
+        lanes scale = of->wide
+            ? *(const lanes *)(of->scale + 4 * index)
+            : (lanes)(__builtin_convertvector(*(const halves *)(of->scale + 2 * index), words) << 16);
         if (of->zero) {
-            lanes zero = __builtin_convertvector(*(const bytes *)(of->zero + at), lanes);
-#pragma GCC unroll 16
-            for (int r = 0; r < rows; r++) sum[r][v] -= zero * of->x_sums[(row + r) * of->chunks + chunk];
+            integers zero = __builtin_convertvector(*(const bytes *)(of->zero + index), integers);
+            for (int r = 0; r < rows; r++) {
+                float x_sum = of->x_sums[(at->row + r) * of->groups * of->group_chunks + chunk];
+                sum[r * vectors + v] -= __builtin_convertvector(zero, lanes) * x_sum;
+            }
         }
-#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            lanes *out = (lanes *)(of->out + (row + r) * of->outputs + panel * PANEL) + first + v;
-            *out = chunk ? *out + scale * sum[r][v] : scale * sum[r][v];
+            lanes *out = (lanes *)(of->out + (at->row + r) * of->outputs + at->panel * PANEL) + first + v;
+            // Outputs are zero at first: without a branch, the sum is always rounded once, with its product.
+            *out += scale * sum[r * vectors + v];
         }
     }
 }
 
-#define CLEAR(sum) \
-    _Pragma("GCC unroll 16") for (int r = 0; r < rows; r++) \
-        _Pragma("GCC unroll 16") for (int v = 0; v < vectors; v++) sum[r][v] = (lanes){0};
+// Out of line, because it would take registers away from the sums of a tile.
+static __attribute__((noinline)) void add_scaled_rows(
+    int rows, int vectors, lanes *sum, const slice *at, long chunk, int first)
+{
+    add_scaled(rows, vectors, sum, at, chunk, first);
+}
 
 static long smaller(long a, long b) { return a < b ? a : b; }
 
-// A panel's product with few rows: codes are widened in registers. x: packed (input, row).
-INLINE void direct(const int bits, const int rows, const product *of, const float *rows_of_x, long panel)
+// First input of a chunk.
+static long start_of(const product *of, long chunk)
 {
-    const int vectors = VECTORS_OF(rows);
-    const words *codes = (const words *)(of->codes + panel * of->inputs / UNIT(bits) * WORDS(bits) * PANEL * 4);
+    return chunk / of->group_chunks * of->group + chunk % of->group_chunks * CHUNK;
+}
+
+#define EACH_SUM(statement) \
+    _Pragma("GCC unroll 16") for (int r = 0; r < rows; r++) \
+        _Pragma("GCC unroll 16") for (int v = 0; v < vectors; v++) statement;
+
+// `bits` and `rows` are constant at every call, so that sums stay in registers.
+INLINE void tile(const int bits, const int rows, const slice *at)
+{
+    const int vectors = VECTORS_OF(rows), inputs = UNIT(bits), lines = WORDS(bits) * vectors * VECTOR_BYTES / 64;
+    const product *of = at->of;
+    long start = start_of(of, at->first);
+    const words *codes = (const words *)of->codes + (at->panel * of->inputs + start) / inputs * WORDS(bits) * VECTORS;
     for (int first = 0; first < VECTORS; first += vectors) {
         const words *unit = codes + first;
-        const float *x = rows_of_x;
-        for (long g = 0, chunk = 0; g < of->groups; g++) {
-            for (long start = 0; start < of->group; start += CHUNK, chunk++) {
-                long depth = smaller(of->group - start, CHUNK);
-                lanes sum[MAX_ROWS][MAX_VECTORS];
-                CLEAR(sum)
-                for (long k = 0; k < depth; k += UNIT(bits), unit += WORDS(bits) * VECTORS, x += UNIT(bits) * rows) {
-#pragma GCC unroll 4
-                    for (int line = 0; line < WORDS(bits) * PANEL * 4 / 64 * vectors / VECTORS; line++)
-                        __builtin_prefetch((const char *)unit + PREFETCH + 64 * line, 0, 2);
+        const float *x = at->x + start * rows;
+        for (long chunk = at->first; chunk < at->last; chunk++) {
+            long depth = smaller(of->group - chunk % of->group_chunks * CHUNK, CHUNK);
+            lanes sum[MAX_ROWS][MAX_VECTORS], stored[rows * vectors];
+            EACH_SUM(sum[r][v] = (lanes){0})
+            for (long k = 0; k < depth; k += inputs, unit += WORDS(bits) * VECTORS, x += inputs * rows) {
+#pragma GCC unroll 16
+                for (int line = 0; line < lines; line++)
+                    __builtin_prefetch((const char *)unit + PREFETCH + 64 * line, 0, 2);
 #pragma GCC unroll 32
-                    for (int j = 0; j < UNIT(bits); j++) {
+                for (int j = 0; j < inputs; j++) {
 #pragma GCC unroll 16
-                        for (int v = 0; v < vectors; v++) {
-                            lanes weight = widen(bits, unit + v, j);
+                    for (int v = 0; v < vectors; v++) {
+                        lanes weight = widen(bits, unit + v, j);
 #pragma GCC unroll 16
-                            for (int r = 0; r < rows; r++) sum[r][v] += weight * x[j * rows + r];
-                        }
+                        for (int r = 0; r < rows; r++) sum[r][v] += weight * x[j * rows + r];
                     }
                 }
-                finish(rows, vectors, sum, of, panel, g, chunk, 0, first);
             }
+            EACH_SUM(stored[r * vectors + v] = sum[r][v])
+            if (rows <= 2)
+                add_scaled(rows, vectors, stored, at, chunk, first);
+            else
+                add_scaled_rows(rows, vectors, stored, at, chunk, first);
         }
-    }
-}
-
-// Widens a chunk of a panel: (input, output).
-INLINE void widen_chunk(const int bits, const words *unit, long depth, lanes *weights)
-{
-    for (long k = 0; k < depth; k += UNIT(bits), unit += WORDS(bits) * VECTORS, weights += UNIT(bits) * VECTORS) {
-#pragma GCC unroll 32
-        for (int j = 0; j < UNIT(bits); j++) {
-#pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) weights[j * VECTORS + v] = widen(bits, unit + v, j);
-        }
-    }
-}
-
-// A tile of rows from `row` on times a widened chunk.
-INLINE void tile(const int rows, const product *of, const float *x_tile, const lanes *widened, long depth, long panel,
-    long g, long chunk, long row)
-{
-    const int vectors = VECTORS_OF(rows);
-    for (int first = 0; first < VECTORS; first += vectors) {
-        lanes sum[MAX_ROWS][MAX_VECTORS];
-        CLEAR(sum)
-        const lanes *weights = widened + first;
-        const float *x = x_tile;
-        for (long k = 0; k < depth; k++, weights += VECTORS, x += rows) {
-#pragma GCC unroll 16
-            for (int v = 0; v < vectors; v++) {
-#pragma GCC unroll 16
-                for (int r = 0; r < rows; r++) sum[r][v] += weights[v] * x[r];
-            }
-        }
-        finish(rows, vectors, sum, of, panel, g, chunk, row, first);
     }
 }
 
@@ -188,31 +180,21 @@ INLINE void pack(const int rows, const float *x, float *packed, long inputs)
     }
 }
 
-#define ROW_FUNCTIONS(n) \
-    static void pack_##n(const float *x, float *packed, long inputs) { pack(n, x, packed, inputs); } \
-    static void tile_##n(const product *of, const float *x, const lanes *widened, long depth, long panel, long g, \
-        long chunk, long row) { tile(n, of, x, widened, depth, panel, g, chunk, row); } \
-    static void direct_2_##n(const product *of, const float *x, long panel) { direct(2, n, of, x, panel); } \
-    static void direct_3_##n(const product *of, const float *x, long panel) { direct(3, n, of, x, panel); } \
-    static void direct_4_##n(const product *of, const float *x, long panel) { direct(4, n, of, x, panel); } \
-    static void direct_8_##n(const product *of, const float *x, long panel) { direct(8, n, of, x, panel); }
-ROWS(ROW_FUNCTIONS)
-#define WIDEN_FUNCTION(bits) \
-    static void widen_##bits(const words *unit, long depth, lanes *out) { widen_chunk(bits, unit, depth, out); }
-WIDEN_FUNCTION(2) WIDEN_FUNCTION(3) WIDEN_FUNCTION(4) WIDEN_FUNCTION(8)
-
-#define PACK(n) pack_##n,
-#define TILE(n) tile_##n,
-#define DIRECT_2(n) direct_2_##n,
-#define DIRECT_3(n) direct_3_##n,
-#define DIRECT_4(n) direct_4_##n,
-#define DIRECT_8(n) direct_8_##n,
-static void (*const PACK_ROWS[])(const float *, float *, long) = {0, ROWS(PACK)};
-static void (*const TILE_OF_ROWS[])(const product *, const float *, const lanes *, long, long, long, long, long)
-    = {0, ROWS(TILE)};
-static void (*const DIRECT[][MAX_ROWS + 1])(const product *, const float *, long)
-    = {[2] = {0, ROWS(DIRECT_2)}, [3] = {0, ROWS(DIRECT_3)}, [4] = {0, ROWS(DIRECT_4)}, [8] = {0, ROWS(DIRECT_8)}};
-static void (*const WIDEN[])(const words *, long, lanes *) = {[2] = widen_2, [3] = widen_3, [4] = widen_4, [8] = widen_8};
+#define TILES(F, bits) F(bits, 1) F(bits, 2) F(bits, 3) F(bits, 4) MORE_TILES(F, bits)
+#define TILE_FUNCTION(bits, rows) \
+    static void tile_##bits##_##rows(const slice *at) { tile(bits, rows, at); }
+#define PACK_FUNCTION(bits, rows) \
+    static void pack_##rows(const float *x, float *packed, long inputs) { pack(rows, x, packed, inputs); }
+TILES(PACK_FUNCTION, )
+TILES(TILE_FUNCTION, 2)
+TILES(TILE_FUNCTION, 3)
+TILES(TILE_FUNCTION, 4)
+TILES(TILE_FUNCTION, 8)
+#define TILE(bits, rows) tile_##bits##_##rows,
+#define PACK(bits, rows) pack_##rows,
+static void (*const PACK_ROWS[MAX_ROWS + 1])(const float *, float *, long) = {0, TILES(PACK, )};
+static void (*const TILE_OF_ROWS[][MAX_ROWS + 1])(const slice *) = {
+    [2] = {0, TILES(TILE, 2)}, [3] = {0, TILES(TILE, 3)}, [4] = {0, TILES(TILE, 4)}, [8] = {0, TILES(TILE, 8)}};
 
 // Sum in an order that does not depend on the length of vectors.
 static float sum_of(const float *x, long count)
@@ -236,9 +218,24 @@ void packed_gemm(const float *x, const void *codes, const void *scale, const int
     long block = BLOCK / (4 * inputs) / tile_rows * tile_rows;
     if (block < tile_rows) block = tile_rows;
     const float *tiles_of_x = rows == 1 ? x : scratch;
-    long group_chunks = (group + CHUNK - 1) / CHUNK, groups = inputs / group;
-    product of = {codes, scale, zero, x_sums, out, rows, inputs, outputs, group, groups, groups * group_chunks, wide};
-    const long word_bytes = 4 * PANEL * WORDS(bits);
+    product of = {
+        .codes = codes,
+        .scale = scale,
+        .zero = zero,
+        .x_sums = x_sums,
+        .out = out,
+        .inputs = inputs,
+        .outputs = outputs,
+        .group = group,
+        .groups = inputs / group,
+        .group_chunks = (group + CHUNK - 1) / CHUNK,
+        .wide = wide,
+    };
+    const long chunks = of.groups * of.group_chunks;
+    // A single tile reads the codes once.
+    const long step = rows > MAX_ROWS && group < DEPTH ? (DEPTH + group - 1) / group * of.group_chunks
+        : rows > MAX_ROWS                              ? DEPTH / CHUNK
+                                                       : chunks;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         // The inputs of a tile's rows lie together, because a large power of two between rows would put all of them
@@ -249,33 +246,20 @@ void packed_gemm(const float *x, const void *codes, const void *scale, const int
         }
 #pragma omp for
         for (long r = 0; r < (zero ? rows : 0); r++) {
-            for (long g = 0; g < groups; g++) {
-                for (long c = 0; c < group_chunks; c++) {
-                    x_sums[r * of.chunks + g * group_chunks + c]
-                        = sum_of(x + r * inputs + g * group + c * CHUNK, smaller(group - c * CHUNK, CHUNK));
-                }
+            for (long c = 0; c < chunks; c++) {
+                long within = c % of.group_chunks * CHUNK;
+                x_sums[r * chunks + c] = sum_of(x + r * inputs + start_of(&of, c), smaller(group - within, CHUNK));
             }
         }
-        if (rows <= MAX_ROWS) {
-#pragma omp for
-            for (long p = 0; p < outputs / PANEL; p++) DIRECT[bits][rows](&of, tiles_of_x, p);
-        } else {
 #pragma omp for collapse(2)
-            for (long b = 0; b < rows; b += block) {
-                for (long p = 0; p < outputs / PANEL; p++) {
-                    // Many rows share one widening of a chunk.
-                    lanes widened[CHUNK * VECTORS];
-                    long end = smaller(b + block, rows);
-                    for (long chunk = 0; chunk < of.chunks; chunk++) {
-                        long g = chunk / group_chunks, within = chunk % group_chunks * CHUNK, k = g * group + within;
-                        long depth = smaller(group - within, CHUNK);
-                        const char *unit = (const char *)codes + (p * inputs + k) / UNIT(bits) * word_bytes;
-                        WIDEN[bits]((const words *)unit, depth, widened);
-                        for (long r = b; r < end; r += tile_rows) {
-                            long count = smaller(rows - r, tile_rows);
-                            TILE_OF_ROWS[count](
-                                &of, tiles_of_x + r * inputs + k * count, widened, depth, p, g, chunk, r);
-                        }
+        for (long b = 0; b < rows; b += block) {
+            for (long p = 0; p < outputs / PANEL; p++) {
+                long end = smaller(b + block, rows);
+                for (long r = b; r < end; r++) memset(out + r * outputs + p * PANEL, 0, 4 * PANEL);
+                for (long c = 0; c < chunks; c += step) {
+                    for (long r = b; r < end; r += tile_rows) {
+                        slice at = {&of, tiles_of_x + r * inputs, p, r, c, smaller(c + step, chunks)};
+                        TILE_OF_ROWS[bits][smaller(rows - r, tile_rows)](&at);
                     }
                 }
             }
