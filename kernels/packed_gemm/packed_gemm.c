@@ -43,7 +43,7 @@ typedef int8_t bytes __attribute__((vector_size(VECTOR_BYTES / 4), may_alias));
 #define VECTORS_OF(rows) (FITS(rows, 16) ? 16 : FITS(rows, 8) ? 8 : FITS(rows, 4) ? 4 : 2)
 enum { MAX_VECTORS = 16 };
 
-// A unit is the inputs that whole words of one output hold: one word, or three for three bits.
+// A unit is the inputs whose codes fill whole words of one output: one word, or three for three bits.
 #define UNIT(bits) ((bits) == 3 ? 32 : 32 / (bits))
 #define WORDS(bits) ((bits) == 3 ? 3 : 1)
 
@@ -65,23 +65,19 @@ static const float TABLE_4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3
 #define TABLE(bits) ((bits) == 2 ? TABLE_2 : (bits) == 3 ? TABLE_3 : TABLE_4)
 #endif
 
-// Codes of input k of a unit, whose first words are at `unit`, as numbers: two's complement of `bits` bits.
+// Codes of input k of a unit, which are two's complement of `bits` bits, as numbers.
 INLINE lanes widen(const int bits, const words *unit, const int k)
 {
-    const int per_word = 32 / bits;
-    words field;
-    int shift = 0;
-    if (bits == 3 && k >= 30) {
-        // The last two of 32 codes are in the two bits that remain of every word.
-        field = unit[(k - 30) * VECTORS] >> 30 | (unit[2 * VECTORS] >> (k - 2) & 4);
-    } else {
-        field = unit[k / per_word * VECTORS];
-        shift = k % per_word * bits;
-    }
+    const int shift = k * bits % 32;
+    const words *word = unit + k * bits / 32 * VECTORS;
+    words field = word[0] >> shift;
+    if (shift + bits > 32) field |= word[VECTORS] << (32 - shift);
 #if defined(__AVX512F__)
-    if (bits <= 4) return (lanes)_mm512_permutexvar_ps((__m512i)(field >> shift), _mm512_loadu_ps(TABLE(bits)));
+    if (bits <= 4) return (lanes)_mm512_permutexvar_ps((__m512i)field, _mm512_loadu_ps(TABLE(bits)));
 #endif
-    return __builtin_convertvector((integers)(field << (32 - bits - shift)) >> (32 - bits), lanes);
+    if (shift + bits <= 32) field = word[0] << (32 - bits - shift);
+    else field <<= 32 - bits;
+    return __builtin_convertvector((integers)field >> (32 - bits), lanes);
 }
 
 // A tile: rows from `row` on, which lie at x as (input, row), times chunks `first` to `last` - 1 of a panel.

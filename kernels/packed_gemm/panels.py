@@ -1,9 +1,9 @@
 """A packed weight in the order in which the CPU kernel reads it.
 
-A panel is 64 outputs. A unit is the inputs of which whole 32-bit words hold the codes of one output: 4 inputs of 8 bits,
-8 of 4, 16 of 2 and 32 of 3, the last in three words. Codes are two's complement around the middle of the grid, so that
-symmetric grids need no zero point. Groups are adjacent: where activation order has permuted the columns, the inputs are
-permuted instead. A group that is not made of whole units is padded.
+A panel is 64 outputs, whose words lie next to each other. A unit is the inputs whose codes fill whole words of an output:
+4 inputs of 8 bits, 8 of 4, 16 of 2 and 32 of 3, the last in three words. Codes are two's complement around the middle of
+the grid, so that symmetric grids need no zero point. A group is adjacent inputs and whole units: where activation order
+has permuted the columns, inputs are permuted alike, and other groups are padded.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.kernels.packed_gemm.layout import PackedWeight, unpack_codes
+from hasten.kernels.packed_gemm.layout import PackedWeight, pack_codes, unpack_codes
 
 PANEL = 64
 # Inputs of which the kernel adds up products before it scales them.
 CHUNK = 128
-# Codes that are repacked at a time: an output layer may have a thousand times as many.
-_CODES_AT_ONCE = 1 << 21
+# Codes that are unpacked at a time, which takes some 100 bytes for each.
+_CODES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,17 @@ def pack_panels(weight: PackedWeight) -> Panels | None:
         if groups * int(index.bincount().max()) != columns:
             return None
         order = index.argsort(stable=True)
-    count, group = -(-rows // PANEL), columns // groups
-    inputs, words = unit(weight.bits)
-    codes = torch.empty(count, groups * padded(group, weight.bits) // inputs, words, PANEL, dtype=torch.int32)
-    step = max(1, _CODES_AT_ONCE // (columns * PANEL))
-    for first in range(0, count, step):
-        block = weight.codes[first * PANEL : (first + step) * PANEL]
-        codes[first : first + step] = _panel_codes(block, weight, order, group)
+    group, (inputs, words) = columns // groups, unit(weight.bits)
+    codes = weight.codes
+    if order is not None or group % inputs:
+        step = max(1, _CODES_AT_ONCE // columns)
+        codes = torch.cat([_regrouped(block, weight, order, group) for block in codes.split(step)])
+    middle = 2 ** (weight.bits - 1)
+    codes = F.pad(codes, (0, 0, 0, -rows % PANEL)).view(-1, PANEL, codes.shape[1] // words, words)
+    flip = pack_codes(torch.full((1, inputs), middle), weight.bits)
+    codes = (codes.permute(0, 2, 3, 1) ^ flip.view(words, 1)).contiguous()
     scale = _per_panel(weight.scale, torch.float32)
     short = scale.bfloat16()
-    middle = 2 ** (weight.bits - 1)
     return Panels(
         codes,
         short if torch.equal(short.float(), scale) else scale,
@@ -92,23 +93,13 @@ def pack_panels(weight: PackedWeight) -> Panels | None:
     )
 
 
-def _panel_codes(block: Tensor, weight: PackedWeight, order: Tensor | None, group: int) -> Tensor:
-    """Codes (p, U, words, 64) of some rows' words."""
-    bits = weight.bits
-    codes = unpack_codes(block, bits, weight.columns)
+def _regrouped(block: Tensor, weight: PackedWeight, order: Tensor | None, group: int) -> Tensor:
+    """Words of some rows, whose codes are put in the order of groups, and padded."""
+    codes = unpack_codes(block, weight.bits, weight.columns)
     if order is not None:
         codes = codes[:, order]
-    codes = (codes ^ 2 ** (bits - 1)).unflatten(1, (-1, group))
-    codes = F.pad(codes, (0, padded(group, bits) - group, 0, 0, 0, -len(codes) % PANEL)).int()
-    fields = codes.flatten(1).unflatten(1, (-1, unit(bits)[0])).unflatten(0, (-1, PANEL))
-    if bits == 3:
-        # Three words of ten codes each; the two bits that remain of every word hold the last two codes.
-        tens = (fields[..., :30].unflatten(-1, (3, 10)) << 3 * torch.arange(10, dtype=torch.int32)).sum(-1)
-        one, other = fields[..., 30], fields[..., 31]
-        merged = tens.int() | torch.stack([one, other, one >> 2 | (other >> 2) << 1], -1) << 30
-    else:
-        merged = (fields << bits * torch.arange(32 // bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)[..., None]
-    return merged.permute(0, 2, 3, 1)
+    codes = F.pad(codes.unflatten(1, (-1, group)), (0, padded(group, weight.bits) - group))
+    return pack_codes(codes.flatten(1), weight.bits)
 
 
 def _per_panel(values: Tensor, dtype: torch.dtype) -> Tensor:
