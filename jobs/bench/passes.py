@@ -53,7 +53,7 @@ def run(config: Config) -> Path:
     # transformers: `hasten bench passes --help` must not wait for it.
     from transformers import AutoConfig
 
-    from hasten.accel.decoding.targets.llama import refusal
+    from hasten.accel.decoding.targets.families import refusal
     from hasten.accel.models.checkpoint import resolve
 
     unknown = next((name for name in config.instructions if name not in _ENVIRONMENT), None)

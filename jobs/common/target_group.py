@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hasten.accel.decoding.targets.base import FAST_PATHS
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.assembled import check_division
@@ -24,8 +25,8 @@ def check_options(group: TargetGroup, path: str) -> None:
             f"target_group.offload={group.offload} is an option of target_group.mode=zero3: tensor parallelism keeps "
             "the weights on the devices"
         )
-    if is_divided(group) and path == "llama":
-        raise UserError("path=llama runs in one process: give path=auto or transformers with target_group")
+    if is_divided(group) and path in FAST_PATHS:
+        raise UserError(f"path={path} runs in one process: give path=auto or transformers with target_group")
 
 
 def chosen_division(group: TargetGroup, path: str) -> Division | None:

@@ -79,8 +79,9 @@ class DecodeConfig(Run):
     drafter_actors: int = option(1, "actors that run shared drafters", at_least=1)
     path: str = option(
         "auto",
-        "implementation of the models: transformers' own, or a faster one for Llama-like models",
-        choices=("auto", "transformers", "llama"),
+        "implementation of the models: transformers' own, or a faster one, fast (llama is its older name); auto is fast "
+        "for the families that it runs",
+        choices=("auto", "transformers", "fast", "llama"),
     )
     compiled: bool = option(False, "compile the fast path, once for every size of a draft")
     dtype: str = option(

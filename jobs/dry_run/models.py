@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from hasten.accel.costs.model import Model
 from hasten.accel.costs.outline import open_checkpoint
-from hasten.accel.decoding.targets.llama import refusal
+from hasten.accel.decoding.targets.families import refusal
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import resolve

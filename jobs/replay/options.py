@@ -28,8 +28,9 @@ class ReplayConfig(Run):
     )
     path: str = option(
         "auto",
-        "implementation of the draft model: transformers' own, or a faster one for Llama-like models",
-        choices=("auto", "transformers", "llama"),
+        "implementation of the draft model: transformers' own, or a faster one, fast (llama is its older name); auto "
+        "is fast for the families that it runs",
+        choices=("auto", "transformers", "fast", "llama"),
     )
     dtype: str = option(
         "auto", "dtype of the arithmetic; auto is bfloat16 where the hardware is fast in it", choices=DTYPES

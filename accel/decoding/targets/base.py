@@ -18,6 +18,8 @@ from hasten.accel.errors import UserError
 PREFILL_CHUNK = 512
 # The logits of a pass, their float32 copy, and the probabilities that are computed from them.
 COPIES_OF_LOGITS = 3
+# Values of the option `path` for the fast path, which began as Llama's.
+FAST_PATHS = ("fast", "llama")
 
 
 # Number of the hidden states after the final norm, of which the output layer makes logits, in `Target.feature_layers`.
@@ -233,6 +235,15 @@ class Target(ABC):
                 assert anchor >= first, "a virtual token hangs on a node of its own pass"
                 entries.append((row * width + index, token - self.vocabulary, row * width + anchor - first))
         return entries
+
+    def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
+        """Position (B, 1, L) of the token in each cell of the slots' caches; nodes of one depth share a position."""
+        key_positions = torch.arange(total).repeat(len(slots), 1)
+        for row, slot in enumerate(slots):
+            depths = self.depths(slot)
+            start = len(self.committed(slot))
+            key_positions[row, start : start + len(depths)] = torch.tensor(depths) + start
+        return key_positions[:, None].to(self.device)
 
     @abstractmethod
     def _allocate(self, slots: int, capacity: int) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+from hasten.accel.decoding.targets.base import FAST_PATHS, Target
+from hasten.accel.decoding.targets.families import refusal
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.errors import UserError
 
@@ -22,16 +23,16 @@ def load_target(
 ) -> Target:
     """The target of a checkpoint's folder, compressed or not.
 
-    path: `transformers` runs the transformers model; `llama` is the fast path of Llama-like models, UserError for
-    others; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last hidden states.
-    compiled: whether the fast path is compiled by torch, which takes a while for every tree size.
+    path: `transformers` runs the transformers model; `fast` is the fast path of some families, UserError for others;
+    `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
+    hidden states. compiled: whether the fast path is compiled by torch, which takes a while for every tree size.
     """
     config = AutoConfig.from_pretrained(folder)
     reason = refusal(config)
-    if path == "llama" and reason is not None:
-        raise UserError(f"path=llama cannot run {folder}: {reason}; give path=transformers or auto")
+    if path in FAST_PATHS and reason is not None:
+        raise UserError(f"path={path} cannot run {folder}: {reason}; give path=transformers or auto")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
-    return LlamaTarget(model, compiled)
+    return FastTarget.of(model, compiled)

@@ -197,15 +197,6 @@ class TransformersTarget(Target):
             ~allowed, torch.finfo(dtype).min
         )[:, None]
 
-    def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
-        """Position (B, 1, L) of the token in each cell of the slots' caches; nodes of one depth share a position."""
-        key_positions = torch.arange(total).repeat(len(slots), 1)
-        for row, slot in enumerate(slots):
-            depths = self.depths(slot)
-            start = len(self.committed(slot))
-            key_positions[row, start : start + len(depths)] = torch.tensor(depths) + start
-        return key_positions[:, None].to(self.device)
-
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
         for layer in self._layers:
             for held in (layer.keys, layer.values):

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hasten.accel.compression.outputs.checkpoint import copied_files
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.decoding.drafters.model.base import SmallModel
-from hasten.accel.decoding.targets.llama import LlamaTarget
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.errors import UserError, check_fields
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.heads.draft_head import (
@@ -238,7 +238,7 @@ class DistilledDraft(DraftHead):
     def drafter_memory(self, network: DraftNetwork) -> SmallModel:
         """The model as a draft model."""
         assert isinstance(network, DraftModelNetwork)
-        return SmallModel(LlamaTarget(network.model))
+        return SmallModel(FastTarget.of(network.model))
 
     def save(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.drafters.model.s2d import SortedModels
-from hasten.accel.decoding.targets.llama import LlamaTarget
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.draft_head import DraftNetwork, HeadBatch, Loss
 from hasten.accel.training.heads.draft_model import DistilledDraft, DraftModelNetwork
@@ -51,5 +51,5 @@ class SortedDraft(DistilledDraft):
     def drafter_memory(self, network: DraftNetwork) -> SortedModels:  # type: ignore[override]
         """The sub-models."""
         assert isinstance(network, DraftModelNetwork)
-        target = LlamaTarget(network.model)
+        target = FastTarget.of(network.model)
         return SortedModels([SmallModel(target.first_layers(count)) for count in self.exits])

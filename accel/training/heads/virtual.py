@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+from hasten.accel.decoding.targets.families import refusal
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.decoding.targets.virtual import VirtualTokens
 from hasten.accel.training.division import rand
@@ -53,7 +54,7 @@ class FrozenTarget:
         """The target."""
         if self._target is None:
             fast = refusal(self.model.config) is None
-            self._target = LlamaTarget(self.model) if fast else TransformersTarget(self.model)
+            self._target = FastTarget.of(self.model) if fast else TransformersTarget(self.model)
         return self._target
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hasten.accel.decoding.lengths.timing import clock
 from hasten.accel.decoding.targets.base import Target
-from hasten.accel.decoding.targets.llama import LlamaTarget
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.tree import ROOT
 from hasten.kernels.skinny_gemm import c_kernel, choice
 
@@ -35,7 +35,7 @@ def measure(folder: Path, tokens: Sequence[int], prompt: int) -> dict[str, Any]:
     """
     chosen = c_kernel.is_available() and choice.is_faster()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    targets = {"kernel": LlamaTarget(model), "torch": LlamaTarget(model, packs=False)}
+    targets = {"kernel": FastTarget.of(model), "torch": FastTarget.of(model, packs=False)}
     now = clock(targets["kernel"])
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     for target in targets.values():

@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-from hasten.accel.decoding.targets.llama import FAMILIES as FAST
-from hasten.accel.decoding.targets.llama import LlamaTarget, refusal
+from hasten.accel.decoding.targets.families import FAMILIES as FAST
+from hasten.accel.decoding.targets.families import refusal
+from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
@@ -22,14 +23,13 @@ PARENTS = [ROOT, 0, 0, 1, 2, 4]
 
 def targets():
     cases = [(family, TransformersTarget) for family in FAMILIES]
-    cases += [(family, LlamaTarget) for family in FAST]
+    cases += [(family, FastTarget) for family in FAST]
     return [pytest.param(*case, id=f"{case[0]}-{case[1].__name__}") for case in cases]
 
 
 def made(family, kind):
-    changes = {"sliding_window": None} if kind is LlamaTarget and family == "mistral" else {}
-    model = build(family, **changes)
-    return model, kind(model)
+    model = build(family)
+    return model, FastTarget.of(model) if kind is FastTarget else kind(model)
 
 
 def whole(model, tokens):
@@ -103,7 +103,7 @@ def test_sequences_of_different_lengths_and_trees_run_in_one_pass(family, kind):
     torch.testing.assert_close(logits, whole(model, [*prompts[2], TOKENS[0], 20]), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", [TransformersTarget, LlamaTarget])
+@pytest.mark.parametrize("kind", [TransformersTarget, FastTarget])
 def test_slots_that_are_no_neighbours_are_gathered(kind):
     model, target = made("llama", kind)
     target.reserve(3, 40)
@@ -114,7 +114,7 @@ def test_slots_that_are_no_neighbours_are_gathered(kind):
         torch.testing.assert_close(logits[row, 0], whole(model, tokens), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", [TransformersTarget, LlamaTarget])
+@pytest.mark.parametrize("kind", [TransformersTarget, FastTarget])
 def test_a_sequence_that_was_cut_goes_on_otherwise(kind):
     model, target = made("llama", kind)
     target.reserve(1, 40)
@@ -167,22 +167,21 @@ def test_the_norm_in_few_operations_is_the_norm():
 
 
 def test_a_full_cache_is_refused():
-    _, target = made("llama", LlamaTarget)
+    _, target = made("llama", FastTarget)
     target.reserve(1, 8)
     with pytest.raises(UserError, match=r"12 tokens do not fit the cache's capacity=8"):
         target.prefill(0, PROMPT)
 
 
 def test_what_the_fast_path_cannot_run_is_named():
-    assert "gemma2" in refusal(build("gemma2").config)
-    assert "sliding windows" in refusal(build("mistral").config)
+    assert "opt is none of llama" in refusal(build("opt").config)
     assert refusal(build("llama").config) is None
-    with pytest.raises(UserError, match="path=llama cannot run"):
-        LlamaTarget(build("opt"))
+    with pytest.raises(UserError, match="path=fast cannot run"):
+        FastTarget.of(build("opt"))
 
 
 def test_caches_are_counted_in_bytes():
-    _, target = made("llama", LlamaTarget)
+    _, target = made("llama", FastTarget)
     target.reserve(2, 10)
     # 2 layers, keys and values of 2 heads of size 16, float32.
     assert target.token_bytes == 2 * 2 * 2 * 16 * 4
@@ -206,7 +205,7 @@ def test_the_bytes_of_a_token_are_those_of_the_caches(family, kind):
 @pytest.mark.slow
 def test_the_compiled_path_gives_the_same_logits():
     model = build("llama")
-    plain, compiled = LlamaTarget(model), LlamaTarget(model, compiled=True)
+    plain, compiled = FastTarget.of(model), FastTarget.of(model, compiled=True)
     found = []
     for target in (plain, compiled):
         target.reserve(1, 300)

@@ -1,0 +1,89 @@
+"""Attention of the fast path: new nodes of several sequences over pre-allocated caches, in torch's operations."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.accel.decoding.targets.families.decoder import Decoder, soft_cap
+
+
+class Reach(NamedTuple):
+    """What the nodes of a pass attend to in the layers of one window.
+
+    first: first cache position that is read. mask: additive (B, 1, G * N, L - first); None if all of them are seen.
+    """
+
+    first: int
+    mask: Tensor | None
+
+
+class CacheAccess(NamedTuple):
+    """Where a pass reads and writes the caches.
+
+    slots: slots of the pass. first: the first slot if they are adjacent, else None. rows (B, 1), places (B, N): slots
+    and cache positions of the new nodes; None if start is given. start: first position in the only slot, whose new
+    nodes are then written by one copy. total: L, the end of the positions that are read. causal: whether the new nodes
+    are the first tokens of a sequence, whose attention needs no mask. reaches: by the windows of layers.
+    """
+
+    first: int | None
+    slots: list[int]
+    rows: Tensor | None
+    places: Tensor | None
+    start: int | None
+    total: int
+    causal: bool
+    reaches: Mapping[int | None, Reach]
+
+
+def write(cache: Tensor, new: Tensor, count: int, access: CacheAccess) -> None:
+    """Write the new nodes' keys and values (rows, 2 * H, D) of `count` sequences into a layer's cache."""
+    width = new.shape[0] // count
+    if access.start is not None and access.first is not None:
+        cache.select(0, access.first).narrow(1, access.start, width).copy_(new.transpose(0, 1))
+    else:
+        cache[access.rows, :, access.places] = new.view(count, width, *new.shape[1:])
+
+
+def attend(
+    decoder: Decoder, queries: Tensor, cache: Tensor, count: int, window: int | None, access: CacheAccess
+) -> Tensor:
+    """Attention outputs (rows, H * G * D) of the queries (rows, H * G, D) of `count` sequences.
+
+    cache: keys and values (slots, 2 * H, capacity, D) of the layer, the new nodes' own among them.
+    """
+    heads, kv_heads, size = decoder.heads, decoder.kv_heads, decoder.head_size
+    groups, width = heads // kv_heads, queries.shape[0] // count
+    reach = access.reaches[window]
+    cached = cache[access.slots] if access.first is None else cache.narrow(0, access.first, count)
+    cached = cached.narrow(2, reach.first, access.total - reach.first)
+    keys, values = cached.narrow(1, 0, kv_heads), cached.narrow(1, kv_heads, kv_heads)
+    if access.causal and reach.mask is None:  # skips the half of the scores that a mask would remove
+        queries = queries.transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=decoder.scale, enable_gqa=groups > 1
+        )
+        return attended[0].transpose(0, 1).reshape(width, heads * size)
+    if width == 1:
+        queries = queries.view(count, kv_heads, groups, size)
+    else:
+        queries = queries.reshape(count, width, kv_heads, groups, size).permute(0, 2, 3, 1, 4)
+        queries = queries.reshape(count, kv_heads, groups * width, size)
+    if decoder.score_cap is None:
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=reach.mask, scale=decoder.scale)
+    else:
+        attended = _capped(queries, keys, values, reach.mask, decoder.scale, decoder.score_cap)
+    if width > 1:
+        attended = attended.view(count, kv_heads, groups, width, size).permute(0, 3, 1, 2, 4)
+    return attended.reshape(count * width, heads * size)
+
+
+def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    """scaled_dot_product_attention with a soft cap of the scores, which torch's does not have."""
+    scores = soft_cap(queries @ keys.mT * scale, cap)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values

@@ -1,0 +1,48 @@
+"""Families of the fast path: each reads its config and named weights into a decoder of the same few operations."""
+
+from typing import Any
+
+from hasten.accel.decoding.targets.families.decoder import Decoder
+from hasten.accel.decoding.targets.families.gemma import Gemma2, Gemma3
+from hasten.accel.decoding.targets.families.llama import Llama, Qwen
+from hasten.accel.decoding.targets.families.phi3 import Phi3
+from hasten.accel.decoding.targets.families.weights import WeightSource
+from hasten.accel.errors import UserError
+
+# By model_type.
+FAMILIES: dict[str, type[Llama]] = {
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen2": Qwen,
+    "qwen3": Qwen,
+    "gemma2": Gemma2,
+    "gemma3_text": Gemma3,
+    "phi3": Phi3,
+}
+
+
+def refusal(config: Any) -> str | None:
+    """Why a transformers model of this config cannot run on the fast path; None if it can."""
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantized"
+    return _refusal_of_family(config)
+
+
+def build_decoder(config: Any, weights: WeightSource) -> Decoder:
+    """The decoder of a config and its weights; UserError if the fast path cannot run it, whatever its weights."""
+    reason = _refusal_of_family(config)
+    if reason is not None:
+        raise UserError(f"path=fast cannot run {name_of(config)}: {reason}")
+    return FAMILIES[config.model_type](config, weights).decoder()
+
+
+def name_of(config: Any) -> str:
+    """What error messages call the model of a config."""
+    return getattr(config, "_name_or_path", "") or "this model"
+
+
+def _refusal_of_family(config: Any) -> str | None:
+    family = FAMILIES.get(config.model_type)
+    return (
+        f"model_type {config.model_type} is none of {', '.join(FAMILIES)}" if family is None else family.refusal(config)
+    )
