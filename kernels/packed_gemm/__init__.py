@@ -1,8 +1,8 @@
 """Product of activations and a weight of integer codes, read packed and dequantized in registers.
 
-On a CPU with a C compiler, a weight is repacked once into the order in which the kernel reads it. The order of summation
-is then the same for any number of rows and threads, so a token gets the same products alone, as a node of a tree and in
-a prompt, to the bit.
+On a CPU with a C compiler, a weight is repacked once into the order in which the kernel reads it. The order of
+summation is then the same for any number of rows and threads, so a token gets the same products alone, as a node of a
+tree and in a prompt, to the bit.
 """
 
 from torch import Tensor
@@ -33,3 +33,8 @@ def packed_gemm(x: Tensor, weight: PackedWeight | Panels) -> Tensor:
 
         return triton_kernel.packed_gemm(x, weight)
     return reference.packed_gemm(x, weight)
+
+
+def dequantized_rows(index: Tensor, weight: PackedWeight | Panels) -> Tensor:
+    """Rows (N, C) float32 of a weight by index (N,); other rows are not dequantized."""
+    return weight.rows(index) if isinstance(weight, Panels) else reference.dequantize(weight.rows(index))

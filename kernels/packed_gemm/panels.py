@@ -1,9 +1,9 @@
 """A packed weight in the order in which the CPU kernel reads it.
 
-A panel is 64 outputs, whose words lie next to each other. A unit is the inputs whose codes fill whole words of an output:
-4 inputs of 8 bits, 8 of 4, 16 of 2 and 32 of 3, the last in three words. Codes are two's complement around the middle of
-the grid, so that symmetric grids need no zero point. A group is adjacent inputs and whole units: where activation order
-has permuted the columns, inputs are permuted alike, and other groups are padded.
+A panel is 64 outputs, whose words lie next to each other. A unit is the inputs whose codes fill whole words of an
+output: 4 inputs of 8 bits, 8 of 4, 16 of 2 and 32 of 3, the last in three words. Codes are two's complement around the
+middle of the grid, so that symmetric grids need no zero point. A group is adjacent inputs and whole units: where
+activation order has permuted the columns, inputs are permuted alike, and other groups are padded.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.kernels.packed_gemm.layout import PackedWeight, pack_codes, unpack_codes
+from hasten.kernels.packed_gemm.layout import CODES_AT_ONCE, PackedWeight, pack_codes, unpack_codes
 
 PANEL = 64
 # Inputs of which the kernel adds up products before it scales them.
 CHUNK = 128
-# Codes that are unpacked at a time, which takes some 100 bytes for each.
-_CODES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,19 @@ class Panels:
         """Bytes of all tensors."""
         parts = (self.codes, self.scale, self.zero_point, self.columns)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows (N, C) of the weight by index (N,), dequantized to float32."""
+        panel, output = index // PANEL, index % PANEL
+        middle = 2 ** (self.bits - 1)
+        words = self.codes[panel, :, :, output].flatten(1) ^ _signs(self.bits).repeat(self.codes.shape[1])
+        inputs = self.codes.shape[1] * unit(self.bits)[0]
+        codes = unpack_codes(words, self.bits, inputs).float() - middle
+        codes = codes.unflatten(1, (-1, self.padded_group))[..., : self.group]
+        if self.zero_point is not None:
+            codes = codes - self.zero_point[panel, :, output].float()[..., None]
+        weight = (codes * self.scale[panel, :, output].float()[..., None]).flatten(1)
+        return weight if self.columns is None else weight[:, self.columns.argsort()]
 
     @property
     def padded_group(self) -> int:
@@ -74,18 +85,18 @@ def pack_panels(weight: PackedWeight) -> Panels | None:
     group, (inputs, words) = columns // groups, unit(weight.bits)
     codes = weight.codes
     if order is not None or group % inputs:
-        step = max(1, _CODES_AT_ONCE // columns)
+        step = max(1, CODES_AT_ONCE // columns)
         codes = torch.cat([_regrouped(block, weight, order, group) for block in codes.split(step)])
-    middle = 2 ** (weight.bits - 1)
     codes = F.pad(codes, (0, 0, 0, -rows % PANEL)).view(-1, PANEL, codes.shape[1] // words, words)
-    flip = pack_codes(torch.full((1, inputs), middle), weight.bits)
-    codes = (codes.permute(0, 2, 3, 1) ^ flip.view(words, 1)).contiguous()
+    codes = (codes.permute(0, 2, 3, 1) ^ _signs(weight.bits)[:, None]).contiguous()
     scale = _per_panel(weight.scale, torch.float32)
     short = scale.bfloat16()
     return Panels(
         codes,
         short if torch.equal(short.float(), scale) else scale,
-        None if weight.zero_point is None else _per_panel(weight.zero_point.short() - middle, torch.int8),
+        None
+        if weight.zero_point is None
+        else _per_panel(weight.zero_point.short() - 2 ** (weight.bits - 1), torch.int8),
         order,
         weight.shape,
         group,
@@ -100,6 +111,11 @@ def _regrouped(block: Tensor, weight: PackedWeight, order: Tensor | None, group:
         codes = codes[:, order]
     codes = F.pad(codes.unflatten(1, (-1, group)), (0, padded(group, weight.bits) - group))
     return pack_codes(codes.flatten(1), weight.bits)
+
+
+def _signs(bits: int) -> Tensor:
+    """Words of a unit with the highest bit of each code: what unsigned codes and two's complement differ in."""
+    return pack_codes(torch.full((1, unit(bits)[0]), 2 ** (bits - 1)), bits)[0]
 
 
 def _per_panel(values: Tensor, dtype: torch.dtype) -> Tensor:
