@@ -5,6 +5,7 @@ summation is then the same for any number of rows and threads, so a token gets t
 tree and in a prompt, to the bit.
 """
 
+import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import use_triton
@@ -27,7 +28,8 @@ def packed_gemm(x: Tensor, weight: PackedWeight | Panels) -> Tensor:
     The product's row stride may exceed R.
     """
     if isinstance(weight, Panels):
-        return c_kernel.packed_gemm(x.float(), weight).to(x.dtype)
+        product = c_kernel.packed_gemm(x if x.dtype == torch.float32 else x.float(), weight)
+        return product if product.dtype == x.dtype else product.to(x.dtype)
     if use_triton(x):
         from hasten.kernels.packed_gemm import triton_kernel
 

@@ -33,10 +33,10 @@ class _Function(Protocol):
         outputs: int,
         group: int,
         bits: int,
-        wide: int,
+        wide: bool,
         threads: int,
     ) -> None:
-        """Write the product to out. scratch: room for a copy of x; None with one row."""
+        """Write the product to out. scratch, x_sums: room, see the C source. wide: whether scales are float32."""
 
 
 def is_available() -> bool:
@@ -51,35 +51,32 @@ def packed_gemm(x: Tensor, weight: Panels) -> Tensor:
     """
     function = _function()
     assert function is not None
-    outputs, columns = weight.shape
+    group = weight.padded_group
     if weight.columns is not None:
         x = x[:, weight.columns]
-    if weight.padded_group != weight.group:
-        x = F.pad(x.unflatten(1, (-1, weight.group)), (0, weight.padded_group - weight.group)).flatten(1)
+    if group != weight.group:
+        x = F.pad(x.unflatten(1, (-1, weight.group)), (0, group - weight.group)).flatten(1)
     x = x.contiguous()
     rows, inputs = x.shape
-    out = torch.empty(rows, weight.codes.shape[0] * PANEL)
+    outputs, padded = weight.shape[0], weight.codes.shape[0] * PANEL
+    out = torch.empty(rows, padded)
     scratch = None if rows == 1 else torch.empty_like(x)
-    zero, x_sums = weight.zero_point, None
-    if zero is not None:
-        x_sums = torch.empty(rows, inputs // weight.padded_group * -(-weight.padded_group // CHUNK))
+    x_sums = None if weight.zero_point is None else torch.empty(rows, inputs // group * -(-group // CHUNK))
     function(
         x.data_ptr(),
-        weight.codes.data_ptr(),
-        weight.scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
+        *weight.addresses,
         out.data_ptr(),
         None if scratch is None else scratch.data_ptr(),
         None if x_sums is None else x_sums.data_ptr(),
         rows,
         inputs,
-        out.shape[1],
-        weight.padded_group,
+        padded,
+        group,
         weight.bits,
-        int(weight.scale.dtype == torch.float32),
+        weight.scale.dtype == torch.float32,
         torch.get_num_threads(),
     )
-    return out if out.shape[1] == outputs else out[:, :outputs]
+    return out if padded == outputs else out[:, :outputs]
 
 
 @cache

@@ -28,7 +28,7 @@
 // group are added up before they are scaled. The codes of DEPTH inputs of a panel stay in the L1 cache, BLOCK bytes of
 // rows in the L2 cache. PREFETCH: bytes ahead.
 enum { PANEL = 64, LANES = VECTOR_BYTES / 4, VECTORS = PANEL / LANES };
-enum { CHUNK = 128, DEPTH = 256, BLOCK = 1 << 19, PREFETCH = 2048 };
+enum { CHUNK = 128, DEPTH = 256, BLOCK = 1 << 19, PREFETCH = 4096 };
 #define ONE(bits, rows) +1
 enum { MAX_ROWS = 4 MORE_TILES(ONE, ) };
 
@@ -147,7 +147,7 @@ INLINE void tile(const int bits, const int rows, const slice *at)
             for (long k = 0; k < depth; k += inputs, unit += WORDS(bits) * VECTORS, x += inputs * rows) {
 #pragma GCC unroll 16
                 for (int line = 0; line < lines; line++)
-                    __builtin_prefetch((const char *)unit + PREFETCH + 64 * line, 0, 2);
+                    __builtin_prefetch((const char *)unit + PREFETCH + 64 * line, 0, 3);
 #pragma GCC unroll 32
                 for (int j = 0; j < inputs; j++) {
 #pragma GCC unroll 16

@@ -7,6 +7,7 @@ activation order has permuted the columns, inputs are permuted alike, and other 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +56,16 @@ class Panels:
         weight = (codes * self.scale[panel, :, output].float()[..., None]).flatten(1)
         return weight if self.columns is None else weight[:, self.columns.argsort()]
 
-    @property
+    @cached_property
     def padded_group(self) -> int:
         """Columns of a group with its padding."""
         return padded(self.group, self.bits)
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int | None]:
+        """Addresses of codes, scales and zero points: to ask for them takes longer than a small product."""
+        zero_point = None if self.zero_point is None else self.zero_point.data_ptr()
+        return self.codes.data_ptr(), self.scale.data_ptr(), zero_point
 
 
 def unit(bits: int) -> tuple[int, int]:
