@@ -79,11 +79,11 @@ class DecodeConfig(Run):
     drafter_actors: int = option(1, "actors that run shared drafters", at_least=1)
     path: str = option(
         "auto",
-        "implementation of the models: transformers' own, or a faster one, fast (llama is its older name); auto is fast "
-        "for the families that it runs",
+        "implementation of the models: transformers' own, or a faster one, fast (its older name: llama); auto is "
+        "fast for the families that it runs",
         choices=("auto", "transformers", "fast", "llama"),
     )
-    compiled: bool = option(False, "compile the fast path, once for every size of a draft")
+    compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(
         "auto",
         "dtype of the arithmetic; auto is bfloat16 on a GPU, and the faster dtype on a CPU with bfloat16 units",

@@ -188,7 +188,7 @@ class Target(ABC):
                 entries = self._virtual_entries(slots, width, tokens)
                 self._inserted = insertions(self.virtual, entries, self.device)
                 ids.masked_fill_(ids >= self.vocabulary, 0)
-        ids, positions, allowed = (tensor.to(self.device) for tensor in (ids, positions, allowed))
+        ids, positions, allowed = map(self._to_device, (ids, positions, allowed))
         return self._run(slots, starts, ids, positions, allowed, logits)
 
     def _place(
@@ -236,6 +236,10 @@ class Target(ABC):
                 entries.append((row * width + index, token - self.vocabulary, row * width + anchor - first))
         return entries
 
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor, copied without waiting for what the device does: CUDA has read it when the call returns."""
+        return tensor.to(self.device, non_blocking=True)
+
     def _key_positions(self, slots: Sequence[int], total: int) -> Tensor:
         """Position (B, 1, L) of the token in each cell of the slots' caches; nodes of one depth share a position."""
         key_positions = torch.arange(total).repeat(len(slots), 1)
@@ -243,7 +247,7 @@ class Target(ABC):
             depths = self.depths(slot)
             start = len(self.committed(slot))
             key_positions[row, start : start + len(depths)] = torch.tensor(depths) + start
-        return key_positions[:, None].to(self.device)
+        return self._to_device(key_positions[:, None])
 
     @abstractmethod
     def _allocate(self, slots: int, capacity: int) -> None:

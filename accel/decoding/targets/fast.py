@@ -10,36 +10,47 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hasten.accel.decoding.targets.attention import CacheAccess, Reach, attend, write
 from hasten.accel.decoding.targets.base import FINAL, Pass, Target
 from hasten.accel.decoding.targets.families import build_decoder, name_of, refusal
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
 from hasten.accel.decoding.targets.families.weights import ModelWeights
+from hasten.accel.decoding.targets.graphs import (
+    Capture,
+    CudaGraphs,
+    PassInputs,
+    RecordedPasses,
+    cache_length,
+    tree_size,
+)
 from hasten.accel.errors import UserError
-
-_MIN_COMPILED_LENGTH = 256  # smallest number of cache positions that a compiled pass reads
 
 
 class FastTarget(Target):
-    """A decoder of one of the families of `targets.families`. compiled: whether torch compiles passes."""
+    """A decoder of one of the families of `targets.families`.
 
-    def __init__(self, decoder: Decoder, compiled: bool = False) -> None:
+    compiled: whether passes of trees are compiled: on a GPU as CUDA graphs, on a CPU by torch.compile. Those of a
+    decoder that is data-dependent are not. capture: records passes otherwise; None for that choice.
+    """
+
+    def __init__(self, decoder: Decoder, compiled: bool = False, capture: Capture | None = None) -> None:
         super().__init__(decoder.vocabulary, decoder.max_length, decoder.device)
         self._decoder, self.dtype = decoder, decoder.dtype
         self._windows = {layer.window for layer in decoder.layers}
-        self._features: dict[int, Tensor] = {}
         self._turns: list[Tensor] = []
         self._cache: list[Tensor] = []
+        compiled = compiled and not decoder.data_dependent
+        if compiled and capture is None and self.device.type == "cuda":
+            # A small model's pass is mostly the time of kernel launches.
+            capture = CudaGraphs()
+        self._recorded = RecordedPasses(self._static_pass, capture) if compiled and capture is not None else None
+        traced = compiled and capture is None
+        self._traced: Any = torch.compile(self._static_pass, dynamic=False) if traced else None
         # Rotations in place are complex products: only float32 has them, and torch.compile generates no code for them.
-        self._rotates_in_place = self.dtype == torch.float32 and not compiled
-        self._compiled: Any = None
-        if compiled:
-            # With CUDA graphs on a GPU, because a small model's pass is mostly the time of kernel launches.
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._compiled = torch.compile(self._layers_of_pass, dynamic=False, mode=mode)
+        self._rotates_in_place = self.dtype == torch.float32 and not traced
 
     @classmethod
     def of(cls, model: Any, compiled: bool = False, packs: bool = True) -> "FastTarget":
@@ -51,7 +62,7 @@ class FastTarget(Target):
         reason = "transformers has quantized its weights" if quantized else refusal(model.config)
         if reason is not None:
             raise UserError(f"path=fast cannot run {name_of(model.config)}: {reason}")
-        # torch.compile cannot trace the kernels of packed weights.
+        # torch.compile cannot trace the kernels of packed weights, which are the CPU's.
         return cls(build_decoder(model.config, ModelWeights(model, packs and not compiled)), compiled)
 
     @property
@@ -74,7 +85,7 @@ class FastTarget(Target):
         if count > len(self._decoder.layers):
             raise UserError(f"a sub-model of {count} layers is wrong: the model has {len(self._decoder.layers)}")
         part = copy(self)
-        part._decoder, part._cache, part._features, part._compiled = self._decoder.first_layers(count), [], {}, None
+        part._decoder, part._cache, part._recorded, part._traced = self._decoder.first_layers(count), [], None, None
         part._slots, part.capacity, part.feature_layers, part.virtual = [], 0, (), None
         return part
 
@@ -84,6 +95,8 @@ class FastTarget(Target):
         shape = slots, 2 * decoder.kv_heads, capacity, decoder.head_size
         self._cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in decoder.layers]
         self._turns = [rotation.table(capacity, decoder.head_size, self.device) for rotation in decoder.rotations]
+        if self._recorded is not None:
+            self._recorded.clear()
 
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
@@ -92,57 +105,102 @@ class FastTarget(Target):
         first = slots[0]
         # Adjacent slots are a view of the cache, others have to be gathered.
         adjacent = list(slots) == list(range(first, first + count))
-        # A compiled pass can neither keep hidden states by the way nor insert any.
-        plain = not self.feature_layers and not self._inserted
-        compiled = self._compiled is not None and logits and adjacent and plain
-        if compiled:
-            # The length is rounded up to a power of two, because every shape is compiled once.
-            total = min(self.capacity, max(_MIN_COMPILED_LENGTH, 1 << (allowed.shape[-1] - 1).bit_length()))
-            allowed = F.pad(allowed, (0, total - allowed.shape[-1]))
-        start = starts[0] if count == 1 and not compiled else None
+        size = self._static_size(width, max(starts)) if logits and adjacent and not self._inserted else None
+        if size is not None:
+            inputs = self._static_inputs(slots, starts, size, ids, positions, allowed)
+            with torch.no_grad():
+                run = self._traced if self._recorded is None else self._recorded
+                outputs = run(inputs, first, self.feature_layers)
+            scores, last, *features = (rows.unflatten(0, (count, size))[:, :width] for rows in outputs)
+            return Pass(scores, last, features[0] if features else None)
+        start = starts[0] if count == 1 else None
         rows = places = None
         if start is None:
-            rows = torch.tensor(slots)[:, None].to(self.device)
-            places = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self.device)
+            rows, places = self._to_device(torch.tensor(slots)[:, None]), self._places(starts, width)
         # Only a prompt is run without logits. It is a chain.
         causal = not logits and start == 0 and self._decoder.score_cap is None
         # A single token directly after the committed ones attends to all of them, and needs no mask.
-        alone = count == width == 1 and len(self.depths(slots[0])) == 1 and not compiled
+        alone = count == width == 1 and len(self.depths(first)) == 1
         # inference_mode skips autograd's bookkeeping for views, which is a good part of a small model's pass.
-        with torch.no_grad() if compiled else torch.inference_mode():
-            reaches = self._reaches(slots, positions, allowed, causal, alone, static=compiled)
-            access = CacheAccess(
-                first if adjacent else None, list(slots), rows, places, start, allowed.shape[-1], causal, reaches
-            )
-            forward = self._compiled if compiled and self._compiled is not None else self._layers_of_pass
-            hidden = forward(ids, positions, access)
-            features = None
-            if self.feature_layers:
-                self._features[FINAL] = hidden
-                features = torch.cat([self._features[layer] for layer in self.feature_layers], -1)
-                features = features.unflatten(0, (count, width))
-                self._features.clear()
+        with torch.inference_mode():
+            total = allowed.shape[-1]
+            key_positions = None
+            if not alone and any(window is not None and window < total for window in self._windows):
+                key_positions = self._key_positions(slots, total)
+            lowest = min(len(self.committed(slot)) for slot in slots)
+            reaches = self._reaches(positions, None if alone else allowed, key_positions, total, lowest, causal)
+            access = CacheAccess(first if adjacent else None, list(slots), rows, places, start, total, causal, reaches)
+            hidden, features = self._layers_of_pass(ids, positions, access, self.feature_layers)
+            features = None if features is None else features.unflatten(0, (count, width))
             if not logits:
                 return Pass(hidden[:0, None], hidden[:0, None], features)
             scores, last = (rows.unflatten(0, (count, width)) for rows in (self._decoder.logits(hidden), hidden))
             return Pass(scores, last, features)
 
+    def _static_size(self, width: int, start: int) -> int | None:
+        """Nodes of a sequence in a compiled pass over `width` of them; None if it is not compiled."""
+        if self._recorded is None:
+            return width if self._traced is not None else None
+        size = tree_size(width)
+        return size if size is not None and start + size <= self.capacity else None
+
+    def _static_inputs(
+        self, slots: Sequence[int], starts: Sequence[int], size: int, ids: Tensor, positions: Tensor, allowed: Tensor
+    ) -> PassInputs:
+        """Inputs of a compiled pass: `size` nodes of every sequence, and a rounded length of the cache."""
+        # Copies of the first node are written behind the others, where nothing else is, and nobody attends to them.
+        more = size - ids.shape[1]
+        ids, positions, allowed = (
+            torch.cat([nodes, nodes[:, :1].expand(-1, more, *nodes.shape[2:])], 1)
+            for nodes in (ids, positions, allowed)
+        )
+        total = cache_length(max(starts) + size, self.capacity)
+        return PassInputs(
+            ids,
+            positions,
+            pad(allowed, (0, total - allowed.shape[-1])),
+            self._to_device(torch.tensor(slots)[:, None]),
+            self._places(starts, size),
+            self._key_positions(slots, total),
+        )
+
+    def _static_pass(self, inputs: PassInputs, first: int, feature_layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Logits, last hidden states and, if there are any, features of the nodes: (B * N, …) each."""
+        total = inputs.allowed.shape[-1]
+        reaches = self._reaches(inputs.positions, inputs.allowed, inputs.key_positions, total, 0, causal=False)
+        access = CacheAccess(first, [], inputs.rows, inputs.places, None, total, False, reaches)
+        hidden, features = self._layers_of_pass(inputs.ids, inputs.positions, access, feature_layers)
+        outputs = self._decoder.logits(hidden), hidden
+        return outputs if features is None else (*outputs, features)
+
+    def _places(self, starts: Sequence[int], width: int) -> Tensor:
+        return self._to_device(torch.tensor(starts)[:, None] + torch.arange(width))
+
     def _reaches(
-        self, slots: Sequence[int], positions: Tensor, allowed: Tensor, causal: bool, alone: bool, static: bool
+        self,
+        positions: Tensor,
+        allowed: Tensor | None,
+        key_positions: Tensor | None,
+        total: int,
+        lowest: int,
+        causal: bool,
     ) -> Mapping[int | None, Reach]:
-        """What the new nodes attend to, by the windows of layers. static: whether all cache positions must be read."""
-        total = allowed.shape[-1]
+        """What the new nodes attend to, by the windows of layers.
+
+        allowed: None for a single node that attends to all `total` positions, of which its own is the last. lowest: a
+        position that none of the new nodes is before. causal: see CacheAccess.
+        """
         reaches: dict[int | None, Reach] = {}
         for window in self._windows:
             if window is None or window >= total:
-                reaches[window] = reaches.get(None) or Reach(0, None if causal or alone else self._mask(allowed))
-                reaches[None] = reaches[window]
+                if None not in reaches:
+                    reaches[None] = Reach(0, None if causal or allowed is None else self._mask(allowed))
+                reaches[window] = reaches[None]
                 continue
             # Positions before the windows of all new nodes are not read.
-            first = 0 if static else max(0, min(len(self.committed(slot)) for slot in slots) - window + 1)
-            mask = None
-            if not alone:
-                near = positions[:, :, None] - self._key_positions(slots, total) < window
+            first, mask = max(0, lowest - window + 1), None
+            if allowed is not None and key_positions is not None:
+                near = positions[:, :, None] - key_positions < window
                 mask = self._mask((allowed & near)[..., first:])
             reaches[window] = Reach(first, mask)
         return reaches
@@ -153,26 +211,30 @@ class FastTarget(Target):
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
         return mask[:, None].repeat(1, 1, groups, 1)
 
-    def _layers_of_pass(self, ids: Tensor, positions: Tensor, access: CacheAccess) -> Tensor:
-        """Hidden states (B * N, D) of the new nodes after the final norm."""
+    def _layers_of_pass(
+        self, ids: Tensor, positions: Tensor, access: CacheAccess, feature_layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B * N, D) of the new nodes after the final norm, and their features, see Target."""
         decoder, count, rows = self._decoder, ids.shape[0], ids.numel()
         heads, kv_heads, size = decoder.heads, decoder.kv_heads, decoder.head_size
         x = decoder.embed(ids.view(-1))
+        kept: dict[int, Tensor] = {}
         turns = [table[positions.view(-1)][:, None] for table in self._turns]
         if self._rotates_in_place:
             turns = [torch.view_as_complex(turn) for turn in turns]
         for number, (layer, cache) in enumerate(zip(decoder.layers, self._cache, strict=True)):
             if number in self._inserted:
                 x = self._inserted[number].into(x)
-            if number in self.feature_layers:
-                self._features[number] = x
+            if number in feature_layers:
+                kept[number] = x
             qkv = self._rotate(layer, layer.qkv(layer.attention_norm(x)).view(rows, -1, size), turns[layer.rotation])
             write(cache, qkv.narrow(1, heads, 2 * kv_heads), count, access)
             added = layer.out(attend(decoder, qkv.narrow(1, 0, heads), cache, count, layer.window, access))
             x = x + (added if layer.attention_out_norm is None else layer.attention_out_norm(added))
             added = layer.mlp(layer.mlp_norm(x))
             x = x + (added if layer.mlp_out_norm is None else layer.mlp_out_norm(added))
-        return decoder.norm(x)
+        kept[FINAL] = decoder.norm(x)
+        return kept[FINAL], torch.cat([kept[layer] for layer in feature_layers], -1) if feature_layers else None
 
     def _rotate(self, layer: Layer, qkv: Tensor, turns: Tensor) -> Tensor:
         """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""

@@ -27,7 +27,7 @@ def load_target(
 
     path: `transformers` runs the transformers model; `fast` is the fast path of some families, UserError for others;
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
-    hidden states. compiled: whether the fast path is compiled by torch, which takes a while for every tree size.
+    hidden states. compiled: whether passes of the fast path are compiled, for every size of a tree, see FastTarget.
     """
     config = AutoConfig.from_pretrained(folder)
     reason = refusal(config)

@@ -5,6 +5,7 @@ from typing import Any
 from hasten.accel.decoding.targets.families.decoder import Decoder
 from hasten.accel.decoding.targets.families.gemma import Gemma2, Gemma3
 from hasten.accel.decoding.targets.families.llama import Llama, Qwen
+from hasten.accel.decoding.targets.families.mixtral import Mixtral, Qwen3Moe
 from hasten.accel.decoding.targets.families.phi3 import Phi3
 from hasten.accel.decoding.targets.families.weights import WeightSource
 from hasten.accel.errors import UserError
@@ -19,6 +20,8 @@ FAMILIES: dict[str, type[Llama]] = {
     "gemma2": Gemma2,
     "gemma3_text": Gemma3,
     "phi3": Phi3,
+    "mixtral": Mixtral,
+    "qwen3_moe": Qwen3Moe,
 }
 
 

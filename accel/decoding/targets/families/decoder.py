@@ -60,8 +60,8 @@ class Decoder:
     """A model. embed: ids (N,) to rows (N, width); embedding: makes its weight (V, width), before any scale.
 
     heads: query heads. scale: of attention scores. score_cap, logit_cap: magnitudes c of soft caps c * tanh(x / c) of
-    attention scores and of logits; None for none. compilable: whether torch.compile can trace all operations.
-    data_dependent: whether the operations of a pass depend on values in it, so that no CUDA graph can hold them.
+    attention scores and of logits; None for none.
+    data_dependent: whether the operations of a pass depend on values in it, so that it is not compiled.
     """
 
     layers: Sequence[Layer]

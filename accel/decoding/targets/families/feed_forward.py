@@ -1,7 +1,9 @@
 """Feed-forward networks of the fast path."""
 
+from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,3 +27,36 @@ class Gated:
         """Output (rows, width) of rows (rows, width)."""
         gate, up = self._gate_up(x).chunk(2, -1)
         return self._down(self._activation(gate) * up)
+
+
+class Mixture:
+    """A mixture of experts. router: weight (E, width). choices: K, the experts of a token.
+
+    normalizes: whether a token's K weights sum to 1. rounds: whether they are rounded to the dtype of the states.
+    """
+
+    def __init__(
+        self, router: Tensor, experts: Sequence[RowMap], choices: int, normalizes: bool, rounds: bool = False
+    ) -> None:
+        self._router, self._experts, self._choices = router, experts, choices
+        self._normalizes, self._rounds = normalizes, rounds
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers (rows, K) of the experts of rows (rows, width), by the operations of transformers."""
+        weights, chosen = F.linear(x, self._router).softmax(-1, dtype=torch.float32).topk(self._choices, -1)
+        if self._normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return (weights.to(x.dtype) if self._rounds else weights), chosen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output (rows, width) of rows (rows, width): one product for every expert that has rows."""
+        weights, chosen = self.route(x)
+        # The rows of all tokens, in the order of their experts.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self._experts)).tolist()
+        parts = x[order // self._choices].split(counts)
+        outputs = torch.cat([expert(part) for expert, part in zip(self._experts, parts, strict=True) if len(part)])
+        # Back in the order of tokens: a sum over K does not depend on what else is in the pass, as atomic additions do.
+        by_token = torch.empty_like(outputs)
+        by_token[order] = outputs
+        return (by_token.unflatten(0, (-1, self._choices)) * weights[..., None]).sum(1).to(x.dtype)

@@ -26,6 +26,8 @@ class Llama:
     rotation_types: Sequence[str | None] = (None,)
     # Whether the config's partial_rotary_factor counts.
     partial_rotary = False
+    # See Decoder.
+    data_dependent = False
 
     def __init__(self, config: Any, weights: WeightSource) -> None:
         self.config, self.weights = config, weights
@@ -70,6 +72,7 @@ class Llama:
             scale=self.scale(),
             score_cap=self.score_cap(),
             logit_cap=getattr(config, "final_logit_softcapping", None),
+            data_dependent=self.data_dependent,
         )
 
     def layer(self, index: int, name: str) -> Layer:
