@@ -1,10 +1,11 @@
 """Benchmark of every kernel against its torch reference: `python -m hasten.kernels.benchmark [--device cuda|cpu]`.
 
 Each op's `benchmark.py` lists its cases. For each case the kernel's output is compared with the reference's; then both
-are timed. Inputs are random, and rotated through more memory than the cache holds. A sample is one rotation, after
-warm-up, timed with CUDA events on a GPU; the table gives the median and the 10th and 90th percentile per call. Bytes
-per second are also given as a share of the device's copy rate, measured in the same run. If the environment variable
-OUT is set, kernels.json and kernels.md are written to that folder. Only torch, triton and kernels are imported.
+are timed, and so are the case's peers, which are other libraries' implementations. Inputs are random, and rotated
+through more memory than the cache holds. A sample is one rotation, after warm-up, timed with CUDA events on a GPU; the
+table gives the median and the 10th and 90th percentile per call. Bytes per second are also given as a share of the
+device's copy rate, measured in the same run. If the environment variable OUT is set, kernels.json and kernels.md are
+written to that folder. Only torch, triton and kernels are imported.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import torch
 
 import hasten.kernels
 from hasten.kernels.timing import SAMPLES, SEED, Case, Skipped, Timing, check, copy_rate, rotation, time_calls
+
+_MAX_MESSAGE = 200
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,27 @@ def all_cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
             yield from importlib.import_module(f"hasten.kernels.{module.name}.benchmark").cases(device, dry)
 
 
-def measure(case: Case, device: torch.device, rate: float, dry: bool) -> list[Row]:
-    """Rows of the kernel and its reference. rate: copy rate of the device, in bytes per second."""
+def measure(case: Case, device: torch.device, rate: float, dry: bool) -> tuple[list[Row], list[Skipped]]:
+    """Rows of the kernel, its reference and its peers, and the peers that do not run here.
+
+    rate: copy rate of the device, in bytes per second.
+    """
     buffers = rotation(case, device, dry)
-    implementations = {"kernel": case.kernel, "reference": case.reference}
+    samples = 3 if dry else SAMPLES
     # Compilation happens in the warm-up calls.
-    timings = {name: time_calls(function, buffers, 3 if dry else SAMPLES) for name, function in implementations.items()}
-    return [
+    timings = {
+        "kernel": time_calls(case.kernel, buffers, samples),
+        "reference": time_calls(case.reference, buffers, samples),
+    }
+    skipped: list[Skipped] = []
+    for name, peer in case.peers.items():
+        try:
+            timings[name] = time_calls(peer, buffers, samples)
+        except Exception as error:  # an operator that this torch or this GPU lacks must not lose the other rows
+            message = str(error).partition("\n")[0][:_MAX_MESSAGE]  # torch lists all backends of an operator
+            reason = f"{name} at {case.shape} {case.dtype}: {type(error).__name__}: {message}"
+            skipped.append(Skipped(case.op, reason))
+    rows = [
         Row(
             case.op,
             name,
@@ -73,6 +90,7 @@ def measure(case: Case, device: torch.device, rate: float, dry: bool) -> list[Ro
         )
         for name, timing in timings.items()
     ]
+    return rows, skipped
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -114,7 +132,7 @@ def table(facts: dict[str, str | int], rates: dict[str, float], rows: Sequence[R
     """Markdown: the environment, then a row for each implementation of each case."""
     lines = ["## Kernels", "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
     lines += [f"copy rate of {name}: {rate / 1e9:.1f} GB/s (bytes read and written)" for name, rate in rates.items()]
-    lines += [f"{case.op} is not measured: {case.reason}" for case in skipped]
+    lines += [f"not measured: {case.op}, {case.reason}" for case in skipped]
     lines += [
         "",
         "| op | implementation | shape | dtype | device | µs, median (10–90 %) | GB/s | of copy | GFLOP/s | speedup |",
@@ -162,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except AssertionError as error:
             wrong.append(f"{name}: {error}")
             continue
-        rows += measure(case, device, rates[device.type], dry)
+        measured, missing = measure(case, device, rates[device.type], dry)
+        rows += measured
+        skipped += missing
     facts = environment(chosen)
     report = table(facts, rates, rows, skipped)
     if dry:

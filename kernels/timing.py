@@ -1,7 +1,7 @@
 """Checks and times one implementation of an op: CUDA events, rotated inputs, median and spread."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -27,8 +27,9 @@ class Case:
 
     device_type: `cuda` or `cpu`, where the kernel runs. operands(generator, device): new random inputs. kernel,
     reference: the two implementations, which take the same operands. nbytes: bytes that the kernel reads and writes in
-    a call, also used for the reference's bytes per second. flops: operations of a call. rtol, atol: tolerances of the
-    comparison.
+    a call, also used for the other implementations' bytes per second. flops: operations of a call. rtol, atol:
+    tolerances of the comparison. peers: further implementations by name, such as a library's, which take the same
+    operands. They are timed and not compared, because they may round differently or compute on other formats.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Case:
     flops: int
     rtol: float = 0.0
     atol: float = 0.0
+    peers: Mapping[str, Callable[..., object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def check(case: Case, device: torch.device) -> None:
     torch.testing.assert_close(case.kernel(*operands), case.reference(*operands), rtol=case.rtol, atol=case.atol)
 
 
-def time_calls(function: Callable[..., Tensor], buffers: Sequence[Operands], samples: int) -> Timing:
+def time_calls(function: Callable[..., object], buffers: Sequence[Operands], samples: int) -> Timing:
     """Time per call, from `samples` rotations over all buffers."""
     on_gpu = buffers[0][0].is_cuda
     rotate = _rotate_on_gpu if on_gpu else _rotate_on_cpu
@@ -78,7 +80,7 @@ def time_calls(function: Callable[..., Tensor], buffers: Sequence[Operands], sam
     return Timing(median(seconds), deciles[0], deciles[-1], any(result[1] for result in results))
 
 
-def _rotate_on_gpu(function: Callable[..., Tensor], buffers: Sequence[Operands]) -> tuple[float, bool]:
+def _rotate_on_gpu(function: Callable[..., object], buffers: Sequence[Operands]) -> tuple[float, bool]:
     """Seconds of one call on every buffer on the device, and whether the device ran out of queued calls."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_QUEUE_CYCLES)
@@ -93,7 +95,7 @@ def _rotate_on_gpu(function: Callable[..., Tensor], buffers: Sequence[Operands])
     return start.elapsed_time(stop) / 1000, launch_bound
 
 
-def _rotate_on_cpu(function: Callable[..., Tensor], buffers: Sequence[Operands]) -> tuple[float, bool]:
+def _rotate_on_cpu(function: Callable[..., object], buffers: Sequence[Operands]) -> tuple[float, bool]:
     start = perf_counter()
     outputs = [function(*operands) for operands in buffers]
     seconds = perf_counter() - start

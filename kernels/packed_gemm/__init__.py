@@ -31,6 +31,7 @@ def packed_gemm(x: Tensor, weight: PackedWeight | Panels) -> Tensor:
         product = c_kernel.packed_gemm(x if x.dtype == torch.float32 else x.float(), weight)
         return product if product.dtype == x.dtype else product.to(x.dtype)
     if use_triton(x):
+        # Imported here because importing triton takes seconds, and most processes have no GPU.
         from hasten.kernels.packed_gemm import triton_kernel
 
         return triton_kernel.packed_gemm(x, weight)

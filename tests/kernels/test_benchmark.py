@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from hasten.kernels.benchmark import measure
 from hasten.kernels.timing import Case, check, rotation, time_calls
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,18 @@ def test_a_time_is_that_of_one_call_between_the_deciles():
     timing = time_calls(torch.neg, [(torch.ones(8),)] * 4, samples=5)
     assert 0 < timing.low <= timing.median <= timing.high < 0.1
     assert not timing.launch_bound
+
+
+def test_peers_are_rows_and_a_peer_that_fails_is_reported():
+    def fail(x):
+        raise NotImplementedError("no such operator")
+
+    case = replace(double(lambda x: x + x), peers={"torch.mul": lambda x: torch.mul(x, 2), "missing": fail})
+    rows, skipped = measure(case, torch.device("cpu"), rate=1e9, dry=True)
+    assert [row.implementation for row in rows] == ["kernel", "reference", "torch.mul"]
+    assert [(peer.op, peer.reason) for peer in skipped] == [
+        ("double", "missing at 256 float32: NotImplementedError: no such operator")
+    ]
 
 
 @pytest.mark.slow
