@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.families import FAMILIES
-from hasten.accel.models.packed import COUNTED, PACKED, PARTS, Packing
+from hasten.accel.models.packed import COUNTED, GROUP_INDEX, PACKED, PARTS, Packing
 from hasten.accel.models.shards import Stored, read_header
+from hasten.kernels.packed_gemm.layout import PackedWeight
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -198,6 +199,15 @@ class Checkpoint:
         else:
             tensor = self._place(name).read()
         return tensor if dtype is None else tensor.to(dtype)
+
+    def packed(self, name: str) -> PackedWeight:
+        """A packed weight as it is stored, in new memory."""
+        assert self._packing is not None
+        module = name.removesuffix(".weight")
+        parts = {leaf: part.read() for leaf, part in self._packed[name].items()}
+        if f"{module}.{GROUP_INDEX}" in self._plain:
+            parts[GROUP_INDEX] = self.tensor(f"{module}.{GROUP_INDEX}")
+        return self._packing.weight(module, parts)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix by index (N,), as [N, columns] in the stored dtype; other rows are not read."""

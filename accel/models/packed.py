@@ -5,12 +5,13 @@ imported inside functions: plain checkpoints are read without it, also by the GP
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
+from hasten.kernels.packed_gemm.layout import BITS, PackedWeight, unpack_codes, widened
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -19,7 +20,18 @@ PACKED = "weight_packed"
 # Tensors that count in a layer's size; weight_shape is not data, it states the shape as a header does.
 COUNTED = (PACKED, "weight_scale", "weight_zero_point")
 PARTS = (*COUNTED, "weight_shape")
+# Groups of columns where activation order has permuted them; an older form, which hasten does not write.
+GROUP_INDEX = "weight_g_idx"
 _FORMAT = "pack-quantized"
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of weights alone, all of them pack-quantized."""
+    groups = config.get("config_groups") or {}
+    return config.get("quant_method", "compressed-tensors") == "compressed-tensors" and all(
+        (group.get("format") or config.get("format")) == _FORMAT and not group.get("input_activations")
+        for group in groups.values()
+    )
 
 
 class Packing:
@@ -70,6 +82,27 @@ class Packing:
             return PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
         except (AssertionError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{module}.{PACKED} in {self._where} cannot be unpacked: {_first_line(error)}") from None
+
+    def weight(self, module: str, parts: Mapping[str, Tensor]) -> PackedWeight:
+        """The weight as it is stored; codes of a width that no kernel reads become wider.
+
+        parts may have GROUP_INDEX, the group (C,) of each column.
+        """
+        scheme = self.scheme(module)
+        args = None if scheme is None else scheme.weights
+        if args is None:
+            raise UserError(f"{module}.{PACKED} in {self._where} is packed, but no config group targets it")
+        rows, columns = parts["weight_shape"].tolist()
+        bits, codes, scale, zero_point = args.num_bits, parts[PACKED], parts["weight_scale"], None
+        if not args.symmetric:
+            zero_point = unpack_codes(parts["weight_zero_point"].T.contiguous(), bits, rows).T
+        wider = min(width for width in BITS if width >= bits)
+        if wider > bits:
+            codes = widened(codes, bits, columns, wider)
+            zero_point = None if zero_point is None else zero_point + (2 ** (wider - 1) - 2 ** (bits - 1))
+        index = parts.get(GROUP_INDEX)
+        index = None if index is None or int(index.min()) < 0 else index.int()
+        return PackedWeight(codes, scale.expand(rows, -1), columns, wider, zero_point, index)
 
 
 def _first_line(error: Exception) -> str:

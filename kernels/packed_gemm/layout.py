@@ -5,12 +5,15 @@ at bit c * bits, and may cross into the next word. A stored code is unsigned, al
 is the middle, 2**(bits - 1).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)
+# Codes that a conversion unpacks at a time, because it takes some 100 bytes for each.
+CODES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,49 @@ class PackedWeight:
         """Rows and columns of the weight."""
         return self.codes.shape[0], self.columns
 
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The weight on a device."""
+        names = ("codes", "scale", "zero_point", "group_index")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if part is None else part.to(device) for name, part in tensors.items()})
+
+    def rows(self, index: Tensor) -> "PackedWeight":
+        """The weight of these rows (N,) alone."""
+        zero_point = None if self.zero_point is None else self.zero_point[index]
+        return replace(self, codes=self.codes[index], scale=self.scale[index], zero_point=zero_point)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         parts = (self.codes, self.scale, self.zero_point, self.group_index)
         return sum(part.nbytes for part in parts if part is not None)
+
+
+def can_join(weights: Sequence[PackedWeight]) -> bool:
+    """Whether weights differ in their rows alone, so that they are one weight."""
+    first = weights[0]
+    return all(
+        (other.bits, other.columns, other.scale.shape[1]) == (first.bits, first.columns, first.scale.shape[1])
+        and (other.zero_point is None) == (first.zero_point is None)
+        and other.group_index is first.group_index is None
+        for other in weights[1:]
+    )
+
+
+def join(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """The rows of weights that can be joined, in one weight."""
+    if len(weights) == 1:
+        return weights[0]
+    codes, scale = (torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scale"))
+    zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
+    return replace(weights[0], codes=codes, scale=scale, zero_point=torch.cat(zero_points) if zero_points else None)
+
+
+def widened(codes: Tensor, bits: int, columns: int, wider: int) -> Tensor:
+    """Words of the same codes in more bits, around the middle of the wider grid."""
+    shift = 2 ** (wider - 1) - 2 ** (bits - 1)
+    step = max(1, CODES_AT_ONCE // columns)
+    return torch.cat([pack_codes(unpack_codes(part, bits, columns).int() + shift, wider) for part in codes.split(step)])
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -17,15 +17,16 @@ from hasten.kernels.dispatch import use_c
 from hasten.kernels.skinny_gemm import c_kernel, choice, reference
 
 
-def pack_weight(weight: Tensor) -> Tensor | None:
-    """Panels (P, C, 16, 2) bfloat16 of a float32 weight (R, C), R padded with zeros to 32 P.
+def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Panels (P, C, 16, 2) bfloat16 of a weight (R, C), R padded with zeros to 32 P.
 
-    None if skinny_gemm would not be faster than torch (there is no compiled kernel for the tensor, or torch was faster
-    when both were timed on this machine), or if a value is not exact in bfloat16.
+    dtype: of the rows that it will multiply; None is the weight's own. None if skinny_gemm would not be faster than
+    torch (rows are not float32, there is no compiled kernel, or torch was faster when both were timed on this machine),
+    or if a value is not exact in bfloat16.
     """
-    if not use_c(weight) or not c_kernel.is_available() or not choice.is_faster():
+    if not use_c(weight.new_empty(0, dtype=dtype or weight.dtype)) or not c_kernel.is_available():
         return None
-    exact = exact_bfloat16(weight)
+    exact = exact_bfloat16(weight) if choice.is_faster() else None
     return None if exact is None else reference.pack_panels(exact)
 
 

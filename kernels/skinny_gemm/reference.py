@@ -12,8 +12,10 @@ def pack_panels(weight: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape
     count = -(-outputs // PANEL)
-    padded = weight.new_zeros(count * PANEL, inputs)
-    padded[:outputs] = weight
+    padded = weight
+    if outputs % PANEL:
+        padded = weight.new_zeros(count * PANEL, inputs)
+        padded[:outputs] = weight
     return padded.view(count, 2, PANEL // 2, inputs).permute(0, 3, 2, 1).contiguous()
 
 

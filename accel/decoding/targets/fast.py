@@ -58,7 +58,8 @@ class FastTarget(Target):
 
         The model object is not needed any more. packs: whether weights may be packed; if not, products are torch's.
         """
-        reason = refusal(model.config)
+        quantized = getattr(model.config, "quantization_config", None)
+        reason = "transformers has quantized its weights" if quantized else refusal(model.config)
         if reason is not None:
             raise UserError(f"path=fast cannot run {name_of(model.config)}: {reason}")
         # torch.compile cannot trace the kernels of packed weights.
@@ -77,8 +78,8 @@ class FastTarget(Target):
         return len(decoder.layers) * 2 * decoder.kv_heads * decoder.head_size * self.dtype.itemsize
 
     def embedding(self) -> Tensor:
-        """The embedding's weight, in bfloat16 where that is exact."""
-        return self._decoder.embedding
+        """The embedding's weight, in bfloat16 where that is exact; a packed one is dequantized."""
+        return self._decoder.embedding()
 
     def first_layers(self, count: int) -> "FastTarget":
         """The model of the first `count` layers; it is not compiled."""

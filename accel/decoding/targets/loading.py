@@ -7,10 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.accel.decoding.targets.base import FAST_PATHS, Target
-from hasten.accel.decoding.targets.families import refusal
+from hasten.accel.decoding.targets.families import build_decoder, refusal
+from hasten.accel.decoding.targets.families.checkpoint_weights import CheckpointWeights
 from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
 
 
 def load_target(
@@ -21,7 +23,7 @@ def load_target(
     keeps_hidden: bool = False,
     compiled: bool = False,
 ) -> Target:
-    """The target of a checkpoint's folder, compressed or not.
+    """The target of a checkpoint's folder, compressed or not. The fast path never dequantizes a compressed weight.
 
     path: `transformers` runs the transformers model; `fast` is the fast path of some families, UserError for others;
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
@@ -31,6 +33,11 @@ def load_target(
     reason = refusal(config)
     if path in FAST_PATHS and reason is not None:
         raise UserError(f"path={path} cannot run {folder}: {reason}; give path=transformers or auto")
+    if getattr(config, "quantization_config", None) and path != "transformers" and reason is None:
+        # torch.compile cannot trace the kernels of packed weights.
+        tied, packs = bool(config.tie_word_embeddings), not compiled
+        weights = CheckpointWeights(Checkpoint(folder), tied, dtype, torch.device(device), packs)
+        return FastTarget(build_decoder(config, weights), compiled)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     if path == "transformers" or reason is not None:

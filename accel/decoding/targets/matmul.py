@@ -1,8 +1,9 @@
 """Matrix products and norms of few rows, on which decoding spends its time.
 
-On a CPU, float32 weights that are exact in bfloat16 are stored in it, and multiplied by the kernel skinny_gemm. Other
-weights are packed in MKL's order if MKL is available, with which a product of 2 to 24 rows is up to twice as fast. MKL
-guarantees a packed order for one number of rows only. It has been right for all, which is checked for each weight.
+Quantized weights stay packed, and are multiplied by the kernel packed_gemm. On a CPU, float32 weights that are exact in
+bfloat16 are stored in it, and multiplied by the kernel skinny_gemm. Other weights are packed in MKL's order if MKL is
+available, with which a product of 2 to 24 rows is up to twice as fast. MKL guarantees a packed order for one number of
+rows only. It has been right for all, which is checked for each weight.
 """
 
 import weakref
@@ -12,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hasten.kernels.packed_gemm import packed_gemm, prepare
+from hasten.kernels.packed_gemm.layout import PackedWeight
+from hasten.kernels.packed_gemm.panels import Panels
 from hasten.kernels.skinny_gemm import pack_weight, skinny_gemm
 
 # With more rows than this, torch's product is as fast as the packed one.
@@ -22,15 +26,21 @@ _CHECKED_ROWS = (2, 3, 8)
 
 
 class Weight:
-    """A weight (out, in) and its bias (out,). packs: whether it may be packed."""
+    """A weight (out, in) and its bias (out,).
+
+    packs: whether it may be packed. dtype: of inputs, in which the weight is multiplied; None is the weight's own.
+    """
 
     _packed_bytes = 0
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, packs: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
         self.bias, self._outputs = bias, weight.shape[0]
-        self._panels = pack_weight(weight) if packs else None
+        self._panels = pack_weight(weight, dtype) if packs else None
         if self._panels is not None:
             return
+        weight = weight if dtype is None else weight.to(dtype)
         size = weight.numel() * 4
         self._packed = _packed(weight.contiguous()) if packs and Weight._packed_bytes + size <= _MAX_BYTES else None
         if self._packed is not None:
@@ -55,6 +65,19 @@ class Weight:
     @staticmethod
     def _give_back(size: int) -> None:
         Weight._packed_bytes -= size
+
+
+class QuantizedWeight:
+    """A packed weight (out, in) and its bias (out,). packs: whether it may be repacked for this device."""
+
+    def __init__(self, weight: PackedWeight | Panels, bias: Tensor | None = None, packs: bool = True) -> None:
+        self.bias = bias
+        self.weight = prepare(weight) if packs and isinstance(weight, PackedWeight) else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Product (rows, out) of an input (rows, in)."""
+        out = packed_gemm(x, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def _packed(weight: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from hasten.accel.decoding.targets.families.mixtral import Mixtral, Qwen3Moe
 from hasten.accel.decoding.targets.families.phi3 import Phi3
 from hasten.accel.decoding.targets.families.weights import WeightSource
 from hasten.accel.errors import UserError
+from hasten.accel.models.packed import is_packed
 
 # By model_type.
 FAMILIES: dict[str, type[Llama]] = {
@@ -25,9 +26,10 @@ FAMILIES: dict[str, type[Llama]] = {
 
 
 def refusal(config: Any) -> str | None:
-    """Why a transformers model of this config cannot run on the fast path; None if it can."""
-    if getattr(config, "quantization_config", None):
-        return "its weights are quantized"
+    """Why a checkpoint of this config of transformers cannot run on the fast path; None if it can."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not is_packed(quantization if isinstance(quantization, dict) else quantization.to_dict()):
+        return "its weights are quantized, and not only packed integers"
     return _refusal_of_family(config)
 
 

@@ -57,7 +57,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model. embed: ids (N,) to rows (N, width); embedding: its weight, before any scale.
+    """A model. embed: ids (N,) to rows (N, width); embedding: makes its weight (V, width), before any scale.
 
     heads: query heads. scale: of attention scores. score_cap, logit_cap: magnitudes c of soft caps c * tanh(x / c) of
     attention scores and of logits; None for none.
@@ -66,7 +66,7 @@ class Decoder:
 
     layers: Sequence[Layer]
     embed: RowMap
-    embedding: Tensor
+    embedding: Callable[[], Tensor]
     norm: RowMap
     head: RowMap
     rotations: Sequence[Rotation]

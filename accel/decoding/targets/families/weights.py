@@ -6,7 +6,7 @@ Names are those of the modules of transformers below the decoder, with unfused e
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +41,8 @@ class WeightSource(ABC):
         """A tensor that is not packed: the weight of a norm or of a router."""
 
     @abstractmethod
-    def embedding(self) -> tuple[RowMap, Tensor]:
-        """Look-up of rows (N, width) of ids (N,), and the weight (V, width)."""
+    def embedding(self) -> tuple[RowMap, Callable[[], Tensor]]:
+        """Look-up of rows (N, width) of ids (N,), and what makes the weight (V, width)."""
 
     @abstractmethod
     def product(self, parts: Sequence[Rows]) -> RowMap:
@@ -84,17 +84,17 @@ class ModelWeights(WeightSource):
         gate, up = self._tensors[f"{parent}.gate_up_proj"][int(number)].chunk(2)
         return gate if projection == "gate_proj" else up
 
-    def embedding(self) -> tuple[RowMap, Tensor]:
+    def embedding(self) -> tuple[RowMap, Callable[[], Tensor]]:
         """See WeightSource. On a CPU the weight is in bfloat16 where that is exact."""
         weight, dtype = self._embedding, self.dtype
         if self.device.type == "cpu":
             short = exact_bfloat16(weight)
             weight = weight if short is None else short
-        return (lambda ids: weight[ids].to(dtype)), weight
+        return (lambda ids: weight[ids].to(dtype)), lambda: weight
 
     def product(self, parts: Sequence[Rows]) -> RowMap:
         """See WeightSource: always one product."""
-        weights = [_ordered(self.tensor(f"{part.module}.weight"), part.order) for part in parts]
+        weights = [ordered(self.tensor(f"{part.module}.weight"), part.order) for part in parts]
         bias = None
         if any(self.has(f"{part.module}.bias") for part in parts):
             bias = torch.cat([self._bias(part, weight) for part, weight in zip(parts, weights, strict=True)])
@@ -102,8 +102,9 @@ class ModelWeights(WeightSource):
 
     def _bias(self, part: Rows, weight: Tensor) -> Tensor:
         name = f"{part.module}.bias"
-        return _ordered(self.tensor(name), part.order) if self.has(name) else weight.new_zeros(len(weight))
+        return ordered(self.tensor(name), part.order) if self.has(name) else weight.new_zeros(len(weight))
 
 
-def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
+def ordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in an order; None: as they are."""
     return rows if order is None else rows[order.to(rows.device)]
