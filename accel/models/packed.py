@@ -5,7 +5,7 @@ imported inside functions: plain checkpoints are read without it, also by the GP
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,6 +70,22 @@ class Packing:
             return PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
         except (AssertionError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{module}.{PACKED} in {self._where} cannot be unpacked: {_first_line(error)}") from None
+
+
+def needs_loader(config: Mapping[str, Any] | None) -> bool:
+    """Whether transformers cannot load a checkpoint with this quantization_config by itself.
+
+    See models/transformers_loader.py, which can.
+    """
+    if not config or config.get("dequantize") or config.get("format") != _FORMAT:
+        return False
+    groups = config["config_groups"].values()
+    if any(group.get("weights") is None for group in groups):
+        return False
+    targets = [target for group in groups for target in group["targets"]]
+    return any("embed_tokens" in target for target in targets) or not all(
+        group["weights"]["symmetric"] for group in groups
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from time import perf_counter
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.loading import loader_of, print_loader
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
@@ -53,7 +54,9 @@ def _report(
         "config": plain(config),
         "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
         "layers": [row | {"budget": answer.budget} for answer in answers for row in answer.layers],
-        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in answers],
+        "budgets": [
+            answer.metrics | {"output": str(answer.output), "loader": loader_of(answer.output)} for answer in answers
+        ],
         "pareto": comparison,
         "output": str(first.output),
     }
@@ -76,6 +79,7 @@ def _print_summary(report: Record) -> None:
         print(
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
+        print_loader(answer["loader"])
     if report["pareto"]:
         rows = [
             [

@@ -30,6 +30,9 @@ def load_target(
     reason = refusal(config)
     if path == "llama" and reason is not None:
         raise UserError(f"path=llama cannot run {folder}: {reason}; give path=transformers or auto")
+    if getattr(config, "quantization_config", None) is not None:
+        # Registers the loader of packed embeddings and tied pairs; machines of the GPU checks lack what it imports.
+        import hasten.accel.models.transformers_loader  # noqa: F401
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     if path == "transformers" or reason is not None:
