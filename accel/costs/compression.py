@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from math import ceil
 
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.outer import is_outer, needs_inputs, outer_method
 from hasten.accel.compression.calibration.stages import stages_of
 from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
+from hasten.accel.compression.outputs.checkpoint import outer_shards
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
@@ -50,7 +52,7 @@ class Pass:
 
     def stages(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """Groups of a block whose sums are collected at the same time."""
-        return [*stages_of(groups)] if self.staged and self.sequences else [groups]
+        return [*stages_of(groups)] if self.staged and self.sequences and not is_outer(groups) else [groups]
 
     @property
     def sent_sums(self) -> int:
@@ -80,9 +82,8 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         if work.levels is None
         else database_files(work.model.architecture, work.layer_groups, work.levels)
     )
-    largest = max(work.layer_groups, key=lambda groups: sum(_weights(group) for group in groups))
-    packed = sum(_packed_bytes(work, group) for group in largest)
-    sums = max(map(_sums_bytes, work.stages(largest)), default=0) * work.sent_sums
+    packed = max(sum(_packed_bytes(work, group) for group in groups) for groups in work.layer_groups)
+    sums = max(_sums_bytes(stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
@@ -115,7 +116,7 @@ def _held_sums(chunks: int) -> int:
 
 
 def _sums_bytes(groups: Sequence[Group]) -> int:
-    return sum(hessian_bytes(group.columns) for group in groups)
+    return sum(hessian_bytes(group.columns) for group in groups if needs_inputs([group]))
 
 
 def _weights(group: Group) -> int:
@@ -131,7 +132,7 @@ def _packed_bytes(work: Pass, group: Group) -> int:
         if work.levels is None:
             total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
-            levels = [group.level_of(level) for level in work.levels]
+            levels = _levels(work, group)
             total += sum(size for level in levels for *_, size in level_tensors(layer, level, itemsize))
     return total
 
@@ -179,22 +180,30 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
             host["collect"] = with_retained({**always, **running, **sums, **sent}, running["activations"])
-    solved = max((group for block in work.layer_groups for group in block), key=lambda group: group.cost, default=None)
-    for group in [solved] if solved is not None else []:
+    every = [group for block in work.layer_groups for group in block]
+    # Matrices outside the blocks are solved in tiles of rows.
+    solved = [
+        max((group for group in every if (group.role is None) == inside), key=lambda group: group.cost, default=None)
+        for inside in (True, False)
+    ]
+    for group in [group for group in solved if group is not None]:
         solving = group_bytes(stack_of(group, work.gpu_memory), _solves(work, group))
+        phase = "solve" if group.role is None else "solve head"
+        at_once = _weights(group) if group.role is None else stack_of(group, work.gpu_memory).slab
+        read = max(layer.rows * layer.columns for layer in group.layers)
         reads = {SHARED: hessian_bytes(group.columns) * work.sent_sums}
         own = {
-            "layers as they are read": max(layer.rows * layer.columns for layer in group.layers) * stored,
-            "codes": _weights(group),
+            "layers as they are read": min(read, at_once) * stored,
+            "codes": at_once,
             "packed layers": _COPIES_OF_PACKED * _packed_bytes(work, group),
         }
         reads = reads if work.sequences else {}
         if on_device:
-            host["solve"] = {**always, **reads, **own}
-            device["solve"] = {"context": rates.device_bytes, **hidden, **solving, "codes": _weights(group)}
+            host[phase] = {**always, **reads, **own}
+            device[phase] = {"context": rates.device_bytes, **hidden, **solving, "codes": at_once}
         else:
             states = hidden if work.sequences else {}
-            host["solve"] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
+            host[phase] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
     return Process("calibrator", work.workers, work.threads, host, work.gpus, device)
 
 
@@ -206,7 +215,8 @@ def _checked(model: Model) -> dict[str, int]:
 
 def _driver(work: Pass, rates: Rates, packed: int) -> Process:
     checkpoint = work.model.architecture.checkpoint
-    outer = max(checkpoint.nbytes(name) for name in work.model.architecture.outer_tensors())
+    shards = outer_shards(work.model.architecture, work.layer_groups)
+    outer = max((checkpoint.nbytes(name) for names in shards for name in names), default=0)
     held = {"process": rates.driver_bytes, "calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     host = {"finish": {**held, "largest outer tensor": outer}}
     if work.levels is None:
@@ -229,12 +239,17 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
         wall[name] += worker_share * seconds
         cpu[name] += copies * seconds
 
+    # An output layer that is calibrated needs the last block's outputs.
+    last_block = sum(not is_outer(groups) or needs_inputs(groups) for groups in work.layer_groups) - 1
     for block, groups in enumerate(work.layer_groups):
-        if work.sequences:
+        if is_outer(groups):
+            if work.sequences and needs_inputs(groups):
+                add("sums", _collected(work, [group for group in groups if needs_inputs([group])], tokens), share)
+        elif work.sequences:
             # With propagation a block runs twice: for the sums, which stops at the last group's input, and, compressed,
             # for the next block's input. Without, and in stages, one run gives both.
             last = groups[-1].layers if groups else ()
-            is_last = block + 1 == len(work.layer_groups)
+            is_last = block == last_block
             experts = any(group.is_expert for group in groups)
             stops = not experts and (is_last if work.staged else work.propagates)
             if groups:
@@ -302,8 +317,15 @@ def _solve_seconds(work: Pass, group: Group, rates: Rates) -> float:
 
 def _solves(work: Pass, group: Group) -> list[tuple[Method, Level]]:
     """The levels at which a group is compressed, each with its method."""
-    levels = [group.level] if work.levels is None else [group.level_of(level) for level in work.levels]
-    return [(level.method_of(work.methods), level) for level in levels]
+    solves = [(level.method_of(work.methods), level) for level in _levels(work, group)]
+    return solves if group.role is None else [(outer_method(group, method), level) for method, level in solves]
+
+
+def _levels(work: Pass, group: Group) -> list[Level]:
+    """The levels at which a group is compressed."""
+    if work.levels is None:
+        return [group.level]
+    return [*group.levels] or [group.level_of(level) for level in work.levels]
 
 
 def _guesses(work: Pass) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.outer import is_outer
 from hasten.accel.compression.levels.base import Level, StoredTensor
 from hasten.accel.compression.levels.kinds.grid import grid_tensors
 from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
@@ -70,10 +71,10 @@ def _dtype(itemsize: int) -> torch.dtype:
 def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> dict[str, int]:
     """Bytes of a compressed checkpoint: tensors of blocks, tensors outside them, and small files."""
     checkpoint = architecture.checkpoint
-    outer = [_plain(architecture, names) for names in outer_shards(architecture)]
+    outer = [_plain(architecture, names) for names in outer_shards(architecture, layer_groups)]
     small = _CODE_BYTES
-    blocks = 0
-    shards = len(outer) + architecture.num_blocks
+    blocks, packed = 0, 0
+    shards = len(outer) + len(layer_groups)
     index = list(outer)
     for block, groups in enumerate(layer_groups):
         tensors = [
@@ -83,14 +84,19 @@ def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence
             for tensor in checkpoint_tensors(layer, group.level, checkpoint.dtype(f"{layer.name}.weight").itemsize)
         ]
         quantized = {f"{layer.name}.weight" for group in groups for layer in group.layers}
-        tensors += _plain(architecture, [name for name in architecture.block_tensors(block) if name not in quantized])
-        blocks += safetensors_bytes(tensors)
+        if is_outer(groups):
+            packed += safetensors_bytes(tensors)
+        else:
+            rest = [name for name in architecture.block_tensors(block) if name not in quantized]
+            tensors += _plain(architecture, rest)
+            blocks += safetensors_bytes(tensors)
         index.append(tensors)
         small += _FACTS_BYTES * len(quantized)
     file = len(f"model-{shards:05d}-of-{shards:05d}.safetensors")
     small += sum(len(name) + file + len('    "": "",\n') for tensors in index for name, *_ in tensors)
     small += _config_bytes(architecture, layer_groups) + copied_bytes(checkpoint.path)
-    return {"blocks": blocks, "embedding and head": sum(map(safetensors_bytes, outer)), "small files": small}
+    outside = sum(map(safetensors_bytes, outer)) + packed
+    return {"blocks": blocks, "embedding and head": outside, "small files": small}
 
 
 def database_files(
@@ -103,9 +109,10 @@ def database_files(
             for layer in group.layers:
                 itemsize = architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize
                 tensors: Tensors = []
-                for level in levels:
-                    tensors += level_tensors(layer, group.level_of(level), itemsize)
-                total += safetensors_bytes(tensors, _LEVEL_FACTS_BYTES * len(levels))
+                own = group.levels or [group.level_of(level) for level in levels]
+                for level in own:
+                    tensors += level_tensors(layer, level, itemsize)
+                total += safetensors_bytes(tensors, _LEVEL_FACTS_BYTES * len(own))
     return {"levels": total}
 
 

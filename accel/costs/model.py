@@ -100,9 +100,9 @@ class Model:
         return checkpoint.nbytes(head)
 
     def streamed_head_bytes(self) -> int:
-        """Bytes of the head that are held where it is read a tile at a time: all of them where it is packed."""
+        """Bytes of the head that are held where it is read a tile at a time: all if its rows cannot be read alone."""
         checkpoint, head = self.architecture.checkpoint, self.architecture.head_name()
-        return checkpoint.nbytes(head) if checkpoint.is_packed(head) else 0
+        return 0 if checkpoint.has_rows(head) else checkpoint.nbytes(head)
 
     def load(self, index: int) -> Work:
         """Work of reading a block and converting it to the dtype in which it runs."""

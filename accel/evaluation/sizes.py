@@ -16,12 +16,15 @@ from hasten.accel.models.checkpoint import Checkpoint
 class Sizes:
     """Sizes of a checkpoint.
 
-    weights, stored_bytes: number of weights and bytes of the quantized layers. total_weights, total_bytes: the same of
+    weights, stored_bytes: number of weights and bytes of the quantized layers. block_weights, block_bytes: of those
+    inside the blocks, that is, without output layer and embedding. total_weights, total_bytes: the same of
     all tensors. disk_bytes: size of all safetensors files.
     """
 
     weights: int
     stored_bytes: int
+    block_weights: int
+    block_bytes: int
     total_weights: int
     total_bytes: int
     disk_bytes: int
@@ -32,6 +35,11 @@ class Sizes:
         return 8 * self.stored_bytes / self.weights if self.weights else self.model_bits_per_weight
 
     @property
+    def block_bits_per_weight(self) -> float:
+        """Bits per weight of the quantized layers inside the blocks; bits_per_weight where there are none."""
+        return 8 * self.block_bytes / self.block_weights if self.block_weights else self.bits_per_weight
+
+    @property
     def model_bits_per_weight(self) -> float:
         """Bits per weight over all tensors, including embeddings and norms; tied ones are stored and counted once."""
         return 8 * self.total_bytes / self.total_weights
@@ -40,6 +48,7 @@ class Sizes:
         """Sizes by the report's keys."""
         return {
             "bits_per_weight": self.bits_per_weight,
+            "bits_per_weight_blocks": self.block_bits_per_weight,
             "bits_per_weight_model": self.model_bits_per_weight,
             "bytes": self.disk_bytes,
         }
@@ -47,7 +56,7 @@ class Sizes:
 
 def sizes(checkpoint: Checkpoint) -> Sizes:
     """Sizes from the files' headers; no tensor is read."""
-    weights = stored = total_weights = total_bytes = 0
+    weights = stored = block_weights = block_bytes = total_weights = total_bytes = 0
     for name in checkpoint.names:
         count, size = math.prod(checkpoint.shape(name)), checkpoint.stored_bytes(name)
         total_weights += count
@@ -55,7 +64,10 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
         if checkpoint.quantization(name) is not None:
             weights += count
             stored += size
-    return Sizes(weights, stored, total_weights, total_bytes, disk_bytes(checkpoint.path))
+            if "layers." in name:
+                block_weights += count
+                block_bytes += size
+    return Sizes(weights, stored, block_weights, block_bytes, total_weights, total_bytes, disk_bytes(checkpoint.path))
 
 
 def disk_bytes(folder: Path) -> int:

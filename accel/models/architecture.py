@@ -21,6 +21,8 @@ from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import build_skeleton
 
 _EXPERTS = "mlp.experts"
+# Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
+HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class Architecture:
         self._names = self._sort_names()
         self._check_tensors()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows."""
+    def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows.
+
+        table: embedding (V, D) in place of the checkpoint's.
+        """
         self._check_length(tokens.shape[1])
         self._load_front()
         decoder = self._skeleton.decoder
@@ -70,17 +75,17 @@ class Architecture:
         if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < self.config.vocab_size:
             wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
             raise UserError(f"token {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
-        name = self._embedding_name()
-        rows = self.checkpoint.rows(name, unique)
+        name = self.embedding_name()
+        rows = self.checkpoint.rows(name, unique) if table is None else table[unique.to(table.device)]
         self.checkpoint.check_finite(rows, name)
-        table = decoder.embed_tokens
+        module = decoder.embed_tokens
         # The model's own module, which may scale, with a table of only the rows in use. So padding_idx, which counts
         # rows of the whole table, must not apply.
-        table.padding_idx = None
-        table.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        module.padding_idx = None
+        module.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         with torch.no_grad():
-            hidden = table(positions.to(self.device))
-            table.weight = nn.Parameter(hidden.new_empty(0, device="meta"), requires_grad=False)
+            hidden = module(positions.to(self.device))
+            module.weight = nn.Parameter(hidden.new_empty(0, device="meta"), requires_grad=False)
             if getattr(decoder, "project_in", None) is not None:
                 hidden = decoder.project_in(hidden)
             if hasattr(decoder, "embed_positions"):
@@ -129,19 +134,21 @@ class Architecture:
     def output_layer(self) -> OutputLayer:
         """The output layer, whose weights are held in their stored dtype until `close`."""
         if self._output_layer is None:
-            weight = self._stored_head()
-            self._output_layer = self._make_output_layer(lambda first, last: weight[first:last])
+            self._output_layer = self.output_layer_of(self._stored_head())
         return self._output_layer
+
+    def output_layer_of(self, weight: Tensor) -> OutputLayer:
+        """An output layer with this matrix (V, D') on the device, in any dtype, in place of the checkpoint's."""
+        return self._make_output_layer(lambda first, last: weight[first:last])
 
     def streamed_output_layer(self) -> OutputLayer:
         """An output layer whose weights are read from the checkpoint whenever they are used.
 
-        A packed output matrix is unpacked and held, by this layer alone.
+        A packed output matrix whose rows cannot be read alone is unpacked and held, by this layer alone.
         """
         name, checkpoint = self.head_name(), self.checkpoint
-        if checkpoint.is_packed(name):
-            weight = self._stored_head()
-            return self._make_output_layer(lambda first, last: weight[first:last])
+        if not checkpoint.has_rows(name):
+            return self.output_layer_of(self._stored_head())
 
         def read(first: int, last: int) -> Tensor:
             rows = checkpoint.row_range(name, first, last)
@@ -178,6 +185,18 @@ class Architecture:
                 ):
                     shared = f"{path}.down_proj" if projection == "down_proj" else f"{path}.gate_proj"
                     layers.append(self._layer(index, f"{path}.{projection}", rows, columns, shared, expert))
+        return layers
+
+    def outer_layers(self) -> dict[str, Layer]:
+        """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""
+        names = {HEAD: self.head_name(), EMBEDDING: self.embedding_name()}
+        if names[HEAD] == names[EMBEDDING]:
+            names = {TIED: names[HEAD]}
+        layers = {}
+        for role, tensor in names.items():
+            name = tensor.removesuffix(".weight")
+            rows, columns = self.checkpoint.shape(tensor)
+            layers[role] = Layer(name, name.rpartition(".")[2], rows, columns, name)
         return layers
 
     def block_tensors(self, index: int) -> list[str]:
@@ -221,7 +240,7 @@ class Architecture:
                 if local not in linear and not local.startswith(f"{_EXPERTS}."):
                     yield start + self._family.logical(local), tuple(parameter.shape)
         decoder = self._skeleton.decoder
-        yield self._embedding_name(), tuple(decoder.embed_tokens.weight.shape)
+        yield self.embedding_name(), tuple(decoder.embed_tokens.weight.shape)
         yield self.head_name(), tuple(self._skeleton.head.weight.shape)
         outer = [("", decoder), (f"{self._family.norm}.", self._skeleton.norm)]
         if self._skeleton.project_out is not None:
@@ -244,7 +263,8 @@ class Architecture:
                 where = f"in {self.checkpoint.path} has shape {list(stored)}"
                 raise UserError(f"tensor {name} {where}: the config needs {list(shape)}")
 
-    def _embedding_name(self) -> str:
+    def embedding_name(self) -> str:
+        """Logical name of the tensor that the embedding is read from."""
         name = f"{self._prefix}embed_tokens.weight"
         # Tied tensors may be stored under either name.
         return self.head_name() if self._skeleton.tied and name not in self.checkpoint else name

@@ -52,7 +52,7 @@ class WholeModel(Architecture):
         model, skeleton = self.empty(), self._skeleton
         decoder: Any = skeleton.decoder
         self._load_front()
-        decoder.embed_tokens.weight = self._parameter(self._embedding_name())
+        decoder.embed_tokens.weight = self._parameter(self.embedding_name())
         blocks = []
         for index in range(self.num_blocks):
             block = self.load_block(index)
@@ -67,7 +67,7 @@ class WholeModel(Architecture):
         parent, _, leaf = self._family.decoder.rpartition(".")
         setattr(model.get_submodule(parent), leaf, decoder)
         head: Any = model.get_output_embeddings()
-        shared = skeleton.tied and self.head_name() == self._embedding_name()
+        shared = skeleton.tied and self.head_name() == self.embedding_name()
         head.weight = decoder.embed_tokens.weight if shared else self._parameter(self.head_name())
         return model
 

@@ -209,9 +209,13 @@ class Checkpoint:
             parts[GROUP_INDEX] = self.tensor(f"{module}.{GROUP_INDEX}")
         return self._packing.weight(module, parts)
 
+    def has_rows(self, name: str) -> bool:
+        """Whether rows of a matrix can be read alone: packed zero points of several rows share words."""
+        return "weight_zero_point" not in self._packed.get(name, {})
+
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of a matrix by index (N,), as [N, columns] in the stored dtype; other rows are not read."""
-        if name in self._packed:
+        """Rows of a matrix by index (N,), as [N, columns] in the stored dtype; others are not read, see has_rows."""
+        if not self.has_rows(name):
             return self.tensor(name)[index]
         if not len(index):
             return torch.empty(0, self.shape(name)[1], dtype=self.dtype(name))
@@ -223,11 +227,20 @@ class Checkpoint:
         starts = torch.cat([torch.tensor([0]), (unique.diff() != 1).nonzero()[:, 0] + 1])
         ends = torch.cat([starts[1:], torch.tensor([len(unique)])])
         runs = list(zip(unique[starts].tolist(), (ends - starts).tolist(), strict=True))
-        return self._place(name).read_rows(runs)[inverse]
+        return self._read_rows(name, runs)[inverse]
 
     def row_range(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a plain matrix, in the stored dtype; other rows are not read."""
-        return self._place(name).read_rows([(first, last - first)])
+        """Rows first to last (exclusive) of a matrix of which has_rows is true; other rows are not read."""
+        return self._read_rows(name, [(first, last - first)])
+
+    def _read_rows(self, name: str, runs: list[tuple[int, int]]) -> Tensor:
+        """Rows of a matrix. runs: first row and number of rows of each run of consecutive rows."""
+        if name not in self._packed:
+            return self._place(name).read_rows(runs)
+        assert self._packing is not None
+        parts = {leaf: self._packed[name][leaf].read_rows(runs) for leaf in (PACKED, "weight_scale")}
+        parts["weight_shape"] = torch.tensor([len(parts[PACKED]), self.shape(name)[1]])
+        return self._packing.unpack(name.removesuffix(".weight"), parts)
 
     def check(self, name: str) -> None:
         """UserError where a tensor holds NaN or infinite values; of a packed weight only the scales are read.

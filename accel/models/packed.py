@@ -105,5 +105,21 @@ class Packing:
         return PackedWeight(codes, scale.expand(rows, -1), columns, wider, zero_point, index)
 
 
+def needs_loader(config: Mapping[str, Any] | None) -> bool:
+    """Whether transformers cannot load a checkpoint with this quantization_config by itself.
+
+    See models/transformers_loader.py, which can.
+    """
+    if not config or config.get("dequantize") or config.get("format") != _FORMAT:
+        return False
+    groups = config["config_groups"].values()
+    if any(group.get("weights") is None for group in groups):
+        return False
+    targets = [target for group in groups for target in group["targets"]]
+    return any("embed_tokens" in target for target in targets) or not all(
+        group["weights"]["symmetric"] for group in groups
+    )
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

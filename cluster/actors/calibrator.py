@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.calibration.outer import is_outer, outer_method
+from hasten.accel.compression.calibration.outer_solve import solve_outer, solve_outer_levels
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
 from hasten.accel.compression.calibration.stages import replace_weights
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.models.architecture import EMBEDDING
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # What collect() returns for a layer group: nodes of the summation tree as (start, size, tokens, sums).
@@ -89,6 +92,15 @@ class Calibrator:
                 for start, size, tokens, sums in nodes[key]:
                     tree.add(start, size, Hessian.from_array(group.columns, sums, tokens))
             hessian = tree.total() if tree.nodes else None
+            if group.role is not None:
+                method = outer_method(group, settings.quantizer)
+                prepared = prepare_group(group, method, hessian, 0, settings.device)
+                if isinstance(task.output, LevelDatabase):
+                    facts += solve_outer_levels(task.output, group, prepared, settings.device)
+                else:
+                    packed[key], row = solve_outer(group, group.level, task.checkpoint, prepared, settings.device)
+                    facts.append(row)
+                continue
             ready = [
                 prepare_group(group, method, hessian, settings.expert_tokens, settings.device)
                 for method in settings.methods
@@ -109,6 +121,12 @@ class Calibrator:
         self, block: int, keys: Collection[str], stage: int, solved: Sequence[Mapping[str, Mapping[str, Tensor]]]
     ) -> dict[str, Tree]:
         groups = self._task.layer_groups[block]
+        if is_outer(groups):
+            head = next((group for group in groups if group.role != EMBEDDING), None)
+            if head is None:
+                return {}
+            shard = self._catch_up(block)
+            return shard.collect_outputs(self._task.architecture.streamed_output_layer(), head.key)
         if self._settings.propagate != "sequential":
             wanted = [group for group in groups if group.key in keys]
             shard = self._catch_up(block)

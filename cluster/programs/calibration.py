@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
 from hasten.accel.compression.calibration.statistics import split
@@ -108,7 +109,7 @@ class CalibrationPass:
         output, before = self._task.output, cpu_seconds()
         finished = output.finished
         self.report.resumed = len(finished)
-        unfinished = [block for block in range(self._task.architecture.num_blocks) if block not in finished]
+        unfinished = [block for block in range(len(self._task.layer_groups)) if block not in finished]
         try:
             if unfinished:
                 _warn_of_few(self._tokens, self._task.layer_groups)
@@ -199,7 +200,7 @@ class CalibrationPass:
         unfinished = {group.key for group in self._task.output.unfinished(step[0])} - keys
         waiting = [group for group in groups if group.key in unfinished]
         self._sums.begin(step)
-        if self._settings.needs_hessian and waiting:
+        if self._settings.needs_hessian and needs_inputs(waiting):
             self._collect(step, waiting, solved)
         self._solve(step, waiting, solved)
         self._sums.finish(step)
@@ -217,7 +218,7 @@ class CalibrationPass:
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
-            for other, rest in islice(((other, rest) for other, rest in unfinished if rest), 1):
+            for other, rest in islice(((other, rest) for other, rest in unfinished if needs_inputs(rest)), 1):
                 self._sums.request((other, 0), rest, [], self._pool.actors)
 
     def _packed(self, step: Step, solved: Mapping[Unit, Solution]) -> ObjectRef:

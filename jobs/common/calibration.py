@@ -88,11 +88,11 @@ def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool, o
 
 def run_pass(compression: CalibrationPass, title: str, tracker: Tracker) -> None:
     """Run a calibration pass with a progress bar; each block is a step of the tracked run."""
-    architecture, output = compression.task.architecture, compression.task.output
+    count, output = len(compression.task.layer_groups), compression.task.output
     finished = len(output.finished)
     if finished:
-        _LOG.info("%d of %d blocks are finished already in %s", finished, architecture.num_blocks, output.path)
-    with Progress(title, architecture.num_blocks, "block") as progress:
+        _LOG.info("%d of %d blocks are finished already in %s", finished, count, output.path)
+    with Progress(title, count, "block") as progress:
         progress.begin(finished)
 
         def note(count: int, row: Record) -> None:

@@ -82,6 +82,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
     legend shows where they differ between kinds.
     """
     kinds: dict[str, list[Row]] = {}
+    blocks = _blocks([str(row["layer"]) for row in layers])
     for row in layers:
         kinds.setdefault(_kind(str(row["layer"])), []).append(row)
     several = len({row.get("bits") for row in layers}) > 1
@@ -89,7 +90,7 @@ def error_per_layer(layers: Sequence[Row], path: Path) -> Path:
     for position, (kind, rows) in enumerate(sorted(kinds.items())):
         bits = sorted({f"{row['bits']:g}" for row in rows if row.get("bits") is not None})
         label = f"{kind} ({', '.join(bits)} bits)" if several and bits else kind
-        points = sorted((_block(str(row["layer"]), index), float(row["error"])) for index, row in enumerate(rows))
+        points = sorted((blocks[str(row["layer"])], float(row["error"])) for row in rows)
         axes.plot(*zip(*points, strict=True), marker=marker(position), markersize=4, linewidth=1, label=label)
     if layers and all(row["error"] > 0 for row in layers):
         axes.set_yscale("log")
@@ -120,9 +121,10 @@ def level_map(layers: Sequence[Row], path: Path, limits: tuple[float, float] | N
     limits: bits of the lowest and the highest colour, for maps that are compared; None takes those of the layers.
     """
     cells: dict[tuple[str, int], list[float]] = {}
-    for index, row in enumerate(layers):
+    blocks = _blocks([str(row["layer"]) for row in layers])
+    for row in layers:
         name = str(row["layer"])
-        cells.setdefault((_kind(name), _block(name, index)), []).append(float(row["bits_per_weight"]))
+        cells.setdefault((_kind(name), blocks[name]), []).append(float(row["bits_per_weight"]))
     return _heat_map("Bits per weight of each layer", cells, path, limits)
 
 
@@ -135,8 +137,9 @@ def block_map(
     """
     cells: dict[tuple[str, int], list[float]] = {}
     for run, rows in layers.items():
-        for index, (name, bits) in enumerate(rows):
-            cells.setdefault((run, _block(name, index)), []).append(bits)
+        blocks = _blocks([name for name, _ in rows])
+        for name, bits in rows:
+            cells.setdefault((run, blocks[name]), []).append(bits)
     return _heat_map("Bits per weight of each block", cells, path, limits)
 
 
@@ -199,6 +202,13 @@ def _block(name: str, otherwise: int) -> int:
     """Block number in a module name such as model.layers.3.mlp.up_proj; `otherwise` if it has none."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(match[1]) if match else otherwise
+
+
+def _blocks(names: Sequence[str]) -> dict[str, int]:
+    """Block numbers by module name; output layer and embedding come behind the last block."""
+    numbered = {name: _block(name, -1) for name in names}
+    behind = max(numbered.values(), default=-1) + 1
+    return {name: behind if number < 0 else number for name, number in numbered.items()}
 
 
 def _kind(name: str) -> str:

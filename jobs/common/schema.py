@@ -155,7 +155,8 @@ class Calibrated(Run):
     """Options of every job that calibrates a checkpoint block by block."""
 
     ignore: list[str] = option(
-        [], "regular expressions of module names left as they are; embeddings and lm_head are never quantized"
+        [],
+        "regular expressions of module names left as they are; embedding and output layer have options of their own",
     )
     skip_first: int = option(0, "blocks left as they are at the start", at_least=0)
     skip_last: int = option(0, "blocks left as they are at the end", at_least=0)

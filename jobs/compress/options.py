@@ -22,6 +22,22 @@ class CompressConfig(Calibrated):
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
     group_size: int | str = option("auto", f"{GROUP_SIZE}; -1 is one scale per row", at_least=-1, words=("auto",))
     symmetric: bool = option(False, "symmetric grids, without zero points")
+    head_bits: int | None = option(
+        None,
+        "bits of a weight of the output layer, on symmetric grids; null leaves it as it is; if it shares a tensor with "
+        "the embedding, head_bits or embedding_bits stands for both",
+        at_least=2,
+        at_most=8,
+    )
+    embedding_bits: int | None = option(
+        None, "the same for the embedding, which is rounded to nearest", at_least=2, at_most=8
+    )
+    head_group_size: int | str | None = option(
+        None, "columns of the output layer that share a scale; null is group_size", at_least=-1, words=("auto",)
+    )
+    embedding_group_size: int | str | None = option(
+        None, "columns of the embedding that share a scale; null is group_size", at_least=-1, words=("auto",)
+    )
     output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     gate: list[str] = option([], GATE)

@@ -5,6 +5,7 @@ from time import perf_counter
 
 from hasten.accel.compression.calibration.group_sizes import described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import group_sizes
+from hasten.accel.compression.calibration.outer import OuterLevels, make_outer_levels
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
@@ -28,6 +29,7 @@ from hasten.jobs.common.calibration import (
 )
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
+from hasten.jobs.common.loading import loader_of, print_loader
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
 from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
@@ -94,6 +96,19 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
         column_quantizer=column_quantizer,
         pruner=pruner,
         level=level,
+        outer=_outer_levels(config, level),
+    )
+
+
+def _outer_levels(config: CompressConfig, level: Level) -> OuterLevels:
+    """Levels of output layer and embedding; their groups are by default those of the level of the other layers."""
+    scheme = level.loader_scheme
+    size = config.group_size if scheme is None else scheme.group_size
+    return make_outer_levels(
+        [] if config.head_bits is None else [config.head_bits],
+        [] if config.embedding_bits is None else [config.embedding_bits],
+        size if config.head_group_size is None else config.head_group_size,
+        size if config.embedding_group_size is None else config.embedding_group_size,
     )
 
 
@@ -107,7 +122,7 @@ def _evaluate(config: CompressConfig, settings: Settings, windows: Windows) -> R
 def _report(config: CompressConfig, compression: CalibrationPass, metrics: Record, seconds: float) -> Record:
     output, done = compression.task.output, compression.report
     assert isinstance(output, OutputFolder)
-    layers = [row for block in range(compression.task.architecture.num_blocks) for row in output.facts(block)]
+    layers = [row for block in range(len(compression.task.layer_groups)) for row in output.facts(block)]
     stored = sizes(Checkpoint(output.path)).metrics()
     if not compression.task.settings.level.is_loaded_packed:
         # The checkpoint stores such a level in a larger, loadable form: report the packed size from the layers' facts.
@@ -133,6 +148,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
         "blocks": done.blocks,
         "fallbacks": [row["layer"] for row in layers if row["notes"]],
         "group_sizes": groups,
+        "loader": loader_of(output.path),
         "output": str(output.path),
     }
 
@@ -151,6 +167,7 @@ def _print_summary(report: Record) -> None:
         f"size: {metrics['bytes'] / 2**20:.1f} MiB, was {metrics['bytes_original'] / 2**20:.1f} MiB; "
         f"{metrics['bits_per_weight']:.3f} bits per quantized weight"
     )
+    print_loader(report["loader"])
     if report["group_sizes"]:
         print(f"group sizes: {described(report['group_sizes'])}")
     if metrics["kl_divergence"] is not None:

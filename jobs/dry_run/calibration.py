@@ -1,7 +1,7 @@
 """Cost of a calibration pass."""
 
-from hasten.accel.compression.calibration.layer_groups import common_levels, make_layer_groups
-from hasten.accel.compression.calibration.settings import Settings
+from hasten.accel.compression.calibration.layer_groups import common_levels
+from hasten.accel.compression.calibration.settings import Settings, all_groups
 from hasten.accel.costs.compression import Pass
 from hasten.accel.costs.model import Model
 from hasten.accel.errors import UserError
@@ -13,14 +13,7 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
     """The pass to estimate; name: the checkpoint's. UserError for settings that the job would refuse."""
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
-    layer_groups = make_layer_groups(
-        model.architecture,
-        settings.level,
-        config.ignore,
-        config.skip_first,
-        config.skip_last,
-        settings.levels or (),
-    )
+    layer_groups = all_groups(model.architecture, settings)
     sequences = config.calibration.sequences if settings.needs_hessian else 0
     if sequences and config.workers > min(config.calibration.shards, sequences):
         chunks = min(config.calibration.shards, sequences)
@@ -31,7 +24,7 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
     return Pass(
         model=model,
         layer_groups=layer_groups,
-        methods=settings.methods,
+        methods=[*settings.methods, *([settings.quantizer] if settings.outer else [])],
         sequences=sequences,
         length=config.calibration.sequence_length,
         levels=None if settings.levels is None else common_levels(settings.levels, layer_groups),

@@ -30,6 +30,18 @@ class LevelOptions(Calibrated):
     pruner: dict[str, Any] = group("method that prunes a layer, for sparsities")
     sparsities: list[float] = option([], "fractions of a layer's weights that are zeroed, each a level")
     extra_levels: list[str] = option([], "names of further levels, of any kind, such as w4g64a, c2.5 or s50")
+    head_bits: list[int] = option(
+        [],
+        "bits of a weight of the output layer, on symmetric grids, each a level of its own; [] leaves it as it is; if "
+        "it shares a tensor with the embedding, head_bits or embedding_bits stands for both",
+    )
+    embedding_bits: list[int] = option([], "the same for the embedding, which is rounded to nearest")
+    head_group_size: int | str = option(
+        "auto", "columns of the output layer that share a scale", at_least=-1, words=("auto",)
+    )
+    embedding_group_size: int | str = option(
+        "auto", "columns of the embedding that share a scale", at_least=-1, words=("auto",)
+    )
     reference: int = option(
         3,
         "bits of the level whose output calibrates the next block; with bits=[] it is the lowest of sparsities, "

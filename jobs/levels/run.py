@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
 
+from hasten.accel.compression.calibration.outer import make_outer_levels
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import make_levels, parse_level
@@ -157,6 +158,11 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
     levels = make_levels(
         config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels
     )
+    outer = make_outer_levels(
+        config.head_bits, config.embedding_bits, config.head_group_size, config.embedding_group_size
+    )
+    if outer and not levels:
+        raise UserError("head_bits and embedding_bits need levels of the other layers: give bits, or extra_levels")
     if config.bits and config.reference not in config.bits:
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
@@ -180,4 +186,5 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
         # Without any level: one that fits every layer.
         level=grid or (usual[-1] if usual else parse_level("w8")),
         levels=levels,
+        outer=outer,
     )

@@ -11,6 +11,7 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.arithmetic import resolve_device
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
+from hasten.jobs.common.loading import loader_of, print_loader
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
@@ -62,7 +63,9 @@ def _report(
         "config": plain(config),
         "metrics": {**dict.fromkeys(FIGURES), **first.metrics, **usage, "seconds": seconds},
         "layers": [row | {"budget": answer.budget} for answer in answers for row in answer.layers],
-        "budgets": [answer.metrics | {"output": str(answer.output)} for answer in answers],
+        "budgets": [
+            answer.metrics | {"output": str(answer.output), "loader": loader_of(answer.output)} for answer in answers
+        ],
         "pareto": comparison,
         "output": str(first.output),
     }
@@ -95,6 +98,7 @@ def _print_summary(report: Record) -> None:
         print(
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
+        print_loader(answer["loader"])
     if report["pareto"]:
         rows = [
             [

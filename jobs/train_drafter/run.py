@@ -129,6 +129,9 @@ def _examples(
 
 
 def _loaded(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    # Registers the loader of checkpoints that transformers alone refuses.
+    import hasten.accel.models.transformers_loader  # noqa: F401
+
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(torch.device(device)).eval()  # type: ignore[arg-type]  # the types of its wrapper are wrong
 

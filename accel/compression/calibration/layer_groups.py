@@ -16,13 +16,16 @@ class Group:
     """Layers of one block that share an input and are solved together.
 
     layers: in the order in which their rows are stacked. level: at which all of them are stored. auto_size: of levels
-    whose group size is `auto`.
+    whose group size is `auto`. role, levels: role of a matrix outside the blocks, see calibration/outer.py, and all
+    levels that it can have, which are its own; None and () for layers of a block.
     """
 
     block: int
     layers: tuple[Layer, ...]
     level: Level
     auto_size: AutoSize = field(default=AutoSize())
+    role: str | None = None
+    levels: tuple[Level, ...] = ()
 
     @property
     def key(self) -> str:
@@ -114,7 +117,7 @@ def common_levels(levels: Iterable[Level], layer_groups: Iterable[Iterable[Group
 
     A group size of `auto` stays in the name only where it stands for several sizes.
     """
-    groups = [group for block in layer_groups for group in block]
+    groups = [group for block in layer_groups for group in block if group.role is None]
     named = []
     for level in levels:
         sized = {level.of_group_size(group.auto_size) for group in groups}
@@ -123,9 +126,9 @@ def common_levels(levels: Iterable[Level], layer_groups: Iterable[Iterable[Group
 
 
 def group_sizes(level: Level, layer_groups: Iterable[Iterable[Group]]) -> dict[str, int]:
-    """Group size of a level in every layer, by layer name; empty where the level has no grid."""
+    """Group size of a level in every layer of the blocks, by layer name; empty where the level has no grid."""
     sizes: dict[str, int] = {}
-    for group in (group for groups in layer_groups for group in groups):
+    for group in (group for groups in layer_groups for group in groups if group.role is None):
         scheme = group.level_of(level).loader_scheme
         if scheme is not None:
             assert isinstance(scheme.group_size, int)

@@ -1,14 +1,15 @@
 """Settings that determine the bytes of a compressed checkpoint, and the fingerprint that a resumed run must match."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.calibration import shard, solve
+from hasten.accel.compression.calibration import outer_solve, shard, solve
 from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
+from hasten.accel.compression.calibration.outer import OuterLevels, is_outer, outer_groups
 from hasten.accel.compression.calibration.stages import Stage, stages_of
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
@@ -38,6 +39,7 @@ class Settings:
     the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
+    outer: levels of output layer and embedding.
     """
 
     checkpoint: Path
@@ -58,6 +60,7 @@ class Settings:
     batch: int = 4
     shards: int = 8
     expert_tokens: int = 128
+    outer: OuterLevels = field(default_factory=OuterLevels)
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -79,7 +82,8 @@ class Settings:
     @property
     def needs_hessian(self) -> bool:
         """Whether a method needs statistics of the layers' inputs."""
-        return any(method.needs_hessian for method in self.methods)
+        methods = [*self.methods, self.quantizer] if self.outer else self.methods
+        return any(method.needs_hessian for method in methods)
 
     @property
     def methods(self) -> list[Method]:
@@ -94,7 +98,7 @@ class Settings:
 
     def stages(self, groups: Sequence[Group]) -> list[Stage]:
         """Groups of a block that are compressed at the same time, in the order in which they are."""
-        if self.propagate == "sequential" and self.needs_hessian:
+        if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
             return stages_of(groups)
         return [tuple(groups)] if groups else []
 
@@ -125,13 +129,15 @@ class Settings:
             "batch": self.batch,
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
+            "outer": self.outer.names() if self.outer else None,
             "torch": torch.__version__,
             "code": self.code(),
         }
 
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level)
+        of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
+        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer)
 
 
 class Task:
@@ -143,14 +149,7 @@ class Task:
         if self.checkpoint.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
-        self.layer_groups: list[list[Group]] = make_layer_groups(
-            self.architecture,
-            settings.level,
-            settings.ignore,
-            settings.skip_first,
-            settings.skip_last,
-            settings.levels or (),
-        )
+        self.layer_groups = all_groups(self.architecture, settings)
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
@@ -175,3 +174,17 @@ class Task:
                 f"ignore, skip_first or skip_last leave {len(plain)} of {len(experts)} expert layers plain, first "
                 f"{min(plain)}: transformers loads experts only if those of all blocks are quantized"
             )
+
+
+def all_groups(architecture: Architecture, settings: Settings) -> list[list[Group]]:
+    """Groups of every block, and behind them those of output layer and embedding where one is compressed."""
+    blocks = make_layer_groups(
+        architecture,
+        settings.level,
+        settings.ignore,
+        settings.skip_first,
+        settings.skip_last,
+        settings.levels or (),
+    )
+    outer = outer_groups(architecture, settings.outer)
+    return [*blocks, outer] if outer else blocks

@@ -15,6 +15,7 @@ from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.stages import StagedBlock
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.output_layer import OutputLayer
 
 
 class _AllCollected(Exception):  # noqa: N818 (not an error: the rest of the block need not run)
@@ -69,6 +70,17 @@ class Shard:
             for index, part in enumerate(parts):
                 parts[index] = self.architecture.run_block(block, self.position, part)
         self.position += 1
+
+    def collect_outputs(self, layer: OutputLayer, key: str) -> dict[str, Tree]:
+        """The Hessian of the output layer's inputs, by `key`; the shard must be behind the last block."""
+        assert self.position == self.architecture.num_blocks
+        tree = Tree(self._cut)
+        for number, parts in self._hidden.items():
+            hessian = Hessian(layer.width)
+            for part in parts:
+                hessian.add(layer.inputs(part).reshape(-1, layer.width))
+            tree.add(number, 1, hessian)
+        return {key: tree}
 
     def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
         """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""

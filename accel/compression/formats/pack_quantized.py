@@ -57,6 +57,10 @@ class PackQuantized(Format):
         compressed-tensors 0.20 expects unpacked zero points in the modules that it prepares, so that transformers can
         load such layers only with the key `dequantize`. With the key, however, transformers 5.23 reads all layers but
         the experts on the first grid. So experts alone, which it unpacks in any case, do not set it. vLLM ignores it.
+
+        transformers 5.23 also fails to initialise a packed embedding without the key. With several grids and an
+        embedding or zero points, it cannot load the checkpoint: models/transformers_loader.py does. The key is then not
+        set, so that transformers alone stops with an error and does not read wrong weights.
         """
         distinct: dict[tuple[Scheme, bool], list[str]] = {}
         for name, scheme in schemes.items():
@@ -65,7 +69,7 @@ class PackQuantized(Format):
         for number, ((scheme, is_expert), names) in enumerate(distinct.items()):
             groups[f"group_{number}"] = {
                 # With one scheme a class name suffices, and keeps the config short.
-                "targets": ["Linear"] if len(distinct) == 1 else [_one_of(names, is_expert)],
+                "targets": _targets(names) if len(distinct) == 1 else [_one_of(names, is_expert)],
                 "weights": _arguments(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -80,7 +84,9 @@ class PackQuantized(Format):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        if not all(scheme.symmetric for scheme in schemes.values()):
+        needs_it = any(not scheme.symmetric or _is_embedding(name) for name, scheme in schemes.items())
+        grids = {scheme for scheme, is_expert in distinct if not is_expert}
+        if needs_it and (len(grids) == 1 or not any(map(_is_outer, schemes))):
             described["dequantize"] = True
         return described
 
@@ -107,10 +113,30 @@ def _arguments(scheme: Scheme) -> dict[str, object]:
     }
 
 
+def _is_outer(name: str) -> bool:
+    """Whether a layer is the output layer or the embedding."""
+    return "layers." not in name
+
+
+def _is_embedding(name: str) -> bool:
+    return _is_outer(name) and name.endswith("embed_tokens")
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Targets of the only config group."""
+    embeddings = [name for name in names if _is_embedding(name)]
+    # Not the class Embedding, which position embeddings also have.
+    return ["Linear", *([_one_of(embeddings, experts=False)] if embeddings else [])]
+
+
 def _one_of(names: list[str], experts: bool) -> str:
     """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
     if experts:
         # Loaders search for the word `experts`; the experts of all blocks share one scheme.
         return "re:.*experts.*"
-    tails = sorted({re.sub(r"^.*?(?=layers\.)", "", name) for name in names})
+    tails = sorted({name[name.index("layers.") :] if not _is_outer(name) else _last(name) for name in names})
     return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

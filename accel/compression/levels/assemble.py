@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.allocators.base import DROP
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
+from hasten.accel.compression.calibration.outer import at_level, is_outer
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -67,6 +68,10 @@ def mixed_output(
             if layer.name in loaded:
                 shared.setdefault((layer.group, loaded[layer.name]), []).append(layer)
         layer_groups[block] = [Group(block, tuple(layers), level) for (_, level), layers in shared.items()]
+    matrices = [group for groups in database.layer_groups for group in groups if group.role is not None]
+    outer = [at_level(group, loaded[group.key]) for group in matrices if group.key in loaded]
+    if outer:
+        layer_groups.append(outer)
     if experts is None and any(layer_groups):
         raise UserError(
             "experts got no level of quantization, and other layers did: transformers cannot load such a checkpoint"
@@ -93,7 +98,9 @@ def write_mixed(
     facts = []
     for block, groups in enumerate(database.layer_groups):
         layers = [layer for group in groups for layer in group.layers]
-        if block not in output.depth.kept:
+        if is_outer(groups):
+            facts += _outer(output, database, levels, block, layers)
+        elif block not in output.depth.kept:
             facts += [_dropped(block, layer, None) for layer in layers]
         else:
             if not output.is_finished(block):
@@ -119,6 +126,19 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
             packed[name] = database.checkpoint_tensors(name, level)
             facts.append(database.facts(name)[level])
     output.write_block(block, packed, facts)
+
+
+def _outer(
+    output: MixedOutput, database: LevelDatabase, levels: Mapping[str, str], block: int, layers: Sequence[Layer]
+) -> list[Facts]:
+    """Write the matrices outside the blocks that are compressed, where they are missing; returns their facts."""
+    packed = [layer.name for layer in layers if levels.get(layer.name, KEEP) != KEEP]
+    if not packed:
+        return []
+    if not output.is_finished(block):
+        tensors = {name: database.checkpoint_tensors(name, levels[name]) for name in packed}
+        output.write_block(block, tensors, [database.facts(name)[levels[name]] for name in packed])
+    return output.facts(block)
 
 
 def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group, join_layers
+from hasten.accel.compression.calibration.outer import OuterLevels, outer_groups, outer_levels
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
@@ -63,12 +64,16 @@ class LevelDatabase(ResumableFolder):
             raise UserError(f"levels={path} was made from another checkpoint than model={checkpoint.path}")
         levels = [parse_level(name) for name in content["levels"]]
         level = levels[0] if levels else parse_level(_UNUSED)
+        outer = OuterLevels(*map(_parsed, content["outer"].values())) if content.get("outer") else OuterLevels()
         layers = set(content["layers"])
         blocks = [
             [layer for layer in architecture.linears(block) if layer.name in layers]
             for block in range(architecture.num_blocks)
         ]
-        return cls(path, checkpoint, join_layers(blocks, level), levels, None)
+        layer_groups = join_layers(blocks, level)
+        if outer:
+            layer_groups.append(outer_groups(architecture, outer))
+        return cls(path, checkpoint, layer_groups, levels, None)
 
     @property
     def levels(self) -> list[str]:
@@ -77,7 +82,7 @@ class LevelDatabase(ResumableFolder):
 
     def levels_of(self, group: Group) -> list[tuple[str, Level]]:
         """Names and levels of a group. A group's level may differ from the one of that name; see Group.level_of."""
-        return [(level.name, group.level_of(level)) for level in self._levels]
+        return [(level.name, group.level_of(level)) for level in group.levels or self._levels]
 
     def stored_bits(self, group: Group, layer: Layer, level: Level) -> int:
         """Exact size of a layer of a group at one of levels_of(group); known before the layer is solved."""
@@ -144,11 +149,14 @@ class LevelDatabase(ResumableFolder):
 
     def finish(self) -> None:
         """Write the file that marks the database as complete."""
-        content = {
+        content: dict[str, object] = {
             "checkpoint": self.checkpoint.fingerprint(),
             "levels": self.levels,
             "layers": [layer.name for groups in self.layer_groups for group in groups for layer in group.layers],
         }
+        outer = outer_levels([group for groups in self.layer_groups for group in groups if group.role is not None])
+        if outer:
+            content["outer"] = outer.names()
         self.write_json(self.path / self.last_file, content)
 
     def nbytes(self) -> int:
@@ -157,3 +165,7 @@ class LevelDatabase(ResumableFolder):
 
     def _file(self, layer: str) -> Path:
         return self.path / _LAYERS / f"{layer}.safetensors"
+
+
+def _parsed(names: Sequence[str]) -> tuple[Level, ...]:
+    return tuple(parse_level(name) for name in names)

@@ -101,6 +101,8 @@ def _parts(database: LevelDatabase, drop: Sequence[str]) -> dict[tuple[int, str]
             raise UserError(f"drop={kind} is none of {', '.join(PARTS)}")
     inside: dict[tuple[int, str], list[Layer]] = {}
     for group, layer in _layers(database):
+        if group.role is not None:
+            continue
         for kind in (part_of(layer), BLOCK):
             if kind in drop:
                 inside.setdefault((group.block, kind), []).append(layer)

@@ -20,7 +20,7 @@ from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
 from hasten.accel.compression.result import Facts
-from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.architecture import HEAD, TIED, Architecture
 from hasten.accel.models.families import family_of
 
 # Size of the shards with the tensors outside the blocks.
@@ -42,8 +42,9 @@ _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 class OutputFolder(ResumableFolder):
     """Output folder of a compressed checkpoint.
 
-    layer_groups: layers that are compressed, by block. kept: ascending numbers of the blocks that are written; None for
-    all. Methods take a block's number in the original; in the files it has its index among the kept blocks.
+    layer_groups: layers that are compressed, by block, and behind the blocks the groups of calibration/outer.py. kept:
+    ascending numbers of the blocks that are written; None for all. Methods take a block's number in the original; in
+    the files it has its index among the kept blocks.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class OutputFolder(ResumableFolder):
         self._layer_groups = layer_groups
         self.format = form
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
-        self._places = {block: place for place, block in enumerate(self._kept)}
-        self._outer = list(outer_shards(architecture))
-        self._shards = len(self._kept) + len(self._outer)
+        # Output layer and embedding, where they are compressed, are written as one more block.
+        self._written = (*self._kept, *range(architecture.num_blocks, len(layer_groups)))
+        self._places = {block: place for place, block in enumerate(self._written)}
+        self._outer = list(outer_shards(architecture, layer_groups))
+        self._shards = len(self._written) + len(self._outer)
 
     def shard(self, block: int) -> Path:
         """File of a block."""
@@ -84,7 +87,7 @@ class OutputFolder(ResumableFolder):
     @property
     def finished(self) -> list[int]:
         """Blocks whose shards are written."""
-        return [block for block in self._kept if self.is_finished(block)]
+        return [block for block in self._written if self.is_finished(block)]
 
     def write_block(self, block: int, packed: Mapping[str, Mapping[str, Tensor]], facts: list[Facts]) -> None:
         """Write a block's shard: packed layers by name, and all other tensors of the block from the original.
@@ -92,7 +95,7 @@ class OutputFolder(ResumableFolder):
         packed: tensors of a layer by what follows its name; a `bias` among them replaces the layer's bias.
         """
         tensors = {f"{layer}.{part}": tensor for layer, parts in packed.items() for part, tensor in parts.items()}
-        for name in self._architecture.block_tensors(block):
+        for name in self._architecture.block_tensors(block) if block < self._architecture.num_blocks else ():
             if name.removesuffix(".weight") not in packed and name not in tensors:
                 tensors[name] = self._read(name)
         self.write_json(self._facts_file(block), facts)
@@ -134,7 +137,7 @@ class OutputFolder(ResumableFolder):
             if not path.exists():
                 self.write_tensors(path, {name: self._read(name) for name in names})
             total += _index(path, weight_map)
-        for block in self._kept:
+        for block in self._written:
             total += _index(self.shard(block), weight_map)
         source = self._architecture.checkpoint.path
         for file in copied_files(source):
@@ -157,7 +160,12 @@ class OutputFolder(ResumableFolder):
         ]
         experts = any(group.is_expert for groups in self._layer_groups for group in groups)
         renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
-        described = self.format.announce(renamed, ["lm_head", *untouched, *self._outer_linears()], experts)
+        roles = {group.role: group.key for groups in self._layer_groups for group in groups if group.role is not None}
+        if TIED in roles:
+            # Loaders build an output layer, which then takes the embedding's tensors.
+            renamed["lm_head"] = quantized[roles[TIED]]
+        head = [] if {HEAD, TIED} & roles.keys() else ["lm_head"]
+        described = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
         return config | {"quantization_config": described}
 
     def _as_module(self, name: str) -> str:
@@ -201,11 +209,14 @@ def copied_files(folder: Path) -> list[Path]:
     )
 
 
-def outer_shards(architecture: Architecture) -> Iterable[list[str]]:
-    """Names of the tensors outside the blocks, in one list a shard."""
+def outer_shards(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> Iterable[list[str]]:
+    """Names of the tensors outside the blocks that are not compressed, in one list a shard."""
+    packed = {f"{group.key}.weight" for groups in layer_groups for group in groups if group.role is not None}
     names: list[str] = []
     size = 0
     for name in architecture.outer_tensors():
+        if name in packed:
+            continue
         bytes_ = architecture.checkpoint.nbytes(name)
         if names and size + bytes_ > _OUTER_BYTES:
             yield names

@@ -140,6 +140,7 @@ def load_block(architecture: Architecture, units: Sequence[Unit], index: int) ->
 def check_units(architecture: Architecture, units: Sequence[Unit]) -> None:
     """ValueError, which names the unit, where a unit does not fit the model, or has a layer of an earlier unit."""
     free = {layer.name for index in range(architecture.num_blocks) for layer in architecture.linears(index)}
+    free |= {layer.name for layer in architecture.outer_layers().values()}
     for unit in units:
         for layer in unit.layers:
             if layer not in free:

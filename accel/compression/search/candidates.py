@@ -18,9 +18,10 @@ from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
 from hasten.accel.compression.search.fitness import Fitness, Tiles
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.outer import OuterWeights
 from hasten.accel.compression.search.samples import Sample
-from hasten.accel.models.architecture import Architecture
-from hasten.accel.models.output_layer import TILE_TOKENS
+from hasten.accel.models.architecture import EMBEDDING, HEAD, Architecture
+from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
 # Used as the index of a choice: the unit as in the original checkpoint.
 ORIGINAL = -1
@@ -72,6 +73,7 @@ class Candidates:
         self._read = weights
         self._cache = WeightCache(cache_bytes)
         self._blocks = load_blocks(architecture, self.units)
+        self._outer = OuterWeights(architecture, self.units, weights, self._cache)
         # By sequence, for each of the parts that `_tiles` makes of it.
         self._references: dict[int, list[dict[str, Tensor]]] = {}
 
@@ -85,17 +87,20 @@ class Candidates:
 
     def losses(self, genomes: Sequence[Genome], sample: Sample) -> Tensor:
         """Sum over the scored tokens of every part of the sample, (genomes, parts) float64."""
-        states = [self._states(genome) for genome in genomes]
+        levels = [self._levels(genome) for genome in genomes]
+        heads = [self._outer.level(HEAD, chosen) for chosen in levels]
         pieces = self._pieces(sample)
         if self.fitness.needs_original:
             self.remember(number for number, _ in sample.parts)
-        losses = torch.zeros(len(states), len(sample.parts), dtype=torch.float64)
+        losses = torch.zeros(len(levels), len(sample.parts), dtype=torch.float64)
 
         def score(members: list[int], piece: "_Piece", hidden: Tensor) -> None:
-            for row, (number, used) in enumerate(piece.parts):
-                losses[members, piece.first + row] = self._loss(hidden[row], number, used)
+            for head in sorted({heads[member] for member in members}):
+                layer, same = self._outer.output_layer(head), [member for member in members if heads[member] == head]
+                for row, (number, used) in enumerate(piece.parts):
+                    losses[same, piece.first + row] = self._loss(layer, hidden[row], number, used)
 
-        self._walk(states, pieces, score)
+        self._walk(levels, pieces, score)
         return losses
 
     def remember(self, sequences: Iterable[int]) -> None:
@@ -111,11 +116,10 @@ class Candidates:
 
         def keep(_: list[int], piece: "_Piece", hidden: Tensor) -> None:
             number, targets = piece.parts[0][0], self._targets(piece.parts[0][0])
-            self._references[number] = [
-                self.fitness.reference(tiles, targets[rows]) for rows, tiles in self._tiles(hidden[0], length - 1)
-            ]
+            parts = _tiles(self.architecture.output_layer(), hidden[0], length - 1)
+            self._references[number] = [self.fitness.reference(tiles, targets[rows]) for rows, tiles in parts]
 
-        self._walk([self._states((ORIGINAL,) * len(self.units))], pieces, keep)
+        self._walk([self._levels((ORIGINAL,) * len(self.units))], pieces, keep)
 
     def scored(self, sample: Sample) -> int:
         """Tokens that a sample scores."""
@@ -127,29 +131,38 @@ class Candidates:
                 raise ValueError(f"{used} tokens of sequence {number} are not in tokens {tuple(self.tokens.shape)}")
         return _pieces(sample, self.batch)
 
-    def _states(self, genome: Genome) -> list[BlockState]:
-        """State of every block for a genome."""
+    def _levels(self, genome: Genome) -> dict[str, str]:
+        """Levels of the units by name."""
         levels = {}
         for unit, choice in zip(self.units, genome, strict=True):
             if not ORIGINAL <= choice < len(unit.choices):
                 raise ValueError(f"choice {choice} of {unit.name} is none of its {len(unit.choices)}, nor ORIGINAL")
             levels[unit.name] = KEEP if choice == ORIGINAL else unit.choices[choice].level
-        return [block.state_of(levels) for block in self._blocks]
+        return levels
 
     def _walk(
         self,
-        states: list[list[BlockState]],
+        levels: list[dict[str, str]],
         pieces: list["_Piece"],
         leaf: Callable[[list[int], "_Piece", Tensor], None],
     ) -> None:
-        """Call leaf(genomes, piece, last hidden states) for every piece and every set of genomes of equal states."""
+        """Call leaf(genomes, piece, last hidden states) for every piece and every set of genomes of equal states.
+
+        levels: of the units by name, for each genome.
+        """
         begin = time.perf_counter()
+        states = [[block.state_of(chosen) for block in self._blocks] for chosen in levels]
+        embeddings = dict[str, list[int]]()
+        for member, chosen in enumerate(levels):
+            embeddings.setdefault(self._outer.level(EMBEDDING, chosen), []).append(member)
         with torch.no_grad():
             for group in self._groups(pieces, branches=min(len(states) - 1, len(self._blocks)) + 2):
-                hidden = [self.architecture.embed(self.tokens[piece.numbers, : piece.length]) for piece in group]
-                for members, outputs in self._descend(0, list(range(len(states))), states, hidden):
-                    for piece, output in zip(group, outputs, strict=True):
-                        leaf(members, piece, output)
+                for embedding, same in sorted(embeddings.items()):
+                    tokens = [self.tokens[piece.numbers, : piece.length] for piece in group]
+                    hidden = [self._outer.embed(part, embedding) for part in tokens]
+                    for members, outputs in self._descend(0, same, states, hidden):
+                        for piece, output in zip(group, outputs, strict=True):
+                            leaf(members, piece, output)
         self.seconds += time.perf_counter() - begin
 
     def _groups(self, pieces: list["_Piece"], branches: int) -> Iterator[list["_Piece"]]:
@@ -232,22 +245,15 @@ class Candidates:
     def _targets(self, number: int) -> Tensor:
         return self.tokens[number, 1:].to(self.architecture.device)
 
-    def _loss(self, hidden: Tensor, number: int, used: int) -> float:
+    def _loss(self, layer: OutputLayer, hidden: Tensor, number: int, used: int) -> float:
         """Sum of the losses over the scored tokens of a sequence; hidden: its last hidden states (T, D)."""
         targets, stored = self._targets(number), self._references.get(number, [])
         sums = []
-        for place, (rows, tiles) in enumerate(self._tiles(hidden, self._positions(used))):
+        for place, (rows, tiles) in enumerate(_tiles(layer, hidden, self._positions(used))):
             size = rows.stop - rows.start
             part = {name: value[:size] for name, value in stored[place].items()} if stored else {}
             sums.append(self.fitness.loss(tiles, targets[rows], part))
         return math.fsum(sums)
-
-    def _tiles(self, hidden: Tensor, positions: int) -> Iterator[tuple[slice, Tiles]]:
-        """Some positions at a time of a sequence's last hidden states (T, D), and the tiles of their logits."""
-        layer = self.architecture.output_layer()
-        for first in range(0, positions, TILE_TOKENS):
-            rows = slice(first, min(first + TILE_TOKENS, positions))
-            yield rows, layer.tiles(layer.inputs(hidden[rows]))
 
 
 class _Piece(NamedTuple):
@@ -263,6 +269,13 @@ class _Piece(NamedTuple):
     @property
     def numbers(self) -> list[int]:
         return [number for number, _ in self.parts]
+
+
+def _tiles(layer: OutputLayer, hidden: Tensor, positions: int) -> Iterator[tuple[slice, Tiles]]:
+    """Some positions at a time of a sequence's last hidden states (T, D), and the tiles of their logits."""
+    for first in range(0, positions, TILE_TOKENS):
+        rows = slice(first, min(first + TILE_TOKENS, positions))
+        yield rows, layer.tiles(layer.inputs(hidden[rows]))
 
 
 def _pieces(sample: Sample, batch: int) -> list[_Piece]:

@@ -18,8 +18,9 @@ from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, BlockState, check_units, load_block
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.compression.search.outer import OuterWeights
 from hasten.accel.evaluation.online_softmax import Divergence
-from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.architecture import EMBEDDING, HEAD, Architecture
 from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
 # Bytes of hidden states that a group of batches may hold.
@@ -66,6 +67,7 @@ class SensitivityPass:
         check_units(architecture, units)
         self.architecture, self.units, self.tokens = architecture, tuple(units), tokens
         self._weights = weights
+        self._outer = OuterWeights(architecture, units, weights)
         # Hidden states of the compressed model at every block, and the last ones of both models.
         token_bytes = architecture.hidden_size * architecture.dtype.itemsize * (architecture.num_blocks + 2)
         self._group_sequences = max(1, states_bytes // (token_bytes * tokens.shape[1]))
@@ -79,8 +81,13 @@ class SensitivityPass:
         return [result for group in groups for result in self._measure_group(levels, group)]
 
     def _measure_group(self, levels: dict[str, str], batches: Sequence[Sequence[int]]) -> list[Sensitivity]:
-        hidden = [self.architecture.embed(self.tokens[list(batch)]) for batch in batches]
-        original = list(hidden)
+        tokens = [self.tokens[list(batch)] for batch in batches]
+        original = [self.architecture.embed(part) for part in tokens]
+        embedding = self._outer.level(EMBEDDING, levels)
+        # The change of the states that a changed embedding causes.
+        moved = [] if embedding == KEEP else [self._outer.embed(part, embedding) for part in tokens]
+        hidden = moved or list(original)
+        moved = [changed - states for changed, states in zip(moved, original, strict=False)]
         inputs: list[list[Tensor]] = []
         for index in range(self.architecture.num_blocks):
             block = load_block(self.architecture, self.units, index)
@@ -91,32 +98,43 @@ class SensitivityPass:
                 self._change(block, state)
                 hidden = [self.architecture.run_block(block.module, index, states) for states in hidden]
         divergences, gradients = [], []
-        for compressed, reference in zip(hidden, original, strict=True):
-            divergence, gradient = self._head(compressed, reference)
+        parts = torch.full((len(batches), len(self.units)), torch.nan, dtype=torch.float64)
+        head = self._outer.level(HEAD, levels)
+        for number, (compressed, reference) in enumerate(zip(hidden, original, strict=True)):
+            divergence, gradient, product = self._head(compressed, reference, head)
             divergences.append(divergence)
             gradients.append(gradient)
+            if head != KEEP:
+                parts[number, self._places[self._outer.units[HEAD]]] = product / 2
         del original, hidden
-        parts = torch.full((len(batches), len(self.units)), torch.nan, dtype=torch.float64)
         for index in reversed(range(self.architecture.num_blocks)):
             self._backward(index, levels, inputs.pop(), gradients, parts)
+        for number, change in enumerate(moved):
+            place = self._places[self._outer.units[EMBEDDING]]
+            product = float((change.float() * gradients[number].float()).sum(dtype=torch.float64))
+            # Of a tied pair, the output layer's part is known.
+            parts[number, place] = parts[number, place].nan_to_num() + product / 2
         scored = [len(batch) * (self.tokens.shape[1] - 1) for batch in batches]
         return [Sensitivity(*result) for result in zip(scored, divergences, parts, strict=True)]
 
-    def _head(self, compressed: Tensor, reference: Tensor) -> tuple[float, Tensor]:
-        """Sum of the divergences, and its gradient (B, T, D) with respect to the compressed model's last states."""
-        layer = self.architecture.output_layer()
+    def _head(self, compressed: Tensor, reference: Tensor, level: str) -> tuple[float, Tensor, float]:
+        """Sum of the divergences, its gradient (B, T, D), and the product of _divergence. level: of the output matrix.
+
+        The gradient is with respect to the compressed model's last states.
+        """
+        layers = self._outer.output_layer(level), self.architecture.output_layer()
         # The last position predicts no token of the sequence.
         states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))
-        kept = kept_tokens(layer.vocabulary)
+        kept = kept_tokens(layers[0].vocabulary)
         step = kept or TILE_TOKENS
-        total, gradients = 0.0, []
+        total, product, gradients = 0.0, 0.0, []
         for part, original in zip(states.split(step), originals.split(step), strict=True):
-            divergence, gradient = _divergence(layer, part, original, keep=kept > 0)
-            total += divergence
+            divergence, gradient, change = _divergence(layers, part, original, kept > 0, level != KEEP)
+            total, product = total + divergence, product + change
             gradients.append(gradient)
         gradient = torch.zeros_like(compressed)
         gradient[:, :-1] = torch.cat(gradients).unflatten(0, (len(compressed), -1))
-        return total, gradient
+        return total, gradient, product
 
     def _backward(
         self, index: int, levels: dict[str, str], inputs: list[Tensor], gradients: list[Tensor], parts: Tensor
@@ -164,28 +182,47 @@ def kept_tokens(vocabulary: int) -> int:
     return min(TILE_TOKENS, fitting) if fitting >= _LEAST_TOKENS else 0
 
 
-def _divergence(layer: OutputLayer, compressed: Tensor, reference: Tensor, keep: bool) -> tuple[float, Tensor]:
-    """Sum of the divergences of M tokens, and its gradient (M, D) with respect to the compressed model's last states.
+def _divergence(
+    layers: tuple[OutputLayer, OutputLayer], compressed: Tensor, reference: Tensor, keep: bool, has_error: bool
+) -> tuple[float, Tensor, float]:
+    """Sum of the divergences of M tokens, its gradient (M, D), and <dKL/dW, W' - W> of the output matrix.
 
-    compressed, reference: (M, D). keep: whether to keep all logits of both models for the gradient.
+    The gradient is with respect to the compressed model's last states; a product of 0 stands for W' = W.
+    layers: of the compressed model and of the original. compressed, reference: (M, D). keep: whether to keep all logits
+    of both models for the gradient. has_error: whether the two output matrices differ.
     """
-    models = layer.inputs(compressed), layer.inputs(reference)
+    layer, exact = layers
+    models = layer.inputs(compressed), exact.inputs(reference)
     running = Divergence(len(compressed), compressed.device)
     spans = list(layer.spans(len(compressed)))
     kept: list[tuple[Tensor, Tensor]] = []
     for span in spans:
-        weight = layer.weight(*span)
-        model, original = (layer.logits(inputs, weight) for inputs in models)
+        model, original = _logits(layers, models, span)
         running.add(original=original, model=model)
         if keep:
             kept.append((model, original))
     inner = torch.zeros(len(compressed), layer.width, device=compressed.device)
+    product = 0.0
     for number, span in enumerate(spans):
         weight = layer.weight(*span)
-        model, original = kept[number] if keep else (layer.logits(inputs, weight) for inputs in models)
+        model, original = kept[number] if keep else _logits(layers, models, span)
         change = running.model.probabilities(model).sub_(running.original.probabilities(original))
         inner += layer.inputs_gradient(change, model, weight)
-    return float(running.value().sum()), layer.hidden_gradient(compressed, inner)
+        if has_error:
+            # `change` is now the gradient with respect to the products.
+            moved = nn.functional.linear(models[0], weight - exact.weight(*span))
+            product += float((moved.float() * change).sum(dtype=torch.float64))
+    return float(running.value().sum()), layer.hidden_gradient(compressed, inner), product
+
+
+def _logits(
+    layers: tuple[OutputLayer, OutputLayer], models: tuple[Tensor, Tensor], span: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Logits of both models for a span of the vocabulary. models: inputs of the two output matrices."""
+    weight = layers[0].weight(*span)
+    # The weights of a shared matrix are converted once.
+    exact = weight if layers[0] is layers[1] else layers[1].weight(*span)
+    return layers[0].logits(models[0], weight), layers[1].logits(models[1], exact)
 
 
 @contextmanager

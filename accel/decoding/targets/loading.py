@@ -38,6 +38,9 @@ def load_target(
         tied, packs = bool(config.tie_word_embeddings), not compiled
         weights = CheckpointWeights(Checkpoint(folder), tied, dtype, torch.device(device), packs)
         return FastTarget(build_decoder(config, weights), compiled)
+    if getattr(config, "quantization_config", None) is not None:
+        # Registers the loader of packed embeddings and tied pairs; machines of the GPU checks lack what it imports.
+        import hasten.accel.models.transformers_loader  # noqa: F401
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     if path == "transformers" or reason is not None:

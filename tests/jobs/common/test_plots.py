@@ -81,3 +81,11 @@ def test_shares_of_time_stand_one_behind_the_other(tmp_path: Path, drawn: list[A
     (axes,) = drawn
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 0.25), (0.25, 0.75)]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["draft 25.0%", "target 75.0%"]
+
+
+def test_output_layer_and_embedding_are_drawn_behind_the_last_block(tmp_path: Path, drawn: list[Any]) -> None:
+    outer = [{"layer": name, "error": 0.5, "bits": 8} for name in ("lm_head", "model.embed_tokens")]
+    plots.error_per_layer([*LAYERS, *outer], tmp_path / "error.png")
+    (axes,) = drawn
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["lm_head (8 bits)"] == lines["model.embed_tokens (8 bits)"] == [[3, 0.5]]

@@ -194,3 +194,24 @@ def test_a_full_disk_ends_the_run_and_the_same_command_finishes_after_space_is_m
     assert compress(source, **options, output=output) == 0
     assert last_report(capsys)[0]["metrics"]["blocks_resumed"] == len(finished)
     assert contents(output) == contents(folder / "out")
+
+
+@pytest.mark.ray
+def test_output_layer_and_embedding_are_compressed_and_counted(source, folder, capsys, ray_session):
+    assert compress(source, head_bits=8, embedding_bits=6, embedding_group_size=64) == 0
+    report, _ = last_report(capsys)
+    rows = {row["layer"]: row for row in report["layers"]}
+    assert (rows["lm_head"]["bits"], rows["lm_head"]["group_size"], rows["lm_head"]["method"]) == (8, 32, "GPTQ")
+    assert (rows["model.embed_tokens"]["bits"], rows["model.embed_tokens"]["group_size"]) == (6, 64)
+    assert [row["block"] for row in report["blocks"]] == list(range(BLOCKS + 1))
+    assert report["loader"] == "hasten.accel.models.transformers_loader"
+    metrics = report["metrics"]
+    assert metrics["bits_per_weight_blocks"] == pytest.approx(4 + 20 / 32, rel=0.01)
+    assert metrics["bits_per_weight"] > metrics["bits_per_weight_blocks"]
+    assert metrics["kl_divergence"] > 0
+    before = contents(folder / "out")
+    assert compress(source, head_bits=8, embedding_bits=6, embedding_group_size=64, workers=2) == 0
+    again, _ = last_report(capsys)
+    assert again["metrics"]["blocks_resumed"] == BLOCKS + 1
+    assert contents(folder / "out") == before
+    assert again["metrics"]["kl_divergence"] == metrics["kl_divergence"]

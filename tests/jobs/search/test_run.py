@@ -193,3 +193,24 @@ def test_a_search_of_given_levels_reads_other_parts_of_the_text_that_they_were_c
     error = capsys.readouterr().err
     assert "holds 40 sequences of 16 tokens, of which 8 are for evaluation, fewer than the 9 of 16 asked for" in error
     assert not (folder / "other").exists()
+
+
+@pytest.mark.ray
+def test_a_budget_includes_output_layer_and_embedding(source, folder, capsys, ray_session):
+    options = {"bits": "[2,4]", "head_bits": "[4,8]", "embedding_bits": "[4,6]", "budget": 4.4, "reference": 4}
+    options |= {"head_group_size": 32, "embedding_group_size": 32, "allocator.generations": 1}
+    assert search(source, **options) == 0
+    report, _ = last_report(capsys)
+    rows = {row["layer"]: row for row in report["layers"]}
+    assert len(rows) == 16
+    assert rows["lm_head"]["level"] in ("w4g32", "w8g32")
+    assert rows["model.embed_tokens"]["level"] in ("w4g32", "w6g32")
+    metrics = report["metrics"]
+    bits = sum(row["stored_bits"] for row in rows.values()) / sum(row["weights"] for row in rows.values())
+    assert metrics["budget_bits_per_weight"] == metrics["bits_per_weight"] == bits <= 4.4
+    inside = [row for name, row in rows.items() if "layers." in name]
+    assert metrics["bits_per_weight_blocks"] == sum(row["stored_bits"] for row in inside) / sum(
+        row["weights"] for row in inside
+    )
+    assert metrics["kl_divergence"] > 0
+    assert len({row["level"] for row in inside}) > 1
