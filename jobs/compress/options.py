@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, Evaluation, group, option, section
+from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, CalibratorGroup, Evaluation, group, option, section
 
 
 @dataclass
@@ -25,3 +25,4 @@ class CompressConfig(Calibrated):
     output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     evaluation: Evaluation = section(Evaluation)
+    target_group: CalibratorGroup = section(CalibratorGroup)

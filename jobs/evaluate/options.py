@@ -14,6 +14,7 @@ from hasten.jobs.common.schema import (
     WORKER_MEMORY,
     Evaluation,
     Run,
+    TargetGroup,
     option,
     section,
 )
@@ -39,3 +40,4 @@ class EvaluateConfig(Run):
     address: str | None = option(None, ADDRESS)
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
     evaluation: Evaluation = section(Evaluation)
+    target_group: TargetGroup = section(TargetGroup)
