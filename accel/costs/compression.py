@@ -15,9 +15,11 @@ from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, 
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.costs.model import Model, with_retained
+from hasten.accel.costs.ranks import DEEPSPEED_BYTES, Ranks
 from hasten.accel.costs.solving import collect_work, group_bytes, group_work, guess_notes, stack_of
 
 BETWEEN = "sums between nodes"
+BETWEEN_RANKS = "weights between ranks"
 _TOKEN_BYTES = 8
 # Copies of a block's packed layers in the driver: received, and being written.
 _COPIES_OF_PACKED = 2
@@ -31,7 +33,8 @@ class Pass:
     checkpoint. sequences, length: of the calibration tokens, 0 where no method needs statistics. shards: number of
     chunks of calibration sequences. gpus: of every worker; gpu_memory: bytes of each GPU, 0 without one. nodes: number
     of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs. staged:
-    whether it is, and layers on outputs of compressed layers of their own block as well.
+    whether it is, and layers on outputs of compressed layers of their own block as well. ranks: division of every
+    block over a group of calibrators, of which `workers` counts each; None where each has whole blocks.
     """
 
     model: Model
@@ -49,6 +52,12 @@ class Pass:
     nodes: int = 1
     propagates: bool = True
     staged: bool = True
+    ranks: Ranks | None = None
+
+    @property
+    def load_share(self) -> float:
+        """Share of a block that a worker reads."""
+        return 1.0 if self.ranks is None else 1 / self.ranks.size
 
     def stages(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """Groups of a block whose sums are collected at the same time."""
@@ -146,9 +155,20 @@ def _moved(work: Pass) -> dict[str, int]:
         if work.nodes > 1:
             fetched = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
             moved[BETWEEN] = int(count * fetched * (1 - 1 / work.nodes))
+        if work.ranks is not None:
+            groups = work.workers // work.ranks.size
+            for index in range(min(len(work.layer_groups), work.model.blocks)):
+                sent = groups * work.ranks.block_moved(work.model, index, 0) * _runs(work, index)
+                moved[BETWEEN_RANKS] = moved.get(BETWEEN_RANKS, 0) + sent
     if work.levels is None:
         moved["packed layers"] = sum(_packed_bytes(work, group) for groups in work.layer_groups for group in groups)
     return {name: size for name, size in moved.items() if size}
+
+
+def _runs(work: Pass, block: int) -> int:
+    """How often a block runs on all sequences, without the second run of experts in stages."""
+    is_last = block + 1 == len(work.layer_groups)
+    return 2 if work.propagates and not work.staged and not is_last else 1
 
 
 def _calibrator(work: Pass, rates: Rates) -> Process:
@@ -157,7 +177,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     groups = max((stage for block in work.layer_groups for stage in work.stages(block)), key=_sums_bytes)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
-    held = model.waiting_bytes if work.staged else model.hidden_bytes
+    # Forwards of a divided block go through it layer by layer, so that all of them wait in it, too.
+    held = model.waiting_bytes if work.staged or work.ranks is not None else model.hidden_bytes
     hidden = {"hidden states": held(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
@@ -165,9 +186,13 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     host: dict[str, dict[str, int]] = {"check": {"process": rates.worker_bytes, **_checked(model)}}
     device: dict[str, dict[str, int]] = {}
     if work.sequences:
+        kept, offloaded = {"weights of a block": model.block_bytes(block)}, dict[str, int]()
+        if work.ranks is not None:
+            kept, offloaded = work.ranks.block_weights(model)
+            always |= {"DeepSpeed": DEEPSPEED_BYTES}
         running = {
             **hidden,
-            "weights of a block": model.block_bytes(block),
+            **kept,
             "activations": model.activation_bytes(work.batch, work.length),
         }
         # The float32 copy of a layer's input, where the input has another dtype.
@@ -176,10 +201,10 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         sums = {"sums of second moments": _sums_bytes(groups) * _held_sums(work.max_chunks)}
         sent = {SHARED: _sums_bytes(groups) * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
         if on_device:
-            host["collect"] = {**always, **reading, **sums, **sent}
+            host["collect"] = {**always, **offloaded, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
         else:
-            host["collect"] = with_retained({**always, **running, **sums, **sent}, running["activations"])
+            host["collect"] = with_retained({**always, **offloaded, **running, **sums, **sent}, running["activations"])
     every = [group for block in work.layer_groups for group in block]
     # Matrices outside the blocks are solved in tiles of rows.
     solved = [
@@ -204,7 +229,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         else:
             states = hidden if work.sequences else {}
             host[phase] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
-    return Process("calibrator", work.workers, work.threads, host, work.gpus, device)
+    kind = "calibrator" if work.ranks is None else "rank of a group of calibrators"
+    return Process(kind, work.workers, work.threads, host, work.gpus, device)
 
 
 def _checked(model: Model) -> dict[str, int]:
@@ -258,16 +284,16 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                     skipped = sum(layer.rows * layer.columns for layer in last)
                     run += Work(flops=-2.0 * tokens * skipped)
                 add("forward", run, share)
-                add("load", model.load(block), 1.0, workers)
+                add("load", model.load(block) * work.load_share, 1.0, workers)
                 add("sums", _collected(work, groups, tokens), share)
             if work.propagates and not is_last:
                 if work.staged and groups:
                     if experts:
                         add("forward", _again(model, groups, tokens), share)
-                    add("load", model.load(block), 1.0, workers)
+                    add("load", model.load(block) * work.load_share, 1.0, workers)
                 else:
                     add("forward", model.run(block, tokens, work.length, work.batch), share)
-                    add("load", model.load(block) * 2, 1.0, workers)
+                    add("load", model.load(block) * (2 * work.load_share), 1.0, workers)
         for stage in work.stages(groups):
             solves = sorted((_solve_seconds(work, group, rates) for group in stage), reverse=True)
             busy = [0.0] * workers
@@ -278,8 +304,12 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     guess = "; ".join(_guesses(work))
     steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
-    local = sum(moved.values()) - moved.get(BETWEEN, 0)
+    exchanged = moved.get(BETWEEN_RANKS, 0)
+    local = sum(moved.values()) - moved.get(BETWEEN, 0) - exchanged
     steps.append(Step("move and write", local / workers / rates.store, 2 * local / rates.store, written / rates.disk))
+    if exchanged:
+        # All ranks send at the same time.
+        steps.append(Step("exchange between ranks", exchanged / workers / rates.store, exchanged / rates.store))
     if BETWEEN in moved:
         steps.append(Step("network", 0.0, 0.0, _network_bytes(work) / rates.network))
     return steps

@@ -5,6 +5,7 @@ from math import ceil, prod
 
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_retained
+from hasten.accel.costs.ranks import DEEPSPEED_BYTES, Ranks
 
 # Elementwise operations on a logit, in the cache: normalizer of one model; of two models, and their divergence.
 _LOGIT_ALONE, _LOGIT_COMPARED = 2, 4
@@ -31,21 +32,35 @@ def estimate(
     threads: int = 1,
     gpus: int = 0,
     kind: str = "evaluation",
+    ranks: Ranks | None = None,
 ) -> Estimate:
-    """Estimate of `hasten.cluster.programs.evaluation.measure`. packed: whether the model's layers must be unpacked."""
+    """Estimate of `hasten.cluster.programs.evaluation.measure`. packed: whether the model's layers must be unpacked.
+
+    ranks: division of every worker over the ranks of a group; None is one process.
+    """
     parts = min(workers, windows.number)
     if not parts:
         return Estimate((), ())
-    worker_windows = ceil(windows.number / parts)
+    size = 1 if ranks is None else ranks.size
+    # Ranks that divide the work of a layer have the states of all their group's windows.
+    worker_windows = ceil(windows.number / parts / (size if ranks is not None and ranks.collects else 1))
     models = [model] if original is None else [model, original]
     block = model.largest_block()
     layer = max(model.architecture.linears(block), key=lambda linear: linear.rows * linear.columns)
     states = {"hidden states": sum(one.hidden_bytes(worker_windows, windows.length) for one in models)}
     # While the batches are concatenated, both the batches and the result are in memory.
     joined = {"hidden states": sum(states.values()) + model.hidden_bytes(worker_windows, windows.length)}
+    kept, held_by_rank = {"weights of a block": max(one.block_bytes(block) for one in models)}, dict[str, int]()
+    if ranks is not None:
+        kept, held_by_rank = ranks.block_weights(model)
+        held_by_rank |= {"DeepSpeed": DEEPSPEED_BYTES}
+        if ranks.collects:
+            # All windows of a model wait in the middle of a block, whose input is among its hidden states.
+            waiting = model.waiting_bytes(worker_windows, windows.length)
+            states["hidden states"] += waiting - model.hidden_bytes(worker_windows, windows.length)
     run = {
         **states,
-        "weights of a block": max(one.block_bytes(block) for one in models),
+        **kept,
         "activations": model.activation_bytes(batch, windows.length),
     }
     if packed:
@@ -56,21 +71,23 @@ def estimate(
         "logits": model.tile_bytes(len(models), gpu=gpus > 0),
     }
     if gpus:
-        host = {"run": {"process": rates.worker_bytes, "tensor as it is read": _largest_tensor(models)}}
+        host = {"run": {"process": rates.worker_bytes, **held_by_rank, "tensor as it is read": _largest_tensor(models)}}
         device = {
             name: {"context": rates.device_bytes, **held}
             for name, held in (("embed", joined), ("run", run), ("compare", compare))
         }
     else:
         phases = (("embed", joined, 0), ("run", run, run["activations"]), ("compare", compare, compare["logits"]))
-        host = {name: with_retained({"process": rates.worker_bytes, **held}, freed) for name, held, freed in phases}
+        base = {"process": rates.worker_bytes, **held_by_rank}
+        host = {name: with_retained({**base, **held}, freed) for name, held, freed in phases}
         device = {}
-    tokens, work = windows.number * windows.length, Work()
+    tokens, work, sent = windows.number * windows.length, Work(), 0
     load = Work()
     for one in models:
         for index in range(one.blocks):
             work += one.run(index, tokens, windows.length, batch)
-            load += one.load(index)
+            load += one.load(index) * (1 / size if ranks is not None and ranks.collects else 1)
+            sent += 0 if ranks is None else parts * ranks.block_moved(one, index, tokens / parts)
         work += one.logits(tokens)
         load += Work(file_bytes=one.head_bytes())
     if packed:
@@ -80,11 +97,17 @@ def estimate(
     seconds, loading = work.seconds(rates), load.seconds(rates)
     step = Step(
         kind,
-        rates.start + seconds * worker_windows / windows.number + loading,
-        parts * (rates.start + loading) + seconds,
+        rates.start + seconds * ceil(windows.number / parts) / size / windows.number + loading,
+        parts * size * (rates.start + loading) + seconds,
     )
-    moved = {"windows": parts * worker_windows * windows.length * 8}
-    return Estimate((Process(kind, parts, threads, host, gpus, device),), (step,), moved)
+    moved = {"windows": parts * size * worker_windows * windows.length * 8}
+    steps = [step]
+    if sent:
+        moved["between ranks"] = sent
+        # All ranks send at the same time.
+        steps.append(Step("exchange between ranks", sent / parts / size / rates.store, sent / rates.store))
+    name = kind if ranks is None else f"rank of a group for {kind}"
+    return Estimate((Process(name, parts * size, threads, host, gpus, device),), tuple(steps), moved)
 
 
 def _largest_tensor(models: list[Model]) -> int:

@@ -41,6 +41,30 @@ class Ranks:
         """Bytes of the block that a rank holds whole while the model is loaded."""
         return model.block_bytes(model.largest_block())
 
+    def block_weights(self, model: Model) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes of a rank's part of a block that is loaded alone, on the device, and in main memory if offloaded.
+
+        One that collects weights collects those of a single layer at a time.
+        """
+        index, item = model.largest_block(), model.dtype.itemsize
+        layers = [layer.rows * layer.columns * item for layer in model.architecture.linears(index)]
+        rest = model.block_bytes(index) - sum(layers)
+        part = -(-sum(layers) // self.size)
+        if not self.collects:
+            return {"weights of a block": part + rest}, {"block as it is loaded": model.block_bytes(index)}
+        collected = {"collected layer": max(layers)}
+        if self.offload is None:
+            return {"weights of a block": part + rest} | collected, {}
+        return {"weights of a block": rest} | collected, {"offloaded weights of a block": part}
+
+    def block_moved(self, model: Model, index: int, rows: float) -> int:
+        """Bytes between the ranks of a group to run one block on `rows` tokens of all its sequences together."""
+        item = model.dtype.itemsize
+        if self.collects:
+            layers = sum(layer.rows * layer.columns for layer in model.architecture.linears(index))
+            return (self.size - 1) * layers * item
+        return int(2 * (self.size - 1) * _SUMS_OF_A_BLOCK * rows * model.hidden * item)
+
     def cache_share(self) -> float:
         """Share of the keys and values that a rank holds."""
         return 1.0 if self.collects else 1 / self.size

@@ -7,14 +7,16 @@ predicts text that the original would write.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.online_softmax import Divergence, LogSumExp, MostLikely, PickedLogits
-from hasten.accel.evaluation.perplexity import Windows, windows
+from hasten.accel.evaluation.perplexity import Windows, part_of, windows
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.forwards import Forward
 from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
 
@@ -55,17 +57,21 @@ def evaluate(
     original: Architecture | None = None,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Sums:
     """Sums of a model over windows, compared with the original where one is given.
 
     tokens: windows, or token ids (N, T), each row of which is one window that scores all but its first token.
     batch: windows that run through a block at once. progress(done, total) is called after every block, and once more
-    after the logits.
+    after the logits. share: (i, n) to score only part i of n parts of the windows, after running all of them: for
+    processes that run the blocks together, in which each of them computes a part of every layer.
     Peak memory: the hidden states of all windows (of both models), the largest block and a few logits. The output
     layers are read once, a tile of the vocabulary at a time, and are not kept.
     Raises UserError where the two models have different vocabularies.
     """
-    scored_windows = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
+    all_windows = tokens if isinstance(tokens, Windows) else windows(tokens, tokens.shape[1])
+    scored_windows = all_windows.part(*share)
+    own = part_of(len(all_windows), *share)
     models = [architecture] if original is None else [architecture, original]
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if sizes[0] != sizes[-1]:
@@ -78,13 +84,13 @@ def evaluate(
     layers = [model.streamed_output_layer() for model in models]
     inputs = []
     for model, layer in zip(models, layers, strict=True):
-        states = _embed(model, scored_windows.tokens, batch)
+        states = _embed(model, all_windows.tokens, batch)
         for index in range(model.num_blocks):
             _run_block(model, index, states, batch)
             done += 1
             if progress is not None:
                 progress(done, total)
-        inputs.append(_output_inputs(layer, states, scored_windows))
+        inputs.append(_output_inputs(layer, states[own], scored_windows))
         del states
     sums = _output_sums(layers, inputs, scored_windows.tokens[scored_windows.is_scored])
     if progress is not None:
@@ -102,8 +108,12 @@ def _run_block(model: Architecture, index: int, states: Tensor, batch: int) -> N
     """Run the states through one block, in place; the block is freed on return."""
     block = model.load_block(index)
     with torch.inference_mode():
-        for part in states.split(batch):
+
+        def run(part: Tensor) -> None:
             part.copy_(model.run_block(block, index, part))
+
+        parts = states.split(batch) if len(states) else ()
+        model.run_forwards(block, [Forward(partial(run, part)) for part in parts])
 
 
 def _output_inputs(layer: OutputLayer, states: Tensor, windows: Windows) -> Tensor:
@@ -120,6 +130,8 @@ def _output_inputs(layer: OutputLayer, states: Tensor, windows: Windows) -> Tens
 
 def _output_sums(layers: list[OutputLayer], inputs: list[Tensor], targets: Tensor) -> Sums:
     """Sums over targets (M,). layers and inputs (M, D') of the model and, where there are two, of the original."""
+    if not len(targets):
+        return Sums()
     lots = zip(*(of_model.split(TILE_TOKENS) for of_model in inputs), strict=True)
     parts = [
         _RunningSums(lot, target)

@@ -54,7 +54,7 @@ class Windows:
 
     def part(self, index: int, parts: int) -> "Windows":
         """Part `index` of `parts` parts of nearly equal size, which hold every window once."""
-        return self[len(self) * index // parts : len(self) * (index + 1) // parts]
+        return self[part_of(len(self), index, parts)]
 
     def __getitem__(self, rows: slice) -> "Windows":
         """Some of the windows."""
@@ -63,6 +63,11 @@ class Windows:
     def fingerprint(self) -> str:
         """SHA-256 of the ids and of what is scored, in hexadecimal."""
         return fingerprint(torch.where(self.is_scored, self.tokens, -1 - self.tokens))
+
+
+def part_of(count: int, index: int, parts: int) -> slice:
+    """Part `index` of `parts` parts of nearly equal size of `count` items."""
+    return slice(count * index // parts, count * (index + 1) // parts)
 
 
 def load_windows(

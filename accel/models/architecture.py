@@ -6,7 +6,7 @@ weights of one block at most.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, expert_sizes, is_fused
 from hasten.accel.models.families import family_of
+from hasten.accel.models.forwards import Forward
 from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import build_skeleton
 
@@ -108,11 +109,8 @@ class Architecture:
 
     def load_block(self, index: int) -> nn.Module:
         """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
-        original = self._skeleton.blocks[index]
-        block = copy.deepcopy(original, {id(self.config): self.config})
-        if self._is_mixture(original):
-            block.mlp.experts = Experts(block.mlp.experts)
-        self._fill(block, f"{self._prefix}layers.{index}.")
+        block = self._empty_block(index)
+        self._fill_block(block, index)
         return block.eval()
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
@@ -121,6 +119,25 @@ class Architecture:
         with torch.set_grad_enabled(differentiable):
             output = block(hidden, **arguments)
         return output[0] if isinstance(output, tuple) else output
+
+    def run_forwards(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
+        """Run forwards, each of which calls `run_block` of this block, from their start to their end.
+
+        One after another, or layer by layer where the block is divided over processes.
+        """
+        for forward in forwards:
+            forward.switch()
+        self.supply(block, forwards)
+
+    def supply(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
+        """Let forwards go on that wait for weights of a block; here all weights are in the block."""
+
+    def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights of a block. weights: paths of layers in the block, and their weights [rows, columns]."""
+        for path, weight in weights:
+            parameter = block.get_submodule(path).weight
+            assert isinstance(parameter, nn.Parameter)
+            parameter.data = weight.to(parameter.device, parameter.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V], float32, of the last block's output [B, T, D]; for large vocabularies see output_layer."""
@@ -211,6 +228,18 @@ class Architecture:
         start = f"{self._prefix}layers.{index}."
         return Layer(start + self._family.logical(path), path, rows, columns, start + shared, expert)
 
+    def _empty_block(self, index: int) -> Any:
+        """Block on the meta device, with experts as linear layers."""
+        original = self._skeleton.blocks[index]
+        block: Any = copy.deepcopy(original, {id(self.config): self.config})
+        if self._is_mixture(original):
+            block.mlp.experts = Experts(block.mlp.experts)
+        return block
+
+    def _fill_block(self, block: nn.Module, index: int, without: Collection[str] = ()) -> None:
+        """Read the parameters of a block, except those `without`."""
+        self._fill(block, f"{self._prefix}layers.{index}.", without)
+
     def _is_mixture(self, block: nn.Module) -> bool:
         return is_fused(_find(block, _EXPERTS))
 
@@ -281,13 +310,13 @@ class Architecture:
         self.checkpoint.check_finite(tensor, name)
         return tensor.to(self.device, self.dtype)
 
-    def _fill(self, module: nn.Module, start: str, skip: str = "\0") -> None:
-        """Read every parameter of a module on the meta device.
+    def _fill(self, module: nn.Module, start: str, without: Collection[str] = ()) -> None:
+        """Read every parameter of a module on the meta device, except those `without`.
 
-        start: the module's prefix in the checkpoint. skip: parameters whose names begin with it are left out.
+        start: the module's prefix in the checkpoint.
         """
         for local, _ in list(module.named_parameters()):
-            if not local.startswith(skip):
+            if local not in without:
                 parent, _, leaf = local.rpartition(".")
                 tensor = self._read(start + self._family.logical(local))
                 setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -296,7 +325,7 @@ class Architecture:
         """Load what runs before the blocks, except the embedding: OPT's positions and projection, and the buffers."""
         if not self._front_is_loaded:
             decoder = self._skeleton.decoder
-            self._fill(decoder, self._prefix, skip="embed_tokens.")
+            self._fill(decoder, self._prefix, ("embed_tokens.weight",))
             for module in decoder.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.to(self.device)

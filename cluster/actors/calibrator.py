@@ -13,7 +13,6 @@ from hasten.accel.compression.calibration.outer_solve import solve_outer, solve_
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
-from hasten.accel.compression.calibration.stages import replace_weights
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.models.architecture import EMBEDDING
@@ -113,9 +112,9 @@ class Calibrator:
                 facts += rows
         return packed, facts, perf_counter() - started
 
-    def usage(self) -> tuple[float, int]:
+    def usage(self) -> dict[str, float]:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""
-        return cpu_seconds() - self._cpu_before, peak_rss_bytes()
+        return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}
 
     def _collect(
         self, block: int, keys: Collection[str], stage: int, solved: Sequence[Mapping[str, Mapping[str, Tensor]]]
@@ -157,7 +156,7 @@ class Calibrator:
             return
         module = self._load(shard.position)
         if self._settings.propagate != "original":
-            replace_weights(module, self._task.output.read_layers(groups))
+            self._task.architecture.replace_weights(module, self._task.output.read_layers(groups))
         shard.advance(module)
 
     def _load(self, block: int) -> nn.Module:

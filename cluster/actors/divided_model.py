@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.assembled import Sizes, WholeModel
 from hasten.accel.models.checkpoint import Checkpoint
 
@@ -60,7 +61,30 @@ def load_part(
     return _zero3(WholeModel(checkpoint, dtype, device), division, dtype)
 
 
+class TensorParallelArchitecture(Architecture):
+    """An architecture of whose blocks this rank computes its part; all ranks run the same blocks on the same states.
+
+    A rank holds a whole block in main memory while it is loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, size: int) -> None:
+        super().__init__(checkpoint, dtype, device)
+        self._whole = WholeModel(checkpoint, dtype)
+        self._divide = _divider(self._whole, size)
+
+    def load_block(self, index: int) -> nn.Module:
+        """See Architecture; all ranks load it at once."""
+        block = self._whole.load_block(index)
+        self._divide(block)
+        return block.to(self.device)
+
+
 def _tensor_parallel(source: WholeModel, size: int) -> Any:
+    return source.assemble(_divider(source, size))
+
+
+def _divider(source: WholeModel, size: int) -> Callable[[nn.Module], None]:
+    """Function that replaces the linear layers of a whole block by this rank's parts."""
     from deepspeed.module_inject.auto_tp import AutoTP
 
     # By block class, the names of the layers whose inputs are divided, and whose outputs are summed over the ranks.
@@ -73,7 +97,7 @@ def _tensor_parallel(source: WholeModel, size: int) -> Any:
         auto.update_linear_policies()
         auto._replace_module(block)
 
-    return source.assemble(divide)
+    return divide
 
 
 def _zero3(source: WholeModel, division: Division, dtype: torch.dtype) -> tuple[Any, WholeParameter]:

@@ -15,20 +15,24 @@ from typing import TypeVar
 
 from ray import ObjectRef, put
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from torch import Tensor
 
+from hasten.accel.compression.calibration.chunks import chunks_of
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
-from hasten.accel.compression.calibration.statistics import split
-from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import Calibrator
+from hasten.cluster.actors.divided_model import Division
+from hasten.cluster.actors.rank_calibrator import RankCalibrator
 from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Step, Unit
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor, wait_for_all
 from hasten.cluster.runtime.dispatcher import Dispatcher, SharedQueue
+from hasten.cluster.runtime.group_pool import GroupPool
 from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.runtime.process_group import ProcessGroup
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 _LOG = logging.getLogger(__name__)
@@ -59,20 +63,31 @@ class PassReport:
 class CalibrationPass:
     """Runs one compression. tokens: [sequences, T], None if the quantizer needs no statistics.
 
-    needs: resources that each calibrator requests; None is settings.threads CPUs.
+    needs: resources that each calibrator requests; None is settings.threads CPUs. division: of each worker over the
+    ranks of a group, which are calibrators that hold a part of every block; None for whole blocks.
     """
 
     def __init__(
-        self, settings: Settings, tokens: Tensor | None, workers: int, needs: ActorResources | None = None
+        self,
+        settings: Settings,
+        tokens: Tensor | None,
+        workers: int,
+        needs: ActorResources | None = None,
+        division: Division | None = None,
     ) -> None:
         self._settings = settings
         self._task = Task(settings)
         self._needs = needs or ActorResources(settings.threads)
-        self._chunks = _chunks(settings, tokens, workers)
+        self._division, self._ranks = division, 1 if division is None else division.size
+        self._chunks = chunks_of(settings.shards, tokens, workers, self._ranks)
         self._tokens = 0 if tokens is None else tokens.numel()
-        self._pool = ActorPool("a calibrator", workers, self._needs, self._start)
+        self._pool = (
+            ActorPool("a calibrator", workers, self._needs, self._start)
+            if division is None
+            else GroupPool("a group of calibrators", workers, division.size, self._needs, self._start_group)
+        )
         self._sums = CollectedSums()
-        self._work = SolveWorkload(self._pool, self._sums)
+        self._work = SolveWorkload(self._pool, self._sums, self._ranks)
         self._dispatcher = Dispatcher(self._work)
         self._batches = recovery.Batches(
             "calibration.batch",
@@ -131,7 +146,7 @@ class CalibrationPass:
     def _run_blocks(self, blocks: Sequence[int], progress: Callable[[int, Facts], None] | None) -> None:
         self._pool.begin()
         # The start-up is not counted.
-        self._retry(lambda: wait_for_all([self._pool], [actor.usage.remote() for actor in self._pool.actors]))
+        self._retry(lambda: wait_for_all([self._pool], [actor.usage.remote() for actor in self._pool.members]))
         started = perf_counter()
         for count, block in enumerate(blocks, 1):
             row = self._retry(partial(self._run_block, block, {}))
@@ -147,12 +162,23 @@ class CalibrationPass:
         self._sums.request_again(index, actor)
         return actor
 
+    def _start_group(self, index: int, cpus: float) -> ProcessGroup:
+        """Start the ranks of a group; those of a replacement get the same requests as their predecessors."""
+        assert self._division is not None
+        first = index * self._ranks
+        arguments = (self._settings, self._division, self._chunks[first : first + self._ranks])
+        device, name = self._settings.device, self._pool.name
+        group = ProcessGroup(RankCalibrator, self._ranks, self._needs, arguments, device, name, cpus, _ALLOCATOR)
+        calls = [self._sums.request_again(first + rank, actor) for rank, actor in enumerate(group.ranks)]
+        group.watch([call for of_rank in calls for call in of_rank], endless=False)
+        return group
+
     def _add_usage(self) -> None:
         """Add the calibrators' CPU time and memory to the report."""
-        calls = [self._pool.actors[index].usage.remote() for index in self._pool.alive]
-        for seconds, peak in recovery.answers(calls):
-            self.report.cpu_seconds += seconds
-            self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
+        calls = [actor.usage.remote() for actor in self._pool.members if actor is not None]
+        for usage in recovery.answers(calls):
+            self.report.cpu_seconds += usage["cpu_seconds"]
+            self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, int(usage["peak_rss_bytes"]))
 
     def _end(self) -> None:
         self._pool.end()
@@ -164,8 +190,8 @@ class CalibrationPass:
         architecture = self._task.architecture
         names = [name for block in range(architecture.num_blocks) for name in architecture.block_tensors(block)]
         names += architecture.outer_tensors()
-        count = len(self._pool.actors)
-        calls = [actor.check.remote(names[index::count]) for index, actor in enumerate(self._pool.actors)]
+        calibrators = self._pool.members
+        calls = [actor.check.remote(names[index :: len(calibrators)]) for index, actor in enumerate(calibrators)]
         wait_for_all([self._pool], calls)
 
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
@@ -214,12 +240,12 @@ class CalibrationPass:
         """
         block, stage = step
         earlier = [self._packed((block, number), solved) for number in range(stage)]
-        self._sums.request(step, groups, earlier, self._pool.actors)
+        self._pool.watch(self._sums.request(step, groups, earlier, self._pool.members))
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
             for other, rest in islice(((other, rest) for other, rest in unfinished if needs_inputs(rest)), 1):
-                self._sums.request((other, 0), rest, [], self._pool.actors)
+                self._pool.watch(self._sums.request((other, 0), rest, [], self._pool.members))
 
     def _packed(self, step: Step, solved: Mapping[Unit, Solution]) -> ObjectRef:
         """Packed layers of a solved stage, in the object store until the block is written."""
@@ -259,7 +285,10 @@ class CalibrationPass:
 
         def attempt() -> T:
             self._pool.fill()
-            return work()
+            try:
+                return work()
+            except RayError as error:
+                raise self._pool.cause(error) from None
 
         return recovery.retry(attempt, lost=self._recover, out_of_memory=self._halve)
 
@@ -289,16 +318,3 @@ def _warn_of_few(tokens: int, layer_groups: Sequence[Sequence[Group]]) -> None:
             columns,
             _FEW * columns,
         )
-
-
-def _chunks(settings: Settings, tokens: Tensor | None, workers: int) -> list[dict[int, Tensor]]:
-    """For each calibrator its chunks of calibration sequences by number; empty if none are needed."""
-    if tokens is None or not len(tokens):
-        return [{} for _ in range(workers)]
-    chunks = tokens.tensor_split(min(settings.shards, len(tokens)))
-    if workers > len(chunks):
-        raise UserError(
-            f"workers={workers} is more than the {len(chunks)} chunks of the calibration sequences: "
-            f"use workers={len(chunks)}, or more calibration.shards"
-        )
-    return [{number: chunks[number] for number in part} for part in split(len(chunks), workers)]

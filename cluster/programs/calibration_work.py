@@ -43,24 +43,29 @@ class CollectedSums:
 
     def request(
         self, step: Step, groups: Sequence[Group], solved: Sequence[ObjectRef], calibrators: Sequence[ActorHandle]
-    ) -> None:
+    ) -> list[ObjectRef]:
         """Request the sums of some groups from all calibrators, unless this step was requested before.
 
-        solved: packed layers of the earlier stages of the block.
+        solved: packed layers of the earlier stages of the block. Returns the new calls, one of each calibrator or none.
         """
-        if step not in self._sums:
-            # The keys are fixed here, so that all calibrators collect the same groups.
-            self._arguments[step] = ([group.key for group in groups], list(solved))
-            self._sums[step] = [self._ask(calibrator, step) for calibrator in calibrators]
+        if step in self._sums:
+            return []
+        # The keys are fixed here, so that all calibrators collect the same groups.
+        self._arguments[step] = ([group.key for group in groups], list(solved))
+        self._sums[step] = [self._ask(calibrator, step) for calibrator in calibrators]
+        return list(self._sums[step])
 
-    def request_again(self, index: int, calibrator: ActorHandle) -> None:
-        """Send the requests of a lost calibrator to its replacement."""
+    def request_again(self, index: int, calibrator: ActorHandle) -> list[ObjectRef]:
+        """Send the requests of a lost calibrator to its replacement; returns the calls."""
+        calls = []
         for step in sorted(self._sums):
             sums = self._ask(calibrator, step)
+            calls.append(sums)
             if step == self._step:
                 self._replacements[index] = sums
             else:
                 self._sums[step][index] = sums
+        return calls
 
     def of(self, step: Step) -> list[ObjectRef]:
         """Sums of a step, one reference for each calibrator; empty if no statistics are needed."""
@@ -93,15 +98,15 @@ class CollectedSums:
 
 
 class SolveWorkload(PoolWorkload[Unit, Solution]):
-    """Layer groups of one block, solved by idle calibrators.
+    """Layer groups of one block, solved by idle calibrators: by all ranks of groups, each by itself.
 
     Two calibrators that solve the same groups compute the same bits, and write to different names until their files
-    are complete.
+    are complete. ranks: number of calibrators that are one actor of the pool.
     """
 
-    def __init__(self, pool: ActorPool, sums: CollectedSums) -> None:
+    def __init__(self, pool: ActorPool, sums: CollectedSums, ranks: int = 1) -> None:
         super().__init__(pool)
-        self._sums = sums
+        self._sums, self._ranks = sums, ranks
         self._step: Step = (-1, 0)
         self._costs: Mapping[Unit, float] = {}
         # Largest cost that was solved: a more expensive unit may take longer without being a straggler.
@@ -111,10 +116,19 @@ class SolveWorkload(PoolWorkload[Unit, Solution]):
         """Set the step and the costs of its units."""
         self._step, self._costs = step, costs
 
+    def workers(self) -> Sequence[int]:
+        """Indices of the calibrators that are alive."""
+        return [index for index, calibrator in enumerate(self.pool.members) if calibrator is not None]
+
+    def owner(self, worker: int) -> object:
+        """The calibrator."""
+        members = self.pool.members
+        return members[worker] if members else None
+
     def submit(self, worker: int, keys: Sequence[Unit]) -> ActorHandle:
         """Start a solve."""
         (unit,) = keys
-        return self.pool.actors[worker].solve.remote(self._step[0], list(unit), *self._sums.of(self._step))
+        return self.pool.members[worker].solve.remote(self._step[0], list(unit), *self._sums.of(self._step))
 
     def solved(self, unit: Unit) -> None:
         """Note that a unit was solved."""
@@ -122,9 +136,11 @@ class SolveWorkload(PoolWorkload[Unit, Solution]):
 
     def recover(self, worker: int, keys: Sequence[Unit], error: RayError) -> None:
         """Replace a lost calibrator; re-raise other losses and out of memory, which the whole pass must handle."""
-        if recovery.is_out_of_memory(error) or not (recovery.is_actors_own(error) and recovery.is_loss(error)):
-            raise error
-        self.pool.replace(worker, error)
+        cause = self.pool.cause(error)
+        own = cause is error and recovery.is_actors_own(error) and recovery.is_loss(error)
+        if recovery.is_out_of_memory(cause) or not own:
+            raise cause
+        self.pool.replace(worker // self._ranks, error)
 
     def is_repeatable(self, key: Unit) -> bool:
         """Whether the unit costs no more than one that was solved."""

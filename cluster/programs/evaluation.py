@@ -1,7 +1,6 @@
 """Evaluation on a cluster: each process evaluates a part of the windows, and the sums are added."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,19 +9,13 @@ from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.actors.divided_model import Division
+from hasten.cluster.actors.rank_evaluator import EvaluatorSpec, Measured
+from hasten.cluster.programs.evaluation_groups import group_results
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.recovery import Batches
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.runtime.tasks import task_results
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Sums over all windows, CPU seconds of all processes, and the largest peak memory of a process, in bytes."""
-
-    sums: Sums
-    cpu_seconds: float
-    peak_rss_bytes: int
 
 
 def measure(
@@ -37,13 +30,15 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     batch_option: str = "windows at once",
     instead: str = "a smaller evaluation.sequence_length, or fewer workers",
+    division: Division | None = None,
 ) -> Measured:
     """Evaluate a model on all windows, against the original if one is given; inside a Ray session.
 
     A task whose process or node is lost is run again; a task that runs out of memory is run once more with half the
     batch. cut: the windows. needs: resources of each task, None is one CPU; a task computes with as many threads as it
     has CPUs. progress(done, total): called with numbers of tasks. batch_option: config key of the batch, for messages.
-    instead: other ways to save memory, for messages.
+    instead: other ways to save memory, for messages. division: of each worker over the ranks of a group, which then
+    shares its part of the windows; needs are those of a rank. None for tasks.
     """
     needs = needs or ActorResources()
     parts = min(workers, len(cut))
@@ -53,8 +48,18 @@ def measure(
     def arguments(part: int) -> tuple[object, ...]:
         return (*folders, cut.part(part, parts), int(needs.cpus), dtype, batches.of(part), device)
 
+    ended: Iterator[tuple[int, Measured]]
+    if division is None:
+        ended = task_results(_evaluate, arguments, parts, parts, needs, batches)
+    else:
+        ended = group_results(
+            EvaluatorSpec(model, original, division, dtype, device, max(1, int(needs.cpus))),
+            [cut.part(part, parts) for part in range(parts)],
+            needs,
+            batches,
+        )
     results: dict[int, Measured] = {}
-    for part, result in task_results(_evaluate, arguments, parts, parts, needs, batches):
+    for part, result in ended:
         results[part] = result
         if progress:
             progress(len(results), parts)

@@ -122,6 +122,11 @@ class ActorPool:
                 self._pending[index] = PendingReplacement(self.name)
 
     @property
+    def members(self) -> list[Any]:
+        """Processes that can be given work: here the actors. None for those of an actor that waits."""
+        return self.actors
+
+    @property
     def alive(self) -> list[int]:
         """Indices of the actors that are not waiting for a replacement."""
         return [index for index, actor in enumerate(self.actors) if actor is not None]
@@ -173,7 +178,7 @@ class ActorPool:
 
     def lost(self) -> dict[int, BaseException]:
         """Lost actors with their errors. Calls all actors, and waits a limited time for busy ones."""
-        calls = {self.actors[index].usage.remote(): index for index in self.alive}
+        calls = {process.usage.remote(): index for index in self.alive for process in self._processes(index)}
         lost: dict[int, BaseException] = {}
         until = time.monotonic() + _ANSWER_SECONDS
         while calls and time.monotonic() < until:
@@ -200,6 +205,13 @@ class ActorPool:
     def cause(self, error: RayError, index: int | None = None) -> RayError:
         """The error that caused the error of a call to an actor, or to any for None; here they are independent."""
         return error
+
+    def watch(self, calls: Sequence[ObjectRef]) -> None:
+        """Nothing: an actor does not wait for others. calls: one of each member."""
+
+    def _processes(self, index: int) -> list[Any]:
+        """Processes that are lost together."""
+        return [self.actors[index]]
 
     def _stop(self, index: int) -> None:
         """End an actor."""

@@ -88,7 +88,7 @@ class ProcessGroup:
 
     kind: the class. arguments: of its constructor, the same for all ranks. needs: resources of each rank. device: cpu
     (gloo) or cuda (NCCL). name: in messages. cpus: CPUs that each rank requests instead of needs.cpus; with 0, and
-    without GPUs or memory, the ranks share the CPUs of the node that has most.
+    without GPUs or memory, the ranks share the CPUs of the node that has most. variables: environment variables.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class ProcessGroup:
         device: str = "cpu",
         name: str = "a group",
         cpus: float | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         require_deepspeed(name)
         self.name = name
@@ -109,7 +110,8 @@ class ProcessGroup:
         self._placement = placement_group([bundle] * size, strategy="STRICT_PACK") if bundle else None
         self.ranks: list[Any] = []
         for rank in range(size):
-            options = needs.options(cpus, max(1, int(needs.cpus))) | {"scheduling_strategy": self._strategy(rank)}
+            options = needs.options(cpus, max(1, int(needs.cpus)), variables)
+            options |= {"scheduling_strategy": self._strategy(rank)}
             self.ranks.append(start_actor(kind, options, *arguments))
         places = [actor.place.remote() for actor in self.ranks]
         self._joined = [actor.join.remote(rank, device, *places) for rank, actor in enumerate(self.ranks)]
@@ -149,7 +151,7 @@ class ProcessGroup:
         """
         if self._error is not None or _is_final(error):
             return self._error or error
-        probes = [*others, *self._watched, *(actor.usage.remote() for actor in self.ranks)]
+        probes = [*others, *self._joined, *self._watched, *(actor.usage.remote() for actor in self.ranks)]
         until = time.monotonic() + _GRACE_SECONDS
         while probes and time.monotonic() < until:
             ready, probes = ray.wait(probes, timeout=_POLL_SECONDS)
@@ -161,15 +163,16 @@ class ProcessGroup:
                         return other
         return error
 
-    def watch(self, calls: Sequence[ObjectRef]) -> None:
-        """End the group as soon as one of these calls ends; they are meant to last as long as the group.
+    def watch(self, calls: Sequence[ObjectRef], endless: bool = True) -> None:
+        """End the group as soon as one of these calls fails.
 
+        endless: whether they are meant to last as long as the group, which ends with any of them.
         A thread waits for them, so that a rank of which nothing is asked at the moment is watched, too.
         """
         if not calls:
             return
-        self._watched = [*self._joined, *calls]
-        threading.Thread(target=self._wait_for_end, args=(list(calls),), daemon=True).start()
+        self._watched += calls
+        threading.Thread(target=self._wait_for_end, args=(list(calls), endless), daemon=True).start()
 
     def close(self) -> None:
         """End all ranks, and free their resources."""
@@ -182,10 +185,10 @@ class ProcessGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
 
-    def _wait_for_end(self, calls: list[ObjectRef]) -> None:
+    def _wait_for_end(self, calls: list[ObjectRef], endless: bool) -> None:
         waiting = [*self._joined, *calls]
         # After the end of the session, Ray would start another one for a call.
-        while not self._closed.is_set() and ray.is_initialized():
+        while waiting and not self._closed.is_set() and ray.is_initialized():
             ready, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
             for reference in ready:
                 try:
@@ -193,10 +196,12 @@ class ProcessGroup:
                 except RayError as error:
                     self._error = self.cause(error, waiting)
                 else:
-                    if reference in self._joined:
+                    if reference in self._joined or not endless:
                         continue
                 self.close()
                 return
+        # Results stay in the object store for as long as they are referred to.
+        self._watched = [call for call in self._watched if call not in calls]
 
     def _strategy(self, rank: int) -> object:
         if self._placement is not None:

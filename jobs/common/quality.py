@@ -9,7 +9,9 @@ import torch
 
 from hasten.accel.evaluation.guessing import is_guessing
 from hasten.accel.evaluation.perplexity import Windows
-from hasten.cluster.programs.evaluation import Measured, measure
+from hasten.cluster.actors.divided_model import Division
+from hasten.cluster.actors.rank_evaluator import Measured
+from hasten.cluster.programs.evaluation import measure
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
@@ -28,11 +30,12 @@ def measured(
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
     batch_option: str = "windows at once",
+    division: Division | None = None,
 ) -> Measured:
     """Result of hasten.cluster.programs.evaluation.measure, with a progress bar; inside a Ray session.
 
-    needs: resources of each worker. batch: windows that run at once. batch_option: name of the batch size in messages
-    about too little memory.
+    needs: resources of each worker, or of each rank where the worker is divided. batch: windows that run at once.
+    batch_option: name of the batch size in messages about too little memory.
     """
     with Progress("evaluate", min(workers, len(windows)), "part") as progress:
         return measure(
@@ -46,6 +49,7 @@ def measured(
             dtype=dtype,
             batch=batch,
             batch_option=batch_option,
+            division=division,
         )
 
 

@@ -135,6 +135,21 @@ class TargetGroup:
 
 
 @dataclass
+class CalibratorGroup(TargetGroup):
+    """A group of calibrators that divide every block between them."""
+
+    size: int = option(1, "ranks of a worker, an actor each, all on one node, that share every block", at_least=1)
+    mode: str = option(
+        "zero3",
+        "how: zero3 gives every rank a part of a block's weights, and collects a layer's weight for its product",
+        choices=("zero3", "tensor_parallel"),
+    )
+    offload: str | None = option(
+        None, "where a rank holds its part of a block: null is the device, cpu main memory; size=1 may offload, too"
+    )
+
+
+@dataclass
 class Run:
     """Options of every job."""
 

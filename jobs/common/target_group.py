@@ -1,7 +1,8 @@
-"""The division of a target over the ranks of a group, by the options of a job, checked before Ray starts."""
+"""The division of a model over the ranks of a group, by the options of a job, checked before Ray starts."""
 
 from pathlib import Path
 
+from hasten.accel.costs.ranks import Ranks
 from hasten.accel.decoding.targets.base import FAST_PATHS
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -18,8 +19,8 @@ def is_divided(group: TargetGroup) -> bool:
     return group.size > 1 or group.offload is not None
 
 
-def check_options(group: TargetGroup, path: str) -> None:
-    """UserError if options contradict each other. path: the option of that name."""
+def check_options(group: TargetGroup, path: str = "auto") -> None:
+    """UserError if options contradict each other. path: the option of that name of `hasten decode`."""
     if group.offload is not None and group.mode == TENSOR_PARALLEL:
         raise UserError(
             f"target_group.offload={group.offload} is an option of target_group.mode=zero3: tensor parallelism keeps "
@@ -29,7 +30,41 @@ def check_options(group: TargetGroup, path: str) -> None:
         raise UserError(f"path={path} runs in one process: give path=auto or transformers with target_group")
 
 
-def chosen_division(group: TargetGroup, path: str) -> Division | None:
+def check_block_options(group: TargetGroup, calibrates: bool = False) -> None:
+    """UserError if options contradict each other, for a job that runs a model block by block.
+
+    calibrates: whether what is written must not depend on the ranks.
+    """
+    check_options(group)
+    if group.offload not in (None, "cpu"):
+        raise UserError(
+            f"target_group.offload={group.offload}: a folder is for hasten decode; here a rank holds its part of one "
+            "block, on the device (null) or in main memory (cpu)"
+        )
+    if calibrates and is_divided(group) and group.mode == TENSOR_PARALLEL:
+        raise UserError(
+            "target_group.mode=tensor_parallel adds up parts of a layer's output in another order, so that the "
+            "compressed weights would depend on the number of ranks: use target_group.mode=zero3"
+        )
+
+
+def block_division(group: TargetGroup, calibrates: bool = False) -> Division | None:
+    """The division that the options describe for a job that runs a model block by block; errors as above."""
+    check_block_options(group, calibrates)
+    return chosen_division(group)
+
+
+def planned_ranks(group: TargetGroup, *architectures: Architecture) -> Ranks | None:
+    """The division for a plan, None for one process; UserError if the layers of a model cannot be divided so."""
+    if not is_divided(group):
+        return None
+    if group.mode == TENSOR_PARALLEL:
+        for architecture in architectures:
+            check_division(architecture, group.size, "target_group.size")
+    return Ranks(group.size, group.mode != TENSOR_PARALLEL, group.offload)
+
+
+def chosen_division(group: TargetGroup, path: str = "auto") -> Division | None:
     """The division that the options describe, None for one process; UserError without DeepSpeed, and see above."""
     check_options(group, path)
     if not is_divided(group):

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import GATE, GROUP_SIZE, MODEL, Calibrated, Evaluation, group, option, section
+from hasten.jobs.common.schema import (
+    GATE,
+    GROUP_SIZE,
+    MODEL,
+    Calibrated,
+    CalibratorGroup,
+    Evaluation,
+    group,
+    option,
+    section,
+)
 
 
 @dataclass
@@ -42,3 +52,4 @@ class CompressConfig(Calibrated):
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     gate: list[str] = option([], GATE)
     evaluation: Evaluation = section(Evaluation)
+    target_group: CalibratorGroup = section(CalibratorGroup)

@@ -15,6 +15,7 @@ from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import disk_bytes, sizes
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
@@ -35,6 +36,7 @@ from hasten.jobs.common.quality import FIGURES, measured, print_warnings, qualit
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
+from hasten.jobs.common.target_group import block_division
 from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.compress.options import CompressConfig
 
@@ -47,16 +49,18 @@ def run(config: CompressConfig) -> Path:
     source = original(config.model)
     settings = make_settings(config, source)
     gates = check_gates(config.gate, config.evaluation.sequences)
+    division = block_division(config.target_group, calibrates=True)
     texts = Texts(source, config.bos, config.template)
     tokens = texts.calibrate(config.calibration, settings.needs_hessian)
     windows = texts.evaluate(config.evaluation)
-    compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config))
+    compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config), division)
     output = compression.task.output
     fingerprint = settings.fingerprint(compression.task.checkpoint, tokens)
     output.check(fingerprint, config.overwrite)
     log_group_sizes([settings.level], compression.task.layer_groups)
-    cpus = config.workers * config.threads
-    with cluster_session(config, cpus, {"model": source}, {"output": output.path}):
+    cpus = config.workers * config.threads * config.target_group.size
+    group = config.target_group
+    with cluster_session(config, cpus, {"model": source}, {"output": output.path}, group=group):
         if config.overwrite or not output.finished:
             compression.check_weights()
         # Nothing was written so far: a mistake in the input leaves no files behind.
@@ -65,7 +69,7 @@ def run(config: CompressConfig) -> Path:
             tracker.params(plain(config))
             open_output(output, fingerprint, config.overwrite, texts.origin)
             run_pass(compression, "compress", tracker)
-            metrics = {} if windows is None else _evaluate(config, settings, windows)
+            metrics = {} if windows is None else _evaluate(config, settings, windows, division)
             metrics |= compared_tasks(gates, settings.output, source, _TASK_BATCH, settings.device)
             report = _report(config, compression, metrics, perf_counter() - started) | texts.report(source)
             report["warnings"] = quality_warnings(report["metrics"], report["texts"])
@@ -112,10 +116,10 @@ def _outer_levels(config: CompressConfig, level: Level) -> OuterLevels:
     )
 
 
-def _evaluate(config: CompressConfig, settings: Settings, windows: Windows) -> Record:
-    quality = measured(
-        settings.output, settings.checkpoint, windows, config.workers, worker_resources(config), settings.device
-    )
+def _evaluate(config: CompressConfig, settings: Settings, windows: Windows, division: Division | None) -> Record:
+    needs, device = worker_resources(config), settings.device
+    folders = settings.output, settings.checkpoint
+    quality = measured(*folders, windows, config.workers, needs, device, division=division)
     return quality.sums.metrics() | {"evaluation_peak_rss_bytes": quality.peak_rss_bytes}
 
 

@@ -7,11 +7,9 @@ from hasten.accel.costs.estimate import Estimate
 from hasten.accel.costs.model import Model
 from hasten.accel.costs.ranks import Ranks
 from hasten.accel.errors import UserError
-from hasten.accel.models.assembled import check_division
-from hasten.cluster.actors.divided_model import TENSOR_PARALLEL
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.prompts import read_prompts
-from hasten.jobs.common.target_group import check_options, is_divided
+from hasten.jobs.common.target_group import check_options, is_divided, planned_ranks
 from hasten.jobs.common.tokenizer import load_tokenizer
 from hasten.jobs.decode.draft_length import chosen_draft_length
 from hasten.jobs.decode.options import DecodeConfig
@@ -66,13 +64,8 @@ def estimate(config: DecodeConfig, setting: Setting) -> Estimate:
 
 def _ranks(config: DecodeConfig, target: Model) -> Ranks | None:
     """Division of the target; UserError as in a run."""
-    group = config.target_group
-    check_options(group, config.path)
-    if not is_divided(group):
-        return None
-    if group.mode == TENSOR_PARALLEL:
-        check_division(target.architecture, group.size, "target_group.size")
-    return Ranks(group.size, group.mode != TENSOR_PARALLEL, group.offload)
+    check_options(config.target_group, config.path)
+    return planned_ranks(config.target_group, target.architecture)
 
 
 def _prompt_lengths(config: DecodeConfig, target: Model) -> tuple[int, float, int]:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from hasten.jobs.common.arithmetic import gpus_per_worker
 from hasten.jobs.common.cluster import InWorkers, worker_resources
+from hasten.jobs.common.target_group import with_ranks
 from hasten.jobs.descriptors.descriptor import Needs
 
 
@@ -19,8 +20,11 @@ class InProcess(Protocol):
 
 
 def of_workers(config: InWorkers) -> Needs:
-    """Resources of a job that hands its work to `workers` actors."""
-    return Needs(0.0, 0.0, config.threads, (worker_resources(config).bundle,) * config.workers)
+    """Resources of a job that hands its work to `workers` actors, or groups of actors."""
+    needs, group = worker_resources(config), getattr(config, "target_group", None)
+    if group is not None:
+        needs = with_ranks(group, needs)
+    return Needs(0.0, 0.0, config.threads, (needs.bundle,) * config.workers)
 
 
 def of_process(config: InProcess) -> Needs:

@@ -1,26 +1,30 @@
 """Cost of a calibration pass."""
 
+from hasten.accel.compression.calibration.chunks import check_chunks
 from hasten.accel.compression.calibration.layer_groups import common_levels
 from hasten.accel.compression.calibration.settings import Settings, all_groups
 from hasten.accel.costs.compression import Pass
 from hasten.accel.costs.model import Model
+from hasten.accel.costs.ranks import Ranks
 from hasten.accel.errors import UserError
 from hasten.jobs.common.schema import Calibrated
 from hasten.jobs.dry_run.setting import Setting
 
 
-def calibration_pass(name: str, model: Model, settings: Settings, config: Calibrated, setting: Setting) -> Pass:
-    """The pass to estimate; name: the checkpoint's. UserError for settings that the job would refuse."""
+def calibration_pass(
+    name: str, model: Model, settings: Settings, config: Calibrated, setting: Setting, ranks: Ranks | None = None
+) -> Pass:
+    """The pass to estimate; name: the checkpoint's. UserError for settings that the job would refuse.
+
+    ranks: division of every worker; None is one process.
+    """
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
     layer_groups = all_groups(model.architecture, settings)
     sequences = config.calibration.sequences if settings.needs_hessian else 0
-    if sequences and config.workers > min(config.calibration.shards, sequences):
-        chunks = min(config.calibration.shards, sequences)
-        raise UserError(
-            f"workers={config.workers} is more than the {chunks} chunks of the calibration sequences: "
-            f"use workers={chunks}, or more calibration.shards"
-        )
+    size = 1 if ranks is None else ranks.size
+    if sequences:
+        check_chunks(min(config.calibration.shards, sequences), config.workers, size)
     return Pass(
         model=model,
         layer_groups=layer_groups,
@@ -30,11 +34,12 @@ def calibration_pass(name: str, model: Model, settings: Settings, config: Calibr
         levels=None if settings.levels is None else common_levels(settings.levels, layer_groups),
         batch=config.calibration.batch,
         shards=config.calibration.shards,
-        workers=config.workers,
+        workers=config.workers * size,
         threads=config.threads,
         gpus=setting.gpus,
         gpu_memory=setting.gpu_memory if setting.gpus else 0,
         nodes=min(setting.nodes, config.workers),
         propagates=config.propagate != "original",
         staged=config.propagate == "sequential",
+        ranks=ranks,
     )

@@ -4,6 +4,7 @@ from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.costs import evaluation
 from hasten.accel.costs.estimate import Estimate
 from hasten.accel.errors import UserError
+from hasten.jobs.common.target_group import check_block_options, planned_ranks
 from hasten.jobs.dry_run.evaluation import windows
 from hasten.jobs.dry_run.models import model_of
 from hasten.jobs.dry_run.setting import Setting
@@ -16,15 +17,19 @@ def estimate(config: EvaluateConfig, setting: Setting) -> Estimate:
         raise UserError(f"tasks=[{','.join(config.tasks)}] have no plan: lm-eval runs them; leave tasks out")
     model = model_of("model", config.model, config.dtype, setting.gpus)
     folder = model.architecture.checkpoint.path
-    original = config.original or original_of(folder)
+    recorded = config.original or original_of(folder)
+    original = None if recorded is None else model_of("original", str(recorded), config.dtype, setting.gpus)
+    check_block_options(config.target_group)
+    compared = [model] if original is None else [model, original]
     return evaluation.estimate(
         model,
         windows(config.evaluation),
         setting.rates,
-        original=None if original is None else model_of("original", str(original), config.dtype, setting.gpus),
+        original=original,
         packed=model.architecture.checkpoint.is_compressed,
         batch=config.batch,
         workers=config.workers,
         threads=config.threads,
         gpus=setting.gpus,
+        ranks=planned_ranks(config.target_group, *(one.architecture for one in compared)),
     )

@@ -15,6 +15,7 @@ from hasten.jobs.common.schema import (
     WORKER_MEMORY,
     Evaluation,
     Run,
+    TargetGroup,
     option,
     section,
 )
@@ -41,3 +42,4 @@ class EvaluateConfig(Run):
     address: str | None = option(None, ADDRESS)
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
     evaluation: Evaluation = section(Evaluation)
+    target_group: TargetGroup = section(TargetGroup)

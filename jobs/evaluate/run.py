@@ -19,6 +19,7 @@ from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.evaluation.tasks import check_tasks
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.programs.evaluation import check_weights
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.remote import is_uri
@@ -30,6 +31,7 @@ from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.storage import copied
+from hasten.jobs.common.target_group import block_division, check_target
 from hasten.jobs.common.texts import Texts, print_texts, recorded_origin
 from hasten.jobs.evaluate.options import EvaluateConfig
 
@@ -50,13 +52,18 @@ def run(config: EvaluateConfig) -> Path:
     dtype = resolve_dtype(config.dtype, device)
     reads = {"model": folder} | ({} if original is None else {"original": original})
     folders = list(reads.values())
+    division = _division(config, folders)
     if config.evaluation.sequences:
         for path in folders:
             Architecture(Checkpoint(path))  # reads no weights, but refuses models that cannot be run
     texts, windows = _texts(config, folder)
     with ExitStack() as stack:
         if windows is not None:
-            stack.enter_context(cluster_session(config, config.workers * config.threads, reads, {}, in_turn=True))
+            group = config.target_group
+            cpus = config.workers * config.threads * group.size
+            # Groups are actors, which run at the same time.
+            in_turn = division is None
+            stack.enter_context(cluster_session(config, cpus, reads, {}, in_turn=in_turn, group=group))
             check_weights(folders, config.workers, config.threads)
         # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
@@ -65,7 +72,7 @@ def run(config: EvaluateConfig) -> Path:
         metrics: Record = dict.fromkeys(FIGURES)
         peak = 0
         if windows is not None:
-            quality, peak = _measure(config, folder, original, windows, dtype, device)
+            quality, peak = _measure(config, folder, original, windows, dtype, device, division)
             metrics |= quality
         metrics |= sizes(checkpoint).metrics()
         if original is not None:
@@ -128,12 +135,40 @@ def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:
     return recorded
 
 
+def _division(config: EvaluateConfig, folders: Sequence[Path]) -> Division | None:
+    """The division of the checkpoints; UserError where they cannot be divided so, and for tasks of lm-eval."""
+    division = block_division(config.target_group)
+    if division is not None and config.tasks:
+        raise UserError(
+            f"tasks=[{','.join(config.tasks)}] are run by lm-eval, in one process that holds the whole model: leave "
+            "target_group out, or tasks"
+        )
+    for folder in folders:
+        check_target(folder, division)
+    return division
+
+
 def _measure(
-    config: EvaluateConfig, folder: Path, original: Path | None, windows: Windows, dtype: torch.dtype, device: str
+    config: EvaluateConfig,
+    folder: Path,
+    original: Path | None,
+    windows: Windows,
+    dtype: torch.dtype,
+    device: str,
+    division: Division | None,
 ) -> tuple[Record, int]:
     needs = worker_resources(config)
     quality = measured(
-        folder, original, windows, config.workers, needs, device, dtype, config.batch, batch_option="batch"
+        folder,
+        original,
+        windows,
+        config.workers,
+        needs,
+        device,
+        dtype,
+        config.batch,
+        batch_option="batch",
+        division=division,
     )
     return quality.sums.metrics() | {"workers_cpu_seconds": quality.cpu_seconds}, quality.peak_rss_bytes
 

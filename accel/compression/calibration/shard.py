@@ -4,22 +4,32 @@ A shard holds whole chunks. A chunk runs in the same batches on every worker, so
 the same bits for any number of shards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.calibration.chunk_sums import ChunkSums
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.stages import StagedBlock
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.forwards import Forward, current_forward
 from hasten.accel.models.output_layer import OutputLayer
 
 
 class _AllCollected(Exception):  # noqa: N818 (not an error: the rest of the block need not run)
     """All statistics of a block are collected."""
+
+
+class _ChunkForward(Forward):
+    """The forward of a part of a chunk."""
+
+    def __init__(self, function: Callable[[], None], chunk: int) -> None:
+        super().__init__(function)
+        self.chunk = chunk
 
 
 class Shard:
@@ -43,32 +53,22 @@ class Shard:
 
         advance: keep the outputs as hidden states of the next block. Experts that no token reached have no entry.
         """
-        trees: dict[str, Tree] = {}
+        sums = ChunkSums(self._cut)
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
-        for number, parts in self._hidden.items():
-            hessians: dict[str, Hessian] = {}
-            hooks = [self._watch(block, group, hessians, stop=group.key == last) for group in groups]
-            try:
-                for index, part in enumerate(parts):
-                    with suppress(_AllCollected):
-                        output = self.architecture.run_block(block, self.position, part)
-                        if advance:
-                            parts[index] = output
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            for key, hessian in hessians.items():
-                trees.setdefault(key, Tree(self._cut)).add(number, 1, hessian)
+        hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
+        try:
+            self._run(block, keep=advance)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if advance:
             self.position += 1
-        return trees
+        return sums.trees()
 
     def advance(self, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of the block at `position`."""
-        for parts in self._hidden.values():
-            for index, part in enumerate(parts):
-                parts[index] = self.architecture.run_block(block, self.position, part)
+        self._run(block, keep=True)
         self.position += 1
 
     def collect_outputs(self, layer: OutputLayer, key: str) -> dict[str, Tree]:
@@ -82,11 +82,26 @@ class Shard:
             tree.add(number, 1, hessian)
         return {key: tree}
 
+    def _run(self, block: nn.Module, keep: bool) -> None:
+        """Run all parts. keep: replace the hidden states by the outputs."""
+
+        def run(parts: list[Tensor], index: int) -> None:
+            with suppress(_AllCollected):
+                output = self.architecture.run_block(block, self.position, parts[index])
+                if keep:
+                    parts[index] = output
+
+        forwards = [
+            _ChunkForward(partial(run, parts, index), number)
+            for number, parts in self._hidden.items()
+            for index in range(len(parts))
+        ]
+        self.architecture.run_forwards(block, forwards)
+
     def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
         """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
         hidden, self._hidden = self._hidden, {}
-        run = partial(self.architecture.run_block, block, self.position)
-        self.staged = StagedBlock(block, groups, hidden, run, self._cut)
+        self.staged = StagedBlock(self.architecture, block, self.position, groups, hidden, self._cut)
         return self.staged
 
     def finish(self) -> None:
@@ -96,17 +111,16 @@ class Shard:
         self.position += 1
 
     @staticmethod
-    def _watch(
-        block: nn.Module, group: Group, hessians: dict[str, Hessian], stop: bool
-    ) -> torch.utils.hooks.RemovableHandle:
+    def _watch(block: nn.Module, group: Group, sums: ChunkSums, stop: bool) -> torch.utils.hooks.RemovableHandle:
         # Layers of a group share their input, so a hook on the first one suffices.
         layer = group.layers[0]
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].reshape(-1, layer.columns)
-            if len(rows):
-                hessians.setdefault(group.key, Hessian(layer.columns)).add(rows)
+            forward = current_forward()
+            assert isinstance(forward, _ChunkForward)
+            sums.add(group.key, layer.columns, forward.chunk, inputs[0])
             if stop:
                 raise _AllCollected
 
+        # Behind the hook with which a divided layer waits for its weight: only there are forwards in their order.
         return block.get_submodule(layer.module).register_forward_pre_hook(add)

@@ -7,13 +7,16 @@ their own block, too. A block that is calibrated on its original layers runs twi
 Departs from it: the experts of a layer are one stage, whose layers are calibrated on the original experts.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from hasten.accel.compression.calibration.chunk_sums import ChunkSums
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.calibration.statistics import Hessian, Tree
+from hasten.accel.compression.calibration.statistics import Tree
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.forwards import Forward, current_forward
 
 Stage = tuple[Group, ...]
 
@@ -29,42 +32,44 @@ def stages_of(groups: Sequence[Group]) -> list[Stage]:
     return stages
 
 
-class _Run(greenlet):
+class _Run(Forward):
     """The forward of one part of the tokens, which can wait in the middle of the block.
 
-    stage: the last one at which it waited, or that it passed; -1 before the first. inputs: of the layers where it
-    waits; None at experts.
+    chunk: the part's. stage: the last one at which it waited, or that it passed; -1 before the first. inputs: of the
+    layers where it waits; None at experts. collects: whether it runs experts for their inputs only.
     """
 
-    def __init__(self, forward: Callable[[], Tensor]) -> None:
+    def __init__(self, forward: Callable[[], Tensor], chunk: int) -> None:
         super().__init__(forward)
+        self.chunk = chunk
         self.stage = -1
         self.inputs: Tensor | None = None
+        self.collects = False
 
     def wait(self, inputs: Tensor | None) -> None:
         """Return to whoever resumed the run, until it is resumed again."""
         self.inputs = inputs
-        assert self.parent is not None
-        self.parent.switch()
+        self.pause()
         self.inputs = None
 
 
 class StagedBlock:
     """A block in the middle of its forward on some chunks of the calibration sequences.
 
-    groups: all layer groups of the block. chunks: by number their parts [sequences, T, D]; they are taken out, so that
-    they are freed as early as the forward allows. run: the block's output for one part. cut: see statistics.Tree.
+    position: the block's number. groups: all its layer groups. chunks: by number their parts [sequences, T, D]; they
+    are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree.
     """
 
     def __init__(
         self,
+        architecture: Architecture,
         block: nn.Module,
+        position: int,
         groups: Sequence[Group],
         chunks: dict[int, list[Tensor]],
-        run: Callable[[Tensor], Tensor],
         cut: int = 0,
     ) -> None:
-        self._cut = cut
+        self._architecture, self._cut = architecture, cut
         self.stages = stages_of(groups)
         # Stage whose inputs were collected last, and the number of stages whose weights are replaced.
         self.collected, self.replaced = -1, 0
@@ -73,9 +78,11 @@ class StagedBlock:
         # stay in memory until the garbage collector finds it.
         self._undo: list[Callable[[], None]] = []
         self._target = 0
-        self._sums: dict[str, Hessian] = {}
+        self._sums = ChunkSums(cut)
+        run = partial(architecture.run_block, block, position)
         self._runs = {
-            number: [_Run(_taken(run, parts, place)) for place in range(len(parts))] for number, parts in chunks.items()
+            number: [_Run(_taken(run, parts, place), number) for place in range(len(parts))]
+            for number, parts in chunks.items()
         }
         for number, stage in enumerate(self.stages):
             watch = self._watch_experts if stage[0].is_expert else self._watch_layers
@@ -85,9 +92,9 @@ class StagedBlock:
         """Whether the inputs of the stage are to come, or are still held: those of experts are not."""
         return stage > self.collected or (stage == self.collected and not self.stages[stage][0].is_expert)
 
-    def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the weights of the next stage. weights: [rows, columns], by the path of the layer in the block."""
-        replace_weights(self._block, weights)
+    def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights of the next stage. weights: paths of layers in the block, and their [rows, columns]."""
+        self._architecture.replace_weights(self._block, weights)
         self.replaced += 1
 
     def collect(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
@@ -98,49 +105,44 @@ class StagedBlock:
         assert self.can_collect(stage)
         assert self.replaced == stage
         group = self.stages[stage][0]
-        trees: dict[str, Tree] = {}
-        for number, runs in self._runs.items():
-            self._sums = {}
-            for run in runs:
-                self._resume(run, stage)
-                if run.inputs is not None:
-                    self._add(group, run.inputs)
-            for key in keys:
-                if key in self._sums:
-                    trees.setdefault(key, Tree(self._cut)).add(number, 1, self._sums[key])
+        self._sums = ChunkSums(self._cut)
+        self._resume(stage)
+        for run in self._all_runs():
+            if run.dead:
+                raise RuntimeError(f"the block does not run {group.key}")
+            if run.inputs is not None:
+                self._sums.add(group.key, group.columns, run.chunk, run.inputs)
         self.collected = stage
-        return trees
+        trees, self._sums = self._sums.trees(), ChunkSums(self._cut)
+        return {key: trees[key] for key in keys if key in trees}
 
     def finish(self) -> dict[int, list[Tensor]]:
         """Outputs of the block for all chunks; all weights must have been replaced."""
         assert self.replaced == len(self.stages)
-        outputs = {number: [self._end(run) for run in runs] for number, runs in self._runs.items()}
+        self._resume(len(self.stages))
+        outputs: dict[int, list[Tensor]] = {number: [] for number in self._runs}
+        for run in self._all_runs():
+            assert run.dead
+            assert run.output is not None
+            outputs[run.chunk].append(run.output)
         for undo in self._undo:
             undo()
         return outputs
 
-    def _resume(self, run: _Run, stage: int) -> None:
-        """Let a run go on until it waits at a stage; passes stages before it."""
-        if run.stage < stage:
-            self._target = stage
-            run.switch()
-            if run.dead:
-                raise RuntimeError(f"the block does not run {self.stages[stage][0].key}")
+    def _all_runs(self) -> Iterator[_Run]:
+        return (run for runs in self._runs.values() for run in runs)
 
-    def _end(self, run: _Run) -> Tensor:
-        self._target = len(self.stages)
-        output: Tensor = run.switch()
-        assert run.dead
-        return output
-
-    def _add(self, group: Group, inputs: Tensor) -> None:
-        rows = inputs.reshape(-1, group.columns)
-        if len(rows):
-            self._sums.setdefault(group.key, Hessian(group.columns)).add(rows)
+    def _resume(self, stage: int) -> None:
+        """Let all runs go on until they wait at a stage, or end; they pass stages before it."""
+        self._target = stage
+        for run in self._all_runs():
+            if run.stage < stage:
+                run.switch()
+        self._architecture.supply(self._block, list(self._all_runs()))
 
     def _reach(self, number: int) -> _Run | None:
         """The current run, where it has come to a stage for the first time; it passes stages before the target."""
-        run = getcurrent()
+        run = current_forward()
         assert isinstance(run, _Run)
         if run.stage >= number:
             return None
@@ -155,31 +157,33 @@ class StagedBlock:
             if run is not None:
                 run.wait(inputs[0])
 
-        # The layers of a group share their input; any of them may be the first to read it.
+        # The layers of a group share their input; any of them may be the first to read it. Runs wait here before they
+        # wait for a weight, which would be dropped meanwhile.
         for layer in stage[0].layers:
-            self._undo.append(self._block.get_submodule(layer.module).register_forward_pre_hook(arrive).remove)
+            module = self._block.get_submodule(layer.module)
+            self._undo.append(module.register_forward_pre_hook(arrive, prepend=True).remove)
 
     def _watch_experts(self, number: int, stage: Stage) -> None:
         """Run the experts once for their inputs, wait, and run them again with the compressed weights."""
         experts = self._block.get_submodule(_container(stage))
         usual = experts.forward
-        collecting = False
 
         def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
-            nonlocal collecting
             run = self._reach(number)
             if run is not None:
-                collecting = True
+                run.collects = True
                 usual(*arguments, **named)
-                collecting = False
+                run.collects = False
                 run.wait(None)
             output: Tensor = usual(*arguments, **named)
             return output
 
         def hook(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                if collecting:
-                    self._add(group, inputs[0])
+                run = current_forward()
+                assert isinstance(run, _Run)
+                if run.collects:
+                    self._sums.add(group.key, group.columns, run.chunk, inputs[0])
 
             return add
 
@@ -189,14 +193,6 @@ class StagedBlock:
         for group in stage:
             layer = self._block.get_submodule(group.layers[0].module)
             self._undo.append(layer.register_forward_pre_hook(hook(group)).remove)
-
-
-def replace_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Replace weights of a block. weights: [rows, columns], by the path of the layer in the block."""
-    for path, weight in weights.items():
-        parameter = block.get_submodule(path).weight
-        assert isinstance(parameter, nn.Parameter)
-        parameter.data = weight.to(parameter.device, parameter.dtype)
 
 
 def _taken(run: Callable[[Tensor], Tensor], parts: list[Tensor], place: int) -> Callable[[], Tensor]:

@@ -5,7 +5,7 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -130,13 +130,16 @@ class LevelDatabase(ResumableFolder):
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
         return parse_level(level).checkpoint_tensors(self.parts(layer, level))
 
-    def read_layers(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Weights of the layers of some solved groups at the propagated level, by their path in the block."""
+    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
+        """Path in the block and weight of each layer of some solved groups, at the propagated level."""
         assert self._propagated is not None
-        level = self._propagated.name
-        return {layer.module: self.weight(layer.name, level) for group in groups for layer in group.layers}
+        for group in groups:
+            for layer in group.layers:
+                yield layer.module, self.weight(layer.name, self._propagated.name)
 
-    def unpack_layers(self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def unpack_layers(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The same; packed is empty, since write_layer wrote the layers."""
         assert not packed
         return self.read_layers(groups)

@@ -7,7 +7,7 @@ them is visibly unfinished, and a resumed run keeps its shards.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,10 @@ class OutputFolder(ResumableFolder):
         self.write_json(self._facts_file(block), facts)
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
-    def read_layers(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Weights of the layers of some groups of a finished block, as a loader unpacks them, by path in the block."""
+    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
+        """Path in the block and weight of each layer of some groups of a finished block, as a loader unpacks it."""
         if not groups:
-            return {}
+            return iter(())
         with safe_open(self.shard(groups[0].block), framework="pt") as file:
             stored = set(file.keys())
             packed = {
@@ -118,15 +118,15 @@ class OutputFolder(ResumableFolder):
             }
         return self.unpack_layers(groups, packed)
 
-    def unpack_layers(self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Weights of the layers of some groups, by their path in the block. packed: see write_block."""
-        weights: dict[str, Tensor] = {}
+    def unpack_layers(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Path in the block and weight of each layer of some groups, one at a time. packed: see write_block."""
         for group in groups:
             scheme = group.level.loader_scheme
             for layer in group.layers:
                 parts = packed[layer.name]
-                weights[layer.module] = parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
-        return weights
+                yield layer.module, parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
 
     def finish(self) -> None:
         """Write the tensors outside the blocks, copy the tokenizer's and similar files, then write index and config."""

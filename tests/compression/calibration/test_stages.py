@@ -5,7 +5,7 @@ import pytest
 
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.shard import Shard
-from hasten.accel.compression.calibration.stages import replace_weights, stages_of
+from hasten.accel.compression.calibration.stages import stages_of
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
@@ -54,8 +54,8 @@ def test_each_stage_is_collected_behind_the_replaced_weights_of_the_stages_befor
         expected = Shard(model, CHUNKS, batch=2).collect(plain, stage)
         same(staged.collect(number, [group.key for group in stage]), expected)
         weights = changed(plain, stage)
-        staged.replace(weights)
-        replace_weights(plain, weights)
+        staged.replace(weights.items())
+        model.replace_weights(plain, weights.items())
     shard.finish()
     again = Shard(model, CHUNKS, batch=2)
     again.advance(plain)
@@ -72,8 +72,8 @@ def test_stages_that_were_solved_before_are_passed_without_collecting(model):
     *before, last = staged.stages
     for stage in before:
         weights = changed(plain, stage)
-        staged.replace(weights)
-        replace_weights(plain, weights)
+        staged.replace(weights.items())
+        model.replace_weights(plain, weights.items())
     keys = [group.key for group in last]
     same(staged.collect(len(before), keys), Shard(model, CHUNKS, batch=2).collect(plain, last))
 
@@ -91,7 +91,7 @@ def test_the_inputs_of_the_current_stage_are_held_but_those_of_experts_and_of_ea
             assert staged.can_collect(number)
             same(staged.collect(number, keys), first)
         assert not number or not staged.can_collect(number - 1)
-        staged.replace(changed(block, stage))
+        staged.replace(changed(block, stage).items())
 
 
 def test_a_finished_block_is_freed_without_the_garbage_collector(model):
@@ -100,7 +100,7 @@ def test_a_finished_block_is_freed_without_the_garbage_collector(model):
     staged = shard.begin(block, groups_of(model))
     for number, stage in enumerate(staged.stages):
         staged.collect(number, [group.key for group in stage])
-        staged.replace(changed(block, stage))
+        staged.replace(changed(block, stage).items())
     weight = weakref.ref(block.get_submodule(staged.stages[0][0].layers[0].module).weight)
     gc.collect()
     gc.disable()

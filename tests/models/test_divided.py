@@ -1,0 +1,129 @@
+"""Blocks that are divided over ranks run as in one process, bit for bit."""
+
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
+from hasten.accel.compression.calibration.shard import Shard
+from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.divided import DividedArchitecture
+from hasten.accel.models.forwards import Forward
+from tests.models import tiny
+from tests.models.ranks import on_ranks
+
+TOKENS = tiny.tokens(batch=5)
+# By rank: they have different numbers of chunks and of forwards. Two forwards of a chunk reach different experts.
+CHUNKS = [{0: TOKENS[:2], 1: TOKENS[2:3]}, {2: TOKENS[3:]}, {}]
+
+
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES])
+def folder(request, tmp_path_factory):
+    changes = {"decoder_sparse_step": 1} if request.param == "qwen3_moe" else {}
+    return tiny.save(tmp_path_factory.mktemp(request.param) / "m", request.param, **changes)
+
+
+def divided(folder, exchange, **changes):
+    return DividedArchitecture(Checkpoint(folder), torch.float32, "cpu", exchange, **changes)
+
+
+def changed(folder, block, stage):
+    """Other weights for the layers of a stage: halves of the original ones."""
+    names = [(layer.module, f"{layer.name}.weight") for group in stage for layer in group.layers]
+    return ((path, Checkpoint(folder).tensor(name).float() / 2) for path, name in names)
+
+
+def sums(trees):
+    return {
+        key: {node: (total.tokens, total.array().tobytes()) for node, total in tree.nodes.items()}
+        for key, tree in trees.items()
+    }
+
+
+@torch.no_grad()
+def in_stages(model, folder, chunks):
+    """Sums of all stages of the first block, each behind replaced weights, and the hidden states after it."""
+    groups = make_layer_groups(model, parse_level("w8"), (), 0, 0)[0]
+    shard = Shard(model, chunks, batch=1)
+    staged = shard.begin(model.load_block(0), groups)
+    found = []
+    for number, stage in enumerate(staged.stages):
+        found.append(sums(staged.collect(number, [group.key for group in stage])))
+        staged.replace(changed(folder, 0, stage))
+    shard.finish()
+    return found, {number: torch.cat(parts) for number, parts in shard._hidden.items()}
+
+
+@torch.no_grad()
+def at_once(model, folder, chunks):
+    """Sums of all groups of both blocks, of which the second one stops early, and the hidden states between them."""
+    groups = make_layer_groups(model, parse_level("w8"), (), 0, 0)
+    shard = Shard(model, chunks, batch=1)
+    found = [sums(shard.collect(model.load_block(0), groups[0], advance=True))]
+    hidden = {number: torch.cat(parts) for number, parts in shard._hidden.items()}
+    found.append(sums(shard.collect(model.load_block(1), groups[1][:2])))
+    return found, hidden
+
+
+@pytest.mark.parametrize("run", [in_stages, at_once])
+def test_sums_and_states_on_ranks_with_different_numbers_of_forwards_are_those_of_one_process(folder, run):
+    results = on_ranks(3, lambda exchange: run(divided(folder, exchange), folder, CHUNKS[exchange.rank]))
+    for chunks, (found, hidden) in zip(CHUNKS, results, strict=True):
+        expected, states = run(Architecture(Checkpoint(folder)), folder, chunks)
+        assert found == expected
+        assert hidden.keys() == states.keys()
+        assert all(torch.equal(hidden[number], states[number]) for number in states)
+
+
+def test_a_rank_holds_its_share_of_the_layers_and_a_weight_is_sent_once_for_all_forwards(folder):
+    whole = Architecture(Checkpoint(folder))
+    layers = whole.linears(0)
+
+    def run(exchange):
+        model = divided(folder, exchange)
+        block = model.load_block(0)
+        hidden = model.embed(TOKENS)
+        forwards = [Forward(partial(model.run_block, block, 0, part)) for part in hidden.split(1)]
+        with torch.no_grad():
+            model.run_forwards(block, forwards)
+        names = {f"{layer.module}.weight" for layer in layers}
+        kept = {path: weight.numel() for path, weight in block.named_parameters() if path in names}
+        weights = model._weights[block]
+        weights.replace(layers[0].module, torch.ones(layers[0].rows, layers[0].columns))
+        stored = sum(part.untyped_storage().nbytes() for part in weights._parts)
+        return weights.nbytes, stored, kept, exchange.gathered
+
+    for nbytes, stored, kept, gathered in on_ranks(2, run):
+        assert stored == nbytes
+        assert nbytes == sum(layer.rows * layer.columns for layer in layers) * 4 / 2
+        assert not any(kept.values())
+        # Without an expert that no token reached.
+        assert gathered <= len(layers)
+        assert gathered >= sum(layer.expert is None for layer in layers)
+
+
+def test_a_divided_block_does_not_run_alone_and_is_freed_without_the_garbage_collector(tmp_path):
+    folder = tiny.save(tmp_path / "m", "llama")
+
+    def run(exchange):
+        model = divided(folder, exchange, offload=True)
+        block = model.load_block(0)
+        with pytest.raises(RuntimeError, match="only runs in run_forwards"):
+            model.run_block(block, 0, model.embed(TOKENS))
+        forward = Forward(partial(model.run_block, block, 0, model.embed(TOKENS)))
+        model.run_forwards(block, [forward])
+        gone = weakref.ref(block)
+        del block, forward
+        return gone() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert on_ranks(1, run) == [True]
+    finally:
+        gc.enable()
