@@ -13,7 +13,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.families import FAMILIES
 from hasten.accel.models.packed import COUNTED, GROUP_INDEX, PACKED, PARTS, Packing
 from hasten.accel.models.shards import Stored, read_header
-from hasten.kernels.packed_gemm.layout import PackedWeight
+from hasten.kernels.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
-from hasten.kernels.packed_gemm.layout import BITS, PackedWeight, unpack_codes, widened
+from hasten.kernels.packed_weight import BITS, PackedWeight, unpack_codes, widened
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme

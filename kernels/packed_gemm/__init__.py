@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hasten.kernels.dispatch import use_triton
 from hasten.kernels.packed_gemm import c_kernel, reference
-from hasten.kernels.packed_gemm.layout import PackedWeight
 from hasten.kernels.packed_gemm.panels import Panels, pack_panels
+from hasten.kernels.packed_weight import PackedWeight
 
 
 def prepare(weight: PackedWeight) -> PackedWeight | Panels:

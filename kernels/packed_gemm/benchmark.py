@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.packed_gemm import reference, triton_kernel
-from hasten.kernels.packed_gemm.layout import PackedWeight, pack_codes
+from hasten.kernels.packed_weight import PackedWeight, pack_codes
 from hasten.kernels.timing import Case, Operands
 
 _GROUP = 128

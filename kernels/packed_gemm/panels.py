@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.kernels.packed_gemm.layout import CODES_AT_ONCE, PackedWeight, pack_codes, unpack_codes
+from hasten.kernels.packed_weight import CODES_AT_ONCE, PackedWeight, pack_codes, unpack_codes
 
 PANEL = 64
 # Inputs of which the kernel adds up products before it scales them.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hasten.kernels.packed_gemm.layout import PackedWeight, unpack_codes
+from hasten.kernels.packed_weight import PackedWeight, unpack_codes
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

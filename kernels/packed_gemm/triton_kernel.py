@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hasten.kernels.packed_gemm import triton_launch
 from hasten.kernels.packed_gemm.choice import Configuration
-from hasten.kernels.packed_gemm.layout import PackedWeight
+from hasten.kernels.packed_weight import PackedWeight
 
 
 def packed_gemm(x: Tensor, weight: PackedWeight, chosen: Configuration | None = None) -> Tensor:

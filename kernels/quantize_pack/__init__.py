@@ -1,14 +1,14 @@
 """Integer quantization of rows to 2, 3, 4 or 8 bits, packed into words, as a quantized cache stores keys and values.
 
 Along "token", adjacent columns of a row share a scale (values); along "channel", adjacent rows of a column do (keys,
-whose outliers lie in few channels). Words are laid out as in hasten.kernels.packed_gemm.layout: each row is a stream
+whose outliers lie in few channels). Words are laid out as in hasten.kernels.packed_weight: each row is a stream
 of bits, so that a token's codes are adjacent in both cases.
 """
 
 from torch import Tensor
 
 from hasten.kernels.dispatch import use_triton
-from hasten.kernels.packed_gemm.layout import BITS
+from hasten.kernels.packed_weight import BITS
 from hasten.kernels.quantize_pack import reference
 from hasten.kernels.quantize_pack.reference import AXES, Packed
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.kernels.packed_gemm.layout import pack_codes, unpack_codes
+from hasten.kernels.packed_weight import pack_codes, unpack_codes
 
 # Dimension along which the elements of a group are adjacent.
 AXES = {"token": 1, "channel": 0}

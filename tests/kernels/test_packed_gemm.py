@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hasten.kernels.packed_gemm import packed_gemm
-from hasten.kernels.packed_gemm.layout import BITS, PackedWeight, pack_codes, unpack_codes
 from hasten.kernels.packed_gemm.reference import dequantize
+from hasten.kernels.packed_weight import BITS, PackedWeight, pack_codes, unpack_codes
 
 
 @pytest.mark.parametrize("columns", [32, 40, 65])

@@ -9,9 +9,9 @@ import torch
 from hasten.kernels import compiled
 from hasten.kernels.packed_gemm import c_kernel, dequantized_rows, packed_gemm, prepare
 from hasten.kernels.packed_gemm.c_kernel import SOURCE
-from hasten.kernels.packed_gemm.layout import BITS, PackedWeight, pack_codes
 from hasten.kernels.packed_gemm.panels import Panels
 from hasten.kernels.packed_gemm.reference import dequantize
+from hasten.kernels.packed_weight import BITS, PackedWeight, pack_codes
 
 # Rows, columns and groups: groups of 32, 64 and 128, of whole rows, of several sums, and some that are padded.
 SHAPES = [(64, 96, 3), (130, 192, 3), (1, 256, 2), (65, 640, 1), (70, 65, 1), (33, 120, 3)]

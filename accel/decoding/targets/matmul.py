@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.kernels.packed_gemm import packed_gemm, prepare
-from hasten.kernels.packed_gemm.layout import PackedWeight
 from hasten.kernels.packed_gemm.panels import Panels
+from hasten.kernels.packed_weight import PackedWeight
 from hasten.kernels.skinny_gemm import pack_weight, skinny_gemm
 
 # With more rows than this, torch's product is as fast as the packed one.

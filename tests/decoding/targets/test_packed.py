@@ -16,7 +16,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.accel.models.packed import Packing
 from hasten.kernels.packed_gemm import reference
-from hasten.kernels.packed_gemm.layout import pack_codes
+from hasten.kernels.packed_weight import pack_codes
 
 PROMPT = [504, 388, 22, 771, 906, 11, 3, 95]
 LAYERS = r"model\.layers\..*_proj"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.kernels.packed_gemm import reference, triton_gemv, triton_kernel, triton_matmul
 from hasten.kernels.packed_gemm.choice import Configuration, Gemv, Matmul
-from hasten.kernels.packed_gemm.layout import PackedWeight, pack_codes
+from hasten.kernels.packed_weight import PackedWeight, pack_codes
 from tests.kernels.ops.compilation import Compilation
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from hasten.kernels.packed_gemm.layout import unpack_codes
+from hasten.kernels.packed_weight import unpack_codes
 from hasten.kernels.quantize_pack import reference, triton_kernel
 from tests.kernels.ops.compilation import Compilation
 from tests.kernels.poison import poisoned

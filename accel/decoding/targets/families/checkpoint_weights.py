@@ -14,7 +14,7 @@ from hasten.accel.decoding.targets.matmul import QuantizedWeight, Weight
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.families import family_of
 from hasten.kernels.packed_gemm import dequantized_rows
-from hasten.kernels.packed_gemm.layout import PackedWeight, can_join, join
+from hasten.kernels.packed_weight import PackedWeight, can_join, join
 
 _EMBEDDING = "embed_tokens"
 _HEAD = "lm_head"

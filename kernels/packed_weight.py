@@ -51,9 +51,13 @@ class PackedWeight:
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The weight on a device."""
-        names = ("codes", "scale", "zero_point", "group_index")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if part is None else part.to(device) for name, part in tensors.items()})
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero_point=None if self.zero_point is None else self.zero_point.to(device),
+            group_index=None if self.group_index is None else self.group_index.to(device),
+        )
 
     def rows(self, index: Tensor) -> "PackedWeight":
         """The weight of these rows (N,) alone."""
