@@ -104,7 +104,7 @@ def estimate(decoding: Decoding, rates: Rates) -> Estimate:
     return Estimate((process, driver), tuple(_steps(one, slots, rates)), moved, 0, {"completions": written}, notes)
 
 
-def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: int | None = None) -> Work:
+def pass_work(model: Model, sequences: int, tokens: int, length: int, itemsize: float | None = None) -> Work:
     """Work of one forward pass over `tokens` tokens of each sequence, with `length` tokens in the caches.
 
     A pass reads all weights. itemsize: bytes of a weight; None is the model's dtype.
@@ -123,33 +123,50 @@ def weights(model: Model, fast: bool, on_device: bool) -> dict[str, int]:
     """Bytes of the model in memory. The fast path on a CPU holds an embedding that is also the head twice.
 
     Running in float32, the fast path keeps bfloat16 weights as stored; it holds other weights a second time, in the
-    layout of the CPU library.
+    layout of the CPU library. Quantized weights stay packed, one that is embedding and head only once.
     """
     itemsize = itemsize_of(model, fast, on_device)
+    size = int(model.elements() * itemsize)
     if not fast or on_device:
-        return {"weights": model.elements() * itemsize}
+        return {"weights": size}
     checkpoint = model.architecture.checkpoint
-    elements = model.elements()
     for name in model.architecture.outer_tensors():
-        if "embed_tokens" in name and name == model.architecture.head_name():
-            elements += prod(checkpoint.shape(name))
-    size = elements * itemsize
+        if "embed_tokens" in name and name == model.architecture.head_name() and not checkpoint.is_packed(name):
+            size += prod(checkpoint.shape(name)) * _plain_itemsize(model, on_device)
     parts = {"weights": size}
     if itemsize == 4:
         parts["weights in the library's order"] = min(_MAX_PACKED_BYTES, size)
     return parts
 
 
-def itemsize_of(model: Model, fast: bool, on_device: bool) -> int:
-    """Bytes of a weight that a pass reads; the fast path on a CPU keeps bfloat16 weights as stored."""
-    if not fast or on_device:
+def itemsize_of(model: Model, fast: bool, on_device: bool) -> float:
+    """Bytes of a weight that a pass reads, on average.
+
+    The fast path reads quantized weights packed, and on a CPU it keeps bfloat16 weights as stored.
+    """
+    checkpoint = model.architecture.checkpoint
+    if not fast:
         return model.dtype.itemsize
+    plain = _plain_itemsize(model, on_device)
+    if not checkpoint.is_compressed:
+        return plain
+    packed = [name for name in checkpoint.names if checkpoint.is_packed(name)]
+    unpacked = sum(prod(checkpoint.shape(name)) for name in packed)
+    stored = sum(checkpoint.stored_bytes(name) for name in packed)
+    return (stored + (model.elements() - unpacked) * plain) / model.elements()
+
+
+def _plain_itemsize(model: Model, on_device: bool) -> int:
+    """Bytes of a weight that is not quantized, on the fast path."""
     stored = model.architecture.checkpoint.dtype(model.architecture.head_name())
-    return 2 if stored == torch.bfloat16 else model.dtype.itemsize
+    return 2 if stored == torch.bfloat16 and not on_device else model.dtype.itemsize
 
 
 def loaded_bytes(model: Model, fast: bool) -> int:
     """Additional memory while the model is loaded: a whole copy where the fast path converts it."""
+    checkpoint = model.architecture.checkpoint
+    if fast and checkpoint.is_compressed:  # read tensor by tensor
+        return max(checkpoint.stored_bytes(name) for name in checkpoint.names)
     return model.elements() * model.dtype.itemsize if fast else model.stored_bytes() // 4
 
 

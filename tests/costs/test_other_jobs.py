@@ -1,20 +1,26 @@
 """Costs of decoding, evaluation, search and training, compared with the real objects and for various options."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
 
 from hasten.accel.compression.allocators.exact import Exact
+from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.search.evopress import EvoPress
 from hasten.accel.compression.search.random_search import RandomSearch
 from hasten.accel.costs import decoding, evaluation, search
+from hasten.accel.costs.model import Model
 from hasten.accel.costs.training import Training, pretrain
 from hasten.accel.decoding.targets.loading import load_target
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.training.pretraining import Shape, build
+from tests.compression.local import compress, settings
 from tests.costs.rates import RATES
-
-_WEIGHTS = ("qkv", "out", "gate_up", "down")
+from tests.models import tiny
 
 
 def decoded(model, **changes):
@@ -34,12 +40,30 @@ def test_caches_are_planned_to_the_byte(folder, model, path):
 
 def test_weights_of_two_bytes_are_planned_as_the_target_keeps_them(folder, model):
     target = load_target(folder, torch.float32)
-    kept = [target._head, *(getattr(layer, name) for layer in target._layers for name in _WEIGHTS)]
+    layers = target._decoder.layers
+    kept = [target._decoder.head]
+    for layer in layers:
+        kept += [layer.qkv, layer.out, layer.mlp._gate_up, layer.mlp._down]
     if kept[0]._panels is None:
         pytest.skip("there is no C compiler")
-    held = target._embedding.nbytes + sum(weight._panels.nbytes for weight in kept)
-    norms = 2 * (2 * len(target._layers) + 1) * model.hidden
+    held = target.embedding().nbytes + sum(weight._panels.nbytes for weight in kept)
+    norms = 2 * (2 * len(layers) + 1) * model.hidden
     assert decoded(model).processes[0].host["decode"]["weights"] == held + norms
+
+
+def test_quantized_weights_are_planned_packed(folder, tmp_path):
+    compress(settings(folder, tmp_path / "out", RoundToNearest(), scheme=Scheme(4, 32, symmetric=True)), tiny.tokens(1))
+    checkpoint = Checkpoint(tmp_path / "out")
+    compressed = Model(Architecture(checkpoint), torch.float32)
+    plain = [name for name in checkpoint.names if not checkpoint.is_packed(name)]
+    held = sum(checkpoint.stored_bytes(name) for name in checkpoint.names if checkpoint.is_packed(name))
+    # bfloat16 weights are kept as stored; the embedding is not tied to the head.
+    held += 2 * sum(prod(checkpoint.shape(name)) for name in plain)
+    process = decoded(compressed).processes[0]
+    assert process.host["decode"]["weights"] == pytest.approx(held, rel=1e-3)
+    assert process.host["load"]["model as it is loaded"] == max(map(checkpoint.stored_bytes, checkpoint.names))
+    through_transformers = decoded(compressed, fast=False).processes[0].host["decode"]["weights"]
+    assert through_transformers == 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names)
 
 
 def test_a_search_stores_the_original_for_the_sequences_that_it_uses(model):

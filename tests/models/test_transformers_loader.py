@@ -32,8 +32,8 @@ def loader(alone, monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, METHOD, module.Loader)
 
 
-def compressed(folder, head, embedding, family="llama", tied=False, bits=4, symmetric=True):
-    source = tiny.save(folder / "model", family, dtype=torch.bfloat16, tie_word_embeddings=tied)
+def compressed(folder, head, embedding, family="llama", tied=False, bits=4, symmetric=True, dtype=torch.bfloat16):
+    source = tiny.save(folder / "model", family, dtype=dtype, tie_word_embeddings=tied)
     chosen = local.settings(
         source,
         folder / "out",
@@ -95,7 +95,8 @@ def test_the_loader_loads_what_transformers_alone_refuses(
 
 
 def test_a_tied_pair_in_fewer_bits_is_a_target_of_decoding(tmp_path, loader):
-    folder = compressed(tmp_path, [8], [], tied=True)
+    # Scales of float32, because transformers rounds unpacked weights to the dtype of the scales.
+    folder = compressed(tmp_path, [8], [], tied=True, dtype=torch.float32)
     target = load_target(folder, torch.float32)
     target.reserve(1, 32)
     tokens = tiny.tokens()[0].tolist()
@@ -103,7 +104,7 @@ def test_a_tied_pair_in_fewer_bits_is_a_target_of_decoding(tmp_path, loader):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         # float32, in products of other kernels.
-        torch.testing.assert_close(found, model(tiny.tokens()[:1]).logits[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, model(tiny.tokens()[:1]).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_other_checkpoints_are_left_to_transformers(tmp_path, loader):
