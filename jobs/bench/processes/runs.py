@@ -52,6 +52,16 @@ class PeerSearch(TypedDict):
     levels: dict[str, int]
 
 
+class DecodeSpeed(TypedDict):
+    """Result of processes/decode_speed.py and of peers/llama_cpp.py."""
+
+    token_seconds: float
+    prompt_seconds: float
+    memory_bytes: int
+    tokens: list[int]
+    version: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A compressed folder and its cost.
@@ -141,6 +151,14 @@ def peer_search(python: str, folder: Path, options: Mapping[str, object]) -> Pee
     return measured
 
 
+def peer_decode(python: str, folder: Path, options: Mapping[str, object]) -> DecodeSpeed:
+    """Speed of llama.cpp; options are those of the peer script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result, _ = _run_peer("llama_cpp", python, folder, options)
+    measured: DecodeSpeed = json.loads(result.read_text(encoding="utf-8"))
+    return measured
+
+
 def _run_peer(name: str, python: str, folder: Path, options: Mapping[str, object]) -> tuple[Path, Usage]:
     """The JSON file that a peer script wrote, and what its process used."""
     result, log = folder / "result.json", folder / "peer.out"
@@ -151,17 +169,17 @@ def _run_peer(name: str, python: str, folder: Path, options: Mapping[str, object
     return result, usage
 
 
-def check_peer(python: str) -> None:
-    """Raise UserError if the peer's Python cannot be run or lacks llm-compressor."""
+def check_peer(python: str, package: str = "llmcompressor") -> None:
+    """Raise UserError if the peer's Python cannot be run or lacks the peer's package."""
     if not Path(python).is_file():
-        raise UserError(f"peer_python={python}: no such file; give the bin/python of an environment with llmcompressor")
-    script = "import importlib.metadata as metadata; metadata.version('llmcompressor')"
+        raise UserError(f"peer_python={python}: no such file; give the bin/python of an environment with {package}")
+    script = f"import importlib.metadata as metadata; metadata.version({package!r})"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         # -P: the current folder may contain modules of the same names.
         subprocess.run([python, "-P", "-c", script], env=environment, capture_output=True, check=True)
     except (OSError, subprocess.SubprocessError):
-        raise UserError(f"peer_python={python} has no llm-compressor: pip install llmcompressor there") from None
+        raise UserError(f"peer_python={python} has no {package}: pip install {package} there") from None
 
 
 def digest(folder: Path) -> str:
