@@ -41,6 +41,16 @@ class PackedWeight:
                 f"codes of {self.columns} columns in {self.bits} bits must be int32 with {words} words a row, got "
                 f"{self.codes.dtype} with {self.codes.shape[1]}"
             )
+        if self.scale.ndim != 2 or len(self.scale) != len(self.codes):
+            raise ValueError(f"scale must be ({len(self.codes)}, groups), got {tuple(self.scale.shape)}")
+        # A kernel would read other memory.
+        zero, index = self.zero_point, self.group_index
+        if zero is not None and (zero.dtype != torch.uint8 or zero.shape != self.scale.shape):
+            raise ValueError(
+                f"zero_point must be uint8 {tuple(self.scale.shape)}, got {zero.dtype} {tuple(zero.shape)}"
+            )
+        if index is not None and (index.dtype != torch.int32 or index.shape != (self.columns,)):
+            raise ValueError(f"group_index must be int32 ({self.columns},), got {index.dtype} {tuple(index.shape)}")
         if self.group_index is None and self.columns % self.scale.shape[1]:
             raise ValueError(f"{self.scale.shape[1]} groups do not divide {self.columns} columns")
 

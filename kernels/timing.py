@@ -29,7 +29,8 @@ class Case:
     reference: the two implementations, which take the same operands. nbytes: bytes that the kernel reads and writes in
     a call, also used for the other implementations' bytes per second. flops: operations of a call. rtol, atol:
     tolerances of the comparison. peers: further implementations by name, such as a library's, which take the same
-    operands. They are timed and not compared, because they may round differently or compute on other formats.
+    operands. They are timed and not compared, because they may round differently or compute on other formats. prepare:
+    called with operands on a GPU before the kernel's first call, to measure its launch configurations.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Case:
     rtol: float = 0.0
     atol: float = 0.0
     peers: Mapping[str, Callable[..., object]] = field(default_factory=dict)
+    prepare: Callable[..., object] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Skipped:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """AssertionError if the kernel's output differs from the reference's."""
+    """AssertionError if the kernel's output differs from the reference's. The kernel is prepared first."""
     operands = case.operands(torch.Generator(device).manual_seed(SEED), device)
+    if case.prepare is not None and device.type == "cuda":
+        case.prepare(*operands)
     torch.testing.assert_close(case.kernel(*operands), case.reference(*operands), rtol=case.rtol, atol=case.atol)
 
 

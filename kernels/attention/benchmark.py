@@ -121,8 +121,11 @@ class _Problem:
         return reference.attention(queries, Cache(keys, values, own), lengths, PLAIN, None, tree, None)
 
     def peers(self) -> Mapping[str, Callable[..., object]]:
-        """Torch's own attention, which needs a contiguous cache."""
-        return {"sdpa": self._sdpa, "FlexAttention": self._flex}
+        """Torch's own attention, which needs a contiguous cache.
+
+        FlexAttention, which takes seconds to compile for each case, only for trees, where sdpa must read a mask.
+        """
+        return {"sdpa": self._sdpa} | ({"FlexAttention": self._flex} if self.sizes.nodes else {})
 
     def _shared(self, queries: Tensor, prefix: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Cache, Tensor]]:
         together = queries.view(1, -1, *queries.shape[2:])

@@ -74,7 +74,7 @@ class Tree(NamedTuple):
     @property
     def words(self) -> Tensor:
         """The masks in words of 32 bits."""
-        return self.masks if self.masks.dtype == torch.int32 else self.masks.view(torch.int32)
+        return self.masks if self.masks.dtype == torch.int32 else self.masks.contiguous().view(torch.int32)
 
 
 @dataclass(frozen=True)

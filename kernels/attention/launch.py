@@ -82,13 +82,15 @@ def attention(
     plain = scoring.window is None and scoring.soft_cap is None
     block = chosen or config(width * groups, size, queries.dtype, _gpu(device), plain)
     table = torch.arange(batch, dtype=torch.int32, device=device)[:, None] if cache.table is None else cache.table
-    counts = None if tree is None else (tree.nodes if tree.counts is None else tree.counts)
+    lengths = lengths.contiguous()
+    nodes = lengths if tree is None else tree.nodes.contiguous()
+    counts = None if tree is None else (nodes if tree.counts is None else tree.counts.contiguous())
     windowed = scoring.window is not None
     if windowed and tree is not None:
         # A depth is read also for keys of the prefix.
         positions = tree.depths if tree.depths is not None and tree.depths.shape[1] else lengths[:, None]
     elif windowed and positions is None:
-        positions = (lengths - 1)[:, None].expand(-1, width).contiguous()
+        positions = (lengths - 1)[:, None].expand(-1, width)
     row_blocks = triton.cdiv(width * groups, block.rows)
     units = batch * heads * row_blocks
     programs = block.programs * _multiprocessors(device) if queries.is_cuda else _INTERPRETED_PROGRAMS
@@ -100,14 +102,15 @@ def attention(
     ranges = torch.empty(units, 2, dtype=torch.int32, device=device)
     # Arguments that a kernel does not read are given another tensor.
     words = lengths if tree is None else tree.words.contiguous()
-    places = lengths if positions is None or not windowed else positions
+    places = lengths if positions is None or not windowed else _adjacent(positions)
+    table = _adjacent(table)
     attention_kernel[(programs,)](
         queries,
         cache.keys,
         cache.values,
         table,
         lengths,
-        lengths if tree is None else tree.nodes,
+        nodes,
         lengths if counts is None else counts,
         words,
         places,
@@ -165,6 +168,11 @@ def shared_prefix_attention(
     return merge(both, sinks, queries.dtype)
 
 
+def _adjacent(rows: Tensor) -> Tensor:
+    """The same with adjacent elements in each row; a copy only if they are not."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def empty_partials(segments: int, queries: Tensor) -> Partial:
     """Unwritten partial results for queries."""
     shape = segments, *queries.shape
@@ -213,7 +221,7 @@ def _merge(
         *partials,
         partials.m if ranges is None else ranges,
         partials.m if counts is None else counts,
-        partials.m if sinks is None else sinks,
+        partials.m if sinks is None else sinks.contiguous(),
         result,
         result if out is None else out.m,
         result if out is None else out.l,

@@ -18,11 +18,6 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     """A case for each format and shape; FP8 with a scale per row."""
     dtype = torch.float16 if dry else torch.bfloat16  # the interpreter computes wrongly with bfloat16
     for kind, n, rows, columns in _DRY_SHAPES if dry else _SHAPES:
-        operands = partial(_operands, kind, n, rows, columns, dtype)
-        x, _, *parts = operands(torch.Generator(device).manual_seed(0), device)
-        weight = FloatWeight(*parts)
-        if device.type == "cuda":
-            triton_kernel.tune(x, weight)
         peers: dict[str, Callable[..., Tensor]] = {"torch.mm of dequantized": _mm}
         if kind == "fp8":
             peers["torch._scaled_mm, x in fp8"] = _scaled_mm
@@ -31,16 +26,23 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
             shape=f"{n}x{columns} {kind} {rows}x{columns}",
             dtype=str(dtype).removeprefix("torch."),
             device_type=device.type,
-            operands=operands,
+            operands=partial(_operands, kind, n, rows, columns, dtype),
             kernel=_kernel,
             reference=_reference,
-            nbytes=weight.nbytes + n * (columns + rows) * dtype.itemsize,
+            nbytes=_weight_bytes(kind, rows, columns) + n * (columns + rows) * dtype.itemsize,
             flops=2 * n * rows * columns,
             # Outputs have a standard deviation of about one; weights are rounded to the dtype of x.
             rtol=2**-7,
             atol=2**-5,
             peers=peers,
+            prepare=_tune,
         )
+
+
+def _weight_bytes(kind: str, rows: int, columns: int) -> int:
+    if kind == "fp8":
+        return rows * columns + 4 * rows
+    return rows * (columns // 2 + columns // (32 if kind == "mxfp4" else 16))
 
 
 def _operands(
@@ -62,6 +64,10 @@ def _operands(
             scale = 100 * torch.rand(rows, columns // 16, generator=generator, device=device)
             parts = (codes, scale.to(torch.float8_e4m3fn), torch.tensor([200 * columns**0.5], device=device))
     return x, reference.dequantize(FloatWeight(*parts)).to(dtype), *parts
+
+
+def _tune(x: Tensor, dense: Tensor, *parts: Tensor) -> None:
+    triton_kernel.tune(x, FloatWeight(*parts))
 
 
 def _kernel(x: Tensor, dense: Tensor, *parts: Tensor) -> Tensor:

@@ -34,21 +34,21 @@ class FloatWeight:
         if self.codes.dtype not in (torch.float8_e4m3fn, torch.uint8):
             raise ValueError(f"codes are {self.codes.dtype}: use float8_e4m3fn, or uint8 with two codes of 4 bits")
         rows, columns = self.shape
+        group = MX_GROUP if self.global_scale is None else NV_GROUP
+        if self.codes.dtype == torch.uint8 and columns % group:
+            raise ValueError(f"{columns} columns of 4-bit codes must be a multiple of the group of {group}")
         if self.codes.dtype == torch.float8_e4m3fn:
             accepted = [(1, 1), (rows, 1), (-(-rows // BLOCK), -(-columns // BLOCK))]
             typed = self.scale.dtype.is_floating_point and self.scale.dtype.itemsize > 1
-        elif self.global_scale is None:
-            accepted, typed = [(rows, columns // MX_GROUP)], self.scale.dtype == torch.uint8
         else:
-            accepted, typed = [(rows, columns // NV_GROUP)], self.scale.dtype == torch.float8_e4m3fn
+            wanted = torch.uint8 if self.global_scale is None else torch.float8_e4m3fn
+            accepted, typed = [(rows, columns // group)], self.scale.dtype == wanted
         if not typed or tuple(self.scale.shape) not in accepted:
             raise ValueError(
                 f"scale is {self.scale.dtype} {tuple(self.scale.shape)} for codes {self.codes.dtype} of a weight of "
                 f"{rows} rows and {columns} columns: accepted shapes are {', '.join(map(str, accepted))}, "
                 "of a float dtype for float8_e4m3fn, of uint8 for MXFP4, of float8_e4m3fn with a global_scale for NVFP4"
             )
-        if self.codes.dtype == torch.uint8 and columns % (columns // self.scale.shape[1]):
-            raise ValueError(f"{self.scale.shape[1]} groups do not divide {columns} columns")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -51,9 +51,9 @@ def kernel(  # type: ignore[no-untyped-def]
     stored = group < count
     out += group
     tl.store(out, minimum, mask=stored)
-    # int64: five times the number of groups may exceed 2**31.
-    count = count.to(tl.int64)
-    tl.store(out + count, maximum, mask=stored)
-    tl.store(out + 2 * count, tl.maximum(-minimum, maximum), mask=stored)
-    tl.store(out + 3 * count, tl.sum(total, 1), mask=stored)
-    tl.store(out + 4 * count, tl.sum(squares, 1), mask=stored)
+    # int64: five times the number of groups may exceed 2**31. A count of 1 is a constant, which has no method `to`.
+    step = tl.full((), 0, tl.int64) + count
+    tl.store(out + step, maximum, mask=stored)
+    tl.store(out + 2 * step, tl.maximum(-minimum, maximum), mask=stored)
+    tl.store(out + 3 * step, tl.sum(total, 1), mask=stored)
+    tl.store(out + 4 * step, tl.sum(squares, 1), mask=stored)

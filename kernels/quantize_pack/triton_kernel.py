@@ -25,7 +25,7 @@ def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int, symmetric: b
     shape = (rows // group_size, columns) if by_channel else (rows, columns // group_size)
     scale = torch.empty(shape, dtype=x.dtype, device=x.device)
     offset = None if symmetric else torch.empty(shape, dtype=x.dtype, device=x.device)
-    block = min(_ROWS, triton.next_power_of_2(group_size if by_channel else rows))
+    block = min(_ROWS, triton.next_power_of_2(max(1, group_size if by_channel else rows)))
     grid = (shape[0], triton.cdiv(columns, 32)) if by_channel else (triton.cdiv(rows, block), shape[1])
     quantizing_kernel[grid](
         x,
@@ -52,7 +52,7 @@ def unpack_dequantize(packed: Packed) -> Tensor:
     rows, columns = words.shape[0], packed.columns
     out = torch.empty(rows, columns, dtype=scale.dtype, device=words.device)
     width = min(_UNPACKED, triton.next_power_of_2(columns))
-    height = min(_UNPACKED // width, triton.next_power_of_2(rows))
+    height = min(_UNPACKED // width, triton.next_power_of_2(max(1, rows)))
     unpacking_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
         words,
         scale,

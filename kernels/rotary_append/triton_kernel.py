@@ -28,16 +28,18 @@ def rotary_append(
         qkv = qkv.contiguous()
     if cache.stride(3) != 1:
         raise ValueError("the last dimension of the cache must be contiguous")
+    if block_table is not None and block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
     queries = torch.empty(rows, heads, size, dtype=qkv.dtype, device=qkv.device)
     kernel[(rows, triton.cdiv(both, _HEADS))](
         qkv,
         cis.contiguous(),
-        rotations,
+        rotations.contiguous(),
         cache,
-        slots,
-        places,
-        query_norm,
-        key_norm,
+        slots.contiguous(),
+        places.contiguous(),
+        None if query_norm is None else query_norm.contiguous(),
+        None if key_norm is None else key_norm.contiguous(),
         block_table,
         queries,
         heads,

@@ -67,10 +67,10 @@ def _launch(
     scratch = torch.empty(rows, triton.cdiv(vocabulary, block) * block, dtype=torch.int32, device=logits.device)
     kernel[(rows,)](
         logits,
-        uniform,
-        temperature,
-        top_k,
-        top_p,
+        uniform.contiguous(),
+        temperature.contiguous(),
+        top_k.contiguous(),
+        top_p.contiguous(),
         scratch,
         tokens,
         probs,

@@ -19,25 +19,23 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     """A case for each number of planes, rank and shape."""
     dtype = torch.float16 if dry else torch.bfloat16  # the interpreter computes wrongly with bfloat16
     for planes, rank, n, rows, columns in _DRY_SHAPES if dry else _SHAPES:
-        operands = partial(_operands, planes, rank, n, rows, columns, dtype)
-        x, _, *parts = operands(torch.Generator(device).manual_seed(0), device)
-        weight = _weight(x, *parts)
-        if device.type == "cuda":
-            triton_kernel.tune(x, weight)
+        weight_bytes = planes * rows * (columns // 8 + columns // _GROUP * dtype.itemsize)
+        weight_bytes += rank * (rows + columns) * dtype.itemsize
         yield Case(
             op="sign_gemm",
             shape=f"{n}x{columns} {planes} planes, rank {rank} {rows}x{columns}/{_GROUP}",
             dtype=str(dtype).removeprefix("torch."),
             device_type=device.type,
-            operands=operands,
+            operands=partial(_operands, planes, rank, n, rows, columns, dtype),
             kernel=_kernel,
             reference=_reference,
-            nbytes=weight.nbytes + n * (columns + rows) * dtype.itemsize,
+            nbytes=weight_bytes + n * (columns + rows) * dtype.itemsize,
             flops=2 * n * (rows * columns + rank * (rows + columns)),
             # Outputs have a standard deviation of about one; weights are rounded to the dtype of x.
             rtol=2**-6,
             atol=2**-4,
             peers={"torch.mm of dequantized": _mm},
+            prepare=_tune,
         )
 
 
@@ -67,6 +65,10 @@ def _weight(
     x: Tensor, signs: Tensor, scale: Tensor, left: Tensor | None = None, right: Tensor | None = None
 ) -> SignWeight:
     return SignWeight(signs, scale, x.shape[1], left=left, right=right)
+
+
+def _tune(x: Tensor, dense: Tensor, *parts: Tensor) -> None:
+    triton_kernel.tune(x, _weight(x, *parts))
 
 
 def _kernel(x: Tensor, dense: Tensor, *parts: Tensor) -> Tensor:

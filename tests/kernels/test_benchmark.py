@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.kernels.benchmark import measure
-from hasten.kernels.timing import Case, check, rotation, time_calls
+from hasten.kernels.benchmark import all_cases, measure
+from hasten.kernels.timing import Case, Skipped, check, rotation, time_calls
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +67,15 @@ def test_peers_are_rows_and_a_peer_that_fails_is_reported():
     assert [(peer.op, peer.reason) for peer in skipped] == [
         ("double", "missing at 256 float32: NotImplementedError: no such operator")
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would have the memory for operands")
+def test_cases_of_a_gpu_are_listed_without_one_and_without_operands():
+    listed = list(all_cases(torch.device("cuda"), dry=False))
+    assert len(listed) > 50
+    # Launch configurations are measured when a case is run: those behind a limit of time cost nothing.
+    measured = {case.op for case in listed if not isinstance(case, Skipped) and case.prepare is not None}
+    assert measured == {"packed_gemm", "float_gemm", "sign_gemm"}
 
 
 @pytest.mark.slow

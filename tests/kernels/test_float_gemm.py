@@ -53,5 +53,7 @@ def test_scales_of_another_shape_are_refused():
         FloatWeight(torch.zeros(4, 200).to(torch.float8_e4m3fn), torch.ones(4, 2))
     with pytest.raises(ValueError, match=r"accepted shapes are \(4, 4\)"):
         FloatWeight(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2).to(torch.float8_e4m3fn), torch.ones(1))
+    with pytest.raises(ValueError, match="80 columns of 4-bit codes must be a multiple of the group of 32"):
+        FloatWeight(torch.zeros(4, 40, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"codes are torch\.int32"):
         FloatWeight(torch.zeros(4, 32, dtype=torch.int32), torch.ones(4, 1))

@@ -33,3 +33,13 @@ def test_codes_of_another_width_are_refused():
         PackedWeight(torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 1), 32, 3)
     with pytest.raises(ValueError, match="bits=5 is not supported: use one of 2, 3, 4, 8"):
         PackedWeight(torch.zeros(2, 5, dtype=torch.int32), torch.ones(2, 1), 32, 5)
+
+
+def test_scales_zero_points_and_groups_of_another_shape_are_refused():
+    codes, scale = torch.zeros(2, 8, dtype=torch.int32), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"scale must be \(2, groups\), got \(1, 4\)"):
+        PackedWeight(codes, scale[:1], 64, 4)
+    with pytest.raises(ValueError, match=r"zero_point must be uint8 \(2, 4\), got torch\.int32 \(2, 1\)"):
+        PackedWeight(codes, scale, 64, 4, torch.zeros(2, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"group_index must be int32 \(64,\), got torch\.int64 \(64,\)"):
+        PackedWeight(codes, scale, 64, 4, None, torch.zeros(64, dtype=torch.int64))

@@ -6,6 +6,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.kernels.attention import (
@@ -59,7 +60,7 @@ CHECKS = {
     "head size 96, several queries": Shape((37, 20), width=3, groups=3, size=96),
     "head size 128, paged": Shape((40, 77, 3), heads=2, groups=8, size=128, page=24, dtype=torch.float16),
     "empty sequence": Shape((0, 17), sinks=True),
-    "window shorter than a tile": Shape((90, 5), groups=2, scoring=Scoring(window=7), sinks=True),
+    "window shorter than a tile": Shape((90, 5), width=2, groups=2, scoring=Scoring(window=7), sinks=True),
     "soft cap": Shape((50,), width=2, scoring=Scoring(scale=0.3, soft_cap=3.0)),
     "tree": Shape((45, 16), 9, 2, 3, nodes=(9, 5), sinks=True),
     "tree behind no prefix": Shape((0, 21), 7, groups=2, nodes=(7, 0), size=96),
@@ -151,11 +152,16 @@ class Inputs:
     parents: list[list[int]]
 
     def to(self, device: str) -> "Inputs":
-        """The same on a device."""
-        cache = Cache(*(None if part is None else part.to(device) for part in self.cache))
-        tree = None if self.tree is None else Tree(*(None if part is None else part.to(device) for part in self.tree))
-        sinks = None if self.sinks is None else self.sinks.to(device)
-        return Inputs(self.queries.to(device), cache, self.lengths.to(device), tree, sinks, self.parents)
+        """The same on a device. Elements of small tensors are not adjacent: zeros are between them."""
+
+        def spread(part: Tensor | None) -> Tensor | None:
+            return None if part is None else F.pad(part.to(device)[..., None], (0, 1))[..., 0]
+
+        cache = Cache(self.cache.keys.to(device), self.cache.values.to(device), spread(self.cache.table))
+        tree = None if self.tree is None else Tree(*map(spread, self.tree))
+        lengths = spread(self.lengths)
+        assert lengths is not None
+        return Inputs(self.queries.to(device), cache, lengths, tree, spread(self.sinks), self.parents)
 
     def double(self) -> "Inputs":
         """The same in float64."""

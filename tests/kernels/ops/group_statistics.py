@@ -10,7 +10,7 @@ from tests.kernels.ops.compilation import Compilation
 from tests.kernels.poison import poisoned
 
 # Rows, columns, group size.
-SIZES = [(3, 96, 32), (5, 35, 7), (2, 2200, 1100), (1, 4, 1)]
+SIZES = [(3, 96, 32), (5, 35, 7), (2, 2200, 1100), (1, 4, 1), (1, 9, 9)]
 LONG_SIZES = [(129, 4096, 128), (7, 14_336, 14_336)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -24,10 +24,15 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def compilations() -> list[Compilation]:
-    """Groups of 128."""
+    """Groups of 128, and a single group: Triton makes constants of integers that are 1."""
     types = {"x": "*bf16", "out": "*fp32"} | dict.fromkeys(["count", "groups", "group_size", "stride"], "i32")
     types |= {"GROUPS": "constexpr", "COLUMNS": "constexpr"}
-    return [Compilation("bf16", triton_kernel.kernel, types, {"GROUPS": 16, "COLUMNS": 128})]
+    single = types | {"count": "constexpr", "groups": "constexpr"}
+    constants = {"count": 1, "groups": 1, "GROUPS": 1, "COLUMNS": 128}
+    return [
+        Compilation("bf16", triton_kernel.kernel, types, {"GROUPS": 16, "COLUMNS": 128}),
+        Compilation("one group", triton_kernel.kernel, single, constants, targets=("sm_90",)),
+    ]
 
 
 def check(rows: int, columns: int, group_size: int, dtype: torch.dtype, device: str) -> None:

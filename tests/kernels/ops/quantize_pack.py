@@ -25,6 +25,7 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 wanted = DTYPES[(bits + size[0]) % 2]
                 if device != "cpu" or dtype == wanted:
                     yield f"{size} {bits} {dtype}", partial(check, size, bits, dtype, bits == 4, device)
+    yield "no rows", partial(check_no_rows, device)
 
 
 def compilations() -> list[Compilation]:
@@ -71,3 +72,11 @@ def check(size: tuple[int, int, str, int], bits: int, dtype: torch.dtype, symmet
     # Half a step, and at the ends of the range the rounding of the scale.
     error = (restored.double() - x.double()).abs()
     assert bool((error <= 0.501 * step + 2 * eps * (x.double().abs().amax() + 1)).all())
+
+
+def check_no_rows(device: str) -> None:
+    """AssertionError where no tokens are not packed to no words, and back."""
+    packed = triton_kernel.quantize_pack(torch.ones(0, 64, device=device), 4, "token", 32, False)
+    assert packed.words.shape == (0, 8)
+    assert packed.scale.shape == (0, 2)
+    assert triton_kernel.unpack_dequantize(packed).shape == (0, 64)

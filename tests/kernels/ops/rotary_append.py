@@ -72,7 +72,8 @@ def check(setting: Setting, dtype: torch.dtype, device: str) -> None:
     places = torch.tensor([CAPACITY - 1, 5, 3, 0], device=device)
     table, shape = None, (SLOTS, 2 * setting.kv_heads, CAPACITY, setting.size)
     if setting.paged:
-        table = torch.randperm(SLOTS * 2, generator=generator).view(SLOTS, 2).int().to(device)
+        pages = torch.randperm(SLOTS * 2, generator=generator).view(SLOTS, 2).int()
+        table = torch.stack([pages, 0 * pages], 2).to(device)[..., 0]
         shape = (SLOTS * 2, 2 * setting.kv_heads, CAPACITY // 2, setting.size)
     cache = torch.randn(shape, generator=generator).to(dtype).to(device)
     norms = [None, None]
@@ -84,8 +85,13 @@ def check(setting: Setting, dtype: torch.dtype, device: str) -> None:
     expected = reference.rotary_append(
         qkv.double(), cis, rotations, expected_cache, *options, *exact_norms, 1e-6, table
     )
+    # Elements of arguments need not be adjacent.
+    rotations, slots, places = (torch.stack([each, 0 * each], 1)[:, 0] for each in (rotations, slots, places))
+    norms = [None if norm is None else torch.stack([norm, -norm], 1)[:, 0] for norm in norms]
     with poisoned():
-        found = triton_kernel.rotary_append(qkv, cis, rotations, found_cache, *options, *norms, 1e-6, table)
+        found = triton_kernel.rotary_append(
+            qkv, cis, rotations, found_cache, slots, places, setting.interleaved, *norms, 1e-6, table
+        )
     # One rounding to the dtype; a rotation subtracts numbers of up to about 3.
     tolerance = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-6)

@@ -54,7 +54,9 @@ def compilations() -> list[Compilation]:
 def columns(settings: list[tuple[float, int, float]], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Temperature, top_k and top_p of each row."""
     heat, top_k, top_p = zip(*settings, strict=True)
-    return torch.tensor(heat, device=device), torch.tensor(top_k, device=device), torch.tensor(top_p, device=device)
+    # Each in every second place: elements of an argument need not be adjacent.
+    spread = (torch.tensor([[value, 1] for value in values], device=device)[:, 0] for values in (heat, top_k, top_p))
+    return tuple(spread)  # type: ignore[return-value]
 
 
 def check(vocabulary: int, dtype: torch.dtype, settings: list[tuple[float, int, float]], device: str) -> None:
@@ -65,6 +67,7 @@ def check(vocabulary: int, dtype: torch.dtype, settings: list[tuple[float, int, 
     logits = logits.to(dtype)[:, :vocabulary].to(device)  # rows with a stride
     block = 2048 if device != "cpu" else 64
     uniform = torch.rand(len(settings), generator=generator, dtype=torch.float64).to(device)
+    uniform = torch.stack([uniform, 1 - uniform], 1)[:, 0]
     parameters = columns(settings, device)
     for exact_k in (False, True):
         expected = reference.filtered_probs(logits, *parameters, exact_k)
