@@ -10,7 +10,7 @@ from typing import Any
 from hasten.accel.errors import UserError
 
 _RELATIONS = {"<=": le, ">=": ge, "<": lt, ">": gt}
-_GATE = re.compile(r"\s*(task:)?([A-Za-z]\w*(?:\.\w+)?)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
+_GATE = re.compile(r"\s*(task:)?([A-Za-z][\w-]*(?:\.\w+)?)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 _SHORT = {"kl": "kl_divergence", "top1": "top1_agreement", "ppl": "perplexity", "bits": "bits_per_weight"}
 # lm-eval's metrics of a task, in the order in which a gate that names none takes one.
 _TASK_METRICS = ("acc", "exact_match", "acc_norm")

@@ -8,20 +8,25 @@ from hasten.accel.errors import UserError
 from hasten.accel.evaluation.gates import Gate, mean_errors, parse_gates, task_changes
 from hasten.accel.evaluation.tasks import check_tasks, run_tasks
 from hasten.jobs.common.records import Record
+from hasten.jobs.descriptors.metrics import CHECKPOINT
 
 # Exit code of a command whose run ended well, but whose checkpoint does not keep a limit.
 EXIT_CODE = 3
 _KINDS = 3
 _OF_QUALITY = ("kl_divergence", "top1_agreement", "perplexity", "perplexity_original")
+_KNOWN = (*(metric.name for metric in CHECKPOINT), "perplexity_original")
 
 
-def check_gates(texts: Sequence[str], sequences: int, compared: bool = True) -> list[Gate]:
+def check_gates(texts: Sequence[str], sequences: int, compared: bool = True, tasks: Sequence[str] = ()) -> list[Gate]:
     """Gates of the option, before any work; UserError for a gate that the run could not judge.
 
-    sequences: evaluation.sequences of the job. compared: whether there is an original to compare with.
+    sequences: evaluation.sequences of the job. compared: whether there is an original to compare with. tasks: those of
+    lm-eval that the job runs, whose metrics have limits as TASK.METRIC.
     """
     gates = parse_gates(texts)
     for gate in gates:
+        if not gate.task and gate.metric not in _KNOWN and gate.task_name not in tasks:
+            raise UserError(f"gate={gate.text} names no metric: there are {', '.join(_KNOWN)}, and task:TASK")
         if gate.metric in _OF_QUALITY and not gate.task and not sequences:
             raise UserError(f"gate={gate.text} needs an evaluation: give evaluation.sequences above 0")
         if (gate.task or gate.metric in _OF_QUALITY[:2]) and not compared:

@@ -47,7 +47,7 @@ def run(config: EvaluateConfig) -> Path:
     original = _original(config, checkpoint)
     if config.tasks:
         check_tasks(config.tasks)
-    gates = check_gates(config.gate, config.evaluation.sequences, compared=original is not None)
+    gates = check_gates(config.gate, config.evaluation.sequences, original is not None, config.tasks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     reads = {"model": folder} | ({} if original is None else {"original": original})

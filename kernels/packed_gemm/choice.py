@@ -56,23 +56,29 @@ Configuration = Gemv | Matmul
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice depends on. n: rows of x, rounded up to a power of two. itemsize: bytes of an element of x."""
+    """What the choice depends on.
+
+    n: rows of x, rounded up to a power of two. itemsize: bytes of an element of x. kind: how codes become numbers,
+    because weights of one size differ in instructions.
+    """
 
     n: int
     rows: int
     columns: int
     bits: int
     itemsize: int
+    kind: str = "integer"
 
     @property
     def key(self) -> str:
         """Name in the file of measurements."""
-        return "x".join(str(value) for value in (self.n, self.rows, self.columns, self.bits, self.itemsize))
+        sizes = "x".join(str(value) for value in (self.n, self.rows, self.columns, self.bits, self.itemsize))
+        return f"{self.kind} {sizes}"
 
 
-def problem(n: int, rows: int, columns: int, bits: int, itemsize: int) -> Problem:
+def problem(n: int, rows: int, columns: int, bits: int, itemsize: int, kind: str = "integer") -> Problem:
     """The problem that n rows of x belong to."""
-    return Problem(1 << max(n - 1, 0).bit_length(), rows, columns, bits, itemsize)
+    return Problem(1 << max(n - 1, 0).bit_length(), rows, columns, bits, itemsize, kind)
 
 
 @dataclass(frozen=True)

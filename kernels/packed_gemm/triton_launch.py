@@ -50,7 +50,8 @@ class Codes:
     def problem(self, x: Tensor) -> Problem:
         """What the choice of a configuration for this product depends on."""
         bits = self.bits * self.planes
-        return problem(len(x), self.rows, self.columns, bits, x.itemsize)
+        kind = "float" if self.is_float else "integer" if self.planes == 1 else "planes"
+        return problem(len(x), self.rows, self.columns, bits, x.itemsize, kind)
 
 
 def product(x: Tensor, codes: Codes, chosen: Configuration | None = None) -> Tensor:

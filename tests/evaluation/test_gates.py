@@ -13,6 +13,7 @@ from hasten.accel.evaluation.gates import Gate, layer_kind, mean_errors, task_ch
         ("top1>0.9", {"top1_agreement": 0.8}, 0.8, False),
         ("bytes>=10", {"bytes": 10}, 10, True),
         ("kl<0.05", {"kl_divergence": float("nan")}, float("nan"), False),
+        ("task:arc-easy>=0", {"arc-easy.acc_change": 0.0}, 0.0, True),
         ("task:arc_easy>-0.01", {"arc_easy.acc": 0.4, "arc_easy.acc_change": -0.02}, -0.02, False),
         ("task:arc_easy.acc_norm>-0.01", {"arc_easy.acc_change": -1.0, "arc_easy.acc_norm_change": 0.0}, 0.0, True),
     ],

@@ -129,6 +129,8 @@ def test_a_failed_gate_ends_the_run_with_3_and_names_the_kinds_of_layers_with_th
 def test_a_gate_that_cannot_be_judged_is_refused_before_any_work(source, folder, capsys):
     message = refused(folder, capsys, evaluate(source, gate="['kl<0.1']"))
     assert "gate=kl<0.1 compares with the original, which is not known: give original=PATH" in message
+    message = refused(folder, capsys, evaluate(source, gate="['pl<9']"))
+    assert "gate=pl<9 names no metric: there are kl_divergence, perplexity, top1_agreement, bytes" in message
     options = {"gate": "['perplexity<9']", "evaluation.sequences": 0}
     message = refused(folder, capsys, evaluate(source, **options))
     assert "gate=perplexity<9 needs an evaluation: give evaluation.sequences above 0" in message
