@@ -21,7 +21,7 @@ from hasten.accel.decoding.stop_strings import StopMatcher, StopStrings
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.tree import ROOT, DraftTree, VirtualNodes
 from hasten.accel.decoding.verifiers.auto import Auto
-from hasten.accel.decoding.verifiers.base import TargetRows, Verifier
+from hasten.accel.decoding.verifiers.base import TargetRows, Verifier, best_of_all
 from hasten.accel.errors import UserError
 
 
@@ -234,11 +234,14 @@ class Engine:
         top_tokens, top_probs = self._top_tokens(rows.logits) if learns else (None, None)
         draft_seconds += self._clock() - counted
         shares = (drafted - started + perf_counter() - passed) / len(running), (passed - drafted) / len(running)
+        begun = perf_counter()
+        best = best_of_all(rows.logits, [sequence.context for sequence in running])
+        best_seconds = (perf_counter() - begun) / len(running)
         for slot, (sequence, tree) in enumerate(zip(running, trees, strict=True)):
             begun = perf_counter()
-            verdict = self.verifier.verify(
-                tree, TargetRows(rows.logits[slot, : len(tree) + 1], tree, sequence.context), sequence.context.generator
-            )
+            known = None if best is None else best[slot][: len(tree) + 1]
+            logits = TargetRows(rows.logits[slot, : len(tree) + 1], tree, sequence.context, known)
+            verdict = self.verifier.verify(tree, logits, sequence.context.generator)
             outcome = Outcome(sequence.context, tree, verdict.path, verdict.token)
             new = self._truncate(sequence, outcome.committed)
             if len(new) <= len(verdict.path):
@@ -271,7 +274,7 @@ class Engine:
                 len(new),
                 draft_seconds=shares[0] + perf_counter() - verified,
                 target_seconds=shares[1],
-                verify_seconds=verified - begun,
+                verify_seconds=best_seconds + verified - begun,
             )
             if self._on_tokens is not None:
                 self._on_tokens(sequence.request.id, new)

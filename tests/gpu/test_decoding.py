@@ -12,10 +12,12 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.families import build_decoder
 from hasten.accel.decoding.targets.families.weights import ModelWeights
 from hasten.accel.decoding.targets.fast import FastTarget
+from hasten.accel.decoding.targets.graphs import CudaGraphs
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import check_ties
 from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models import embedded
+from tests.decoding.targets.kernel_passes import MODELS, again, check
 from tests.decoding.targets.tape import tape
 from tests.gpu.catalogue import build, configs
 from tests.models import tiny
@@ -31,6 +33,15 @@ NEW_TOKENS = 32
 # Heads on the target are trained first, and have tests of their own.
 DRAFTERS = [config for config in configs("drafter") if not build(config).reads_target]
 VERIFIERS = configs("verifier")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uninterpreted(device):
+    """On a CPU, texts are decoded without Triton's interpreter, in which one token takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.delenv("TRITON_INTERPRET")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,18 @@ def test_bfloat16_differs_from_float32_by_ties_alone(folder, device, prompts, mo
         outputs = decoded(reduced, prompts, build(config), models=models, in_flight=2)
         for prompt, output in zip(prompts, outputs, strict=True):
             assert check_ties(exact, prompt, output, torch.bfloat16).faults == 0, config.stem
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_by_kernels_give_the_logits_of_transformers(device, family, dtype, monkeypatch):
+    if device == "cpu":
+        if dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Logits are of size 10; in bfloat16 each of the operations rounds to 8 bits.
+    tolerance = 5e-4 if dtype == torch.float32 else 0.3
+    check(family, dtype, device, tolerance, CudaGraphs() if device.startswith("cuda") else again)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """Attention of the fast path: new nodes of several sequences over pre-allocated caches, in torch's operations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.accel.decoding.targets.families.decoder import Decoder, soft_cap
+from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, soft_cap
+
+# The attention of the layers of a pass: layer, its cache, and queries, keys and values; see MaskedAttention.
+Attention = Callable[[Layer, Tensor, Tensor], Tensor]
 
 
 class Reach(NamedTuple):
@@ -39,6 +42,49 @@ class CacheAccess(NamedTuple):
     reaches: Mapping[int | None, Reach]
 
 
+class MaskedAttention:
+    """The attention of the layers of a pass over B sequences of N nodes, given what its nodes read and write.
+
+    tables: cosines and sines (capacity, D / 2, 2) of every rotation. positions: (B, N). in_place: whether rotations are
+    complex products in place: only float32 has them, and torch.compile generates no code for them.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, access: CacheAccess, in_place: bool
+    ) -> None:
+        self._decoder, self._access, self._in_place, self._count = decoder, access, in_place, len(positions)
+        self._turns = [table[positions.view(-1)][:, None] for table in tables]
+        if in_place:
+            self._turns = [torch.view_as_complex(turn) for turn in self._turns]
+
+    def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
+        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D), which are not rotated.
+
+        Keys and values are written into the cache (slots, 2 * H, capacity, D) of the layer.
+        """
+        decoder, access = self._decoder, self._access
+        heads, count = decoder.heads, self._count
+        qkv = self._rotate(layer, qkv.view(len(qkv), -1, decoder.head_size))
+        write(cache, qkv.narrow(1, heads, 2 * decoder.kv_heads), count, access)
+        return attend(decoder, qkv.narrow(1, 0, heads), cache, count, layer.window, access)
+
+    def _rotate(self, layer: Layer, qkv: Tensor) -> Tensor:
+        """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""
+        heads, size = self._decoder.heads, self._decoder.head_size
+        both = heads + self._decoder.kv_heads
+        turns = self._turns[layer.rotation]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            qkv[:, :heads] = layer.query_norm(qkv[:, :heads])
+            qkv[:, heads:both] = layer.key_norm(qkv[:, heads:both])
+        if self._in_place:
+            torch.view_as_complex(qkv.view(len(qkv), -1, size // 2, 2)).narrow(1, 0, both).mul_(turns)
+            return qkv
+        cos, sin = turns.unbind(-1)
+        one, other = qkv[:, :both].float().unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
+        return torch.cat([rotated, qkv[:, both:]], 1)
+
+
 def write(cache: Tensor, new: Tensor, count: int, access: CacheAccess) -> None:
     """Write the new nodes' keys and values (rows, 2 * H, D) of `count` sequences into a layer's cache."""
     width = new.shape[0] // count
@@ -60,13 +106,9 @@ def attend(
     reach = access.reaches[window]
     cached = cache[access.slots] if access.first is None else cache.narrow(0, access.first, count)
     cached = cached.narrow(2, reach.first, access.total - reach.first)
+    if access.causal and reach.mask is None:
+        return attend_chain(decoder, queries, cached)
     keys, values = cached.narrow(1, 0, kv_heads), cached.narrow(1, kv_heads, kv_heads)
-    if access.causal and reach.mask is None:  # skips the half of the scores that a mask would remove
-        queries = queries.transpose(0, 1)[None]
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=decoder.scale, enable_gqa=groups > 1
-        )
-        return attended[0].transpose(0, 1).reshape(width, heads * size)
     if width == 1:
         queries = queries.view(count, kv_heads, groups, size)
     else:
@@ -79,6 +121,24 @@ def attend(
     if width > 1:
         attended = attended.view(count, kv_heads, groups, width, size).permute(0, 3, 1, 2, 4)
     return attended.reshape(count * width, heads * size)
+
+
+def attend_chain(decoder: Decoder, queries: Tensor, cached: Tensor) -> Tensor:
+    """Attention outputs (N, H * G * D) of the first N tokens of one sequence.
+
+    queries: (N, H * G, D). cached: their keys and values (1, 2 * H, N, D). It skips the half of the
+    scores that a mask would remove.
+    """
+    keys, values = cached.chunk(2, 1)
+    attended = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys,
+        values,
+        is_causal=True,
+        scale=decoder.scale,
+        enable_gqa=decoder.heads > decoder.kv_heads,
+    )
+    return attended[0].transpose(0, 1).reshape(len(queries), -1)
 
 
 def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:

@@ -71,6 +71,7 @@ class Target(ABC):
         self.capacity = 0
         self.feature_layers: tuple[int, ...] = ()
         self.virtual: VirtualTokens | None = None
+        self._reads_masks = True
         self._inserted: dict[int, Insertion] = {}  # what enters the current pass, by layer
         self._slots: list[_Slot] = []
 
@@ -170,12 +171,12 @@ class Target(ABC):
         starts = [len(self._slots[slot]) for slot in slots]
         if max(starts) + width > self.capacity:
             raise UserError(f"{max(starts) + width} tokens do not fit the cache's capacity={self.capacity}")
-        total = max(starts) + width
+        total = max(starts) + width if self._reads_masks else 0
         sequence = self._slots[slots[0]]
         self._inserted = {}
         # A fast case for decoding without drafts, whose passes are so short that this code counts.
         if len(slots) == width == 1 and not sequence.waiting:
-            ids, positions = torch.tensor([list(tokens[0])]), torch.tensor([[total - 1]])
+            ids, positions = torch.tensor([list(tokens[0])]), torch.tensor([[starts[0]]])
             allowed = torch.ones(1, 1, total, dtype=torch.bool)
             sequence.waiting, sequence.parents, sequence.depths = list(tokens[0]), list(parents[0]), [0]
         else:
@@ -200,20 +201,24 @@ class Target(ABC):
         sequence.waiting += new
         sequence.parents += above
         ids[:count] = torch.tensor(new)
-        allowed[:, :committed] = True
-        if first == 0 and above == list(range(ROOT, count - 1)):  # a single chain
-            allowed[:count, committed : committed + count] = torch.ones(count, count, dtype=torch.bool).tril()
+        chain = first == 0 and above == list(range(ROOT, count - 1))
+        if chain:
             sequence.depths = list(range(count))
         else:
-            for node in range(first, first + count):
-                parent = sequence.parents[node]
+            for parent in above:
                 sequence.depths.append(0 if parent == ROOT else sequence.depths[parent] + 1)
-                row = allowed[node - first]
-                row[committed + node] = True
-                while parent != ROOT:
-                    row[committed + parent] = True
-                    parent = sequence.parents[parent]
         positions[:count] = torch.tensor(sequence.depths[first:]) + committed
+        if not self._reads_masks:
+            return
+        allowed[:, :committed] = True
+        if chain:
+            allowed[:count, committed : committed + count] = torch.ones(count, count, dtype=torch.bool).tril()
+        else:
+            for node in range(first, first + count):
+                row, above_it = allowed[node - first], node
+                while above_it != ROOT:
+                    row[committed + above_it] = True
+                    above_it = sequence.parents[above_it]
         # Padding attends to itself, because a softmax over no keys is nan.
         for padding in range(count, ids.shape[0]):
             allowed[padding, committed + first + padding] = True
@@ -259,7 +264,8 @@ class Target(ABC):
     ) -> Pass:
         """Run new nodes, and write their keys and values into the caches, from position starts[b] of slots[b].
 
-        ids, positions: (B, N). allowed: (B, N, L) bool, the cache positions of its slot that each node attends to.
+        ids, positions: (B, N). allowed: (B, N, L) bool, the cache positions of its slot that each node attends to;
+        L is 0 if the target does not read masks.
         """
 
     @abstractmethod

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hasten.accel.decoding.targets.attention import CacheAccess, Reach, attend, write
+from hasten.accel.decoding.targets.attention import Attention, CacheAccess, MaskedAttention, Reach
 from hasten.accel.decoding.targets.base import FINAL, Pass, Target
 from hasten.accel.decoding.targets.families import FAMILIES, build_decoder, name_of, refusal
-from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
+from hasten.accel.decoding.targets.families.decoder import Decoder
 from hasten.accel.decoding.targets.families.weights import ModelWeights
+from hasten.accel.decoding.targets.fused import attends_by_kernels
 from hasten.accel.decoding.targets.graphs import (
     Capture,
     CudaGraphs,
-    PassInputs,
+    KernelInputs,
+    MaskedInputs,
+    Outputs,
     RecordedPasses,
     cache_length,
     tree_size,
 )
+from hasten.accel.decoding.targets.tree_attention import KernelAttention, TreeInputs, TreeShape, pack_tree
 from hasten.accel.errors import UserError
 
 
@@ -46,10 +50,14 @@ class FastTarget(Target):
         if compiled and capture is None and self.device.type == "cuda":
             # A small model's pass is mostly the time of kernel launches.
             capture = CudaGraphs()
-        self._recorded = RecordedPasses(self._static_pass, capture) if compiled and capture is not None else None
         traced = compiled and capture is None
+        # torch.compile is for a CPU.
+        example = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._by_kernels = not traced and attends_by_kernels(example, decoder.head_size)
+        self._reads_masks = not self._by_kernels
+        function = self._kernel_pass if self._by_kernels else self._static_pass
+        self._recorded = RecordedPasses(function, capture) if compiled and capture is not None else None
         self._traced: Any = torch.compile(self._static_pass, dynamic=False) if traced else None
-        # Rotations in place are complex products: only float32 has them, and torch.compile generates no code for them.
         self._rotates_in_place = self.dtype == torch.float32 and not traced
 
     @classmethod
@@ -102,6 +110,8 @@ class FastTarget(Target):
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
     ) -> Pass:
+        if self._by_kernels:
+            return self._run_kernels(slots, starts, ids, positions, logits)
         count, width = ids.shape
         first = slots[0]
         # Adjacent slots are a view of the cache, others have to be gathered.
@@ -112,7 +122,7 @@ class FastTarget(Target):
             with torch.no_grad():
                 run = self._traced if self._recorded is None else self._recorded
                 outputs = run(inputs, first, self.feature_layers)
-            return Pass(*(rows.unflatten(0, (count, size))[:, :width] for rows in outputs))
+            return _pass(outputs, count, width)
         start = starts[0] if count == 1 else None
         rows = places = None
         if start is None:
@@ -130,12 +140,38 @@ class FastTarget(Target):
             lowest = min(len(self.committed(slot)) for slot in slots)
             reaches = self._reaches(positions, None if alone else allowed, key_positions, total, lowest, causal)
             access = CacheAccess(first if adjacent else None, list(slots), rows, places, start, total, causal, reaches)
-            hidden, features = self._layers_of_pass(ids, positions, access, self.feature_layers)
-            features = None if features is None else features.unflatten(0, (count, width))
-            if not logits:
-                return Pass(hidden[:0, None], hidden[:0, None], features)
-            scores, last = (rows.unflatten(0, (count, width)) for rows in (self._decoder.logits(hidden), hidden))
-            return Pass(scores, last, features)
+            return _pass(self._outputs(ids, self._masked(positions, access), self.feature_layers, logits), count, width)
+
+    def _run_kernels(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, logits: bool
+    ) -> Pass:
+        """See Target._run."""
+        count, width = ids.shape
+        committed = [len(self.committed(slot)) for slot in slots]
+        parents = [self._slots[slot].parents for slot in slots]
+        counts = [len(self._slots[slot]) - start for slot, start in zip(slots, starts, strict=True)]
+        shape = TreeShape(count, width, max(map(len, parents)))
+        recorded = self._recorded if logits and not self._inserted else None
+        size, nodes = tree_size(width), tree_size(shape.nodes)
+        if recorded is not None and size is not None and nodes is not None:
+            shape = TreeShape(count, size, nodes)
+            ids, positions = (pad(rows, (0, size - width)) for rows in (ids, positions))
+            packed = self._to_device(pack_tree(slots, committed, parents, counts, shape))
+            with torch.no_grad():
+                return _pass(recorded(KernelInputs(ids, positions, packed), shape, self.feature_layers), count, width)
+        packed = self._to_device(pack_tree(slots, committed, parents, counts, shape))
+        # Only a prompt is run without logits. It is a chain.
+        prompt = slots[0] if not logits and count == 1 and starts[0] == 0 else None
+        with torch.inference_mode():
+            inputs = TreeInputs.of(packed, shape)
+            attention = KernelAttention(self._decoder, self._turns, positions.view(-1), inputs, prompt)
+            return _pass(self._outputs(ids, attention, self.feature_layers, logits), count, width)
+
+    def _kernel_pass(self, inputs: KernelInputs, shape: TreeShape, feature_layers: tuple[int, ...]) -> Outputs:
+        """See `_outputs`."""
+        tree = TreeInputs.of(inputs.packed, shape)
+        attention = KernelAttention(self._decoder, self._turns, inputs.positions.view(-1), tree)
+        return self._outputs(inputs.ids, attention, feature_layers)
 
     def _static_size(self, width: int, start: int) -> int | None:
         """Nodes of a sequence in a compiled pass over `width` of them; None if it is not compiled."""
@@ -146,7 +182,7 @@ class FastTarget(Target):
 
     def _static_inputs(
         self, slots: Sequence[int], starts: Sequence[int], size: int, ids: Tensor, positions: Tensor, allowed: Tensor
-    ) -> PassInputs:
+    ) -> MaskedInputs:
         """Inputs of a compiled pass: `size` nodes of every sequence, and a rounded length of the cache."""
         # Copies of the first node are written behind the others, where nothing else is, and nobody attends to them.
         more = size - ids.shape[1]
@@ -155,7 +191,7 @@ class FastTarget(Target):
             for nodes in (ids, positions, allowed)
         )
         total = cache_length(max(starts) + size, self.capacity)
-        return PassInputs(
+        return MaskedInputs(
             ids,
             positions,
             pad(allowed, (0, total - allowed.shape[-1])),
@@ -164,14 +200,15 @@ class FastTarget(Target):
             self._key_positions(slots, total),
         )
 
-    def _static_pass(self, inputs: PassInputs, first: int, feature_layers: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Logits, last hidden states and, if there are any, features of the nodes: (B * N, …) each."""
+    def _static_pass(self, inputs: MaskedInputs, first: int, feature_layers: tuple[int, ...]) -> Outputs:
+        """See `_outputs`."""
         total = inputs.allowed.shape[-1]
         reaches = self._reaches(inputs.positions, inputs.allowed, inputs.key_positions, total, 0, causal=False)
         access = CacheAccess(first, [], inputs.rows, inputs.places, None, total, False, reaches)
-        hidden, features = self._layers_of_pass(inputs.ids, inputs.positions, access, feature_layers)
-        outputs = self._decoder.logits(hidden), hidden
-        return outputs if features is None else (*outputs, features)
+        return self._outputs(inputs.ids, self._masked(inputs.positions, access), feature_layers)
+
+    def _masked(self, positions: Tensor, access: CacheAccess) -> MaskedAttention:
+        return MaskedAttention(self._decoder, self._turns, positions, access, self._rotates_in_place)
 
     def _places(self, starts: Sequence[int], width: int) -> Tensor:
         return self._to_device(torch.tensor(starts)[:, None] + torch.arange(width))
@@ -211,45 +248,29 @@ class FastTarget(Target):
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
         return mask[:, None].repeat(1, 1, groups, 1)
 
-    def _layers_of_pass(
-        self, ids: Tensor, positions: Tensor, access: CacheAccess, feature_layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B * N, D) of the new nodes after the final norm, and their features, see Target."""
-        decoder, count, rows = self._decoder, ids.shape[0], ids.numel()
-        heads, kv_heads, size = decoder.heads, decoder.kv_heads, decoder.head_size
+    def _outputs(
+        self, ids: Tensor, attention: Attention, feature_layers: Sequence[int], logits: bool = True
+    ) -> Outputs:
+        """Logits, hidden states after the final norm and, if there are any, features of the nodes: (B * N, …) each.
+
+        logits: whether there are logits and hidden states; if not, they have no rows.
+        """
+        decoder = self._decoder
         x = decoder.embed(ids.view(-1))
         kept: dict[int, Tensor] = {}
-        turns = [table[positions.view(-1)][:, None] for table in self._turns]
-        if self._rotates_in_place:
-            turns = [torch.view_as_complex(turn) for turn in turns]
         for number, (layer, cache) in enumerate(zip(decoder.layers, self._cache, strict=True)):
             if number in self._inserted:
                 x = self._inserted[number].into(x)
             if number in feature_layers:
                 kept[number] = x
-            qkv = self._rotate(layer, layer.qkv(layer.attention_norm(x)).view(rows, -1, size), turns[layer.rotation])
-            write(cache, qkv.narrow(1, heads, 2 * kv_heads), count, access)
-            added = layer.out(attend(decoder, qkv.narrow(1, 0, heads), cache, count, layer.window, access))
+            added = layer.out(attention(layer, cache, layer.qkv(layer.attention_norm(x))))
             x = x + (added if layer.attention_out_norm is None else layer.attention_out_norm(added))
             added = layer.mlp(layer.mlp_norm(x))
             x = x + (added if layer.mlp_out_norm is None else layer.mlp_out_norm(added))
         kept[FINAL] = decoder.norm(x)
-        return kept[FINAL], torch.cat([kept[layer] for layer in feature_layers], -1) if feature_layers else None
-
-    def _rotate(self, layer: Layer, qkv: Tensor, turns: Tensor) -> Tensor:
-        """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""
-        heads, size = self._decoder.heads, self._decoder.head_size
-        both = heads + self._decoder.kv_heads
-        if layer.query_norm is not None and layer.key_norm is not None:
-            qkv[:, :heads] = layer.query_norm(qkv[:, :heads])
-            qkv[:, heads:both] = layer.key_norm(qkv[:, heads:both])
-        if self._rotates_in_place:
-            torch.view_as_complex(qkv.view(len(qkv), -1, size // 2, 2)).narrow(1, 0, both).mul_(turns)
-            return qkv
-        cos, sin = turns.unbind(-1)
-        one, other = qkv[:, :both].float().unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
-        return torch.cat([rotated, qkv[:, both:]], 1)
+        hidden = kept[FINAL] if logits else kept[FINAL][:0]
+        outputs = decoder.logits(hidden) if logits else hidden, hidden
+        return (*outputs, torch.cat([kept[layer] for layer in feature_layers], -1)) if feature_layers else outputs
 
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
         for cache in self._cache:
@@ -258,3 +279,8 @@ class FastTarget(Target):
     def _copy_slot(self, source: int, slot: int, length: int) -> None:
         for cache in self._cache:
             cache[slot, :, :length] = cache[source, :, :length]
+
+
+def _pass(outputs: Outputs, count: int, width: int) -> Pass:
+    """The pass over `count` sequences of `width` nodes whose outputs these are, or those of padding, too."""
+    return Pass(*(rows.unflatten(0, (count, len(rows) // count))[:, :width] for rows in outputs))

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hasten.accel.decoding.targets.tree_attention import TreeShape
+
 # Sizes of trees, in nodes of a sequence, that are recorded; larger passes are long enough without.
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MIN_LENGTH = 256
 _WARM_UPS = 2
 
 
-class PassInputs(NamedTuple):
+class MaskedInputs(NamedTuple):
     """Inputs of a pass over B adjacent slots that is a function of nothing else, all on the device.
 
     ids, positions, places: (B, N), places being the cache positions of the nodes. rows: (B, 1), the slots. allowed:
@@ -31,9 +33,22 @@ class PassInputs(NamedTuple):
     key_positions: Tensor
 
 
+class KernelInputs(NamedTuple):
+    """The same of a pass whose attention is a kernel, over any slots.
+
+    ids, positions: (B, N). packed: of `tree_attention.pack_tree`.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    packed: Tensor
+
+
+Inputs = MaskedInputs | KernelInputs
 Outputs = tuple[Tensor, ...]
-# Function of inputs, the first slot, and the numbers of feature layers.
-StaticPass = Callable[[PassInputs, int, tuple[int, ...]], Outputs]
+# Function of inputs, what else is fixed (the first slot of MaskedInputs, the TreeShape of KernelInputs), and the
+# numbers of feature layers.
+StaticPass = Callable[[Any, Any, tuple[int, ...]], Outputs]
 # Records a function: returns what repeats it, and the outputs that every repetition writes to.
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], object], Outputs]]
 
@@ -53,7 +68,7 @@ class RecordedPasses:
 
     def __init__(self, function: StaticPass, capture: Capture) -> None:
         self._function, self._capture = function, capture
-        self._recorded: dict[tuple[object, ...], tuple[PassInputs, Callable[[], object], Outputs]] = {}
+        self._recorded: dict[tuple[object, ...], tuple[Inputs, Callable[[], object], Outputs]] = {}
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -62,12 +77,12 @@ class RecordedPasses:
         """Drop all recordings, because caches have other addresses."""
         self._recorded.clear()
 
-    def __call__(self, inputs: PassInputs, first: int, feature_layers: tuple[int, ...]) -> Outputs:
+    def __call__(self, inputs: Inputs, fixed: int | TreeShape, feature_layers: tuple[int, ...]) -> Outputs:
         """See StaticPass."""
-        key = (first, feature_layers, inputs.ids.shape, inputs.allowed.shape[-1])
+        key = (fixed, feature_layers, *(tensor.shape for tensor in inputs))
         if key not in self._recorded:
-            buffers = PassInputs(*(tensor.clone() for tensor in inputs))
-            self._recorded[key] = (buffers, *self._capture(lambda: self._function(buffers, first, feature_layers)))
+            own = type(inputs)(*(tensor.clone() for tensor in inputs))
+            self._recorded[key] = (own, *self._capture(lambda: self._function(own, fixed, feature_layers)))
         buffers, replay, outputs = self._recorded[key]
         for buffer, tensor in zip(buffers, inputs, strict=True):
             buffer.copy_(tensor)

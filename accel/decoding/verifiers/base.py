@@ -1,7 +1,7 @@
 """The interface of verifiers: a verifier accepts a path of a draft, and draws the token after it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -24,13 +24,13 @@ class Verdict:
 class TargetRows:
     """The target's distributions after the last committed token (ROOT) and after every node, computed on demand.
 
-    logits: (N + 1, V); row 0 is after the last committed token, row i + 1 after node i. All results include the
-    context's temperature, top-k, top-p and repetition penalty.
+    logits: (N + 1, V); row 0 is after the last committed token, row i + 1 after node i. best: their most probable
+    tokens, if known. All results include the context's temperature, top-k, top-p and repetition penalty.
     """
 
-    def __init__(self, logits: Tensor, tree: DraftTree, context: Context) -> None:
+    def __init__(self, logits: Tensor, tree: DraftTree, context: Context, best: Sequence[int] | None = None) -> None:
         assert logits.shape[0] == len(tree) + 1, (logits.shape, len(tree))
-        self._logits, self._tree, self._context = logits, tree, context
+        self._logits, self._tree, self._context, self._known = logits, tree, context, best
 
     @property
     def vocabulary(self) -> int:
@@ -53,8 +53,9 @@ class TargetRows:
         return self._best[node + 1]
 
     @cached_property
-    def _best(self) -> list[int]:
-        return _argmax(self._logits)  # for all nodes: one operation, one copy from the device
+    def _best(self) -> Sequence[int]:
+        # For all nodes: one operation, one copy from the device.
+        return _argmax(self._logits) if self._known is None else self._known
 
     @cached_property
     def _seen(self) -> Tensor:
@@ -66,6 +67,18 @@ class TargetRows:
             return row
         path = [self._tree.tokens[above] for above in self._tree.path(node)]
         return sampling.penalised(row, torch.cat([self._seen, self._seen.new_tensor(path)]))
+
+
+def best_of_all(logits: Tensor, contexts: Iterable[Context]) -> list[list[int]] | None:
+    """The most probable tokens of logits (B, N, V) of several sequences, in one copy from the device.
+
+    None if no sequence needs them. None, too, on a CPU, which waits for nothing and need not look at padding.
+    """
+    samplings = [context.sampling for context in contexts]
+    if logits.device.type == "cpu" or not any(each.is_greedy and not each.has_penalty for each in samplings):
+        return None
+    tokens: list[list[int]] = logits.argmax(-1).tolist()
+    return tokens
 
 
 def _argmax(logits: Tensor) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hasten.accel.decoding.targets.tree_attention import attend_tree, tree_inputs
+from hasten.accel.decoding.targets.tree_attention import TreeInputs, TreeShape, attend_tree, pack_tree
 from hasten.accel.decoding.tree import ROOT
 from hasten.kernels.attention import Scoring
 
@@ -22,7 +22,8 @@ def test_bit_masks_equal_a_mask_of_the_whole_length(window):
     width = max(COUNTS)
     queries = torch.randn(2 * width, HEADS * GROUPS, SIZE, generator=generator)
     cache = torch.randn(3, 2 * HEADS, 64, SIZE, generator=generator)
-    inputs = tree_inputs(SLOTS, COMMITTED, PARENTS, COUNTS, torch.device("cpu"))
+    shape = TreeShape(2, width, max(map(len, PARENTS)))
+    inputs = TreeInputs.of(pack_tree(SLOTS, COMMITTED, PARENTS, COUNTS, shape), shape)
     found = attend_tree(queries, cache, inputs, Scoring(window=window)).view(2, width, HEADS * GROUPS, SIZE)
     for row, (slot, committed, parents, count) in enumerate(zip(SLOTS, COMMITTED, PARENTS, COUNTS, strict=True)):
         total, first = committed + len(parents), len(parents) - count

@@ -2,12 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 # A linear layer, a norm or a feed-forward network: (rows, in) to (rows, out).
 RowMap = Callable[[Tensor], Tensor]
+
+
+class WeightedNorm(Protocol):
+    """Root mean square norm over the last dimension, (rows, D) to (rows, D), with what a fused kernel needs of it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Factors (D,)."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the mean square."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised rows."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +42,8 @@ class Layer:
     out: RowMap
     mlp_norm: RowMap
     mlp: RowMap
-    query_norm: RowMap | None = None
-    key_norm: RowMap | None = None
+    query_norm: WeightedNorm | None = None
+    key_norm: WeightedNorm | None = None
     attention_out_norm: RowMap | None = None
     mlp_out_norm: RowMap | None = None
     window: int | None = None

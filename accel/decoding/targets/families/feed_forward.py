@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.accel.decoding.targets.families.decoder import RowMap
+from hasten.accel.decoding.targets.fused import runs_kernels
+from hasten.kernels.gated_activation import gated_activation
 
 # By their names in configs.
 ACTIVATIONS: dict[str, RowMap] = {
@@ -15,17 +17,23 @@ ACTIVATIONS: dict[str, RowMap] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
+# Names of those that the kernel has.
+_FUSED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Gated:
-    """down(activation(gate(x)) * up(x)); gate_up gives both next to each other."""
+    """down(activation(gate(x)) * up(x)); gate_up gives both next to each other. activation: a name of ACTIVATIONS."""
 
-    def __init__(self, gate_up: RowMap, down: RowMap, activation: RowMap) -> None:
-        self._gate_up, self._down, self._activation = gate_up, down, activation
+    def __init__(self, gate_up: RowMap, down: RowMap, activation: str) -> None:
+        self._gate_up, self._down, self._activation = gate_up, down, ACTIVATIONS[activation]
+        self._fused = _FUSED.get(activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (rows, width) of rows (rows, width)."""
-        gate, up = self._gate_up(x).chunk(2, -1)
+        both = self._gate_up(x)
+        if self._fused is not None and runs_kernels(both):
+            return self._down(gated_activation(both, self._fused)[0])
+        gate, up = both.chunk(2, -1)
         return self._down(self._activation(gate) * up)
 
 

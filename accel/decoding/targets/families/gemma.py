@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.accel.decoding.targets.families.decoder import Layer, RowMap
+from hasten.accel.decoding.targets.families.decoder import Layer, RowMap, WeightedNorm
 from hasten.accel.decoding.targets.families.llama import FULL, SLIDING, Llama
 from hasten.accel.decoding.targets.matmul import Norm
 
@@ -21,6 +21,7 @@ class OffsetNorm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         # In bfloat16, 1 + weight would lose most of the weight's digits.
         self._norm = Norm(1.0 + weight.float(), eps)
+        self.weight, self.eps = self._norm.weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised rows (rows, D), in the dtype of x."""
@@ -48,7 +49,7 @@ class Gemma2(Llama):
             mlp_out_norm=self.norm(f"{name}.post_feedforward_layernorm"),
         )
 
-    def norm(self, name: str, order: Tensor | None = None) -> RowMap:
+    def norm(self, name: str, order: Tensor | None = None) -> WeightedNorm:
         """See Llama."""
         weight = self.weights.tensor(f"{name}.weight")
         return OffsetNorm(weight if order is None else weight[order.to(weight.device)], self.config.rms_norm_eps)

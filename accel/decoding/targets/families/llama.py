@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, Rotation, RowMap
+from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, Rotation, RowMap, WeightedNorm
 from hasten.accel.decoding.targets.families.feed_forward import ACTIVATIONS, Gated
 from hasten.accel.decoding.targets.families.weights import Rows, WeightSource
 from hasten.accel.decoding.targets.matmul import Norm
@@ -109,14 +109,14 @@ class Llama:
     def gated(self, gate_up: Sequence[Rows], down: str) -> Gated:
         """A gated network of these linear layers."""
         product = self.weights.product
-        return Gated(product(gate_up), product([Rows(down)]), ACTIVATIONS[activation_of(self.config)])
+        return Gated(product(gate_up), product([Rows(down)]), activation_of(self.config))
 
-    def norm(self, name: str, order: Tensor | None = None) -> RowMap:
+    def norm(self, name: str, order: Tensor | None = None) -> WeightedNorm:
         """A norm. order: in which its weight is taken; None: as stored."""
         weight = self.weights.tensor(f"{name}.weight")
         return Norm(weight if order is None else weight[order.to(weight.device)], self.config.rms_norm_eps)
 
-    def head_norm(self, name: str) -> RowMap | None:
+    def head_norm(self, name: str) -> WeightedNorm | None:
         """The norm of query or key heads, if the model has one."""
         return self.norm(name, self.head_order) if self.weights.has(f"{name}.weight") else None
 
