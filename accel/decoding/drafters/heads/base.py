@@ -34,6 +34,8 @@ from hasten.accel.training.heads.layouts.loading import load_any_head
 TREES = ("dynamic", "static")
 # Folder of heads in a target's folder.
 HEADS = "heads"
+# From so many tokens on, reading them is the work of a prompt, and not of a draft.
+_MANY = 16
 # Classes of nodes for acceptance estimates: half powers of two of the probability.
 _CLASSES = 12
 
@@ -186,23 +188,38 @@ class HeadDrafter(Drafter):
         trees = [DraftTree()] * len(contexts)
         if not ready:
             return trees
-        features = [torch.cat(states[index].pending) for index in ready]
-        tokens = []
-        for index, new in zip(ready, features, strict=True):
-            state = states[index]
-            known = contexts[index].tokens[state.read + 1 : state.read + 1 + len(new)]
-            assert len(known) == len(new), (len(known), len(new))
-            tokens.append(torch.tensor(known, device=memory.device))
-            state.read += len(new)
-            state.pending = []
-        features = [new.to(memory.network.dtype) for new in features]
         network_states = [states[index].network for index in ready]
-        frontier = memory.network.read(network_states, features, tokens)
+        features = [torch.cat(states[index].pending) for index in ready]
+        for index in ready:
+            states[index].pending = []
+        frontier = self._read(memory, [contexts[index] for index in ready], features)
         growing = [_GrowingTree(self, memory, budget) for _ in ready]
         self._grow(memory, network_states, frontier, growing)
         for index, tree in zip(ready, growing, strict=True):
             trees[index] = tree.done()
         return trees
+
+    def prefill(self, contexts: Sequence[Context], memory: HeadMemory, budget: int) -> None:
+        """Read prompts, and what was decoded without drafts, up to the last token, after which is drafted."""
+        for context in contexts:
+            state = context.state.get(self)
+            if not isinstance(state, _SequenceState) or state.network is None:
+                continue  # nothing of what was read is kept
+            if sum(map(len, state.pending)) >= _MANY:
+                features = torch.cat(state.pending)
+                state.pending = [features[-1:]]
+                self._read(memory, [context], [features[:-1]])
+
+    def _read(self, memory: HeadMemory, contexts: Sequence[Context], features: Sequence[Tensor]) -> Frontier:
+        """Let the network read features (N, F * D) of the next tokens of each sequence."""
+        states, tokens = [self._state(memory, context) for context in contexts], []
+        for context, state, new in zip(contexts, states, features, strict=True):
+            known = context.tokens[state.read + 1 : state.read + 1 + len(new)]
+            assert len(known) == len(new), (len(known), len(new))
+            tokens.append(torch.tensor(known, device=memory.device))
+            state.read += len(new)
+        dtype = memory.network.dtype
+        return memory.network.read([state.network for state in states], [new.to(dtype) for new in features], tokens)
 
     def _grow(
         self, memory: HeadMemory, states: Sequence[Any], frontier: Frontier, trees: Sequence["_GrowingTree"]
