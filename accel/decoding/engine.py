@@ -172,6 +172,7 @@ class Engine:
         self.target.clear(slot)
         # Drawn drafts are wasted on a verifier that does not read their distributions.
         context.draws = self.verifier.reads_draft_probs
+        self.policy.begin_sequence()
         if self.drafter is not None:
             self.drafter.begin(context, self.memory)
         self._prefill(slot, context, request.max_new_tokens)

@@ -3,9 +3,9 @@
 The gain of a pass is its expected tokens minus the tokens that its seconds yield at the mean rate of the run; the tree
 that maximises this maximises tokens per second (renewal reward). The cost of a pass is measured at every tree size
 before decoding starts. Acceptance is estimated from the text that follows a proposal, so that a proposal teaches even
-if it is not verified. Where drafting does not pay it pauses, and the pauses grow. Where more sequences are decoded at
-once than before and it is not expected to pay, it begins with a pause; between pauses the draft of one of the sequences
-is compared with its text and not verified, which costs next to nothing.
+if it is not verified. Where drafting does not pay it pauses, and the pauses grow. Before several sequences are drafted
+for, at first and after every pause, the drafts of one of them are compared with its text and not verified, which costs
+next to nothing; where drafts are not expected to pay, a pause comes before that.
 Sources of the parts: target efficiency, MoESD (arXiv:2505.19645); trees that grow where acceptance is likely, DySpec
 (arXiv:2410.11744) and Sequoia (arXiv:2402.12374); sizes by measured latency, PPD (arXiv:2405.18628).
 """
@@ -22,8 +22,10 @@ from hasten.accel.decoding.lengths.timing import DraftingTime, PassCosts
 from hasten.accel.decoding.tree import DraftTree
 from hasten.accel.errors import check_fields
 
-# Number of drafts before the first decision on a pause, and between two pauses; of drafts for one of several sequences.
-_FIRST_PROBES, _PROBES, _SINGLE_PROBES = 64, 8, 4
+# Number of drafts before the first decision on a pause, and between two pauses.
+_FIRST_PROBES, _PROBES = 64, 4
+# Largest mean gain, in tokens of a sequence's pass, that is remembered: drafts of the next text may be bad.
+_REMEMBERED = 0.5
 # Weight of the newest observation in running means: of acceptance and gain, and of the rate.
 _LEARN, _RATE_LEARN = 0.1, 0.02
 # Several sequences are drafted for, and prompts observed, if drafting gains this share of the rate of plain decoding;
@@ -94,7 +96,12 @@ class AdaptiveController(LengthController):
         self._drafts_until_decision = _FIRST_PROBES
         self._pause, self._pause_left = settings.first_pause, 0
         self._probing = False
-        self._paused_at = 0  # number of sequences at which drafting was found not to pay; 0 if it was not
+        self._paused_at = 0  # number of sequences at which drafting was not yet found to pay; 0 if it pays
+
+    def begin_sequence(self) -> None:
+        """A pause of a sequence that was alone ends with it."""
+        if self._paused_at == 1:
+            self._end_pause(1)
 
     def budget(self, sequences: int) -> int:
         """The number of tokens to draft, 0 during a pause."""
@@ -102,11 +109,13 @@ class AdaptiveController(LengthController):
             self._rate = self._plain_rate(sequences)
         elif sequences != self._sequences:  # the speedup over decoding without drafts stays about the same
             self._rate *= self._plain_rate(sequences) / self._plain_rate(self._sequences)
-        if sequences >= 2 * self._most and not self._is_promising(sequences):
-            self._begin_pause(sequences)
+        if sequences >= 2 * self._most:
+            if self._is_promising(sequences):
+                self._begin_probes(sequences)
+            else:
+                self._begin_pause(sequences)
         elif 2 * sequences <= self._paused_at and self._is_promising(sequences):
-            self._pause, self._pause_left, self._paused_at = self.settings.first_pause, 0, 0
-            self._drafts_until_decision = _PROBES
+            self._end_pause(sequences)
         self._most = max(self._most, sequences)
         self._sequences = sequences
         self._passes += 1
@@ -154,7 +163,7 @@ class AdaptiveController(LengthController):
         return self.costs.seconds(1, after) / self.costs.seconds(1, before)
 
     def probes(self) -> bool:
-        """After a pause of several sequences, until drafting is found to pay."""
+        """With several sequences, until drafting is found to pay."""
         return self._probing
 
     def learns(self) -> bool:
@@ -192,8 +201,8 @@ class AdaptiveController(LengthController):
                 for place, node in enumerate(order):
                     added[place] += of[node]
         if self._probing:
-            # One sequence stands for all of them.
-            added = [sequences * gain for gain in added]
+            # One sequence stands for all of them. To begin costs more than a draft, such as reading all prompts.
+            added = [_TRUSTED * sequences * gain for gain in added]
         total += sum(added[:first])
         plain = self._net_tokens(0, 0.0, sequences)
         width, gain, virtual = first, total, self._virtual
@@ -263,12 +272,14 @@ class AdaptiveController(LengthController):
 
         advantage: expected tokens of a pass over `sequences` sequences, more than without a draft.
         """
+        gain = advantage / sequences
         if self._probing:
             self._drafts_until_decision -= 1
-            pays = advantage / sequences > _WORTHWHILE_GAIN
+            self._advantage += (gain - self._advantage) / (_PROBES - self._drafts_until_decision)
+            pays = self._advantage > _WORTHWHILE_GAIN
         else:
-            self._advantage += _LEARN * (advantage / sequences - self._advantage)
             self._drafts_until_decision -= sequences
+            self._advantage = min(self._advantage + _LEARN * (gain - self._advantage), _REMEMBERED)
             pays = self._advantage >= -_NEGLIGIBLE
         if self._drafts_until_decision > 0:
             return
@@ -281,8 +292,14 @@ class AdaptiveController(LengthController):
 
     def _begin_pause(self, sequences: int) -> None:
         self._pause_left, self._pause = self._pause, min(2 * self._pause, self.settings.longest_pause)
-        self._drafts_until_decision = _PROBES if sequences == 1 else _SINGLE_PROBES
-        self._advantage, self._paused_at = 0.0, sequences
+        self._begin_probes(sequences)
+
+    def _end_pause(self, sequences: int) -> None:
+        self._pause, self._pause_left = self.settings.first_pause, 0
+        self._begin_probes(sequences)
+
+    def _begin_probes(self, sequences: int) -> None:
+        self._drafts_until_decision, self._advantage, self._paused_at = _PROBES, 0.0, sequences
 
     def _plain_rate(self, sequences: int) -> float:
         return sequences / self.costs.seconds(1, sequences)

@@ -25,6 +25,10 @@ class LengthController(ABC):
         """Whether a drafter that would observe a new prompt is to do so; sequences: number decoded at once."""
         return self.max_nodes > 0
 
+    def begin_sequence(self) -> None:
+        """Called when a sequence begins, whose text may be of another kind."""
+        return
+
     @abstractmethod
     def budget(self, sequences: int) -> int:
         """Tokens to draft for each of the `sequences` sequences of the next pass; 0 drafts none."""

@@ -80,8 +80,7 @@ def test_sequences_of_one_pass_pause_once():
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
     first = drafted.index(False)
     assert drafted[first:].index(True) == 16
-    assert not any(probed[:first])
-    assert probed[first + 16], "after a pause one sequence shows whether drafting pays"
+    assert probed[: first + 17] == [True] * 4 + [False] * 16 + [True], "one sequence shows whether drafting pays"
 
 
 def many(chance, costs, passes, seconds_of_drafting=0.1):
@@ -130,6 +129,22 @@ def test_a_pause_of_many_sequences_ends_when_few_are_left():
     assert policy.budget(4) > 0
 
 
+def test_a_pause_ends_with_the_text_for_which_drafting_did_not_pay():
+    policy = started(STEEP, 8)
+    drafted = []
+    for _ in range(100):
+        budget = policy.budget(1)
+        drafted.append(budget > 0)
+        trees = policy.select([DraftTree.chain([1] * budget)], 1, [False]) if budget else [DraftTree()]
+        policy.record_drafting(budget, 0.2 * bool(budget))
+        policy.observe(Outcome(Context.start([0]), trees[0], [], 2))
+    paused = drafted.index(False) + 1
+    assert not any(drafted[paused : paused + 15]), "the first pause"
+    assert not drafted[-1], "another pause"
+    policy.begin_sequence()
+    assert policy.budget(1) > 0
+
+
 def test_the_last_sequence_drafts_as_if_it_had_been_alone():
     policy = started(PassCosts({1: {1: 1.0, 17: 2.0}, 8: {1: 2.0, 17: 9.0}}), 16)
     dice = random.Random(0)
@@ -168,12 +183,13 @@ def test_a_pass_is_not_made_wider_for_all_sequences_by_a_good_draft_of_one():
     costs = PassCosts({1: {1: 1.0, 2: 1.1}, 4: {1: 1.0, 2: 1.45, 3: 1.9}})
     good, bad = (DraftTree([5], [-1], labels=[label]) for label in ("good", "bad"))
     policy = started(costs, 8)
-    policy.budget(3)  # four would begin with a pause
-    for _ in range(30):
-        policy.budget(4)
+    for _ in range(50):
+        if policy.budget(4) and policy.probes():
+            policy.select([good], 4, [False])
         policy.observe(Outcome(Context.start([0]), good, [0], 2))
         policy.observe(Outcome(Context.start([0]), bad, [], 2))
     policy.budget(4)
+    assert not policy.probes()
     assert [len(tree) for tree in policy.select([good, bad, bad, bad], 4, [False] * 4)] == [0, 0, 0, 0]
     # Three good drafts pay for the pass; in the fourth sequence the place would be empty otherwise.
     assert [len(tree) for tree in policy.select([good, bad, good, good], 4, [False] * 4)] == [1, 1, 1, 1]
