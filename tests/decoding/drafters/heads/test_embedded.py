@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hasten.accel.decoding.drafters.base import Models
-from hasten.accel.decoding.drafters.combined.union import Union
+from hasten.accel.decoding.drafters.combined.first_of import FirstOf
 from hasten.accel.decoding.drafters.heads.eagle import EagleDrafter
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.engine import Engine, Request
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.mark.parametrize(
     "drafter",
-    [EagleDrafter(), EagleDrafter(tree="static"), Union((PromptLookup(min_ngram=2), EagleDrafter()))],
+    [EagleDrafter(), EagleDrafter(tree="static"), FirstOf((PromptLookup(min_ngram=3, max_ngram=4), EagleDrafter()))],
     ids=["dynamic", "static", "with prompt lookup"],
 )
 def test_without_options_it_drafts_well_and_changes_no_token(drafter):
