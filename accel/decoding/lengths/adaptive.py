@@ -24,6 +24,8 @@ from hasten.accel.errors import check_fields
 
 # Number of drafts before the first decision on a pause, and between two pauses.
 _FIRST_PROBES, _PROBES = 64, 4
+# A first pause of several sequences takes this many times that of one: to read all prompts takes long.
+_MANY_PAUSES = 4
 # Largest mean gain, in tokens of a sequence's pass, that is remembered: drafts of the next text may be bad.
 _REMEMBERED = 0.5
 # Weight of the newest observation in running means: of acceptance and gain, and of the rate.
@@ -48,7 +50,7 @@ class Adaptive(DraftLength):
     explore_every: every so many passes one explores: it requests the maximum budget, and verifies up to explore_nodes
     nodes whatever their expected acceptance. explore_share: bound of the mean time of exploring, as a share of a pass
     without drafts. first_pause, longest_pause: number of passes without drafts while drafting does not pay; each pause
-    is twice as long as the one before.
+    is twice as long as the one before. Of several sequences, the first is four times as long.
     """
 
     explore_every: int = 32
@@ -291,7 +293,10 @@ class AdaptiveController(LengthController):
             self._begin_pause(sequences)
 
     def _begin_pause(self, sequences: int) -> None:
-        self._pause_left, self._pause = self._pause, min(2 * self._pause, self.settings.longest_pause)
+        longest = self.settings.longest_pause
+        least = self.settings.first_pause * (1 if sequences == 1 else _MANY_PAUSES)
+        self._pause_left = min(max(self._pause, least), longest)
+        self._pause = min(2 * self._pause_left, longest)
         self._begin_probes(sequences)
 
     def _end_pause(self, sequences: int) -> None:

@@ -69,7 +69,7 @@ def test_sequences_of_one_pass_pause_once():
     # By the prior a token more pays for one and a half times as long a pass; drafting itself takes too long.
     policy = started(PassCosts({1: {1: 1.0, 9: 1.1}}), 8)
     drafted, probed = [], []
-    for _ in range(40):
+    for _ in range(80):
         budget = policy.budget(8)
         drafted.append(budget > 0)
         probed.append(policy.probes())
@@ -79,8 +79,8 @@ def test_sequences_of_one_pass_pause_once():
             for tree in policy.select([DraftTree.chain([1] * budget)] * count, 8, [False] * count):
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
     first = drafted.index(False)
-    assert drafted[first:].index(True) == 16
-    assert probed[: first + 17] == [True] * 4 + [False] * 16 + [True], "one sequence shows whether drafting pays"
+    assert drafted[first:].index(True) == 64
+    assert probed[: first + 65] == [True] * 4 + [False] * 64 + [True], "one sequence shows whether drafting pays"
 
 
 def many(chance, costs, passes, seconds_of_drafting=0.1):
@@ -108,17 +108,17 @@ DEAR = PassCosts({1: {1: 1.0, 2: 1.1, 9: 1.5}, 8: {1: 1.7, 2: 2.5, 9: 8.0}})
 
 
 def test_several_sequences_begin_with_a_pause_where_drafting_is_not_expected_to_pay():
-    done = many(0.1, DEAR, 64)
-    assert done[:16] == [(0, 0)] * 16
+    done = many(0.1, DEAR, 250)
+    assert done[:64] == [(0, 0)] * 64
     assert {drafting for drafting, _ in done} == {0, 1}
     assert sum(drafting for drafting, _ in done) == 8, "four before each of two further pauses"
     assert not any(verified for _, verified in done)
 
 
 def test_probes_that_are_not_verified_find_that_drafting_pays():
-    done = many(0.98, DEAR, 400)
-    assert done[:16] == [(0, 0)] * 16
-    assert any(drafting == 8 and verified >= 8 for drafting, verified in done[16:])
+    done = many(0.98, DEAR, 500)
+    assert done[:64] == [(0, 0)] * 64
+    assert any(drafting == 8 and verified >= 8 for drafting, verified in done[64:])
     assert sum(drafting == 8 for drafting, _ in done[-100:]) > 90
 
 
@@ -183,7 +183,7 @@ def test_a_pass_is_not_made_wider_for_all_sequences_by_a_good_draft_of_one():
     costs = PassCosts({1: {1: 1.0, 2: 1.1}, 4: {1: 1.0, 2: 1.45, 3: 1.9}})
     good, bad = (DraftTree([5], [-1], labels=[label]) for label in ("good", "bad"))
     policy = started(costs, 8)
-    for _ in range(50):
+    for _ in range(100):
         if policy.budget(4) and policy.probes():
             policy.select([good], 4, [False])
         policy.observe(Outcome(Context.start([0]), good, [0], 2))
