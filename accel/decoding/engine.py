@@ -172,6 +172,7 @@ class Engine:
         self.target.clear(slot)
         # Drawn drafts are wasted on a verifier that does not read their distributions.
         context.draws = self.verifier.reads_draft_probs
+        self.policy.begin_sequence()
         if self.drafter is not None:
             self.drafter.begin(context, self.memory)
         self._prefill(slot, context, request.max_new_tokens)
@@ -206,9 +207,11 @@ class Engine:
         running = self._running
         drafting = self._drafting()
         budget = min(self._max_nodes, self.policy.budget(len(running))) if drafting else 0
-        self._prefill_drafter(drafting, budget)
+        # The first of them that is running has the fewest tokens that a drafter has not read.
+        proposing = dict([next(iter(drafting.items()))]) if budget and self.policy.probes() else drafting
+        self._prefill_drafter(proposing, budget)
         started, counted = perf_counter(), self._clock()
-        trees = self._propose(drafting, budget)
+        trees = self._propose(proposing, budget)
         virtual = self._virtual_nodes(drafting, trees, budget)
         drafted, draft_seconds = perf_counter(), self._clock() - counted
         # Without the target's most probable tokens learning costs next to nothing.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.drafters.heads.base import HeadMemory
-from hasten.accel.decoding.drafters.heads.linear import use_fast_linears
+from hasten.accel.decoding.drafters.heads.fast_modules import use_fast_modules
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.replay import replay
@@ -86,7 +86,7 @@ def measured(head: DraftHead, drafter: Drafter, memory: HeadMemory, held_out: He
         return _decoded(target, drafter, memory, held_out, budget)
     own = head.drafter_memory(memory.network)
     if own is None:
-        use_fast_linears(memory.network)
+        use_fast_modules(memory.network)
         own = memory
     sequences = [
         (record.tokens.tolist(), prompt) for record, prompt in zip(held_out.records, held_out.prompts, strict=True)

@@ -13,7 +13,14 @@ from hasten.accel.errors import UserError
 from hasten.accel.training.acceptance import HeldOut, deployed, measured, rates_of
 from hasten.accel.training.data.records import Records
 from hasten.accel.training.data.windows import PackedWindows
-from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, TargetFacts, TargetWeights
+from hasten.accel.training.heads.draft_head import (
+    DraftHead,
+    DraftNetwork,
+    TargetFacts,
+    TargetWeights,
+    adopt_weights,
+    load_head,
+)
 from hasten.accel.training.heads.stored import BFLOAT16
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
@@ -27,6 +34,7 @@ class HeadSetup:
     target: folder of the checkpoint. records, held_records: folders of records, to train and to measure on. window:
     tokens of a window. entries: ids of the draft's vocabulary; 0 is all. least_prompt: tokens of a held-out sequence
     that are its prompt, at least. budget: drafted tokens of a pass when acceptance is measured. store: see `to_stored`.
+    initial: folder of a trained head that the training begins with; None begins anew.
     """
 
     head: DraftHead
@@ -41,6 +49,7 @@ class HeadSetup:
     budget: int
     seed: int
     store: str = BFLOAT16
+    initial: Path | None = None
 
     def windows(self) -> PackedWindows:
         """Windows to train on; UserError if the records have nothing to learn."""
@@ -55,11 +64,20 @@ class HeadSetup:
         torch.manual_seed(self.seed)
         network = self.head.build(self.facts, vocabulary)
         self.head.initialise(network, weights)
+        if self.initial is not None:
+            self._adopt(network, self.initial)
         network.attach(weights.embedding.to(device))
         network.to(device)
         # That of the network: a draft model has all ids, whatever the option says.
         network.vocabulary = network.vocabulary.to(device)
         return network
+
+    def _adopt(self, network: DraftNetwork, folder: Path) -> None:
+        _, trained, _ = load_head(folder, type(self.head), self.facts)
+        try:
+            adopt_weights(network, trained)
+        except ValueError as error:
+            raise UserError(f"initial={folder} has other sizes than the head to train: {error}") from error
 
     def held_out(self) -> HeldOut:
         """The records to measure on; UserError if nothing is left behind their prompts."""

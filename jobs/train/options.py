@@ -104,6 +104,9 @@ class TrainConfig(Run):
 
     target: str = option("embedded:target", f"target model: {MODEL}", path="in")
     head: dict[str, Any] = group("head to train")
+    initial: str | None = option(
+        None, "folder of a trained head that the training begins with; null begins with random weights", path="in"
+    )
     draft_vocabulary: int = option(
         8192, "ids that the head drafts, the most frequent ones of the data; 0 is all", at_least=0
     )

@@ -16,7 +16,7 @@ from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
 from hasten.accel.training.data.records import Records, RecordsMeta
-from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts
+from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts, load_head
 from hasten.accel.training.setup import SCORE, HeadSetup
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
@@ -58,6 +58,8 @@ def run(config: TrainConfig) -> Path:
     target = model_folder("target", config.target)
     facts = TargetFacts.of(target)
     drafter: Drafter = build({"_target_": target_of("drafter", head.drafter)})
+    if config.initial:
+        load_head(Path(config.initial), type(head), facts)
     texts = _texts(config, target, facts)
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "head"
     fingerprint = _fingerprint(config, facts, *texts)
@@ -121,6 +123,7 @@ def _setup(
         held.budget,
         config.seed,
         config.store,
+        Path(config.initial).absolute() if config.initial else None,
     )
 
 

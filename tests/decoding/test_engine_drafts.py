@@ -83,6 +83,33 @@ def test_a_stop_token_after_the_accepted_path_is_the_pass_own_token():
     assert (stats.num_tokens, stats.num_spec_steps, stats.num_accepted_draft_tokens) == (3, 1, 2)
 
 
+def test_a_probe_drafts_for_one_sequence_and_changes_no_token():
+    drafted = []
+
+    @dataclass(frozen=True)
+    class Noting(Counting):
+        def propose_all(self, contexts, memory, budget):
+            drafted.append(len(contexts))
+            return super().propose_all(contexts, memory, budget)
+
+    class Probing(Fixed):
+        def probes(self):
+            return len(drafted) % 2 == 1
+
+        def select(self, trees, sequences, whole):
+            assert len(trees) == drafted[-1] <= sequences
+            return list(trees)
+
+    table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    requests = [Request(str(number), [number], 12) for number in range(3)]
+    plain = decoded(Engine(MarkovTarget(table), policy=Fixed(0), in_flight=3), requests)
+    found = decoded(Engine(MarkovTarget(table), Noting(), policy=Probing(1), in_flight=3), requests[:3])
+    assert {name: result.token_ids for name, result in found.items()} == {
+        name: result.token_ids for name, result in plain.items()
+    }
+    assert drafted[:4] == [3, 1, 3, 1]
+
+
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3_text"])
 def test_drafts_for_a_model_with_sliding_windows_leave_its_tokens_as_they_are(family, in_flight):

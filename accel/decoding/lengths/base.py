@@ -25,9 +25,17 @@ class LengthController(ABC):
         """Whether a drafter that would observe a new prompt is to do so; sequences: number decoded at once."""
         return self.max_nodes > 0
 
+    def begin_sequence(self) -> None:
+        """Called when a sequence begins, whose text may be of another kind."""
+        return
+
     @abstractmethod
     def budget(self, sequences: int) -> int:
         """Tokens to draft for each of the `sequences` sequences of the next pass; 0 drafts none."""
+
+    def probes(self) -> bool:
+        """Whether the pass that `budget` was called for drafts for one sequence only, to learn what that is worth."""
+        return False
 
     def learns(self) -> bool:
         """Whether drafters that observe the target learn from the pass that `budget` was called for."""
@@ -44,6 +52,7 @@ class LengthController(ABC):
     def select(self, trees: Sequence[DraftTree], sequences: int, whole: Sequence[bool]) -> list[DraftTree]:
         """The part of each draft of a pass over `sequences` sequences that is verified.
 
+        trees: of all sequences that can be drafted for; of one while `probes` is true.
         whole: drafts of which no node may be dropped, because that would bias the verifier.
         """
         return list(trees)

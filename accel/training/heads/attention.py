@@ -65,6 +65,7 @@ class Attention(CachingModule):
         self.out = nn.Linear(self.heads * self.head_dim, target.hidden_size, bias=False)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
         self.register_buffer("inverse_frequencies", target.rope_theta**-exponents, persistent=False)
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def cache_values(self, tokens: int) -> int:
         """Those of a `KeyValueCache`."""
@@ -75,12 +76,28 @@ class Attention(CachingModule):
 
         x: (…, C). positions: (…), integers.
         """
+        return self._project(x, *self._rotation(positions))
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (…, 1, D / 2) of positions (…)."""
         # float32, because in bfloat16 a position times a frequency is wrong by whole rotations.
         angles = (positions[..., None].float() * self.inverse_frequencies)[..., None, :]
+        return angles.cos(), angles.sin()
+
+    def _rotations_of(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Those of spans (first position, count) one after the other, from a table: computing them takes long."""
+        needed = max(first + count for first, count in spans)
+        if self._table is None or len(self._table[0]) < needed:
+            size = max(2 * needed, _FIRST_CAPACITY)
+            self._table = self._rotation(torch.arange(size, device=self.inverse_frequencies.device))
+        cos, sin = ([of.narrow(0, first, count) for first, count in spans] for of in self._table)
+        return (cos[0], sin[0]) if len(spans) == 1 else (torch.cat(cos), torch.cat(sin))
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `project`."""
         projected = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         turned, values = projected.split([self.heads + self.kv_heads, self.kv_heads], -2)
         one, other = turned.chunk(2, -1)
-        cos, sin = angles.cos(), angles.sin()
         turned = torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(values.dtype)
         queries, keys = turned.split([self.heads, self.kv_heads], -2)
         return queries, torch.stack([keys, values], -3)
@@ -102,11 +119,8 @@ class Attention(CachingModule):
         x: (N, C), the tokens of all sequences, one after the other. counts: tokens of each, 1 or more. last_only:
         whether outputs are those of the last tokens only; if not, of all, (N, D).
         """
-        positions = [
-            torch.arange(cache.length, cache.length + count, device=x.device)
-            for cache, count in zip(caches, counts, strict=True)
-        ]
-        queries, both = self.project(x, positions[0] if len(positions) == 1 else torch.cat(positions))
+        spans = [(cache.length, count) for cache, count in zip(caches, counts, strict=True)]
+        queries, both = self._project(x, *self._rotations_of(spans))
         attended = []
         for cache, own, new in zip(caches, queries.split(list(counts)), both.split(list(counts)), strict=True):
             cache.append(new)
@@ -138,7 +152,10 @@ class Attention(CachingModule):
         """
         above = 0 if path is None else path.shape[1]
         rows = sequence.tolist()
-        queries, both = self.project(x, torch.tensor([caches[row].length + above for row in rows], device=x.device))
+        places = {caches[row].length + above for row in rows}
+        # Nodes of one sequence have one position.
+        spans = [(caches[row].length + above, 1) for row in (rows if len(places) > 1 else rows[:1])]
+        queries, both = self._project(x, *self._rotations_of(spans))
         path = both[:, None] if path is None else torch.cat([path, both[:, None]], 1)
         return self.out(self.attend_path(caches, rows, queries, path)), path
 

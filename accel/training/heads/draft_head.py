@@ -30,6 +30,8 @@ from hasten.accel.training.heads.stored import BFLOAT16, INT8, from_stored, to_s
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 
 CONFIG, WEIGHTS = "head.json", "model.safetensors"
+# Names of the modules of a network whose rows are those of the draft's vocabulary.
+OUTPUTS = ("output", "outputs")
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,25 @@ def load_head(
     except (RuntimeError, KeyError) as error:
         raise UserError(f"head={folder} is damaged: its tensors are not those of {config['head']}: {error}") from error
     return head, network.eval(), config
+
+
+def adopt_weights(network: DraftNetwork, other: DraftNetwork) -> None:
+    """Copy the weights of another network of the same head, whose draft vocabulary may differ.
+
+    Rows of output layers (modules `output` or `outputs`) whose ids the other lacks stay as they are. ValueError names a
+    tensor of another shape.
+    """
+    rows = other.vocabulary.rows_of(network.vocabulary.ids)
+    held, own = rows >= 0, network.state_dict()
+    for name, tensor in other.state_dict().items():
+        is_output = name.split(".")[0] in OUTPUTS
+        expected = (len(rows), *tensor.shape[1:]) if is_output else tensor.shape
+        if name not in own or own[name].shape != expected:
+            raise ValueError(f"{name} of shape {list(tensor.shape)} is no tensor of the network to train")
+        if is_output:
+            own[name][held] = tensor[rows[held]].to(own[name])
+        else:
+            own[name].copy_(tensor)
 
 
 def check_target(folder: Path, trained: TargetFacts, target: TargetFacts) -> None:

@@ -40,7 +40,7 @@ _DEEP = 7
 
 @dataclass(frozen=True)
 class Step:
-    """said: (B, T', D), of which the logits are made. carried: (B, T', D), which the next step reads."""
+    """said: (…, D), of which the logits are made. carried: (…, D), which the next step reads."""
 
     said: Tensor
     carried: Tensor
@@ -105,21 +105,54 @@ class EagleNetwork(DraftNetwork):
         step = self.leave(residual, attended)
         return Frontier(self.logits(step.said), sequence, frontier.depth + 1, (step.carried, path))
 
-    def unroll(self, batch: HeadBatch) -> Iterator[Step]:
-        """The steps of training, depth by depth, with T - 1 - depth rows each."""
-        count = batch.tokens.shape[1] - 2
-        mask = block_causal(batch.segments[:, :count])
-        hidden = self.fuse(batch.features[:, :count].to(self.dtype))
-        keys_values: list[Tensor] = []
+    def unroll(self, batch: HeadBatch, rows: Tensor | None = None) -> Iterator[Step]:
+        """The steps of training, depth by depth, of N rows of each window.
+
+        rows: (B, N) int64 in ascending order, the positions t to draft at; None takes all T - 2. At depth d only
+        the rows below T - 1 - d have a token to go on from; what the others give is of no use.
+        """
+        last = batch.tokens.shape[1] - 1
+        x, residual = self.enter(
+            self.embed(batch.tokens[:, 1:last]), self.fuse(batch.features[:, : last - 1].to(self.dtype))
+        )
+        queries, context = self.attention.project(x, batch.positions[:, : last - 1])
+        mask = block_causal(batch.segments[:, : last - 1])
+        if rows is None:
+            rows = torch.arange(last - 1, device=x.device).expand(len(x), -1)
+        else:
+            # Only the keys and values of other rows are read.
+            of_window = torch.arange(len(x), device=x.device)[:, None]
+            queries, residual, mask = (
+                queries[of_window, rows],
+                residual[of_window, rows],
+                mask[of_window, 0, rows][:, None],
+            )
+        positions = batch.positions.gather(1, rows)
+        own: list[Tensor] = []
         for depth in range(1, self.max_depth + 1):
-            count = batch.tokens.shape[1] - 1 - depth
-            x, residual = self.enter(self.embed(batch.tokens[:, depth : depth + count]), hidden[:, :count])
-            queries, new = self.attention.project(x, batch.positions[:, :count] + depth - 1)
-            keys_values = [*(before[:, :count] for before in keys_values), new]
-            attended = self.attention.out(attend_unrolled(queries, keys_values[0], keys_values[1:], mask))
-            step = self.leave(residual, attended)
-            hidden = step.carried
+            if depth > 1:
+                x, residual = self.enter(self.embed(batch.tokens.gather(1, (rows + depth).clamp(max=last))), residual)
+                queries, new = self.attention.project(x, positions + depth - 1)
+                own.append(new)
+            step = self.leave(residual, self.attention.out(attend_unrolled(queries, context, own, mask)))
+            residual = step.carried
             yield step
+
+
+def learned_rows(batch: HeadBatch, max_depth: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, N) int64 of each window at which a draft of any depth has to predict something, in ascending order.
+
+    Windows with fewer rows than others have further ones at their end, marked False in the second result, (B, N) bool.
+    """
+    windows, length = batch.tokens.shape
+    needed = torch.zeros(windows, length - 2, dtype=torch.bool, device=batch.tokens.device)
+    for depth in range(1, max_depth + 1):
+        valid = batch.at_depth(depth).valid
+        needed[:, : valid.shape[1]] |= valid
+    counts = needed.sum(1, keepdim=True)
+    count = max(1, int(counts.max()))
+    rows = needed.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return rows, torch.arange(count, device=rows.device) < counts
 
 
 def attend_unrolled(queries: Tensor, context: Tensor, own: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -208,16 +241,21 @@ class Eagle(DraftHead):
     def teacher_forced(self, network: DraftNetwork, batch: HeadBatch) -> list[Tensor]:
         """Logits of every step of training."""
         assert isinstance(network, EagleNetwork)
-        return [network.logits(step.said) for step in network.unroll(batch)]
+        count = batch.tokens.shape[1] - 1
+        return [network.logits(step.said[:, : count - depth]) for depth, step in enumerate(network.unroll(batch), 1)]
 
     def loss(self, network: DraftNetwork, batch: HeadBatch) -> Loss:
         """Sum over steps of decay^step times the cross-entropy."""
         assert isinstance(network, EagleNetwork)
         total = DepthLoss(network.vocabulary, self.decay)
-        for depth, step in enumerate(network.unroll(batch), 1):
+        rows, counted = learned_rows(batch, network.max_depth)
+        for depth, step in enumerate(network.unroll(batch, rows), 1):
             targets = batch.at_depth(depth)
-            total.add(depth, network.logits(step.said[targets.valid]), targets)
-            self.add_losses(total, network, batch, targets, depth, step)
+            last = targets.valid.shape[1] - 1
+            valid = targets.valid.gather(1, rows.clamp(max=last)) & (rows <= last) & counted
+            predicting = Step(step.said[valid], step.carried[valid])
+            total.add(depth, network.logits(predicting.said), targets)
+            self.add_losses(total, network, batch, targets, depth, predicting)
         return total.loss()
 
     def add_losses(
@@ -229,5 +267,5 @@ class Eagle(DraftHead):
         depth: int,
         step: Step,
     ) -> None:
-        """Further losses of a step; none here."""
+        """Further losses of a step; none here. step: of the N rows whose targets are valid, (N, D), in order."""
         return

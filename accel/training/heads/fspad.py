@@ -95,7 +95,7 @@ class Fspad(Eagle):
         valid, count = targets.valid, targets.valid.shape[1]
         with torch.no_grad():
             following = network.fuse(batch.features[:, depth : depth + count][valid].to(network.dtype))
-        carried = step.carried[valid]
+        carried = step.carried
         size = carried.shape[-1:]
         distance = F.smooth_l1_loss(F.rms_norm(carried, size), F.rms_norm(following, size), reduction="sum")
         total.add_loss(depth, self.alignment * mean(distance, carried.numel()))

@@ -14,6 +14,7 @@ from hasten.accel.data.begin import begin_tokens
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.decoding.drafters.base import Drafter, Models
+from hasten.accel.decoding.drafters.combined.base import Combined
 from hasten.accel.decoding.drafters.heads.base import HEADS, HeadDrafter
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.adaptive import Adaptive
@@ -222,16 +223,25 @@ def _chosen_drafters(
             omitted[name] = no_draft
         elif draft is not None and made.needs_hidden and config.head is None and not (draft / HEAD).is_file():
             omitted[name] = f"there is no acceptance head at {draft / HEAD}; train one with hasten train_drafter"
-        elif isinstance(made, HeadDrafter):
-            try:
-                made.folder(target)
-            except UserError:
-                # Without the path, because the table says it.
-                omitted[name] = f"the target's folder has no {HEADS}/NAME; train heads with hasten train"
+        elif not _has_heads(made, target):
+            # Without the path, because the table says it.
+            omitted[name] = f"the target's folder has no {HEADS}/NAME; train heads with hasten train"
     if config.drafters and omitted:
         name, reason = next(iter(omitted.items()))
         raise UserError(f"drafters={name} cannot be compared: {reason}")
     return [name for name in config.drafters or known if name not in omitted], omitted
+
+
+def _has_heads(drafter: Drafter, target: Path) -> bool:
+    """Whether the heads of a drafter, or of the members of one, are in the target's folder."""
+    if isinstance(drafter, Combined):
+        return all(_has_heads(member, target) for member in drafter.drafters)
+    if isinstance(drafter, HeadDrafter):
+        try:
+            drafter.folder(target)
+        except UserError:
+            return False
+    return True
 
 
 def total(results: Iterable[Result]) -> DecodingStats:

@@ -66,17 +66,83 @@ def test_drafting_stops_where_drafts_cost_more_than_they_give():
 
 
 def test_sequences_of_one_pass_pause_once():
-    policy = started(STEEP, 8)
-    drafted = []
-    for _ in range(40):
+    # By the prior a token more pays for one and a half times as long a pass; drafting itself takes too long.
+    policy = started(PassCosts({1: {1: 1.0, 9: 1.1}}), 8)
+    drafted, probed = [], []
+    for _ in range(80):
         budget = policy.budget(8)
         drafted.append(budget > 0)
+        probed.append(policy.probes())
         if budget:
             policy.record_drafting(8 * budget, 100.0)
-            for tree in policy.select([DraftTree.chain([1] * budget)] * 8, 8, [False] * 8):
+            count = 1 if policy.probes() else 8
+            for tree in policy.select([DraftTree.chain([1] * budget)] * count, 8, [False] * count):
                 policy.observe(Outcome(Context.start([0]), tree, [], 2))
     first = drafted.index(False)
-    assert drafted[first:].index(True) == 16
+    assert drafted[first:].index(True) == 64
+    assert probed[: first + 65] == [True] * 4 + [False] * 64 + [True], "one sequence shows whether drafting pays"
+
+
+def many(chance, costs, passes, seconds_of_drafting=0.1):
+    """Passes of eight sequences, each (sequences that were drafted for, nodes that were verified)."""
+    policy, dice, done = started(costs, 8), random.Random(0), []
+    contexts = [Context.start([0]) for _ in range(8)]
+    for _ in range(passes):
+        budget = policy.budget(8)
+        drafting = 0 if not budget else 1 if policy.probes() else 8
+        trees = [DraftTree()] * 8
+        if drafting:
+            proposed = [DraftTree.chain([1] * budget)] * drafting
+            trees[:drafting] = policy.select(proposed, 8, [False] * drafting)
+        for context, tree in zip(contexts, trees, strict=True):
+            token = 1 if dice.random() < chance else 2
+            accepted = [0] if len(tree) and token == 1 else []
+            policy.observe(Outcome(context, tree, accepted, token if not accepted else 2))
+        if budget:
+            policy.record_drafting(sum(map(len, trees)), seconds_of_drafting)
+        done.append((drafting, sum(map(len, trees))))
+    return done
+
+
+DEAR = PassCosts({1: {1: 1.0, 2: 1.1, 9: 1.5}, 8: {1: 1.7, 2: 2.5, 9: 8.0}})
+
+
+def test_several_sequences_begin_with_a_pause_where_drafting_is_not_expected_to_pay():
+    done = many(0.1, DEAR, 250)
+    assert done[:64] == [(0, 0)] * 64
+    assert {drafting for drafting, _ in done} == {0, 1}
+    assert sum(drafting for drafting, _ in done) == 8, "four before each of two further pauses"
+    assert not any(verified for _, verified in done)
+
+
+def test_probes_that_are_not_verified_find_that_drafting_pays():
+    done = many(0.98, DEAR, 500)
+    assert done[:64] == [(0, 0)] * 64
+    assert any(drafting == 8 and verified >= 8 for drafting, verified in done[64:])
+    assert sum(drafting == 8 for drafting, _ in done[-100:]) > 90
+
+
+def test_a_pause_of_many_sequences_ends_when_few_are_left():
+    policy = started(DEAR, 8)
+    assert [policy.budget(8) for _ in range(3)] == [0, 0, 0]
+    assert policy.budget(5) == 0
+    assert policy.budget(4) > 0
+
+
+def test_a_pause_ends_with_the_text_for_which_drafting_did_not_pay():
+    policy = started(STEEP, 8)
+    drafted = []
+    for _ in range(100):
+        budget = policy.budget(1)
+        drafted.append(budget > 0)
+        trees = policy.select([DraftTree.chain([1] * budget)], 1, [False]) if budget else [DraftTree()]
+        policy.record_drafting(budget, 0.2 * bool(budget))
+        policy.observe(Outcome(Context.start([0]), trees[0], [], 2))
+    paused = drafted.index(False) + 1
+    assert not any(drafted[paused : paused + 15]), "the first pause"
+    assert not drafted[-1], "another pause"
+    policy.begin_sequence()
+    assert policy.budget(1) > 0
 
 
 def test_the_last_sequence_drafts_as_if_it_had_been_alone():
@@ -117,11 +183,13 @@ def test_a_pass_is_not_made_wider_for_all_sequences_by_a_good_draft_of_one():
     costs = PassCosts({1: {1: 1.0, 2: 1.1}, 4: {1: 1.0, 2: 1.45, 3: 1.9}})
     good, bad = (DraftTree([5], [-1], labels=[label]) for label in ("good", "bad"))
     policy = started(costs, 8)
-    for _ in range(30):
-        policy.budget(4)
+    for _ in range(100):
+        if policy.budget(4) and policy.probes():
+            policy.select([good], 4, [False])
         policy.observe(Outcome(Context.start([0]), good, [0], 2))
         policy.observe(Outcome(Context.start([0]), bad, [], 2))
     policy.budget(4)
+    assert not policy.probes()
     assert [len(tree) for tree in policy.select([good, bad, bad, bad], 4, [False] * 4)] == [0, 0, 0, 0]
     # Three good drafts pay for the pass; in the fourth sequence the place would be empty otherwise.
     assert [len(tree) for tree in policy.select([good, bad, good, good], 4, [False] * 4)] == [1, 1, 1, 1]

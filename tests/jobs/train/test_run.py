@@ -101,6 +101,7 @@ def test_a_killed_training_goes_on_with_the_same_losses(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"initial": "nowhere"}, "head=nowhere is no folder of a trained head"),
         ({"head": "acceptance"}, "train it with hasten train_drafter"),
         ({"data__layers": "[9]"}, "data.layers=[9] is wrong: the target has hidden states 0 to 4, and -1"),
         ({"data": "nowhere.jsonl"}, "data.source=nowhere.jsonl is wrong"),
@@ -118,6 +119,7 @@ def test_a_killed_training_goes_on_with_the_same_losses(folder, capsys):
         ({"head": "draft_model", "store": "int8"}, "store=int8 is wrong: draft_model is stored in bfloat16"),
     ],
     ids=[
+        "no initial head",
         "no draft head",
         "no such state",
         "no such file",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hasten.accel.models.checkpoint import resolve
-from hasten.accel.training.heads.draft_head import HeadBatch, TargetFacts, load_head
+from hasten.accel.training.heads.draft_head import HeadBatch, TargetFacts, adopt_weights, load_head
+from hasten.accel.training.heads.vocabulary import DraftVocabulary
 from tests.decoding.drafters.heads.untrained import draft_heads, network_of, vocabulary
 
 FACTS = TargetFacts.of(resolve("embedded:target"))
@@ -144,3 +145,25 @@ def test_a_state_takes_no_more_bytes_than_it_says(head, network, tokens):
 
 def test_a_head_is_pickled(head):
     assert pickle.loads(pickle.dumps(head)) == head
+
+
+def test_weights_of_another_vocabulary_are_adopted_row_by_row(head, network):
+    ids = network.vocabulary.ids
+    if len(ids) == network.vocabulary.size:
+        pytest.skip("a head of all ids has one vocabulary")
+    fresh = head.build(FACTS, DraftVocabulary(torch.cat([ids[:5], ids[-1:] + 1]), FACTS.vocabulary))
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    adopt_weights(fresh, network)
+    for name, tensor in network.state_dict().items():
+        if name.split(".")[0] in ("output", "outputs"):
+            assert torch.equal(fresh.state_dict()[name][:5], tensor[:5])
+            assert torch.equal(fresh.state_dict()[name][5], before[name][5]), "an id that the other lacks"
+        else:
+            assert torch.equal(fresh.state_dict()[name], tensor)
+
+
+def test_weights_of_other_sizes_are_not_adopted():
+    head = draft_heads()["eagle"]
+    other = type(head)(intermediate_size=64)
+    with pytest.raises(ValueError, match="mlp"):
+        adopt_weights(other.build(FACTS, network_of(head).vocabulary), network_of(head))

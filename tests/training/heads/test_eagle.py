@@ -8,7 +8,8 @@ import torch
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.draft_head import TargetFacts
-from hasten.accel.training.heads.eagle import Eagle, attend_unrolled
+from hasten.accel.training.heads.eagle import Eagle, attend_unrolled, learned_rows
+from hasten.accel.training.objectives.by_depth import DepthLoss
 from tests.decoding.drafters.heads.untrained import network_of
 from tests.training.heads.test_draft_heads import batch_of
 
@@ -53,3 +54,25 @@ def test_what_a_draft_reads_is_the_text_so_far_and_no_later_hidden_state():
     for before, after in zip(one, two, strict=True):
         assert torch.equal(before[:, :5], after[:, :5])
         assert not torch.allclose(before[:, 5], after[:, 5])
+
+
+def test_rows_that_are_not_learned_are_not_run_and_change_no_loss():
+    head = Eagle(ttt_steps=3)
+    network, batch = network_of(head).eval(), batch_of(head, ((5, 7, 4), (9, 3, 4)))
+    learned = torch.zeros(2, 16, dtype=torch.bool)
+    # An answer at the end of a document, one inside, and one that is cut off by the end of the window.
+    learned[0, 3:5] = learned[0, 9:12] = learned[1, 6:9] = learned[1, 14:] = True
+    batch = replace(batch, learned=learned)
+    rows, counted = learned_rows(batch, 3)
+    assert [row[own].tolist() for row, own in zip(rows, counted, strict=True)] == [
+        [0, 1, 2, 5, 6, 7, 8, 9],
+        [2, 3, 4, 5, 6, 12, 13],
+    ]
+    whole = DepthLoss(network.vocabulary, head.decay)
+    with torch.no_grad():
+        for depth, logits in enumerate(head.teacher_forced(network, batch), 1):
+            targets = batch.at_depth(depth)
+            whole.add(depth, logits[targets.valid], targets)
+        loss = head.loss(network, batch)
+    torch.testing.assert_close(loss.value, whole.loss().value)
+    torch.testing.assert_close(dict(loss.parts), dict(whole.loss().parts))

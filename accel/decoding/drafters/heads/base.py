@@ -2,7 +2,8 @@
 
 Source of dynamic trees: Li et al. 2024, arXiv:2406.16858 (EAGLE-2). Of static ones: Cai et al. 2024, arXiv:2401.10774.
 Departs from EAGLE-2: a level expands only nodes that are among the `budget` most probable so far, because no child of
-another can be; so the tree is the best one of its width, and levels that cannot change it are not run.
+another can be; so the tree is the best one of its width, and levels that cannot change it are not run. Nor are those
+that the target reaches too rarely to pay for the time of a level, `min_reach`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models
-from hasten.accel.decoding.drafters.heads.linear import use_fast_linears
+from hasten.accel.decoding.drafters.heads.fast_modules import use_fast_modules
 from hasten.accel.decoding.tree import ROOT, DraftTree
 from hasten.accel.errors import UserError
 from hasten.accel.training.heads.draft_head import (
@@ -33,6 +34,8 @@ from hasten.accel.training.heads.layouts.loading import load_any_head
 TREES = ("dynamic", "static")
 # Folder of heads in a target's folder.
 HEADS = "heads"
+# From so many tokens on, reading them is the work of a prompt, and not of a draft.
+_MANY = 16
 # Classes of nodes for acceptance estimates: half powers of two of the probability.
 _CLASSES = 12
 
@@ -81,7 +84,8 @@ class HeadDrafter(Drafter):
     head: folder of the trained head, also in another program's layout; None takes heads/NAME in the target's folder.
     tree: `dynamic` takes the most probable paths by the head's own probabilities, `static` those that were accepted
     most often in training, whatever the head says here. branches: children of a node, at most. width: nodes of a level
-    that are expanded, at most. depth: largest depth of a draft; 0 is the head's own.
+    that are expanded, at most. depth: largest depth of a draft; 0 is the head's own. min_reach: a level is drafted only
+    if the target reaches it, by the probabilities of the tree, with this probability at least.
     """
 
     head: str | None = None
@@ -89,6 +93,7 @@ class HeadDrafter(Drafter):
     branches: int = 4
     width: int = 4
     depth: int = 0
+    min_reach: float = 0.2
     reads_target: ClassVar[bool] = True
     name: ClassVar[str]
     head_type: ClassVar[type[DraftHead]]
@@ -99,6 +104,8 @@ class HeadDrafter(Drafter):
         for name, least in (("branches", 1), ("width", 1), ("depth", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is wrong: expected {least} or more")
+        if not 0 <= self.min_reach <= 1:
+            raise UserError(f"min_reach={self.min_reach} is wrong: expected a probability")
         if self.head is not None:
             # The processes that load it have another current folder.
             object.__setattr__(self, "head", str(Path(self.head).expanduser().absolute()))
@@ -114,7 +121,7 @@ class HeadDrafter(Drafter):
             raise UserError(f"drafter {self.name} needs the target: it cannot be used where only a draft model is")
         network.attach(embedding)
         network.to(device).requires_grad_(False)
-        use_fast_linears(network)
+        use_fast_modules(network)
         layers = head.layers(TargetFacts(**config["target"]))
         return HeadMemory(network, layers, network.vocabulary.ids.tolist(), device, config.get("rates"))
 
@@ -181,23 +188,38 @@ class HeadDrafter(Drafter):
         trees = [DraftTree()] * len(contexts)
         if not ready:
             return trees
-        features = [torch.cat(states[index].pending) for index in ready]
-        tokens = []
-        for index, new in zip(ready, features, strict=True):
-            state = states[index]
-            known = contexts[index].tokens[state.read + 1 : state.read + 1 + len(new)]
-            assert len(known) == len(new), (len(known), len(new))
-            tokens.append(torch.tensor(known, device=memory.device))
-            state.read += len(new)
-            state.pending = []
-        features = [new.to(memory.network.dtype) for new in features]
         network_states = [states[index].network for index in ready]
-        frontier = memory.network.read(network_states, features, tokens)
+        features = [torch.cat(states[index].pending) for index in ready]
+        for index in ready:
+            states[index].pending = []
+        frontier = self._read(memory, [contexts[index] for index in ready], features)
         growing = [_GrowingTree(self, memory, budget) for _ in ready]
         self._grow(memory, network_states, frontier, growing)
         for index, tree in zip(ready, growing, strict=True):
             trees[index] = tree.done()
         return trees
+
+    def prefill(self, contexts: Sequence[Context], memory: HeadMemory, budget: int) -> None:
+        """Read prompts, and what was decoded without drafts, up to the last token, after which is drafted."""
+        for context in contexts:
+            state = context.state.get(self)
+            if not isinstance(state, _SequenceState) or state.network is None:
+                continue  # nothing of what was read is kept
+            if sum(map(len, state.pending)) >= _MANY:
+                features = torch.cat(state.pending)
+                state.pending = [features[-1:]]
+                self._read(memory, [context], [features[:-1]])
+
+    def _read(self, memory: HeadMemory, contexts: Sequence[Context], features: Sequence[Tensor]) -> Frontier:
+        """Let the network read features (N, F * D) of the next tokens of each sequence."""
+        states, tokens = [self._state(memory, context) for context in contexts], []
+        for context, state, new in zip(contexts, states, features, strict=True):
+            known = context.tokens[state.read + 1 : state.read + 1 + len(new)]
+            assert len(known) == len(new), (len(known), len(new))
+            tokens.append(torch.tensor(known, device=memory.device))
+            state.read += len(new)
+        dtype = memory.network.dtype
+        return memory.network.read([state.network for state in states], [new.to(dtype) for new in features], tokens)
 
     def _grow(
         self, memory: HeadMemory, states: Sequence[Any], frontier: Frontier, trees: Sequence["_GrowingTree"]
@@ -251,11 +273,16 @@ class _GrowingTree:
                 self._level.append(len(self.nodes) - 1)
 
     def to_expand(self) -> list[int]:
-        """Nodes of the latest level that the tree would have now, the `width` most valuable; parents of the next."""
+        """Nodes of the latest level that the tree would have now, the `width` most valuable; parents of the next.
+
+        None if the next level is reached too rarely.
+        """
         best = set(self._best())
         level = [node for node in self._level if node in best]
         self._level = []
-        return sorted(nlargest(self._drafter.width, level, key=lambda node: self.nodes[node].value))
+        chosen = nlargest(self._drafter.width, level, key=lambda node: self.nodes[node].value)
+        reached = sum(self.nodes[node].value for node in chosen)
+        return sorted(chosen) if reached >= self._drafter.min_reach else []
 
     def _best(self) -> list[int]:
         # Of equal values the earlier node, so that parents come before children.

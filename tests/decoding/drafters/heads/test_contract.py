@@ -31,7 +31,8 @@ NEW = 16
 def drafter(request, tmp_path_factory):
     made = instantiate(OmegaConf.load(request.param), _convert_="all")
     head = all_heads()[made.head_type.drafter]
-    return replace(made, head=str(save_untrained(head, tmp_path_factory.mktemp("head"))))
+    # An untrained head has no confidence to go on with.
+    return replace(made, head=str(save_untrained(head, tmp_path_factory.mktemp("head"))), min_reach=0.0)
 
 
 @pytest.fixture(scope="module", params=["llama", "transformers"])
@@ -97,6 +98,42 @@ def test_sequences_drafted_together_get_what_they_get_alone(drafter, target, req
         return sorted(found)
 
     assert trees(3) == trees(1)
+
+
+@pytest.mark.parametrize("min_reach", [0.0, 1.0])
+def test_prompts_that_are_read_before_drafts_change_none(drafter, target, requests_of, monkeypatch, min_reach):
+    def trees(many):
+        found = []
+
+        class Noting(Fixed):
+            def select(self, proposed, sequences, whole):
+                found.append(([list(tree.tokens) for tree in proposed], [list(tree.parents) for tree in proposed]))
+                return [tree.first(0) for tree in proposed]
+
+        monkeypatch.setattr("hasten.accel.decoding.drafters.heads.base._MANY", many)
+        chosen = replace(drafter, min_reach=min_reach)
+        engine = Engine(target, chosen, models=models(target), policy=Noting(6), in_flight=3)
+        list(engine.decode(requests_of(GREEDY)))
+        return found
+
+    assert trees(2) == trees(1000)
+
+
+def test_a_level_that_is_never_reached_is_not_drafted(drafter, target, requests_of):
+    def deepest(min_reach):
+        depths = []
+
+        class Noting(Fixed):
+            def select(self, proposed, sequences, whole):
+                depths.extend(max(tree.depths, default=0) for tree in proposed)
+                return list(proposed)
+
+        engine = Engine(target, replace(drafter, min_reach=min_reach), models=models(target), policy=Noting(12))
+        list(engine.decode(requests_of(GREEDY)))
+        return max(depths)
+
+    if not drafter.virtual_tokens(drafter.new_memory(models(target))):  # those draft all levels in the target's pass
+        assert deepest(1.0) == 1 < deepest(0.0)
 
 
 def test_a_head_of_another_target_is_refused_with_what_differs(drafter, target):

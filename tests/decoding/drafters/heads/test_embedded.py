@@ -5,7 +5,9 @@ import torch
 from tokenizers import Tokenizer
 
 from hasten.accel.decoding.drafters.base import Models
+from hasten.accel.decoding.drafters.combined.first_of import FirstOf
 from hasten.accel.decoding.drafters.heads.eagle import EagleDrafter
+from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
@@ -21,15 +23,19 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("tree", ["dynamic", "static"])
-def test_without_options_it_drafts_well_and_changes_no_token(tree):
+@pytest.mark.parametrize(
+    "drafter",
+    [EagleDrafter(), EagleDrafter(tree="static"), FirstOf((PromptLookup(min_ngram=3, max_ngram=4), EagleDrafter()))],
+    ids=["dynamic", "static", "with prompt lookup"],
+)
+def test_without_options_it_drafts_well_and_changes_no_token(drafter):
     folder = resolve("embedded:target")
     target = load_target(folder, torch.float32)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     requests = [Request(str(n), tokenizer.encode(text).ids, 48, Sampling()) for n, text in enumerate(TEXTS)]
     plain = {result.id: result.token_ids for result in Engine(target, policy=Fixed(0)).decode(requests)}
     models = Models(target.vocabulary, target=target, target_path=folder)
-    engine = Engine(target, EagleDrafter(tree=tree), models=models, policy=Fixed(8), in_flight=4)
+    engine = Engine(target, drafter, models=models, policy=Fixed(8), in_flight=4)
     found = list(engine.decode(requests))
     assert {result.id: result.token_ids for result in found} == plain
     # 1.97 on held-out files when it was trained; an untrained one has 1.00.

@@ -6,6 +6,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from hasten.accel.decoding.drafters.heads.base import HeadDrafter
 from hasten.accel.models.checkpoint import resolve
 from hasten.accel.training.heads.draft_head import DraftHead, TargetFacts, TargetWeights
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
@@ -21,9 +22,9 @@ def without_target_heads():
 
 
 def with_target_heads():
-    """Configs of drafters with a head on the target."""
+    """Configs of drafters with a head on the target; not of those that combine one with others."""
     paths = sorted((CONF / "drafter").glob("*.yaml"))
-    return [path for path in paths if instantiate(OmegaConf.load(path), _convert_="all").reads_target]
+    return [path for path in paths if isinstance(instantiate(OmegaConf.load(path), _convert_="all"), HeadDrafter)]
 
 
 def all_heads():
