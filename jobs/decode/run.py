@@ -266,7 +266,10 @@ def _print_summary(metrics: Mapping[str, float | None], output: Path) -> None:
     print(f"completions: {as_given(output)}")
     speed = "" if metrics["tokens_per_second"] is None else f"; {metrics['tokens_per_second']:.1f} tokens a second"
     print(f"decoded: {metrics['num_tokens']} tokens for {metrics['prompts']} prompts{speed}")
+    drafts = f"{metrics['draft_acceptance_rate']:.1%} of what was drafted"
+    if not metrics["num_draft_tokens"]:
+        drafts = "nothing was drafted"
     print(
-        f"acceptance: {metrics['mean_acceptance_length']:.2f} tokens a pass, "
-        f"{metrics['draft_acceptance_rate']:.1%} of what was drafted; distinct tokens {metrics['distinct_share']:.1%}"
+        f"acceptance: {metrics['mean_acceptance_length']:.2f} tokens a pass, {drafts}; "
+        f"distinct tokens {metrics['distinct_share']:.1%}"
     )
