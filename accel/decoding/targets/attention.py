@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, soft_cap
+from hasten.kernels.token_attention import token_attention
 
 # The attention of the layers of a pass: layer, its cache, and queries, keys and values; see MaskedAttention.
 Attention = Callable[[Layer, Tensor, Tensor], Tensor]
@@ -83,6 +84,38 @@ class MaskedAttention:
         one, other = qkv[:, :both].float().unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2).to(qkv.dtype)
         return torch.cat([rotated, qkv[:, both:]], 1)
+
+
+class TokenAttention:
+    """The attention of the layers of a pass over one new token of one sequence, by the kernel token_attention.
+
+    position: of the token, in the sequence and in the cache of its slot. firsts: first position that layers attend to,
+    by their windows.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tables: Sequence[Tensor],
+        position: int,
+        slot: int,
+        start: int,
+        firsts: Mapping[int | None, int],
+    ) -> None:
+        self._decoder, self._slot, self._start, self._firsts = decoder, slot, start, firsts
+        self._turns = [table[position] for table in tables]
+
+    def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
+        """See MaskedAttention."""
+        decoder = self._decoder
+        heads, both = decoder.heads, decoder.heads + decoder.kv_heads
+        rows = qkv.view(-1, decoder.head_size)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            rows[:heads] = layer.query_norm(rows[:heads])
+            rows[heads:both] = layer.key_norm(rows[heads:both])
+        first, turns = self._firsts[layer.window], self._turns[layer.rotation]
+        cached = cache[self._slot]
+        return token_attention(rows, turns, cached, self._start, first, decoder.scale, decoder.score_cap)[None]
 
 
 def write(cache: Tensor, new: Tensor, count: int, access: CacheAccess) -> None:

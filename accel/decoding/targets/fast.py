@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hasten.accel.decoding.targets.attention import Attention, CacheAccess, MaskedAttention, Reach
+from hasten.accel.decoding.targets.attention import Attention, CacheAccess, MaskedAttention, Reach, TokenAttention
 from hasten.accel.decoding.targets.base import FINAL, Pass, Target
 from hasten.accel.decoding.targets.families import FAMILIES, build_decoder, name_of, refusal
 from hasten.accel.decoding.targets.families.decoder import Decoder
@@ -31,6 +31,7 @@ from hasten.accel.decoding.targets.graphs import (
 )
 from hasten.accel.decoding.targets.tree_attention import KernelAttention, TreeInputs, TreeShape, pack_tree
 from hasten.accel.errors import UserError
+from hasten.kernels.token_attention import is_faster
 
 
 class FastTarget(Target):
@@ -134,6 +135,10 @@ class FastTarget(Target):
         # inference_mode skips autograd's bookkeeping for views, which is a good part of a small model's pass.
         with torch.inference_mode():
             total = allowed.shape[-1]
+            if alone and logits and is_faster(self._cache[0]):
+                firsts = {window: max(0, total - (window or total)) for window in self._windows}
+                token = TokenAttention(self._decoder, self._turns, int(positions[0, 0]), first, starts[0], firsts)
+                return _pass(self._outputs(ids, token, self.feature_layers), count, width)
             key_positions = None
             if not alone and any(window is not None and window < total for window in self._windows):
                 key_positions = self._key_positions(slots, total)

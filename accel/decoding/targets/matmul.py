@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.kernels.packed_gemm import packed_gemm, prepare
 from hasten.kernels.packed_gemm.panels import Panels
 from hasten.kernels.packed_weight import PackedWeight
+from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.skinny_gemm import pack_weight, skinny_gemm
 
 # With more rows than this, torch's product is as fast as the packed one.
@@ -108,16 +109,11 @@ class Norm:
     """Root mean square norm over the last dimension."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
-        size = weight.numel()
-        # sqrt(mean(x^2) + eps) is hypot(norm(x), sqrt(size * eps)) / sqrt(size): three small operations, instead of the
-        # eight of torch's RMS norm on a CPU.
-        self._scaled = weight.float() * size**0.5
-        self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
-        self._few_operations = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        self.weight, self.eps = weight.contiguous(), eps
+        self._on_cpu = weight.dtype == torch.float32 and weight.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalised rows (rows, D)."""
-        if not self._few_operations:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor) * self._scaled
+        """Normalised x (…, D)."""
+        if self._on_cpu:
+            return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
