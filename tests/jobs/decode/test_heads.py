@@ -46,7 +46,7 @@ def test_a_head_that_does_not_fit_is_refused_before_anything_is_started(folder, 
 
 def test_hyper_parameters_of_a_base_class_are_options():
     fields = {field.name: field.default for field in method("drafter", "medusa").fields}
-    assert fields == {"head": None, "tree": "dynamic", "branches": 4, "width": 4, "depth": 0}
+    assert fields == {"head": None, "tree": "dynamic", "branches": 4, "width": 4, "depth": 0, "min_reach": 0.2}
     # A class of another module, with fields of its own and another default.
     names = [field.name for field in method("head", "fspad").fields]
     assert names[:2] == [field.name for field in method("head", "eagle").fields][:2]

@@ -92,7 +92,7 @@ def test_sub_models_of_a_trained_draft_have_the_logits_of_training_and_share_its
             logits = model.start(context, 1)
             torch.testing.assert_close(logits, network.model.lm_head(hidden)[0, -1], rtol=1e-3, atol=1e-3)
     one, two = (model.target for model in memory.models)
-    assert one._layers[0] is two._layers[0]
+    assert one._decoder.layers[0] is two._decoder.layers[0]
     assert one.token_bytes * 2 == two.token_bytes
 
 
