@@ -9,6 +9,7 @@ from hasten.accel.decoding.drafters.base import Models
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets import matmul
 from hasten.accel.decoding.targets.families import build_decoder
 from hasten.accel.decoding.targets.families.weights import ModelWeights
 from hasten.accel.decoding.targets.fast import FastTarget
@@ -17,6 +18,7 @@ from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.ties import check_ties
 from hasten.accel.decoding.verifiers.sample_and_match import SampleAndMatch
 from hasten.accel.models import embedded
+from hasten.kernels.rms_norm import reference
 from tests.decoding.targets.kernel_passes import MODELS, again, check
 from tests.decoding.targets.tape import tape
 from tests.gpu.catalogue import build, configs
@@ -37,10 +39,14 @@ VERIFIERS = configs("verifier")
 
 @pytest.fixture(scope="module", autouse=True)
 def uninterpreted(device):
-    """On a CPU, texts are decoded without Triton's interpreter, in which one token takes a second."""
+    """On a CPU, texts are decoded without Triton's interpreter, in which one token takes a second.
+
+    Norms are torch's, as on a GPU: the tape that stands in for CUDA graphs records torch's operations.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":
             patch.delenv("TRITON_INTERPRET")
+            patch.setattr(matmul, "rms_norm", reference.rms_norm)
         yield
 
 
