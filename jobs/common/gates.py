@@ -41,17 +41,20 @@ def tasks_of(gates: Sequence[Gate]) -> list[str]:
     return list(dict.fromkeys(gate.task_name for gate in gates if gate.task))
 
 
-def task_metrics(tasks: Sequence[str], folder: Path, batch: int, device: str) -> dict[str, float]:
+def task_metrics(tasks: Sequence[str], folder: Path, device: str, batch: int = 8) -> dict[str, float]:
     """Metrics of lm-eval's tasks on a checkpoint, named TASK.METRIC."""
     results = run_tasks(folder, tasks, batch=batch, device=device) if tasks else {}
     return {f"{task}.{name}": value for task, metrics in results.items() for name, value in metrics.items()}
 
 
-def compared_tasks(gates: Sequence[Gate], folder: Path, original: Path, batch: int, device: str) -> dict[str, float]:
-    """Metrics of the tasks that gates name, and their changes against the original."""
+def compared_tasks(
+    gates: Sequence[Gate], folders: Sequence[Path], original: Path, device: str, batch: int = 8
+) -> list[dict[str, float]]:
+    """For each folder, metrics of the tasks that gates name, and their changes against the original."""
     tasks = tasks_of(gates)
-    compressed = task_metrics(tasks, folder, batch, device)
-    return compressed | task_changes(compressed, task_metrics(tasks, original, batch, device))
+    compressed = [task_metrics(tasks, folder, device, batch) for folder in folders]
+    before = task_metrics(tasks, original, device, batch)
+    return [metrics | task_changes(metrics, before) for metrics in compressed]
 
 
 def judge(gates: Sequence[Gate], metrics: Record, layers: Callable[[], Sequence[Record]]) -> list[Record]:
@@ -75,7 +78,8 @@ def judge(gates: Sequence[Gate], metrics: Record, layers: Callable[[], Sequence[
 def print_gates(report: Record) -> None:
     """Print a line for each gate."""
     for row in report["gates"]:
-        line = f"gate {row['gate']}: {'passed' if row['passed'] else 'FAILED'}, {row['value']:.5g}"
+        budget = f" at {row['budget']:g} bits" if "budget" in row else ""
+        line = f"gate {row['gate']}{budget}: {'passed' if row['passed'] else 'FAILED'}, {row['value']:.5g}"
         if row.get("errors"):
             kinds = ", ".join(f"{kind} {error:.3g}" for kind, error in row["errors"].items())
             line += f"; largest mean relative error: {kinds}"

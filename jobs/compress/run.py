@@ -40,8 +40,6 @@ from hasten.jobs.common.target_group import block_division
 from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.compress.options import CompressConfig
 
-_TASK_BATCH = 8
-
 
 def run(config: CompressConfig) -> Path:
     """Compress config.model into config.output; returns the path of report.json."""
@@ -70,7 +68,7 @@ def run(config: CompressConfig) -> Path:
             open_output(output, fingerprint, config.overwrite, texts.origin)
             run_pass(compression, "compress", tracker)
             metrics = {} if windows is None else _evaluate(config, settings, windows, division)
-            metrics |= compared_tasks(gates, settings.output, source, _TASK_BATCH, settings.device)
+            metrics |= compared_tasks(gates, [settings.output], source, settings.device)[0]
             report = _report(config, compression, metrics, perf_counter() - started) | texts.report(source)
             report["warnings"] = quality_warnings(report["metrics"], report["texts"])
             report["gates"] = judge(gates, report["metrics"], lambda: report["layers"])

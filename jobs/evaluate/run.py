@@ -179,8 +179,10 @@ def _tasks(
     """Metrics of lm-eval's tasks, named TASK.METRIC, and changes of those that gates name."""
     gated = tasks_of(gates)
     others = [task for task in config.tasks if task not in gated]
-    metrics = task_metrics(others, folder, config.batch, device)
-    return metrics if original is None else metrics | compared_tasks(gates, folder, original, config.batch, device)
+    metrics = task_metrics(others, folder, device, config.batch)
+    if original is None:
+        return metrics
+    return metrics | compared_tasks(gates, [folder], original, device, config.batch)[0]
 
 
 def _errors(checkpoint: Checkpoint, original: Path | None) -> list[Record]:

@@ -22,8 +22,6 @@ from hasten.jobs.common.texts import print_texts
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
 
-_TASK_BATCH = 8
-
 
 def run(config: SearchConfig) -> Path:
     """Search, write the checkpoint of every budget, and compare; returns the path of report.json."""
@@ -74,8 +72,8 @@ def _report(
 def _judged(gates: Sequence[Gate], original: Path, answers: Sequence[WrittenCheckpoint], device: str) -> list[Record]:
     """Rows on the gates of the checkpoint of every budget."""
     rows: list[Record] = []
-    for answer in answers:
-        tasks = compared_tasks(gates, answer.output, original, _TASK_BATCH, device)
+    compared = compared_tasks(gates, [answer.output for answer in answers], original, device)
+    for answer, tasks in zip(answers, compared, strict=True):
         judged = judge(gates, {**answer.metrics, **tasks}, partial(list, answer.layers))
         rows += [row | {"budget": answer.budget} for row in judged]
     return rows

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hasten.kernels.rms_norm.reference import rms_norm
 from hasten.kernels.row_quantization import quantize_rows
 
 
@@ -25,7 +26,7 @@ def norm_quantize(
     """See hasten.kernels.norm_quantize.norm_quantize."""
     summed = x if residual is None else x + residual
     wide = summed.to(torch.promote_types(x.dtype, torch.float32))
-    norm = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide.dtype)
+    norm = rms_norm(wide, weight.to(wide.dtype), eps)
     new_residual = None if residual is None else summed
     if dtype is None:
         return Normalised(norm.to(x.dtype), None, new_residual)

@@ -13,6 +13,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     A row's result does not depend on the others.
     """
     # torch.compile cannot trace the kernel.
-    if use_c(x) and x.is_contiguous() and not torch.compiler.is_compiling() and c_kernel.is_available():
+    if use_c(x) and not torch.compiler.is_compiling() and c_kernel.is_available():
         return c_kernel.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)

@@ -19,9 +19,10 @@ def is_available() -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalised x (…, D), float32 and contiguous as the weight; see hasten.kernels.rms_norm.rms_norm."""
+    """Normalised x (…, D) float32; the weight is contiguous. See hasten.kernels.rms_norm.rms_norm."""
     function = _function()
     assert function is not None
+    x = x.contiguous()
     out = torch.empty_like(x)
     size = weight.shape[0]
     function(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hasten.kernels.rms_norm.reference import rms_norm
+
 
 def rotary_append(
     qkv: Tensor,
@@ -22,7 +24,8 @@ def rotary_append(
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     queries, keys, values = wide.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     if query_norm is not None and key_norm is not None:
-        queries, keys = _norm(queries, query_norm, eps), _norm(keys, key_norm, eps)
+        queries = rms_norm(queries, query_norm.to(wide.dtype), eps)
+        keys = rms_norm(keys, key_norm.to(wide.dtype), eps)
     table = cis[rotations.long()][:, None].to(wide.dtype)
     queries, keys = _rotate(queries, table, interleaved), _rotate(keys, table, interleaved)
     written = slots >= 0
@@ -31,10 +34,6 @@ def rotary_append(
         slots, places = block_table[slots, places // cache.shape[2]].long(), places % cache.shape[2]
     cache[slots, :, places] = torch.cat([keys, values], 1)[written].to(cache.dtype)
     return queries.to(qkv.dtype)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
 
 
 def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import thread_time
 
+import psutil
 import torch
 
 # Imported before memory is measured, because loading a checkpoint imports them.
@@ -18,6 +19,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.decoding.tree import ROOT
+from hasten.cluster.runtime.resources import peak_rss_bytes
 
 # The fastest mean over this many tokens in succession counts, because other load only slows decoding down.
 _CHUNK = 8
@@ -29,22 +31,16 @@ def measure(folder: Path, prompt: Sequence[int], tokens: int, length: int, repea
     token_seconds: of a greedy token after `prompt`. prompt_seconds: of a prompt of `length`. memory_bytes: the largest
     resident set of decoding, above the one before the checkpoint is loaded. tokens: what was decoded.
     """
-    before = memory_bytes("VmRSS")
+    before = psutil.Process().memory_info().rss
     target = load_target(folder, torch.float32)
     times = [_token_seconds(target, prompt, tokens, length) for _ in range(repeats)]
-    memory = memory_bytes("VmHWM") - before
+    memory = peak_rss_bytes() - before
     return {
         "token_seconds": min(seconds for seconds, _ in times),
         "tokens": times[0][1],
         "prompt_seconds": min(_prompt_seconds(target, length) for _ in range(repeats)),
         "memory_bytes": memory,
     }
-
-
-def memory_bytes(kind: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
 def _token_seconds(target: Target, prompt: Sequence[int], count: int, length: int) -> tuple[float, list[int]]:
