@@ -34,10 +34,11 @@ def compress(source, **changes):
 
 @pytest.mark.ray
 def test_a_run_is_reported_and_tracked_and_the_same_command_resumes_it(source, folder, capsys, ray_session):
-    assert compress(source) == 0
+    assert compress(source, gate="[kl<1e-9]") == 3
     report, run_dir = last_report(capsys)
     assert {"job", "config", "metrics", "layers", "output"} <= set(report)
     assert report["job"] == "compress"
+    assert [(row["gate"], row["passed"], len(row["errors"])) for row in report["gates"]] == [("kl<1e-9", False, 3)]
     assert report["config"]["bits"] == 4
     assert report["config"]["quantizer"]["_target_"].endswith("GPTQ")
     assert set(report["metrics"]) >= METRICS

@@ -100,8 +100,12 @@ def test_sensitivities_are_saved_and_do_not_depend_on_the_number_of_evaluators(s
 
 @pytest.mark.ray
 def test_a_list_of_budgets_gives_a_table_of_all_allocators(source, folder, capsys, ray_session):
-    assert search(source, budget="[2.8,4]", grouping="none", errors="output") == 0
+    # A gate that no checkpoint passes is judged at each budget.
+    assert search(source, budget="[2.8,4]", grouping="none", errors="output", gate="[kl<1e-9,top1>-1]") == 3
     report, run_dir = last_report(capsys)
+    judged = [(row["gate"], row["budget"], row["passed"]) for row in report["gates"]]
+    assert judged == [(gate, at, gate != "kl<1e-9") for at in (2.8, 4) for gate in ("kl<1e-9", "top1>-1")]
+    assert all(len(row["errors"]) == 3 for row in report["gates"] if not row["passed"])
     rows = {(row["allocator"], row["budget"]): row for row in report["pareto"]}
     assert {name for name, _ in rows} == set(method_names("allocator"))
     for (_, budget), row in rows.items():
