@@ -1,0 +1,1 @@
+"""Rounding of activations: the inputs of layers, and keys and values in the cache."""
