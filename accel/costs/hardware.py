@@ -6,9 +6,12 @@ change them. Experts of a mixture are read as far as the tokens are expected to 
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
@@ -46,31 +49,39 @@ class Hardware(ABC):
         return max(reading, 2 * weights * rows / self.operations_per_second(kind))
 
 
-def experts_read(experts: int, active: int, tokens: int) -> float:
-    """Expected share of a mixture's experts that some of the tokens reach, if they choose evenly."""
-    return 1 - (1 - active / experts) ** tokens
+def experts_read(share: float, tokens: int) -> float:
+    """Expected share of a mixture's experts that some of the tokens reach, each of which is routed to `share` of them.
+
+    Tokens are taken to choose evenly and independently.
+    """
+    return 1 - (1 - share) ** tokens
 
 
 @dataclass(frozen=True)
 class TabledHardware(Hardware):
-    """A GPU by its published peaks. terabytes: memory read a second. teraops: dense operations a second, 10^12.
+    """A GPU by its published peaks.
 
-    efficiency: share of the peaks that kernels reach; on H100 and H200 copies reached 0.9 of the memory's peak and
-    products of bfloat16 0.8.
+    terabytes: 10^12 bytes of memory read a second. plain, fp8, int8, fp4: 10^12 dense operations a second, of bfloat16
+    and of smaller inputs; 0 where the GPU lacks them. efficiency: share of the peaks that kernels reach; on H100 and
+    H200 copies reached 0.9 of the memory's peak, and products of bfloat16 0.8.
     """
 
-    terabytes: float
-    teraops: dict[str, float] = field(default_factory=dict)
+    terabytes: float = 3.35
+    plain: float = 989.0
+    fp8: float = 0.0
+    int8: float = 0.0
+    fp4: float = 0.0
     efficiency: float = 0.8
 
     def __post_init__(self) -> None:
-        if PLAIN not in self.teraops:
-            raise UserError(f"hardware.teraops={dict(self.teraops)} lacks {PLAIN}, the rate of bfloat16")
+        for name in ("terabytes", PLAIN):
+            if getattr(self, name) <= 0:
+                raise UserError(f"hardware.{name}={getattr(self, name)} is out of range: above 0")
+        for name in (FP8, INT8, FP4):
+            if getattr(self, name) < 0:
+                raise UserError(f"hardware.{name}={getattr(self, name)} is out of range: 0 (lacking) or more")
         if not 0 < self.efficiency <= 1:
-            raise UserError(f"hardware.efficiency={self.efficiency} is out of range: above 0, to 1")
-        wrong = [value for value in (self.terabytes, *self.teraops.values()) if value <= 0]
-        if wrong:
-            raise UserError(f"hardware has a rate of {wrong[0]}: rates are above 0")
+            raise UserError(f"hardware.efficiency={self.efficiency} is out of range: above 0, at most 1")
 
     def bytes_per_second(self, bits: float) -> float:
         """The same for all widths."""
@@ -78,31 +89,72 @@ class TabledHardware(Hardware):
 
     def operations_per_second(self, kind: str) -> float:
         """Of the table."""
-        return self.teraops.get(kind, self.teraops[PLAIN]) * 10**12 * self.efficiency
+        return (getattr(self, kind) or self.plain) * 10**12 * self.efficiency
 
 
 @dataclass(frozen=True)
 class MeasuredHardware(Hardware):
     """A GPU by rates that `hasten bench kernels` or `make gpu` measured on it. file: their kernels.json.
 
-    Products with weights of a width are taken to read as fast as those of the nearest measured width.
+    A weight is taken to be read as fast as that of the nearest measured width. UserError where the file has no
+    measurement on a GPU.
     """
 
-    file: str
+    file: str = "kernels.json"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_rates", _read(Path(self.file).expanduser()))
+        _measured(self.file)
 
     def bytes_per_second(self, bits: float) -> float:
         """Of the nearest measured width."""
-        reading: dict[float, float] = self._rates[0]
+        reading = _measured(self.file).reading
         return reading[min(reading, key=lambda width: (abs(width - bits), width))]
 
     def operations_per_second(self, kind: str) -> float:
         """The best that was measured in this arithmetic."""
-        computing: dict[str, float] = self._rates[1]
+        computing = _measured(self.file).computing
         return computing.get(kind, computing[PLAIN])
 
-    @property
-    def _rates(self) -> tuple[dict[float, float], dict[str, float]]:
-        raise NotImplementedError
+
+class _Rates(NamedTuple):
+    """reading: bytes a second, by the bits of a weight. computing: operations a second, by arithmetic."""
+
+    reading: dict[float, float]
+    computing: dict[str, float]
+
+
+# Rows of kernels.json: `1x4096 4 bits 14336x4096/128` and `64x4096 fp8 14336x4096`.
+_SHAPE = re.compile(r"\d+x\d+ (\d+ bits|fp8|mxfp4|nvfp4) (\d+)x(\d+)(?:/\d+)?")
+_BITS = {"fp8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5}
+_KERNEL, _DENSE = "kernel", "torch.mm of dequantized"
+_ARITHMETIC = {_KERNEL: PLAIN, _DENSE: PLAIN, "torch._scaled_mm, x in fp8": FP8}
+_PLAIN_BITS = 16.0
+
+
+@cache
+def _measured(file: str) -> _Rates:
+    try:
+        rows = json.loads(Path(file).expanduser().read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"hardware.file={file} is no kernels.json of `hasten bench kernels` or `make gpu` ({type(error).__name__})"
+        ) from None
+    reading: dict[float, float] = {}
+    computing: dict[str, float] = {}
+    for row in rows:
+        match = _SHAPE.fullmatch(row["shape"])
+        if match is None or row["device"] != "cuda":
+            continue
+        kind, seconds = match[1], row["seconds"]["median"]
+        if row["implementation"] == _KERNEL:
+            bits, rate = _BITS.get(kind) or float(kind.split()[0]), row["bytes_per_second"]
+            reading[bits] = max(reading.get(bits, 0.0), rate)
+        elif row["implementation"] == _DENSE:
+            dense = int(match[2]) * int(match[3]) * _PLAIN_BITS / 8
+            reading[_PLAIN_BITS] = max(reading.get(_PLAIN_BITS, 0.0), dense / seconds)
+        if row["implementation"] in _ARITHMETIC:
+            name = _ARITHMETIC[row["implementation"]]
+            computing[name] = max(computing.get(name, 0.0), row["flops_per_second"])
+    if PLAIN not in computing:
+        raise UserError(f"hardware.file={file} has no product that was measured on a GPU")
+    return _Rates(reading, computing)

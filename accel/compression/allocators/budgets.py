@@ -117,9 +117,7 @@ def check_allocator(counts_bits: bool, name: str, unit: BudgetUnit) -> None:
         raise UserError(f"allocator={name} spreads bits, and the budget is in {unit.name}: use evopress or exact")
 
 
-def allocate(
-    allocator: Allocator, units: Sequence[Unit], limit: int, unit: BudgetUnit = BITS
-) -> dict[str, str]:
+def allocate(allocator: Allocator, units: Sequence[Unit], limit: int, unit: BudgetUnit = BITS) -> dict[str, str]:
     """Level of every unit, by unit name, within the limit; UserError where the limit is out of range."""
     check_budget(units, limit, unit)
     try:

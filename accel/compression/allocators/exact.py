@@ -49,7 +49,7 @@ class Exact(Allocator):
 
 
 class _Problem:
-    """Units as arrays over all choices, unit after unit, and the Lagrangian relaxation, in which what the budget counts has a price.
+    """Units as arrays over all choices, unit after unit, and the Lagrangian relaxation, where the budget has a price.
 
     starts: first choice of every unit. owner: unit of every choice. holds: whether a choice is not `drop`. outer: unit
     that contains a unit, or -1; inner: its inverse. depth: number of units around a unit.
@@ -104,7 +104,7 @@ class _Problem:
         return alive
 
     def relax(self) -> tuple[float, list[int]]:
-        """The least price of a unit of the budget, in error, whose cheapest choices fit the budget; and these choices."""
+        """The least price of the budget, in error, at which the cheapest choices fit it; and these choices."""
         chosen, spent = self.cheapest(0.0)
         if spent <= self.budget:
             return 0.0, (chosen - self.starts).tolist()

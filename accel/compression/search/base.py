@@ -26,8 +26,8 @@ class Problem:
     """A search problem.
 
     units: each gets one level. budget: cost of all units together. lengths: tokens of each calibration sequence. seed:
-    0 or more; equal seeds give equal searches. start: choices of another allocator, or None. unit: of the budget, for messages. space: units and budget as
-    the moves use them.
+    0 or more; equal seeds give equal searches. start: choices of another allocator, or None. unit: of the budget, for
+    messages. space: units and budget as the moves use them.
     Raises UserError where the budget is out of range of the levels, and where seed or start are not valid.
     """
 
