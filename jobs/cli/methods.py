@@ -25,10 +25,9 @@ _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 @dataclass(frozen=True)
 class MethodField:
-    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text; the
-    method's file may have another than the class.
+    """A hyper-parameter. kind: int, float, bool or str, else object.
 
-    optional: None is allowed.
+    default: of the method's file, else of the class, a literal or its source text. optional: None is allowed.
     """
 
     name: str

@@ -34,7 +34,13 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
         allocators += [build({"_target_": target_of("allocator", name)}) for name in names]
     allocators = list({type(allocator): allocator for allocator in reversed(allocators)}.values())
     parts = sum(not unit.layers for unit in units)
-    measured = {"gradient": parts, "output": 0, "kl": sum(len(unit.choices) for unit in units), "kl_scaled": len(units)}
+    measured = {
+        "gradient": parts,
+        "output": 0,
+        "kl": sum(len(unit.choices) for unit in units),
+        "kl_scaled": len(units),
+        "autoquantize": parts,
+    }
     logits = torch.zeros(1, model.vocabulary)
     kept = build(config.fitness).reference([(0, logits)], torch.zeros(1, dtype=torch.long))
     of_search = search.estimate(
@@ -52,7 +58,7 @@ def estimate(config: SearchConfig, setting: Setting) -> Estimate:
             workers=config.workers,
             threads=config.threads,
             gpus=setting.gpus,
-            error_passes=config.search.error_passes if config.errors == "gradient" else 0,
+            error_passes={"gradient": config.search.error_passes, "autoquantize": 1}.get(config.errors, 0),
         ),
         setting.rates,
     )

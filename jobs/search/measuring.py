@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest
-from hasten.accel.compression.search import sensitivity
+from hasten.accel.compression.search import gradient_scores, sensitivity
 from hasten.accel.compression.search.errors import with_errors
 from hasten.accel.compression.search.fitness import KL, Fitness
 from hasten.accel.compression.search.measurements import Request
@@ -81,6 +82,8 @@ class CandidateMeasurer:
         """
         if self._config.errors == "output":
             return self.units
+        if self._config.errors == "autoquantize":
+            return self._by_gradient_scores()
         # Only errors=gradient depends on the budget.
         key = limit if self._config.errors == "gradient" else None
         if key not in self._with_errors:
@@ -117,6 +120,32 @@ class CandidateMeasurer:
                 return observation
 
             return iterate(units, limit, start, passes, measure)
+
+    def _by_gradient_scores(self) -> list[Unit]:
+        """Errors by gradient scores at the original; those of parts that can be dropped are measured alone."""
+        parts = [unit.name for unit in self.units if not unit.layers]
+        units = self._alone(parts) if parts else self.units
+        sequences = range(min(self._config.search.error_sequences, len(self._tokens)))
+        key = {
+            "tokens": fingerprint(self._tokens[list(sequences)]),
+            "batch": self._config.search.batch,
+            "code": code_fingerprint(gradient_scores),
+        }
+        path = self._saved("scores", key)
+        if path.exists():
+            scores = json.loads(path.read_text())
+        else:
+            measured = self._evaluators("search", self._tokens, self._fitness).gradient_scores(sequences)
+            tokens = sum(batch.tokens for batch in measured)
+            scores = [
+                [
+                    math.fsum(batch.values[place][choice] for batch in measured) / tokens
+                    for choice in range(len(unit.choices))
+                ]
+                for place, unit in enumerate(units)
+            ]
+            self._database.write_json(path, scores)
+        return [_with(unit, row) if unit.layers else unit for unit, row in zip(units, scores, strict=True)]
 
     def _observation(self, genome: Genome, number: int) -> Observation:
         """Measurement `number` of a search's sensitivities; each takes the next sequences."""

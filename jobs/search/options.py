@@ -65,9 +65,10 @@ class SearchConfig(LevelOptions):
     errors: str = option(
         "gradient",
         "errors whose sum allocators minimize: each layer's part of the KL divergence of a mixture of the budget's "
-        "size, from a backward pass; output error of each layer; KL divergence of each level alone; or that of one "
-        "level per layer alone, scaled to the other levels by the output errors",
-        choices=("gradient", "output", "kl", "kl_scaled"),
+        "size, from a backward pass; output error of each layer; KL divergence of each level alone; that of one level "
+        "per layer alone, scaled to the other levels by the output errors; or the squared change of a layer's outputs "
+        "times the squared gradient of the loss (AutoQuantize of Model Optimizer)",
+        choices=("gradient", "output", "kl", "kl_scaled", "autoquantize"),
     )
     fitness: dict[str, Any] = group("loss by which a search compares candidates")
     compare: list[str] = option(

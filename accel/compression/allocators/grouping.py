@@ -43,8 +43,8 @@ def group_units(units: Sequence[Unit], rule: str, fused: Callable[[str], str] = 
     """Units joined by a rule, in the order of their first members; each resulting unit gets one level.
 
     rule: `none` joins no units; `serving` joins units whose first layers `fused` maps to the same name. A joined unit
-    has the levels that all its members have, with the sums of their bits, costs, errors and weights. UserError where they
-    have no level in common.
+    has the levels that all its members have, with the sums of their bits, costs, errors and weights.
+    UserError where the members have no level in common.
     """
     if rule not in GROUPINGS:
         raise UserError(f"grouping={rule!r} is none of {', '.join(GROUPINGS)}")
