@@ -137,8 +137,8 @@ def test_grids_zeros_and_dropped_blocks_share_one_budget(source, folder, capsys,
 def test_a_budget_in_gigabytes_limits_the_tensors_of_the_checkpoint(source, folder, capsys, ray_session):
     original = sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
     budget = 0.5 * original / 1e9
-    changes = {"budget": budget, "budget_unit": "gigabytes", "allocator": "exact", "errors": "autoquantize", "keep": "true"}
-    assert search(source, **changes) == 0
+    changes = {"budget": budget, "budget_unit": "gigabytes", "allocator": "exact", "keep": "true"}
+    assert search(source, **changes, errors="autoquantize") == 0
     report, _ = last_report(capsys)
     tensors = [tensor for file in (folder / "out").glob("*.safetensors") for tensor in load_file(file).values()]
     shapes = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.int64)
