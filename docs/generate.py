@@ -44,7 +44,8 @@ def methods_page() -> str:
     lines = [
         "# Methods",
         "",
-        f"{total} methods in {len(of_methods)} families. This page is generated from `conf/` by `python docs/generate.py`.",
+        f"{total} methods in {len(of_methods)} families. "
+        "This page is generated from `conf/` by `python docs/generate.py`.",
         "Each method is one file; its hyper-parameters are set as `FAMILY.NAME=VALUE`.",
     ]
     for group in groups:
