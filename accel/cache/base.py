@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ class Recent:
     queries: (W, H * G, D) of the last committed tokens, W of them as the method's `query_window` says; None where it
     needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
+    memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
+    it count as held only if it is one tensor.
     """
 
     keys: Tensor
@@ -27,6 +29,7 @@ class Recent:
     positions: Tensor
     queries: Tensor | None = None
     attention: Tensor | None = None
+    memory: Any = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Kept:
 
     segments: in place of all earlier ones. recent: number of the newest dense tokens that stay as they are. kept: (H,
     T'') indices, in the order of the new segments and then of the recent tokens, into the earlier segments' tokens and
-    the dense ones behind them; None where all tokens are kept. Needed where the method sums attention.
+    the dense ones behind them; None where all tokens are kept. Needed where the method sums attention. memory: see
+    Recent.
     """
 
     segments: Sequence[Segment]
     recent: int
     kept: Tensor | None = None
+    memory: Any = None
 
 
 @dataclass(frozen=True)

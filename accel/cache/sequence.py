@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class SequenceCache:
         # Queries of the waiting nodes, and the logarithms of their softmax denominators.
         self._asked: list[tuple[Tensor, Tensor]] = []
         self._scoring = PLAIN
+        self._memory: Any = None
 
     @property
     def tokens(self) -> int:
@@ -63,6 +65,7 @@ class SequenceCache:
     def nbytes(self) -> int:
         """Bytes held, including room for tokens to come."""
         own = [self._keys, self._values, self._positions, self._queries, self._attention]
+        own += [self._memory] if isinstance(self._memory, Tensor) else []
         asked = [part for pair in self._asked for part in pair]
         dense = storage_bytes(tensor for tensor in [*own, *asked] if tensor is not None)
         return dense + sum(segment.nbytes for segment in self.segments)
@@ -179,12 +182,17 @@ class SequenceCache:
             return
         dense = slice(0, self._dense)
         recent = Recent(
-            self._keys[:, dense], self._values[:, dense], self._positions[dense], self._queries, self._attention
+            self._keys[:, dense],
+            self._values[:, dense],
+            self._positions[dense],
+            self._queries,
+            self._attention,
+            self._memory,
         )
         kept = self.method.compress(self.segments, recent, place)
         if kept is None:
             return
-        self.segments = list(kept.segments)
+        self.segments, self._memory = list(kept.segments), kept.memory
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)
         newest = slice(self._dense - kept.recent, self._dense)

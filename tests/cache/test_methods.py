@@ -13,7 +13,12 @@ from hasten.accel.cache.evict.h2o import H2O
 from hasten.accel.cache.evict.snapkv import SnapKV
 from hasten.accel.cache.evict.streaming_llm import StreamingLLM
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.merge.chelsea import Chelsea
+from hasten.accel.cache.merge.d2o import D2O
+from hasten.accel.cache.merge.ems import EMS
+from hasten.accel.cache.prune.mustafar import Mustafar
 from hasten.accel.cache.quantize.fp8 import FP8
+from hasten.accel.cache.quantize.gear import GEAR
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
@@ -126,6 +131,73 @@ def test_fp8_has_its_own_scale_for_each_head():
     found, expected = segment.dense()[0], keys[:, :16]
     assert float(((found - expected).abs() / expected.abs()).max()) < 2**-3
     torch.testing.assert_close(segment.key_scale[:, 0, 0], expected.abs().amax((1, 2)) / 448)
+
+
+def test_mustafar_keeps_the_largest_elements_of_every_vector():
+    given = recent()
+    segment = Mustafar(residual=4, block=8, key_sparsity=0.75).compress([], given, PLACE).segments[0]
+    keys = given.keys[:, :16]
+    largest = keys.abs().topk(2, -1).indices
+    expected = torch.zeros_like(keys).scatter(-1, largest, keys.gather(-1, largest))
+    assert torch.equal(segment.dense()[0], expected)
+    assert (segment.dense()[1] != 0).sum(-1).eq(4).all()
+    assert segment.keys.values.nbytes + segment.keys.bitmap.nbytes == HEADS * 16 * (2 * 4 + 1)
+
+
+def test_gear_corrects_most_of_what_its_bits_lose():
+    given = recent(
+        keys=torch.randn(HEADS, 64, 32, generator=torch.Generator().manual_seed(2)),
+        values=torch.randn(HEADS, 64, 32, generator=torch.Generator().manual_seed(3)),
+        positions=torch.arange(64, dtype=torch.int32),
+    )
+    place = Place(0, 1, 64, None, PLAIN)
+    errors = []
+    for method in (KIVI(residual=0, block=64), GEAR(residual=0, rank=0), GEAR(residual=0), GEAR(residual=0, rank=32)):
+        segment = method.compress([], given, place).segments[0]
+        errors.append(float((segment.dense()[0] - given.keys).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[3] < 1e-4 * errors[0]  # at full rank only the rounding of the factors remains
+
+
+def test_d2o_merges_an_evicted_token_by_its_similarity_and_drops_what_is_unlike_all():
+    keys = torch.zeros(1, 4, 2)
+    keys[0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, -1.0]])
+    values = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
+    attention = torch.tensor([[9.0, 8.0, 1.0, 0.0]])
+    given = Recent(keys, values, torch.arange(4, dtype=torch.int32), None, attention)
+    kept = D2O(sinks=0, recent=0).compress([], given, Place(0, 1, 4, 2, PLAIN))
+    (segment,) = kept.segments
+    assert segment.positions.tolist() == [[0, 1]]
+    # The third token has the cosine 0.8 with the second, the fourth at most -0.7; the threshold is their mean.
+    torch.testing.assert_close(kept.memory, torch.tensor([(0.8 - 0.5**0.5) / 2]))
+    torch.testing.assert_close(segment.values[0], torch.tensor([[1.0], [(2 + 0.8 * 4) / 1.8]]))
+
+
+def test_ems_merges_the_next_band_and_drops_the_rest():
+    keys = torch.zeros(1, 4, 2)
+    keys[0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    values = torch.tensor([[[1.0], [2.0], [3.0], [100.0]]])
+    given = Recent(
+        keys, values, torch.arange(4, dtype=torch.int32), torch.zeros(1, 1, 2), torch.tensor([[9.0, 8, 7, 1]])
+    )
+    method = EMS(sinks=0, recent=0, window=1, merged=0.5)
+    (segment,) = method.compress([], given, Place(0, 1, 4, 2, PLAIN)).segments
+    assert segment.values[0, :, 0].tolist() == [2.0, 2.0]  # the first is the mean of 1 and 3
+
+
+def test_merging_equal_keys_changes_no_attention():
+    generator = torch.Generator().manual_seed(5)
+    single = torch.randn(HEADS, 8, SIZE, generator=generator)
+    keys, values = (part.repeat_interleave(2, 1) for part in (single, torch.randn_like(single)))
+    given = Recent(keys, values, torch.arange(16, dtype=torch.int32))
+    queries = torch.randn(3, HEADS * 2, SIZE, generator=generator)
+    (segment,) = Chelsea(sinks=0, recent=0).compress([], given, Place(0, 1, 16, 8, PLAIN)).segments
+    assert segment.tokens == 8
+    assert segment.counts.eq(2).all()
+    positions = torch.arange(16, 19)
+    whole = Dense(keys, values, given.positions.expand(HEADS, -1)).attend(queries, positions, PLAIN)
+    merged = segment.attend(queries, positions, PLAIN)
+    torch.testing.assert_close(merged.o / merged.l[..., None], whole.o / whole.l[..., None])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])

@@ -1,7 +1,7 @@
 """A transformers model as a target whose caches a method keeps small, see accel/cache.
 
-The method is applied when certain numbers of tokens are committed, see cache.base.CacheMethod. A pass never crosses such a
-number (`room`), so that with and without drafts a token attends to the same cache.
+The method is applied when certain numbers of tokens are committed, see cache.base.CacheMethod. A pass never crosses
+such a number (`room`), so that with and without drafts a token attends to the same cache.
 """
 
 from collections.abc import Sequence
