@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, ClassVar
 
@@ -53,6 +53,7 @@ class Place:
     """Where a cache is compressed. layer: its number, of `layers`. length: committed tokens of the sequence.
 
     budget: tokens that the layer may hold of the sequence; None: the method has none. scoring: of its attention.
+    shared: what the layers of the sequence tell each other in a pass, by any names.
     """
 
     layer: int
@@ -60,6 +61,7 @@ class Place:
     length: int
     budget: int | None
     scoring: Scoring
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 class CacheMethod(ABC):
@@ -68,11 +70,16 @@ class CacheMethod(ABC):
     When it is applied depends on the number of committed tokens alone, and not on the passes that committed them: at
     the end of the prompt, and then after every `interval` tokens. So speculative decoding gives the same caches.
 
-    has_budget: whether the method keeps a budget. query_window: number of last queries that it reads. sums_attention:
-    whether it reads the summed attention. interval: committed tokens between two compressions after the prompt.
+    has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
+    reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
+    then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
+    it reads. sums_attention: whether it reads the summed attention. interval: committed tokens between two compressions
+    after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
+    frees: ClassVar[bool] = True
+    joins_layers: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
 
     @property
@@ -87,7 +94,11 @@ class CacheMethod(ABC):
 
     @abstractmethod
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
-        """What to keep; None leaves everything as it is."""
+        """What to keep in a layer; None leaves everything as it is."""
+
+    def compress_layers(self, layers: Sequence[tuple[Sequence[Segment], Recent, Place]]) -> Sequence[Kept | None]:
+        """What to keep in each layer of a sequence, of methods that join layers."""
+        return [self.compress(*layer) for layer in layers]
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,11 @@ class CompressedLayer(CacheLayerMixin):
             )
             outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype)
             sequence.commit()
-            if len(own) > 1 or self.owner.is_due(sequence.length - self.owner.prompt_length(self.number, row)):
-                if len(own) > 1:
-                    self.owner.prompts[self.number, row] = sequence.length
-                self.compress(row)
+            ends_prompt = len(own) > 1
+            if ends_prompt:
+                self.owner.prompts[self.number, row] = sequence.length
+            if ends_prompt or self.owner.is_due(sequence.length - self.owner.prompts.get((self.number, row), 0)):
+                self.owner.compress(row, self.number)
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
@@ -114,12 +115,12 @@ class CompressedLayer(CacheLayerMixin):
             outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
         return outputs
 
-    def compress(self, row: int) -> None:
-        """Apply the method to a sequence."""
-        sequence = self.sequences[row]
-        budget = self.owner.budget
-        tokens = None if budget is None else budget.tokens(sequence.length)
-        sequence.compress(Place(self.number, len(self.owner.layers), sequence.length, tokens, self.scoring))
+    def place(self, row: int) -> Place:
+        """What the method is told of a sequence."""
+        length, budget = self.sequences[row].length, self.owner.budget
+        tokens = None if budget is None else budget.tokens(length)
+        shared = self.owner.shared.setdefault(row, {})
+        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -176,6 +177,8 @@ class CompressedCache(Cache):
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
+        # What the layers of a sequence tell each other, by row.
+        self.shared: dict[int, dict[str, Any]] = {}
         super().__init__(layers=[CompressedLayer(self, number) for number in range(text.num_hidden_layers)])
 
     @property
@@ -188,9 +191,31 @@ class CompressedCache(Cache):
         """Bytes held by all sequences in all layers."""
         return sum(sequence.nbytes for layer in self.compressed for sequence in layer.sequences)
 
-    def prompt_length(self, layer: int, row: int) -> int:
-        """Committed tokens at the end of a sequence's prompt."""
-        return self.prompts.get((layer, row), 0)
+    def compress(self, row: int, number: int | None = None) -> None:
+        """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).
+
+        A method that joins layers is applied when the last layer asks for it.
+        """
+        layers = list(self.compressed)
+        if self.method.joins_layers:
+            if number is None or number == len(layers) - 1:
+                self._compress_together(row, layers)
+            return
+        for layer in layers if number is None else layers[number : number + 1]:
+            sequence = layer.sequences[row]
+            recent = sequence.uncompressed()
+            if recent is not None:
+                sequence.keep(self.method.compress(sequence.segments, recent, layer.place(row)))
+
+    def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
+        given = []
+        for layer in layers:
+            recent = layer.sequences[row].uncompressed()
+            if recent is None:
+                return
+            given.append((layer.sequences[row].segments, recent, layer.place(row)))
+        for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
+            layer.sequences[row].keep(kept)
 
     def is_due(self, generated: int) -> bool:
         """Whether the method is applied when so many tokens behind the prompt are committed."""

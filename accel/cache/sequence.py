@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import CacheMethod, Place, Recent
+from hasten.accel.cache.base import CacheMethod, Kept, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
 from hasten.kernels.attention import reference
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
@@ -175,13 +175,13 @@ class SequenceCache:
             sums += shares.masked_fill_(hidden, 0.0).sum((1, 2))
         self._attention = sums
 
-    def compress(self, place: Place) -> None:
-        """Apply the method to the committed tokens; no node may wait."""
+    def uncompressed(self) -> Recent | None:
+        """The dense committed tokens, for the method; None before the first token. No node may wait."""
         assert self._waiting == 0
-        if self.method is None or self._keys is None or self._values is None or self._positions is None:
-            return
+        if self._keys is None or self._values is None or self._positions is None:
+            return None
         dense = slice(0, self._dense)
-        recent = Recent(
+        return Recent(
             self._keys[:, dense],
             self._values[:, dense],
             self._positions[dense],
@@ -189,9 +189,14 @@ class SequenceCache:
             self._attention,
             self._memory,
         )
-        kept = self.method.compress(self.segments, recent, place)
+
+    def keep(self, kept: Kept | None) -> None:
+        """Hold what a method keeps; None leaves everything as it is."""
         if kept is None:
             return
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
         self.segments, self._memory = list(kept.segments), kept.memory
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)

@@ -20,6 +20,10 @@ from hasten.accel.cache.prune.mustafar import Mustafar
 from hasten.accel.cache.quantize.fp8 import FP8
 from hasten.accel.cache.quantize.gear import GEAR
 from hasten.accel.cache.quantize.kivi import KIVI
+from hasten.accel.cache.retrieve.double_sparsity import DoubleSparsity
+from hasten.accel.cache.retrieve.loop_serve import LoopServe
+from hasten.accel.cache.retrieve.lserve import LServe
+from hasten.accel.cache.retrieve.tidal_decode import TidalDecode
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
@@ -198,6 +202,73 @@ def test_merging_equal_keys_changes_no_attention():
     whole = Dense(keys, values, given.positions.expand(HEADS, -1)).attend(queries, positions, PLAIN)
     merged = segment.attend(queries, positions, PLAIN)
     torch.testing.assert_close(merged.o / merged.l[..., None], whole.o / whole.l[..., None])
+
+
+def test_double_sparsity_takes_the_channels_in_which_queries_and_keys_are_large():
+    given = recent(queries=torch.ones(4, HEADS * 2, SIZE))
+    keys = given.keys.clone()
+    keys[0, :, [1, 6]], keys[1, :, [0, 3]] = 9.0, -9.0
+    method = DoubleSparsity(recent=2)
+    segment = method.compress([], recent(keys=keys, queries=given.queries), PLACE).segments[0]
+    assert segment.channels.tolist() == [[1, 6], [0, 3]]
+
+
+def test_with_all_channels_double_sparsity_reads_the_tokens_of_the_largest_scores():
+    generator = torch.Generator().manual_seed(6)
+    queries = torch.randn(4, HEADS, SIZE, generator=generator)
+    segment = DoubleSparsity(recent=0, channels=1.0).compress([], recent(queries=queries), PLACE).segments[0]
+    exact = torch.einsum("whd,htd->hwt", queries, segment.keys).topk(4, -1).indices
+    chosen = segment.choose(queries, PLAIN)
+    # 4 bits may exchange tokens at the end of the eight, and none of the first four.
+    assert all(set(best.tolist()) <= set(own.tolist()) for best, own in zip(exact[0], chosen[0], strict=True))
+
+
+def test_no_token_of_a_page_has_a_larger_score_than_its_bound():
+    generator = torch.Generator().manual_seed(7)
+    segment = LServe(recent=0, page=8, parts=2).compress([], recent(), PLACE).segments[0]
+    queries = torch.randn(5, HEADS, SIZE, generator=generator)
+    scores = torch.einsum("whd,htd->hwt", queries, segment.keys)
+    bounds = torch.einsum("whd,hpsd->hwps", queries.clamp(min=0), segment.high)
+    bounds += torch.einsum("whd,hpsd->hwps", queries.clamp(max=0), segment.low)
+    of_tokens = bounds.flatten(2).repeat_interleave(4, -1)[..., :TOKENS]
+    assert (scores <= of_tokens + 1e-5).all()
+    assert (segment.keys[:, 16:].amin(1) == segment.low[:, 2, 0]).all()  # the last page has four tokens
+
+
+def test_lserve_reads_the_page_of_the_key_that_a_query_asks_for():
+    keys = recent().keys * 0.1
+    keys[:, 11, 0] = 20.0
+    segment = (
+        LServe(recent=0, page=4, parts=2).compress([], recent(keys=keys), Place(0, 1, TOKENS, 4, PLAIN)).segments[0]
+    )
+    query = torch.zeros(1, HEADS, SIZE)
+    query[..., 0] = 1.0
+    assert segment.choose(query, PLAIN).tolist() == [[[8, 9, 10, 11]]] * HEADS
+
+
+def test_layers_of_tidal_decode_read_what_an_earlier_layer_chose():
+    shared = {}
+    method = TidalDecode(recent=0, dense=1)
+    segments = [
+        method.compress([], recent(), Place(layer, 4, TOKENS, 3, PLAIN, shared)).segments[0] for layer in range(4)
+    ]
+    assert [type(segment).__name__ for segment in segments] == ["Dense", *["SharedChoice"] * 3]
+    assert [segment.chooses for segment in segments[1:]] == [True, True, False]
+    queries = torch.randn(2, HEADS, SIZE, generator=torch.Generator().manual_seed(8))
+    positions = torch.tensor([20, 21])
+    partial = segments[1].attend(queries, positions, PLAIN)
+    torch.testing.assert_close(partial.o, Dense.attend(segments[0], queries, positions, PLAIN).o)
+    best = torch.einsum("whd,htd->hwt", queries, segments[1].keys).topk(3, -1).indices
+    assert torch.equal(segments[3].choose(queries, PLAIN).sort(-1).values, best.sort(-1).values)
+
+
+def test_loop_serve_reads_what_the_last_queries_attended_to():
+    keys = torch.zeros(HEADS, TOKENS, SIZE)
+    keys[:, [2, 9], 0] = 30.0
+    queries = torch.zeros(2, HEADS, SIZE)
+    queries[..., 0] = 1.0
+    segment = LoopServe(recent=2, every=2).compress([], recent(keys=keys, queries=queries), PLACE).segments[0]
+    assert {2, 9} <= set(segment.chosen[0].tolist())
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
