@@ -1,7 +1,7 @@
 """Base class of cache methods: how the keys and values of a sequence's tokens are kept in one layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, ClassVar
@@ -11,6 +11,9 @@ from torch import Tensor
 from hasten.accel.cache.segments.base import Segment
 from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
+
+# rotate(keys, positions, inverse): keys (H, T, D) rotated for positions (H, T).
+Rotation = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Place:
     """Where a cache is compressed. layer: its number, of `layers`. length: committed tokens of the sequence.
 
     budget: tokens that the layer may hold of the sequence; None: the method has none. scoring: of its attention.
-    shared: what the layers of the sequence tell each other in a pass, by any names.
+    shared: what the layers of the sequence tell each other in a pass, by any names. rotary: rotates keys (H, T, D) for
+    positions (H, T), or back; None unless the method needs it.
     """
 
     layer: int
@@ -62,6 +66,7 @@ class Place:
     budget: int | None
     scoring: Scoring
     shared: dict[str, Any] = field(default_factory=dict)
+    rotary: Rotation | None = None
 
 
 class CacheMethod(ABC):
@@ -73,13 +78,15 @@ class CacheMethod(ABC):
     has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
     reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
-    it reads. sums_attention: whether it reads the summed attention. interval: committed tokens between two compressions
+    it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
+    keys. interval: committed tokens between two compressions
     after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
     frees: ClassVar[bool] = True
     joins_layers: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
 
     @property

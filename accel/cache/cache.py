@@ -1,7 +1,7 @@
 """A compressed cache as transformers takes it: `past_key_values` of a model whose attention is ours.
 
     attach(model)  # of attention.py
-    cache = CompressedCache(model.config, method, CacheBudget(0.25))
+    cache = CompressedCache(model, method, CacheBudget(0.25))
     model.generate(**inputs, past_key_values=cache)
 
 Layers hand the attention function a handle in place of keys and values, see attention.py.
@@ -9,13 +9,17 @@ Layers hand the attention function a handle in place of keys and values, see att
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.rotary import rotary_of
+from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
@@ -120,7 +124,8 @@ class CompressedLayer(CacheLayerMixin):
         length, budget = self.sequences[row].length, self.owner.budget
         tokens = None if budget is None else budget.tokens(length)
         shared = self.owner.shared.setdefault(row, {})
-        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared)
+        rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
+        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -158,22 +163,23 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedCache(Cache):
-    """Cache of a model with this config that a method keeps small.
+    """Cache of a model that a method keeps small.
 
     budget: tokens that each layer may hold of a sequence, for methods that have one. UserError for models with layers
-    that have no KV cache.
+    that have no KV cache, and for methods that the model does not fit.
     """
 
-    def __init__(self, config: Any, method: CacheMethod, budget: CacheBudget | None = None) -> None:
-        text = config.get_text_config()
+    def __init__(self, model: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None = None) -> None:
+        text = model.config.get_text_config()
         unsupported = set(getattr(text, "layer_types", None) or []) - _KINDS
         if unsupported:
             raise UserError(
-                f"{type(config).__name__} has layers of {', '.join(sorted(unsupported))}: only caches of keys and "
+                f"{type(model).__name__} has layers of {', '.join(sorted(unsupported))}: only caches of keys and "
                 "values can be compressed"
             )
         check_budget(method, budget)
         self.method, self.budget = method, budget
+        self.rotary = rotary_of(model) if method.needs_rotary else None
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
@@ -188,8 +194,9 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all sequences in all layers."""
-        return sum(sequence.nbytes for layer in self.compressed for sequence in layer.sequences)
+        """Bytes held by all sequences in all layers; what they share counts once."""
+        sequences = (sequence for layer in self.compressed for sequence in layer.sequences)
+        return storage_bytes(tensor for sequence in sequences for tensor in sequence.tensors())
 
     def compress(self, row: int, number: int | None = None) -> None:
         """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).

@@ -1,6 +1,6 @@
 """The cache of one sequence in one layer: segments, then dense tokens, then nodes that wait for verification."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +61,18 @@ class SequenceCache:
         """Committed tokens that are held."""
         return sum(segment.tokens for segment in self.segments) + self._dense
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held, including room for tokens to come."""
+        own = (self._keys, self._values, self._positions, self._queries, self._attention, self._memory)
+        yield from (tensor for tensor in own if isinstance(tensor, Tensor))
+        yield from (part for pair in self._asked for part in pair)
+        for segment in self.segments:
+            yield from segment.tensors()
+
     @property
     def nbytes(self) -> int:
-        """Bytes held, including room for tokens to come."""
-        own = [self._keys, self._values, self._positions, self._queries, self._attention]
-        own += [self._memory] if isinstance(self._memory, Tensor) else []
-        asked = [part for pair in self._asked for part in pair]
-        dense = storage_bytes(tensor for tensor in [*own, *asked] if tensor is not None)
-        return dense + sum(segment.nbytes for segment in self.segments)
+        """Bytes held."""
+        return storage_bytes(self.tensors())
 
     def append(self, new: NewTokens, scoring: Scoring, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Add waiting tokens; returns their attention output (N, H * G, D).

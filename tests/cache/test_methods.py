@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, Place, Recent
+from hasten.accel.cache.budgets.prefixkv import PrefixKV, layer_counts
+from hasten.accel.cache.budgets.pyramid import Pyramid
+from hasten.accel.cache.budgets.uncomp import UNComp, entropy
 from hasten.accel.cache.cache import CompressedCache
 from hasten.accel.cache.evict.h2o import H2O
 from hasten.accel.cache.evict.snapkv import SnapKV
@@ -24,10 +27,16 @@ from hasten.accel.cache.retrieve.double_sparsity import DoubleSparsity
 from hasten.accel.cache.retrieve.loop_serve import LoopServe
 from hasten.accel.cache.retrieve.lserve import LServe
 from hasten.accel.cache.retrieve.tidal_decode import TidalDecode
+from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.dense import Dense
+from hasten.accel.cache.segments.interpolated import interpolated
+from hasten.accel.cache.segments.ragged import Ragged
+from hasten.accel.cache.share.minicache import MiniCache
+from hasten.accel.cache.share.xkv import XKV
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.kernels.attention.contract import PLAIN
+from tests.models import tiny
 
 HEADS, TOKENS, SIZE = 2, 20, 8
 PLACE = Place(0, 1, TOKENS, 8, PLAIN)
@@ -72,7 +81,7 @@ def test_the_attention_that_h2o_sums_is_that_of_all_queries_so_far():
     with torch.no_grad():
         expected = model(tokens, output_attentions=True).attentions
     attach(model)
-    cache = CompressedCache(model.config, H2O(), CacheBudget(1000))
+    cache = CompressedCache(model, H2O(), CacheBudget(1000))
     with torch.no_grad():
         model(tokens[:, :33], past_key_values=cache)
         for at in range(33, 40):
@@ -271,6 +280,128 @@ def test_loop_serve_reads_what_the_last_queries_attended_to():
     assert {2, 9} <= set(segment.chosen[0].tolist())
 
 
+def layers_of(count, **changes):
+    """What a method that joins layers gets of `count` layers, and a rotation that changes nothing."""
+    given = []
+    for layer in range(count):
+        generator = torch.Generator().manual_seed(layer)
+        keys, values = (torch.randn(HEADS, TOKENS, SIZE, generator=generator) for _ in range(2))
+        place = Place(layer, count, TOKENS, None, PLAIN, {}, lambda keys, positions, inverse: keys)
+        given.append(([], recent(**{"keys": keys, "values": values, **changes}), place))
+    return given
+
+
+def test_minicache_s_direction_lies_on_the_arc_and_lengths_are_the_layers_own():
+    upper, lower = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    above, below = interpolated(upper, lower, share=0.6, spread=0.0)
+    angle = 0.6 * math.pi / 2
+    torch.testing.assert_close(above.dense(), 3 * torch.tensor([[math.cos(angle), math.sin(angle)]]))
+    torch.testing.assert_close(below.dense(), 2 * torch.tensor([[math.cos(angle), math.sin(angle)]]))
+    assert above.direction is below.direction
+
+
+def test_minicache_keeps_the_vectors_of_the_least_similar_tokens():
+    given = layers_of(4)
+    kept = MiniCache(recent=0, spread=0.3).compress_layers(given)
+    assert kept[:2] == [None, None]
+    for layer in (2, 3):
+        part = kept[layer].segments[0].keys
+        own = part.own.long()
+        assert 0 < len(own) < TOKENS
+        exact = given[layer][1].keys.transpose(0, 1).flatten(1)
+        assert torch.equal(part.dense()[own], exact[own])
+
+
+def test_xkv_is_exact_at_full_rank_and_its_layers_share_one_basis():
+    given = layers_of(4)
+    kept = XKV(layers=4, key_rank=4, value_rank=4, recent=4).compress_layers(given)
+    segments = [one.segments[0] for one in kept]
+    assert len({segment.keys[0].data_ptr() for segment in segments}) == 1
+    for (_, exact, _), one, segment in zip(given, kept, segments, strict=True):
+        assert one.recent == 4
+        torch.testing.assert_close(segment.dense()[0], exact.keys[:, :16], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(segment.dense()[1], exact.values[:, :16], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_keys_are_rotated_back_by_the_model_s_own_code(family):
+    model = tiny.build(family)
+    rotate = rotary_of(model)
+    size = getattr(model.config, "head_dim", None) or 16
+    keys = torch.randn(2, 9, size)
+    positions = torch.arange(9).expand(2, -1) + torch.tensor([[0], [30]])
+    turned = rotate(0, keys, positions, False)
+    assert not torch.allclose(turned[1], keys[1], atol=1e-2)
+    torch.testing.assert_close(rotate(0, turned, positions, True), keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(turned[0, 0], keys[0, 0])  # position 0 is not turned
+
+
+def test_budgets_of_a_pyramid_fall_and_have_the_mean():
+    budgets = [Pyramid(beta=4).budget_of(Place(layer, 9, 100, 40, PLAIN)) for layer in range(9)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert (budgets[0], budgets[-1], sum(budgets)) == (70, 10, 9 * 40)
+
+
+def test_layers_of_prefixkv_hold_the_same_share_of_their_attention():
+    even, peaked = torch.ones(10), torch.tensor([91.0, *[1.0] * 9])
+    counts = layer_counts([even, peaked], 10)
+    # The share 0.9 takes nine of ten equal tokens, and the one of the other layer.
+    assert counts == [9, 1]
+    assert sum(layer_counts([even, even], 7)) == 6
+
+
+def test_prefixkv_keeps_its_shares_while_the_sequence_grows():
+    def layers(length):
+        given = []
+        for layer, peak in enumerate((1.0, 500.0)):
+            attention = torch.ones(HEADS, length)
+            attention[:, 3] = peak
+            place = Place(layer, 2, length, 8, PLAIN, shared)
+            keys = torch.zeros(HEADS, length, SIZE)
+            given.append(([], Recent(keys, keys, torch.arange(length, dtype=torch.int32), None, attention), place))
+        return given
+
+    shared = {}
+    method = PrefixKV(sinks=0, recent=0)
+    for length in (20, 30):
+        kept = [one.segments[0].tokens for one in method.compress_layers(layers(length))]
+        assert kept == [15, 1]
+        assert all(3 in one.segments[0].positions[0] for one in method.compress_layers(layers(length))[1:])
+
+
+def test_a_spectrum_of_equal_eigenvalues_has_the_entropy_one_and_a_single_one_none():
+    states = torch.cat([torch.eye(8), -torch.eye(8)]).repeat(4, 1)
+    torch.testing.assert_close(entropy(states, 8), torch.tensor(1.0))
+    line = torch.arange(-8.5, 9)[:, None] * torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    assert float(entropy(line, 8)) < 1e-3
+
+
+def test_uncomp_gives_heads_of_more_entropy_twice_the_tokens():
+    keys = torch.randn(HEADS, TOKENS, SIZE, generator=torch.Generator().manual_seed(9))
+    keys[1] = keys[1, :, :1] * torch.ones(SIZE)
+    given = recent(keys=keys, queries=torch.ones(2, HEADS, SIZE))
+    kept = UNComp(sinks=1, recent=1).compress([], given, Place(0, 1, TOKENS, 9, PLAIN))
+    segment = kept.segments[0]
+    assert [len(part) for part in segment.keys] == [12, 6]
+    assert kept.memory.tolist() == [True, False]
+
+
+def test_attention_over_ragged_heads_is_that_of_each_head():
+    given = recent()
+    parts = [slice(0, 7), slice(2, 15)]
+    keys, values = (
+        [getattr(given, name)[head, part] for head, part in enumerate(parts)] for name in ("keys", "values")
+    )
+    positions = [given.positions[part] for part in parts]
+    queries = torch.randn(3, HEADS * 2, SIZE, generator=torch.Generator().manual_seed(10))
+    at = torch.arange(20, 23)
+    whole = Ragged(keys, values, positions).attend(queries, at, PLAIN)
+    for head in range(HEADS):
+        alone = Dense(keys[head][None], values[head][None], positions[head][None])
+        own = alone.attend(queries[:, 2 * head : 2 * head + 2], at, PLAIN)
+        torch.testing.assert_close(whole.o[:, 2 * head : 2 * head + 2], own.o)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_share_is_of_the_tokens_of_the_sequence(share):
     assert CacheBudget(share).tokens(201) == math.ceil(201 * share)
@@ -303,7 +434,7 @@ def divergences():
     attach(model)
 
     def log_probs(method, budget):
-        cache = CompressedCache(model.config, method, budget)
+        cache = CompressedCache(model, method, budget)
         with torch.no_grad():
             model(tokens[:, :400], past_key_values=cache)
             parts = [model(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(400, 464)]

@@ -31,7 +31,7 @@ class CachedTarget(TransformersTarget):
         super().__init__(model, keeps_hidden)
         self.method, self.budget = method, budget
         # Refuses models and budgets that do not fit before anything is decoded.
-        CompressedCache(model.config, method, budget)
+        CompressedCache(model, method, budget)
         attach(model)
         self._ended: list[int | None] = []
 
@@ -96,7 +96,7 @@ class CachedTarget(TransformersTarget):
             layer.sequences[slot].crop(max(0, dropped))
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        self._compressed = CompressedCache(self._model.config, self.method, self.budget)
+        self._compressed = CompressedCache(self._model, self.method, self.budget)
         for layer in self._compressed.compressed:
             layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
             layer.is_initialized = True
