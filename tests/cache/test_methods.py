@@ -23,6 +23,9 @@ from hasten.accel.cache.prune.mustafar import Mustafar
 from hasten.accel.cache.quantize.fp8 import FP8
 from hasten.accel.cache.quantize.gear import GEAR
 from hasten.accel.cache.quantize.kivi import KIVI
+from hasten.accel.cache.quantize.mikv import MiKV
+from hasten.accel.cache.quantize.rotatekv import RotateKV
+from hasten.accel.cache.quantize.zipvl import ZipVL
 from hasten.accel.cache.retrieve.double_sparsity import DoubleSparsity
 from hasten.accel.cache.retrieve.loop_serve import LoopServe
 from hasten.accel.cache.retrieve.lserve import LServe
@@ -36,6 +39,7 @@ from hasten.accel.cache.share.xkv import XKV
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.kernels.attention.contract import PLAIN
+from hasten.kernels.quantize_pack import quantize_pack, unpack_dequantize
 from tests.models import tiny
 
 HEADS, TOKENS, SIZE = 2, 20, 8
@@ -400,6 +404,71 @@ def test_attention_over_ragged_heads_is_that_of_each_head():
         alone = Dense(keys[head][None], values[head][None], positions[head][None])
         own = alone.attend(queries[:, 2 * head : 2 * head + 2], at, PLAIN)
         torch.testing.assert_close(whole.o[:, 2 * head : 2 * head + 2], own.o)
+
+
+def test_mikv_holds_the_tokens_with_much_attention_in_more_bits():
+    attention = torch.zeros(HEADS, TOKENS)
+    attention[0, [3, 8]], attention[1, [5, 6]] = 1.0, 1.0
+    given = recent(attention=attention, queries=torch.ones(4, HEADS, SIZE))
+    method = MiKV(share=2 / 16, recent=4, window=4)
+    kept = method.compress([], given, PLACE)
+    (segment,) = kept.segments
+    assert segment.positions[:, :2].tolist() == [[3, 8], [5, 6]]
+    keys, _, positions = segment.dense()
+    errors = (keys - given.keys.gather(1, positions.long()[..., None].expand_as(keys))).abs().amax(-1)
+    assert errors[:, :2].max() < 0.1 * errors[:, 2:].mean()
+    assert torch.equal(kept.kept[:, -4:], torch.arange(16, 20).expand(HEADS, -1))
+
+
+def test_a_token_in_few_bits_never_returns_to_more():
+    attention = torch.zeros(HEADS, TOKENS)
+    attention[:, :4] = 1.0
+    given = recent(attention=attention, queries=torch.ones(4, HEADS, SIZE))
+    method = MiKV(share=0.25, recent=4, window=4)
+    first = method.compress([], given, PLACE).segments
+    low = first[0].positions[0, 10]
+    held = torch.zeros(HEADS, 16 + TOKENS)
+    held[:, 10] = 9.0  # this token, which now receives most
+    later = recent(attention=held, queries=given.queries, positions=torch.arange(100, 100 + TOKENS, dtype=torch.int32))
+    second = method.compress(first, later, PLACE).segments[0]
+    assert second.high_tokens == round(0.25 * 32)
+    assert low not in second.positions[0, : second.high_tokens]
+
+
+def test_zipvl_takes_as_many_tokens_as_make_up_the_share_of_attention():
+    attention = torch.tensor([[5.0, 1.0, 3.0, 1.0]])
+    assert ZipVL(attention=0.5).number(attention) == 1
+    assert ZipVL(attention=0.8).number(attention) == 2
+    assert ZipVL(attention=1.0).number(attention) == 4
+
+
+def test_rotatekv_spreads_an_outlier_channel_over_the_grid():
+    given = recent(
+        keys=torch.randn(HEADS, 40, 32, generator=torch.Generator().manual_seed(11)),
+        values=torch.randn(HEADS, 40, 32, generator=torch.Generator().manual_seed(12)),
+        positions=torch.arange(40, dtype=torch.int32),
+    )
+    given.values[:, :, 5] *= 20
+    place = Place(0, 1, 40, None, PLAIN, {}, lambda keys, positions, inverse: keys)
+    segment = RotateKV(bits=3, sinks=4, residual=4, block=32, group=32).compress([], given, place).segments[1]
+    plain = quantize_pack(given.values[:, 4:36].flatten(0, 1), 3, "token", 32)
+    others = [channel for channel in range(32) if channel != 5]
+    exact = given.values[:, 4:36]
+    rotated = (segment.dense()[1] - exact)[..., others].square().mean()
+    unrotated = (unpack_dequantize(plain).unflatten(0, (HEADS, -1)) - exact)[..., others].square().mean()
+    assert rotated < 0.5 * unrotated
+
+
+def test_rotatekv_at_8_bits_gives_the_keys_back_for_their_positions():
+    model = tiny.build("llama")
+    rotate = rotary_of(model)
+    keys = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(13))
+    positions = torch.arange(40, dtype=torch.int32)
+    turned = rotate(0, keys, positions.expand(2, -1), False)
+    place = Place(0, 1, 40, None, PLAIN, {}, lambda *given: rotate(0, *given))
+    kept = RotateKV(bits=8, sinks=4, residual=4).compress([], Recent(turned, keys, positions), place)
+    assert [segment.tokens for segment in kept.segments] == [4, 32]
+    torch.testing.assert_close(kept.segments[1].dense()[0], turned[:, 4:36], rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
