@@ -88,7 +88,6 @@ def unfused(places: Mapping[str, Place], model_types: Collection[str]) -> dict[s
 
     model_types: of the checkpoint's config, and of its text model.
     """
-    numbered = not _WITH_NUMBERS.isdisjoint(model_types)
     found: dict[str, Place] = {}
     for name, place in places.items():
         fused = _fused(name, places, model_types)
@@ -98,7 +97,7 @@ def unfused(places: Mapping[str, Place], model_types: Collection[str]) -> dict[s
         module = _canonical(fused.module, model_types)
         for expert in range(place.shape[0]):
             for projection, part in zip(fused.projections, _parts(place, expert, fused), strict=True):
-                leaf = _NUMBERED[projection] if numbered else projection
+                leaf = stored_projection(projection, model_types)
                 found[f"{module}.{expert}.{leaf}.{'bias' if fused.bias else 'weight'}"] = part
     return found
 
@@ -107,6 +106,11 @@ def local_expert(name: str) -> str | None:
     """transformers' name of a tensor below an expert's number, such as gate_proj.weight for w1.weight; None for others."""
     projection, _, leaf = name.partition(".")
     return f"{_LOCAL[projection]}.{leaf}" if projection in _LOCAL else None
+
+
+def stored_projection(name: str, model_types: Collection[str]) -> str:
+    """Name of a projection of an expert in checkpoints of a model type, such as w1 for gate_proj."""
+    return name if _WITH_NUMBERS.isdisjoint(model_types) else _NUMBERED[name]
 
 
 def _canonical(name: str, model_types: Collection[str]) -> str:
