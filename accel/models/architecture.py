@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import BlockLayout, FusedExperts
 from hasten.accel.models.checkpoint import Checkpoint
-from hasten.accel.models.experts import Experts, expert_sizes
-from hasten.accel.models.families import family_of
+from hasten.accel.models.experts import Experts, Layout
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
 from hasten.accel.models.tensor_names import Names
@@ -58,7 +57,6 @@ class Architecture:
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         model_type = checkpoint.config.get("model_type")
-        self._family = family_of(model_type)
         whole = read_config(checkpoint.path)
         self.config: Any = whole.get_text_config(decoder=True)
         try:
@@ -70,7 +68,7 @@ class Architecture:
         self.num_blocks = len(self._skeleton.blocks)
         first = self._skeleton.blocks[0]
         self._stored_names = Names(
-            checkpoint, self._model, self.adapter, self._family, [path for path, _ in first.named_parameters()]
+            checkpoint, self._model, self.adapter, [path for path, _ in first.named_parameters()]
         )
         self._head = find(self._model, self.adapter.head)
         self._embedding = find(self._model, self.adapter.embedding)
@@ -245,15 +243,9 @@ class Architecture:
         return self._layouts[key]
 
     def _expert_layers(self, index: int, path: str, module: Any) -> Iterator[Layer]:
-        number, inner, width = expert_sizes(module)
-        for expert in range(number):
-            for projection, rows, columns in (
-                ("gate_proj", inner, width),
-                ("up_proj", inner, width),
-                ("down_proj", width, inner),
-            ):
-                shared = f"{path}.{expert}.{'down_proj' if projection == 'down_proj' else 'gate_proj'}"
-                yield self._layer(index, f"{path}.{expert}.{projection}", rows, columns, shared, expert)
+        for layer in Layout.of(module).layers():
+            shared = f"{path}.{layer.group}"
+            yield self._layer(index, f"{path}.{layer.path}", layer.rows, layer.columns, shared, layer.expert)
 
     def outer_layers(self) -> dict[str, Layer]:
         """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
-from hasten.accel.models.families import FAMILIES
+from hasten.accel.models.expert_names import canonical, model_types, unfused
 from hasten.accel.models.packed import COUNTED, GROUP_INDEX, PACKED, PARTS, Packing
-from hasten.accel.models.shards import Stored, read_header
+from hasten.accel.models.shards import Place, Stored, read_header
 from hasten.kernels.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _download(name: str, right: str, weights: bool) -> Path:
 
 
 class Checkpoint:
-    """Tensors of a transformers checkpoint in safetensors, by their logical names (see models.families).
+    """Tensors of a transformers checkpoint in safetensors, by their logical names (see models.expert_names).
 
     Making one reads only config.json, the index and the headers; UserError names the file or the tensor where they do
     not fit together. Fused experts appear as separate tensors, and a weight packed by compressed-tensors appears as the
@@ -101,30 +101,22 @@ class Checkpoint:
         self._check_dtypes()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def _entries(self) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
+    def _entries(self) -> tuple[dict[str, Place], dict[str, dict[str, Stored]]]:
         """Places of plain tensors, and of the stored parts of packed weights, by logical name."""
-        family = FAMILIES.get(str(self.config.get("model_type")))
-        plain: dict[str, Stored] = {}
+        types = model_types(self.config)
+        plain: dict[str, Place] = {}
         packed: dict[str, dict[str, Stored]] = {}
-        for stored_name, stored in self._stored.items():
-            name = family.canonical(stored_name) if family else stored_name
-            module, _, leaf = name.rpartition(".")
-            if self._packing and leaf in PARTS and self._parent(stored_name) + PACKED in self._stored:
-                packed.setdefault(f"{module}.weight", {})[leaf] = stored
-                continue
-            split = family.fused(name) if family and len(stored.shape) == 3 else None
-            if split is None:
+        for name, stored in self._stored.items():
+            parent, _, leaf = name.rpartition(".")
+            if self._packing and leaf in PARTS and f"{parent}.{PACKED}" in self._stored:
+                packed.setdefault(f"{canonical(parent, types)}.weight", {})[leaf] = stored
+            else:
                 plain[name] = stored
-                continue
-            experts, rows, _ = stored.shape
-            for expert in range(experts):
-                for part, first, last in split:
-                    plain[part.format(expert)] = stored.part(expert, first * rows // 2, last * rows // 2)
         for name, parts in packed.items():
             lacking = [part for part in (PACKED, "weight_scale", "weight_shape") if part not in parts]
             if lacking:
                 raise UserError(f"tensor {name.removesuffix('weight')}{lacking[0]} is missing from {self.path}")
-        return plain, packed
+        return unfused(plain, types), packed
 
     def _check_dtypes(self) -> None:
         """UserError where a weight or bias is stored in a type that no job reads; buffers may have any type."""
@@ -138,10 +130,6 @@ class Checkpoint:
                     f"tensor {name} in {stored.file} is stored as {str(stored.dtype).removeprefix('torch.')}: weights "
                     f"must be {known}; convert the checkpoint first"
                 )
-
-    @staticmethod
-    def _parent(name: str) -> str:
-        return name[: name.rfind(".") + 1]
 
     @property
     def names(self) -> list[str]:
@@ -279,7 +267,7 @@ class Checkpoint:
                 digest.update(stored.strip(offset, _STRIP_BYTES))
         return digest.hexdigest()
 
-    def _place(self, name: str) -> Stored:
+    def _place(self, name: str) -> Place:
         if name not in self._plain:
             raise UserError(f"tensor {name} is missing from {self.path}")
         return self._plain[name]

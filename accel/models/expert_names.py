@@ -17,7 +17,6 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.experts import DOWN, GATE, UP, is_transposed
 from hasten.accel.models.shards import Place, Stored
 
-_LOCAL = {"w1": GATE, "w3": UP, "w2": DOWN, GATE: GATE, UP: UP, DOWN: DOWN}
 _NUMBERED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 # Model types whose mixtures servers know by Mixtral's names: those whose mixture is `mlp` in transformers' modules and
 # `block_sparse_moe` in checkpoints, and those whose modules have the checkpoint's name.
@@ -29,6 +28,7 @@ _MODULE_FORM = re.compile(r"(.*\blayers\.\d+\.)mlp\.(.+)")
 _INTERLEAVED = frozenset(("gpt_oss",))
 # Stored tensors of all experts: those of transformers' modules, Aria's and Granite's.
 _FUSED = re.compile(r"(.+)\.experts\.(gate_up_proj|up_proj|down_proj)(_bias)?|(.+)\.experts\.(fc[12])\.weight")
+_EXPERT = re.compile(rf"((?:.+\.)?experts\.\d+\.)({GATE}|{UP}|{DOWN})(\..+)?")
 _GRANITE = re.compile(r"(.+)\.(input|output)_linear\.weight")
 
 
@@ -83,43 +83,50 @@ class _Fused:
     interleaved: bool
 
 
-def unfused(places: Mapping[str, Place], model_types: Collection[str]) -> dict[str, Place]:
+def model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """Model types in a checkpoint's config: its own, and that of the text model of a multimodal one."""
+    text = config.get("text_config")
+    found = {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
+    return frozenset(name for name in found if isinstance(name, str))
+
+
+def unfused(places: Mapping[str, Place], types: Collection[str]) -> dict[str, Place]:
     """Places of tensors by the names that servers read, one for each expert and projection, from those by stored name.
 
-    model_types: of the checkpoint's config, and of its text model.
+    types: see model_types.
     """
     found: dict[str, Place] = {}
     for name, place in places.items():
-        fused = _fused(name, places, model_types)
+        fused = _fused(name, places, types)
         if fused is None:
-            found[_canonical(name, model_types)] = place
+            found[canonical(name, types)] = place
             continue
-        module = _canonical(fused.module, model_types)
+        module = canonical(fused.module, types)
         for expert in range(place.shape[0]):
             for projection, part in zip(fused.projections, _parts(place, expert, fused), strict=True):
-                leaf = stored_projection(projection, model_types)
+                leaf = stored_projection(projection, types)
                 found[f"{module}.{expert}.{leaf}.{'bias' if fused.bias else 'weight'}"] = part
     return found
 
 
-def local_expert(name: str) -> str | None:
-    """transformers' name of a tensor below an expert's number, such as gate_proj.weight for w1.weight; None for others."""
-    projection, _, leaf = name.partition(".")
-    return f"{_LOCAL[projection]}.{leaf}" if projection in _LOCAL else None
-
-
-def stored_projection(name: str, model_types: Collection[str]) -> str:
+def stored_projection(name: str, types: Collection[str]) -> str:
     """Name of a projection of an expert in checkpoints of a model type, such as w1 for gate_proj."""
-    return name if _WITH_NUMBERS.isdisjoint(model_types) else _NUMBERED[name]
+    return name if _WITH_NUMBERS.isdisjoint(types) else _NUMBERED[name]
 
 
-def _canonical(name: str, model_types: Collection[str]) -> str:
+def stored_expert(local: str, types: Collection[str]) -> str:
+    """Name in a checkpoint of a block's tensor, whose name below the block is `local` if it is no expert's."""
+    match = _EXPERT.fullmatch(local)
+    return f"{match[1]}{stored_projection(match[2], types)}{match[3] or ''}" if match else local
+
+
+def canonical(name: str, types: Collection[str]) -> str:
     """The name with Mixtral's name of the mixture, where the model has it and the name is of transformers' module."""
-    match = _MODULE_FORM.fullmatch(name) if not _BLOCK_SPARSE.isdisjoint(model_types) else None
+    match = _MODULE_FORM.fullmatch(name) if not _BLOCK_SPARSE.isdisjoint(types) else None
     return f"{match[1]}block_sparse_moe.{match[2]}" if match else name
 
 
-def _fused(name: str, places: Mapping[str, Place], model_types: Collection[str]) -> _Fused | None:
+def _fused(name: str, places: Mapping[str, Place], types: Collection[str]) -> _Fused | None:
     """How a tensor of all experts is stored; None for other tensors."""
     match, granite = _FUSED.fullmatch(name), False
     if match:
@@ -131,7 +138,7 @@ def _fused(name: str, places: Mapping[str, Place], model_types: Collection[str])
         )
     else:
         match = _GRANITE.fullmatch(name)
-        granite = match is not None and not _GRANITES.isdisjoint(model_types)
+        granite = match is not None and not _GRANITES.isdisjoint(types)
         if match is None or not granite:
             return None
         parent, kind, bias = match[1], match[2], False
@@ -145,7 +152,7 @@ def _fused(name: str, places: Mapping[str, Place], model_types: Collection[str])
         projections=(DOWN,) if is_last else (GATE, UP) if gated else (UP,),
         bias=bias,
         transposed=is_transposed(first.shape, last.shape, 2 if gated else 1),
-        interleaved=not is_last and not _INTERLEAVED.isdisjoint(model_types),
+        interleaved=not is_last and not _INTERLEAVED.isdisjoint(types),
     )
 
 

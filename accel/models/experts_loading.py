@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
 
-from hasten.accel.models.expert_names import stored_projection
+from hasten.accel.models.expert_names import model_types, stored_projection
 from hasten.accel.models.experts import DOWN, GATE, UP, Layout, is_fused
 
 
@@ -53,22 +53,21 @@ def missing_rules(model: Any, rules: list[Any]) -> list[WeightConverter]:
         for target in rule.target_patterns
     ]
     added: dict[str, WeightConverter] = {}
-    model_types = {str(getattr(model.config, "model_type", ""))}
-    model_types.add(str(model.config.get_text_config(decoder=True).model_type))
+    types = model_types(model.config.to_dict())
     for path, module in model.named_modules():
         if is_fused(module) and not any(f"{path}.{DOWN}".endswith(target.lstrip("^\\.")) for target in targets):
             tail = ".".join(path.split(".")[-2:])
-            for rule in _rules(tail, Layout.of(module), model_types):
+            for rule in _rules(tail, Layout.of(module), types):
                 added.setdefault(rule.target_patterns[0], rule)
     return list(added.values())
 
 
-def _rules(tail: str, layout: Layout, model_types: set[str]) -> Iterator[WeightConverter]:
+def _rules(tail: str, layout: Layout, types: frozenset[str]) -> Iterator[WeightConverter]:
     """tail: the last two parts of the path of the module of all experts."""
     first = (GATE, UP) if layout.has_gate else (UP,)
     fused = "gate_up_proj" if layout.has_gate else UP
     for projections, target in ((first, fused), ((DOWN,), DOWN)):
-        names = [stored_projection(name, model_types) for name in projections]
+        names = [stored_projection(name, types) for name in projections]
         for leaf, suffix in (("weight", ""), ("bias", "_bias")):
             if leaf == "weight" or layout.has_bias:
                 sources = [f"{tail}.*.{name}.{leaf}" for name in names]

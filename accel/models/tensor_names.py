@@ -11,7 +11,7 @@ from typing import Any
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import Adapter
 from hasten.accel.models.checkpoint import Checkpoint
-from hasten.accel.models.families import Family
+from hasten.accel.models.expert_names import model_types, stored_expert
 
 
 class Names:
@@ -20,9 +20,10 @@ class Names:
     blocks: prefix of the blocks' tensors, which a block's number follows.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, adapter: Adapter, family: Family, block: Iterable[str]):
+    def __init__(self, checkpoint: Checkpoint, model: Any, adapter: Adapter, block: Iterable[str]):
         """block: paths of parameters in the first block."""
-        self._checkpoint, self._adapter, self._family = checkpoint, adapter, family
+        self._checkpoint, self._adapter = checkpoint, adapter
+        self._types = model_types(checkpoint.config)
         self._saved = saved_name(model)
         self._start = f"{adapter.blocks}."
         # The form in which transformers saves names of the first block.
@@ -31,10 +32,8 @@ class Names:
 
     def local(self, path: str) -> str:
         """Name of a parameter of a block, below the block's prefix. path: in the block."""
-        if self._family.experts is not None:
-            return self._family.logical(path)
         saved = self._saved(f"{self._start}0.{path}")
-        return saved.removeprefix(f"{self._saved_start}0.")
+        return stored_expert(saved.removeprefix(f"{self._saved_start}0."), self._types)
 
     def outer(self, path: str) -> str:
         """Name of a parameter outside the blocks. path: in the model."""
