@@ -282,12 +282,18 @@ class Architecture:
 
     def _empty_block(self, index: int) -> Any:
         """Block on the meta device, with experts as linear layers, and with the buffers that are not in checkpoints."""
-        block: Any = copy.deepcopy(self._skeleton.blocks[index], {id(self.config): self.config})
+        original = self._skeleton.blocks[index]
+        # In the original, where transformers finds them; the copy takes the values.
+        for module in original.modules():
+            compute_buffers(self._model, module)
+        block: Any = copy.deepcopy(original, {id(self.config): self.config})
+        for module in original.modules():
+            module._buffers = {
+                name: None if value is None else value.to("meta") for name, value in module._buffers.items()
+            }
         for item in self.layout(index).experts:
             parent, _, leaf = item.path.rpartition(".")
             setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(item.path)))
-        for module in block.modules():
-            compute_buffers(self._model, module)
         return block
 
     def _fill_block(self, block: nn.Module, index: int, without: Collection[str] = ()) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import Adapter, BlockLayout, FusedExperts, InputGroup
-from hasten.accel.models.experts import is_fused
+from hasten.accel.models.experts import Layout, is_fused
+from hasten.accel.models.plain_linears import reason_to_skip
 from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, each_module
 
 BATCH, LENGTH = 2, 6
@@ -298,7 +299,7 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
     readers: dict[object, list[str]] = {}
     norms: dict[object, str] = {}
     linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    mixtures = {path for path, module in block.named_modules() if is_fused(module)}
+    mixtures = {path: Layout.of(module).number for path, module in block.named_modules() if is_fused(module)}
     handles, replaced = [], []
     order: list[tuple[str, object]] = []
 
@@ -352,13 +353,14 @@ def _layout(
     readers: dict[object, list[str]],
     norms: dict[object, str],
     linears: dict[str, nn.Linear],
-    mixtures: set[str],
+    mixtures: dict[str, int],
 ) -> BlockLayout:
     keys: dict[str, set[object]] = {}
     for path, key in order:
         keys.setdefault(path, set()).add(key)
     skipped = {path: "the block does not call it" for path in linears if path not in keys}
     skipped |= {path: "the block calls it with several inputs" for path in linears if len(keys.get(path, ())) > 1}
+    skipped |= {path: reason for path, layer in linears.items() if (reason := reason_to_skip(path, layer, mixtures))}
     groups: dict[object, list[str]] = {}
     for path, key in order:
         members = groups.setdefault((path,) if path in mixtures else key, [])

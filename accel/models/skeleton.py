@@ -82,6 +82,12 @@ class Skeleton:
     def run(self, tokens: Tensor, visit: Visit) -> Tensor | None:
         """Run the model on tokens [B, T] with this visitor of its blocks; logits, or None where something stopped it."""
         self._visit = visit
+        table: Any = self.model.get_input_embeddings()
+        weight = table.weight if isinstance(table, nn.Embedding) else None
+        # Some models move the tokens to the device of their table.
+        here = None if weight is None else nn.Parameter(weight.new_empty(0, weight.shape[1], device=tokens.device), False)
+        if weight is not None:
+            table.weight = here
         try:
             with torch.no_grad():
                 output = self.model(input_ids=tokens, use_cache=False)
@@ -89,6 +95,8 @@ class Skeleton:
             return None
         finally:
             self._visit = None
+            if weight is not None and table.weight is here:
+                table.weight = weight
         logits: Tensor = output.logits
         return logits
 
@@ -125,11 +133,18 @@ def compute_buffers(model: Any, module: nn.Module) -> None:
     """Compute a module's own buffers that are on the meta device."""
     missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
     for name, buffer in missing.items():
-        module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    if missing:
-        # The method by which transformers fills them when it loads a checkpoint.
-        with torch.no_grad():
-            model._init_weights(module)
+        unknown = torch.nan if buffer.is_floating_point() else 0
+        module._buffers[name] = torch.full_like(buffer, unknown, device="cpu")
+    if not missing:
+        return
+    # The method by which transformers fills them when it loads a checkpoint.
+    with torch.no_grad():
+        model._init_weights(module)
+        if any(bool(module._buffers[name].isnan().any()) for name in missing):
+            # Some are filled where the method is called for the whole decoder.
+            for whole in model.modules():
+                if hasattr(whole, "_init_weights"):
+                    model._init_weights(whole)
 
 
 def find(module: Any, path: str) -> Any:

@@ -63,7 +63,8 @@ class PackQuantized(Format):
         set, so that transformers alone stops with an error and does not read wrong weights.
         """
         distinct: dict[tuple[Scheme, bool], list[str]] = {}
-        for name, scheme in schemes.items():
+        # Experts first: transformers takes the first group with the word `experts` for theirs, and `shared_experts` has it.
+        for name, scheme in sorted(schemes.items(), key=lambda item: ".experts." not in item[0]):
             distinct.setdefault((scheme, experts and ".experts." in name), []).append(name)
         groups = {}
         for number, ((scheme, is_expert), names) in enumerate(distinct.items()):
@@ -132,8 +133,8 @@ def _targets(names: list[str]) -> list[str]:
 def _one_of(names: list[str], experts: bool) -> str:
     """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
     if experts:
-        # Loaders search for the word `experts`; the experts of all blocks share one scheme.
-        return "re:.*experts.*"
+        # Loaders search for the word `experts`; the experts of all blocks share one scheme. Shared experts are others.
+        return r"re:.*\bexperts\..*"
     tails = sorted({name[name.index("layers.") :] if not _is_outer(name) else _last(name) for name in names})
     return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"
 
