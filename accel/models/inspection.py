@@ -107,6 +107,7 @@ class _Inspection:
     def adapter(self) -> Adapter:
         """See derive_adapter."""
         head = self._head()
+        self._head_path = next(path for path, module in self._model.named_modules() if module is head)
         embedding = self._model.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding):
             raise NotBlockwise(f"its embedding is a {type(embedding).__name__}, not a table of tokens")
@@ -135,7 +136,7 @@ class _Inspection:
             front=tuple(front),
             run=tuple(self._called),
             tail=tuple(tail),
-            head=names[id(head)],
+            head=self._head_path,
             input_scale=scale,
             logit_scale=logit_scale,
             cap=cap,
@@ -222,10 +223,9 @@ class _Inspection:
         assert logits is not None
         tail: list[str] = []
         output, scale = given, 1.0
-        last = next(name for name, module in self._model.named_modules() if module is head)
         for path, inputs, result in self._calls:
             scale = _factor(output, inputs)
-            if path == last:
+            if path == self._head_path:
                 return tail, scale, logits, probe
             if scale != 1.0:
                 raise NotBlockwise(f"it scales the hidden states before {path}")
@@ -253,11 +253,11 @@ class _Inspection:
         def enter(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             if self._depth is None:
                 self._called[path] = module
-            else:
+            elif not self._holds_head(path):
                 self._depth += 1
             compute_buffers(self._model, module)
             ids = inputs[0] if inputs else None
-            if isinstance(module, nn.Embedding) and self._is_tokens(ids):
+            if self._is_table(module) and self._is_tokens(ids):
                 assert isinstance(ids, Tensor)
                 self._tables[path] = module
                 unique, places = ids.unique(return_inverse=True)
@@ -274,7 +274,7 @@ class _Inspection:
 
     def _after_call(self, path: str) -> Any:
         def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._depth:
+            if self._depth and not self._holds_head(path):
                 self._depth -= 1
                 if self._depth == 0 and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
                     self._calls.append((path, inputs[0], output))
@@ -282,6 +282,15 @@ class _Inspection:
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
         return leave
+
+    def _holds_head(self, path: str) -> bool:
+        """Whether a module contains the output matrix, so that its parts are seen one by one."""
+        return path == "" or self._head_path.startswith(f"{path}.")
+
+    def _is_table(self, module: nn.Module) -> bool:
+        """Whether a module looks rows up by the numbers that it is called with; tables of positions compute others."""
+        kinds = nn.Embedding, type(self._model.get_input_embeddings())
+        return isinstance(module, nn.Embedding) and any(type(module).forward is kind.forward for kind in kinds)
 
     def _is_tokens(self, ids: object) -> bool:
         return isinstance(ids, Tensor) and any(

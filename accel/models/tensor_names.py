@@ -26,6 +26,7 @@ class Names:
         self._types = model_types(checkpoint.config)
         self._saved = saved_name(model)
         self._start = f"{adapter.blocks}."
+        self._same = _same_parameters(model)
         # The form in which transformers saves names of the first block.
         self._saved_start = self._saved(f"{self._start}0.\0").removesuffix("0.\0")
         self.blocks = self._find_blocks(list(block))
@@ -37,21 +38,16 @@ class Names:
 
     def outer(self, path: str) -> str:
         """Name of a parameter outside the blocks. path: in the model."""
-        candidates = self._candidates(path)
+        candidates = [name for one in (path, *self._same.get(path, ())) for name in self._candidates(one)]
         return next((name for name in candidates if name in self._checkpoint), candidates[0])
 
     def head(self) -> str:
         """Name of the tensor that the output matrix is read from."""
-        name = self.outer(f"{self._adapter.head}.weight")
-        if name in self._checkpoint or not self._adapter.tied:
-            return name
-        # Tied tensors may be stored under either name.
-        return self.outer(f"{self._adapter.embedding}.weight")
+        return self.outer(f"{self._adapter.head}.weight")
 
     def embedding(self) -> str:
         """Name of the tensor that the embedding is read from."""
-        name = self.outer(f"{self._adapter.embedding}.weight")
-        return name if name in self._checkpoint or not self._adapter.tied else self.head()
+        return self.outer(f"{self._adapter.embedding}.weight")
 
     def _candidates(self, path: str) -> list[str]:
         """Names that a parameter outside the blocks may have, the most likely first."""
@@ -85,6 +81,15 @@ class Names:
         if starts:
             raise UserError(f"tensors {likely[0]}0.* are missing from {where}, and several others match: {starts}")
         raise UserError(f"tensors {likely[0]}0.* are missing from {where}")
+
+
+def _same_parameters(model: Any) -> dict[str, list[str]]:
+    """By the path of a tied parameter, the paths of those that it is tied to: any of them may be stored."""
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    tied = [same for same in paths.values() if len(same) > 1]
+    return {path: [other for other in same if other != path] for same in tied for path in same}
 
 
 def saved_name(model: Any) -> Callable[[str], str]:
