@@ -21,8 +21,8 @@ _NUMBERED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 # Model types whose mixtures servers know by Mixtral's names: those whose mixture is `mlp` in transformers' modules and
 # `block_sparse_moe` in checkpoints, and those whose modules have the checkpoint's name.
 _BLOCK_SPARSE = frozenset(("mixtral", "minimax", "minimax_m2", "phimoe", "kimi_linear"))
-_GRANITES = frozenset(("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"))
-_WITH_NUMBERS = _BLOCK_SPARSE | _GRANITES | {"lfm2_moe"}
+GRANITES = frozenset(("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"))
+_WITH_NUMBERS = _BLOCK_SPARSE | GRANITES | {"lfm2_moe"}
 _MODULE_FORM = re.compile(r"(.*\blayers\.\d+\.)mlp\.(.+)")
 # Model types that interleave the columns of gate and up projection.
 _INTERLEAVED = frozenset(("gpt_oss",))
@@ -138,7 +138,7 @@ def _fused(name: str, places: Mapping[str, Place], types: Collection[str]) -> _F
         )
     else:
         match = _GRANITE.fullmatch(name)
-        granite = match is not None and not _GRANITES.isdisjoint(types)
+        granite = match is not None and not GRANITES.isdisjoint(types)
         if match is None or not granite:
             return None
         parent, kind, bias = match[1], match[2], False

@@ -1,6 +1,10 @@
 """The supported model families: names and order of their parts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from hasten.accel.models.expert_names import GRANITES, model_types
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -24,6 +28,9 @@ class Family:
     caps_logits: bool = True
 
 
+# See initialises_layers and fuses_experts.
+_INITIALISED = frozenset(("mamba", "mamba2", "falcon_mamba", "recurrent_gemma"))
+_PUBLISHED_FUSED = frozenset(("gpt_oss", "aria", "aria_text")) | GRANITES
 _LLAMA = Family()
 FAMILIES = {
     "llama": _LLAMA,
@@ -55,3 +62,13 @@ FAMILIES = {
 def family_of(model_type: object) -> Family:
     """Family of a config's model_type: that of most models where no other one is listed."""
     return FAMILIES.get(str(model_type), _LLAMA)
+
+
+def initialises_layers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5.23 initialises weights of layers of a model that it loads, which packed layers lack."""
+    return not _INITIALISED.isdisjoint(model_types(config))
+
+
+def fuses_experts(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5.23 has no rules for experts of a model that a checkpoint stores one by one."""
+    return not _PUBLISHED_FUSED.isdisjoint(model_types(config))
