@@ -85,9 +85,10 @@ class Skeleton:
         table: Any = self.model.get_input_embeddings()
         weight = table.weight if isinstance(table, nn.Embedding) else None
         # Some models move the tokens to the device of their table.
-        here = None if weight is None else nn.Parameter(weight.new_empty(0, weight.shape[1], device=tokens.device), False)
-        if weight is not None:
-            table.weight = here
+        here = None
+        if weight is not None and weight.is_meta:
+            rows = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=tokens.device)
+            here = table.weight = nn.Parameter(rows.expand(weight.shape), requires_grad=False)
         try:
             with torch.no_grad():
                 output = self.model(input_ids=tokens, use_cache=False)
@@ -95,7 +96,7 @@ class Skeleton:
             return None
         finally:
             self._visit = None
-            if weight is not None and table.weight is here:
+            if here is not None and table.weight is here:
                 table.weight = weight
         logits: Tensor = output.logits
         return logits
@@ -137,9 +138,13 @@ def compute_buffers(model: Any, module: nn.Module) -> None:
         module._buffers[name] = torch.full_like(buffer, unknown, device="cpu")
     if not missing:
         return
-    # The method by which transformers fills them when it loads a checkpoint.
+    # The method by which transformers fills them when it loads a checkpoint. It would fill the module's weights, too.
+    weights = dict(module._parameters)
+    for name, weight in weights.items():
+        module._parameters[name] = None if weight is None else nn.Parameter(weight.to("meta"), requires_grad=False)
     with torch.no_grad():
         model._init_weights(module)
+        module._parameters.update(weights)
         if any(bool(module._buffers[name].isnan().any()) for name in missing):
             # Some are filled where the method is called for the whole decoder.
             for whole in model.modules():
