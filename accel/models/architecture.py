@@ -49,6 +49,7 @@ class Layer:
 class Architecture:
     """The model of a checkpoint; weights and hidden states have this dtype and lie on this device.
 
+    all_experts: whether experts of blocks that are loaded from now on show all tokens, see models.experts.
     Raises UserError where the model family is not supported, or where a tensor is missing or has a wrong shape.
     """
 
@@ -56,6 +57,7 @@ class Architecture:
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.all_experts = False
         model_type = checkpoint.config.get("model_type")
         whole = read_config(checkpoint.path)
         self.config: Any = whole.get_text_config(decoder=True)
@@ -75,6 +77,7 @@ class Architecture:
         self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
         self._arguments: dict[tuple[int, int], list[Call]] = {}
         self._layouts: dict[object, BlockLayout] = {}
+        self._linears: dict[int, list[Layer]] = {}
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -211,6 +214,11 @@ class Architecture:
 
     def linears(self, index: int) -> list[Layer]:
         """Linear layers of a block in execution order; no tensor is read."""
+        if index not in self._linears:
+            self._linears[index] = self._find_linears(index)
+        return list(self._linears[index])
+
+    def _find_linears(self, index: int) -> list[Layer]:
         block, layers = self._skeleton.blocks[index], []
         for item in self.layout(index).order:
             if isinstance(item, FusedExperts):
@@ -293,7 +301,7 @@ class Architecture:
             }
         for item in self.layout(index).experts:
             parent, _, leaf = item.path.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(item.path)))
+            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(item.path), self.all_experts))
         return block
 
     def _fill_block(self, block: nn.Module, index: int, without: Collection[str] = ()) -> None:

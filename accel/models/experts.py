@@ -107,12 +107,13 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """Replacement of transformers' fused experts with the same call and output; made on the meta device.
 
-    Experts are its children `0`, `1`, …; other children and parameters of the fused module remain.
+    Experts are its children `0`, `1`, …; other children and parameters of the fused module remain. all_tokens: whether
+    `show` calls every expert with all tokens, and not only with those that are routed to it.
     """
 
-    def __init__(self, fused: Any):
+    def __init__(self, fused: Any, all_tokens: bool = False):
         super().__init__()
-        self.layout = Layout.of(fused)
+        self.layout, self.all_tokens = Layout.of(fused), all_tokens
         for name, child in fused.named_children():
             if name != "act_fn":
                 self.add_module(name, child)
@@ -138,8 +139,11 @@ class Experts(nn.Module):
                 output.index_add_(0, token, (outputs * weights[token, place, None]).to(output.dtype))
         return output
 
-    def see_all(self, hidden_states: Tensor, *_: Tensor, **__: Tensor) -> None:
-        """Call every expert with all tokens that `forward` is called with."""
+    def show(self, hidden_states: Tensor, *choice: Tensor, **named: Tensor) -> None:
+        """Call experts with the tokens that their statistics are of; see forward."""
+        if not self.all_tokens:
+            self.forward(hidden_states, *choice, **named)
+            return
         if self.layout.scores_inputs:
             scaled = hidden_states.unflatten(0, (self.layout.number, -1))
             # The copy for the expert that the router scores highest: no other is known here.

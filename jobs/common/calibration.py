@@ -1,10 +1,11 @@
 """Shared by jobs that calibrate: checkpoint and settings, and the calibration pass with its progress."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hasten.accel.compression.calibration.expert_tokens import described as described_tokens
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
@@ -55,8 +56,16 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
         batch=config.calibration.batch,
         shards=config.calibration.shards,
         expert_tokens=config.calibration.expert_tokens,
+        all_experts=config.calibration.all_experts,
         **chosen,
     )
+
+
+def print_expert_tokens(report: Mapping[str, Any]) -> None:
+    """Print how many calibration tokens experts saw, where the model has any and methods use statistics."""
+    summary = report["expert_tokens"]
+    if summary is not None and summary["most"]:
+        print(f"tokens per expert: {described_tokens(summary)}")
 
 
 def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:

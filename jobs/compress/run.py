@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 
+from hasten.accel.compression.calibration.expert_tokens import expert_tokens
 from hasten.accel.compression.calibration.group_sizes import described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import group_sizes
 from hasten.accel.compression.calibration.outer import OuterLevels, make_outer_levels
@@ -28,6 +29,7 @@ from hasten.jobs.common.calibration import (
     log_group_sizes,
     open_output,
     original,
+    print_expert_tokens,
     run_pass,
     uses_auto,
 )
@@ -166,6 +168,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
         "layers": layers,
         "blocks": done.blocks,
         "fallbacks": [row["layer"] for row in layers if row["notes"]],
+        "expert_tokens": expert_tokens(compression.task.layer_groups, layers, config.calibration.expert_tokens),
         "group_sizes": groups,
         "loader": loader_of(output.path),
         "output": str(output.path),
@@ -195,6 +198,7 @@ def _print_summary(report: Record) -> None:
             f"KL divergence {metrics['kl_divergence']:.5f} nats a token; "
             f"same first token {metrics['top1_agreement']:.1%}"
         )
+    print_expert_tokens(report)
     print_texts(report)
     print_warnings(report)
     print_gates(report)

@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
 
+from hasten.accel.compression.calibration.expert_tokens import expert_tokens
 from hasten.accel.compression.calibration.outer import make_outer_levels
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -24,6 +25,7 @@ from hasten.jobs.common.calibration import (
     log_group_sizes,
     open_output,
     original,
+    print_expert_tokens,
     run_pass,
 )
 from hasten.jobs.common.cluster import cluster_session, worker_resources
@@ -61,6 +63,7 @@ def run(config: LevelsConfig) -> Path:
                 "metrics": metrics,
                 "layers": building.facts(),
                 "blocks": building.report.blocks,
+                "expert_tokens": building.expert_tokens(),
                 "levels": building.database.levels,
                 **building.texts.report(building.source),
                 "output": str(building.database.path),
@@ -71,6 +74,7 @@ def run(config: LevelsConfig) -> Path:
         f"size: {metrics['bytes'] / 2**20:.1f} MiB for {len(building.database.levels)} levels, "
         f"{metrics['bytes_per_weight']:.3f} bytes per weight"
     )
+    print_expert_tokens(report)
     print_texts(report)
     return path
 
@@ -135,6 +139,10 @@ class DatabaseBuild:
     def facts(self) -> list[Record]:
         """One row for every layer and level."""
         return [row for layer in self._layers() for row in self.database.facts(layer.name).values()]
+
+    def expert_tokens(self) -> Record | None:
+        """Calibration tokens of the experts; None where there are none."""
+        return expert_tokens(self.database.layer_groups, self.facts(), self.settings.expert_tokens)
 
     def metrics(self) -> Record:
         """Metrics of the database and of its calibration pass."""

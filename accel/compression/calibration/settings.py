@@ -40,6 +40,7 @@ class Settings:
     the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
+    all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
     outer: levels of output layer and embedding.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     batch: int = 4
     shards: int = 8
     expert_tokens: int = 128
+    all_experts: bool = False
     outer: OuterLevels = field(default_factory=OuterLevels)
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ class Settings:
             "batch": self.batch,
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
+            "all_experts": self.all_experts,
             "outer": self.outer.names() if self.outer else None,
             "torch": torch.__version__,
             "code": self.code(),
@@ -149,6 +152,7 @@ class Task:
         self.checkpoint = Checkpoint(settings.checkpoint)
         check_source(self.checkpoint)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        self.architecture.all_experts = settings.all_experts
         self.layer_groups = all_groups(self.architecture, settings)
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:

@@ -9,6 +9,7 @@ Departs from it: the experts of a layer are one stage, whose layers are calibrat
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -165,14 +166,14 @@ class StagedBlock:
 
     def _watch_experts(self, number: int, stage: Stage) -> None:
         """Run the experts once for their inputs, wait, and run them again with the compressed weights."""
-        experts = self._block.get_submodule(_container(stage))
+        experts: Any = self._block.get_submodule(container(stage))
         usual = experts.forward
 
         def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
             run = self._reach(number)
             if run is not None:
                 run.collects = True
-                usual(*arguments, **named)
+                experts.show(*arguments, **named)
                 run.collects = False
                 run.wait(None)
             output: Tensor = usual(*arguments, **named)
@@ -200,8 +201,7 @@ def _taken(run: Callable[[Tensor], Tensor], parts: list[Tensor], place: int) -> 
     return lambda: run(held.pop())
 
 
-def _container(stage: Stage) -> str:
+def container(stage: Stage) -> str:
     """Path of the module that holds all experts of a stage."""
     layer = stage[0].layers[0]
-    path = layer.module.split(".")
-    return ".".join(path[: path.index(str(layer.expert))])
+    return layer.module.rpartition(f".{layer.expert}.")[0]
