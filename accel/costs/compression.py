@@ -338,8 +338,9 @@ def _network_bytes(work: Pass) -> float:
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
     """Work of accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
     total = Work()
+    experts = [group.block for group in groups if group.is_expert]
+    seen = work.model.active_share(experts[0]) if experts and not work.all_experts else 1.0
     for group in groups:
-        seen = 1.0 if work.all_experts else work.model.active_share(group.block)
         share = seen if group.is_expert else 1.0
         total += collect_work([group], tokens * share)
     passes = ceil(work.sequences / work.batch)

@@ -6,7 +6,7 @@ transformers describes the layout of such a module by attributes: `is_transposed
 few modules without them have the usual layout, or a transposed one, which their shapes show.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,18 +139,33 @@ class Experts(nn.Module):
                 output.index_add_(0, token, (outputs * weights[token, place, None]).to(output.dtype))
         return output
 
-    def show(self, hidden_states: Tensor, *choice: Tensor, **named: Tensor) -> None:
-        """Call experts with the tokens that their statistics are of; see forward."""
+    def show(self, members: Sequence[int], hidden_states: Tensor, *choice: Tensor, **named: Tensor) -> None:
+        """Call experts with the tokens that their statistics are of. members: their numbers; others: see forward."""
         if not self.all_tokens:
-            self.forward(hidden_states, *choice, **named)
+            for number, tokens in self._routed(hidden_states, *choice, **named):
+                if number in members:
+                    self._expert(number)(tokens)
             return
         if self.layout.scores_inputs:
             scaled = hidden_states.unflatten(0, (self.layout.number, -1))
             # The copy for the expert that the router scores highest: no other is known here.
             best = scaled.abs().amax(-1).argmax(0)
             hidden_states = scaled[best, torch.arange(len(best), device=best.device)]
-        for number in range(self.layout.number):
+        for number in members:
             self._expert(number)(hidden_states)
+
+    def _routed(
+        self, hidden_states: Tensor, *choice: Tensor, **named: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Number and tokens of each expert that has any."""
+        if self.layout.scores_inputs:
+            for number, tokens in enumerate(hidden_states.unflatten(0, (self.layout.number, -1))):
+                if bool(tokens.any()):
+                    yield number, tokens[tokens.any(-1)]
+            return
+        indices = (*choice, *named.values())[0]
+        for number in indices.unique().tolist():
+            yield number, hidden_states[(indices == number).any(-1)]
 
     def _expert(self, number: int) -> nn.Module:
         return self.get_submodule(str(number))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.calibration.stages import StagedBlock, container
+from hasten.accel.compression.calibration.stages import Stage, StagedBlock, container, members_of
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.forwards import Forward, current_forward
@@ -58,7 +58,7 @@ class Shard:
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
-        undo = [_show_all(block.get_submodule(path)) for path in self._mixtures(groups)]
+        undo = [_show_all(block.get_submodule(path), members) for path, members in self._mixtures(groups).items()]
         try:
             self._run(block, keep=advance)
         finally:
@@ -114,10 +114,13 @@ class Shard:
         self._hidden, self.staged = self.staged.finish(), None
         self.position += 1
 
-    def _mixtures(self, groups: Sequence[Group]) -> list[str]:
-        """Paths of modules whose experts' statistics are of all tokens."""
-        experts = [group for group in groups if group.is_expert] if self.architecture.all_experts else []
-        return list(dict.fromkeys(container((group,)) for group in experts))
+    def _mixtures(self, groups: Sequence[Group]) -> dict[str, list[int]]:
+        """Paths of modules whose experts' statistics are of all tokens, and the numbers of these experts."""
+        stages: dict[str, Stage] = {}
+        for group in groups:
+            if group.is_expert and self.architecture.all_experts:
+                stages[container((group,))] = (*stages.get(container((group,)), ()), group)
+        return {path: members_of(stage) for path, stage in stages.items()}
 
     @staticmethod
     def _watch(block: nn.Module, group: Group, sums: ChunkSums, stop: bool) -> torch.utils.hooks.RemovableHandle:
@@ -136,14 +139,14 @@ class Shard:
         return block.get_submodule(layer.module).register_forward_pre_hook(add)
 
 
-def _show_all(experts: Any) -> Callable[[], None]:
+def _show_all(experts: Any, members: Sequence[int]) -> Callable[[], None]:
     """Let experts be called with all tokens for their inputs, before the routed ones run; returns what undoes it."""
     usual = experts.forward
 
     def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
         run = current_forward()
         run.collects = True
-        experts.show(*arguments, **named)
+        experts.show(members, *arguments, **named)
         run.collects = False
         output: Tensor = usual(*arguments, **named)
         return output
