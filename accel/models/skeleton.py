@@ -111,7 +111,7 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 
     folder: of the checkpoint, for error messages.
     """
-    kind = _model_class(config, folder)
+    kind = model_class(config, folder)
     try:
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype)
@@ -124,12 +124,19 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 def compute_buffers(model: Any, module: nn.Module) -> None:
     """Compute a module's own buffers that are on the meta device."""
     missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    if not missing:
+        return
     for name, buffer in missing.items():
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    if missing:
-        # The method by which transformers fills them when it loads a checkpoint.
-        with torch.no_grad():
-            model._init_weights(module)
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Embedding):
+        # Which may hold a few rows only.
+        module.weight = nn.Parameter(torch.empty(module.num_embeddings, module.embedding_dim, device="meta"), False)
+    # The method by which transformers fills them when it loads a checkpoint.
+    with torch.no_grad():
+        model._init_weights(module)
+    if isinstance(module, nn.Embedding) and weight is not None:
+        module.weight = weight
 
 
 def find(module: Any, path: str) -> Any:
@@ -156,7 +163,7 @@ def _refusal(folder: Path, error: Exception) -> UserError:
     return UserError(f"transformers cannot build a model from {folder / 'config.json'}: {reason}")
 
 
-def _model_class(config: Any, folder: Path) -> Any:
+def model_class(config: Any, folder: Path) -> Any:
     """Class of the model with an output layer over the vocabulary."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
