@@ -4,6 +4,7 @@ Blocks run on the meta device, where tensors have identities but no values: line
 tensor read the same input. Everything outside the blocks runs on a few tokens with random values, one module at a time.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -143,6 +144,7 @@ class _Inspection:
             outputs=self._skeleton.outputs,
             tied=tied,
             batched=batched,
+            loads_packed=_can_initialise_packed(self._model, self._skeleton.blocks),
         )
 
     def _head(self) -> nn.Linear:
@@ -432,6 +434,23 @@ def _outputs(block: nn.Module, hidden: Tensor, call: Call) -> int:
     if not isinstance(first, Tensor) or first.shape != hidden.shape:
         raise NotBlockwise(f"its blocks return a {type(first).__name__}, not hidden states")
     return len(output) if isinstance(output, tuple) else 0
+
+
+def _can_initialise_packed(model: Any, blocks: Sequence[nn.Module]) -> bool:
+    """Whether transformers can initialise blocks whose linear layers have no `weight`, as packed ones have none."""
+    for block in (blocks[0], blocks[-1]):
+        packed = copy.deepcopy(block, {id(model.config): model.config})
+        for module in packed.modules():
+            if isinstance(module, nn.Linear):
+                del module.weight
+                module.register_parameter("bias", None)
+        try:
+            for module in packed.modules():
+                if not isinstance(module, nn.Linear):
+                    model._init_weights(module)
+        except _FAILURES:
+            return False
+    return True
 
 
 def _fits(block: nn.Module, hidden: Tensor, call: Call) -> bool:

@@ -103,6 +103,8 @@ _TYPES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "dots1": {"n_shared_experts": 1},
+    # It rescales hidden states every six blocks.
+    "rwkv": {"num_hidden_layers": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
 }
 
@@ -157,6 +159,11 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
             # One block of each of two kinds, where there are as many.
             kinds = list(dict.fromkeys(types))
             own[name] = [kinds[0], kinds[min(1, len(kinds) - 1)]]
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope and "hidden_size" in own:
+        # Frequencies of time, height and width.
+        half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
+        own["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
     return own
 
 

@@ -166,6 +166,9 @@ class OutputFolder(ResumableFolder):
             renamed[self._architecture.adapter.head] = quantized[roles[TIED]]
         head = [] if {HEAD, TIED} & roles.keys() else [self._architecture.adapter.head]
         described = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
+        if not self._architecture.adapter.loads_packed and len(set(quantized.values())) == 1:
+            # transformers reads all layers on the grid of the first config group where it unpacks them.
+            described["dequantize"] = True
         return config | {"quantization_config": described}
 
     def _linears(self, block: int) -> list[tuple[str, str]]:
