@@ -23,7 +23,16 @@ from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
 from hasten.accel.models.tensor_names import Names
 from hasten.accel.models.output_layer import OutputLayer
-from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, each_module, find, read_config
+from hasten.accel.models.skeleton import (
+    Call,
+    Skeleton,
+    Stop,
+    build_model,
+    compute_buffers,
+    each_module,
+    find,
+    read_config,
+)
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
@@ -365,7 +374,9 @@ class Architecture:
             return
         reasons = [reason for index in range(self.num_blocks) for reason in self.layout(index).skipped.values()]
         block = self._skeleton.blocks[0]
-        kinds = sorted({type(module).__name__ for module in block.modules() if getattr(module, "weight", None) is not None})
+        kinds = sorted(
+            {type(module).__name__ for module in block.modules() if getattr(module, "weight", None) is not None}
+        )
         others = reasons[0] if reasons else f"they hold {', '.join(kinds)}"
         raise refusal(
             self.checkpoint.config.get("model_type"),

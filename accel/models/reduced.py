@@ -159,8 +159,9 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
             # One block of each of two kinds, where there are as many.
             kinds = list(dict.fromkeys(types))
             own[name] = [kinds[0], kinds[min(1, len(kinds) - 1)]]
-    rope = getattr(default, "rope_parameters", None)
-    if isinstance(rope, dict) and "mrope_section" in rope and "hidden_size" in own:
+    rope = getattr(default, "rope_parameters", None) or {}
+    rope_keys = {*rope, *(getattr(kind, "ignore_keys_at_rope_validation", None) or ())}
+    if "mrope_section" in rope_keys and "hidden_size" in own:
         # Frequencies of time, height and width.
         half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
         own["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}

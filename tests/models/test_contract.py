@@ -117,5 +117,3 @@ def test_a_model_below_any_prefix_runs_alike(tmp_path):
     torch.testing.assert_close(
         logits_by_blocks(Architecture(Checkpoint(tmp_path))), logits_of(model), atol=1e-4, rtol=1e-4
     )
-
-
