@@ -58,7 +58,8 @@ class Adapter:
     inputs. logit_scale, cap: the model's logits are `cap * tanh(logit_scale * x / cap)` for outputs x of the head, or
     `logit_scale * x` where cap is None. outputs: number of values that a block returns in a tuple, the hidden states
     first; 0 where it returns the hidden states alone. tied: whether head and embedding are one matrix. batched: whether blocks take
-    arguments that depend on the number of sequences.
+    arguments that depend on the number of sequences. loads_packed: whether transformers loads packed layers as they are;
+    else it must unpack them, because its class initialises blocks by the weights of their layers.
     """
 
     blocks: str
@@ -74,3 +75,4 @@ class Adapter:
     outputs: int = 0
     tied: bool = False
     batched: bool = False
+    loads_packed: bool = True

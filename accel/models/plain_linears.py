@@ -25,6 +25,9 @@ def reason_to_skip(path: str, layer: nn.Linear, mixtures: Mapping[str, int]) -> 
     parent, _, leaf = path.rpartition(".")
     if any(parent == mixture.rpartition(".")[0] and layer.out_features == number for mixture, number in mixtures.items()):
         return ROUTER
+    holders = {mixture.rpartition(".")[0] for mixture in mixtures}
+    if parent.rpartition(".")[2] in _GATES and parent.rpartition(".")[0] in holders:
+        return ROUTER
     if leaf in _GATES or layer.out_features == 1:
         return GATE
     return STEP if leaf in _STEPS else None

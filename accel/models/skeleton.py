@@ -35,6 +35,13 @@ class Stop(Exception):  # noqa: N818 (not an error: what follows need not run)
     """All that was asked for has run."""
 
 
+class NotRun:
+    """What a Recorder returns besides hidden states: no block may need it."""
+
+
+NOT_RUN = NotRun()
+
+
 class Recorder(nn.Module):
     """Replacement of a block that hands its call over; it has the block's attributes, which decoders read."""
 
@@ -50,7 +57,7 @@ class Recorder(nn.Module):
         """What the visitor returns, in the form in which the block returns its output."""
         hidden = positional[0] if positional else named.pop(self._hidden_name)
         output = self.owner.visit(self.number, hidden, Call(positional[1:], named))
-        return (output, *[None] * (self.owner.outputs - 1)) if self.owner.outputs else output
+        return (output, *[NOT_RUN] * (self.owner.outputs - 1)) if self.owner.outputs else output
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,7 +127,7 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 
     folder: of the checkpoint, for error messages.
     """
-    kind = _model_class(config, folder)
+    kind = model_class(config, folder)
     try:
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype)
@@ -133,15 +140,18 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 def compute_buffers(model: Any, module: nn.Module) -> None:
     """Compute a module's own buffers that are on the meta device."""
     missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    if not missing:
+        return
     for name, buffer in missing.items():
         unknown = torch.nan if buffer.is_floating_point() else 0
         module._buffers[name] = torch.full_like(buffer, unknown, device="cpu")
-    if not missing:
-        return
     # The method by which transformers fills them when it loads a checkpoint. It would fill the module's weights, too.
     weights = dict(module._parameters)
     for name, weight in weights.items():
         module._parameters[name] = None if weight is None else nn.Parameter(weight.to("meta"), requires_grad=False)
+    if isinstance(module, nn.Embedding):
+        # Which may hold a few rows only.
+        module.weight = nn.Parameter(torch.empty(module.num_embeddings, module.embedding_dim, device="meta"), False)
     with torch.no_grad():
         model._init_weights(module)
         module._parameters.update(weights)
@@ -176,7 +186,7 @@ def _refusal(folder: Path, error: Exception) -> UserError:
     return UserError(f"transformers cannot build a model from {folder / 'config.json'}: {reason}")
 
 
-def _model_class(config: Any, folder: Path) -> Any:
+def model_class(config: Any, folder: Path) -> Any:
     """Class of the model with an output layer over the vocabulary."""
     import transformers
     from transformers.models.auto import modeling_auto as auto

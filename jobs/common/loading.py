@@ -14,7 +14,7 @@ def loader_of(folder: Path) -> str | None:
     config = read_json(folder / "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")
     quantization = config.get("quantization_config")
-    if quantization and (fuses_experts(config) or initialises_layers(config)):
+    if quantization and not quantization.get("dequantize") and (fuses_experts(config) or initialises_layers(config)):
         return _LOADER
     return _LOADER if needs_loader(quantization, dtype) else None
 

@@ -18,6 +18,7 @@ from hasten.accel.compression.formats.fp4 import PackedFP4
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.formats.quantized import Quantized
 from hasten.accel.compression.quantizers.base import QuantizedWeight, WeightScheme
+from hasten.accel.models.tensor_names import below_holder, is_outer
 
 # Codes in words, and in bytes: of int8 and of FP8 next to rounded inputs, and of either next to others.
 INTEGERS, BYTES_INT, BYTES_FLOAT, BYTES = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
@@ -92,7 +93,7 @@ class CompressedTensors(Format):
         }
         needs_it = any(not scheme.weights.symmetric or _is_embedding(name) for name, scheme in schemes.items())
         grids = {scheme for scheme, is_expert in distinct if not is_expert}
-        if needs_it and len(packings) == 1 and (len(grids) == 1 or not any(map(_is_outer, schemes))):
+        if needs_it and len(packings) == 1 and (len(grids) == 1 or not any(map(is_outer, schemes))):
             described["dequantize"] = True
         return described
 
@@ -132,13 +133,8 @@ def _inputs(scheme: InputScheme | None) -> dict[str, object] | None:
     return described
 
 
-def _is_outer(name: str) -> bool:
-    """Whether a layer is the output layer or the embedding."""
-    return "layers." not in name
-
-
 def _is_embedding(name: str) -> bool:
-    return _is_outer(name) and name.endswith("embed_tokens")
+    return is_outer(name) and name.endswith("embed_tokens")
 
 
 def _targets(names: list[str]) -> list[str]:
@@ -149,11 +145,11 @@ def _targets(names: list[str]) -> list[str]:
 
 
 def _one_of(names: list[str], experts: bool) -> str:
-    """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
+    """Regular expression that matches exactly these layers, whatever prefix a server puts before the list of blocks."""
     if experts:
         # Loaders search for the word `experts`; the experts of all blocks share one scheme. Shared experts are others.
         return r"re:.*\bexperts\..*"
-    tails = sorted({name[name.index("layers.") :] if not _is_outer(name) else _last(name) for name in names})
+    tails = sorted({below_holder(name) if not is_outer(name) else _last(name) for name in names})
     return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"
 
 
