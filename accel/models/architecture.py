@@ -87,6 +87,7 @@ class Architecture:
         self._arguments: dict[tuple[int, int], list[Call]] = {}
         self._layouts: dict[object, BlockLayout] = {}
         self._linears: dict[int, list[Layer]] = {}
+        self._traced_calls: list[Call] = []
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -257,8 +258,13 @@ class Architecture:
             (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
             for path, module in block.named_modules()
         )
+        if not self._traced_calls:
+            # Kept apart from the arguments of the last length, which inspection must not displace.
+            held, self._traced_calls = self._arguments, self.block_arguments(_TRACED)
+            self._arguments = held
+        call = self._traced_calls[index]
+        key = (*key, call.is_incomplete)
         if key not in self._layouts:
-            call = self.block_arguments(_TRACED)[index]
             hidden = torch.empty(1, _TRACED, self.hidden_size, dtype=self.dtype, device="meta")
             try:
                 self._layouts[key] = trace_block(block, hidden, Call(on_meta(call.positional), on_meta(call.named)))

@@ -204,9 +204,7 @@ class _Inspection:
                         raise NotBlockwise(f"its blocks take the argument {name}, which depends on the tokens")
                 elif isinstance(value, MutableMapping):
                     self._check_shared(name)
-                elif value is NOT_RUN:
-                    raise NotBlockwise(f"its blocks take the argument {name}, which the block before them returns")
-                elif value is not None and not isinstance(value, bool | int | float | str | torch.dtype):
+                elif value is not None and value is not NOT_RUN and not isinstance(value, bool | int | float | str | torch.dtype):
                     raise NotBlockwise(f"its blocks take the argument {name}, a {type(value).__name__}")
 
     def _check_shared(self, name: str) -> None:
@@ -367,6 +365,8 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
         with torch.no_grad():
             block(hidden, *call.positional, **call.named)
     except _FAILURES as error:
+        if call.is_incomplete:
+            raise NotBlockwise("its blocks need more of the block before them than hidden states") from None
         raise NotBlockwise(
             f"a block ({type(block).__name__}) does not run without values: {_first_line(error)}"
         ) from None

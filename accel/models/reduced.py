@@ -103,6 +103,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "dots1": {"n_shared_experts": 1},
+    "zaya": {"num_experts_per_tok": 1},
     # It rescales hidden states every six blocks.
     "rwkv": {"num_hidden_layers": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -155,7 +156,7 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if mapped.get(name, name) not in own or name not in mapped}
     for name in ("layer_types", "layers_block_type"):
         types = getattr(default, name, None)
-        if types and _can_be_set(kind, name):
+        if types and _can_be_set(kind, mapped.get(name, name)):
             # One block of each of two kinds, where there are as many.
             kinds = list(dict.fromkeys(types))
             own[name] = [kinds[0], kinds[min(1, len(kinds) - 1)]]

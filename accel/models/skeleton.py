@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from hasten.accel.errors import UserError
 
 
+class NotRun:
+    """What a Recorder returns besides hidden states: no block may need it."""
+
+
+NOT_RUN = NotRun()
+
+
 @dataclass(frozen=True)
 class Call:
     """The call of a block, without its hidden states.
@@ -26,6 +33,11 @@ class Call:
     positional: tuple[object, ...]
     named: dict[str, object]
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether an argument is what the block before returns besides hidden states, which is not known."""
+        return any(value is NOT_RUN for value in (*self.positional, *self.named.values()))
+
 
 # Called with the block's number, hidden states and the call; returns the hidden states that go on.
 Visit = Callable[[int, Tensor, Call], Tensor]
@@ -33,13 +45,6 @@ Visit = Callable[[int, Tensor, Call], Tensor]
 
 class Stop(Exception):  # noqa: N818 (not an error: what follows need not run)
     """All that was asked for has run."""
-
-
-class NotRun:
-    """What a Recorder returns besides hidden states: no block may need it."""
-
-
-NOT_RUN = NotRun()
 
 
 class Recorder(nn.Module):
