@@ -154,9 +154,7 @@ class Experts(nn.Module):
         for number in members:
             self._expert(number)(hidden_states)
 
-    def _routed(
-        self, hidden_states: Tensor, *choice: Tensor, **named: Tensor
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _routed(self, hidden_states: Tensor, *choice: Tensor, **named: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Number and tokens of each expert that has any."""
         if self.layout.scores_inputs:
             for number, tokens in enumerate(hidden_states.unflatten(0, (self.layout.number, -1))):
@@ -215,7 +213,9 @@ def _activation(fused: Any, layout: Layout) -> Callable[..., Tensor]:
         return lambda gate, up: fused.act_fn(gate) * up
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        output: Tensor = apply(torch.stack([gate, up], -1).flatten(-2) if layout.interleaved else torch.cat([gate, up], -1))
+        output: Tensor = apply(
+            torch.stack([gate, up], -1).flatten(-2) if layout.interleaved else torch.cat([gate, up], -1)
+        )
         return output
 
     return gated

@@ -204,7 +204,11 @@ class _Inspection:
                         raise NotBlockwise(f"its blocks take the argument {name}, which depends on the tokens")
                 elif isinstance(value, MutableMapping):
                     self._check_shared(name)
-                elif value is not None and value is not NOT_RUN and not isinstance(value, bool | int | float | str | torch.dtype):
+                elif (
+                    value is not None
+                    and value is not NOT_RUN
+                    and not isinstance(value, bool | int | float | str | torch.dtype)
+                ):
                     raise NotBlockwise(f"its blocks take the argument {name}, a {type(value).__name__}")
 
     def _check_shared(self, name: str) -> None:

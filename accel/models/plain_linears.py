@@ -23,7 +23,9 @@ def reason_to_skip(path: str, layer: nn.Linear, mixtures: Mapping[str, int]) -> 
     mixtures: number of experts of each module that holds the experts of a layer, by its path.
     """
     parent, _, leaf = path.rpartition(".")
-    if any(parent == mixture.rpartition(".")[0] and layer.out_features == number for mixture, number in mixtures.items()):
+    if any(
+        parent == mixture.rpartition(".")[0] and layer.out_features == number for mixture, number in mixtures.items()
+    ):
         return ROUTER
     holders = {mixture.rpartition(".")[0] for mixture in mixtures}
     if parent.rpartition(".")[2] in _GATES and parent.rpartition(".")[0] in holders:

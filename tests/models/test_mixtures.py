@@ -56,7 +56,17 @@ def test_every_linear_is_compressed_or_left_out_with_a_reason_and_the_result_loa
 
 def _linear_layers(block):
     """Number of linear layers of a block that are to be compressed, experts counted one by one."""
-    plain = ("gate", "router", "wg", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "dt_proj", "weights_proj")
+    plain = (
+        "gate",
+        "router",
+        "wg",
+        "shared_expert_gate",
+        "in_proj_ba",
+        "in_proj_a",
+        "in_proj_b",
+        "dt_proj",
+        "weights_proj",
+    )
     modules = dict(block.named_modules())
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
     experts = sum(len(list(Layout.of(module).layers())) for module in modules.values() if is_fused(module))
