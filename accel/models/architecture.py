@@ -20,7 +20,6 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, Layout
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
-from hasten.accel.models.tensor_names import Names
 from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import (
     Call,
@@ -32,6 +31,7 @@ from hasten.accel.models.skeleton import (
     find,
     read_config,
 )
+from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"

@@ -197,7 +197,7 @@ def is_transposed(first: tuple[int, ...], last: tuple[int, ...], parts: int) -> 
 
     parts: matrices in the first one, 2 with a gate.
     """
-    return first[2] == parts * last[1] and first[1] == last[2] and not (first[1] == parts * last[2])
+    return first[2] == parts * last[1] and first[1] == last[2] and first[1] != parts * last[2]
 
 
 def _activation(fused: Any, layout: Layout) -> Callable[..., Tensor]:

@@ -53,8 +53,8 @@ class Calibrator:
 
         Experts that no token reached have an empty list. The caller chooses the groups: if each shard looked on the
         disk for unfinished ones, shards that look at different times would collect different groups.
-        solved: packed tensors by layer of the block's earlier stages, one mapping for each, or a list with a reference to
-        it; of a level database empty.
+        solved: packed tensors by layer of the block's earlier stages, one mapping for each, or a list with a reference
+        to it; of a level database empty.
 
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.calibration.settings import all_groups
+from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.costs import compression
 from hasten.accel.costs.model import Model
 from hasten.accel.costs.outline import open_checkpoint

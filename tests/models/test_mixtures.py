@@ -16,10 +16,27 @@ from hasten.accel.models.trial import logits_by_blocks, logits_of, random_model,
 from tests.models import architectures
 
 METHOD = "compressed-tensors"
-ALONE = """
-    mixtral qwen2_moe qwen3_next qwen3_5_moe_text deepseek_v2 deepseek_v3 glm4_moe glm_moe_dsa llama4_text falcon_h1
-    mamba2 nemotron_h jamba olmoe phimoe ernie4_5_moe hunyuan_v1_moe minimax_m2 laguna
-""".split()
+ALONE = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm_moe_dsa",
+    "llama4_text",
+    "falcon_h1",
+    "mamba2",
+    "nemotron_h",
+    "jamba",
+    "olmoe",
+    "phimoe",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "laguna",
+]
 WITH_LOADER = ["gpt_oss", "granitemoe", "granitemoehybrid", "aria_text"]
 REFUSED = {"zaya": "the block before them", "deepseek_v4": "have the shape", "jetmoe": "does not run without values"}
 

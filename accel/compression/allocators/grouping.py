@@ -31,8 +31,8 @@ _BLOCK = re.compile(r".*?\.\d+\.")
 def serving_module(layer: str) -> str:
     """Name of the module into which a server fuses a layer; the layer's own name where it is not fused.
 
-    q, k and v become `qkv_proj`, gate and up `gate_up_proj`, all routed experts of a block `experts`, and what reads the
-    same input in latent and linear attention `fused_qkv_a_proj` and `in_proj_qkvz`.
+    q, k and v become `qkv_proj`, gate and up `gate_up_proj`, all routed experts of a block `experts`, and projections
+    of latent and linear attention `fused_qkv_a_proj` and `in_proj_qkvz`.
     """
     expert = _EXPERT.fullmatch(layer)
     if expert:

@@ -68,7 +68,7 @@ class CompressedTensors(Format):
         then not set, so that transformers alone stops with an error and does not read wrong weights.
         """
         distinct: dict[tuple[LoaderScheme, bool], list[str]] = {}
-        # Experts first: transformers takes the first group with the word `experts` for theirs, and `shared_experts` has it.
+        # Experts first: transformers takes the first group with the word `experts` for theirs, and shared ones have it.
         for name, scheme in sorted(schemes.items(), key=lambda item: ".experts." not in item[0]):
             distinct.setdefault((scheme, experts and ".experts." in name), []).append(name)
         groups = {}
