@@ -34,7 +34,8 @@ class Pass:
     chunks of calibration sequences. gpus: of every worker; gpu_memory: bytes of each GPU, 0 without one. nodes: number
     of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs. staged:
     whether it is, and layers on outputs of compressed layers of their own block as well. ranks: division of every
-    block over a group of calibrators, of which `workers` counts each; None where each has whole blocks.
+    block over a group of calibrators, of which `workers` counts each; None where each has whole blocks. all_experts:
+    whether the statistics of every expert are of all tokens.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Pass:
     propagates: bool = True
     staged: bool = True
     ranks: Ranks | None = None
+    all_experts: bool = False
 
     @property
     def load_share(self) -> float:
@@ -283,13 +285,15 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 if stops:
                     skipped = sum(layer.rows * layer.columns for layer in last)
                     run += Work(flops=-2.0 * tokens * skipped)
+                if experts and work.all_experts:
+                    run += _again(model, groups, tokens, 1.0)
                 add("forward", run, share)
                 add("load", model.load(block) * work.load_share, 1.0, workers)
                 add("sums", _collected(work, groups, tokens), share)
             if work.propagates and not is_last:
                 if work.staged and groups:
-                    if experts:
-                        add("forward", _again(model, groups, tokens), share)
+                    if experts and not work.all_experts:
+                        add("forward", _again(model, groups, tokens, model.active_share(block)), share)
                     add("load", model.load(block) * work.load_share, 1.0, workers)
                 else:
                     add("forward", model.run(block, tokens, work.length, work.batch), share)
@@ -315,10 +319,10 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     return steps
 
 
-def _again(model: Model, groups: Sequence[Group], tokens: int) -> Work:
-    """Work of running the experts of a block a second time, on their compressed weights."""
+def _again(model: Model, groups: Sequence[Group], tokens: int, share: float) -> Work:
+    """Work of running the experts of a block once more, each on this share of the tokens."""
     weights = sum(_weights(group) for group in groups if group.is_expert)
-    return Work(flops=2.0 * tokens * weights * model.active_share(groups[0].block))
+    return Work(flops=2.0 * tokens * weights * share)
 
 
 def _network_bytes(work: Pass) -> float:
@@ -334,8 +338,10 @@ def _network_bytes(work: Pass) -> float:
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
     """Work of accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
     total = Work()
+    experts = [group.block for group in groups if group.is_expert]
+    seen = work.model.active_share(experts[0]) if experts and not work.all_experts else 1.0
     for group in groups:
-        share = work.model.active_share(group.block) if group.is_expert else 1.0
+        share = seen if group.is_expert else 1.0
         total += collect_work([group], tokens * share)
     passes = ceil(work.sequences / work.batch)
     return Work(total.flops, total.exact_flops, total.elements, total.launches * passes)

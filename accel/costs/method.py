@@ -5,6 +5,7 @@ by `guessed_cost`, and the dry run says so.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from math import ceil
 
 from hasten.accel.compression.calibration.slabs import SOLVE_BYTES, searched_weights, slab_weights
@@ -116,6 +117,7 @@ def factorisation(columns: int) -> Work:
     return Work(exact_flops=flops, elements=_PLACED * columns**2, launches=8 * len(panel_bounds(columns)))
 
 
+@cache
 def hessian_elements(columns: int) -> int:
     """Number of stored elements of a Hessian: its panels up to the diagonal."""
     return sum((stop - start) * stop for start, stop in panel_bounds(columns))

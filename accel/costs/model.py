@@ -24,6 +24,8 @@ _SCORES = 3
 _NARROW_HELD, _WIDE_HELD = 4, 3
 # Operations on a tile of logits. Tensors of its size that live at once for a model: logits, exponentials, differences.
 _TILE_LAUNCHES, _TILE_TENSORS = 20, 3
+# Names of the number of a token's experts in configs.
+_USED_EXPERTS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
 # Limit of freed memory that the C library does not return to the system.
 _KEPT_BACK_BYTES = 64 << 20
@@ -157,7 +159,10 @@ class Model:
 
     def active_share(self, index: int) -> float:
         """Share of a block's experts to which a token is routed; 1 without experts."""
-        return active_share(self.architecture.config)
+        experts = [layer.expert for layer in self.architecture.linears(index) if layer.expert is not None]
+        config = self.architecture.config
+        used = next((count for name in _USED_EXPERTS if (count := getattr(config, name, None))), None)
+        return min(1.0, used / (max(experts) + 1)) if experts and used else 1.0
 
     def _tile_columns(self, device: torch.device) -> int:
         return min(self.vocabulary, tile_columns(TILE_TOKENS, self.hidden, device))
@@ -171,13 +176,6 @@ class Model:
     def _kinds(self) -> list[int]:
         """Sample of blocks that contains the largest: a model may have two kinds, dense blocks and mixtures."""
         return sorted({0, self.blocks // 2, self.blocks - 1})
-
-
-def active_share(config: object) -> float:
-    """Share of the experts to which a token is routed in the model of a transformers config; 1 without experts."""
-    number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    used: int | None = getattr(config, "num_experts_per_tok", None)
-    return min(1.0, used / number) if number and used else 1.0
 
 
 def with_retained(parts: Mapping[str, int], freed: int) -> dict[str, int]:

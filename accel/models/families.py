@@ -1,29 +1,13 @@
-"""The supported model families: names and order of their parts.
+"""The supported model families: names and order of their parts."""
 
-There are two sets of names. *Local* names are relative to a decoder block as this package builds it, with transformers'
-module names and unfused experts: `mlp.experts.3.gate_proj`. *Logical* names are those of the checkpoint, in the form
-that other programs read: Mixtral's experts are `block_sparse_moe.experts.3.w1`, whichever form a checkpoint stores.
-"""
-
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from hasten.accel.errors import UserError
+from hasten.accel.models.expert_names import GRANITES, model_types
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)(\..+)?")
-_MODULE_FORM = re.compile(r"(.*\blayers\.\d+\.)mlp\.(.+)")
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Logical names in a mixture of experts: its module in the block, and the three projections of an expert."""
-
-    parent: str
-    gate: str
-    up: str
-    down: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +17,7 @@ class Family:
     inputs: local names of a block's linear layers in execution order, grouped by the input that they read; a block may
     lack some of them. prefixes: possible prefixes of the decoder's tensors in a checkpoint. heads: possible names of
     the output projection. decoder: path of the decoder in the transformers model. norm: its last norm. caps_logits:
-    whether the model applies the config's final_logit_softcapping. experts: None for dense families.
+    whether the model applies the config's final_logit_softcapping.
     """
 
     inputs: tuple[tuple[str, ...], ...] = _ATTENTION + _GATED
@@ -42,47 +26,11 @@ class Family:
     decoder: str = "model"
     norm: str = "norm"
     caps_logits: bool = True
-    experts: ExpertNames | None = None
-
-    def logical(self, local: str) -> str:
-        """Logical name, relative to the block, of a local name."""
-        if self.experts is None:
-            return local
-        expert = _LOCAL_EXPERT.fullmatch(local)
-        if expert:
-            number, projection, rest = expert.groups()
-            return f"{self.experts.parent}.experts.{number}.{self._projection(projection)}{rest or ''}"
-        return f"{self.experts.parent}.{local[4:]}" if local.startswith("mlp.") else local
-
-    def canonical(self, stored: str) -> str:
-        """Logical name of a stored name: names in transformers' module form are translated."""
-        if self.experts is None or self.experts.parent == "mlp":
-            return stored
-        match = _MODULE_FORM.fullmatch(stored)
-        return f"{match[1]}{self.experts.parent}.{match[2]}" if match else stored
-
-    def fused(self, logical: str) -> list[tuple[str, int, int]] | None:
-        """How to split the fused tensor [experts, rows, columns] of this name; None where the name is not of one.
-
-        Each part is (name with `{}` for the expert's number, first row, end row), counted in halves of the rows.
-        """
-        if self.experts is None:
-            return None
-        for kind in ("gate_up_proj", "down_proj"):
-            head = logical.removesuffix(f".{self.experts.parent}.experts.{kind}")
-            if head != logical:
-                parent = f"{head}.{self.experts.parent}.experts.{{}}"
-                if kind == "down_proj":
-                    return [(f"{parent}.{self.experts.down}.weight", 0, 2)]
-                # transformers stacks the gate's rows above the up projection's.
-                return [(f"{parent}.{self.experts.gate}.weight", 0, 1), (f"{parent}.{self.experts.up}.weight", 1, 2)]
-        return None
-
-    def _projection(self, local: str) -> str:
-        assert self.experts is not None
-        return {"gate_proj": self.experts.gate, "up_proj": self.experts.up, "down_proj": self.experts.down}[local]
 
 
+# See initialises_layers and fuses_experts.
+_INITIALISED = frozenset(("mamba", "mamba2", "falcon_mamba", "recurrent_gemma"))
+_PUBLISHED_FUSED = frozenset(("gpt_oss", "aria", "aria_text")) | GRANITES
 _LLAMA = Family()
 FAMILIES = {
     "llama": _LLAMA,
@@ -106,13 +54,21 @@ FAMILIES = {
         decoder="model.decoder",
         norm="final_layer_norm",
     ),
-    "mixtral": Family(experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
-    "qwen3_moe": Family(experts=ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")),
+    "mixtral": _LLAMA,
+    "qwen3_moe": _LLAMA,
 }
 
 
 def family_of(model_type: object) -> Family:
-    """Family of a config's model_type; UserError lists the supported ones."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is not supported: supported are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    """Family of a config's model_type: that of most models where no other one is listed."""
+    return FAMILIES.get(str(model_type), _LLAMA)
+
+
+def initialises_layers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5.23 initialises weights of layers of a model that it loads, which packed layers lack."""
+    return not _INITIALISED.isdisjoint(model_types(config))
+
+
+def fuses_experts(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5.23 has no rules for experts of a model that a checkpoint stores one by one."""
+    return not _PUBLISHED_FUSED.isdisjoint(model_types(config))

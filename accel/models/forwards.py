@@ -9,7 +9,7 @@ from torch import Tensor
 class Forward(greenlet):
     """One forward of a block. layer: number of the layer whose weight it waits for, None if it waits for none.
 
-    output: what the function returned, once it has.
+    output: what the function returned, once it has. collects: whether inputs of experts are collected from it now.
     """
 
     def __init__(self, function: Callable[[], Tensor | None]) -> None:
@@ -17,6 +17,7 @@ class Forward(greenlet):
         self._function: Callable[[], Tensor | None] | None = function
         self.layer: int | None = None
         self.output: Tensor | None = None
+        self.collects = True
 
     def run(self) -> None:
         """Body of the greenlet."""

@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +53,8 @@ class Calibrator:
 
         Experts that no token reached have an empty list. The caller chooses the groups: if each shard looked on the
         disk for unfinished ones, shards that look at different times would collect different groups.
-        solved: packed tensors by layer of the block's earlier stages, one mapping for each; of a level database empty.
+        solved: packed tensors by layer of the block's earlier stages, one mapping for each, or a list with a reference
+        to it; of a level database empty.
 
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.
@@ -133,7 +135,7 @@ class Calibrator:
         shard = self._catch_up(block, stage)
         staged = shard.staged or shard.begin(self._load(block), groups)
         for number in range(staged.replaced, stage):
-            staged.replace(self._task.output.unpack_layers(staged.stages[number], solved[number]))
+            staged.replace(self._task.output.unpack_layers(staged.stages[number], _fetched(solved[number])))
         return staged.collect(stage, keys)
 
     def _catch_up(self, block: int, stage: int = 0) -> Shard:
@@ -161,6 +163,12 @@ class Calibrator:
 
     def _load(self, block: int) -> nn.Module:
         return self._task.architecture.load_block(block)
+
+
+def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
+    """Packed layers of a stage; a reference in a list is resolved only now, so that one stage is held at a time."""
+    layers: Mapping[str, Mapping[str, Tensor]] = ray.get(solved[0]) if isinstance(solved, list) else solved
+    return layers
 
 
 def _can_collect(shard: Shard, block: int, stage: int) -> bool:

@@ -38,6 +38,7 @@ class RankCalibrator(Calibrator, Rank):
         self._task.architecture = DividedArchitecture(
             self._task.checkpoint, settings.dtype, settings.device, exchange, self._offload
         )
+        self._task.architecture.all_experts = settings.all_experts
         self._has_joined = True
 
     def collect(

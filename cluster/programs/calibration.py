@@ -239,7 +239,8 @@ class CalibrationPass:
         while another solves.
         """
         block, stage = step
-        earlier = [self._packed((block, number), solved) for number in range(stage)]
+        # In lists, so that calibrators do not hold all of them at once.
+        earlier = [[self._packed((block, number), solved)] for number in range(stage)]
         self._pool.watch(self._sums.request(step, groups, earlier, self._pool.members))
         if self._settings.propagate == "original":
             later = range(block + 1, len(self._task.layer_groups))

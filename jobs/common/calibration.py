@@ -1,19 +1,19 @@
 """Shared by jobs that calibrate: checkpoint and settings, and the calibration pass with its progress."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hasten.accel.compression.calibration.expert_tokens import described as described_tokens
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
 from hasten.accel.models.checkpoint import Checkpoint, resolve
-from hasten.accel.models.families import family_of
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
@@ -27,11 +27,13 @@ _LOG = logging.getLogger(__name__)
 
 
 def original(model: str) -> Path:
-    """Folder of the checkpoint to compress; UserError if its model family is not supported."""
+    """Folder of the checkpoint to compress; UserError if it is not complete."""
     # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
     # Checked before transformers reads the folder, whose errors span many lines.
-    family_of(Checkpoint(source).config.get("model_type"))
+    checkpoint = Checkpoint(source)
+    if (title := checkpoint.quantization_title) is not None:
+        _LOG.warning("%s is quantized (%s): its dequantized weights are this run's original", as_given(source), title)
     return source
 
 
@@ -41,7 +43,7 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
     return Settings(
         checkpoint=source,
         output=output.expanduser().absolute(),
-        format=PackQuantized(),
+        format=CompressedTensors(),
         ignore=tuple(config.ignore),
         skip_first=config.skip_first,
         skip_last=config.skip_last,
@@ -52,8 +54,16 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
         batch=config.calibration.batch,
         shards=config.calibration.shards,
         expert_tokens=config.calibration.expert_tokens,
+        all_experts=config.calibration.all_experts,
         **chosen,
     )
+
+
+def print_expert_tokens(report: Mapping[str, Any]) -> None:
+    """Print how many calibration tokens experts saw, where the model has any and methods use statistics."""
+    summary = report["expert_tokens"]
+    if summary is not None and summary["most"]:
+        print(f"tokens per expert: {described_tokens(summary)}")
 
 
 def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:
@@ -71,7 +81,7 @@ def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Gro
 
 def uses_auto(level: Level) -> bool:
     """Whether the group size of a level is `auto`."""
-    return level.loader_scheme is not None and level.loader_scheme.group_size == AUTO
+    return level.loader_scheme is not None and level.loader_scheme.weights.group_size == AUTO
 
 
 def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool, origin: Origin) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hasten.accel.models.checkpoint import read_json
+from hasten.accel.models.families import fuses_experts, initialises_layers
 from hasten.accel.models.packed import needs_loader
 
 _LOADER = "hasten.accel.models.transformers_loader"
@@ -10,7 +11,12 @@ _LOADER = "hasten.accel.models.transformers_loader"
 
 def loader_of(folder: Path) -> str | None:
     """Module to import before transformers loads a checkpoint; None where it loads it by itself."""
-    return _LOADER if needs_loader(read_json(folder / "config.json").get("quantization_config")) else None
+    config = read_json(folder / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    quantization = config.get("quantization_config")
+    if quantization and not quantization.get("dequantize") and (fuses_experts(config) or initialises_layers(config)):
+        return _LOADER
+    return _LOADER if needs_loader(quantization, dtype) else None
 
 
 def print_loader(module: str | None) -> None:

@@ -78,6 +78,9 @@ class Calibration:
     batch: int = option(4, "sequences that run through a block at once", at_least=1)
     shards: int = option(8, "chunks of the sequences; at most as many calibrators share them", at_least=1)
     expert_tokens: int = option(128, "experts that saw fewer tokens are rounded to nearest", at_least=0)
+    all_experts: bool = option(
+        False, "statistics of every expert of a mixture are of all tokens, and not only of those that are routed to it"
+    )
 
 
 class Sampled(Protocol):

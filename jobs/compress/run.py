@@ -1,8 +1,10 @@
 """`hasten compress`: compresses a checkpoint and measures the loss of quality."""
 
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 
+from hasten.accel.compression.calibration.expert_tokens import expert_tokens
 from hasten.accel.compression.calibration.group_sizes import described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import group_sizes
 from hasten.accel.compression.calibration.outer import OuterLevels, make_outer_levels
@@ -10,8 +12,10 @@ from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import disk_bytes, sizes
 from hasten.accel.models.checkpoint import Checkpoint
@@ -25,6 +29,7 @@ from hasten.jobs.common.calibration import (
     log_group_sizes,
     open_output,
     original,
+    print_expert_tokens,
     run_pass,
     uses_auto,
 )
@@ -82,12 +87,7 @@ def run(config: CompressConfig) -> Path:
 def make_settings(config: CompressConfig, source: Path) -> Settings:
     """Settings of the calibration pass that compresses a checkpoint."""
     quantizer, column_quantizer, pruner = map(build, (config.quantizer, config.column_quantizer, config.pruner))
-    if config.level is None:
-        level: Level = GridLevel(Scheme(config.bits, config.group_size, config.symmetric))
-        suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
-    else:
-        level = parse_level(config.level)
-        suffix = level.name
+    level, suffix = _level(config)
     method = level.method_of([quantizer, column_quantizer, pruner])
     name = f"{source.name}-{type(method).__name__.lower()}-{suffix}"
     return calibration_settings(
@@ -102,10 +102,29 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
     )
 
 
+def _level(config: CompressConfig) -> tuple[Level, str]:
+    """The level of all layers, and what names of outputs say of it; UserError where options contradict each other."""
+    if config.scheme is not None:
+        defaults = {field.name: field.default for field in fields(CompressConfig)}
+        for name in ("level", "bits", "group_size", "symmetric"):
+            value = getattr(config, name)
+            if value != defaults[name]:
+                raise UserError(
+                    f"scheme={config.scheme} and {name}={value} are given, which both say what layers become: give one "
+                    "of them"
+                )
+        return parse_level(SCHEMES[config.scheme]), config.scheme
+    if config.level is not None:
+        level = parse_level(config.level)
+        return level, level.name
+    suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
+    return GridLevel(Scheme(config.bits, config.group_size, config.symmetric)), suffix
+
+
 def _outer_levels(config: CompressConfig, level: Level) -> OuterLevels:
     """Levels of output layer and embedding; their groups are by default those of the level of the other layers."""
     scheme = level.loader_scheme
-    size = config.group_size if scheme is None else scheme.group_size
+    size = config.group_size if scheme is None or scheme.weights.kind != "int" else scheme.weights.group_size
     return make_outer_levels(
         [] if config.head_bits is None else [config.head_bits],
         [] if config.embedding_bits is None else [config.embedding_bits],
@@ -149,6 +168,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
         "layers": layers,
         "blocks": done.blocks,
         "fallbacks": [row["layer"] for row in layers if row["notes"]],
+        "expert_tokens": expert_tokens(compression.task.layer_groups, layers, config.calibration.expert_tokens),
         "group_sizes": groups,
         "loader": loader_of(output.path),
         "output": str(output.path),
@@ -178,6 +198,7 @@ def _print_summary(report: Record) -> None:
             f"KL divergence {metrics['kl_divergence']:.5f} nats a token; "
             f"same first token {metrics['top1_agreement']:.1%}"
         )
+    print_expert_tokens(report)
     print_texts(report)
     print_warnings(report)
     print_gates(report)

@@ -14,6 +14,15 @@ _FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
+    # Mixtral's names, of a dense network of the same family.
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    # Latent attention.
+    "q_a_proj": "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    # Linear attention.
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
 }
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
 _BLOCK = re.compile(r".*?\.\d+\.")
@@ -22,7 +31,8 @@ _BLOCK = re.compile(r".*?\.\d+\.")
 def serving_module(layer: str) -> str:
     """Name of the module into which a server fuses a layer; the layer's own name where it is not fused.
 
-    q, k and v become `qkv_proj`, gate and up `gate_up_proj`, and all routed experts of a block `experts`.
+    q, k and v become `qkv_proj`, gate and up `gate_up_proj`, all routed experts of a block `experts`, and projections
+    of latent and linear attention `fused_qkv_a_proj` and `in_proj_qkvz`.
     """
     expert = _EXPERT.fullmatch(layer)
     if expert:

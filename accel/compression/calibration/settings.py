@@ -17,6 +17,7 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
@@ -39,6 +40,7 @@ class Settings:
     the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
+    all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
     outer: levels of output layer and embedding.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     batch: int = 4
     shards: int = 8
     expert_tokens: int = 128
+    all_experts: bool = False
     outer: OuterLevels = field(default_factory=OuterLevels)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Settings:
             "batch": self.batch,
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
+            "all_experts": self.all_experts,
             "outer": self.outer.names() if self.outer else None,
             "torch": torch.__version__,
             "code": self.code(),
@@ -146,9 +150,9 @@ class Task:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.checkpoint = Checkpoint(settings.checkpoint)
-        if self.checkpoint.is_compressed:
-            raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
+        check_source(self.checkpoint)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        self.architecture.all_experts = settings.all_experts
         self.layer_groups = all_groups(self.architecture, settings)
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:

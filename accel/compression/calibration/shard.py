@@ -7,13 +7,14 @@ the same bits for any number of shards.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.calibration.stages import StagedBlock
+from hasten.accel.compression.calibration.stages import Stage, StagedBlock, container, members_of
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.forwards import Forward, current_forward
@@ -57,11 +58,14 @@ class Shard:
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
+        undo = [_show_all(block.get_submodule(path), members) for path, members in self._mixtures(groups).items()]
         try:
             self._run(block, keep=advance)
         finally:
             for hook in hooks:
                 hook.remove()
+            for restore in undo:
+                restore()
         if advance:
             self.position += 1
         return sums.trees()
@@ -110,6 +114,14 @@ class Shard:
         self._hidden, self.staged = self.staged.finish(), None
         self.position += 1
 
+    def _mixtures(self, groups: Sequence[Group]) -> dict[str, list[int]]:
+        """Paths of modules whose experts' statistics are of all tokens, and the numbers of these experts."""
+        stages: dict[str, Stage] = {}
+        for group in groups:
+            if group.is_expert and self.architecture.all_experts:
+                stages[container((group,))] = (*stages.get(container((group,)), ()), group)
+        return {path: members_of(stage) for path, stage in stages.items()}
+
     @staticmethod
     def _watch(block: nn.Module, group: Group, sums: ChunkSums, stop: bool) -> torch.utils.hooks.RemovableHandle:
         # Layers of a group share their input, so a hook on the first one suffices.
@@ -118,9 +130,26 @@ class Shard:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             forward = current_forward()
             assert isinstance(forward, _ChunkForward)
-            sums.add(group.key, layer.columns, forward.chunk, inputs[0])
+            if forward.collects or not group.is_expert:
+                sums.add(group.key, layer.columns, forward.chunk, inputs[0])
             if stop:
                 raise _AllCollected
 
         # Behind the hook with which a divided layer waits for its weight: only there are forwards in their order.
         return block.get_submodule(layer.module).register_forward_pre_hook(add)
+
+
+def _show_all(experts: Any, members: Sequence[int]) -> Callable[[], None]:
+    """Let experts be called with all tokens for their inputs, before the routed ones run; returns what undoes it."""
+    usual = experts.forward
+
+    def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
+        run = current_forward()
+        run.collects = True
+        experts.show(members, *arguments, **named)
+        run.collects = False
+        output: Tensor = usual(*arguments, **named)
+        return output
+
+    experts.forward = forward
+    return lambda: delattr(experts, "forward")

@@ -4,32 +4,45 @@ Source: `true_sequential` of GPTQ's published code (Frantar et al. 2022, arXiv:2
 the layers of a group read their input. When all sequences have come so far, the group is compressed on these inputs,
 and the forward goes on with the compressed weights, so that layers are calibrated on outputs of compressed layers of
 their own block, too. A block that is calibrated on its original layers runs twice: again for the next block's input.
-Departs from it: the experts of a layer are one stage, whose layers are calibrated on the original experts.
+Departs from it: experts of a layer are calibrated on the original experts. They are one stage, or several where the
+sums of their inputs would need much memory: experts do not depend on each other, so that results are the same.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Tree
+from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.forwards import Forward, current_forward
 
 Stage = tuple[Group, ...]
+# Sums of the inputs of a stage of experts, which has at least one expert.
+_STAGE_BYTES = 1 << 27
 
 
 def stages_of(groups: Sequence[Group]) -> list[Stage]:
     """Groups of a block that are compressed at the same time, in the order in which the block runs them."""
     stages: list[Stage] = []
     for group in groups:
-        if group.is_expert and stages and stages[-1][0].is_expert:
+        if group.is_expert and stages and stages[-1][0].is_expert and _have_room(stages[-1], group):
             stages[-1] += (group,)
         else:
             stages.append((group,))
     return stages
+
+
+def _have_room(stage: Stage, group: Group) -> bool:
+    """Whether a group of experts can be in a stage; those of one expert always are, because they run together."""
+    if container(stage) != container((group,)):
+        return False
+    sums = sum(hessian_bytes(member.columns) for member in (*stage, group))
+    return sums <= _STAGE_BYTES or stage[-1].layers[0].expert == group.layers[0].expert
 
 
 class _Run(Forward):
@@ -84,9 +97,14 @@ class StagedBlock:
             number: [_Run(_taken(run, parts, place), number) for place in range(len(parts))]
             for number, parts in chunks.items()
         }
+        mixtures: dict[str, list[int]] = {}
         for number, stage in enumerate(self.stages):
-            watch = self._watch_experts if stage[0].is_expert else self._watch_layers
-            watch(number, stage)
+            if stage[0].is_expert:
+                mixtures.setdefault(container(stage), []).append(number)
+            else:
+                self._watch_layers(number, stage)
+        for path, numbers in mixtures.items():
+            self._watch_experts(path, numbers)
 
     def can_collect(self, stage: int) -> bool:
         """Whether the inputs of the stage are to come, or are still held: those of experts are not."""
@@ -163,18 +181,22 @@ class StagedBlock:
             module = self._block.get_submodule(layer.module)
             self._undo.append(module.register_forward_pre_hook(arrive, prepend=True).remove)
 
-    def _watch_experts(self, number: int, stage: Stage) -> None:
-        """Run the experts once for their inputs, wait, and run them again with the compressed weights."""
-        experts = self._block.get_submodule(_container(stage))
+    def _watch_experts(self, path: str, numbers: Sequence[int]) -> None:
+        """Run the experts of each stage for their inputs, wait, and run them again with the compressed weights.
+
+        path: of the module of all experts. numbers: of its stages.
+        """
+        experts: Any = self._block.get_submodule(path)
         usual = experts.forward
 
         def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
-            run = self._reach(number)
-            if run is not None:
-                run.collects = True
-                usual(*arguments, **named)
-                run.collects = False
-                run.wait(None)
+            for number in numbers:
+                run = self._reach(number)
+                if run is not None:
+                    run.collects = True
+                    experts.show(members[number], *arguments, **named)
+                    run.collects = False
+                    run.wait(None)
             output: Tensor = usual(*arguments, **named)
             return output
 
@@ -187,12 +209,18 @@ class StagedBlock:
 
             return add
 
+        members = {number: members_of(self.stages[number]) for number in numbers}
         experts.forward = forward
         # The class's own forward again.
         self._undo.append(lambda: delattr(experts, "forward"))
-        for group in stage:
+        for group in (group for number in numbers for group in self.stages[number]):
             layer = self._block.get_submodule(group.layers[0].module)
             self._undo.append(layer.register_forward_pre_hook(hook(group)).remove)
+
+
+def members_of(stage: Stage) -> list[int]:
+    """Numbers of the experts of a stage."""
+    return list(dict.fromkeys(layer.expert for group in stage for layer in group.layers if layer.expert is not None))
 
 
 def _taken(run: Callable[[Tensor], Tensor], parts: list[Tensor], place: int) -> Callable[[], Tensor]:
@@ -200,8 +228,7 @@ def _taken(run: Callable[[Tensor], Tensor], parts: list[Tensor], place: int) -> 
     return lambda: run(held.pop())
 
 
-def _container(stage: Stage) -> str:
+def container(stage: Stage) -> str:
     """Path of the module that holds all experts of a stage."""
     layer = stage[0].layers[0]
-    path = layer.module.split(".")
-    return ".".join(path[: path.index(str(layer.expert))])
+    return layer.module.rpartition(f".{layer.expert}.")[0]

@@ -2,7 +2,9 @@ import gc
 import weakref
 
 import pytest
+import torch
 
+from hasten.accel.compression.calibration import stages
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.stages import stages_of
@@ -125,3 +127,31 @@ def test_the_experts_of_a_layer_are_one_stage(family, tmp_path):
     stages = stages_of(groups_of(Architecture(Checkpoint(save(tmp_path / family, family)))))
     assert [len(stage) for stage in stages] == [1, 1, 2 * 4]
     assert [stage[0].is_expert for stage in stages] == [False, False, True]
+
+
+def test_experts_of_a_layer_are_collected_alike_in_one_stage_or_in_several(tmp_path, monkeypatch):
+    model = Architecture(Checkpoint(save(tmp_path, "mixtral")))
+    groups = groups_of(model)
+    whole = Shard(model, CHUNKS, batch=2)
+    together = whole.begin(model.load_block(0), groups)
+    monkeypatch.setattr(stages, "_STAGE_BYTES", 1)
+    parts = Shard(model, CHUNKS, batch=2)
+    apart = parts.begin(model.load_block(0), groups)
+    (number,) = [number for number, stage in enumerate(together.stages) if stage[0].is_expert]
+    # One expert a stage: its layers are calibrated at the same time.
+    assert [len(stage) for stage in apart.stages[number:]] == [2] * 4
+    plain = model.load_block(0)
+    for shard in (together, apart):
+        for stage in shard.stages[:number]:
+            shard.replace(changed(plain, stage).items())
+    expected = together.collect(number, [group.key for group in together.stages[number]])
+    together.replace(changed(plain, together.stages[number]).items())
+    found = {}
+    for place in range(number, len(apart.stages)):
+        found |= apart.collect(place, [group.key for group in apart.stages[place]])
+        apart.replace(changed(plain, apart.stages[place]).items())
+    same(found, expected)
+    whole.finish()
+    parts.finish()
+    for chunk, states in whole._hidden.items():
+        assert all(map(torch.equal, states, parts._hidden[chunk]))
