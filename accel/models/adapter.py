@@ -51,7 +51,7 @@ class BlockLayout:
 class Adapter:
     """How the model of a config is run block by block.
 
-    blocks: path of the list of blocks. embedding: path of the table of tokens. tables: paths of all tables whose rows
+    blocks: path of the list of blocks. layouts: of each block. embedding: path of the table of tokens. tables: paths of all tables whose rows
     are chosen by token, the embedding among them. front: paths of modules with parameters of their own that run before
     the first block, except tables. run: paths of all modules that run before the first block. tail: paths of the modules between the last block and the output matrix, each called
     with the output of the one before it. head: path of the output matrix. input_scale: factor of the output matrix's
@@ -63,6 +63,7 @@ class Adapter:
     """
 
     blocks: str
+    layouts: tuple[BlockLayout, ...]
     embedding: str
     tables: tuple[str, ...]
     front: tuple[str, ...]

@@ -20,7 +20,7 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, expert_sizes
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
-from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
+from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
 from hasten.accel.models.tensor_names import Names
 from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import (
@@ -36,8 +36,6 @@ from hasten.accel.models.skeleton import (
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
-# Length of the sequence with which blocks are inspected.
-_TRACED = 6
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,6 @@ class Architecture:
         self._embedding = find(self._model, self.adapter.embedding)
         self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
         self._arguments: dict[tuple[int, int], list[Call]] = {}
-        self._layouts: dict[object, BlockLayout] = {}
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -245,20 +242,8 @@ class Architecture:
         return f"{self._stored_names.blocks}{index}."
 
     def layout(self, index: int) -> BlockLayout:
-        """What a block runs; blocks of the same modules run the same."""
-        block = self._skeleton.blocks[index]
-        key = tuple(
-            (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
-            for path, module in block.named_modules()
-        )
-        if key not in self._layouts:
-            call = self.block_arguments(_TRACED)[index]
-            hidden = torch.empty(1, _TRACED, self.hidden_size, dtype=self.dtype, device="meta")
-            try:
-                self._layouts[key] = trace_block(block, hidden, Call(on_meta(call.positional), on_meta(call.named)))
-            except NotBlockwise as reason:
-                raise refusal(self.checkpoint.config.get("model_type"), reason) from None
-        return self._layouts[key]
+        """What a block runs."""
+        return self.adapter.layouts[index]
 
     def _expert_layers(self, index: int, path: str, module: Any) -> Iterator[Layer]:
         number, inner, width = expert_sizes(module)

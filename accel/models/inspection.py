@@ -132,6 +132,7 @@ class _Inspection:
             raise NotBlockwise("its embedding is not called with the tokens")
         return Adapter(
             blocks=self._path,
+            layouts=self._layouts(entered, calls),
             embedding=names[id(embedding)],
             tables=tuple(self._tables),
             front=tuple(front),
@@ -146,6 +147,20 @@ class _Inspection:
             batched=batched,
             loads_packed=_can_initialise_packed(self._model, self._skeleton.blocks),
         )
+
+    def _layouts(self, hidden: Tensor, calls: Sequence[Call]) -> tuple[BlockLayout, ...]:
+        """Layout of each block; blocks of the same modules, called alike, run the same."""
+        known: dict[object, BlockLayout] = {}
+        layouts = []
+        for block, call in zip(self._skeleton.blocks, calls, strict=True):
+            key = tuple(
+                (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
+                for path, module in block.named_modules()
+            )
+            if key not in known:
+                known[key] = trace_block(block, hidden.to("meta"), Call(on_meta(call.positional), on_meta(call.named)))
+            layouts.append(known[key])
+        return tuple(layouts)
 
     def _head(self) -> nn.Linear:
         head = self._model.get_output_embeddings()
