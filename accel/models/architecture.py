@@ -21,7 +21,6 @@ from hasten.accel.models.experts import Experts, expert_sizes
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
-from hasten.accel.models.tensor_names import Names
 from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import (
     Call,
@@ -33,6 +32,7 @@ from hasten.accel.models.skeleton import (
     find,
     read_config,
 )
+from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"

@@ -119,7 +119,7 @@ def reduced_config(model_type: str, **changes: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"model type {model_type!r} is unknown to this version of transformers")
     kind = CONFIG_MAPPING[model_type]
-    parts = {name: part for name, part in (getattr(kind, "sub_configs", None) or {}).items()}
+    parts = getattr(kind, "sub_configs", None) or {}
     text = next((name for name in ("text_config", "llm_config", "decoder_config") if name in parts), None)
     if text is None:
         return kind(**(_sizes(kind, _SIZES) | _TYPES.get(model_type, {}) | changes))
@@ -145,7 +145,7 @@ def _part(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """Those of the sizes that a config has."""
     default = kind()
-    known = {**{name: None for name in dir(kind)}, **vars(default)}
+    known = {**dict.fromkeys(dir(kind)), **vars(default)}
     own = {name: value for name, value in sizes.items() if name in known and _can_be_set(kind, name)}
     if "kv_lora_rank" in own:
         # Latent attention derives the size of its heads, and has as many keys as queries.

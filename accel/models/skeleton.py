@@ -80,7 +80,7 @@ class Skeleton:
         return self._visit(number, hidden, call)
 
     def run(self, tokens: Tensor, visit: Visit) -> Tensor | None:
-        """Run the model on tokens [B, T] with this visitor of its blocks; logits, or None where something stopped it."""
+        """Logits of tokens [B, T] with this visitor of the blocks; None where something stopped the model."""
         self._visit = visit
         try:
             with torch.no_grad():
@@ -180,6 +180,6 @@ def model_class(config: Any, folder: Path) -> Any:
         if config.model_type in mapping:
             return getattr(transformers, mapping[config.model_type])
     raise UserError(
-        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has no "
-        "language model of this type"
+        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has "
+        "no language model of this type"
     )

@@ -13,7 +13,6 @@ from hasten.accel.models.adapter import Adapter
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.families import Family
 
-
 # The number of the block in the name of one of its layers or tensors.
 BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _IN_BLOCK = re.compile(r"[^.]+\.\d+\..+")
