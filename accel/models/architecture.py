@@ -30,6 +30,7 @@ from hasten.accel.models.skeleton import (
     compute_buffers,
     each_module,
     find,
+    placeholder,
     read_config,
 )
 from hasten.accel.models.tensor_names import Names
@@ -437,10 +438,9 @@ class Architecture:
                 return (places.to(self.device), *inputs[1:])
 
             def leave(module: Any, inputs: object, output: object) -> None:
-                module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+                module.weight = placeholder(module, self.device)
 
-            # Some models move tokens to the device of the table.
-            module.weight = nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
+            module.weight = placeholder(module, self.device)
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         try:
             yield

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import Adapter, BlockLayout, FusedExperts, InputGroup
 from hasten.accel.models.experts import is_fused
-from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, each_module
+from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, each_module, placeholder
 
 BATCH, LENGTH = 2, 6
 _FAILURES = (
@@ -269,8 +269,7 @@ class _Inspection:
         handles = []
         for path, module in each_module(self._model, self._skeleton.recorders):
             if module is self._model.get_input_embeddings():
-                # Some models move tokens to the device of the table.
-                module.weight = nn.Parameter(torch.empty(0, module.embedding_dim), requires_grad=False)
+                module.weight = placeholder(module)
             handles.append(module.register_forward_pre_hook(self._before_call(path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._after_call(path)))
         try:
@@ -308,11 +307,11 @@ class _Inspection:
                 self._depth -= 1
                 if self._depth == 0 and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
                     self._calls.append((path, inputs[0], output))
-            device = "cpu" if path in self._tables else "meta"
+            if path in self._tables:
+                module.weight = placeholder(module)
+                return
             for name, parameter in list(module.named_parameters(recurse=False)):
-                # Its values are dropped.
-                value = torch.empty(0, device=device) if path in self._tables else parameter.to(device)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
         return leave
 

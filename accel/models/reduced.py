@@ -164,10 +164,14 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     if "mrope_section" in rope_keys and "hidden_size" in own:
         # Frequencies of time, height and width.
         half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
-        own["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
+        section = {"mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
+        nested = any(isinstance(value, dict) for value in rope.values())
+        own["rope_parameters"] = (
+            {key: {**value, **section} for key, value in rope.items()} if nested else rope | section
+        )
     return own
 
 
 def _can_be_set(kind: Any, name: str) -> bool:
-    described = getattr(kind, name, None)
+    described = getattr(kind, getattr(kind, "attribute_map", {}).get(name, name), None)
     return not isinstance(described, property) or described.fset is not None

@@ -139,6 +139,12 @@ def compute_buffers(model: Any, module: nn.Module) -> None:
         module.weight = weight
 
 
+def placeholder(table: nn.Embedding, device: torch.device | str = "cpu") -> nn.Parameter:
+    """Zeros in the shape of a table, which take no memory: some models look at its shape and device, or at one row."""
+    zeros = torch.zeros(1, table.embedding_dim, dtype=table.weight.dtype, device=device)
+    return nn.Parameter(zeros.expand(table.num_embeddings, -1), requires_grad=False)
+
+
 def find(module: Any, path: str) -> Any:
     """The submodule at a path, or None."""
     for part in path.split(".") if path else ():
