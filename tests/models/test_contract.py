@@ -54,7 +54,7 @@ MULTIMODAL = ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl"]
 REFUSED = {
     "gpt2": "Conv1D",
     "falcon": "FalconLinear",
-    "roberta": "between the last block and the output layer",
+    "roberta-prelayernorm": "between the last block and the output layer",
     "zamba2": "depends on the tokens",
     "rwkv": "changes the hidden states between the blocks",
 }
