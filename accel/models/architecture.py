@@ -19,7 +19,7 @@ from hasten.accel.models.adapter import BlockLayout, FusedExperts
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, Layout
 from hasten.accel.models.forwards import Forward
-from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
+from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
 from hasten.accel.models.output_layer import OutputLayer
 from hasten.accel.models.skeleton import (
     Call,
@@ -29,14 +29,13 @@ from hasten.accel.models.skeleton import (
     compute_buffers,
     each_module,
     find,
+    placeholder,
     read_config,
 )
 from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
-# Length of the sequence with which blocks are inspected.
-_TRACED = 6
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ class Architecture:
         self._embedding = find(self._model, self.adapter.embedding)
         self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
         self._arguments: dict[tuple[int, int], list[Call]] = {}
-        self._layouts: dict[object, BlockLayout] = {}
         self._linears: dict[int, list[Layer]] = {}
-        self._traced_calls: list[Call] = []
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -252,25 +249,8 @@ class Architecture:
         return f"{self._stored_names.blocks}{index}."
 
     def layout(self, index: int) -> BlockLayout:
-        """What a block runs; blocks of the same modules run the same."""
-        block = self._skeleton.blocks[index]
-        key = tuple(
-            (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
-            for path, module in block.named_modules()
-        )
-        if not self._traced_calls:
-            # Kept apart from the arguments of the last length, which inspection must not displace.
-            held, self._traced_calls = self._arguments, self.block_arguments(_TRACED)
-            self._arguments = held
-        call = self._traced_calls[index]
-        key = (*key, call.is_incomplete)
-        if key not in self._layouts:
-            hidden = torch.empty(1, _TRACED, self.hidden_size, dtype=self.dtype, device="meta")
-            try:
-                self._layouts[key] = trace_block(block, hidden, Call(on_meta(call.positional), on_meta(call.named)))
-            except NotBlockwise as reason:
-                raise refusal(self.checkpoint.config.get("model_type"), reason) from None
-        return self._layouts[key]
+        """What a block runs."""
+        return self.adapter.layouts[index]
 
     def _expert_layers(self, index: int, path: str, module: Any) -> Iterator[Layer]:
         for layer in Layout.of(module).layers():
@@ -464,10 +444,9 @@ class Architecture:
                 return (places.to(self.device), *inputs[1:])
 
             def leave(module: Any, inputs: object, output: object) -> None:
-                module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+                module.weight = placeholder(module, self.device)
 
-            # Some models move tokens to the device of the table.
-            module.weight = nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
+            module.weight = placeholder(module, self.device)
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         try:
             yield

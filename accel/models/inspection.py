@@ -18,7 +18,16 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import Adapter, BlockLayout, FusedExperts, InputGroup
 from hasten.accel.models.experts import Layout, is_fused
 from hasten.accel.models.plain_linears import reason_to_skip
-from hasten.accel.models.skeleton import NOT_RUN, Call, Skeleton, Stop, build_model, compute_buffers, each_module
+from hasten.accel.models.skeleton import (
+    NOT_RUN,
+    Call,
+    Skeleton,
+    Stop,
+    build_model,
+    compute_buffers,
+    each_module,
+    placeholder,
+)
 
 BATCH, LENGTH = 2, 6
 _FAILURES = (
@@ -133,6 +142,7 @@ class _Inspection:
             raise NotBlockwise("its embedding is not called with the tokens")
         return Adapter(
             blocks=self._path,
+            layouts=self._layouts(entered, calls),
             embedding=names[id(embedding)],
             tables=tuple(self._tables),
             front=tuple(front),
@@ -147,6 +157,21 @@ class _Inspection:
             batched=batched,
             loads_packed=_can_initialise_packed(self._model, self._skeleton.blocks),
         )
+
+    def _layouts(self, hidden: Tensor, calls: Sequence[Call]) -> tuple[BlockLayout, ...]:
+        """Layout of each block; blocks of the same modules, called alike, run the same."""
+        known: dict[object, BlockLayout] = {}
+        layouts = []
+        for block, call in zip(self._skeleton.blocks, calls, strict=True):
+            key = tuple(
+                (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
+                for path, module in block.named_modules()
+            )
+            key = (*key, call.is_incomplete)
+            if key not in known:
+                known[key] = trace_block(block, hidden.to("meta"), Call(on_meta(call.positional), on_meta(call.named)))
+            layouts.append(known[key])
+        return tuple(layouts)
 
     def _head(self) -> nn.Linear:
         head = self._model.get_output_embeddings()
@@ -259,8 +284,7 @@ class _Inspection:
         handles = []
         for path, module in each_module(self._model, self._skeleton.recorders):
             if module is self._model.get_input_embeddings():
-                # Some models move tokens to the device of the table.
-                module.weight = nn.Parameter(torch.empty(0, module.embedding_dim), requires_grad=False)
+                module.weight = placeholder(module)
             handles.append(module.register_forward_pre_hook(self._before_call(path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._after_call(path)))
         try:
@@ -298,11 +322,11 @@ class _Inspection:
                 self._depth -= 1
                 if self._depth == 0 and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
                     self._calls.append((path, inputs[0], output))
-            device = "cpu" if path in self._tables else "meta"
+            if path in self._tables:
+                module.weight = placeholder(module)
+                return
             for name, parameter in list(module.named_parameters(recurse=False)):
-                # Its values are dropped.
-                value = torch.empty(0, device=device) if path in self._tables else parameter.to(device)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
         return leave
 
@@ -506,7 +530,8 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
 def _random(shape: tuple[int, ...], name: str) -> Tensor:
     """Random values, the same for a name at every call."""
     generator = torch.Generator().manual_seed(sum(ord(letter) * (31 + place) for place, letter in enumerate(name)))
-    return torch.randn(shape, generator=generator) * 0.3 + 0.5
+    # Matrices have no mean, so that an activation function does not pass for the identity; norms keep the signs.
+    return torch.randn(shape, generator=generator) * 0.3 + (0.5 if len(shape) == 1 else 0.0)
 
 
 def _probe(size: int) -> Tensor:

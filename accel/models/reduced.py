@@ -120,7 +120,7 @@ def reduced_config(model_type: str, **changes: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"model type {model_type!r} is unknown to this version of transformers")
     kind = CONFIG_MAPPING[model_type]
-    parts = dict((getattr(kind, "sub_configs", None) or {}).items())
+    parts = getattr(kind, "sub_configs", None) or {}
     text = next((name for name in ("text_config", "llm_config", "decoder_config") if name in parts), None)
     if text is None:
         return kind(**(_sizes(kind, _SIZES) | _TYPES.get(model_type, {}) | changes))
@@ -165,10 +165,12 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     if "mrope_section" in rope_keys and "hidden_size" in own:
         # Frequencies of time, height and width.
         half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
-        own["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
+        section = {"mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
+        kinds = {key: value | section for key, value in rope.items() if isinstance(value, dict)}
+        own["rope_parameters"] = kinds or rope | section
     return own
 
 
 def _can_be_set(kind: Any, name: str) -> bool:
-    described = getattr(kind, name, None)
+    described = getattr(kind, getattr(kind, "attribute_map", {}).get(name, name), None)
     return not isinstance(described, property) or described.fset is not None

@@ -92,7 +92,7 @@ class Skeleton:
         return self._visit(number, hidden, call)
 
     def run(self, tokens: Tensor, visit: Visit) -> Tensor | None:
-        """Run the model on tokens [B, T] with this visitor of its blocks; logits, or None where something stopped it."""
+        """Logits of tokens [B, T] with this visitor of the blocks; None where something stopped the model."""
         self._visit = visit
         table: Any = self.model.get_input_embeddings()
         weight = table.weight if isinstance(table, nn.Embedding) else None
@@ -167,6 +167,12 @@ def compute_buffers(model: Any, module: nn.Module) -> None:
                     model._init_weights(whole)
 
 
+def placeholder(table: nn.Embedding, device: torch.device | str = "cpu") -> nn.Parameter:
+    """Zeros in the shape of a table, which take no memory: some models look at its shape and device, or at one row."""
+    zeros = torch.zeros(1, table.embedding_dim, dtype=table.weight.dtype, device=device)
+    return nn.Parameter(zeros.expand(table.num_embeddings, -1), requires_grad=False)
+
+
 def find(module: Any, path: str) -> Any:
     """The submodule at a path, or None."""
     for part in path.split(".") if path else ():
@@ -208,6 +214,6 @@ def model_class(config: Any, folder: Path) -> Any:
         if config.model_type in mapping:
             return getattr(transformers, mapping[config.model_type])
     raise UserError(
-        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has no "
-        "language model of this type"
+        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has "
+        "no language model of this type"
     )

@@ -1,4 +1,4 @@
-"""Whether models of a type run block by block: a tiny random one is saved, read again, and held against transformers."""
+"""Whether models of a type run block by block: a tiny random one is saved, read, and held against transformers."""
 
 import tempfile
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ _MOST_PARAMETERS = 50_000_000
 class Trial:
     """Outcome for a model type. reason: why it is not supported, "" if it is.
 
-    linears: numbers of linear layers in the tiny model's blocks that are compressed. skipped: of those that are not, the
-    path in the block and the reason.
+    linears: number of linear layers in the tiny model's blocks that are compressed. skipped: path in the block of those
+    that are not, and the reason.
     """
 
     model_type: str

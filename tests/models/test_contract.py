@@ -7,22 +7,54 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.trial import logits_by_blocks, logits_of, random_model, try_type
 from tests.models import architectures
 
-DENSE = """
-    apertus arcee bloom codegen cohere cohere2 ernie4_5 exaone4 gemma gemma4_unified_text glm glm4 gpt_bigcode gpt_neo
-    gpt_neox gptj granite helium hunyuan_v1_dense jais2 minicpm3 ministral3 mpt nanochat nemotron olmo2 olmo3 persimmon
-    phi phi3 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma
-""".split()
+DENSE = [
+    "apertus",
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma4_unified_text",
+    "glm",
+    "glm4",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "jais2",
+    "minicpm3",
+    "ministral3",
+    "mpt",
+    "nanochat",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "vaultgemma",
+]
 MULTIMODAL = ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl"]
 REFUSED = {
     "gpt2": "Conv1D",
     "falcon": "FalconLinear",
-    "roberta": "between the last block and the output layer",
+    "roberta-prelayernorm": "between the last block and the output layer",
     "zamba2": "depends on the tokens",
     "rwkv": "changes the hidden states between the blocks",
 }

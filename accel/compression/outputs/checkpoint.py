@@ -184,7 +184,7 @@ class OutputFolder(ResumableFolder):
         return config | {"quantization_config": described}
 
     def _linears(self, block: int) -> list[tuple[str, str]]:
-        """Name in the checkpoint, and path in the block, of all linear layers of a block, whether or not it calls them."""
+        """Name in the checkpoint, and path in the block, of all linear layers of a block, called or not."""
         layers = [(layer.name, layer.module) for layer in self._architecture.linears(block)]
         return layers + [(name, path) for name, (path, _) in self._architecture.skipped(block).items()]
 

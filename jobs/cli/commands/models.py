@@ -8,7 +8,7 @@ _EXAMPLES = """
 examples:
   hasten models cohere2 smollm3      tries two model types
   hasten models                      tries all, in about a minute
-  hasten models /models/llama        the blocks of a checkpoint, the layers that share an input, what is left out and why
+  hasten models /models/llama        blocks of a checkpoint, layers that share an input, what is left out and why
 """
 
 
@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
     names = parser.parse_args(words).names
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     from hasten.accel.models.trial import model_types, try_type
 
