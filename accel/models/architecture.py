@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.documents import check_masks, documents_of, mark, positions_of
 from hasten.accel.models.experts import Experts, expert_sizes, is_fused
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
@@ -67,8 +69,11 @@ class Architecture:
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows.
 
-        table: embedding (V, D) in place of the checkpoint's.
+        tokens may also be packed documents [B, 2, T], which the blocks then keep apart (see data/packing.py). table:
+        embedding (V, D) in place of the checkpoint's.
         """
+        tokens, documents = unpack(tokens)
+        documents = None if documents is None else documents.to(self.device)
         self._check_length(tokens.shape[1])
         self._load_front()
         decoder = self._skeleton.decoder
@@ -91,21 +96,35 @@ class Architecture:
                 hidden = decoder.project_in(hidden)
             if hasattr(decoder, "embed_positions"):
                 hidden = hidden + decoder.embed_positions(torch.ones_like(tokens[:1], device=self.device))
-        return hidden
+        return mark(hidden, documents)
 
     def block_arguments(self, length: int) -> list[dict[str, object]]:
         """Keyword arguments of each block's forward for sequences of this length, at batch size 1."""
         if length not in self._arguments:
             self._check_length(length)
-            self._load_front()
-            decoder = self._skeleton.decoder
-            width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)
-            inputs = torch.zeros(1, length, width, dtype=self.dtype, device=self.device)
-            with torch.no_grad():
-                decoder(inputs_embeds=inputs, use_cache=False)
             # Masks are quadratic in the length, and few lengths occur: only the last length's are kept.
-            self._arguments = {length: [recorder.take() for recorder in decoder.layers]}
+            self._arguments = {length: self._recorded(1, length)}
         return self._arguments[length]
+
+    def packed_arguments(self, documents: Tensor) -> list[dict[str, object]]:
+        """Keyword arguments of each block's forward that keep documents (B, T) apart; UserError where none do."""
+        arguments = self._recorded(*documents.shape, position_ids=positions_of(documents))
+        check_masks(self._skeleton.blocks, arguments, documents, self.checkpoint.path)
+        return arguments
+
+    def check_packing(self) -> None:
+        """UserError where the blocks cannot keep documents of a sequence apart."""
+        self.packed_arguments(torch.tensor([[0, 1]], device=self.device))
+
+    def _recorded(self, batch: int, length: int, **given: Tensor) -> list[dict[str, object]]:
+        """Keyword arguments with which transformers' decoder calls each block."""
+        self._load_front()
+        decoder = self._skeleton.decoder
+        width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)
+        inputs = torch.zeros(batch, length, width, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            decoder(inputs_embeds=inputs, use_cache=False, **given)
+        return [recorder.take() for recorder in decoder.layers]
 
     def load_block(self, index: int) -> nn.Module:
         """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
@@ -115,10 +134,11 @@ class Architecture:
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
-        arguments = self.block_arguments(hidden.shape[1])[index]
+        documents = documents_of(hidden)
+        arguments = self.block_arguments(hidden.shape[1]) if documents is None else self.packed_arguments(documents)
         with torch.set_grad_enabled(differentiable):
-            output = block(hidden, **arguments)
-        return output[0] if isinstance(output, tuple) else output
+            output = block(hidden, **arguments[index])
+        return mark(output[0] if isinstance(output, tuple) else output, documents)
 
     def run_forwards(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
         """Run forwards, each of which calls `run_block` of this block, from their start to their end.
