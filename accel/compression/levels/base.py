@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Scheme
@@ -105,6 +106,11 @@ class Level(ABC):
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Dense weight (R, C), in the checkpoint's dtype, from the tensors of `pack`."""
+
+    @property
+    def inputs(self) -> InputScheme | None:
+        """How the inputs of a layer at this level are rounded; None where they are not."""
+        return None
 
     @property
     def loader_scheme(self) -> Scheme | None:
