@@ -1,12 +1,13 @@
 """The model of a checkpoint, described and run block by block.
 
-Blocks are transformers' own modules, called with transformers' own rotary embeddings and masks. A call reads the
-weights of one block at most.
+Blocks are transformers' own modules, called with transformers' own rotary embeddings and masks; what runs before and
+behind them is found by inspection. A call reads the weights of one block at most.
 """
 
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,21 @@ from torch import Tensor, nn
 
 from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
+from hasten.accel.models.adapter import BlockLayout, FusedExperts
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.documents import check_masks, documents_of, mark, positions_of
-from hasten.accel.models.experts import Experts, expert_sizes, is_fused
+from hasten.accel.models.experts import Experts, expert_sizes
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
+from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
+from hasten.accel.models.tensor_names import Names
 from hasten.accel.models.output_layer import OutputLayer
-from hasten.accel.models.skeleton import build_skeleton
+from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, find, read_config
 
-_EXPERTS = "mlp.experts"
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
+# Length of the sequence with which blocks are inspected.
+_TRACED = 6
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,26 @@ class Architecture:
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self._family = family_of(checkpoint.config.get("model_type"))
-        self._skeleton = build_skeleton(checkpoint, dtype)
-        self.config = self._skeleton.config
+        model_type = checkpoint.config.get("model_type")
+        self._family = family_of(model_type)
+        whole = read_config(checkpoint.path)
+        self.config: Any = whole.get_text_config(decoder=True)
+        try:
+            self.adapter = adapter_of(whole, checkpoint.path)
+        except NotBlockwise as reason:
+            raise refusal(model_type, reason) from None
+        self._model = build_model(whole, dtype, checkpoint.path)
+        self._skeleton = Skeleton(self._model, self.config, self.adapter.blocks, self.adapter.outputs)
         self.num_blocks = len(self._skeleton.blocks)
-        self.hidden_size = int(self.config.hidden_size)
-        self._prefix = self._find_prefix()
-        self._arguments: dict[int, list[dict[str, object]]] = {}
+        first = self._skeleton.blocks[0]
+        self._stored_names = Names(
+            checkpoint, self._model, self.adapter, self._family, [path for path, _ in first.named_parameters()]
+        )
+        self._head = find(self._model, self.adapter.head)
+        self._embedding = find(self._model, self.adapter.embedding)
+        self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
+        self._arguments: dict[tuple[int, int], list[Call]] = {}
+        self._layouts: dict[object, BlockLayout] = {}
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -76,55 +94,70 @@ class Architecture:
         documents = None if documents is None else documents.to(self.device)
         self._check_length(tokens.shape[1])
         self._load_front()
-        decoder = self._skeleton.decoder
-        unique, positions = tokens.cpu().unique(return_inverse=True)
-        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < self.config.vocab_size:
-            wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
+        tokens = tokens.cpu()
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
             raise UserError(f"token {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
-        name = self.embedding_name()
-        rows = self.checkpoint.rows(name, unique) if table is None else table[unique.to(table.device)]
-        self.checkpoint.check_finite(rows, name)
-        module = decoder.embed_tokens
-        # The model's own module, which may scale, with a table of only the rows in use. So padding_idx, which counts
-        # rows of the whole table, must not apply.
-        module.padding_idx = None
-        module.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
-        with torch.no_grad():
-            hidden = module(positions.to(self.device))
-            module.weight = nn.Parameter(hidden.new_empty(0, device="meta"), requires_grad=False)
-            if getattr(decoder, "project_in", None) is not None:
-                hidden = decoder.project_in(hidden)
-            if hasattr(decoder, "embed_positions"):
-                hidden = hidden + decoder.embed_positions(torch.ones_like(tokens[:1], device=self.device))
-        return mark(hidden, documents)
 
-    def block_arguments(self, length: int) -> list[dict[str, object]]:
-        """Keyword arguments of each block's forward for sequences of this length, at batch size 1."""
-        if length not in self._arguments:
+        def read(path: str, index: Tensor) -> Tensor:
+            name = (
+                self.embedding_name() if path == self.adapter.embedding else self._stored_names.outer(f"{path}.weight")
+            )
+            if table is not None and path == self.adapter.embedding:
+                rows = table[index.to(table.device)]
+            else:
+                rows = self.checkpoint.rows(name, index)
+            self.checkpoint.check_finite(rows, name)
+            return rows
+
+        entered: list[Tensor] = []
+
+        def visit(number: int, hidden: Tensor, call: Call) -> Tensor:
+            entered.append(hidden)
+            raise Stop
+
+        with self._tables(read):
+            self._skeleton.run(tokens.to(self.device), visit, None if documents is None else positions_of(documents))
+        return mark(entered[0], documents)
+
+    def block_arguments(self, length: int, batch: int = 1) -> list[Call]:
+        """Arguments of each block's forward besides hidden states, for sequences of this length.
+
+        They are those of one sequence, which fit any number, unless the model makes them for each.
+        """
+        key = (length, batch if self.adapter.batched else 1)
+        if key not in self._arguments:
             self._check_length(length)
             # Masks are quadratic in the length, and few lengths occur: only the last length's are kept.
-            self._arguments = {length: self._recorded(1, length)}
-        return self._arguments[length]
+            self._arguments = {key: self._recorded(key[1], length)}
+        return self._arguments[key]
 
-    def packed_arguments(self, documents: Tensor) -> list[dict[str, object]]:
-        """Keyword arguments of each block's forward that keep documents (B, T) apart; UserError where none do."""
-        arguments = self._recorded(*documents.shape, position_ids=positions_of(documents))
-        check_masks(self._skeleton.blocks, arguments, documents, self.checkpoint.path)
-        return arguments
+    def packed_arguments(self, documents: Tensor) -> list[Call]:
+        """Arguments of each block's forward that keep documents (B, T) apart; UserError where none do."""
+        calls = self._recorded(*documents.shape, positions=positions_of(documents))
+        check_masks(self._skeleton.blocks, calls, documents, self.checkpoint.path)
+        return calls
 
     def check_packing(self) -> None:
         """UserError where the blocks cannot keep documents of a sequence apart."""
         self.packed_arguments(torch.tensor([[0, 1]], device=self.device))
 
-    def _recorded(self, batch: int, length: int, **given: Tensor) -> list[dict[str, object]]:
-        """Keyword arguments with which transformers' decoder calls each block."""
+    def _recorded(self, batch: int, length: int, positions: Tensor | None = None) -> list[Call]:
+        """Calls of all blocks for sequences of this size. positions: (B, T), None for those of whole sequences."""
         self._load_front()
-        decoder = self._skeleton.decoder
-        width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)
-        inputs = torch.zeros(batch, length, width, dtype=self.dtype, device=self.device)
-        with torch.no_grad():
-            decoder(inputs_embeds=inputs, use_cache=False, **given)
-        return [recorder.take() for recorder in decoder.layers]
+        calls: list[Call] = []
+
+        def visit(number: int, hidden: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            if len(calls) == self.num_blocks:
+                raise Stop
+            return hidden
+
+        tokens = torch.full((batch, length), min(10, self.config.vocab_size - 1), device=self.device)
+        # Hidden states do not matter, so no row is read.
+        with self._tables(lambda path, index: torch.zeros(len(index), find(self._model, path).embedding_dim)):
+            self._skeleton.run(tokens, visit, positions)
+        return calls
 
     def load_block(self, index: int) -> nn.Module:
         """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
@@ -135,9 +168,12 @@ class Architecture:
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
         documents = documents_of(hidden)
-        arguments = self.block_arguments(hidden.shape[1]) if documents is None else self.packed_arguments(documents)
+        if documents is None:
+            call = self.block_arguments(hidden.shape[1], hidden.shape[0])[index]
+        else:
+            call = self.packed_arguments(documents)[index]
         with torch.set_grad_enabled(differentiable):
-            output = block(hidden, **arguments[index])
+            output = block(hidden, *call.positional, **call.named)
         return mark(output[0] if isinstance(output, tuple) else output, documents)
 
     def run_forwards(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
@@ -194,11 +230,6 @@ class Architecture:
 
         return self._make_output_layer(read)
 
-    @property
-    def _logit_cap(self) -> float | None:
-        """Magnitude that logits approach but do not exceed; None where the model does not cap them."""
-        return getattr(self.config, "final_logit_softcapping", None) if self._family.caps_logits else None
-
     def close(self) -> None:
         """Frees the output layer and the masks; a later call reads them again."""
         self._output_layer, self._arguments = None, {}
@@ -206,23 +237,46 @@ class Architecture:
     def linears(self, index: int) -> list[Layer]:
         """Linear layers of a block in execution order; no tensor is read."""
         block, layers = self._skeleton.blocks[index], []
-        for group in self._family.inputs:
-            for path in group:
-                module = _find(block, path)
-                if isinstance(module, nn.Linear):
-                    layers.append(self._layer(index, path, module.out_features, module.in_features, group[0]))
-        if self._is_mixture(block):
-            number, inner, width = expert_sizes(block.mlp.experts)
-            for expert in range(number):
-                path = f"{_EXPERTS}.{expert}"
-                for projection, rows, columns in (
-                    ("gate_proj", inner, width),
-                    ("up_proj", inner, width),
-                    ("down_proj", width, inner),
-                ):
-                    shared = f"{path}.down_proj" if projection == "down_proj" else f"{path}.gate_proj"
-                    layers.append(self._layer(index, f"{path}.{projection}", rows, columns, shared, expert))
+        for item in self.layout(index).order:
+            if isinstance(item, FusedExperts):
+                layers += self._expert_layers(index, item.path, block.get_submodule(item.path))
+                continue
+            for path in item.paths:
+                module = block.get_submodule(path)
+                layers.append(self._layer(index, path, module.out_features, module.in_features, item.paths[0]))
         return layers
+
+    def skipped(self, index: int) -> dict[str, str]:
+        """Names of linear layers of a block that are not among `linears`, each with the reason."""
+        start = self._start(index)
+        return {start + self._local(path): reason for path, reason in self.layout(index).skipped.items()}
+
+    def layout(self, index: int) -> BlockLayout:
+        """What a block runs; blocks of the same modules run the same."""
+        block = self._skeleton.blocks[index]
+        key = tuple(
+            (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
+            for path, module in block.named_modules()
+        )
+        if key not in self._layouts:
+            call = self.block_arguments(_TRACED)[index]
+            hidden = torch.empty(1, _TRACED, self.hidden_size, dtype=self.dtype, device="meta")
+            try:
+                self._layouts[key] = trace_block(block, hidden, Call(on_meta(call.positional), on_meta(call.named)))
+            except NotBlockwise as reason:
+                raise refusal(self.checkpoint.config.get("model_type"), reason) from None
+        return self._layouts[key]
+
+    def _expert_layers(self, index: int, path: str, module: Any) -> Iterator[Layer]:
+        number, inner, width = expert_sizes(module)
+        for expert in range(number):
+            for projection, rows, columns in (
+                ("gate_proj", inner, width),
+                ("up_proj", inner, width),
+                ("down_proj", width, inner),
+            ):
+                shared = f"{path}.{expert}.{'down_proj' if projection == 'down_proj' else 'gate_proj'}"
+                yield self._layer(index, f"{path}.{expert}.{projection}", rows, columns, shared, expert)
 
     def outer_layers(self) -> dict[str, Layer]:
         """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""
@@ -244,65 +298,77 @@ class Architecture:
         """Logical names of the checkpoint's tensors outside the blocks."""
         return list(self._names.get(None, []))
 
+    def _start(self, index: int) -> str:
+        """Prefix of a block's tensors in the checkpoint."""
+        return f"{self._stored_names.blocks}{index}."
+
+    def _local(self, path: str) -> str:
+        """Name of a module or parameter of a block, below the block's prefix."""
+        return self._stored_names.local(path)
+
     def _layer(self, index: int, path: str, rows: int, columns: int, shared: str, expert: int | None = None) -> Layer:
-        start = f"{self._prefix}layers.{index}."
-        return Layer(start + self._family.logical(path), path, rows, columns, start + shared, expert)
+        start = self._start(index)
+        name = self._local(f"{path}.weight").removesuffix(".weight")
+        return Layer(start + name, path, rows, columns, start + shared, expert)
 
     def _empty_block(self, index: int) -> Any:
-        """Block on the meta device, with experts as linear layers."""
-        original = self._skeleton.blocks[index]
-        block: Any = copy.deepcopy(original, {id(self.config): self.config})
-        if self._is_mixture(original):
-            block.mlp.experts = Experts(block.mlp.experts)
+        """Block on the meta device, with experts as linear layers, and with the buffers that are not in checkpoints."""
+        block: Any = copy.deepcopy(self._skeleton.blocks[index], {id(self.config): self.config})
+        for item in self.layout(index).experts:
+            parent, _, leaf = item.path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(item.path)))
+        for module in block.modules():
+            compute_buffers(self._model, module)
         return block
 
     def _fill_block(self, block: nn.Module, index: int, without: Collection[str] = ()) -> None:
-        """Read the parameters of a block, except those `without`."""
-        self._fill(block, f"{self._prefix}layers.{index}.", without)
-
-    def _is_mixture(self, block: nn.Module) -> bool:
-        return is_fused(_find(block, _EXPERTS))
-
-    def _find_prefix(self) -> str:
-        for prefix in self._family.prefixes:
-            if any(name.startswith(f"{prefix}layers.0.") for name in self.checkpoint.names):
-                return prefix
-        expected = f"{self._family.prefixes[0]}layers.0."
-        raise UserError(f"tensors {expected}* are missing from {self.checkpoint.path}: its model_type has such blocks")
+        """Read the parameters of a block, except those `without`, and the buffers that are in the checkpoint."""
+        start = self._start(index)
+        self._fill(block, lambda path: start + self._local(path), without)
+        for path, module in block.named_modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                local = f"{path}.{leaf}" if path else leaf
+                name = start + self._local(local)
+                if leaf not in module._non_persistent_buffers_set and name in self.checkpoint:
+                    buffer = self.checkpoint.tensor(name).to(buffer.dtype)
+                module._buffers[leaf] = buffer.to(self.device)
 
     def _sort_names(self) -> dict[int | None, list[str]]:
-        pattern = re.compile(re.escape(self._prefix) + r"layers\.(\d+)\.")
+        pattern = re.compile(re.escape(self._stored_names.blocks) + r"(\d+)\.")
         names: dict[int | None, list[str]] = {}
         for name in self.checkpoint.names:
             match = pattern.match(name)
-            names.setdefault(int(match[1]) if match else None, []).append(name)
+            number = int(match[1]) if match else None
+            names.setdefault(None if number is None or number >= self.num_blocks else number, []).append(name)
         return names
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Logical name and shape of every tensor that the model needs."""
         for index, block in enumerate(self._skeleton.blocks):
-            start = f"{self._prefix}layers.{index}."
-            for layer in self.linears(index):
+            layers = self.linears(index)
+            for layer in layers:
                 yield f"{layer.name}.weight", (layer.rows, layer.columns)
-            linear = {f"{layer.module}.weight" for layer in self.linears(index)}
+            known = {f"{layer.module}.weight" for layer in layers}
+            fused = tuple(f"{item.path}." for item in self.layout(index).experts)
             for local, parameter in block.named_parameters():
-                if local not in linear and not local.startswith(f"{_EXPERTS}."):
-                    yield start + self._family.logical(local), tuple(parameter.shape)
-        decoder = self._skeleton.decoder
-        yield self.embedding_name(), tuple(decoder.embed_tokens.weight.shape)
-        yield self.head_name(), tuple(self._skeleton.head.weight.shape)
-        outer = [("", decoder), (f"{self._family.norm}.", self._skeleton.norm)]
-        if self._skeleton.project_out is not None:
-            outer.append(("project_out.", self._skeleton.project_out))
-        for start, module in outer:
-            for local, parameter in module.named_parameters():
-                if not local.startswith("embed_tokens."):
-                    yield f"{self._prefix}{start}{local}", tuple(parameter.shape)
+                if local not in known and not (fused and local.startswith(fused)):
+                    yield self._start(index) + self._local(local), tuple(parameter.shape)
+        yield self.embedding_name(), tuple(self._embedding.weight.shape)
+        yield self.head_name(), tuple(self._head.weight.shape)
+        tables = [path for path in self.adapter.tables if path != self.adapter.embedding]
+        for path in (*self.adapter.front, *self.adapter.tail, *tables):
+            for local, parameter in find(self._model, path).named_parameters():
+                yield self._stored_names.outer(f"{path}.{local}"), tuple(parameter.shape)
+        if self._head.bias is not None:
+            yield self._head_bias_name(), tuple(self._head.bias.shape)
 
     def _check_length(self, length: int) -> None:
         # Rotary embeddings exist for any position, learned ones do not.
-        limit = self.config.max_position_embeddings
-        if hasattr(self._skeleton.decoder, "embed_positions") and length > limit:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        learned = any(isinstance(find(self._model, path), nn.Embedding) for path in self.adapter.front)
+        if learned and limit is not None and length > limit:
             raise UserError(f"sequence length {length} is too long for the model: it has learned {limit} positions")
 
     def _check_tensors(self) -> None:
@@ -314,42 +380,76 @@ class Architecture:
 
     def embedding_name(self) -> str:
         """Logical name of the tensor that the embedding is read from."""
-        name = f"{self._prefix}embed_tokens.weight"
-        # Tied tensors may be stored under either name.
-        return self.head_name() if self._skeleton.tied and name not in self.checkpoint else name
+        return self._stored_names.embedding()
 
     def head_name(self) -> str:
         """Logical name of the tensor that the output projection is read from."""
-        for name in self._family.heads:
-            if name in self.checkpoint:
-                return name
-        return f"{self._prefix}embed_tokens.weight" if self._skeleton.tied else self._family.heads[0]
+        return self._stored_names.head()
+
+    def _head_bias_name(self) -> str:
+        return self._stored_names.outer(f"{self.adapter.head}.bias")
 
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.tensor(name)
         self.checkpoint.check_finite(tensor, name)
         return tensor.to(self.device, self.dtype)
 
-    def _fill(self, module: nn.Module, start: str, without: Collection[str] = ()) -> None:
+    def _fill(
+        self, module: nn.Module, name_of: Callable[[str], str], without: Collection[str] = (), recurse: bool = True
+    ) -> None:
         """Read every parameter of a module on the meta device, except those `without`.
 
-        start: the module's prefix in the checkpoint.
+        name_of: name in the checkpoint of a path in the module. recurse: whether to read those of its submodules, too.
         """
-        for local, _ in list(module.named_parameters()):
+        for local, _ in list(module.named_parameters(recurse=recurse)):
             if local not in without:
                 parent, _, leaf = local.rpartition(".")
-                tensor = self._read(start + self._family.logical(local))
+                tensor = self._read(name_of(local))
                 setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
+    def _fill_outer(self, module: nn.Module, path: str, recurse: bool = True) -> None:
+        """Read the parameters of a module outside the blocks. path: in the model."""
+        self._fill(module, lambda local: self._stored_names.outer(f"{path}.{local}"), recurse=recurse)
+
     def _load_front(self) -> None:
-        """Load what runs before the blocks, except the embedding: OPT's positions and projection, and the buffers."""
+        """Load what runs before the blocks, except tables of tokens: positions, projections, norms and buffers."""
         if not self._front_is_loaded:
-            decoder = self._skeleton.decoder
-            self._fill(decoder, self._prefix, ("embed_tokens.weight",))
-            for module in decoder.modules():
+            for path in self.adapter.run:
+                module = find(self._model, path)
+                compute_buffers(self._model, module)
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.to(self.device)
+            for path in self.adapter.front:
+                self._fill_outer(find(self._model, path), path, recurse=False)
             self._front_is_loaded = True
+
+    @contextmanager
+    def _tables(self, read: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        """Let tables of tokens hold the rows in use. read(path, index): rows of the table with this path."""
+        handles = []
+        for path in self.adapter.tables:
+            module: Any = find(self._model, path)
+
+            def enter(module: Any, inputs: tuple[Any, ...], path: str = path) -> tuple[Any, ...]:
+                unique, places = inputs[0].cpu().unique(return_inverse=True)
+                # padding_idx counts rows of the whole table.
+                module.padding_idx = None
+                rows = read(path, unique).to(self.device, self.dtype)
+                module.weight = nn.Parameter(rows, requires_grad=False)
+                return (places.to(self.device), *inputs[1:])
+
+            def leave(module: Any, inputs: object, output: object) -> None:
+                module.weight = nn.Parameter(module.weight.new_empty(0, device="meta"), requires_grad=False)
+
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        shapes = {path: find(self._model, path).weight for path in self.adapter.tables}
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for path, weight in shapes.items():
+                find(self._model, path).weight = weight
 
     def _stored_head(self) -> Tensor:
         """The output matrix in its stored dtype, on the device."""
@@ -358,19 +458,24 @@ class Architecture:
         return weight.to(self.device)
 
     def _make_output_layer(self, read: Callable[[int, int], Tensor]) -> OutputLayer:
-        norm, project_out = copy.deepcopy(self._skeleton.norm), copy.deepcopy(self._skeleton.project_out)
-        self._fill(norm, f"{self._prefix}{self._family.norm}.")
-        if project_out is not None:
-            self._fill(project_out, f"{self._prefix}project_out.")
-        rows, columns = self._skeleton.head.weight.shape
-        return OutputLayer(norm, project_out, read, (rows, columns), self.dtype, self._logit_cap, self.device)
-
-
-def _find(module: Any, path: str) -> Any:
-    """The submodule at a path, or None."""
-    for part in path.split("."):
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            return None
-        module = child
-    return module
+        tail = []
+        for path in self.adapter.tail:
+            module = copy.deepcopy(find(self._model, path), {id(self.config): self.config})
+            for inner in module.modules():
+                compute_buffers(self._model, inner)
+            self._fill_outer(module, path)
+            tail.append(module.to(self.device))
+        rows, columns = self._head.weight.shape
+        bias = None if self._head.bias is None else self._read(self._head_bias_name())
+        adapter = self.adapter
+        return OutputLayer(
+            tail,
+            read,
+            (rows, columns),
+            self.dtype,
+            adapter.cap,
+            self.device,
+            adapter.logit_scale,
+            adapter.input_scale,
+            bias,
+        )

@@ -12,6 +12,7 @@ from torch import nn
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.skeleton import build_model, compute_buffers, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,8 @@ class WholeModel(Architecture):
 
     def empty(self) -> "PreTrainedModel":
         """The model without weights, on the meta device."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        return model.eval().requires_grad_(False)
+        model: PreTrainedModel = build_model(read_config(self.checkpoint.path), self.dtype, self.checkpoint.path)
+        return model
 
     def sizes(self) -> Sizes:
         """Sizes of the model."""
@@ -49,30 +47,45 @@ class WholeModel(Architecture):
 
     def assemble(self, divide: Callable[[nn.Module], object]) -> "PreTrainedModel":
         """The model with its weights; to be called once. divide: changes a loaded block in its place."""
-        model, skeleton = self.empty(), self._skeleton
-        decoder: Any = skeleton.decoder
-        self._load_front()
-        decoder.embed_tokens.weight = self._parameter(self.embedding_name())
+        model, adapter = self.empty(), self.adapter
         blocks = []
         for index in range(self.num_blocks):
             block = self.load_block(index)
             divide(block)
             blocks.append(block)
-        decoder.layers = nn.ModuleList(blocks)
-        self._fill(skeleton.norm, f"{self._prefix}{self._family.norm}.")
-        setattr(decoder, self._family.norm, skeleton.norm)
-        if skeleton.project_out is not None:
-            self._fill(skeleton.project_out, f"{self._prefix}project_out.")
-            decoder.project_out = skeleton.project_out
-        parent, _, leaf = self._family.decoder.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, decoder)
-        head: Any = model.get_output_embeddings()
-        shared = skeleton.tied and self.head_name() == self.embedding_name()
-        head.weight = decoder.embed_tokens.weight if shared else self._parameter(self.head_name())
+        parent, _, leaf = adapter.blocks.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.ModuleList(blocks))
+        for path in adapter.run:
+            module = model.get_submodule(path)
+            compute_buffers(model, module)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        for path in (*adapter.front, *(table for table in adapter.tables if table != adapter.embedding)):
+            self._fill_outer(model.get_submodule(path), path, recurse=False)
+        for path in adapter.tail:
+            self._fill_outer(model.get_submodule(path), path)
+        embedding: Any = model.get_submodule(adapter.embedding)
+        head: Any = model.get_submodule(adapter.head)
+        embedding.weight = self._parameter(self.embedding_name())
+        shared = adapter.tied and self.head_name() == self.embedding_name()
+        head.weight = embedding.weight if shared else self._parameter(self.head_name())
+        if head.bias is not None:
+            head.bias = self._parameter(self._head_bias_name())
+        _leave_out_unused(model)
         return model
 
     def _parameter(self, name: str) -> nn.Parameter:
         return nn.Parameter(self._read(name), requires_grad=False)
+
+
+def _leave_out_unused(module: nn.Module) -> None:
+    """Replace parts that text does not run, whose parameters were not read: vision towers and their projections."""
+    for name, child in list(module.named_children()):
+        parameters = list(child.parameters())
+        if parameters and all(parameter.is_meta for parameter in parameters):
+            setattr(module, name, nn.Identity())
+        elif parameters:
+            _leave_out_unused(child)
 
 
 def divisible_by(architecture: Architecture) -> dict[str, tuple[int, str]]:

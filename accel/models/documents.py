@@ -4,12 +4,13 @@ Positions begin anew with each document. From them transformers itself makes mas
 before it in its own document. A block that mixes positions without such a mask is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
+from hasten.accel.models.skeleton import Call
 
 # Name of the attribute by which hidden states carry the documents of their positions from block to block.
 _ATTRIBUTE = "hasten_documents"
@@ -36,18 +37,21 @@ def positions_of(documents: Tensor) -> Tensor:
     return place - first
 
 
-def check_masks(
-    blocks: Sequence[nn.Module], arguments: Sequence[Mapping[str, object]], documents: Tensor, model: object
-) -> None:
-    """UserError where a block does not keep documents (B, T) apart. arguments: of its call. model: the model's path."""
+def check_masks(blocks: Sequence[nn.Module], calls: Sequence[Call], documents: Tensor, model: object) -> None:
+    """UserError where a block does not keep documents (B, T) apart. calls: of the blocks. model: the model's path."""
     borders = (documents.diff(dim=1) != 0).nonzero()
     if not len(borders):
         return
     sequence, before = borders[0].tolist()
-    for number, (block, named) in enumerate(zip(blocks, arguments, strict=True)):
-        mask = named.get("attention_mask")
+    length = documents.shape[1]
+    for number, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        masks = [
+            value
+            for value in (*call.positional, *call.named.values())
+            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2:] == (length, length)
+        ]
+        is_cut = masks and all(_hides(mask, sequence, before + 1, before) for mask in masks)
         # Convolutions over positions belong to linear attention and state spaces, which no mask cuts.
-        is_cut = isinstance(mask, Tensor) and mask.ndim == 4 and _hides(mask, sequence, before + 1, before)
         if not is_cut or any(isinstance(module, nn.Conv1d) for module in block.modules()):
             raise UserError(
                 f"calibration.packing=documents: block {number} of {model} mixes positions without an attention mask "

@@ -8,8 +8,6 @@ that other programs read: Mixtral's experts are `block_sparse_moe.experts.3.w1`,
 import re
 from dataclasses import dataclass
 
-from hasten.accel.errors import UserError
-
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)(\..+)?")
@@ -112,7 +110,5 @@ FAMILIES = {
 
 
 def family_of(model_type: object) -> Family:
-    """Family of a config's model_type; UserError lists the supported ones."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is not supported: supported are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    """Family of a config's model_type: that of most models where no other one is listed."""
+    return FAMILIES.get(str(model_type), _LLAMA)

@@ -5,7 +5,7 @@ thousand entries of the vocabulary at a time: the matrix is read once for all of
 stay in the processor's cache until the sums over them are made.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +29,30 @@ def tile_columns(tokens: int, width: int, device: torch.device) -> int:
 
 
 class OutputLayer:
-    """Last norm, projection and output matrix (V, D') of a model.
+    """What follows the last block of a model: last norm, other modules, and the output matrix (V, D').
 
-    norm, project_out: modules on the device; project_out is None where the model has none. read(first, last) returns
-    these rows of the output matrix on the device, in any dtype. dtype: of the products. cap: magnitude that logits
-    approach but do not exceed, None where the model does not cap them.
+    tail: modules on the device, each of which gets the output of the one before it. read(first, last) returns these
+    rows of the output matrix on the device, in any dtype. dtype: of the products. cap, logit_scale, input_scale: see
+    Adapter. bias: of the output matrix (V,) on the device, None where it has none.
     """
 
     def __init__(
         self,
-        norm: nn.Module,
-        project_out: nn.Module | None,
+        tail: Sequence[nn.Module],
         read: Callable[[int, int], Tensor],
         shape: tuple[int, int],
         dtype: torch.dtype,
         cap: float | None,
         device: torch.device,
+        logit_scale: float = 1.0,
+        input_scale: float = 1.0,
+        bias: Tensor | None = None,
     ) -> None:
         self.vocabulary, self.width = shape
         self.device = device
-        self._norm, self._project_out, self._read = norm, project_out, read
+        self._tail, self._read, self._bias = tuple(tail), read, bias
         self._dtype, self._cap = dtype, cap
+        self._logit_scale, self._input_scale = logit_scale, input_scale
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """Inputs (..., D') of the output matrix, for the last block's output (..., D)."""
@@ -60,10 +63,13 @@ class OutputLayer:
         """Rows of the output matrix (C, D') in the dtype of the products."""
         return self._read(first, last).to(self._dtype)
 
-    def logits(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Logits (..., C) float32 for inputs (..., D') and rows (C, D') of the output matrix."""
+    def logits(self, inputs: Tensor, weight: Tensor, first: int) -> Tensor:
+        """Logits (..., C) float32 for inputs (..., D') and rows (C, D') of the output matrix, which start at `first`."""
         with torch.no_grad():
-            logits = F.linear(inputs, weight).float()
+            bias = None if self._bias is None else self._bias[first : first + len(weight)]
+            logits = F.linear(inputs, weight, bias).float()
+            if self._logit_scale != 1.0:
+                logits.mul_(self._logit_scale)
             if self._cap is not None:
                 logits.div_(self._cap).tanh_().mul_(self._cap)
         return logits
@@ -77,7 +83,7 @@ class OutputLayer:
     def tiles(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First entry and logits (M, C) float32 of each tile of the vocabulary, for inputs (M, D')."""
         for first, last in self.spans(len(inputs)):
-            yield first, self.logits(inputs, self.weight(first, last))
+            yield first, self.logits(inputs, self.weight(first, last), first)
 
     def inputs_gradient(self, gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
         """A tile's part (..., D') float32 of the gradient with respect to the inputs of the output matrix.
@@ -87,6 +93,8 @@ class OutputLayer:
         if self._cap is not None:
             # The derivative of cap tanh(x / cap).
             gradient.mul_(1 - (logits / self._cap).square())
+        if self._logit_scale != 1.0:
+            gradient.mul_(self._logit_scale)
         return (gradient.to(self._dtype) @ weight).float()
 
     def hidden_gradient(self, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -98,5 +106,6 @@ class OutputLayer:
         return result
 
     def _before_matrix(self, hidden: Tensor) -> Tensor:
-        inputs: Tensor = self._norm(hidden)
-        return inputs if self._project_out is None else self._project_out(inputs)
+        for module in self._tail:
+            hidden = module(hidden)
+        return hidden if self._input_scale == 1.0 else hidden * self._input_scale

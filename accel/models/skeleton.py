@@ -1,93 +1,182 @@
-"""The transformers model of a checkpoint without its weights.
+"""The transformers model of a checkpoint without its weights, whose blocks hand their calls over.
 
 Parameters are on the meta device. Buffers that no checkpoint stores (rotary frequencies, embedding scales) are computed
 by transformers itself.
 """
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
-from hasten.accel.models.checkpoint import Checkpoint
-from hasten.accel.models.families import family_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+@dataclass(frozen=True)
+class Call:
+    """The call of a block, without its hidden states.
+
+    positional, named: arguments besides the hidden states.
+    """
+
+    positional: tuple[object, ...]
+    named: dict[str, object]
+
+
+# Called with the block's number, hidden states and the call; returns the hidden states that go on.
+Visit = Callable[[int, Tensor, Call], Tensor]
+
+
+class Stop(Exception):  # noqa: N818 (not an error: what follows need not run)
+    """All that was asked for has run."""
 
 
 class Recorder(nn.Module):
-    """Replacement of a decoder block that records the keyword arguments of its call."""
+    """Replacement of a block that hands its call over; it has the block's attributes, which decoders read."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module, number: int, owner: "Skeleton") -> None:
         super().__init__()
-        self.arguments: dict[str, object] = {}
+        # Not as a submodule, whose parameters would be the model's.
+        self.__dict__["block"] = block
+        self.__dict__["owner"] = owner
+        self.number = number
+        self._hidden_name = next(iter(inspect.signature(block.forward).parameters))
 
-    def forward(self, hidden_states: Tensor, **arguments: object) -> Tensor:
-        """hidden_states, unchanged."""
-        self.arguments = arguments
-        return hidden_states
+    def forward(self, *positional: Any, **named: Any) -> object:
+        """What the visitor returns, in the form in which the block returns its output."""
+        hidden = positional[0] if positional else named.pop(self._hidden_name)
+        output = self.owner.visit(self.number, hidden, Call(positional[1:], named))
+        return (output, *[None] * (self.owner.outputs - 1)) if self.owner.outputs else output
 
-    def take(self) -> dict[str, object]:
-        """The recorded arguments, which are then forgotten."""
-        arguments, self.arguments = self.arguments, {}
-        return arguments
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
 
 
-@dataclass
 class Skeleton:
-    """Parts of a model without weights.
+    """A model on the meta device, whose blocks are Recorders.
 
-    decoder: transformers' decoder with Recorders for blocks and without its last norm. norm: that norm, or an identity.
-    project_out: OPT's projection before the head, else None. tied: whether head and embedding may share a tensor.
+    config: of the model that produces text. model: transformers' whole model. blocks: the original blocks. outputs: see
+    Adapter.
     """
 
-    config: Any
-    decoder: Any
-    blocks: list[Any]
-    norm: nn.Module
-    project_out: nn.Module | None
-    head: nn.Linear
-    tied: bool
+    def __init__(self, model: Any, config: Any, blocks: str, outputs: int = 0) -> None:
+        self.model, self.config, self.outputs = model, config, outputs
+        self.blocks = list(model.get_submodule(blocks))
+        self.recorders = nn.ModuleList(Recorder(block, number, self) for number, block in enumerate(self.blocks))
+        parent, _, leaf = blocks.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, self.recorders)
+        self._visit: Visit | None = None
+
+    def visit(self, number: int, hidden: Tensor, call: Call) -> Tensor:
+        """Called by Recorders."""
+        assert self._visit is not None
+        return self._visit(number, hidden, call)
+
+    def run(self, tokens: Tensor, visit: Visit, positions: Tensor | None = None) -> Tensor | None:
+        """Run the model on tokens [B, T] with this visitor of its blocks; logits, or None where something stopped it.
+
+        positions: (B, T), None for those that the model gives them itself.
+        """
+        given = {} if positions is None else {"position_ids": positions}
+        self._visit = visit
+        try:
+            with torch.no_grad():
+                output = self.model(input_ids=tokens, use_cache=False, **given)
+        except Stop:
+            return None
+        finally:
+            self._visit = None
+        logits: Tensor = output.logits
+        return logits
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
-    """Skeleton for a checkpoint's config; UserError where transformers refuses the config."""
-    family = family_of(checkpoint.config.get("model_type"))
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(folder: Path) -> Any:
+    """transformers' config of a checkpoint; UserError where transformers refuses it."""
+    from transformers import AutoConfig
 
     try:
-        whole = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        config = whole.get_text_config(decoder=True)
-        # This package reads and unpacks the weights, so transformers must build the plain model.
-        vars(config).pop("quantization_config", None)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except _REFUSALS as error:
+        raise _refusal(folder, error) from None
+    # This package reads and unpacks the weights, so transformers must build the plain model.
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
+    """transformers' model for a config, on the meta device; UserError where transformers refuses the config.
+
+    folder: of the checkpoint, for error messages.
+    """
+    kind = _model_class(config, folder)
+    try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"transformers cannot build a model from {checkpoint.path / 'config.json'}: {reason}") from None
-    model.eval().requires_grad_(False)
-    decoder: Any = model.get_submodule(family.decoder)
-    blocks, norm = list(decoder.layers), getattr(decoder, family.norm)
-    decoder.layers = nn.ModuleList(Recorder() for _ in blocks)
-    setattr(decoder, family.norm, nn.Identity())
-    project_out = getattr(decoder, "project_out", None)
-    if project_out is not None:
-        decoder.project_out = nn.Identity()
-    _compute_buffers(model, decoder)
-    tied = bool(getattr(whole, "tie_word_embeddings", False))
-    return Skeleton(config, decoder, blocks, norm or nn.Identity(), project_out, model.lm_head, tied)
+            model = kind._from_config(config, dtype=dtype)
+        model.tie_weights()
+    except _REFUSALS as error:
+        raise _refusal(folder, error) from None
+    return model.eval().requires_grad_(False)
 
 
-def _compute_buffers(model: "PreTrainedModel", decoder: nn.Module) -> None:
-    """Compute the decoder's buffers that are on the meta device."""
-    for module in decoder.modules():
-        missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
-        for name, buffer in missing.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if missing:
-            # The method by which transformers fills them when it loads a checkpoint.
-            with torch.no_grad():
-                model._init_weights(module)
+def compute_buffers(model: Any, module: nn.Module) -> None:
+    """Compute a module's own buffers that are on the meta device."""
+    missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    for name, buffer in missing.items():
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    if missing:
+        # The method by which transformers fills them when it loads a checkpoint.
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def find(module: Any, path: str) -> Any:
+    """The submodule at a path, or None."""
+    for part in path.split(".") if path else ():
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            return None
+        module = child
+    return module
+
+
+def each_module(module: nn.Module, without: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of all submodules, except one of them with all below it."""
+    left_out = set(map(id, without.modules()))
+    return ((path, child) for path, child in module.named_modules() if id(child) not in left_out)
+
+
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError)
+
+
+def _refusal(folder: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"transformers cannot build a model from {folder / 'config.json'}: {reason}")
+
+
+def _model_class(config: Any, folder: Path) -> Any:
+    """Class of the model with an output layer over the vocabulary."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = [
+        mapping
+        for name in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+        if (mapping := getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES", None)) is not None
+    ]
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    if any(named in mapping.values() for mapping in mappings) and hasattr(transformers, str(named)):
+        return getattr(transformers, str(named))
+    for mapping in mappings:
+        if config.model_type in mapping:
+            return getattr(transformers, mapping[config.model_type])
+    raise UserError(
+        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has no "
+        "language model of this type"
+    )

@@ -8,6 +8,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.documents import check_masks, positions_of
+from hasten.accel.models.skeleton import Call
 from tests.compression import local
 from tests.models import tiny
 
@@ -67,9 +68,10 @@ def test_blocks_without_a_mask_between_documents_are_refused():
     documents = torch.tensor([[0, 0, 1, 1]])
     apart = documents[:, None, :, None] == documents[:, None, None, :]
     plain, state_space = nn.Linear(1, 1), nn.Sequential(nn.Conv1d(1, 1, 2))
-    check_masks([plain], [{"attention_mask": apart}], documents, "model")
-    check_masks([plain], [{"attention_mask": torch.where(apart, 0.0, -torch.inf)}], documents, "model")
-    check_masks([state_space], [{}], torch.zeros(1, 4, dtype=torch.long), "model")
+    call = Call((), {"attention_mask": apart})
+    check_masks([plain], [call], documents, "model")
+    check_masks([plain], [Call((torch.where(apart, 0.0, -torch.inf),), {})], documents, "model")
+    check_masks([state_space], [Call((), {})], torch.zeros(1, 4, dtype=torch.long), "model")
     wrong = [
         (plain, {}),
         (plain, {"attention_mask": None}),
@@ -79,7 +81,7 @@ def test_blocks_without_a_mask_between_documents_are_refused():
     ]
     for block, named in wrong:
         with pytest.raises(UserError, match=r"block 1 of model mixes positions .*packing=stream"):
-            check_masks([plain, block], [{"attention_mask": apart}, named], documents, "model")
+            check_masks([plain, block], [call, Call((), named)], documents, "model")
 
 
 @pytest.mark.parametrize("propagate", ["sequential", "original"])

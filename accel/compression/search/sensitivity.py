@@ -222,7 +222,7 @@ def _logits(
     weight = layers[0].weight(*span)
     # The weights of a shared matrix are converted once.
     exact = weight if layers[0] is layers[1] else layers[1].weight(*span)
-    return layers[0].logits(models[0], weight), layers[1].logits(models[1], exact)
+    return layers[0].logits(models[0], weight, span[0]), layers[1].logits(models[1], exact, span[0])
 
 
 @contextmanager
