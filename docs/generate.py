@@ -31,6 +31,7 @@ TITLES = {
     "verifier": "Verifiers",
     "draft_length": "Draft lengths",
     "head": "Trained heads",
+    "cache": "KV caches",
 }
 # Groups of settings that are chosen by name, and are no methods.
 NO_METHODS = ("hardware",)

@@ -16,7 +16,7 @@ from hasten.jobs.common.records import Record
 CONF = Path(conf.__file__).parent
 _FAMILIES = (
     *("quantizer", "column_quantizer", "pruner", "level", "allocator", "fitness", "hardware"),
-    *("drafter", "verifier", "draft_length", "head"),
+    *("drafter", "verifier", "draft_length", "head", "cache"),
 )
 _TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
 _OR_NONE = " | None"

@@ -177,7 +177,7 @@ class Search:
         config = self._config
         assert config.levels is not None
         origin = recorded_origin(Path(config.levels).expanduser())
-        texts = Texts(self._source, config.bos, config.template, origin, config.cache)
+        texts = Texts(self._source, config.bos, config.template, origin, config.cache_folder)
         if origin is None and None in (config.search.source, config.evaluation.source):
             texts.calibrate(config.calibration, is_needed=False)
         return texts
