@@ -4,32 +4,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, read_json
-from hasten.accel.models.families import family_of
 from hasten.accel.models.shards import Stored
+from hasten.accel.models.skeleton import build_model, read_config
+from hasten.accel.models.tensor_names import saved_name
 
 
 class Outline(Checkpoint):
     """Names, shapes and dtypes of a checkpoint as transformers would save it; its tensors cannot be read.
 
-    Of tied tensors only the first is listed. UserError where the family is not supported, and where transformers
-    refuses the config.
+    Of tied tensors only the first is listed. UserError where transformers refuses the config.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
         self._headers, self.quantized_by = [], None
-        family_of(self.config.get("model_type"))
         if self.config.get("quantization_config") or self.config.get("compression_config"):
             raise UserError(f"model={path} is compressed and has no safetensors: give its original's config.json")
-        model = _skeleton(path)
-        dtype = _dtype(self.config)
+        model = build_model(read_config(path), torch.float32, path)
+        dtype, saved = _dtype(self.config), saved_name(model)
         self._stored = {
-            name: Stored(path / "model.safetensors", dtype, tuple(tensor.shape), 0)
+            saved(name): Stored(path / "model.safetensors", dtype, tuple(tensor.shape), 0)
             for name, tensor in model.named_parameters()
         }
         self._places = self._entries()
@@ -40,21 +38,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return Outline(path)
     return Checkpoint(path)
-
-
-def _skeleton(path: Path) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"transformers cannot build a model from {path / 'config.json'}: {reason}") from None
-    # After tying, named_parameters lists a shared tensor only once.
-    model.tie_weights()
-    return model
 
 
 def _dtype(config: Mapping[str, object]) -> torch.dtype:

@@ -87,5 +87,5 @@ def mean_errors(layers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def layer_kind(name: str) -> str:
     """A layer's name without its block and its expert: `self_attn.q_proj`, `mlp.experts.down_proj`."""
-    tail = re.sub(r"^.*?\blayers\.\d+\.", "", name)
+    tail = re.sub(r"^.*?\.\d+\.", "", name)
     return re.sub(r"\.\d+(?=\.|$)", "", tail)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.tensor_names import is_outer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
         if checkpoint.quantization(name) is not None:
             weights += count
             stored += size
-            if "layers." in name:
+            if not is_outer(name):
                 block_weights += count
                 block_bytes += size
     return Sizes(weights, stored, block_weights, block_bytes, total_weights, total_bytes, disk_bytes(checkpoint.path))

@@ -51,17 +51,20 @@ class BlockLayout:
 class Adapter:
     """How the model of a config is run block by block.
 
-    blocks: path of the list of blocks. embedding: path of the table of tokens. tables: paths of all tables whose rows
-    are chosen by token, the embedding among them. front: paths of modules with parameters of their own that run before
-    the first block, except tables. run: paths of all modules that run before the first block. tail: paths of the modules between the last block and the output matrix, each called
-    with the output of the one before it. head: path of the output matrix. input_scale: factor of the output matrix's
-    inputs. logit_scale, cap: the model's logits are `cap * tanh(logit_scale * x / cap)` for outputs x of the head, or
-    `logit_scale * x` where cap is None. outputs: number of values that a block returns in a tuple, the hidden states
-    first; 0 where it returns the hidden states alone. tied: whether head and embedding are one matrix. batched: whether blocks take
-    arguments that depend on the number of sequences.
+    blocks: path of the list of blocks. layouts: of each block. embedding: path of the table of tokens. tables: paths of
+    all tables whose rows are chosen by token, the embedding among them. front: paths of modules with parameters of
+    their own that run before the first block, except tables. run: paths of all modules that run before it. tail: paths
+    of the modules between the last block and the output matrix, each called with the output of the one before it. head:
+    path of the output matrix. input_scale: factor of the output matrix's inputs. logit_scale, cap: the model's logits
+    are `cap * tanh(logit_scale * x / cap)` for outputs x of the head, or `logit_scale * x` where cap is None. outputs:
+    number of values that a block returns in a tuple, the hidden states first; 0 where it returns the hidden states
+    alone. tied: whether head and embedding are one matrix. batched: whether blocks take arguments that depend on the
+    number of sequences. loads_packed: whether transformers loads packed layers as they are; else it must unpack them,
+    because its class initialises blocks by the weights of their layers.
     """
 
     blocks: str
+    layouts: tuple[BlockLayout, ...]
     embedding: str
     tables: tuple[str, ...]
     front: tuple[str, ...]
@@ -74,3 +77,4 @@ class Adapter:
     outputs: int = 0
     tied: bool = False
     batched: bool = False
+    loads_packed: bool = True

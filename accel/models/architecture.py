@@ -22,15 +22,22 @@ from hasten.accel.models.documents import check_masks, documents_of, mark, posit
 from hasten.accel.models.experts import Experts, expert_sizes
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
-from hasten.accel.models.inspection import NotBlockwise, adapter_of, on_meta, refusal, trace_block
-from hasten.accel.models.tensor_names import Names
+from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
 from hasten.accel.models.output_layer import OutputLayer
-from hasten.accel.models.skeleton import Call, Skeleton, Stop, build_model, compute_buffers, find, read_config
+from hasten.accel.models.skeleton import (
+    Call,
+    Skeleton,
+    Stop,
+    build_model,
+    compute_buffers,
+    each_module,
+    find,
+    read_config,
+)
+from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
-# Length of the sequence with which blocks are inspected.
-_TRACED = 6
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,10 @@ class Architecture:
         self._embedding = find(self._model, self.adapter.embedding)
         self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
         self._arguments: dict[tuple[int, int], list[Call]] = {}
-        self._layouts: dict[object, BlockLayout] = {}
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
+        self._check_linears()
         self._check_tensors()
 
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
@@ -246,26 +253,20 @@ class Architecture:
                 layers.append(self._layer(index, path, module.out_features, module.in_features, item.paths[0]))
         return layers
 
-    def skipped(self, index: int) -> dict[str, str]:
-        """Names of linear layers of a block that are not among `linears`, each with the reason."""
-        start = self._start(index)
-        return {start + self._local(path): reason for path, reason in self.layout(index).skipped.items()}
+    def skipped(self, index: int) -> dict[str, tuple[str, str]]:
+        """Linear layers of a block that are not among `linears`: by name, path in the block and the reason."""
+        return {
+            self._layer(index, path, 0, 0, path).name: (path, reason)
+            for path, reason in self.layout(index).skipped.items()
+        }
+
+    def block_start(self, index: int) -> str:
+        """Prefix of a block's tensors in the checkpoint."""
+        return f"{self._stored_names.blocks}{index}."
 
     def layout(self, index: int) -> BlockLayout:
-        """What a block runs; blocks of the same modules run the same."""
-        block = self._skeleton.blocks[index]
-        key = tuple(
-            (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
-            for path, module in block.named_modules()
-        )
-        if key not in self._layouts:
-            call = self.block_arguments(_TRACED)[index]
-            hidden = torch.empty(1, _TRACED, self.hidden_size, dtype=self.dtype, device="meta")
-            try:
-                self._layouts[key] = trace_block(block, hidden, Call(on_meta(call.positional), on_meta(call.named)))
-            except NotBlockwise as reason:
-                raise refusal(self.checkpoint.config.get("model_type"), reason) from None
-        return self._layouts[key]
+        """What a block runs."""
+        return self.adapter.layouts[index]
 
     def _expert_layers(self, index: int, path: str, module: Any) -> Iterator[Layer]:
         number, inner, width = expert_sizes(module)
@@ -290,6 +291,14 @@ class Architecture:
             layers[role] = Layer(name, name.rpartition(".")[2], rows, columns, name)
         return layers
 
+    def outer_linears(self) -> list[str]:
+        """Paths in transformers' model of linear layers outside the blocks, except the output layer."""
+        return [
+            path
+            for path, module in each_module(self._model, self._skeleton.recorders)
+            if isinstance(module, nn.Linear) and path != self.adapter.head
+        ]
+
     def block_tensors(self, index: int) -> list[str]:
         """Logical names of the checkpoint's tensors in a block."""
         return list(self._names.get(index, []))
@@ -298,16 +307,12 @@ class Architecture:
         """Logical names of the checkpoint's tensors outside the blocks."""
         return list(self._names.get(None, []))
 
-    def _start(self, index: int) -> str:
-        """Prefix of a block's tensors in the checkpoint."""
-        return f"{self._stored_names.blocks}{index}."
-
     def _local(self, path: str) -> str:
         """Name of a module or parameter of a block, below the block's prefix."""
         return self._stored_names.local(path)
 
     def _layer(self, index: int, path: str, rows: int, columns: int, shared: str, expert: int | None = None) -> Layer:
-        start = self._start(index)
+        start = self.block_start(index)
         name = self._local(f"{path}.weight").removesuffix(".weight")
         return Layer(start + name, path, rows, columns, start + shared, expert)
 
@@ -323,7 +328,7 @@ class Architecture:
 
     def _fill_block(self, block: nn.Module, index: int, without: Collection[str] = ()) -> None:
         """Read the parameters of a block, except those `without`, and the buffers that are in the checkpoint."""
-        start = self._start(index)
+        start = self.block_start(index)
         self._fill(block, lambda path: start + self._local(path), without)
         for path, module in block.named_modules():
             for leaf, buffer in module._buffers.items():
@@ -354,8 +359,8 @@ class Architecture:
             fused = tuple(f"{item.path}." for item in self.layout(index).experts)
             for local, parameter in block.named_parameters():
                 if local not in known and not (fused and local.startswith(fused)):
-                    yield self._start(index) + self._local(local), tuple(parameter.shape)
-        yield self.embedding_name(), tuple(self._embedding.weight.shape)
+                    yield self.block_start(index) + self._local(local), tuple(parameter.shape)
+        yield self.embedding_name(), (self._embedding.num_embeddings, self._embedding.embedding_dim)
         yield self.head_name(), tuple(self._head.weight.shape)
         tables = [path for path in self.adapter.tables if path != self.adapter.embedding]
         for path in (*self.adapter.front, *self.adapter.tail, *tables):
@@ -370,6 +375,21 @@ class Architecture:
         learned = any(isinstance(find(self._model, path), nn.Embedding) for path in self.adapter.front)
         if learned and limit is not None and length > limit:
             raise UserError(f"sequence length {length} is too long for the model: it has learned {limit} positions")
+
+    def _check_linears(self) -> None:
+        """UserError where the blocks have no linear layer that can be compressed."""
+        if any(self.layout(index).order for index in range(self.num_blocks)):
+            return
+        reasons = [reason for index in range(self.num_blocks) for reason in self.layout(index).skipped.values()]
+        block = self._skeleton.blocks[0]
+        kinds = sorted(
+            {type(module).__name__ for module in block.modules() if getattr(module, "weight", None) is not None}
+        )
+        others = reasons[0] if reasons else f"they hold {', '.join(kinds)}"
+        raise refusal(
+            self.checkpoint.config.get("model_type"),
+            NotBlockwise(f"its blocks have no linear layer that can be compressed: {others}"),
+        )
 
     def _check_tensors(self) -> None:
         for name, shape in self._expected():
@@ -427,6 +447,7 @@ class Architecture:
     def _tables(self, read: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         """Let tables of tokens hold the rows in use. read(path, index): rows of the table with this path."""
         handles = []
+        shapes = {path: find(self._model, path).weight for path in self.adapter.tables}
         for path in self.adapter.tables:
             module: Any = find(self._model, path)
 
@@ -439,10 +460,11 @@ class Architecture:
                 return (places.to(self.device), *inputs[1:])
 
             def leave(module: Any, inputs: object, output: object) -> None:
-                module.weight = nn.Parameter(module.weight.new_empty(0, device="meta"), requires_grad=False)
+                module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
 
+            # Some models move tokens to the device of the table.
+            module.weight = nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        shapes = {path: find(self._model, path).weight for path in self.adapter.tables}
         try:
             yield
         finally:

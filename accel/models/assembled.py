@@ -7,7 +7,6 @@ from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import nn
 
 from hasten.accel.errors import UserError

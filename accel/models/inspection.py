@@ -4,8 +4,9 @@ Blocks run on the meta device, where tensors have identities but no values: line
 tensor read the same input. Everything outside the blocks runs on a few tokens with random values, one module at a time.
 """
 
+import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class _Inspection:
             self._skeleton.outputs = _outputs(self._skeleton.blocks[0], hidden, call)
             entered, calls = self._all_calls(self._tokens)
             others = self._all_calls(self._others)[1]
+            self._entered = entered, calls
             self._check_calls(calls, others)
             batched = not _fits(self._skeleton.blocks[0], hidden, self._all_calls(self._tokens[:1])[1][0])
             front = [
@@ -130,6 +132,7 @@ class _Inspection:
             raise NotBlockwise("its embedding is not called with the tokens")
         return Adapter(
             blocks=self._path,
+            layouts=self._layouts(entered, calls),
             embedding=names[id(embedding)],
             tables=tuple(self._tables),
             front=tuple(front),
@@ -142,7 +145,22 @@ class _Inspection:
             outputs=self._skeleton.outputs,
             tied=tied,
             batched=batched,
+            loads_packed=_can_initialise_packed(self._model, self._skeleton.blocks),
         )
+
+    def _layouts(self, hidden: Tensor, calls: Sequence[Call]) -> tuple[BlockLayout, ...]:
+        """Layout of each block; blocks of the same modules, called alike, run the same."""
+        known: dict[object, BlockLayout] = {}
+        layouts = []
+        for block, call in zip(self._skeleton.blocks, calls, strict=True):
+            key = tuple(
+                (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
+                for path, module in block.named_modules()
+            )
+            if key not in known:
+                known[key] = trace_block(block, hidden.to("meta"), Call(on_meta(call.positional), on_meta(call.named)))
+            layouts.append(known[key])
+        return tuple(layouts)
 
     def _head(self) -> nn.Linear:
         head = self._model.get_output_embeddings()
@@ -198,8 +216,18 @@ class _Inspection:
                 if isinstance(value, Tensor):
                     if not torch.equal(value, second):
                         raise NotBlockwise(f"its blocks take the argument {name}, which depends on the tokens")
+                elif isinstance(value, MutableMapping):
+                    self._check_shared(name)
                 elif value is not None and not isinstance(value, bool | int | float | str | torch.dtype):
                     raise NotBlockwise(f"its blocks take the argument {name}, a {type(value).__name__}")
+
+    def _check_shared(self, name: str) -> None:
+        """NotBlockwise where blocks put something into a dict that they are called with, for later blocks."""
+        hidden, calls = self._entered
+        for block, call in zip(self._skeleton.blocks, calls, strict=True):
+            trace_block(block, hidden.to("meta"), Call(on_meta(call.positional), on_meta(call.named)))
+        if any(value for _, value in _leaves(calls[-1]) if isinstance(value, MutableMapping)):
+            raise NotBlockwise(f"its blocks pass {name} on to later blocks")
 
     def _after(self, hidden: Tensor, head: nn.Module) -> tuple[list[str], float, Tensor, Tensor]:
         """Modules behind the last block, factor of the head's inputs, logits, and the head's outputs they are of."""
@@ -240,6 +268,9 @@ class _Inspection:
         """Give every module random parameters while it runs, and note its calls."""
         handles = []
         for path, module in each_module(self._model, self._skeleton.recorders):
+            if module is self._model.get_input_embeddings():
+                # Some models move tokens to the device of the table.
+                module.weight = nn.Parameter(torch.empty(0, module.embedding_dim), requires_grad=False)
             handles.append(module.register_forward_pre_hook(self._before_call(path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._after_call(path)))
         try:
@@ -277,8 +308,11 @@ class _Inspection:
                 self._depth -= 1
                 if self._depth == 0 and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
                     self._calls.append((path, inputs[0], output))
+            device = "cpu" if path in self._tables else "meta"
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                # Its values are dropped.
+                value = torch.empty(0, device=device) if path in self._tables else parameter.to(device)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
 
         return leave
 
@@ -368,6 +402,11 @@ def _layout(
         keys.setdefault(path, set()).add(key)
     skipped = {path: "the block does not call it" for path in linears if path not in keys}
     skipped |= {path: "the block calls it with several inputs" for path in linears if len(keys.get(path, ())) > 1}
+    skipped |= {
+        path: f"loaders cannot pack a {type(module).__name__}, which has its own product"
+        for path, module in linears.items()
+        if type(module).forward is not nn.Linear.forward
+    }
     groups: dict[object, list[str]] = {}
     for path, key in order:
         members = groups.setdefault((path,) if path in mixtures else key, [])
@@ -389,7 +428,7 @@ def on_meta(value: Any) -> Any:
     """A call's argument, its tensors on the meta device."""
     if isinstance(value, Tensor):
         return value.to("meta")
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: on_meta(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(on_meta(item) for item in value)
@@ -410,6 +449,23 @@ def _outputs(block: nn.Module, hidden: Tensor, call: Call) -> int:
     if not isinstance(first, Tensor) or first.shape != hidden.shape:
         raise NotBlockwise(f"its blocks return a {type(first).__name__}, not hidden states")
     return len(output) if isinstance(output, tuple) else 0
+
+
+def _can_initialise_packed(model: Any, blocks: Sequence[nn.Module]) -> bool:
+    """Whether transformers can initialise blocks whose linear layers have no `weight`, as packed ones have none."""
+    for block in (blocks[0], blocks[-1]):
+        packed = copy.deepcopy(block, {id(model.config): model.config})
+        for module in packed.modules():
+            if isinstance(module, nn.Linear):
+                del module.weight
+                module.register_parameter("bias", None)
+        try:
+            for module in packed.modules():
+                if not isinstance(module, nn.Linear):
+                    model._init_weights(module)
+        except _FAILURES:
+            return False
+    return True
 
 
 def _fits(block: nn.Module, hidden: Tensor, call: Call) -> bool:

@@ -64,7 +64,7 @@ class OutputLayer:
         return self._read(first, last).to(self._dtype)
 
     def logits(self, inputs: Tensor, weight: Tensor, first: int) -> Tensor:
-        """Logits (..., C) float32 for inputs (..., D') and rows (C, D') of the output matrix, which start at `first`."""
+        """Logits (..., C) float32 for inputs (..., D') and rows (C, D') of the output matrix from `first` on."""
         with torch.no_grad():
             bias = None if self._bias is None else self._bias[first : first + len(weight)]
             logits = F.linear(inputs, weight, bias).float()

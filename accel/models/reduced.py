@@ -36,6 +36,7 @@ _SIZES: dict[str, Any] = {
     "sliding_window": 8,
     "embedding_size": 64,
     "word_embed_proj_dim": 64,
+    "is_decoder": True,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -102,6 +103,9 @@ _TYPES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "dots1": {"n_shared_experts": 1},
+    # It rescales hidden states every six blocks.
+    "rwkv": {"num_hidden_layers": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
 }
 
 
@@ -115,7 +119,7 @@ def reduced_config(model_type: str, **changes: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"model type {model_type!r} is unknown to this version of transformers")
     kind = CONFIG_MAPPING[model_type]
-    parts = {name: part for name, part in (getattr(kind, "sub_configs", None) or {}).items()}
+    parts = getattr(kind, "sub_configs", None) or {}
     text = next((name for name in ("text_config", "llm_config", "decoder_config") if name in parts), None)
     if text is None:
         return kind(**(_sizes(kind, _SIZES) | _TYPES.get(model_type, {}) | changes))
@@ -141,7 +145,7 @@ def _part(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """Those of the sizes that a config has."""
     default = kind()
-    known = {**{name: None for name in dir(kind)}, **vars(default)}
+    known = {**dict.fromkeys(dir(kind)), **vars(default)}
     own = {name: value for name, value in sizes.items() if name in known and _can_be_set(kind, name)}
     if "kv_lora_rank" in own:
         # Latent attention derives the size of its heads, and has as many keys as queries.
@@ -149,11 +153,18 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         own["num_key_value_heads"] = own["num_attention_heads"]
     mapped = getattr(kind, "attribute_map", {})
     own = {name: value for name, value in own.items() if mapped.get(name, name) not in own or name not in mapped}
-    types = getattr(default, "layer_types", None)
-    if types and _can_be_set(kind, "layer_types"):
-        # One block of each of two kinds, where there are as many.
-        kinds = list(dict.fromkeys(types))
-        own["layer_types"] = [kinds[0], kinds[min(1, len(kinds) - 1)]]
+    for name in ("layer_types", "layers_block_type"):
+        types = getattr(default, name, None)
+        if types and _can_be_set(kind, name):
+            # One block of each of two kinds, where there are as many.
+            kinds = list(dict.fromkeys(types))
+            own[name] = [kinds[0], kinds[min(1, len(kinds) - 1)]]
+    rope = getattr(default, "rope_parameters", None) or {}
+    rope_keys = {*rope, *(getattr(kind, "ignore_keys_at_rope_validation", None) or ())}
+    if "mrope_section" in rope_keys and "hidden_size" in own:
+        # Frequencies of time, height and width.
+        half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
+        own["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
     return own
 
 

@@ -80,7 +80,7 @@ class Skeleton:
         return self._visit(number, hidden, call)
 
     def run(self, tokens: Tensor, visit: Visit, positions: Tensor | None = None) -> Tensor | None:
-        """Run the model on tokens [B, T] with this visitor of its blocks; logits, or None where something stopped it.
+        """Logits of tokens [B, T] with this visitor of the blocks; None where something stopped the model.
 
         positions: (B, T), None for those that the model gives them itself.
         """
@@ -115,7 +115,7 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 
     folder: of the checkpoint, for error messages.
     """
-    kind = _model_class(config, folder)
+    kind = model_class(config, folder)
     try:
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype)
@@ -128,12 +128,19 @@ def build_model(config: Any, dtype: torch.dtype, folder: Path) -> Any:
 def compute_buffers(model: Any, module: nn.Module) -> None:
     """Compute a module's own buffers that are on the meta device."""
     missing = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    if not missing:
+        return
     for name, buffer in missing.items():
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    if missing:
-        # The method by which transformers fills them when it loads a checkpoint.
-        with torch.no_grad():
-            model._init_weights(module)
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Embedding):
+        # Which may hold a few rows only.
+        module.weight = nn.Parameter(torch.empty(module.num_embeddings, module.embedding_dim, device="meta"), False)
+    # The method by which transformers fills them when it loads a checkpoint.
+    with torch.no_grad():
+        model._init_weights(module)
+    if isinstance(module, nn.Embedding) and weight is not None:
+        module.weight = weight
 
 
 def find(module: Any, path: str) -> Any:
@@ -160,7 +167,7 @@ def _refusal(folder: Path, error: Exception) -> UserError:
     return UserError(f"transformers cannot build a model from {folder / 'config.json'}: {reason}")
 
 
-def _model_class(config: Any, folder: Path) -> Any:
+def model_class(config: Any, folder: Path) -> Any:
     """Class of the model with an output layer over the vocabulary."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -177,6 +184,6 @@ def _model_class(config: Any, folder: Path) -> Any:
         if config.model_type in mapping:
             return getattr(transformers, mapping[config.model_type])
     raise UserError(
-        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has no "
-        "language model of this type"
+        f"model_type={config.model_type!r} of {folder} is not supported: transformers {transformers.__version__} has "
+        "no language model of this type"
     )

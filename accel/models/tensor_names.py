@@ -13,6 +13,22 @@ from hasten.accel.models.adapter import Adapter
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.families import Family
 
+# The number of the block in the name of one of its layers or tensors.
+BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_IN_BLOCK = re.compile(r"[^.]+\.\d+\..+")
+
+
+def is_outer(name: str) -> bool:
+    """Whether a layer or tensor is outside the blocks, such as the output layer and the embedding."""
+    return BLOCK_NUMBER.search(name) is None
+
+
+def below_holder(name: str) -> str:
+    """Name of a layer of a block from the list of blocks on, without the prefix before it: `layers.3.mlp.up_proj`."""
+    found = _IN_BLOCK.search(name)
+    assert found is not None, name
+    return found[0]
+
 
 class Names:
     """Logical names of the tensors of a model in a checkpoint; UserError where its blocks are not in it.

@@ -13,7 +13,6 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
 from hasten.accel.models.checkpoint import Checkpoint, resolve
-from hasten.accel.models.families import family_of
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
@@ -27,13 +26,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def original(model: str) -> Path:
-    """Folder of the checkpoint to compress; UserError if its model family is not supported."""
+    """Folder of the checkpoint to compress; UserError if it is not complete."""
     # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
     # Checked before transformers reads the folder, whose errors span many lines.
-    checkpoint = Checkpoint(source)
-    family_of(checkpoint.config.get("model_type"))
-    if (title := checkpoint.quantization_title) is not None:
+    title = Checkpoint(source).quantization_title
+    if title is not None:
         _LOG.warning("%s is quantized (%s): its dequantized weights are this run's original", as_given(source), title)
     return source
 

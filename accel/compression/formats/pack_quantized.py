@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.models.tensor_names import below_holder, is_outer
 
 _ROWS_AT_ONCE = 1024
 
@@ -86,7 +87,7 @@ class PackQuantized(Format):
         }
         needs_it = any(not scheme.symmetric or _is_embedding(name) for name, scheme in schemes.items())
         grids = {scheme for scheme, is_expert in distinct if not is_expert}
-        if needs_it and (len(grids) == 1 or not any(map(_is_outer, schemes))):
+        if needs_it and (len(grids) == 1 or not any(map(is_outer, schemes))):
             described["dequantize"] = True
         return described
 
@@ -113,13 +114,8 @@ def _arguments(scheme: Scheme) -> dict[str, object]:
     }
 
 
-def _is_outer(name: str) -> bool:
-    """Whether a layer is the output layer or the embedding."""
-    return "layers." not in name
-
-
 def _is_embedding(name: str) -> bool:
-    return _is_outer(name) and name.endswith("embed_tokens")
+    return is_outer(name) and name.endswith("embed_tokens")
 
 
 def _targets(names: list[str]) -> list[str]:
@@ -130,11 +126,11 @@ def _targets(names: list[str]) -> list[str]:
 
 
 def _one_of(names: list[str], experts: bool) -> str:
-    """Regular expression that matches exactly these layers, whatever prefix a server puts before `layers`."""
+    """Regular expression that matches exactly these layers, whatever prefix a server puts before the list of blocks."""
     if experts:
         # Loaders search for the word `experts`; the experts of all blocks share one scheme.
         return "re:.*experts.*"
-    tails = sorted({name[name.index("layers.") :] if not _is_outer(name) else _last(name) for name in names})
+    tails = sorted({below_holder(name) if not is_outer(name) else _last(name) for name in names})
     return "re:.*(?:" + "|".join(re.escape(tail) for tail in tails) + ")$"
 
 

@@ -21,7 +21,7 @@ from hasten.accel.compression.levels.depth import shorten
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
 from hasten.accel.compression.result import Facts
 from hasten.accel.models.architecture import HEAD, TIED, Architecture
-from hasten.accel.models.families import family_of
+from hasten.accel.models.tensor_names import BLOCK_NUMBER, below_holder
 
 # Size of the shards with the tensors outside the blocks.
 _OUTER_BYTES = 1 << 27
@@ -33,10 +33,9 @@ _COPIED = re.compile(
 # Those among them that are not, because the run writes its own.
 OWN = ("config.json", "model.safetensors.index.json")
 # Modules that contain the whole model; patterns name the modules below them.
-_HOLDERS = ("model", "decoder", "language_model")
+_HOLDERS = {"model", "decoder", "language_model"}
 # Tensors of a compressed layer that its weight is unpacked from; those that a scheme does not need are not stored.
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 
 
 class OutputFolder(ResumableFolder):
@@ -153,40 +152,60 @@ class OutputFolder(ResumableFolder):
         if not quantized:
             return config
         untouched = [
-            self._as_module(self._renamed(layer.name))
+            pattern
             for block in self._kept
-            for layer in self._architecture.linears(block)
-            if layer.name not in quantized
+            for name, path in self._linears(block)
+            if name not in quantized
+            for pattern in self._as_module(block, name, path)
         ]
         experts = any(group.is_expert for groups in self._layer_groups for group in groups)
         renamed = {self._renamed(name): scheme for name, scheme in quantized.items()}
         roles = {group.role: group.key for groups in self._layer_groups for group in groups if group.role is not None}
         if TIED in roles:
             # Loaders build an output layer, which then takes the embedding's tensors.
-            renamed["lm_head"] = quantized[roles[TIED]]
-        head = [] if {HEAD, TIED} & roles.keys() else ["lm_head"]
+            renamed[self._architecture.adapter.head] = quantized[roles[TIED]]
+        head = [] if {HEAD, TIED} & roles.keys() else [self._architecture.adapter.head]
         described = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
+        if not self._architecture.adapter.loads_packed and len(set(quantized.values())) == 1:
+            # transformers reads all layers on the grid of the first config group where it unpacks them.
+            described["dequantize"] = True
         return config | {"quantization_config": described}
 
-    def _as_module(self, name: str) -> str:
-        """Name of a block's layer by which loaders find it: a pattern where their module names differ."""
-        prefix = family_of(self._architecture.checkpoint.config.get("model_type")).prefixes[0]
-        return name if name.startswith(prefix) else rf"re:.*\b{re.escape(name[name.index('layers.') :])}$"
+    def _linears(self, block: int) -> list[tuple[str, str]]:
+        """Name in the checkpoint, and path in the block, of all linear layers of a block, called or not."""
+        layers = [(layer.name, layer.module) for layer in self._architecture.linears(block)]
+        return layers + [(name, path) for name, (path, _) in self._architecture.skipped(block).items()]
+
+    def _as_module(self, block: int, name: str, path: str) -> list[str]:
+        """A block's layer as loaders find it. Servers know its name in the checkpoint, transformers its module's path.
+
+        A pattern stands for names whose prefix differs.
+        """
+        stored = self._renamed(name)
+        module = f"{self._architecture.adapter.blocks}.{self._places[block]}.{path}"
+        if stored == module:
+            return [stored]
+        ends = dict.fromkeys([below_holder(stored), below_holder(module)])
+        return [rf"re:(.*\.)?{re.escape(end)}$" for end in ends]
 
     def _outer_linears(self) -> list[str]:
         """Patterns of modules outside the blocks that may hold linear layers: OPT-350m's projections, vision towers."""
-        shape = self._architecture.checkpoint.shape
+        shape, adapter = self._architecture.checkpoint.shape, self._architecture.adapter
         names = [
             name for name in self._architecture.outer_tensors() if name.endswith(".weight") and "embed" not in name
         ]
-        parts = [
-            next(part for part in name.split(".") if part not in _HOLDERS) for name in names if len(shape(name)) == 2
-        ]
-        return [rf"re:(.*\.)?{part}(\..*)?$" for part in dict.fromkeys(parts) if part != "lm_head"]
+        start = self._architecture.block_start(0)
+        holders = {*_HOLDERS, *start.split(".")[:-3], *adapter.blocks.split(".")[:-1]}
+        # As in the checkpoint, and as in transformers' model.
+        paths = [name.removesuffix(".weight") for name in names if len(shape(name)) == 2]
+        paths += self._architecture.outer_linears()
+        parts = [next((part for part in path.split(".") if part not in holders), "") for path in paths]
+        head = adapter.head.rpartition(".")[2]
+        return [rf"re:(.*\.)?{part}(\..*)?$" for part in dict.fromkeys(parts) if part and part != head]
 
     def _renamed(self, name: str) -> str:
         """Name in the files of a tensor or layer of a kept block, with the block's new number."""
-        return _NUMBER.sub(lambda number: str(self._places[int(number[0])]), name, count=1)
+        return BLOCK_NUMBER.sub(lambda number: str(self._places[int(number[0])]), name, count=1)
 
     def _facts_file(self, block: int) -> Path:
         return self.path / PROGRESS / f"block-{block:05d}.json"
