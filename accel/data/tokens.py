@@ -90,6 +90,8 @@ def load_sample(
     tokens, readings = [], []
     for component, count in zip(parts, counts(parts, sequences, source), strict=True):
         name = component.source
+        found: np.ndarray | Tensor
+        documents: int | None
         if packed:
             found, documents = _pack(name, tokenizer, count, sequence_length, split, seed, part, begin)
         else:

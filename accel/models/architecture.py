@@ -141,7 +141,8 @@ class Architecture:
 
     def packed_arguments(self, documents: Tensor) -> list[Call]:
         """Arguments of each block's forward that keep documents (B, T) apart; UserError where none do."""
-        calls = self._recorded(*documents.shape, positions=positions_of(documents))
+        batch, length = documents.shape
+        calls = self._recorded(batch, length, positions_of(documents))
         check_masks(self._skeleton.blocks, calls, documents, self.checkpoint.path)
         return calls
 

@@ -105,7 +105,8 @@ class Checkpoint:
         stored: dict[str, Stored | QuantizedTensor] = dict(self._stored)
         if self.quantized_by is not None:
             quantized, claimed = self.quantized_by.tensors(self._stored)
-            stored = {name: place for name, place in stored.items() if name not in claimed} | quantized
+            stored = {name: place for name, place in stored.items() if name not in claimed}
+            stored |= quantized
         places: dict[str, Place] = {}
         for stored_name, place in stored.items():
             name = family.canonical(stored_name) if family else stored_name
