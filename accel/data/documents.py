@@ -17,13 +17,16 @@ from hasten.accel.data.records import check_characters
 from hasten.accel.errors import UserError
 
 LIBRARY = "library"
-SOURCES = "library, a .npy, .txt, .md or .jsonl file, or hub:NAME[:split[:field]]"
+SOURCES = (
+    "library, a .npy, .txt, .md, .jsonl or .parquet file, hub:NAME[:split[:field]], or mix:SOURCE:WEIGHT+SOURCE:WEIGHT"
+)
 Document: TypeAlias = str | list[int]
 # The last of so many held-out files of the library, in the order of the evaluation, are those of the search.
 _SEARCH_ONE_IN = 3
 # Bytes in which a line must end for a text to be cut there; the lines of JSON have no limit.
 _LONGEST_LINE = 2**16
 _BYTES_AT_ONCE = 2**16
+_ROWS_AT_ONCE = 256
 
 
 def kind_of(source: str) -> str:
@@ -33,7 +36,7 @@ def kind_of(source: str) -> str:
     if source.startswith("hub:"):
         return "hub"
     path = Path(source)
-    if path.suffix not in (".npy", ".txt", ".md", ".jsonl"):
+    if path.suffix not in (".npy", ".txt", ".md", ".jsonl", ".parquet"):
         raise UserError(f"source={source} is none of {SOURCES}")
     if not path.is_file():
         raise UserError(f"source={source}: no such file; give {SOURCES}")
@@ -89,6 +92,27 @@ def _number(path: Path, at: int) -> int:
     """Number of the line that begins at byte `at`."""
     with path.open("rb") as file:
         return file.read(at).count(b"\n") + 1
+
+
+def parquet_documents(path: Path, tokenizer: Any, part: Part | None = None) -> Iterator[Document]:
+    """Documents of the rows of a .parquet file, of a part those that it holds."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"source={path} needs a package that is not installed: pip install pyarrow") from error
+    index = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    if part is None or part.holds(index):
+                        document = encode_record(tokenizer, row, f"source={path} row {index + 1}")
+                        if document:
+                            yield document
+                    index += 1
+    except (ArrowException, OSError) as error:
+        raise UserError(f"source={path} cannot be read as a .parquet file: {first_line(error)}") from error
 
 
 def hub_documents(source: str, tokenizer: Any, part: Part | None = None) -> Iterator[Document]:

@@ -28,9 +28,12 @@ from hasten.accel.data.documents import (
     kind_of,
     library_documents,
     line_ranges,
+    parquet_documents,
     read_text,
 )
 from hasten.accel.data.library import SPLITS
+from hasten.accel.data.mixture import components, counts, is_mixture
+from hasten.accel.data.packing import pack
 from hasten.accel.data.parts import Part, larger_calibrations
 from hasten.accel.errors import UserError
 
@@ -40,6 +43,66 @@ _DOCUMENTS_AT_ONCE = 32
 _BYTES_PER_TOKEN = 8
 # Least sizes of a section of a text, see parts: so each part of a section holds several windows of usual lengths.
 _SECTION = {"bytes": 160 * 2**10, "tokens": 40 * 2**10, "rows": 10}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of one source.
+
+    weight: its share of the tokens asked for. documents: how many the sequences were drawn from, None for token ids.
+    """
+
+    source: str
+    weight: float
+    sequences: int
+    tokens: int
+    documents: int | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sequences of token ids (N, T), or packed ones (see data/packing.py), and what was read for them."""
+
+    tokens: Tensor
+    readings: tuple[Reading, ...]
+
+
+def load_sample(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    sequence_length: int,
+    split: str = "train",
+    seed: int = 0,
+    vocabulary: int | None = None,
+    part: Part | None = None,
+    begin: tuple[int, ...] = (),
+    packed: bool = False,
+) -> Sample:
+    """Sequences of a source, or of a mixture of sources in an order drawn by seed; see load_tokens.
+
+    packed: sequences of whole documents, see data/packing.py. UserError where the source has no documents.
+    """
+    _check_sizes(sequences, sequence_length, split, begin)
+    if vocabulary is None and tokenizer is not None:
+        vocabulary = len(tokenizer)
+    parts = components(source)
+    tokens, readings = [], []
+    for component, count in zip(parts, counts(parts, sequences, source), strict=True):
+        name = component.source
+        found: np.ndarray | Tensor
+        documents: int | None
+        if packed:
+            found, documents = _pack(name, tokenizer, count, sequence_length, split, seed, part, begin)
+        else:
+            found, documents = _draw(name, tokenizer, count, sequence_length, split, seed, part, begin)
+        tokens.append(_checked(found, name, vocabulary, packed))
+        readings.append(Reading(name, component.weight, count, count * sequence_length, documents))
+    joined = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+    if len(tokens) > 1:
+        # Every part of the sequences is such a mixture, too.
+        joined = joined[random.Random(seed).sample(range(sequences), sequences)]
+    return Sample(joined, tuple(readings))
 
 
 def load_tokens(
@@ -56,7 +119,8 @@ def load_tokens(
     """Token ids (sequences, sequence_length) int64 from the source.
 
     source: `library` (the standard library's files of that split, in an order drawn by seed), a file of token ids
-    (.npy: rows, or one stream) or of text (.txt, .md, .jsonl), or `hub:NAME[:split[:field]]`.
+    (.npy: rows, or one stream) or of text (.txt, .md, .jsonl, .parquet), `hub:NAME[:split[:field]]`, or a mixture of
+    these (data/mixture.py).
     tokenizer: a tokenizer of transformers; may be None for .npy.
     split: `train` draws windows by seed and without replacement. `held_out` draws from the library's held-out files;
     of every other source it takes the first windows in order, as is usual for perplexity. Rows of a two-dimensional
@@ -66,6 +130,10 @@ def load_tokens(
     begin: ids with which every window begins; rows of ids that begin with them already are not changed.
     Raises UserError where the source is missing, broken or too short, or holds ids outside the vocabulary.
     """
+    return load_sample(source, tokenizer, sequences, sequence_length, split, seed, vocabulary, part, begin).tokens
+
+
+def _check_sizes(sequences: int, sequence_length: int, split: str, begin: tuple[int, ...]) -> None:
     if split not in SPLITS:
         raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
     for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
@@ -73,42 +141,103 @@ def load_tokens(
             raise UserError(f"{name}={value} must be at least 1")
     if sequence_length <= len(begin):
         raise UserError(f"sequence_length={sequence_length} leaves no token behind the {len(begin)} that begin a text")
-    if vocabulary is None and tokenizer is not None:
-        vocabulary = len(tokenizer)
+
+
+def _draw(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    split: str,
+    seed: int,
+    part: Part | None,
+    begin: tuple[int, ...],
+) -> tuple[np.ndarray, int | None]:
+    """Windows (sequences, length) of a source, and the number of documents that they were drawn from."""
     if holds_rows(source):
-        windows = _rows(Path(source), sequences, sequence_length, seed, part, begin)
-        return _checked(windows, source, vocabulary)
-    pool = _pool(source, tokenizer, sequences, sequence_length, split, seed, part, begin)
+        return _rows(Path(source), sequences, length, seed, part, begin), None
+    pool, documents = _pool(source, tokenizer, sequences, length, split, seed, part, begin)
     if len(pool) < sequences:
-        raise UserError(_too_short(source, tokenizer, sequences, sequence_length, split, part, begin))
+        raise UserError(_too_short(source, tokenizer, sequences, length, split, part, begin))
     is_drawn = source == LIBRARY or (split == "train" if part is None else part.role != "evaluation")
     if is_drawn:
         # Python's own generator draws the same numbers whatever versions of torch and numpy are installed.
         numbers = random.Random(seed).sample(range(len(pool)), sequences)
     else:
         numbers = [number * len(pool) // sequences for number in range(sequences)]
-    return _checked(pool.take(numbers), source, vocabulary)
+    return pool.take(numbers), documents
+
+
+def _pack(
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    split: str,
+    seed: int,
+    part: Part | None,
+    begin: tuple[int, ...],
+) -> tuple[Tensor, int]:
+    """Packed sequences of a source, and the number of documents that they were drawn from."""
+    for wanted in (sequences * length * MARGIN, None):
+        documents = [
+            document
+            for documents, quota in _documents(source, tokenizer, split, seed, part, wanted, length)
+            for document in _encode_apart(tokenizer, documents, begin, quota)
+        ]
+        found = pack(documents, sequences, length, begin, seed)
+        if len(found) == sequences:
+            return found, len(documents)
+    of = "" if part is None else f" for {part.role}"
+    raise UserError(
+        f"source={source} holds {len(documents)} documents of {sum(map(len, documents))} tokens{of}, which fill "
+        f"{len(found)} of the {sequences} sequences of {length} asked for{_remedy(part)}"
+    )
 
 
 def calibration_part(
-    source: str, tokenizer: Any, sequences: int, sequence_length: int, begin: tuple[int, ...] = ()
+    source: str,
+    tokenizer: Any,
+    sequences: int,
+    sequence_length: int,
+    begin: tuple[int, ...] = (),
+    packed: bool = False,
 ) -> Part:
     """The part of a source that a calibration of this size draws from: half of it, or more where it needs more.
 
     Depends on no seed and on nothing that search or evaluation ask for. A source that is too short even as a whole is
-    all the calibration's.
+    all the calibration's. Of a mixture, every source gives the largest part that one of them must.
     """
+    if is_mixture(source):
+        parts = components(source)
+        sizes = counts(parts, sequences, source)
+        found = [
+            calibration_part(component.source, tokenizer, size, sequence_length, begin, packed)
+            for component, size in zip(parts, sizes, strict=True)
+        ]
+        return max(found, key=lambda part: part.calibration)
     if kind_of(source) in (LIBRARY, "hub"):
         return Part("calibration")
     for tenths in larger_calibrations():
         part = Part("calibration", tenths)
-        if holds_rows(source):
+        if packed:
+            has = _packs(source, tokenizer, sequences, sequence_length, part, begin)
+        elif holds_rows(source):
             has = len(_row_numbers(len(_read_ids(Path(source))), part))
         else:
-            has = len(_pool(source, tokenizer, sequences, sequence_length, "train", 0, part, begin, 1))
+            has = len(_pool(source, tokenizer, sequences, sequence_length, "train", 0, part, begin, 1)[0])
         if has >= sequences:
             break
     return part
+
+
+def _packs(source: str, tokenizer: Any, sequences: int, length: int, part: Part, begin: tuple[int, ...]) -> int:
+    """Packed sequences that a part has, `sequences` at most."""
+    try:
+        return len(_pack(source, tokenizer, sequences, length, "train", 0, part, begin)[0])
+    except UserError:
+        # A source that is wrong in another way is refused when it is read.
+        return 0
 
 
 def fingerprint(tokens: Tensor) -> str:
@@ -120,7 +249,7 @@ def fingerprint(tokens: Tensor) -> str:
 
 def holds_rows(source: str) -> bool:
     """Whether the source is a two-dimensional .npy, whose rows are windows already."""
-    return kind_of(source) == ".npy" and _read_ids(Path(source)).ndim == 2
+    return not is_mixture(source) and kind_of(source) == ".npy" and _read_ids(Path(source)).ndim == 2
 
 
 @dataclass(frozen=True)
@@ -191,18 +320,18 @@ def _pool(
     part: Part | None,
     begin: tuple[int, ...],
     margin: int = MARGIN,
-) -> StreamWindows:
-    """Windows to choose from; fewer than `sequences` where there are no more."""
+) -> tuple[StreamWindows, int | None]:
+    """Windows to choose from, fewer than `sequences` where there are no more, and the number of their documents."""
     in_order = part is None and split == "held_out" and source != LIBRARY
     min_tokens = sequences * length * (1 if in_order else margin)
     limit = sequences if in_order else None
     for wanted in (min_tokens, None) if part is not None else (min_tokens,):
-        streams = _streams(source, tokenizer, split, seed, part, begin, wanted, length)
+        streams, documents = _streams(source, tokenizer, split, seed, part, begin, wanted, length)
         windows = StreamWindows.of(streams, length, begin, limit)
         if len(streams) == 1 or len(windows) >= sequences:
-            return windows
+            return windows, documents
     # Ranges shorter than a window, or with much left over behind the last one: windows may reach over their borders.
-    return StreamWindows.of([_joined(streams)], length, begin)
+    return StreamWindows.of([_joined(streams)], length, begin), documents
 
 
 def _streams(
@@ -214,31 +343,68 @@ def _streams(
     begin: tuple[int, ...],
     min_tokens: int | None,
     length: int,
-) -> list[np.ndarray]:
-    """Token ids of every range of the part: min_tokens together where the source has as many; None is all of them."""
+) -> tuple[list[np.ndarray], int | None]:
+    """Token ids of every range of the part: min_tokens together where the source has as many; None is all of them.
+
+    Also the number of documents among them; None for a source of token ids.
+    """
     kind = kind_of(source)
     if kind == ".npy":
         ids = _read_ids(Path(source))
         ranges = [(0, len(ids))] if part is None else part.ranges(len(ids), _SECTION["tokens"])
         most = len(ids) if part is None or min_tokens is None else _quota(min_tokens, ranges, length)
-        return [ids[first : min(stop, first + most)] for first, stop in ranges]
+        return [ids[first : min(stop, first + most)] for first, stop in ranges], None
+    _check_tokenizer(source, tokenizer)
+    separator = separator_tokens(tokenizer, begin)
+    if kind in (".txt", ".md"):
+        path = Path(source)
+        ranges = _byte_ranges(path, part)
+        quota = None if min_tokens is None else _quota(min_tokens, ranges, length if part is not None else 0)
+        return [_encode_range(tokenizer, path, first, stop, separator, quota) for first, stop in ranges], 1
+    streams, count = [], 0
+    for documents, quota in _documents(source, tokenizer, split, seed, part, min_tokens, length):
+        stream, read = _encode_some(tokenizer, documents, separator, quota)
+        streams.append(stream)
+        count += read
+    return streams, count
+
+
+def _documents(
+    source: str,
+    tokenizer: Any,
+    split: str,
+    seed: int,
+    part: Part | None,
+    min_tokens: int | None,
+    length: int,
+) -> list[tuple[Iterator[Document], int | None]]:
+    """Documents of every range of the part, and how many tokens to take of it, None for all; see _streams."""
+    kind = kind_of(source)
+    if kind in (".npy", ".txt", ".md"):
+        raise UserError(
+            f"packing=documents: source={source} has no documents: give a .jsonl or .parquet file, hub:NAME or library"
+        )
+    _check_tokenizer(source, tokenizer)
+    if kind == LIBRARY:
+        return [(library_documents(split, seed, part), min_tokens)]
+    if kind == "hub":
+        return [(hub_documents(source, tokenizer, part), min_tokens)]
+    path = Path(source)
+    if kind == ".parquet":
+        return [(parquet_documents(path, tokenizer, part), min_tokens)]
+    ranges = _byte_ranges(path, part)
+    quota = None if min_tokens is None else _quota(min_tokens, ranges, length if part is not None else 0)
+    return [(json_documents(path, tokenizer, first, stop), quota) for first, stop in ranges]
+
+
+def _byte_ranges(path: Path, part: Part | None) -> list[tuple[int, int]]:
+    size = path.stat().st_size
+    return [(0, size)] if part is None else line_ranges(path, part.ranges(size, _SECTION["bytes"]))
+
+
+def _check_tokenizer(source: str, tokenizer: Any) -> None:
     if tokenizer is None:
         raise UserError(f"source={source} is text, and the model's folder has no tokenizer; give a .npy of token ids")
-    separator = separator_tokens(tokenizer, begin)
-    if kind == LIBRARY:
-        return [_encode_some(tokenizer, library_documents(split, seed, part), separator, min_tokens)]
-    if kind == "hub":
-        return [_encode_some(tokenizer, hub_documents(source, tokenizer, part), separator, min_tokens)]
-    path = Path(source)
-    size = path.stat().st_size
-    ranges = [(0, size)] if part is None else line_ranges(path, part.ranges(size, _SECTION["bytes"]))
-    quota = None if min_tokens is None else _quota(min_tokens, ranges, length if part is not None else 0)
-    if kind == ".jsonl":
-        return [
-            _encode_some(tokenizer, json_documents(path, tokenizer, first, stop), separator, quota)
-            for first, stop in ranges
-        ]
-    return [_encode_range(tokenizer, path, first, stop, separator, quota) for first, stop in ranges]
 
 
 def _quota(min_tokens: int, ranges: list[tuple[int, int]], length: int) -> int:
@@ -248,16 +414,31 @@ def _quota(min_tokens: int, ranges: list[tuple[int, int]], length: int) -> int:
 
 def _encode_some(
     tokenizer: Any, documents: Iterator[Document], separator: tuple[int, ...], min_tokens: int | None
-) -> np.ndarray:
-    """Token ids (N,) of documents: min_tokens or more, or all of them where there are fewer."""
+) -> tuple[np.ndarray, int]:
+    """Token ids (N,) of documents, and their number: min_tokens or more, or all of them where there are fewer."""
     streams: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    count = 0
+    count = read = 0
     while (min_tokens is None or count < min_tokens) and (
         batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE))
     ):
         streams.append(_encode(tokenizer, batch, separator))
         count += len(streams[-1])
-    return np.concatenate(streams)
+        read += len(batch)
+    return np.concatenate(streams), read
+
+
+def _encode_apart(
+    tokenizer: Any, documents: Iterator[Document], begin: tuple[int, ...], min_tokens: int | None
+) -> Iterator[np.ndarray]:
+    """Token ids (N,) of each document, of as many as have min_tokens together; texts begin with `begin`."""
+    count = 0
+    while min_tokens is None or count < min_tokens:
+        document = next(documents, None)
+        if document is None:
+            return
+        encoded = _encode(tokenizer, [document], begin)
+        count += len(encoded)
+        yield encoded
 
 
 def _encode(tokenizer: Any, documents: Iterable[Document], separator: tuple[int, ...]) -> np.ndarray:
@@ -333,7 +514,7 @@ def _too_short(
     """What the source has and what it would need, in tokens."""
 
     def tokens(of: Part | None) -> int:
-        return sum(map(len, _streams(source, tokenizer, split, 0, of, begin, None, length)))
+        return sum(map(len, _streams(source, tokenizer, split, 0, of, begin, None, length)[0]))
 
     # A data set of the hub is not read to its end for a message.
     is_divided = part is not None and kind_of(source) not in (LIBRARY, "hub")
@@ -352,16 +533,17 @@ def _remedy(part: Part | None) -> str:
     return ": give a longer text or fewer sequences" + ("" if part.role == "calibration" else f", or {option}=OTHER")
 
 
-def _checked(windows: np.ndarray, source: str, vocabulary: int | None) -> Tensor:
+def _checked(windows: np.ndarray | Tensor, source: str, vocabulary: int | None, packed: bool) -> Tensor:
     """The windows as int64; UserError names a token id outside the vocabulary."""
-    low, high = int(windows.min()), int(windows.max())
+    ids = windows[:, 0] if packed else windows
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         wrong = low if low < 0 else high
         raise UserError(
             f"source={source} holds token id {wrong}, outside the model's vocabulary"
             + (f" of {vocabulary} (0 to {vocabulary - 1})" if vocabulary is not None else "")
         )
-    return torch.from_numpy(windows.astype(np.int64))
+    return windows if isinstance(windows, Tensor) else torch.from_numpy(windows.astype(np.int64))
 
 
 def _read_ids(path: Path) -> np.ndarray:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import BlockLayout, FusedExperts
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.documents import check_masks, documents_of, mark, positions_of
 from hasten.accel.models.experts import Experts, Layout
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
@@ -94,8 +96,11 @@ class Architecture:
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows.
 
-        table: embedding (V, D) in place of the checkpoint's.
+        tokens may also be packed documents [B, 2, T], which the blocks then keep apart (see data/packing.py). table:
+        embedding (V, D) in place of the checkpoint's.
         """
+        tokens, documents = unpack(tokens)
+        documents = None if documents is None else documents.to(self.device)
         self._check_length(tokens.shape[1])
         self._load_front()
         tokens = tokens.cpu()
@@ -121,8 +126,8 @@ class Architecture:
             raise Stop
 
         with self._tables(read):
-            self._skeleton.run(tokens.to(self.device), visit)
-        return entered[0]
+            self._skeleton.run(tokens.to(self.device), visit, None if documents is None else positions_of(documents))
+        return mark(entered[0], documents)
 
     def block_arguments(self, length: int, batch: int = 1) -> list[Call]:
         """Arguments of each block's forward besides hidden states, for sequences of this length.
@@ -132,22 +137,37 @@ class Architecture:
         key = (length, batch if self.adapter.batched else 1)
         if key not in self._arguments:
             self._check_length(length)
-            self._load_front()
-            calls: list[Call] = []
-
-            def visit(number: int, hidden: Tensor, call: Call) -> Tensor:
-                calls.append(call)
-                if len(calls) == self.num_blocks:
-                    raise Stop
-                return hidden
-
-            tokens = torch.full((key[1], length), min(10, self.config.vocab_size - 1), device=self.device)
-            # Hidden states do not matter, so no row is read.
-            with self._tables(lambda path, index: torch.zeros(len(index), find(self._model, path).embedding_dim)):
-                self._skeleton.run(tokens, visit)
             # Masks are quadratic in the length, and few lengths occur: only the last length's are kept.
-            self._arguments = {key: calls}
+            self._arguments = {key: self._recorded(key[1], length)}
         return self._arguments[key]
+
+    def packed_arguments(self, documents: Tensor) -> list[Call]:
+        """Arguments of each block's forward that keep documents (B, T) apart; UserError where none do."""
+        batch, length = documents.shape
+        calls = self._recorded(batch, length, positions_of(documents))
+        check_masks(self._skeleton.blocks, calls, documents, self.checkpoint.path)
+        return calls
+
+    def check_packing(self) -> None:
+        """UserError where the blocks cannot keep documents of a sequence apart."""
+        self.packed_arguments(torch.tensor([[0, 1]], device=self.device))
+
+    def _recorded(self, batch: int, length: int, positions: Tensor | None = None) -> list[Call]:
+        """Calls of all blocks for sequences of this size. positions: (B, T), None for those of whole sequences."""
+        self._load_front()
+        calls: list[Call] = []
+
+        def visit(number: int, hidden: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            if len(calls) == self.num_blocks:
+                raise Stop
+            return hidden
+
+        tokens = torch.full((batch, length), min(10, self.config.vocab_size - 1), device=self.device)
+        # Hidden states do not matter, so no row is read.
+        with self._tables(lambda path, index: torch.zeros(len(index), find(self._model, path).embedding_dim)):
+            self._skeleton.run(tokens, visit, positions)
+        return calls
 
     def load_block(self, index: int) -> nn.Module:
         """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
@@ -157,10 +177,14 @@ class Architecture:
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
-        call = self.block_arguments(hidden.shape[1], hidden.shape[0])[index]
+        documents = documents_of(hidden)
+        if documents is None:
+            call = self.block_arguments(hidden.shape[1], hidden.shape[0])[index]
+        else:
+            call = self.packed_arguments(documents)[index]
         with torch.set_grad_enabled(differentiable):
             output = block(hidden, *call.positional, **call.named)
-        return output[0] if isinstance(output, tuple) else output
+        return mark(output[0] if isinstance(output, tuple) else output, documents)
 
     def run_forwards(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
         """Run forwards, each of which calls `run_block` of this block, from their start to their end.

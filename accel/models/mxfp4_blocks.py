@@ -145,8 +145,8 @@ class Mxfp4Rows(QuantizedTensor):
 
     def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
         """See QuantizedTensor."""
-        parts = [self._read(part, runs) for part in self.parts.values()]
-        return dequantize(*parts, self.dtype)
+        blocks, scales = (self._read(self.parts[part], runs) for part in (_BLOCKS, _SCALES))
+        return dequantize(blocks, scales, self.dtype)
 
     def check(self, check_finite: Callable[[Tensor, str], None]) -> None:
         """See QuantizedTensor."""

@@ -117,8 +117,10 @@ class Packing(Quantization):
                 parts.setdefault(module, {})[leaf] = place
         tensors: dict[str, QuantizedTensor] = {}
         for module, found in parts.items():
-            if not found.keys() - {WEIGHT} and found[WEIGHT].dtype not in _CODES:
-                continue  # a plain weight
+            if WEIGHT in found and found[WEIGHT].dtype not in _CODES:
+                # A plain weight, whose scales are those of a format that does not compress.
+                claimed.update(f"{module}.{leaf}" for leaf in found if leaf != WEIGHT)
+                continue
             claimed.update(f"{module}.{leaf}" for leaf in found)
             tensors[f"{module}.{WEIGHT}"] = self._open(module, found)
         return tensors, claimed

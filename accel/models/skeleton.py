@@ -91,8 +91,12 @@ class Skeleton:
         assert self._visit is not None
         return self._visit(number, hidden, call)
 
-    def run(self, tokens: Tensor, visit: Visit) -> Tensor | None:
-        """Logits of tokens [B, T] with this visitor of the blocks; None where something stopped the model."""
+    def run(self, tokens: Tensor, visit: Visit, positions: Tensor | None = None) -> Tensor | None:
+        """Logits of tokens [B, T] with this visitor of the blocks; None where something stopped the model.
+
+        positions: (B, T), None for those that the model gives them itself.
+        """
+        given = {} if positions is None else {"position_ids": positions}
         self._visit = visit
         table: Any = self.model.get_input_embeddings()
         weight = table.weight if isinstance(table, nn.Embedding) else None
@@ -103,7 +107,7 @@ class Skeleton:
             here = table.weight = nn.Parameter(rows.expand(weight.shape), requires_grad=False)
         try:
             with torch.no_grad():
-                output = self.model(input_ids=tokens, use_cache=False)
+                output = self.model(input_ids=tokens, use_cache=False, **given)
         except Stop:
             return None
         finally:

@@ -23,6 +23,7 @@ from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
+from hasten.accel.data.packing import is_packed, unpack
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.rank_calibrator import RankCalibrator
@@ -61,7 +62,7 @@ class PassReport:
 
 
 class CalibrationPass:
-    """Runs one compression. tokens: [sequences, T], None if the quantizer needs no statistics.
+    """Runs one compression. tokens: [sequences, T] or packed ones, None if the quantizer needs no statistics.
 
     needs: resources that each calibrator requests; None is settings.threads CPUs. division: of each worker over the
     ranks of a group, which are calibrators that hold a part of every block; None for whole blocks.
@@ -80,7 +81,9 @@ class CalibrationPass:
         self._needs = needs or ActorResources(settings.threads)
         self._division, self._ranks = division, 1 if division is None else division.size
         self._chunks = chunks_of(settings.shards, tokens, workers, self._ranks)
-        self._tokens = 0 if tokens is None else tokens.numel()
+        self._tokens = 0 if tokens is None else unpack(tokens)[0].numel()
+        if tokens is not None and is_packed(tokens):
+            self._task.architecture.check_packing()
         self._pool = (
             ActorPool("a calibrator", workers, self._needs, self._start)
             if division is None

@@ -31,8 +31,8 @@ def original(model: str) -> Path:
     # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
     # Checked before transformers reads the folder, whose errors span many lines.
-    checkpoint = Checkpoint(source)
-    if (title := checkpoint.quantization_title) is not None:
+    title = Checkpoint(source).quantization_title
+    if title is not None:
         _LOG.warning("%s is quantized (%s): its dequantized weights are this run's original", as_given(source), title)
     return source
 

@@ -64,7 +64,10 @@ BOS = (
     "it before a text by itself"
 )
 TEMPLATE = "Jinja chat template for records with messages; null is the tokenizer's own"
-SOURCE = "library (this Python's own sources), a .npy, .txt, .md or .jsonl file or its URI, or hub:NAME[:split[:field]]"
+SOURCE = (
+    "library (this Python's own sources), a .npy, .txt, .md, .jsonl or .parquet file or its URI, "
+    "hub:NAME[:split[:field]], or a mixture mix:SOURCE:WEIGHT+SOURCE:WEIGHT"
+)
 
 
 @dataclass
@@ -74,6 +77,12 @@ class Calibration:
     source: str = option("library", f"text that the calibration tokens come from: {SOURCE}", path="in")
     sequences: int = option(128, "calibration sequences", at_least=1)
     sequence_length: int = option(512, "tokens in a calibration sequence, with those that begin it", at_least=2)
+    packing: str = option(
+        "stream",
+        "what a sequence holds: stream, a window of the documents behind each other; documents, whole documents, each "
+        "with positions and attention of its own",
+        choices=("stream", "documents"),
+    )
     seed: int = option(0, "seed for drawing sequences from the source", at_least=0)
     batch: int = option(4, "sequences that run through a block at once", at_least=1)
     shards: int = option(8, "chunks of the sequences; at most as many calibrators share them", at_least=1)

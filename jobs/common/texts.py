@@ -15,8 +15,10 @@ from torch import Tensor
 
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.documents import LIBRARY
+from hasten.accel.data.mixture import absolute
+from hasten.accel.data.packing import unpack
 from hasten.accel.data.parts import Part
-from hasten.accel.data.tokens import calibration_part, fingerprint, load_tokens
+from hasten.accel.data.tokens import Reading, Sample, calibration_part, fingerprint, load_sample
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.guessing import guessing_perplexity
 from hasten.accel.evaluation.perplexity import Windows, load_windows
@@ -27,7 +29,14 @@ from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.schema import Calibration, Evaluation, Sampled
 from hasten.jobs.common.storage import copied
-from hasten.jobs.common.tokenizer import Tokenizer, begin_of, load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from hasten.jobs.common.tokenizer import (
+    Tokenizer,
+    begin_of,
+    load_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 
 _LOG = logging.getLogger(__name__)
 _RECORD = "calibration.json"
@@ -69,14 +78,16 @@ class Texts:
             self._loaded["calibration"] = self.origin.text
 
     def calibrate(self, calibration: Calibration, is_needed: bool) -> Tensor | None:
-        """Calibration tokens (N, T); None if no method needs them. Their text becomes the origin."""
+        """Calibration tokens (N, T), or packed ones; None if no method needs them. Their text becomes the origin."""
         source, size = calibration.source, (calibration.sequences, calibration.sequence_length)
         # Without tokens too: a method that needs none is measured on the same text as one that does.
-        part = calibration_part(source, self.tokenizer, *size, self.begin)
+        packed = calibration.packing == "documents"
+        part = calibration_part(source, self.tokenizer, *size, self.begin, packed)
         self.origin = Origin(source, part.calibration)
         if not is_needed:
             return None
-        tokens = self._draw("calibration", source, part, size, calibration.seed)
+        tokens = self._draw("calibration", source, part, size, calibration.seed, packed)
+        self._loaded["calibration"]["packing"] = calibration.packing
         self.origin = Origin(source, part.calibration, self._loaded["calibration"])
         return tokens
 
@@ -122,7 +133,11 @@ class Texts:
                 "fingerprint": checkpoint.fingerprint(),
                 "quantization": checkpoint.quantization_title,
             },
-            "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer), "begin": list(self.begin)},
+            "tokenizer": {
+                "fingerprint": tokenizer_fingerprint(self.tokenizer),
+                "begin": list(self.begin),
+                "template": template_fingerprint(self.tokenizer),
+            },
         }
 
     def _chosen(self, role: str, source: str | None) -> tuple[str, Part | None]:
@@ -140,20 +155,31 @@ class Texts:
         # The library's files for search and evaluation are never those of a calibration.
         return source, Part(role) if source == LIBRARY else None
 
-    def _draw(self, role: str, source: str, part: Part | None, size: tuple[int, int], seed: int) -> Tensor:
-        """Tokens (N, T) of a text, of which it takes note. size: N and T."""
-        tokens = load_tokens(
-            source, self.tokenizer, *size, seed=seed, vocabulary=self.vocabulary, part=part, begin=self.begin
+    def _draw(
+        self, role: str, source: str, part: Part | None, size: tuple[int, int], seed: int, packed: bool = False
+    ) -> Tensor:
+        """Tokens (N, T) of a text, or packed ones, of which it takes note. size: N and T."""
+        sample: Sample = load_sample(
+            source,
+            self.tokenizer,
+            *size,
+            seed=seed,
+            vocabulary=self.vocabulary,
+            part=part,
+            begin=self.begin,
+            packed=packed,
         )
-        self._note(role, source, part, tokens.numel(), size, fingerprint(tokens))
-        return tokens
+        count = unpack(sample.tokens)[0].numel()
+        self._note(role, source, part, count, size, fingerprint(sample.tokens))
+        self._loaded[role]["sources"] = [_described(reading, count) for reading in sample.readings]
+        return sample.tokens
 
     def _note(
         self, role: str, source: str, part: Part | None, tokens: int, size: tuple[int, int], identity: str
     ) -> None:
         names = [] if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(list(self.begin))
         self._loaded[role] = {
-            "source": _absolute(source),
+            "source": absolute(source),
             "part": None if part is None else part.role,
             "tenths": None if part is None or source == LIBRARY else list(part.tenths),
             "tokens": tokens,
@@ -167,7 +193,7 @@ class Texts:
 
 def record_origin(output: ResumableFolder, origin: Origin) -> None:
     """Record in an output that is open which text it was calibrated on."""
-    content = asdict(origin) | {"source": _absolute(origin.source)}
+    content = asdict(origin) | {"source": absolute(origin.source)}
     output.write_json(output.path / PROGRESS / _RECORD, as_given(content))
 
 
@@ -177,9 +203,16 @@ def recorded_origin(output: Path) -> Origin | None:
     return Origin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def _absolute(source: str) -> str:
-    """The source, its path absolute where it is a file, since later runs have other current folders."""
-    return str(Path(source).absolute()) if Path(source).is_file() else source
+def _described(reading: Reading, tokens: int) -> Record:
+    """The report's entry on a source, of so many tokens of all sources together."""
+    return {
+        "source": absolute(reading.source),
+        "weight": reading.weight,
+        "share": reading.tokens / tokens,
+        "tokens": reading.tokens,
+        "sequences": reading.sequences,
+        "documents": reading.documents,
+    }
 
 
 def print_texts(report: Mapping[str, Record]) -> None:
@@ -192,7 +225,10 @@ def print_texts(report: Mapping[str, Record]) -> None:
         tokens.setdefault(as_given(text["source"]), []).append(f"{text['tokens']} tokens for {role}")
     begin = next(iter(texts.values()))["begin_text"]
     words = [f"{source}, {' and '.join(amounts)}" for source, amounts in tokens.items()]
+    mixed = [text["sources"] for text in texts.values() if len(text.get("sources") or ()) > 1]
     print(f"text: {'; '.join(words)}" + (f"; windows begin with {begin}" if begin else ""))
+    for source in mixed[0] if mixed else ():
+        print(f"  {source['share']:.1%} of {as_given(source['source'])}, drawn from {_documents(source)}")
     own = [role for role, text in texts.items() if text["is_own_text"]]
     if own:
         # The other texts follow that of the calibration.
@@ -201,3 +237,8 @@ def print_texts(report: Mapping[str, Record]) -> None:
             f"note: the text of {' and '.join(own)} is hasten's own, the source code of Python's standard library: "
             f"give {' '.join(f'{role}.source=FILE' for role in options)} with text as the model's users write it"
         )
+
+
+def _documents(source: Record) -> str:
+    count = source["documents"]
+    return "token ids" if count is None else "1 document" if count == 1 else f"{count} documents"

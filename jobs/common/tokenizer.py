@@ -58,3 +58,9 @@ def tokenizer_fingerprint(tokenizer: Tokenizer | None) -> str | None:
         rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     content = json.dumps([rules, sorted(tokenizer.get_vocab().items())])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer: Tokenizer | None) -> str | None:
+    """SHA-256, in hexadecimal, of the chat template; None where there is none."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()

@@ -173,6 +173,16 @@ def test_columns_of_a_plain_stack_are_rows(tmp_path):
     assert torch.equal(columns.read_rows([(2, 2)]), stack[1, :, 1::2].T[2:])
 
 
+def test_scales_of_weights_that_are_not_compressed_are_left_out(tmp_path, sources):
+    folder = Path(shutil.copytree(sources("W8A8"), tmp_path / "copy"))
+    weight = torch.randn(128, 64, dtype=torch.bfloat16)
+    _broken(folder, weight=weight)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.quantization(NAME) is None
+    assert torch.equal(checkpoint.tensor(NAME), weight)
+    assert checkpoint.names == Checkpoint(sources("W8A8")).names
+
+
 def _read(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     checkpoint.shape(NAME)

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from hasten.accel.compression.calibration.settings import Task
@@ -12,6 +15,23 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.sources import without_quantization
 from tests.compression import local
 from tests.models import foreign, tiny
+
+
+def _same_bytes(source: Path, plain: Path, folder: Path) -> dict[str, object]:
+    """Compress a source and its dequantized tensors in `plain`; the quantization_config of both outputs."""
+    config = json.loads((source / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(without_quantization(config)))
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", plain)
+    for path in (source, plain):
+        local.compress(local.settings(path, folder / f"{path.name}-out"), tiny.tokens(4))
+    found, expected = (local.contents(folder / f"{name}-out") for name in ("source", "plain"))
+    differing = [name for name in expected if found.get(name) != expected[name]]
+    # What the run records of its source.
+    assert [name for name in differing if not name.startswith(".hasten/")] == []
+    assert found.keys() == expected.keys()
+    written: dict[str, object] = json.loads(found["config.json"])["quantization_config"]
+    return written
 
 
 @pytest.mark.parametrize("kind", ["fp8", "FP8_DYNAMIC", "NVFP4", "MXFP4A16"])
@@ -25,18 +45,7 @@ def test_a_quantized_source_gives_the_bytes_of_its_dequantized_checkpoint(kind, 
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, plain / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(without_quantization(config)))
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", plain)
-    for folder in (source, plain):
-        local.compress(local.settings(folder, tmp_path / f"{folder.name}-out"), tiny.tokens(4))
-    found, expected = (local.contents(tmp_path / f"{name}-out") for name in ("source", "plain"))
-    differing = [name for name in expected if found.get(name) != expected[name]]
-    # What the run records of its source.
-    assert [name for name in differing if not name.startswith(".hasten/")] == []
-    assert found.keys() == expected.keys()
-    written = json.loads(found["config.json"])["quantization_config"]
+    written = _same_bytes(source, plain, tmp_path)
     assert written["format"] == "pack-quantized"
     assert "weight_block_size" not in written
 
@@ -73,3 +82,20 @@ def test_an_output_whose_original_is_gone_is_a_source(tmp_path):
     local.compress(local.settings(source, tmp_path / "out"), tiny.tokens(4))
     shutil.rmtree(source)
     assert Task(local.settings(tmp_path / "out", tmp_path / "again")).checkpoint.is_compressed
+
+
+@pytest.mark.skipif(
+    find_spec("hasten.accel.models.expert_names") is None, reason="gpt-oss needs experts that are stored transposed"
+)
+def test_a_source_in_mxfp4_gives_the_bytes_of_its_dequantized_checkpoint(tmp_path):
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    source, plain = tmp_path / "source", tmp_path / "plain"
+    tensors = foreign.save_mxfp4(source)
+    plain.mkdir()
+    for leaf in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{leaf}"
+        blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+        tensors[name] = _convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    save_file(tensors, plain / "model.safetensors")
+    _same_bytes(source, plain, tmp_path)

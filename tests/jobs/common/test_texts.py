@@ -156,6 +156,43 @@ def test_identities_of_original_tokenizer_and_text_tell_what_can_be_compared(for
     assert again["texts"] == reports[0]["texts"]
 
 
+def test_a_mixture_of_packed_documents_is_reported_with_its_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("chat", "code"):
+        lines = [json.dumps({"text": f"{name} {number} " * 5}) for number in range(1500)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    source = f"mix:{tmp_path / 'chat.jsonl'}:3+{tmp_path / 'code.jsonl'}:1"
+    texts = Texts(TARGET, "auto", None)
+    options = Calibration(source=source, sequences=8, sequence_length=64, packing="documents")
+    packed = texts.calibrate(options, is_needed=True)
+    assert packed is not None
+    assert packed.shape == (8, 2, 64)
+    # Search and evaluation read other parts of the same mixture, as streams.
+    assert texts.search(SearchTokens(sequences=4, sequence_length=32)).shape == (4, 32)
+    assert texts.evaluate(Evaluation(sequences=4, sequence_length=32)) is not None
+    report = texts.report(TARGET)
+    entry = report["texts"]["calibration"]
+    assert (entry["packing"], entry["tokens"]) == ("documents", 512)
+    assert [(row["share"], row["tokens"], row["sequences"]) for row in entry["sources"]] == [
+        (0.75, 384, 6),
+        (0.25, 128, 2),
+    ]
+    assert all(row["documents"] > 8 for row in entry["sources"])
+    assert report["tokenizer"]["template"] is None
+    print_texts(report)
+    printed = capsys.readouterr().out
+    assert f"75.0% of {tmp_path / 'chat.jsonl'}, drawn from" in printed
+
+
+def test_the_chat_template_is_identified(tmp_path: Path) -> None:
+    found = set()
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        (tmp_path / "template.jinja").write_text(text)
+        found.add(Texts(TARGET, "auto", str(tmp_path / "template.jinja")).report(None)["tokenizer"]["template"])
+    assert len(found) == 2
+
+
 def test_a_recorded_text_that_is_gone_is_named_with_the_option(tmp_path: Path) -> None:
     texts = Texts(TARGET, "auto", None, Origin(str(tmp_path / "gone.txt")))
     with pytest.raises(
