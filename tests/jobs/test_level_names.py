@@ -29,7 +29,7 @@ def run(job, source, **changes):
         ("compress", {"level": "x"}, "level=x is wrong: expected a name like "),
         ("compress", {"level": "w9"}, "bits=9 is out of range: 2 to 8"),
         ("compress", {"level": "w4g48"}, "group_size=48 does not divide the 64 columns"),
-        ("compress", {"scheme": "fp8", "bits": 3}, "scheme=fp8 and bits=3 are given, which both say what layers become"),
+        ("compress", {"scheme": "fp8", "bits": 3}, "scheme=fp8 and bits=3 are given, which both say"),
         ("compress", {"scheme": "fp8", "level": "w4"}, "scheme=fp8 and level=w4 are given"),
         ("compress", {"scheme": "fp8_block"}, "level fp8_block needs a multiple of 128 columns, model.layers.0."),
         ("compress", {"level": "w4g32a8s"}, "level w4g32a8s is wrong: servers read static scales of inputs with w8a8s"),
