@@ -85,6 +85,11 @@ class WeightScheme(ABC):
         """Whether layers that servers fuse must share a scale, which `of_layers` sets."""
         return False
 
+    @property
+    def layers_scale(self) -> float | None:
+        """That scale; None where there is none, and until it is set."""
+        return None
+
     def of_layers(self, peak: float) -> Self:
         """The grid with the scale that layers share. peak: their largest magnitude. Itself where there is none."""
         return self
