@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost
@@ -123,3 +124,11 @@ class Quantizer(Method[P]):
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
+
+    def quantize_blocks(self, weight: Tensor, prepared: P, kind: type[BlockType]) -> Result[BlockWeight]:
+        """Quantize weight (R, C) to one of ggml's block types, which level kinds ask for; not every method can."""
+        raise NotImplementedError
+
+    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost | None:
+        """Cost of prepare() and of quantize_blocks; None where the method does not state it."""
+        return None
