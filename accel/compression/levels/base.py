@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
+from hasten.accel.compression.formats.ggml.base import BlockType
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.result import CompressedWeight, Result
@@ -109,6 +110,10 @@ class Level(ABC):
     @property
     def loader_scheme(self) -> Scheme | None:
         """Grid of the codes that transformers and vLLM load; None where checkpoints hold the layer dense."""
+        return None
+
+    def ggml_type(self, columns: int) -> type[BlockType] | None:
+        """llama.cpp's type of a layer with this many columns; None where it has none for this level."""
         return None
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,8 +43,8 @@ class GgmlLevel(Level):
         """The type's name."""
         return self.kind.name
 
-    def type_of(self, columns: int) -> type[BlockType]:
-        """The type of a layer with this many columns."""
+    def ggml_type(self, columns: int) -> type[BlockType]:
+        """The level's type, or the one in its place where a layer has this many columns."""
         kind = type_for(self.kind, columns)
         assert kind is not None, "check refuses such layers"
         return kind
@@ -56,11 +56,11 @@ class GgmlLevel(Level):
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
         """The bytes of the blocks."""
-        return 8 * rows * self.type_of(columns).row_bytes(columns)
+        return 8 * rows * self.ggml_type(columns).row_bytes(columns)
 
     def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
         """The blocks, and an empty tensor of the checkpoint's dtype."""
-        row_bytes = self.type_of(columns).row_bytes(columns)
+        row_bytes = self.ggml_type(columns).row_bytes(columns)
         return [SHAPE, StoredTensor(_BLOCKS, torch.uint8, (rows, row_bytes)), StoredTensor(_DTYPE, dtype, (0,))]
 
     def pack(self, weight: CompressedWeight) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class GgmlLevel(Level):
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype."""
-        kind = self.type_of(int(stored["weight_shape"][1]))
+        kind = self.ggml_type(int(stored["weight_shape"][1]))
         return kind.dequantize(stored[_BLOCKS]).to(stored[_DTYPE].dtype)
 
     def facts(self, weight: CompressedWeight) -> dict[str, object]:
@@ -96,12 +96,12 @@ class GgmlLevel(Level):
     def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
         """The cost that the method states."""
         assert isinstance(method, Quantizer)
-        return method.blocks_cost(layers, self.type_of(layers.columns))
+        return method.blocks_cost(layers, self.ggml_type(layers.columns))
 
     def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
         """Quantize weight (R, C)."""
         assert isinstance(method, Quantizer)
-        kind = self.type_of(weight.shape[1])
+        kind = self.ggml_type(weight.shape[1])
         result = method.quantize_blocks(weight, prepared, kind)
         notes = result.notes
         if kind is not self.kind:
