@@ -148,11 +148,11 @@ class DividedArchitecture(Architecture):
             self._weights[block].supply(forwards)
 
     def _read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of a weight; a packed one is unpacked whole."""
+        """Rows of a weight; one whose rows cannot be read alone is dequantized whole."""
         checkpoint = self.checkpoint
-        if checkpoint.is_packed(name):
-            rows = checkpoint.tensor(name)[first:last]
-        else:
+        if checkpoint.has_rows(name):
             rows = checkpoint.row_range(name, first, last)
+        else:
+            rows = checkpoint.tensor(name)[first:last]
         checkpoint.check_finite(rows, name)
         return rows
