@@ -156,6 +156,11 @@ class Checkpoint:
         """Whether some weights are quantized."""
         return any(isinstance(place, QuantizedTensor) for place in self._places.values())
 
+    @property
+    def quantization_title(self) -> str | None:
+        """How its weights are quantized, in a few words; None where none is."""
+        return self.quantized_by.title if self.quantized_by is not None and self.is_compressed else None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; of a quantized weight, that of the dequantized one."""
         return self._place(name).shape

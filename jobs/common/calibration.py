@@ -8,7 +8,7 @@ from typing import Any
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
@@ -31,7 +31,10 @@ def original(model: str) -> Path:
     # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
     # Checked before transformers reads the folder, whose errors span many lines.
-    family_of(Checkpoint(source).config.get("model_type"))
+    checkpoint = Checkpoint(source)
+    family_of(checkpoint.config.get("model_type"))
+    if (title := checkpoint.quantization_title) is not None:
+        _LOG.warning("%s is quantized (%s): its dequantized weights are this run's original", as_given(source), title)
     return source
 
 
@@ -41,7 +44,7 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
     return Settings(
         checkpoint=source,
         output=output.expanduser().absolute(),
-        format=PackQuantized(),
+        format=CompressedTensors(),
         ignore=tuple(config.ignore),
         skip_first=config.skip_first,
         skip_last=config.skip_last,
@@ -71,7 +74,7 @@ def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Gro
 
 def uses_auto(level: Level) -> bool:
     """Whether the group size of a level is `auto`."""
-    return level.loader_scheme is not None and level.loader_scheme.group_size == AUTO
+    return level.loader_scheme is not None and level.loader_scheme.weights.group_size == AUTO
 
 
 def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool, origin: Origin) -> None:

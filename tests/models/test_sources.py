@@ -173,6 +173,12 @@ def test_columns_of_a_plain_stack_are_rows(tmp_path):
     assert torch.equal(columns.read_rows([(2, 2)]), stack[1, :, 1::2].T[2:])
 
 
+def _read(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    checkpoint.shape(NAME)
+    checkpoint.check(NAME)
+
+
 def _broken(folder: Path, **changes: torch.Tensor | None) -> None:
     """Change tensors of a layer; None removes one."""
     tensors = load_file(folder / "model.safetensors")
@@ -201,9 +207,7 @@ def test_damaged_and_missing_scales_are_named(kind, changes, words, tmp_path, so
     folder = Path(shutil.copytree(sources(kind), tmp_path / "copy"))
     _broken(folder, **changes)
     with pytest.raises(UserError) as caught:
-        checkpoint = Checkpoint(folder)
-        checkpoint.shape(NAME)
-        checkpoint.check(NAME)
+        _read(folder)
     assert [word for word in words if word not in str(caught.value)] == [], caught.value
 
 

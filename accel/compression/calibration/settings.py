@@ -17,6 +17,7 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
@@ -146,8 +147,7 @@ class Task:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.checkpoint = Checkpoint(settings.checkpoint)
-        if self.checkpoint.is_compressed:
-            raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
+        check_source(self.checkpoint)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.layer_groups = all_groups(self.architecture, settings)
         self.output: OutputFolder | LevelDatabase

@@ -258,10 +258,16 @@ class AffineGrid:
         """Number of columns that share a scale."""
         return self.kind.group
 
-    @property
-    def top(self) -> int:
-        """Largest code."""
-        return self.kind.top()
+    block_rows = 1
+
+    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """Nearest values to weights divided by their step, which are overwritten; their codes in `codes` uint8."""
+        codes.copy_(values.add_(zero).round_().clamp_(0, self.kind.top()))
+        return codes - zero
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """llama.cpp computes with the float32 values."""
+        return torch.float32
 
     @classmethod
     def of(cls, kind: type[BlockType], grid: BlockGrid) -> "AffineGrid":

@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.inputs import Inputs, without
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
 from hasten.accel.compression.quantizers.block_grid import TRIED, find_block_grid, round_to_blocks
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
@@ -36,7 +36,7 @@ class RoundToNearest(Quantizer[Inputs | None]):
         """Statistics of the input, for the error."""
         return Inputs.of(hessian, "the error is of the weights")
 
-    def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: Scheme) -> Result[QuantizedWeight]:
+    def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: WeightScheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""
         inputs = prepared or Inputs(None)
         grid = Grid.of(without(weight, inputs.dead_columns), scheme, self.search, self.shrink)
@@ -44,20 +44,7 @@ class RoundToNearest(Quantizer[Inputs | None]):
         error = inputs.power(weight.float() - quantized.dequantize().float())
         return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
 
-    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+    def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
-        # Symmetric grids are tried with both signs of the scale.
-        return MethodCost(rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1)))
-
-    def quantize_blocks(self, weight: Tensor, prepared: Inputs | None, kind: type[BlockType]) -> Result[BlockWeight]:
-        """Blocks of weight (R, C); scales are searched in any case, by squared error times E[x²] of the column."""
-        inputs = prepared or Inputs(None)
-        importance = None if inputs.hessian is None else inputs.hessian.diagonal().to(weight.device)
+        return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))
         grid = find_block_grid(weight, kind, importance)
-        quantized = BlockWeight(kind, kind.encode(round_to_blocks(weight, kind, grid), grid), weight.dtype)
-        error = inputs.power(weight.float() - quantized.dequantize())
-        return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
-
-    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:
-        """A search of the scales, and rounding."""
-        return MethodCost(rounding(layers) + range_search(layers, TRIED))

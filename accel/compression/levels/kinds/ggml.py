@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.formats.ggml.types import TYPES, type_for
-from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.formats.base import SHAPE, StoredTensor
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
