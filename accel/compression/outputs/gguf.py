@@ -142,9 +142,13 @@ class GgufFolder(ResumableFolder):
             lambda writer: add_metadata(writer, config, self._family, Path(self.source_name).name, len(self._kept)),
             lambda writer: add_tokenizer(writer, source, rows, self._splitter),
         ]
-        needed = sum(tensor.nbytes for tensor in self._plan)
         write = partial(write_gguf, architecture=self._family.name, describe=describe, tensors=self._plan)
-        write_whole(self.path / FILE, write, needed)
+        write_whole(self.path / FILE, write, self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors of the file."""
+        return sum(tensor.nbytes for tensor in self._plan)
 
     def type_bytes(self) -> dict[str, int]:
         """Bytes of the tensors of every type, by the type's name."""
