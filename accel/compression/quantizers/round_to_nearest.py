@@ -48,3 +48,16 @@ class RoundToNearest(Quantizer[Inputs | None]):
         """A search of the ranges, and rounding."""
         return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))
         grid = find_block_grid(weight, kind, importance)
+
+    def quantize_blocks(self, weight: Tensor, prepared: Inputs | None, kind: type[BlockType]) -> Result[BlockWeight]:
+        """Blocks of weight (R, C); scales are searched in any case, by squared error times E[x²] of the column."""
+        inputs = prepared or Inputs(None)
+        importance = None if inputs.hessian is None else inputs.hessian.diagonal().to(weight.device)
+        grid = find_block_grid(weight, kind, importance)
+        quantized = BlockWeight(kind, kind.encode(round_to_blocks(weight, kind, grid), grid), weight.dtype)
+        error = inputs.power(weight.float() - quantized.dequantize())
+        return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
+
+    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:
+        """A search of the scales, and rounding."""
+        return MethodCost(rounding(layers) + range_search(layers, TRIED))

@@ -21,7 +21,7 @@ from hasten.accel.models.gguf.families import BY_ARCHITECTURE, FAMILIES
 from hasten.accel.models.gguf.header import Header, TensorEntry, read_header
 from hasten.accel.models.gguf.metadata import rope_factors
 from hasten.accel.models.gguf.place import GgufTensor
-from hasten.accel.models.gguf.tokenizer import restore_splitter
+from hasten.accel.models.gguf.tokenizer import restore
 
 FILE = "model.gguf"
 _RECORD = "source.json"
@@ -169,7 +169,7 @@ def _write_tokenizer(file: Path, header: Header, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    restore_splitter(tokenizer, header.metadata.get("tokenizer.ggml.pre"))
+    restore(tokenizer, header.metadata)
     tokenizer.save_pretrained(folder)
 
 

@@ -87,13 +87,29 @@ def add_tokenizer(writer: "GGUFWriter", folder: Path, size: int, splitter: str |
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def restore_splitter(tokenizer: Any, splitter: str | None) -> None:
-    """Give a tokenizer that transformers made from a GGUF file the steps of a splitter that it does not know."""
-    from tokenizers import pre_tokenizers
+def restore(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Give a tokenizer that transformers made from a GGUF file what transformers leaves out.
 
-    if splitter == "smollm":
+    These are the steps of a splitter that it does not know, the roles of special tokens, the token that begins a text,
+    and the template of chats.
+    """
+    from tokenizers import pre_tokenizers, processors
+
+    backend, tokens = tokenizer.backend_tokenizer, metadata["tokenizer.ggml.tokens"]
+    if metadata.get("tokenizer.ggml.pre") == "smollm":
         digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None:
+            setattr(tokenizer, f"{role}_token", tokens[number])
+    if metadata.get("tokenizer.ggml.add_bos_token") and not begin_tokens(tokenizer):
+        begin = tokenizer.bos_token
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_token_id)]
+        )
+    if metadata.get("tokenizer.chat_template"):
+        tokenizer.chat_template = metadata["tokenizer.chat_template"]
 
 
 def _described(folder: Path) -> dict[str, Any] | None:

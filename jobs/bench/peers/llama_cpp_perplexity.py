@@ -44,7 +44,7 @@ def main() -> None:
     result = {
         "perplexity": float(np.exp(sum(loss(model, window) for window in windows) / count)),
         "tokens": count,
-        "text_tokens": model.tokenize(given.text.encode(), add_bos=False, special=False),
+        "text_tokens": model.tokenize(given.text.encode(), add_bos=False, special=False) if given.text else None,
         "version": version("llama-cpp-python"),
     }
     given.result.write_text(json.dumps(result))

@@ -31,7 +31,7 @@ class GgmlLevel(Level):
 
     kind: type[BlockType]
 
-    examples: ClassVar[tuple[str, ...]] = ("q4_k", "q3_k", "q8_0")
+    examples: ClassVar[tuple[str, ...]] = ("q4_k", "q3_k", "q5_0")
     family: ClassVar[type] = Quantizer
 
     @classmethod
@@ -76,7 +76,10 @@ class GgmlLevel(Level):
         }
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype."""
+        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype, which at 8 bits costs a part of the error.
+
+        llama.cpp computes with the exact values, and errors are of these.
+        """
         kind = self.ggml_type(int(stored["weight_shape"][1]))
         return kind.dequantize(stored[_BLOCKS]).to(stored[_DTYPE].dtype)
 
