@@ -40,7 +40,8 @@ class SearchConfig(LevelOptions):
     allocator: dict[str, Any] = group("method that gives each layer a level within the budget")
     grouping: str = option(
         "serving",
-        "layers that share a level: with serving those that servers fuse (q/k/v, gate/up, experts); a GGUF file needs none",
+        "layers that share a level: with serving those that servers fuse (q/k/v, gate/up, experts), of which there are "
+        "none with format=gguf",
         choices=("none", "serving"),
     )
     keep: bool = option(False, "layers may also stay uncompressed, at the bits of the checkpoint")

@@ -1,9 +1,8 @@
 """The output folder of a checkpoint as a GGUF file for llama.cpp: `model.gguf`, beside config and tokenizer.
 
-The folder `.hasten` in it holds the compressed blocks, a safetensors file each, until all are finished; then the GGUF
-file is assembled from them and from the original, tensor by tensor, and written atomically. Files of the blocks stay, so
-that a run with the same settings finds them; they are as large as the result. Matrices outside the blocks are rounded
-while the file is written.
+The folder `.hasten` in it holds the compressed blocks, a safetensors file each. When all are finished, the GGUF file is
+assembled from them and from the original, tensor by tensor, and written atomically. Matrices outside the blocks are
+rounded while it is written. Files of the blocks stay; their bytes are those of the result.
 """
 
 import json
@@ -84,7 +83,12 @@ class GgufFolder(ResumableFolder):
         self._family = family_of(architecture.checkpoint.config.get("model_type"))
         check_config(architecture.config, self._family)
         self._splitter = options.pre_tokenizer or splitter_of(architecture.checkpoint.path)
-        self._types = {layer.name: _type_of(group, layer.name) for groups in layer_groups for group in groups for layer in group.layers}
+        self._types = {
+            layer.name: _type_of(group, layer.name)
+            for groups in layer_groups
+            for group in groups
+            for layer in group.layers
+        }
         self._plan = self._planned()
 
     def facts(self, block: int) -> list[Facts]:
@@ -137,7 +141,10 @@ class GgufFolder(ResumableFolder):
         for file in copied_files(source):
             guard(file.name, partial(shutil.copyfile, file, self.path / file.name))
         self.write_json(self.path / OWN[0], shorten(self._architecture, self._kept))
-        config, rows = self._architecture.config, self._architecture.checkpoint.shape(self._architecture.embedding_name())[0]
+        config, rows = (
+            self._architecture.config,
+            self._architecture.checkpoint.shape(self._architecture.embedding_name())[0],
+        )
         describe = [
             lambda writer: add_metadata(writer, config, self._family, Path(self.source_name).name, len(self._kept)),
             lambda writer: add_tokenizer(writer, source, rows, self._splitter),
@@ -177,7 +184,9 @@ class GgufFolder(ResumableFolder):
     def _name(self, name: str, block: int, place: int) -> str:
         stored = self._family.stored_name(name, self._architecture.num_blocks)
         if stored is None:
-            raise UserError(f"format=gguf cannot write tensor {name}: llama.cpp has none like it in {self._family.name}")
+            raise UserError(
+                f"format=gguf cannot write tensor {name}: llama.cpp has none like it in {self._family.name}"
+            )
         return stored.replace(f"blk.{block}.", f"blk.{place}.", 1)
 
     def _stacked(self, stored: str, block: int, names: Sequence[str]) -> OutputTensor:
@@ -185,7 +194,9 @@ class GgufFolder(ResumableFolder):
         names = sorted(names, key=lambda name: expert_of(name) or 0)
         kinds = {self._kind(stored, name) for name in names}
         if len(kinds) > 1:
-            raise UserError(f"experts of block {block} got several types: llama.cpp reads one for all experts of a block")
+            raise UserError(
+                f"experts of block {block} got several types: llama.cpp reads one for all experts of a block"
+            )
         shape = self._architecture.checkpoint.shape(names[0])
         pieces = partial(self._pieces, block, names, kind := kinds.pop())
         return OutputTensor(stored, (len(names), *shape) if expert_of(names[0]) is not None else shape, kind, pieces)

@@ -29,7 +29,9 @@ def find_block_grid(weight: Tensor, kind: type[BlockType], importance: Tensor | 
     """Scales of weight (R, C); importance: (C,) weight of each column's squared error, None for equal weights."""
     rows = rows_at_once(weight, weight.shape[1])
     parts = [_find(part.float(), kind, importance) for part in weight.split(rows)]
-    return BlockGrid(*(None if field[0] is None else torch.cat(field) for field in zip(*map(_fields, parts), strict=True)))
+    return BlockGrid(
+        *(None if field[0] is None else torch.cat(field) for field in zip(*map(_fields, parts), strict=True))
+    )
 
 
 def round_to_blocks(weight: Tensor, kind: type[BlockType], grid: BlockGrid) -> Tensor:
@@ -175,7 +177,8 @@ def _factored(steps: Tensor, offsets: Tensor | None, kind: type[BlockType], rows
 
 def _neighbours(groups: Tensor, weights: Tensor, kind: type[BlockType], grid: BlockGrid) -> BlockGrid:
     """The grid with the best factors of every group among those next to the given ones."""
-    assert kind.scale_range is not None and grid.scales is not None
+    assert kind.scale_range is not None
+    assert grid.scales is not None
     least, most = kind.scale_range
     best, best_scales, best_minima = None, grid.scales, grid.minima
     changes = product((0, -1, 1), (0,) if grid.minima is None else (0, -1, 1))
@@ -223,13 +226,19 @@ def fit_blocks(groups: Tensor, weights: Tensor, codes: Tensor, kind: type[BlockT
         _by_block(part, rows, blocks) for part in (groups, weights.expand_as(groups), multiples, ones)
     )
     aa, bb = (weight * first.square()).sum(-1), (weight * second.square()).sum(-1)
-    ab, ax, bx = (weight * first * second).sum(-1), (weight * first * target).sum(-1), (weight * second * target).sum(-1)
+    ab, ax, bx = (
+        (weight * first * second).sum(-1),
+        (weight * first * target).sum(-1),
+        (weight * second * target).sum(-1),
+    )
     determinant = aa * bb - ab.square()
     is_open = determinant <= 1e-6 * aa * bb
     safe = determinant.masked_fill(is_open, 1.0)
     scale, minimum = (ax * bb - bx * ab) / safe, (ax * ab - bx * aa) / safe
     # Codes and minima that are in proportion determine only one of the two.
-    scale, minimum = (torch.where(is_open, old.float(), new) for old, new in ((grid.scale, scale), (grid.minimum, minimum)))
+    scale, minimum = (
+        torch.where(is_open, old.float(), new) for old, new in ((grid.scale, scale), (grid.minimum, minimum))
+    )
     return replace(grid, scale=_halved(scale, grid.scale), minimum=_halved(minimum, grid.minimum))
 
 
@@ -282,9 +291,7 @@ class AffineGrid:
         return cls(kind, steps, offsets.T / steps)
 
 
-def fit_to_output(
-    grid: BlockGrid, kind: type[BlockType], codes: Tensor, error: Tensor, prepared: Factor
-) -> BlockGrid:
+def fit_to_output(grid: BlockGrid, kind: type[BlockType], codes: Tensor, error: Tensor, prepared: Factor) -> BlockGrid:
     """The grid with block scales and minima fitted to the codes (C, R) one by one, for the least output error.
 
     codes and error (C, R) are in the order of the factor's rows; the squared length of a column of error is a row's

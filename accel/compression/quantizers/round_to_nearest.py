@@ -47,7 +47,6 @@ class RoundToNearest(Quantizer[Inputs | None]):
     def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
         return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))
-        grid = find_block_grid(weight, kind, importance)
 
     def quantize_blocks(self, weight: Tensor, prepared: Inputs | None, kind: type[BlockType]) -> Result[BlockWeight]:
         """Blocks of weight (R, C); scales are searched in any case, by squared error times E[x²] of the column."""

@@ -101,7 +101,8 @@ def family_of(model_type: object) -> GgufFamily:
     """Architecture of a config's model_type; UserError lists those that can be written."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"format=gguf cannot write model_type={model_type!r}: there are names and metadata for {', '.join(FAMILIES)}"
+            f"format=gguf cannot write model_type={model_type!r}: "
+            f"there are names and metadata for {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 

@@ -84,7 +84,9 @@ def _nbytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
     try:
         columns, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
-        raise UserError(f"tensor {name} in {path} has ggml's type {kind}, which the package gguf does not know") from None
+        raise UserError(
+            f"tensor {name} in {path} has ggml's type {kind}, which the package gguf does not know"
+        ) from None
     return prod(shape) // columns * size
 
 

@@ -31,10 +31,14 @@ def check_config(config: Any, family: GgufFamily) -> None:
         (bool(getattr(config, "mlp_only_layers", None)), "mlp_only_layers", "a list of blocks", "[]"),
     ):
         if wrong:
-            raise UserError(f"format=gguf cannot write {key}={value} of model_type={config.model_type}: expected {right}")
+            raise UserError(
+                f"format=gguf cannot write {key}={value} of model_type={config.model_type}: expected {right}"
+            )
     scale = getattr(config, "query_pre_attn_scalar", None)
     if scale is not None and scale != _head_dim(config) and config.num_hidden_layers != _OWN_SCALE[family.name]:
-        raise UserError(f"format=gguf cannot write query_pre_attn_scalar={scale}: expected {_head_dim(config)}, head_dim")
+        raise UserError(
+            f"format=gguf cannot write query_pre_attn_scalar={scale}: expected {_head_dim(config)}, head_dim"
+        )
     if family.name in _FULL_ATTENTION:
         every = _FULL_ATTENTION[family.name]
         expected = [

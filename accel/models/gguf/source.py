@@ -1,8 +1,8 @@
 """A GGUF file as a checkpoint folder: config and tokenizer of transformers, and a link to the file.
 
-transformers reads config and tokenizer from the metadata; keys that it leaves at their defaults are set here. The folder
-lies beside the file, where all processes that can read the file find it, or, where nothing can be written there, in the
-folder of temporary files. Tensors stay in the file.
+transformers reads config and tokenizer from the metadata; keys that it leaves at their defaults are set here. The
+folder lies beside the file, where all processes that can read the file find it, or, where nothing can be written there,
+in the folder of temporary files. Tensors stay in the file.
 """
 
 import hashlib
@@ -53,7 +53,9 @@ def folder_of(file: Path) -> Path:
             # A file system without writing gives another error than a folder without the right to write.
             if error.errno != 30:
                 raise
-    raise UserError(f"model={file} needs a folder for its config and tokenizer, and neither {places[0]} nor {places[1]} can be made")
+    raise UserError(
+        f"model={file} needs a folder for its config and tokenizer, and neither {places[0]} nor {places[1]} can be made"
+    )
 
 
 def _make(file: Path, place: Path, record: dict[str, Any]) -> Path:
@@ -86,7 +88,8 @@ def _config(file: Path, header: Header) -> dict[str, Any]:
 
     if header.architecture not in BY_ARCHITECTURE:
         raise UserError(
-            f"model={file} has the architecture {header.architecture}: readable are {', '.join(sorted(BY_ARCHITECTURE))}"
+            f"model={file} has the architecture {header.architecture}: "
+            f"readable are {', '.join(sorted(BY_ARCHITECTURE))}"
         )
     values: dict[str, Any] = load_gguf_checkpoint(file, return_tensors=False)["config"]
     kind = values.pop("model_type")
@@ -94,7 +97,11 @@ def _config(file: Path, header: Header) -> dict[str, Any]:
     if header.architecture == "llama":
         # Mistral's models are llama's here, and with experts they are Mixtral's.
         kind = "mixtral" if get("expert_count") else "llama"
-        values |= {"num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")} if kind == "mixtral" else {}
+        values |= (
+            {"num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
+            if kind == "mixtral"
+            else {}
+        )
     for unused in ("_model_name_or_path", "rope_theta"):
         values.pop(unused, None)
     heads = int(get("attention.head_count"))

@@ -1,4 +1,4 @@
-"""Writes a GGUF file tensor by tensor: first the header with all places, then the data, of which little is in memory."""
+"""Writes a GGUF file tensor by tensor: first the header with all places, then the data, piece by piece."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ class BlockGrid:
         return _product(self.scale, self.scales)
 
     def where(self, rows: Tensor, other: "BlockGrid") -> "BlockGrid":
-        """This grid in all rows except those that are true in rows (R,), which the other grid has."""
+        """The other grid in the rows that are true in rows (R,), and this one in all others."""
         pairs = zip(_parts(self), _parts(other), strict=True)
         return BlockGrid(*(None if a is None or b is None else torch.where(rows[:, None], b, a) for a, b in pairs))  # type: ignore[arg-type]
 
@@ -85,7 +85,9 @@ class BlockType(ABC):
         """Codes (R, C) uint8 and scales from blocks (R, bytes of a row)."""
         rows = len(stored)
         codes, grid = cls._unpack(stored.reshape(-1, cls.nbytes))
-        return codes.view(rows, -1), BlockGrid(*(None if part is None else part.view(rows, -1) for part in _parts(grid)))  # type: ignore[arg-type]
+        return codes.view(rows, -1), BlockGrid(
+            *(None if part is None else part.view(rows, -1) for part in _parts(grid))
+        )  # type: ignore[arg-type]
 
     @classmethod
     def dequantize(cls, stored: Tensor) -> Tensor:

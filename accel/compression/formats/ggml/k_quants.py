@@ -26,7 +26,9 @@ class Q2K(_KQuant):
 
     @classmethod
     def _pack(cls, codes: Tensor, grid: BlockGrid) -> list[Tensor]:
-        assert grid.scales is not None and grid.minima is not None and grid.minimum is not None
+        assert grid.scales is not None
+        assert grid.minima is not None
+        assert grid.minimum is not None
         factors = (grid.scales | grid.minima << 4).to(torch.uint8)
         return [factors, pack_bits(codes, 2, 32), half_bytes(grid.scale), half_bytes(grid.minimum)]
 
@@ -64,7 +66,9 @@ class _WithMinima(_KQuant):
 
     @classmethod
     def _pack(cls, codes: Tensor, grid: BlockGrid) -> list[Tensor]:
-        assert grid.scales is not None and grid.minima is not None and grid.minimum is not None
+        assert grid.scales is not None
+        assert grid.minima is not None
+        assert grid.minimum is not None
         scales, minima = grid.scales.to(torch.uint8), grid.minima.to(torch.uint8)
         # Four bytes each for the scales of the first half of the groups, for their minima, and for the lower bits of
         # both in the second half, whose upper bits are in the highest bits of the first ones.

@@ -1,4 +1,4 @@
-"""ggml's types with one float16 scale for 32 columns: q4_0, q5_0 and q8_0; q4_1 and q5_1 also have a float16 minimum."""
+"""ggml's types with a float16 scale for 32 columns: q4_0, q5_0 and q8_0; q4_1 and q5_1 also have a float16 minimum."""
 
 from typing import ClassVar
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.formats.base import SHAPE, StoredTensor
 from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.formats.ggml.types import TYPES, type_for
-from hasten.accel.compression.formats.base import SHAPE, StoredTensor
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Quantizer
@@ -53,7 +53,9 @@ class GgmlLevel(Level):
     def check(self, layer: str, columns: int) -> None:
         """UserError where no type of these blocks divides the columns."""
         if type_for(self.kind, columns) is None:
-            raise UserError(f"level {self.name} needs a multiple of 32 columns, {layer} has {columns}: ignore the layer")
+            raise UserError(
+                f"level {self.name} needs a multiple of 32 columns, {layer} has {columns}: ignore the layer"
+            )
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
         """The bytes of the blocks."""
@@ -76,9 +78,9 @@ class GgmlLevel(Level):
         }
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype, which at 8 bits costs a part of the error.
+        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype.
 
-        llama.cpp computes with the exact values, and errors are of these.
+        llama.cpp computes with the exact values, and errors are of these: the rounding adds a part to those of 8 bits.
         """
         kind = self.ggml_type(int(stored["weight_shape"][1]))
         return kind.dequantize(stored[_BLOCKS]).to(stored[_DTYPE].dtype)
@@ -91,7 +93,9 @@ class GgmlLevel(Level):
     def check_method(self, method: Method) -> None:
         """UserError where the quantizer cannot round to block types."""
         if type(method).quantize_blocks is Quantizer.quantize_blocks:
-            raise UserError(f"level {self.name} cannot be made by {type(method).__name__}: use gptq or round_to_nearest")
+            raise UserError(
+                f"level {self.name} cannot be made by {type(method).__name__}: use gptq or round_to_nearest"
+            )
 
     def without_statistics(self, method: Method) -> tuple[Method, str]:
         """Round to nearest."""

@@ -63,7 +63,7 @@ def test_a_narrow_layer_has_the_exact_size_and_a_note_of_the_type_in_its_place()
 
 
 def test_columns_that_32_does_not_divide_and_methods_without_blocks_are_refused():
-    with pytest.raises(UserError, match="level q8_0 needs a multiple of 32 columns, layers.0 has 40"):
+    with pytest.raises(UserError, match=r"level q8_0 needs a multiple of 32 columns, layers\.0 has 40"):
         parse_level("q8_0").check("layers.0", 40)
 
     class Other(RoundToNearest):
