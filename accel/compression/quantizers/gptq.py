@@ -175,7 +175,8 @@ class GPTQ(Quantizer[Factor]):
         blocks = kind.encode(best.codes[prepared.inverse_order()].T.contiguous(), best.grid)
         quantized = BlockWeight(kind, blocks, weight.dtype)
         power = prepared.power(target)
-        error = prepared.power(target.sub_(quantized.dequantize()[:, prepared.order].T))
+        stored = quantized.dequantize().to(weight.dtype).float()
+        error = prepared.power(target.sub_(stored[:, prepared.order].T))
         return Result(quantized, error, power, prepared.notes, prepared.measures_output)
 
     def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:

@@ -54,7 +54,7 @@ class RoundToNearest(Quantizer[Inputs | None]):
         importance = None if inputs.hessian is None else inputs.hessian.diagonal().to(weight.device)
         grid = find_block_grid(weight, kind, importance)
         quantized = BlockWeight(kind, kind.encode(round_to_blocks(weight, kind, grid), grid), weight.dtype)
-        error = inputs.power(weight.float() - quantized.dequantize())
+        error = inputs.power(weight.float() - quantized.dequantize().to(weight.dtype).float())
         return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
 
     def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:

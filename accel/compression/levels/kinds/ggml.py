@@ -78,9 +78,9 @@ class GgmlLevel(Level):
         }
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype.
+        """The weight as llama.cpp dequantizes it, rounded to the checkpoint's dtype, of which errors are.
 
-        llama.cpp computes with the exact values, and errors are of these: the rounding adds a part to those of 8 bits.
+        llama.cpp computes with the exact values: in bfloat16, the rounding adds a fifth to the error of 8 bits.
         """
         kind = self.ggml_type(int(stored["weight_shape"][1]))
         return kind.dequantize(stored[_BLOCKS]).to(stored[_DTYPE].dtype)
