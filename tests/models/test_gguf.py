@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ CASES = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {"decoder_sparse_step": 1}),
 }
+# Python of an environment with llama-cpp-python, whose perplexity must be that of the file as it is read here.
 PEER = os.environ.get("HASTEN_LLAMA_CPP_PYTHON", "")
 
 
@@ -97,10 +99,10 @@ def test_a_file_is_read_back_as_the_model_that_was_written(case, tmp_path):
 def assert_llama_cpp_computes_the_same(work, folder):
     tokens, result = work / "tokens.json", work / "result.json"
     tokens.write_text(json.dumps(tiny.tokens().tolist()))
-    script = "jobs/bench/peers/llama_cpp_perplexity.py"
-    words = ["--gguf", folder / FILE, "--tokens", tokens, "--result", result]
+    script = Path(__file__).parents[2] / "jobs" / "bench" / "peers" / "llama_cpp_perplexity.py"
+    words = [script, "--gguf", folder / FILE, "--tokens", tokens, "--result", result]
     # -P: the folder of the script has a module of the package's name.
-    subprocess.run([PEER, "-P", script, *map(str, words)], check=True, capture_output=True, env={})
+    subprocess.run([PEER, "-P", *map(str, words)], check=True, capture_output=True, env={})
     probabilities = logits(folder)[:, :-1].log_softmax(-1).gather(-1, tiny.tokens()[:, 1:, None])
     assert json.loads(result.read_text())["perplexity"] == pytest.approx(float((-probabilities).mean().exp()), rel=0.01)
 

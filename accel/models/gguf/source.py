@@ -24,7 +24,8 @@ from hasten.accel.models.gguf.place import GgufTensor
 from hasten.accel.models.gguf.tokenizer import restore
 
 FILE = "model.gguf"
-_RECORD = "source.json"
+# No name of a file that outputs copy.
+_RECORD = "made_from"
 # Tensors that the config stands for.
 _OF_CONFIG = ("rope_freqs.weight",)
 # Rotary frequencies of the windows of Gemma 3, which files need not name; and Llama 3.1's scaling of them, of which

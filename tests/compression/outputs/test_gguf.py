@@ -7,6 +7,7 @@ from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs import gguf as module
 from hasten.accel.compression.outputs.gguf import FILE, GgufOptions
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.costs.files import gguf_files
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.models.checkpoint import Checkpoint, resolve
@@ -82,7 +83,13 @@ def test_bits_per_weight_count_every_byte_of_the_blocks(source, tmp_path):
     local.compress(settings(source, tmp_path / "out", quantizer=RoundToNearest()), tiny.tokens(4))
     measured = sizes(Checkpoint(tmp_path / "out"))
     assert measured.block_bits_per_weight == 4.5
-    assert measured.disk_bytes == (tmp_path / "out" / FILE).stat().st_size
+    size = (tmp_path / "out" / FILE).stat().st_size
+    assert measured.disk_bytes == size
+    # A plan knows the tensors to the byte, and not the header.
+    task = Task(settings(source, tmp_path / "out", quantizer=RoundToNearest()))
+    planned = gguf_files(task.architecture, task.layer_groups, GgufOptions())
+    assert planned["GGUF file"] == measured.total_bytes
+    assert 0 < size - planned["GGUF file"] < 8192
 
 
 def test_layers_of_a_search_have_types_of_their_own_and_blocks_can_be_dropped(source, tmp_path):
