@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.formats.ggml.base import BlockGrid, BlockType
+from hasten.accel.compression.formats.ggml.base import BlockGrid, BlockType, combined
 
 # Steps that are tried for a group, as multiples of the full range divided by the number of codes.
 _FACTORS = 16
@@ -29,19 +29,13 @@ def find_block_grid(weight: Tensor, kind: type[BlockType], importance: Tensor | 
     """Scales of weight (R, C); importance: (C,) weight of each column's squared error, None for equal weights."""
     rows = rows_at_once(weight, weight.shape[1])
     parts = [_find(part.float(), kind, importance) for part in weight.split(rows)]
-    return BlockGrid(
-        *(None if field[0] is None else torch.cat(field) for field in zip(*map(_fields, parts), strict=True))
-    )
+    return combined(parts, torch.cat)
 
 
 def round_to_blocks(weight: Tensor, kind: type[BlockType], grid: BlockGrid) -> Tensor:
     """Nearest codes (R, C) uint8 of weight (R, C)."""
     groups = weight.float().unflatten(1, (-1, kind.group))
     return _nearest(groups, kind, *_expanded(kind, grid)).flatten(1).to(torch.uint8)
-
-
-def _fields(grid: BlockGrid) -> tuple[Tensor | None, ...]:
-    return grid.scale, grid.minimum, grid.scales, grid.minima
 
 
 def _expanded(kind: type[BlockType], grid: BlockGrid) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +91,10 @@ def _find(weight: Tensor, kind: type[BlockType], importance: Tensor | None) -> B
 def _search(groups: Tensor, weights: Tensor, kind: type[BlockType]) -> tuple[Tensor, Tensor | None]:
     """Best exact step and offset (R, G, 1) of every group."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    best_steps = best_offsets = best = None
+    starts: list[tuple[Tensor, Tensor | None]]
+    best: Tensor | None = None
+    best_steps: Tensor = groups[..., :1]
+    best_offsets: Tensor | None = None
     if kind.middle is not None:
         peak = torch.where(-low >= high, low, high)
         # The grid has one step more on the side of code 0: the sign of the step puts the peak there, or not.
@@ -127,7 +124,7 @@ def _search(groups: Tensor, weights: Tensor, kind: type[BlockType]) -> tuple[Ten
             better = loss < best
             best = torch.where(better, loss, best)
             best_steps = torch.where(better, fitted[0], best_steps)
-            if best_offsets is not None:
+            if best_offsets is not None and fitted[1] is not None:
                 best_offsets = torch.where(better, fitted[1], best_offsets)
     return best_steps, best_offsets
 
@@ -180,7 +177,8 @@ def _neighbours(groups: Tensor, weights: Tensor, kind: type[BlockType], grid: Bl
     assert kind.scale_range is not None
     assert grid.scales is not None
     least, most = kind.scale_range
-    best, best_scales, best_minima = None, grid.scales, grid.minima
+    best: Tensor | None = None
+    best_scales, best_minima = grid.scales, grid.minima
     changes = product((0, -1, 1), (0,) if grid.minima is None else (0, -1, 1))
     for change, shift in changes:
         scales = (grid.scales + change).clamp_(least, most)
@@ -193,7 +191,7 @@ def _neighbours(groups: Tensor, weights: Tensor, kind: type[BlockType], grid: Bl
         better = loss < best
         best = torch.where(better, loss, best)
         best_scales = torch.where(better, scales, best_scales)
-        if best_minima is not None:
+        if best_minima is not None and minima is not None:
             best_minima = torch.where(better, minima, best_minima)
     return replace(grid, scales=best_scales, minima=best_minima)
 
@@ -207,7 +205,9 @@ def _refit(groups: Tensor, weights: Tensor, kind: type[BlockType], grid: BlockGr
     totals = [part.view(len(groups), blocks, -1).sum(-1) for part in (loss, new)]
     better = totals[1] < totals[0]
     scale = torch.where(better, fitted.scale, grid.scale)
-    minimum = None if grid.minimum is None else torch.where(better, fitted.minimum, grid.minimum)
+    minimum = None
+    if grid.minimum is not None and fitted.minimum is not None:
+        minimum = torch.where(better, fitted.minimum, grid.minimum)
     return replace(grid, scale=scale, minimum=minimum)
 
 
@@ -220,6 +220,7 @@ def fit_blocks(groups: Tensor, weights: Tensor, codes: Tensor, kind: type[BlockT
             multiples = multiples * grid.scales[..., None]
         slope = _slope(*(_by_block(part, rows, blocks) for part in (groups, weights.expand_as(groups), multiples)))
         return replace(grid, scale=_halved(slope[..., 0], grid.scale))
+    assert grid.minimum is not None
     multiples = codes if grid.scales is None else codes * grid.scales[..., None]
     ones = torch.ones_like(codes) if grid.minima is None else (grid.minima[..., None] * torch.ones_like(codes))
     target, weight, first, second = (

@@ -4,6 +4,7 @@ Source: github.com/ggml-org/ggml, whose Python package `gguf` dequantizes the sa
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,8 +31,7 @@ class BlockGrid:
 
     def where(self, rows: Tensor, other: "BlockGrid") -> "BlockGrid":
         """The other grid in the rows that are true in rows (R,), and this one in all others."""
-        pairs = zip(_parts(self), _parts(other), strict=True)
-        return BlockGrid(*(None if a is None or b is None else torch.where(rows[:, None], b, a) for a, b in pairs))  # type: ignore[arg-type]
+        return combined([self, other], lambda pair: torch.where(rows[:, None], pair[1], pair[0]))
 
     def offsets(self) -> Tensor | None:
         """What is subtracted from the product of code and step, (R, G) float32; None where the type has no minimum."""
@@ -77,7 +77,7 @@ class BlockType(ABC):
         """Blocks (R, bytes of a row) uint8 from codes (R, C) uint8 and their scales."""
         rows, columns = codes.shape
         blocks = columns // cls.columns
-        flat = BlockGrid(*(None if part is None else part.reshape(rows * blocks, -1) for part in _parts(grid)))  # type: ignore[arg-type]
+        flat = combined([grid], lambda part: part[0].reshape(rows * blocks, -1))
         return torch.cat(cls._pack(codes.reshape(rows * blocks, -1), flat), dim=1).view(rows, -1)
 
     @classmethod
@@ -85,9 +85,7 @@ class BlockType(ABC):
         """Codes (R, C) uint8 and scales from blocks (R, bytes of a row)."""
         rows = len(stored)
         codes, grid = cls._unpack(stored.reshape(-1, cls.nbytes))
-        return codes.view(rows, -1), BlockGrid(
-            *(None if part is None else part.view(rows, -1) for part in _parts(grid))
-        )  # type: ignore[arg-type]
+        return codes.view(rows, -1), combined([grid], lambda part: part[0].view(rows, -1))
 
     @classmethod
     def dequantize(cls, stored: Tensor) -> Tensor:
@@ -111,8 +109,19 @@ class BlockType(ABC):
         """Codes (N, columns of a block) and scales of blocks (N, nbytes)."""
 
 
-def _parts(grid: BlockGrid) -> tuple[Tensor | None, ...]:
-    return grid.scale, grid.minimum, grid.scales, grid.minima
+def combined(grids: Sequence[BlockGrid], combine: Callable[[list[Tensor]], Tensor]) -> BlockGrid:
+    """The grid whose parts `combine` makes of those of some grids."""
+
+    def of(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return combine(present) if present else None
+
+    return BlockGrid(
+        combine([grid.scale for grid in grids]),
+        of([grid.minimum for grid in grids]),
+        of([grid.scales for grid in grids]),
+        of([grid.minima for grid in grids]),
+    )
 
 
 def pack_bits(codes: Tensor, bits: int, width: int) -> Tensor:
