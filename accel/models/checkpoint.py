@@ -263,7 +263,8 @@ class Checkpoint:
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file, raw in sorted(self._headers):
             digest.update(file.encode() + b"\0" + raw)
-        for _, stored in sorted({**self._stored, **self._blocks}.items()):
+        places: dict[str, Stored | GgufTensor] = {**self._stored, **self._blocks}
+        for _, stored in sorted(places.items()):
             last = max(0, stored.nbytes - _STRIP_BYTES)
             for offset in (0, last // 2, last):
                 digest.update(stored.strip(offset, _STRIP_BYTES))

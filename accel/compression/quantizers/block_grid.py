@@ -119,7 +119,7 @@ def _search(groups: Tensor, weights: Tensor, kind: type[BlockType]) -> tuple[Ten
         for fitted in ((steps, offsets), _fit(groups, weights, codes, kind)):
             loss, _ = _loss(groups, weights, kind, *fitted)
             if best is None:
-                best_steps, best_offsets, best = *fitted, loss
+                (best_steps, best_offsets), best = fitted, loss
                 continue
             better = loss < best
             best = torch.where(better, loss, best)

@@ -222,6 +222,7 @@ class GPTQ(Quantizer[Factor]):
                     corrected = target[last - size : last] + carried[last - size - start : last - start]
                     group = groups[last - 1]
                     corrected.masked_fill_(prepared.dead[last - size : last, None], 0.0)
+                    assert not isinstance(scheme, AffineGrid), "its steps are given"
                     scales[group], zeros[group] = self._group_grid(corrected.T, scheme, dtype)
                 for k in range(last - 1, first - 1, -1):
                     value_to_round = target[k] + carried[k - start]

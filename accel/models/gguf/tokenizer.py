@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 # Types of entries.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # llama.cpp's names by the steps of a tokenizer.json; those that split by one expression are transformers' table.
-_BY_STEPS = {(("ByteLevel", True),): "gpt-2", (("Digits", True), ("ByteLevel", True)): "smollm"}
+_BY_STEPS: dict[tuple[tuple[object, object], ...], str] = {
+    (("ByteLevel", True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+}
 _PREFERRED = ("llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
 _SCORELESS = -1e6
 

@@ -92,6 +92,7 @@ class GgmlLevel(Level):
 
     def check_method(self, method: Method) -> None:
         """UserError where the quantizer cannot round to block types."""
+        assert isinstance(method, Quantizer)
         if type(method).quantize_blocks is Quantizer.quantize_blocks:
             raise UserError(
                 f"level {self.name} cannot be made by {type(method).__name__}: use gptq or round_to_nearest"
