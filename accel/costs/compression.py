@@ -11,8 +11,9 @@ from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import outer_shards
+from hasten.accel.compression.outputs.gguf import GgufOptions
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
-from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, level_tensors
+from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, gguf_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
 from hasten.accel.costs.model import Model, with_retained
 from hasten.accel.costs.ranks import DEEPSPEED_BYTES, Ranks
@@ -35,7 +36,8 @@ class Pass:
     of nodes with workers. propagates: whether the next block is calibrated on the compressed block's outputs. staged:
     whether it is, and layers on outputs of compressed layers of their own block as well. ranks: division of every
     block over a group of calibrators, of which `workers` counts each; None where each has whole blocks. all_experts:
-    whether the statistics of every expert are of all tokens.
+    whether the statistics of every expert are of all tokens. gguf: options of the GGUF file that is written; None for a
+    checkpoint.
     """
 
     model: Model
@@ -55,6 +57,7 @@ class Pass:
     staged: bool = True
     ranks: Ranks | None = None
     all_experts: bool = False
+    gguf: GgufOptions | None = None
 
     @property
     def load_share(self) -> float:
@@ -88,11 +91,7 @@ class Pass:
 
 def estimate(work: Pass, rates: Rates) -> Estimate:
     """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
-    written = (
-        checkpoint_files(work.model.architecture, work.layer_groups)
-        if work.levels is None
-        else database_files(work.model.architecture, work.layer_groups, work.levels)
-    )
+    written = _written(work)
     packed = max(sum(_packed_bytes(work, group) for group in groups) for groups in work.layer_groups)
     sums = max(_sums_bytes(stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
     return Estimate(
@@ -103,6 +102,14 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         written=written,
         notes=_guesses(work),
     )
+
+
+def _written(work: Pass) -> dict[str, int]:
+    """Bytes of the output's files."""
+    architecture, groups = work.model.architecture, work.layer_groups
+    if work.levels is not None:
+        return database_files(architecture, groups, work.levels)
+    return checkpoint_files(architecture, groups) if work.gguf is None else gguf_files(architecture, groups, work.gguf)
 
 
 def sent_sums(chunks: int, workers: int, cut: int = 0) -> int:
@@ -140,7 +147,9 @@ def _packed_bytes(work: Pass, group: Group) -> int:
     total = 0
     for layer in group.layers:
         itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
-        if work.levels is None:
+        if work.gguf is not None:
+            total += sum(size for *_, size in level_tensors(layer, group.level, itemsize))
+        elif work.levels is None:
             total += sum(size for *_, size in checkpoint_tensors(layer, group.level, itemsize))
         else:
             levels = _levels(work, group)

@@ -12,6 +12,7 @@ from hasten.accel.compression.formats.base import StoredTensor
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
+from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions
 from hasten.accel.models.architecture import Architecture, Layer
 
 # (name, dtype by its safetensors name, shape, bytes) of every tensor.
@@ -101,6 +102,21 @@ def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence
     small += _config_bytes(architecture, layer_groups) + copied_bytes(checkpoint.path)
     outside = sum(map(safetensors_bytes, outer)) + packed
     return {"blocks": blocks, "embedding and head": outside, "small files": small}
+
+
+def gguf_files(
+    architecture: Architecture, layer_groups: Sequence[Sequence[Group]], options: GgufOptions
+) -> dict[str, int]:
+    """Bytes of a GGUF file, and of the files of the blocks that it is assembled from."""
+    folder = GgufFolder(Path("planned"), architecture, layer_groups, options)
+    blocks, small = 0, _CODE_BYTES + copied_bytes(architecture.checkpoint.path)
+    for groups in layer_groups:
+        layers = [(layer, group.level) for group in groups for layer in group.layers]
+        itemsizes = [architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize for layer, _ in layers]
+        tensors = [level_tensors(*pair, itemsize) for pair, itemsize in zip(layers, itemsizes, strict=True)]
+        blocks += safetensors_bytes([tensor for part in tensors for tensor in part])
+        small += _FACTS_BYTES * len(layers)
+    return {"GGUF file": folder.nbytes, "blocks": blocks, "small files": small}
 
 
 def database_files(

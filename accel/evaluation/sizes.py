@@ -19,7 +19,7 @@ class Sizes:
 
     weights, stored_bytes: number of weights and bytes of the quantized layers. block_weights, block_bytes: of those
     inside the blocks, that is, without output layer and embedding. total_weights, total_bytes: the same of
-    all tensors. disk_bytes: size of all safetensors files.
+    all tensors. disk_bytes: size of all files with weights.
     """
 
     weights: int
@@ -62,7 +62,7 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
         count, size = math.prod(checkpoint.shape(name)), checkpoint.stored_bytes(name)
         total_weights += count
         total_bytes += size
-        if checkpoint.quantization(name) is not None:
+        if checkpoint.is_quantized(name):
             weights += count
             stored += size
             if not is_outer(name):
@@ -72,5 +72,6 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    """Bytes of a folder's safetensors files, or of its GGUF file."""
+    files = [*Path(folder).glob("*.safetensors")] or [*Path(folder).glob("*.gguf")]
+    return sum(file.stat().st_size for file in files)

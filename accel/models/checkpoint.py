@@ -11,6 +11,10 @@ from torch import Tensor
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.expert_names import model_types, unfused
+from hasten.accel.models.gguf.place import GgufTensor
+from hasten.accel.models.gguf.source import FILE as GGUF_FILE
+from hasten.accel.models.gguf.source import folder_of as gguf_folder
+from hasten.accel.models.gguf.source import read_places
 from hasten.accel.models.packed import CompressedWeight
 from hasten.accel.models.quantized import CHECKED_BYTES, QuantizedTensor
 from hasten.accel.models.shards import Place, Stored, read_header
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDED = "embedded:"
+_GGUF = ".gguf"
 # Types of weights.
 _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
@@ -37,7 +42,7 @@ _HUB_DUPLICATES = ["consolidated*", "original/*", "*.gguf"]
 
 
 def resolve(model: str, weights: bool = True) -> Path:
-    """Local folder of a model: `embedded:target`, a folder, or a name on the hub, which is downloaded.
+    """Local folder of a model: `embedded:target`, a folder, a GGUF file, or a name on the hub, which is downloaded.
 
     weights: whether to download the weights, too. UserError where there is no such model.
     """
@@ -52,8 +57,10 @@ def resolve(model: str, weights: bool = True) -> Path:
     path = Path(model).expanduser()
     if model and path.is_dir():
         return path
+    if model and path.suffix == _GGUF and path.is_file():
+        return gguf_folder(path)
     if model and path.exists():
-        raise UserError(f"model={model!r} is a file: give the folder of a checkpoint")
+        raise UserError(f"model={model!r} is a file: give the folder of a checkpoint, or a GGUF file")
     right = "give a checkpoint folder, a hub name such as org/name, or embedded:target"
     # A name whose first part is a local folder was meant as a path.
     if model.count("/") != 1 or model[0] in "./~" or model.endswith("/") or path.parent.is_dir():
@@ -74,7 +81,7 @@ def _download(name: str, right: str, weights: bool) -> Path:
 
 
 class Checkpoint:
-    """Tensors of a transformers checkpoint in safetensors, by their logical names (see models.expert_names).
+    """Tensors of a checkpoint in safetensors or GGUF, by their logical names (see models.expert_names).
 
     Making one reads only config.json, the index and the headers; UserError names the file or the tensor where they do
     not fit together. Fused experts appear as separate tensors, and a quantized weight appears as the dequantized one
@@ -88,7 +95,11 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._headers: list[tuple[str, bytes]] = []
         self._stored: dict[str, Stored] = {}
-        for file, names in _shards(self.path).items():
+        self._blocks: dict[str, GgufTensor] = {}
+        if (self.path / GGUF_FILE).is_file() and not _has_safetensors(self.path):
+            raw, self._blocks = read_places(self.path / GGUF_FILE, self.config)
+            self._headers.append((GGUF_FILE, raw))
+        for file, names in () if self._blocks else _shards(self.path).items():
             raw, places = read_header(self.path / file)
             self._headers.append((file, raw))
             absent = [name for name in names if name not in places]
@@ -105,7 +116,7 @@ class Checkpoint:
         if self.quantized_by is not None:
             quantized, claimed = self.quantized_by.tensors(self._stored)
             stored = {name: place for name, place in stored.items() if name not in claimed} | quantized
-        return unfused(stored, model_types(self.config))
+        return {**self._blocks, **unfused(stored, model_types(self.config))}
 
     def _check_dtypes(self) -> None:
         """UserError where a weight or bias is stored in a type that no job reads; buffers may have any type."""
@@ -158,6 +169,11 @@ class Checkpoint:
         """Whether a tensor is a weight in packed integers, which `packed` reads as it is stored."""
         place = self._places.get(name)
         return isinstance(place, CompressedWeight) and place.is_packed
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantized."""
+        place = self._places.get(name)
+        return isinstance(place, QuantizedTensor) or (isinstance(place, GgufTensor) and place.is_quantized)
 
     def quantization(self, name: str) -> "QuantizationArgs | None":
         """compressed-tensors' QuantizationArgs of a quantized weight; None for a plain tensor."""
@@ -235,8 +251,8 @@ class Checkpoint:
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file, raw in sorted(self._headers):
             digest.update(file.encode() + b"\0" + raw)
-        for name in sorted(self._stored):
-            stored = self._stored[name]
+        places: dict[str, Stored | GgufTensor] = {**self._stored, **self._blocks}
+        for _, stored in sorted(places.items()):
             last = max(0, stored.nbytes - _STRIP_BYTES)
             for offset in (0, last // 2, last):
                 digest.update(stored.strip(offset, _STRIP_BYTES))
@@ -259,6 +275,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: it must hold a JSON object")
     return content
+
+
+def _has_safetensors(path: Path) -> bool:
+    return (path / _SINGLE).is_file() or (path / _INDEX).is_file()
 
 
 def _shards(path: Path) -> dict[str, list[str]]:

@@ -109,7 +109,8 @@ class Calibrator:
             if isinstance(task.output, LevelDatabase):
                 facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
             else:
-                tensors, rows = solve_for_checkpoint(group, task.checkpoint, ready, settings.device)
+                packed_form = settings.gguf is not None
+                tensors, rows = solve_for_checkpoint(group, task.checkpoint, ready, settings.device, packed_form)
                 packed |= tensors
                 facts += rows
         return packed, facts, perf_counter() - started

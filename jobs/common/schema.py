@@ -53,7 +53,16 @@ ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts 
 WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 GROUP_SIZE = "input columns that share a scale; auto is the largest of 128, 64 and 32 that divides the layer's columns"
-MODEL = "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), or a name on the Hugging Face hub"
+MODEL = (
+    "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), a GGUF file, or a name on the "
+    "Hugging Face hub"
+)
+FORMATS = ("compressed_tensors", "gguf")
+FORMAT = (
+    "what is written: a checkpoint for transformers and vLLM, or model.gguf for llama.cpp, for which bits stand for "
+    "q2_k, q3_k, q4_k, q5_k, q6_k and q8_0"
+)
+_GGUF_TYPE = "a level such as q6_k, or f16, bf16, f32"
 GATE = (
     "limits that end the run with exit code 3 where they are not kept, on metrics of the report (kl, top1, perplexity, "
     "bits, …) or on the change of a task of lm-eval against the original: 'gate=[kl<0.05,top1>0.9,task:arc_easy>-0.01]'"
@@ -175,6 +184,19 @@ class Run:
     )
     seed: int = option(0, "seed of everything random that has no seed of its own", at_least=0)
     tracking: Tracking = section(Tracking)
+
+
+@dataclass
+class GgufFile:
+    """The GGUF file that format=gguf writes."""
+
+    output_type: str = option(
+        "q6_k", f"type of the output layer, and of the embedding where both are one tensor: {_GGUF_TYPE}"
+    )
+    embedding_type: str = option("q6_k", f"type of the embedding: {_GGUF_TYPE}")
+    pre_tokenizer: str | None = option(
+        None, "llama.cpp's name of how the tokenizer splits text, such as llama-bpe; null finds it in tokenizer.json"
+    )
 
 
 @dataclass

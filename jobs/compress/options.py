@@ -5,12 +5,15 @@ from typing import Any
 
 from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.jobs.common.schema import (
+    FORMAT,
+    FORMATS,
     GATE,
     GROUP_SIZE,
     MODEL,
     Calibrated,
     CalibratorGroup,
     Evaluation,
+    GgufFile,
     group,
     option,
     section,
@@ -32,6 +35,7 @@ class CompressConfig(Calibrated):
         "level by its name, such as w4g128, c2.5 or s50; null is scheme, or else the level of bits, group_size and "
         "symmetric; levels that no loader reads are stored dense, and bits_per_weight still counts their packed size",
     )
+    format: str = option("compressed_tensors", FORMAT, choices=FORMATS)
     quantizer: dict[str, Any] = group("method that quantizes a layer")
     column_quantizer: dict[str, Any] = group("method for levels with bits per column, like c2.5")
     pruner: dict[str, Any] = group("method that prunes a layer, for levels like s50")
@@ -57,5 +61,6 @@ class CompressConfig(Calibrated):
     output: str | None = option(None, "folder of the compressed checkpoint; null is runs/models/NAME", path="out")
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     gate: list[str] = option([], GATE)
+    gguf: GgufFile = section(GgufFile)
     evaluation: Evaluation = section(Evaluation)
     target_group: CalibratorGroup = section(CalibratorGroup)

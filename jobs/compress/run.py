@@ -14,6 +14,7 @@ from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
+from hasten.accel.compression.outputs.gguf import GgufFolder
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows
@@ -35,12 +36,13 @@ from hasten.jobs.common.calibration import (
 )
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
+from hasten.jobs.common.gguf import gguf_options, level_of_bits, print_gguf
 from hasten.jobs.common.loading import loader_of, print_loader
 from hasten.jobs.common.plots import error_per_layer, seconds_per_block
 from hasten.jobs.common.quality import FIGURES, measured, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import plain
+from hasten.jobs.common.schema import FORMATS, plain
 from hasten.jobs.common.target_group import block_division
 from hasten.jobs.common.texts import Texts, print_texts
 from hasten.jobs.compress.options import CompressConfig
@@ -87,6 +89,7 @@ def run(config: CompressConfig) -> Path:
 def make_settings(config: CompressConfig, source: Path) -> Settings:
     """Settings of the calibration pass that compresses a checkpoint."""
     quantizer, column_quantizer, pruner = map(build, (config.quantizer, config.column_quantizer, config.pruner))
+    gguf = gguf_options(config.format, config.gguf, config.head_bits, config.embedding_bits)
     level, suffix = _level(config)
     method = level.method_of([quantizer, column_quantizer, pruner])
     name = f"{source.name}-{type(method).__name__.lower()}-{suffix}"
@@ -98,7 +101,8 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
         column_quantizer=column_quantizer,
         pruner=pruner,
         level=level,
-        outer=_outer_levels(config, level),
+        outer=OuterLevels() if gguf else _outer_levels(config, level),
+        gguf=gguf,
     )
 
 
@@ -116,6 +120,9 @@ def _level(config: CompressConfig) -> tuple[Level, str]:
         return parse_level(SCHEMES[config.scheme]), config.scheme
     if config.level is not None:
         level = parse_level(config.level)
+        return level, level.name
+    if config.format == FORMATS[1]:
+        level = parse_level(level_of_bits(config.bits))
         return level, level.name
     suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
     return GridLevel(Scheme(config.bits, config.group_size, config.symmetric)), suffix
@@ -142,7 +149,7 @@ def _evaluate(config: CompressConfig, settings: Settings, windows: Windows, divi
 
 def _report(config: CompressConfig, compression: CalibrationPass, metrics: Record, seconds: float) -> Record:
     output, done = compression.task.output, compression.report
-    assert isinstance(output, OutputFolder)
+    assert isinstance(output, OutputFolder | GgufFolder)
     layers = [row for block in range(len(compression.task.layer_groups)) for row in output.facts(block)]
     stored = sizes(Checkpoint(output.path)).metrics()
     if not compression.task.settings.level.is_loaded_packed:
@@ -171,6 +178,7 @@ def _report(config: CompressConfig, compression: CalibrationPass, metrics: Recor
         "expert_tokens": expert_tokens(compression.task.layer_groups, layers, config.calibration.expert_tokens),
         "group_sizes": groups,
         "loader": loader_of(output.path),
+        "types": output.type_bytes() if isinstance(output, GgufFolder) else None,
         "output": str(output.path),
     }
 
@@ -190,6 +198,8 @@ def _print_summary(report: Record) -> None:
         f"{metrics['bits_per_weight']:.3f} bits per quantized weight"
     )
     print_loader(report["loader"])
+    if report["types"]:
+        print_gguf(report["output"])
     if report["group_sizes"]:
         print(f"group sizes: {described(report['group_sizes'])}")
     if metrics["kl_divergence"] is not None:

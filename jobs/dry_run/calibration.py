@@ -42,4 +42,5 @@ def calibration_pass(
         staged=config.propagate == "sequential",
         ranks=ranks,
         all_experts=config.calibration.all_experts,
+        gguf=settings.gguf,
     )

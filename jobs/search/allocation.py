@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hasten.accel.compression.allocators.budgets import allocate, check_allocato
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.compression.allocators.grouping import mixed_modules
 from hasten.accel.compression.levels import units
-from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
+from hasten.accel.compression.levels.assemble import mixed_gguf, mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.units import dropped_parts, layer_levels
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
@@ -32,9 +32,11 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, method_names, target_of
 from hasten.jobs.common.calibration import open_output, original
 from hasten.jobs.common.cluster import worker_resources
+from hasten.jobs.common.gguf import gguf_options, levels_of_bits
 from hasten.jobs.common.plots import level_map
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.quality import measured
+from hasten.jobs.common.schema import FORMATS
 from hasten.jobs.common.texts import Texts, recorded_origin
 from hasten.jobs.levels.run import DatabaseBuild
 from hasten.jobs.search.budget import SearchBudget
@@ -61,6 +63,8 @@ class Search:
     def __init__(self, config: SearchConfig) -> None:
         if not config.budget or len(set(config.budget)) < len(config.budget):
             raise UserError(f"budget={config.budget} is wrong: expected one or more different values")
+        self._gguf = gguf_options(config.format, config.gguf, config.head_bits, config.embedding_bits)
+        config = with_levels_of_format(config)
         self._config = config
         self._name = _name(str(config.allocator["_target_"]))
         self._allocator: AllocationMethod = build(config.allocator)
@@ -126,7 +130,7 @@ class Search:
         genome = self._genomes[self._name, budget]
         assignment = {unit.name: unit.choices[index].level for unit, index in zip(units, genome, strict=True)}
         levels, dropped = layer_levels(units, assignment), dropped_parts(units, assignment)
-        mixed = mixed_modules(levels)
+        mixed = [] if self._gguf else mixed_modules(levels)
         if mixed:
             _LOG.warning(
                 "%d modules that vLLM and SGLang fuse (q/k/v, gate/up) have layers of several levels, first %s: these "
@@ -134,8 +138,14 @@ class Search:
                 len(mixed),
                 mixed[0],
             )
-        folder = mixed_output(self._architecture, self.database, levels, output, dropped)
+        folder = (
+            mixed_output(self._architecture, self.database, levels, output, dropped)
+            if self._gguf is None
+            else mixed_gguf(self._architecture, self.database, levels, output, self._gguf, dropped)
+        )
         fingerprint = {"levels": digest(self.database.fingerprint), "assignment": digest(assignment)}
+        if self._gguf is not None:
+            fingerprint["gguf"] = digest(asdict(self._gguf))
         open_output(folder, fingerprint, self._config.overwrite, self.texts.origin)
         try:
             with Progress(f"write {output.name}", self._architecture.num_blocks, "block") as progress:
@@ -310,6 +320,16 @@ class Search:
             "seed": config.seed,
             "dtype": str(self._measurer.dtype),
         }
+
+
+def with_levels_of_format(config: SearchConfig) -> SearchConfig:
+    """The options for the format: llama.cpp fuses no layers, and bits stand for its types where schemes gives none."""
+    if config.format != FORMATS[1]:
+        return config
+    config = replace(config, grouping="none")
+    if config.levels:
+        return config
+    return replace(config, bits=[], schemes=config.schemes or levels_of_bits(config.bits, config.reference))
 
 
 def _name(target: str) -> str:

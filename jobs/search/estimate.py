@@ -13,12 +13,14 @@ from hasten.jobs.cli.methods import build, method_names, target_of
 from hasten.jobs.dry_run.evaluation import quality
 from hasten.jobs.dry_run.setting import Setting
 from hasten.jobs.levels.estimate import levels_pass
+from hasten.jobs.search.allocation import with_levels_of_format
 from hasten.jobs.search.budget import SearchBudget
 from hasten.jobs.search.options import SearchConfig
 
 
 def estimate(config: SearchConfig, setting: Setting) -> Estimate:
     """Cost of the level database, unless it exists, of the search, and of writing and evaluating each checkpoint."""
+    config = with_levels_of_format(config)
     work = levels_pass(config, setting)
     model, budgets = work.model, config.budget
     checkpoint = model.architecture.checkpoint

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.jobs.common.schema import GATE, SOURCE, Evaluation, group, option, section
+from hasten.jobs.common.schema import FORMAT, FORMATS, GATE, SOURCE, Evaluation, GgufFile, group, option, section
 from hasten.jobs.levels.options import LevelOptions
 
 
@@ -41,6 +41,7 @@ class Latency:
 class SearchConfig(LevelOptions):
     """Spread a budget of bits over the layers: build the levels, choose among them, write the checkpoint; resumable."""
 
+    format: str = option("compressed_tensors", FORMAT, choices=FORMATS)
     budget: list[float] = option(
         [3.2],
         "average bits per quantized weight, scales included, or what budget_unit says; a list adds a table that "
@@ -57,7 +58,8 @@ class SearchConfig(LevelOptions):
     allocator: dict[str, Any] = group("method that gives each layer a level within the budget")
     grouping: str = option(
         "serving",
-        "layers that share a level: with serving those that servers fuse (q/k/v, gate/up, experts)",
+        "layers that share a level: with serving those that servers fuse (q/k/v, gate/up, experts), of which there are "
+        "none with format=gguf",
         choices=("none", "serving"),
     )
     keep: bool = option(False, "layers may also stay uncompressed, at the bits of the checkpoint")
@@ -83,4 +85,5 @@ class SearchConfig(LevelOptions):
     overwrite: bool = option(False, "discard the output of an earlier run and start again")
     search: SearchTokens = section(SearchTokens)
     gate: list[str] = option([], GATE)
+    gguf: GgufFile = section(GgufFile)
     evaluation: Evaluation = section(Evaluation)

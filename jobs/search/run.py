@@ -11,13 +11,14 @@ from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.arithmetic import resolve_device
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.gates import check_gates, compared_tasks, judge, print_gates
+from hasten.jobs.common.gguf import print_gguf
 from hasten.jobs.common.loading import loader_of, print_loader
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import level_map, pareto
 from hasten.jobs.common.quality import FIGURES, print_warnings, quality_warnings
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import plain
+from hasten.jobs.common.schema import FORMATS, plain
 from hasten.jobs.common.texts import print_texts
 from hasten.jobs.search.allocation import Search, WrittenCheckpoint
 from hasten.jobs.search.options import SearchConfig
@@ -97,6 +98,8 @@ def _print_summary(report: Record) -> None:
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
         print_loader(answer["loader"])
+        if report["config"]["format"] == FORMATS[1]:
+            print_gguf(answer["output"])
     if report["pareto"]:
         rows = [
             [

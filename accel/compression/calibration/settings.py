@@ -17,6 +17,7 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions, options_of
 from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
@@ -41,7 +42,8 @@ class Settings:
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
     all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
-    outer: levels of output layer and embedding.
+    outer: levels of output layer and embedding. gguf: options of the GGUF file that is written in place of a checkpoint
+    in `format`; None for the checkpoint.
     """
 
     checkpoint: Path
@@ -64,6 +66,7 @@ class Settings:
     expert_tokens: int = 128
     all_experts: bool = False
     outer: OuterLevels = field(default_factory=OuterLevels)
+    gguf: GgufOptions | None = None
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -136,7 +139,7 @@ class Settings:
             "outer": self.outer.names() if self.outer else None,
             "torch": torch.__version__,
             "code": self.code(),
-        }
+        } | ({} if self.gguf is None else {"gguf": options_of(self.gguf)})
 
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
@@ -154,11 +157,13 @@ class Task:
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.architecture.all_experts = settings.all_experts
         self.layer_groups = all_groups(self.architecture, settings)
-        self.output: OutputFolder | LevelDatabase
+        self.output: OutputFolder | GgufFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
             self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
+        elif settings.gguf is not None:
+            self.output = GgufFolder(settings.output, self.architecture, self.layer_groups, settings.gguf)
         else:
             self._check_experts()
             self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)

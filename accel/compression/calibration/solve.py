@@ -89,11 +89,20 @@ def solve_group(
 
 
 def solve_for_checkpoint(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], device: str = "cpu"
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    device: str = "cpu",
+    packed_form: bool = False,
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
-    """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts."""
+    """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts.
+
+    packed_form: tensors as a level database has them, for outputs that are no checkpoints of transformers.
+    """
     solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
-    packed = {name: level.checkpoint_tensors(level.pack(weight)) for name, weight in solved.weights.items()}
+    packed = {name: level.pack(weight) for name, weight in solved.weights.items()}
+    if not packed_form:
+        packed = {name: level.checkpoint_tensors(stored) for name, stored in packed.items()}
     return packed, solved.facts
 
 

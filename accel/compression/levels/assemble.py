@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import DROP
+from hasten.accel.compression.allocators.base import BLOCK, DROP
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.calibration.outer import at_level, is_outer
 from hasten.accel.compression.formats.base import LoaderScheme
@@ -17,6 +17,7 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import ZEROS, Depth, Zeros, is_last, make_depth, make_zeros
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
+from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions
 from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
@@ -39,6 +40,54 @@ class MixedOutput(OutputFolder):
         self.architecture = architecture
         self.depth = depth
         self.zeros = {layer_zeros.layer.name: layer_zeros for layer_zeros in zeros}
+
+
+class MixedGguf(GgufFolder):
+    """Folder of an assembled GGUF file. depth: the blocks that are written."""
+
+    def __init__(
+        self,
+        path: Path,
+        architecture: Architecture,
+        layer_groups: list[list[Group]],
+        depth: Depth,
+        options: GgufOptions,
+    ) -> None:
+        super().__init__(path, architecture, layer_groups, options, depth.kept)
+        self.architecture = architecture
+        self.depth = depth
+
+
+def mixed_gguf(
+    architecture: Architecture,
+    database: LevelDatabase,
+    levels: Mapping[str, str],
+    path: Path,
+    options: GgufOptions,
+    dropped: Mapping[int, Collection[str]] = _NOTHING,
+) -> MixedGguf:
+    """Folder for the GGUF file with these levels; see mixed_output. Only whole blocks can be dropped."""
+    if any(kind != BLOCK for kinds in dropped.values() for kind in kinds):
+        raise UserError("drop=[attention] and drop=[mlp] leave blocks that llama.cpp has no form for: use drop=[block]")
+    if is_outer(database.layer_groups[-1]):
+        raise UserError(
+            f"levels={database.path} has levels of output layer or embedding, which have types of their own in a GGUF "
+            "file: build the levels without head_bits and embedding_bits"
+        )
+    depth = make_depth(architecture, dropped)
+    layer_groups: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
+    for block in depth.kept:
+        for group in database.layer_groups[block]:
+            known = dict(database.levels_of(group))
+            shared: dict[str, list[Layer]] = {}
+            for layer in group.layers:
+                name = levels.get(layer.name, KEEP)
+                if name != KEEP:
+                    shared.setdefault(name, []).append(layer)
+            layer_groups[block] += [
+                replace(group, layers=tuple(layers), level=known[name]) for name, layers in shared.items()
+            ]
+    return MixedGguf(path, architecture, layer_groups, depth, options)
 
 
 def mixed_output(
@@ -84,7 +133,7 @@ def mixed_output(
 
 
 def write_mixed(
-    output: MixedOutput,
+    output: MixedOutput | MixedGguf,
     database: LevelDatabase,
     levels: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
@@ -98,6 +147,7 @@ def write_mixed(
     for block, groups in enumerate(database.layer_groups):
         layers = [layer for group in groups for layer in group.layers]
         if is_outer(groups):
+            assert isinstance(output, MixedOutput), "a GGUF file has other types for these matrices"
             facts += _outer(output, database, levels, block, layers)
         elif block not in output.depth.kept:
             facts += [_dropped(block, layer, None) for layer in layers]
@@ -112,17 +162,20 @@ def write_mixed(
     return facts
 
 
-def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[str, str], block: int) -> None:
+def _write_block(
+    output: MixedOutput | MixedGguf, database: LevelDatabase, levels: Mapping[str, str], block: int
+) -> None:
+    read = database.checkpoint_tensors if isinstance(output, MixedOutput) else database.parts
     packed: dict[str, dict[str, Tensor]] = {}
     facts = []
     for layer in output.architecture.linears(block):
         name, level = layer.name, levels.get(layer.name, KEEP)
-        if name in output.zeros:
+        if isinstance(output, MixedOutput) and name in output.zeros:
             zeros = output.zeros[name]
             packed[name] = zeros.parts(output.architecture.checkpoint, output.format)
             facts.append(_dropped(block, layer, zeros))
         elif level != KEEP:
-            packed[name] = database.checkpoint_tensors(name, level)
+            packed[name] = read(name, level)
             facts.append(database.facts(name)[level])
     output.write_block(block, packed, facts)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.formats.base import LoaderScheme, StoredTensor
+from hasten.accel.compression.formats.ggml.base import BlockType
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost
@@ -96,6 +97,10 @@ class Level(ABC):
     @property
     def loader_scheme(self) -> LoaderScheme | None:
         """How transformers and vLLM load the codes; None where checkpoints hold the layer dense."""
+        return None
+
+    def ggml_type(self, columns: int) -> type[BlockType] | None:
+        """llama.cpp's type of a layer with this many columns; None where it has none for this level."""
         return None
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

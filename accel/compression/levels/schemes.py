@@ -16,4 +16,6 @@ SCHEMES = {
     "mxfp4a16": "mxfp4a16",
     "nvfp4": "nvfp4",
     "nvfp4a16": "nvfp4a16",
+    # llama.cpp's.
+    **{name: name for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")},
 }

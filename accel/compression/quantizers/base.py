@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.quantizers.columns import STEPS
 from hasten.accel.compression.result import Result
@@ -330,3 +331,11 @@ class Quantizer(Method[P]):
     @abstractmethod
     def quantize(self, weight: Tensor, prepared: P, scheme: WeightScheme) -> Result[QuantizedWeight]:
         """Quantize weight (R, C), in the checkpoint's dtype; prepared comes from prepare()."""
+
+    def quantize_blocks(self, weight: Tensor, prepared: P, kind: type[BlockType]) -> Result[BlockWeight]:
+        """Quantize weight (R, C) to one of ggml's block types, which level kinds ask for; not every method can."""
+        raise NotImplementedError
+
+    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost | None:
+        """Cost of prepare() and of quantize_blocks; None where the method does not state it."""
+        return None

@@ -19,7 +19,9 @@ from torch import Tensor
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.calibration.statistics import Hessian
+from hasten.accel.compression.formats.ggml.base import BlockGrid, BlockType, BlockWeight
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
+from hasten.accel.compression.quantizers.block_grid import TRIED, AffineGrid, find_block_grid, fit_to_output
 from hasten.accel.compression.quantizers.grid import find_grid, is_in_range, over_rows
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import (
@@ -65,6 +67,21 @@ class _Solved:
 
     def _errors(self) -> Tensor:
         return over_rows(self.error.square().sum(0), self.tile, Tensor.sum)
+
+
+@dataclass(frozen=True)
+class _SolvedBlocks:
+    """The same in a block type. codes: (C, R). error: (R,), output error of every row."""
+
+    codes: Tensor
+    grid: BlockGrid
+    error: Tensor
+
+    def where_better(self, other: "_SolvedBlocks") -> "_SolvedBlocks":
+        """For every row the solution with the smaller error."""
+        better = other.error < self.error
+        codes, error = torch.where(better, other.codes, self.codes), torch.where(better, other.error, self.error)
+        return _SolvedBlocks(codes, self.grid.where(better, other.grid), error)
 
 
 @dataclass(frozen=True)
@@ -137,11 +154,42 @@ class GPTQ(Quantizer[Factor]):
         solve += scale_fits(layers, self.refits, layers.columns // scheme.columns(layers.columns))
         return factored_cost(layers, solve)
 
+    def quantize_blocks(self, weight: Tensor, prepared: Factor, kind: type[BlockType]) -> Result[BlockWeight]:
+        """Blocks of weight (R, C): factors of the scales are searched first, and block scales fitted to the codes.
+
+        An error in a column adds its square times that of the pivot to the output error, because later columns
+        compensate for the rest: the search weights errors so.
+        """
+        target = weight.float()[:, prepared.order].T.contiguous()  # (C, R)
+        importance = prepared.errors()[prepared.inverse_order(), 0].square()
+        grid = find_block_grid(without(weight, prepared.dead_columns), kind, importance)
+        best: _SolvedBlocks | None = None
+        for _ in range(max(1, self.refits)):
+            affine = AffineGrid.of(kind, grid)
+            solved = self._solve(target, prepared, affine, (affine.steps, affine.zeros), torch.float32)
+            if self.refits and prepared.is_known:
+                grid = fit_to_output(grid, kind, solved.codes, solved.error, prepared)
+            found = _SolvedBlocks(solved.codes, grid, solved.error.square().sum(0))
+            best = found if best is None else best.where_better(found)
+        assert best is not None
+        blocks = kind.encode(best.codes[prepared.inverse_order()].T.contiguous(), best.grid)
+        quantized = BlockWeight(kind, blocks, weight.dtype)
+        power = prepared.power(target)
+        stored = quantized.dequantize().to(weight.dtype).float()
+        error = prepared.power(target.sub_(stored[:, prepared.order].T))
+        return Result(quantized, error, power, prepared.notes, prepared.measures_output)
+
+    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:
+        """A search of the scales, a factorisation, and a solve of all columns for each fit of the block scales."""
+        solve = rounding(layers) + range_search(layers, TRIED) + column_visits(layers, max(1, self.refits))
+        fits = self.refits * (1 if kind.middle is not None else 2)
+        return factored_cost(layers, solve + scale_fits(layers, fits, layers.columns // kind.columns))
+
     def _solve(
         self,
         target: Tensor,
         prepared: Factor,
-        scheme: WeightScheme,
+        scheme: WeightScheme | AffineGrid,
         grid: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
     ) -> "_Solved":
@@ -174,6 +222,7 @@ class GPTQ(Quantizer[Factor]):
                     corrected = target[last - size : last] + carried[last - size - start : last - start]
                     group = groups[last - 1]
                     corrected.masked_fill_(prepared.dead[last - size : last, None], 0.0)
+                    assert not isinstance(scheme, AffineGrid), "its steps are given"
                     scales[group], zeros[group] = self._group_grid(corrected.T, scheme, dtype)
                 for k in range(last - 1, first - 1, -1):
                     value_to_round = target[k] + carried[k - start]

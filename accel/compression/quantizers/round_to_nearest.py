@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.inputs import Inputs, without
 from hasten.accel.compression.calibration.statistics import Hessian
+from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
+from hasten.accel.compression.quantizers.block_grid import TRIED, find_block_grid, round_to_blocks
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
@@ -45,3 +47,16 @@ class RoundToNearest(Quantizer[Inputs | None]):
     def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
         return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))
+
+    def quantize_blocks(self, weight: Tensor, prepared: Inputs | None, kind: type[BlockType]) -> Result[BlockWeight]:
+        """Blocks of weight (R, C); scales are searched in any case, by squared error times E[x²] of the column."""
+        inputs = prepared or Inputs(None)
+        importance = None if inputs.hessian is None else inputs.hessian.diagonal().to(weight.device)
+        grid = find_block_grid(weight, kind, importance)
+        quantized = BlockWeight(kind, kind.encode(round_to_blocks(weight, kind, grid), grid), weight.dtype)
+        error = inputs.power(weight.float() - quantized.dequantize().to(weight.dtype).float())
+        return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
+
+    def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:
+        """A search of the scales, and rounding."""
+        return MethodCost(rounding(layers) + range_search(layers, TRIED))

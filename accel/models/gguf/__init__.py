@@ -1,0 +1,1 @@
+"""GGUF files, in which llama.cpp keeps models: their names and metadata, reading and writing."""
