@@ -6,13 +6,15 @@ weights of one block at most.
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hooks import attention_path, attention_states, set_inputs
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, expert_sizes, is_fused
@@ -108,9 +110,13 @@ class Architecture:
         return self._arguments[length]
 
     def load_block(self, index: int) -> nn.Module:
-        """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
+        """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite.
+
+        Where the checkpoint's config says so, its layers round their inputs, and its attention keys and values.
+        """
         block = self._empty_block(index)
         self._fill_block(block, index)
+        self._round_as_stored(block, index)
         return block.eval()
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
@@ -138,6 +144,52 @@ class Architecture:
             parameter = block.get_submodule(path).weight
             assert isinstance(parameter, nn.Parameter)
             parameter.data = weight.to(parameter.device, parameter.dtype)
+
+    def round_inputs(self, block: nn.Module, roundings: Iterable[tuple[str, InputRounding | None]]) -> None:
+        """Set how layers of a block round their inputs. roundings: with the paths of the layers in the block."""
+        for path, rounding in roundings:
+            set_inputs(block.get_submodule(path), rounding)
+
+    def round_attention(self, block: nn.Module, roundings: Mapping[str, InputRounding]) -> None:
+        """Set how the attention of a block rounds its queries `q`, keys `k` and values `v`; others stay as they are."""
+        if roundings or attention_path(block) is not None:
+            states = attention_states(block)
+            on_device = {name: rounding.to(self.device) for name, rounding in roundings.items()}
+            states.query, states.key, states.value = (on_device.get(name) for name in "qkv")
+
+    def attention_name(self, index: int) -> str | None:
+        """Name in the checkpoint of the attention of a block; None where the block has none with a cache."""
+        path = attention_path(self._skeleton.blocks[index])
+        return None if path is None else f"{self._prefix}layers.{index}.{self._family.logical(path)}"
+
+    def attention_classes(self) -> list[str]:
+        """Names of the classes of the attentions that have a cache of keys and values."""
+        found = ((block, attention_path(block)) for block in self._skeleton.blocks)
+        return sorted({type(block.get_submodule(path)).__name__ for block, path in found if path is not None})
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether servers round inputs of some layers, or the states of attentions, of this checkpoint."""
+        return self.checkpoint.rounds_inputs
+
+    def _round_as_stored(self, block: nn.Module, index: int) -> None:
+        """Round in a loaded block what the checkpoint's config says."""
+        if not self.rounds_inputs:
+            return
+        self.round_inputs(
+            block,
+            (
+                (layer.module, rounding)
+                for layer in self.linears(index)
+                if (rounding := self.checkpoint.inputs(layer.name)) is not None
+            ),
+        )
+        name = self.attention_name(index)
+        if name is not None:
+            module = block.get_submodule(attention_path(block) or "")
+            roundings = self.checkpoint.attention(name, [cls.__name__ for cls in type(module).__mro__])
+            if roundings:
+                self.round_attention(block, roundings)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V], float32, of the last block's output [B, T, D]; for large vocabularies see output_layer."""
@@ -343,7 +395,19 @@ class Architecture:
         if project_out is not None:
             self._fill(project_out, f"{self._prefix}project_out.")
         rows, columns = self._skeleton.head.weight.shape
-        return OutputLayer(norm, project_out, read, (rows, columns), self.dtype, self._logit_cap, self.device)
+        name = self.head_name()
+        # A head that is not packed is none of the layers that the config describes, even if a class name matches it.
+        rounding = self.checkpoint.inputs(name.removesuffix(".weight")) if self.checkpoint.is_packed(name) else None
+        return OutputLayer(
+            norm,
+            project_out,
+            read,
+            (rows, columns),
+            self.dtype,
+            self._logit_cap,
+            self.device,
+            None if rounding is None else rounding.to(self.device),
+        )
 
 
 def _find(module: Any, path: str) -> Any:

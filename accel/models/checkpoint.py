@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.families import FAMILIES
 from hasten.accel.models.packed import COUNTED, GROUP_INDEX, PACKED, PARTS, Packing
@@ -156,6 +159,11 @@ class Checkpoint:
         """Whether some weights are packed."""
         return bool(self._packed)
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether servers round inputs of some layers, or keys and values, by the checkpoint's config."""
+        return self._packing is not None and self._packing.rounds_inputs
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; of a packed weight, the unpacked shape."""
         if name not in self._packed:
@@ -189,6 +197,28 @@ class Checkpoint:
         assert self._packing is not None
         scheme = self._packing.scheme(name.removesuffix(".weight"))
         return None if scheme is None else scheme.weights
+
+    def inputs(self, layer: str) -> InputRounding | None:
+        """How servers round the inputs of a layer; None where they do not."""
+        scheme = None if self._packing is None else self._packing.inputs(layer)
+        if scheme is None:
+            return None
+        stored = {name: f"{layer}.{name}" for name in INPUT_TENSORS if f"{layer}.{name}" in self}
+        return input_rounding(scheme, {name: self.tensor(full) for name, full in stored.items()}, layer)
+
+    def attention(self, name: str, classes: Collection[str]) -> dict[str, InputRounding]:
+        """How servers round keys `k`, values `v` and queries `q` of an attention; empty where they do not.
+
+        name: of the attention's module. classes: names of its class and base classes.
+        """
+        scheme = None if self._packing is None else self._packing.attention(classes)
+        if scheme is None:
+            return {}
+        missing = [part for part in scheme.names if f"{name}.{part}" not in self]
+        if missing:
+            raise UserError(f"tensor {name}.{missing[0]} is missing from {self.path}: the config has an FP8 KV cache")
+        scales = {part: self.tensor(f"{name}.{part}") for part in scheme.names}
+        return {part[0]: scheme.rounding(scales, part[0]) for part in scheme.names}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A private copy of a tensor; dtype None is the stored dtype."""

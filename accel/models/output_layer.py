@@ -33,7 +33,7 @@ class OutputLayer:
 
     norm, project_out: modules on the device; project_out is None where the model has none. read(first, last) returns
     these rows of the output matrix on the device, in any dtype. dtype: of the products. cap: magnitude that logits
-    approach but do not exceed, None where the model does not cap them.
+    approach but do not exceed, None where the model does not cap them. rounding: of the matrix's inputs, None for none.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class OutputLayer:
         dtype: torch.dtype,
         cap: float | None,
         device: torch.device,
+        rounding: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.vocabulary, self.width = shape
         self.device = device
         self._norm, self._project_out, self._read = norm, project_out, read
-        self._dtype, self._cap = dtype, cap
+        self._dtype, self._cap, self._rounding = dtype, cap, rounding
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """Inputs (..., D') of the output matrix, for the last block's output (..., D)."""
@@ -99,4 +100,6 @@ class OutputLayer:
 
     def _before_matrix(self, hidden: Tensor) -> Tensor:
         inputs: Tensor = self._norm(hidden)
-        return inputs if self._project_out is None else self._project_out(inputs)
+        if self._project_out is not None:
+            inputs = self._project_out(inputs)
+        return inputs if self._rounding is None else self._rounding(inputs)

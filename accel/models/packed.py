@@ -4,12 +4,15 @@ compressed-tensors itself matches names and unpacks, so that the weights are tho
 imported inside functions: plain checkpoints are read without it, also by the GPU checks, whose machines do not have it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import parsed
+from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.kernels.packed_weight import BITS, PackedWeight, unpack_codes, widened
 
@@ -70,6 +73,37 @@ class Packing:
             return None
         # The library sorts matches from the most specific on, and takes the first one itself.
         return self._schemes[match_targets(module, linear, list(self._schemes))[0]]
+
+    def inputs(self, module: str) -> InputScheme | None:
+        """How the inputs of a module are rounded; None where they are not."""
+        scheme = self.scheme(module)
+        if scheme is None or scheme.input_activations is None:
+            return None
+        return parsed(scheme.input_activations.model_dump(), f"config group of {module} in {self._where}")
+
+    def attention(self, classes: Collection[str]) -> AttentionScheme | None:
+        """How keys and values, and queries, are rounded in attentions of these classes; None where they are not."""
+        arguments = self._config.kv_cache_scheme
+        # Attention is quantized by a group that targets its class, and quantizes keys and values alike.
+        groups = (group for group in self._config.config_groups.values() if set(group.targets) & set(classes))
+        group = next((group for group in groups if group.input_activations is not None), None)
+        if group is not None:
+            arguments = group.input_activations
+        if arguments is None:
+            return None
+        scheme = parsed(arguments.model_dump(), f"kv_cache_scheme in {self._where}")
+        if scheme not in (AttentionScheme(strategy).states for strategy in STRATEGIES):
+            raise UserError(
+                f"kv_cache_scheme in {self._where} is {arguments.model_dump()}: supported are static FP8 scales (num_bits "
+                f"8, type float, dynamic false) of strategy {' or '.join(STRATEGIES)}"
+            )
+        return AttentionScheme(scheme.strategy, group is not None)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of some modules, or states of attentions, are rounded."""
+        groups = self._config.config_groups.values()
+        return self._config.kv_cache_scheme is not None or any(group.input_activations for group in groups)
 
     def unpack(self, module: str, parts: dict[str, Tensor]) -> Tensor:
         """Weight [rows, columns], in the dtype of its scales, from its stored tensors."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
@@ -12,15 +13,17 @@ from hasten.accel.compression.formats.pack_quantized import PackQuantized
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
+from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.accel.models.families import family_of
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.schema import Calibrated
+from hasten.jobs.common.schema import KV_CACHES, Calibrated
 from hasten.jobs.common.texts import Origin, record_origin
 
 _LOG = logging.getLogger(__name__)
@@ -52,8 +55,20 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
         batch=config.calibration.batch,
         shards=config.calibration.shards,
         expert_tokens=config.calibration.expert_tokens,
+        observer=build(config.input_observer),
+        attention=attention_scheme(config),
         **chosen,
     )
+
+
+def attention_scheme(config: Calibrated) -> AttentionScheme | None:
+    """How keys, values and queries are rounded; UserError where queries are without keys and values."""
+    if config.kv_cache is None:
+        if config.attention is not None:
+            given = f"attention={config.attention} with kv_cache=null"
+            raise UserError(f"{given}: queries are rounded for a cache in FP8, give kv_cache={' or '.join(KV_CACHES)}")
+        return None
+    return AttentionScheme(KV_CACHES[config.kv_cache], config.attention is not None)
 
 
 def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:

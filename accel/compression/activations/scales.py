@@ -1,6 +1,7 @@
 """The calibrated tensors of a layer's inputs, and of an attention's queries, keys and values."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 
 _FP8_TOP = 448.0
-_HEADS, _TENSOR = "attn_head", "tensor"
+# What shares a scale of keys, of values or of queries.
+TENSOR, HEAD = STRATEGIES = ("tensor", "attn_head")
 
 
 def input_tensors(
@@ -49,7 +51,7 @@ class AttentionScheme:
     query head).
     """
 
-    strategy: str = _TENSOR
+    strategy: str = TENSOR
     queries: bool = False
 
     @property
@@ -72,11 +74,11 @@ class AttentionScheme:
                     f"{name[0]} of {attention} is not finite on the calibration tokens: give kv_cache=null, or check "
                     "the weights"
                 )
-            by_head = absmax[:, None, None] if self.strategy == _HEADS else absmax.amax()[None]
+            by_head = absmax[:, None, None] if self.strategy == HEAD else absmax.amax()[None]
             scales[name] = _positive(torch.where(by_head > 0, by_head, 1.0) / _FP8_TOP, dtype)
         return scales
 
-    def rounding(self, scales: dict[str, Tensor], name: str) -> InputRounding:
+    def rounding(self, scales: Mapping[str, Tensor], name: str) -> InputRounding:
         """Rounding of `q`, `k` or `v` [B, H, T, D] by an attention's tensors."""
         return InputRounding(self.states, scales[f"{name}_scale"])
 

@@ -7,10 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.observers.base import InputObserver
+from hasten.accel.compression.activations.observers.maximum import Maximum
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration import outer_solve, shard, solve
+from hasten.accel.compression.calibration.chunk_sums import Wanted
 from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
 from hasten.accel.compression.calibration.outer import OuterLevels, is_outer, outer_groups
-from hasten.accel.compression.calibration.stages import Stage, stages_of
+from hasten.accel.compression.calibration.stages import ATTENTION, Stage, groups_before_attention, stages_of
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
@@ -39,7 +43,8 @@ class Settings:
     the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
-    outer: levels of output layer and embedding.
+    outer: levels of output layer and embedding. observer: chooses static input scales. attention: how keys, values and
+    queries are rounded; None where they are not.
     """
 
     checkpoint: Path
@@ -61,6 +66,8 @@ class Settings:
     shards: int = 8
     expert_tokens: int = 128
     outer: OuterLevels = field(default_factory=OuterLevels)
+    observer: InputObserver = field(default_factory=Maximum)
+    attention: AttentionScheme | None = None
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -86,6 +93,22 @@ class Settings:
         return any(method.needs_hessian for method in methods)
 
     @property
+    def needs_ranges(self) -> bool:
+        """Whether a level has a static scale of its inputs."""
+        return any(level.inputs is not None and level.inputs.is_calibrated for level in self.made)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the calibration tokens run through the blocks."""
+        return self.needs_hessian or self.needs_ranges or self.attention is not None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the pass collects of the inputs."""
+        histogram = self.needs_ranges and self.observer.needs_histogram
+        return Wanted(self.needs_hessian, self.needs_ranges, histogram, self.attention is not None)
+
+    @property
     def methods(self) -> list[Method]:
         """Methods in use: the given methods that a level needs, then default methods of kinds of levels."""
         needed = [level.method_of(self._given) for level in self.made]
@@ -96,11 +119,15 @@ class Settings:
     def _given(self) -> list[Method]:
         return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
 
-    def stages(self, groups: Sequence[Group]) -> list[Stage]:
-        """Groups of a block that are compressed at the same time, in the order in which they are."""
-        if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
-            return stages_of(groups)
-        return [tuple(groups)] if groups else []
+    def stages(self, groups: Sequence[Group], before_attention: int | None = None) -> list[Stage]:
+        """Groups of a block that are compressed at the same time, in the order in which they are.
+
+        before_attention: see Task.before_attention. The attention is calibrated in its own stage, or, where layers are
+        calibrated on the original ones of their block, together with all groups.
+        """
+        if self.propagate == "sequential" and self.needs_inputs and not is_outer(groups):
+            return stages_of(groups, before_attention)
+        return [tuple(groups)] if groups or before_attention is not None else []
 
     @property
     def cut(self) -> int:
@@ -130,6 +157,8 @@ class Settings:
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
             "outer": self.outer.names() if self.outer else None,
+            "input_observer": repr(self.observer) if self.needs_ranges else None,
+            "attention": None if self.attention is None else repr(self.attention),
             "torch": torch.__version__,
             "code": self.code(),
         }
@@ -137,7 +166,8 @@ class Settings:
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer)
+        observer = self.observer if self.needs_ranges else ()
+        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, observer)
 
 
 class Task:
@@ -154,10 +184,35 @@ class Task:
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
-            self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
+            self.output = LevelDatabase(
+                settings.output, self.checkpoint, self.layer_groups, levels, propagated, settings.attention
+            )
         else:
             self._check_experts()
-            self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
+            self.output = OutputFolder(
+                settings.output, self.architecture, self.layer_groups, settings.format, attention=settings.attention
+            )
+        if settings.attention is not None and not any(map(self.attention_name, range(self.architecture.num_blocks))):
+            raise UserError(f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null")
+
+    def attention_name(self, block: int) -> str | None:
+        """Name of a block's attention whose keys and values are rounded; None where there is none."""
+        if self.settings.attention is None or block >= self.architecture.num_blocks:
+            return None
+        return self.architecture.attention_name(block)
+
+    def stages(self, block: int) -> list[Stage]:
+        """Stages of a block, see Settings.stages."""
+        groups = self.layer_groups[block]
+        before = None
+        if self.attention_name(block) is not None:
+            before = groups_before_attention(self.architecture, block, groups)
+        return self.settings.stages(groups, before)
+
+    def calibrates_attention(self, block: int, stage: int) -> bool:
+        """Whether the scales of a block's keys and values come from its statistics at a stage."""
+        stages = self.stages(block)
+        return self.attention_name(block) is not None and (stages[stage] == ATTENTION or ATTENTION not in stages)
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""

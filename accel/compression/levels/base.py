@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Scheme
@@ -109,6 +110,11 @@ class Level(ABC):
     @property
     def loader_scheme(self) -> Scheme | None:
         """Grid of the codes that transformers and vLLM load; None where checkpoints hold the layer dense."""
+        return None
+
+    @property
+    def inputs(self) -> InputScheme | None:
+        """How servers round the layer's inputs; None where they do not."""
         return None
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

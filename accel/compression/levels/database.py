@@ -6,11 +6,15 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, join_layers
 from hasten.accel.compression.calibration.outer import OuterLevels, outer_groups, outer_levels
 from hasten.accel.compression.levels.base import Level
@@ -25,13 +29,15 @@ _LAYERS = "layers"
 _FACTS = "facts"
 # Level of the groups of a database without levels; it is never used.
 _UNUSED = "w8"
+# In place of a level: the scales of an attention's keys and values.
+_ATTENTION = "attention"
 
 
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
     propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read.
+    a database that was read. attention: how keys and values are rounded, at all levels alike; None where they are not.
     """
 
     option = "levels"
@@ -45,12 +51,14 @@ class LevelDatabase(ResumableFolder):
         layer_groups: Sequence[Sequence[Group]],
         levels: Sequence[Level],
         propagated: Level | None,
+        attention: AttentionScheme | None = None,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
+        self.attention = attention
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
@@ -73,7 +81,8 @@ class LevelDatabase(ResumableFolder):
         layer_groups = join_layers(blocks, level)
         if outer:
             layer_groups.append(outer_groups(architecture, outer))
-        return cls(path, checkpoint, layer_groups, levels, None)
+        attention = AttentionScheme(**content["attention"]) if content.get("attention") else None
+        return cls(path, checkpoint, layer_groups, levels, None, attention)
 
     @property
     def levels(self) -> list[str]:
@@ -116,6 +125,49 @@ class LevelDatabase(ResumableFolder):
             facts: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
         return facts
 
+    def write_attention(self, attention: str, scales: Mapping[str, Tensor]) -> None:
+        """Write the scales of an attention's keys and values."""
+        self.write_layer(attention, {_ATTENTION: scales}, {})
+
+    def is_calibrated(self, attention: str) -> bool:
+        """Whether the scales of an attention are written."""
+        return self._file(attention).exists()
+
+    def attention_tensors(self, attention: str) -> dict[str, Tensor]:
+        """Scales of an attention's keys and values."""
+        return self.parts(attention, _ATTENTION)
+
+    def read_attention(self, attention: str) -> dict[str, InputRounding]:
+        """Roundings of an attention's keys, values and queries by their first letters; empty where there are none."""
+        if self.attention is None:
+            return {}
+        scales = self.attention_tensors(attention)
+        return {name[0]: self.attention.rounding(scales, name[0]) for name in self.attention.names}
+
+    def unpack_attention(self, attention: str, packed: Mapping[str, Tensor]) -> dict[str, InputRounding]:
+        """The same; packed is empty, since write_attention wrote the scales."""
+        assert not packed
+        return self.read_attention(attention)
+
+    def inputs(self, group: Group, layer: str, level: str) -> InputRounding | None:
+        """How the inputs of a layer of a group are rounded at a level; None where they are not."""
+        scheme = group.level_of(parse_level(level)).inputs
+        return None if scheme is None else input_rounding(scheme, self.parts(layer, level), layer)
+
+    def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
+        """Path in the block and rounding of the inputs of each layer of some groups, at the propagated level."""
+        assert self._propagated is not None
+        for group in groups:
+            for layer in group.layers:
+                yield layer.module, self.inputs(group, layer.name, self._propagated.name)
+
+    def unpack_inputs(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, InputRounding | None]]:
+        """The same; packed is empty, since write_layer wrote the layers."""
+        assert not packed
+        return self.read_inputs(groups)
+
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
         """Stored tensors of a layer at a level; other levels are not read."""
         with safe_open(self._file(layer), framework="pt") as file:
@@ -124,11 +176,14 @@ class LevelDatabase(ResumableFolder):
 
     def weight(self, layer: str, level: str) -> Tensor:
         """Weight (R, C) of a layer at a level, as a loader unpacks it."""
-        return parse_level(level).unpack(self.parts(layer, level))
+        parts = self.parts(layer, level)
+        return parse_level(level).unpack({name: part for name, part in parts.items() if name not in INPUT_TENSORS})
 
     def checkpoint_tensors(self, layer: str, level: str) -> dict[str, Tensor]:
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
-        return parse_level(level).checkpoint_tensors(self.parts(layer, level))
+        parts = self.parts(layer, level)
+        inputs = {name: parts.pop(name) for name in INPUT_TENSORS if name in parts}
+        return parse_level(level).checkpoint_tensors(parts) | inputs
 
     def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
         """Path in the block and weight of each layer of some solved groups, at the propagated level."""
@@ -160,6 +215,8 @@ class LevelDatabase(ResumableFolder):
         outer = outer_levels([group for groups in self.layer_groups for group in groups if group.role is not None])
         if outer:
             content["outer"] = outer.names()
+        if self.attention is not None:
+            content["attention"] = asdict(self.attention)
         self.write_json(self.path / self.last_file, content)
 
     def nbytes(self) -> int:
