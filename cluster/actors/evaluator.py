@@ -57,7 +57,8 @@ class Evaluator:
         """Each unit's part of a candidate's divergence, for each batch of sequences."""
         architecture, database = self._open()
         spec = self._spec
-        return SensitivityPass(architecture, spec.units, database.weight, spec.tokens).measure(genome, batches)
+        sensitivity = SensitivityPass(architecture, spec.units, database.weight, spec.tokens, stored=database)
+        return sensitivity.measure(genome, batches)
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the model was first opened, peak memory, and time and counts of evaluations and swaps."""
@@ -84,6 +85,7 @@ class Evaluator:
                 spec.fitness,
                 batch=spec.batch,
                 cache_bytes=spec.cache_bytes,
+                stored=database,
             )
         return self._candidates
 

@@ -35,6 +35,11 @@ def set_inputs(module: nn.Module, rounding: InputRounding | None) -> None:
         vars(module)["input_rounding"] = None
 
 
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether a layer rounds its inputs."""
+    return getattr(module, "input_rounding", None) is not None
+
+
 def _round_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     rounding = vars(module)["input_rounding"]
     return None if rounding is None else (rounding(inputs[0]), *inputs[1:])

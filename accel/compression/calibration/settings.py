@@ -17,7 +17,7 @@ from hasten.accel.compression.calibration.outer import OuterLevels, is_outer, ou
 from hasten.accel.compression.calibration.stages import ATTENTION, Stage, groups_before_attention, stages_of
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
-from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.database import LevelDatabase, attention_names
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
@@ -180,26 +180,31 @@ class Task:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.layer_groups = all_groups(self.architecture, settings)
+        self._attentions = {} if settings.attention is None else attention_names(self.architecture)
+        if settings.attention is not None and not self._attentions:
+            raise UserError(f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null")
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
             self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.layer_groups, levels, propagated, settings.attention
+                settings.output,
+                self.checkpoint,
+                self.layer_groups,
+                levels,
+                propagated,
+                settings.attention,
+                self._attentions,
             )
         else:
             self._check_experts()
             self.output = OutputFolder(
                 settings.output, self.architecture, self.layer_groups, settings.format, attention=settings.attention
             )
-        if settings.attention is not None and not any(map(self.attention_name, range(self.architecture.num_blocks))):
-            raise UserError(f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null")
 
     def attention_name(self, block: int) -> str | None:
         """Name of a block's attention whose keys and values are rounded; None where there is none."""
-        if self.settings.attention is None or block >= self.architecture.num_blocks:
-            return None
-        return self.architecture.attention_name(block)
+        return self._attentions.get(block)
 
     def stages(self, block: int) -> list[Stage]:
         """Stages of a block, see Settings.stages."""

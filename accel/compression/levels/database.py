@@ -5,9 +5,10 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import safe_open
 from torch import Tensor
@@ -31,6 +32,7 @@ _FACTS = "facts"
 _UNUSED = "w8"
 # In place of a level: the scales of an attention's keys and values.
 _ATTENTION = "attention"
+_NOTHING: Mapping[int, str] = MappingProxyType({})
 
 
 class LevelDatabase(ResumableFolder):
@@ -38,6 +40,7 @@ class LevelDatabase(ResumableFolder):
 
     propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
     a database that was read. attention: how keys and values are rounded, at all levels alike; None where they are not.
+    attentions: names of the attentions whose keys and values are, by block.
     """
 
     option = "levels"
@@ -52,13 +55,15 @@ class LevelDatabase(ResumableFolder):
         levels: Sequence[Level],
         propagated: Level | None,
         attention: AttentionScheme | None = None,
+        attentions: Mapping[int, str] = _NOTHING,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
-        self.attention = attention
+        self.attention, self.attentions = attention, attentions
+        self._groups = {layer.name: group for groups in layer_groups for group in groups for layer in group.layers}
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
@@ -82,7 +87,8 @@ class LevelDatabase(ResumableFolder):
         if outer:
             layer_groups.append(outer_groups(architecture, outer))
         attention = AttentionScheme(**content["attention"]) if content.get("attention") else None
-        return cls(path, checkpoint, layer_groups, levels, None, attention)
+        attentions = attention_names(architecture) if attention is not None else {}
+        return cls(path, checkpoint, layer_groups, levels, None, attention, attentions)
 
     @property
     def levels(self) -> list[str]:
@@ -109,7 +115,12 @@ class LevelDatabase(ResumableFolder):
     @property
     def finished(self) -> list[int]:
         """Blocks whose layers are all written."""
-        return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
+        return [
+            block
+            for block in range(len(self.layer_groups))
+            if not self.unfinished(block)
+            and (block not in self.attentions or self._file(self.attentions[block]).exists())
+        ]
 
     def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Facts]) -> None:
         """Write a layer's tensors and facts, both by level."""
@@ -129,10 +140,6 @@ class LevelDatabase(ResumableFolder):
         """Write the scales of an attention's keys and values."""
         self.write_layer(attention, {_ATTENTION: scales}, {})
 
-    def is_calibrated(self, attention: str) -> bool:
-        """Whether the scales of an attention are written."""
-        return self._file(attention).exists()
-
     def attention_tensors(self, attention: str) -> dict[str, Tensor]:
         """Scales of an attention's keys and values."""
         return self.parts(attention, _ATTENTION)
@@ -149,17 +156,19 @@ class LevelDatabase(ResumableFolder):
         assert not packed
         return self.read_attention(attention)
 
-    def inputs(self, group: Group, layer: str, level: str) -> InputRounding | None:
-        """How the inputs of a layer of a group are rounded at a level; None where they are not."""
-        scheme = group.level_of(parse_level(level)).inputs
-        return None if scheme is None else input_rounding(scheme, self.parts(layer, level), layer)
+    def inputs(self, layer: str, level: str) -> InputRounding | None:
+        """How the inputs of a layer are rounded at a level; None where they are not."""
+        scheme = self._groups[layer].level_of(parse_level(level)).inputs
+        if scheme is None:
+            return None
+        return input_rounding(scheme, self._read(layer, level, INPUT_TENSORS), layer)
 
     def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
         """Path in the block and rounding of the inputs of each layer of some groups, at the propagated level."""
         assert self._propagated is not None
         for group in groups:
             for layer in group.layers:
-                yield layer.module, self.inputs(group, layer.name, self._propagated.name)
+                yield layer.module, self.inputs(layer.name, self._propagated.name)
 
     def unpack_inputs(
         self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
@@ -170,9 +179,14 @@ class LevelDatabase(ResumableFolder):
 
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
         """Stored tensors of a layer at a level; other levels are not read."""
+        return self._read(layer, level)
+
+    def _read(self, layer: str, level: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Stored tensors of a layer at a level, or those of them that are among `names`."""
+        start = f"{level}."
         with safe_open(self._file(layer), framework="pt") as file:
-            start = f"{level}."
-            return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118 (no mapping)
+            stored = [name.removeprefix(start) for name in file.keys() if name.startswith(start)]  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(start + name) for name in stored if names is None or name in names}
 
     def weight(self, layer: str, level: str) -> Tensor:
         """Weight (R, C) of a layer at a level, as a loader unpacks it."""
@@ -225,6 +239,12 @@ class LevelDatabase(ResumableFolder):
 
     def _file(self, layer: str) -> Path:
         return self.path / _LAYERS / f"{layer}.safetensors"
+
+
+def attention_names(architecture: Architecture) -> dict[int, str]:
+    """Names of the attentions with a cache of keys and values, by block."""
+    names = ((block, architecture.attention_name(block)) for block in range(architecture.num_blocks))
+    return {block: name for block, name in names if name is not None}
 
 
 def _parsed(names: Sequence[str]) -> tuple[Level, ...]:
