@@ -38,8 +38,8 @@ def input_tensors(
     limit = observer.limit(inputs, scheme) if absmax > 0 else 1.0
     if scheme.strategy == "tensor_group":
         # The largest group scale becomes the largest FP8 number.
-        scale = _FP8_TOP * scheme.top / max(limit, torch.finfo(torch.float32).tiny)
-        return {GLOBAL_SCALE: torch.tensor([scale if math.isfinite(scale) else 1.0], dtype=torch.float32)}
+        scale = torch.tensor([_FP8_TOP * scheme.top / limit], dtype=torch.float32)
+        return {GLOBAL_SCALE: scale.masked_fill(scale.isinf(), 1.0)}
     return {SCALE: _positive(torch.tensor([limit / scheme.top]), dtype)}
 
 
