@@ -22,7 +22,7 @@ class Outline(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
-        self._headers, self._packing, self._shapes = [], None, {}
+        self._headers, self.quantized_by = [], None
         family_of(self.config.get("model_type"))
         if self.config.get("quantization_config") or self.config.get("compression_config"):
             raise UserError(f"model={path} is compressed and has no safetensors: give its original's config.json")
@@ -32,7 +32,7 @@ class Outline(Checkpoint):
             name: Stored(path / "model.safetensors", dtype, tuple(tensor.shape), 0)
             for name, tensor in model.named_parameters()
         }
-        self._plain, self._packed = self._entries()
+        self._places = self._entries()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -47,13 +47,20 @@ class Layer:
 class Architecture:
     """The model of a checkpoint; weights and hidden states have this dtype and lie on this device.
 
+    as_served: whether inputs of layers, and keys and values, are rounded where the checkpoint's config says so.
+
     Raises UserError where the model family is not supported, or where a tensor is missing or has a wrong shape.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        as_served: bool = True,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.rounds_inputs = as_served and checkpoint.rounds_inputs
         self._family = family_of(checkpoint.config.get("model_type"))
         self._skeleton = build_skeleton(checkpoint, dtype)
         self.config = self._skeleton.config
@@ -166,11 +173,6 @@ class Architecture:
         """Names of the classes of the attentions that have a cache of keys and values."""
         found = ((block, attention_path(block)) for block in self._skeleton.blocks)
         return sorted({type(block.get_submodule(path)).__name__ for block, path in found if path is not None})
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether servers round inputs of some layers, or the states of attentions, of this checkpoint."""
-        return self.checkpoint.rounds_inputs
 
     def _round_as_stored(self, block: nn.Module, index: int) -> None:
         """Round in a loaded block what the checkpoint's config says."""
@@ -396,8 +398,9 @@ class Architecture:
             self._fill(project_out, f"{self._prefix}project_out.")
         rows, columns = self._skeleton.head.weight.shape
         name = self.head_name()
-        # A head that is not packed is none of the layers that the config describes, even if a class name matches it.
-        rounding = self.checkpoint.inputs(name.removesuffix(".weight")) if self.checkpoint.is_packed(name) else None
+        # A head that is not quantized is none of the layers that the config describes, even if a class name matches it.
+        is_described = self.rounds_inputs and self.checkpoint.quantization(name) is not None
+        rounding = self.checkpoint.inputs(name.removesuffix(".weight")) if is_described else None
         return OutputLayer(
             norm,
             project_out,

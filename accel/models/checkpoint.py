@@ -14,8 +14,10 @@ from hasten.accel.compression.activations.description import INPUT_TENSORS, inpu
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.families import FAMILIES
-from hasten.accel.models.packed import COUNTED, GROUP_INDEX, PACKED, PARTS, Packing
-from hasten.accel.models.shards import Stored, read_header
+from hasten.accel.models.packed import CompressedWeight
+from hasten.accel.models.quantized import CHECKED_BYTES, QuantizedTensor, belongs_to_activations
+from hasten.accel.models.shards import Place, Stored, read_header
+from hasten.accel.models.sources import open_quantization
 from hasten.kernels.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ _EMBEDDED = "embedded:"
 # Types of weights.
 _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIP_BYTES = 4096
-# Bytes of a matrix that are checked for values that are not finite at a time.
-_CHECKED_BYTES = 16 << 20
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Terms of use, which a checkpoint that is made from the model must carry on.
 _HUB_FILES += [
@@ -80,8 +80,8 @@ class Checkpoint:
     """Tensors of a transformers checkpoint in safetensors, by their logical names (see models.families).
 
     Making one reads only config.json, the index and the headers; UserError names the file or the tensor where they do
-    not fit together. Fused experts appear as separate tensors, and a weight packed by compressed-tensors appears as the
-    unpacked weight.
+    not fit together. Fused experts appear as separate tensors, and a quantized weight appears as the dequantized one
+    (see models/sources.py); scales of activations do not appear.
     """
 
     def __init__(self, path: Path | str):
@@ -98,150 +98,135 @@ class Checkpoint:
             if absent:
                 raise UserError(f"tensor {absent[0]} is not in {self.path / file}, where the index puts it")
             self._stored |= places
-        quantization = self.config.get("quantization_config") or self.config.get("compression_config")
-        self._packing = Packing(quantization, str(self.path / "config.json")) if quantization else None
-        self._plain, self._packed = self._entries()
+        self.quantized_by = open_quantization(self.config, str(self.path / "config.json"))
+        self._places = self._entries()
         self._check_dtypes()
-        self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def _entries(self) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
-        """Places of plain tensors, and of the stored parts of packed weights, by logical name."""
+    def _entries(self) -> dict[str, Place]:
+        """Places of tensors by logical name."""
         family = FAMILIES.get(str(self.config.get("model_type")))
-        plain: dict[str, Stored] = {}
-        packed: dict[str, dict[str, Stored]] = {}
-        for stored_name, stored in self._stored.items():
+        stored: dict[str, Stored | QuantizedTensor] = dict(self._stored)
+        if self.quantized_by is not None:
+            quantized, claimed = self.quantized_by.tensors(self._stored)
+            stored = {name: place for name, place in stored.items() if name not in claimed} | quantized
+        places: dict[str, Place] = {}
+        self._activations = {
+            family.canonical(name) if family else name: place
+            for name, place in self._stored.items()
+            if belongs_to_activations(name)
+        }
+        for stored_name, place in stored.items():
             name = family.canonical(stored_name) if family else stored_name
-            module, _, leaf = name.rpartition(".")
-            if self._packing and leaf in PARTS and self._parent(stored_name) + PACKED in self._stored:
-                packed.setdefault(f"{module}.weight", {})[leaf] = stored
-                continue
-            split = family.fused(name) if family and len(stored.shape) == 3 else None
+            split = family.fused(name) if family and len(place.shape) == 3 else None
             if split is None:
-                plain[name] = stored
+                places[name] = place
                 continue
-            experts, rows, _ = stored.shape
+            experts, rows, _ = place.shape
             for expert in range(experts):
                 for part, first, last in split:
-                    plain[part.format(expert)] = stored.part(expert, first * rows // 2, last * rows // 2)
-        for name, parts in packed.items():
-            lacking = [part for part in (PACKED, "weight_scale", "weight_shape") if part not in parts]
-            if lacking:
-                raise UserError(f"tensor {name.removesuffix('weight')}{lacking[0]} is missing from {self.path}")
-        return plain, packed
+                    places[part.format(expert)] = place.part(expert, first * rows // 2, last * rows // 2)
+        return places
 
     def _check_dtypes(self) -> None:
         """UserError where a weight or bias is stored in a type that no job reads; buffers may have any type."""
-        for name, stored in self._plain.items():
+        for name, place in self._places.items():
             module, _, leaf = name.rpartition(".")
             # Some models have a buffer called bias, a mask, in a module without a weight.
             is_parameter = leaf == "weight" or (leaf == "bias" and f"{module}.weight" in self)
-            if is_parameter and stored.dtype not in _READ:
+            if is_parameter and place.dtype not in _READ:
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _READ)
                 raise UserError(
-                    f"tensor {name} in {stored.file} is stored as {str(stored.dtype).removeprefix('torch.')}: weights "
-                    f"must be {known}; convert the checkpoint first"
+                    f"tensor {name} in {place.file} is stored as {str(place.dtype).removeprefix('torch.')}: weights "
+                    f"must be {known}, or config.json must have the quantization_config that says what they stand for"
                 )
-
-    @staticmethod
-    def _parent(name: str) -> str:
-        return name[: name.rfind(".") + 1]
 
     @property
     def names(self) -> list[str]:
         """Logical names, sorted."""
-        return sorted([*self._plain, *self._packed])
+        return sorted(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._plain or name in self._packed
+        return name in self._places
 
     @property
     def is_compressed(self) -> bool:
-        """Whether some weights are packed."""
-        return bool(self._packed)
+        """Whether some weights are quantized."""
+        return any(isinstance(place, QuantizedTensor) for place in self._places.values())
+
+    @property
+    def quantization_title(self) -> str | None:
+        """How its weights are quantized, in a few words; None where none is."""
+        return self.quantized_by.title if self.quantized_by is not None and self.is_compressed else None
 
     @property
     def rounds_inputs(self) -> bool:
         """Whether servers round inputs of some layers, or keys and values, by the checkpoint's config."""
-        return self._packing is not None and self._packing.rounds_inputs
+        return self.quantized_by is not None and self.quantized_by.rounds_inputs
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; of a packed weight, the unpacked shape."""
-        if name not in self._packed:
-            return self._place(name).shape
-        if name not in self._shapes:
-            self._shapes[name] = tuple(self._packed[name]["weight_shape"].read().tolist())
-        return self._shapes[name]
+        """Shape of a tensor; of a quantized weight, that of the dequantized one."""
+        return self._place(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype; of a packed weight, the dtype of its scales, in which it is unpacked."""
-        return self._packed[name]["weight_scale"].dtype if name in self._packed else self._place(name).dtype
+        """Stored dtype; of a quantized weight, that in which it is dequantized."""
+        return self._place(name).dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor that `tensor` returns without a dtype."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes on disk; of a packed weight, codes, scales and zero points together."""
-        if name in self._packed:
-            return sum(part.nbytes for leaf, part in self._packed[name].items() if leaf in COUNTED)
+        """Bytes on disk; of a quantized weight, codes, scales and zero points together."""
         return self._place(name).nbytes
 
     def is_packed(self, name: str) -> bool:
-        """Whether a tensor is a packed weight."""
-        return name in self._packed
+        """Whether a tensor is a weight in packed integers, which `packed` reads as it is stored."""
+        place = self._places.get(name)
+        return isinstance(place, CompressedWeight) and place.is_packed
 
     def quantization(self, name: str) -> "QuantizationArgs | None":
-        """compressed-tensors' QuantizationArgs of a packed weight; None for a plain tensor."""
-        if name not in self._packed:
-            return None
-        assert self._packing is not None
-        scheme = self._packing.scheme(name.removesuffix(".weight"))
-        return None if scheme is None else scheme.weights
+        """compressed-tensors' QuantizationArgs of a quantized weight; None for a plain tensor."""
+        place = self._places.get(name)
+        return place.arguments if isinstance(place, QuantizedTensor) else None
 
     def inputs(self, layer: str) -> InputRounding | None:
         """How servers round the inputs of a layer; None where they do not."""
-        scheme = None if self._packing is None else self._packing.inputs(layer)
+        scheme = None if self.quantized_by is None else self.quantized_by.inputs(layer)
         if scheme is None:
             return None
-        stored = {name: f"{layer}.{name}" for name in INPUT_TENSORS if f"{layer}.{name}" in self}
-        return input_rounding(scheme, {name: self.tensor(full) for name, full in stored.items()}, layer)
+        stored = {name: self._activations.get(f"{layer}.{name}") for name in INPUT_TENSORS}
+        tensors = {name: place.read() for name, place in stored.items() if place is not None}
+        return input_rounding(scheme, tensors, layer)
 
     def attention(self, name: str, classes: Collection[str]) -> dict[str, InputRounding]:
         """How servers round keys `k`, values `v` and queries `q` of an attention; empty where they do not.
 
         name: of the attention's module. classes: names of its class and base classes.
         """
-        scheme = None if self._packing is None else self._packing.attention(classes)
+        scheme = None if self.quantized_by is None else self.quantized_by.attention(classes)
         if scheme is None:
             return {}
-        missing = [part for part in scheme.names if f"{name}.{part}" not in self]
+        missing = [part for part in scheme.names if f"{name}.{part}" not in self._activations]
         if missing:
             raise UserError(f"tensor {name}.{missing[0]} is missing from {self.path}: the config has an FP8 KV cache")
-        scales = {part: self.tensor(f"{name}.{part}") for part in scheme.names}
+        scales = {part: self._activations[f"{name}.{part}"].read() for part in scheme.names}
         return {part[0]: scheme.rounding(scales, part[0]) for part in scheme.names}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A private copy of a tensor; dtype None is the stored dtype."""
-        if name in self._packed:
-            assert self._packing is not None
-            parts = {leaf: part.read() for leaf, part in self._packed[name].items()}
-            tensor = self._packing.unpack(name.removesuffix(".weight"), parts)
-        else:
-            tensor = self._place(name).read()
+        """A private copy of a tensor; dtype None is that of `dtype`."""
+        tensor = self._place(name).read()
         return tensor if dtype is None else tensor.to(dtype)
 
     def packed(self, name: str) -> PackedWeight:
-        """A packed weight as it is stored, in new memory."""
-        assert self._packing is not None
-        module = name.removesuffix(".weight")
-        parts = {leaf: part.read() for leaf, part in self._packed[name].items()}
-        if f"{module}.{GROUP_INDEX}" in self._plain:
-            parts[GROUP_INDEX] = self.tensor(f"{module}.{GROUP_INDEX}")
-        return self._packing.weight(module, parts)
+        """A weight in packed integers as it is stored, in new memory."""
+        place = self._places[name]
+        assert isinstance(place, CompressedWeight)
+        return place.packed()
 
     def has_rows(self, name: str) -> bool:
-        """Whether rows of a matrix can be read alone: packed zero points of several rows share words."""
-        return "weight_zero_point" not in self._packed.get(name, {})
+        """Whether rows of a matrix can be read alone; those of some quantized weights share words or scales."""
+        place = self._places.get(name)
+        return not isinstance(place, QuantizedTensor) or place.has_rows
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix by index (N,), as [N, columns] in the stored dtype; others are not read, see has_rows."""
@@ -265,26 +250,22 @@ class Checkpoint:
 
     def _read_rows(self, name: str, runs: list[tuple[int, int]]) -> Tensor:
         """Rows of a matrix. runs: first row and number of rows of each run of consecutive rows."""
-        if name not in self._packed:
-            return self._place(name).read_rows(runs)
-        assert self._packing is not None
-        parts = {leaf: self._packed[name][leaf].read_rows(runs) for leaf in (PACKED, "weight_scale")}
-        parts["weight_shape"] = torch.tensor([len(parts[PACKED]), self.shape(name)[1]])
-        return self._packing.unpack(name.removesuffix(".weight"), parts)
+        return self._place(name).read_rows(runs)
 
     def check(self, name: str) -> None:
-        """UserError where a tensor holds NaN or infinite values; of a packed weight only the scales are read.
+        """UserError where a tensor holds NaN or infinite values; of a quantized one, where its floats or scales do.
 
         Matrices are read a few rows at a time: an embedding can be larger than all that is needed at once to run it.
         """
-        if name in self._packed:
-            self.check_finite(self._packed[name]["weight_scale"].read(), f"{name}_scale")
+        place = self._place(name)
+        if isinstance(place, QuantizedTensor):
+            place.check(self.check_finite)
             return
         shape = self.shape(name)
         if len(shape) != 2:
             self.check_finite(self.tensor(name), name)
             return
-        step = max(1, _CHECKED_BYTES // max(1, shape[1] * self.dtype(name).itemsize))
+        step = max(1, CHECKED_BYTES // max(1, shape[1] * self.dtype(name).itemsize))
         for first in range(0, shape[0], step):
             self.check_finite(self.row_range(name, first, min(first + step, shape[0])), name)
 
@@ -309,10 +290,10 @@ class Checkpoint:
                 digest.update(stored.strip(offset, _STRIP_BYTES))
         return digest.hexdigest()
 
-    def _place(self, name: str) -> Stored:
-        if name not in self._plain:
+    def _place(self, name: str) -> Place:
+        if name not in self._places:
             raise UserError(f"tensor {name} is missing from {self.path}")
-        return self._plain[name]
+        return self._places[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -118,8 +118,9 @@ class DividedArchitecture(Architecture):
         device: torch.device | str,
         exchange: Exchange,
         offload: bool = False,
+        as_served: bool = True,
     ) -> None:
-        super().__init__(checkpoint, dtype, device)
+        super().__init__(checkpoint, dtype, device, as_served)
         self._exchange, self._offload = exchange, offload
         self._weights: WeakKeyDictionary[nn.Module, DividedWeights] = WeakKeyDictionary()
 
@@ -150,11 +151,11 @@ class DividedArchitecture(Architecture):
             self._weights[block].supply(forwards)
 
     def _read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of a weight; a packed one is unpacked whole."""
+        """Rows of a weight; one whose rows cannot be read alone is dequantized whole."""
         checkpoint = self.checkpoint
-        if checkpoint.is_packed(name):
-            rows = checkpoint.tensor(name)[first:last]
-        else:
+        if checkpoint.has_rows(name):
             rows = checkpoint.row_range(name, first, last)
+        else:
+            rows = checkpoint.tensor(name)[first:last]
         checkpoint.check_finite(rows, name)
         return rows

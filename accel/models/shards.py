@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "U64": torch.uint64,
     "U32": torch.uint32,
@@ -35,6 +38,32 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _LENGTH_BYTES = 8  # a file begins with the length of its header, a little-endian integer of this many bytes
+
+
+class Place(Protocol):
+    """Where a tensor is read from."""
+
+    @property
+    def file(self) -> Path:
+        """File that holds it, for error messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensor that `read` returns."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+
+    def read(self) -> Tensor:
+        """The tensor, in new memory."""
+
+    def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
+        """Rows of a matrix, concatenated. runs: (first row, number of rows) of each run of consecutive rows."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,10 @@ class Stored:
         _, rows, columns = self.shape
         skipped = (matrix * rows + first) * columns * self.dtype.itemsize
         return Stored(self.file, self.dtype, (last - first, columns), self.begin + skipped)
+
+    def columns(self, matrix: int, first: int, last: int, step: int = 1) -> "StoredColumns":
+        """Columns first, first + step, … before `last` of one matrix of a three-dimensional tensor, as rows."""
+        return StoredColumns(self.part(matrix, 0, self.shape[1]), first, last, step)
 
     def read(self) -> Tensor:
         """The tensor, in new memory."""
@@ -83,6 +116,45 @@ class Stored:
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.begin + offset)
             return file.read(min(size, self.nbytes - offset))
+
+
+@dataclass(frozen=True)
+class StoredColumns:
+    """Columns first, first + step, … before `last` of a stored matrix, as rows: experts that are stored transposed."""
+
+    matrix: Stored
+    first: int
+    last: int
+    step: int = 1
+
+    @property
+    def file(self) -> Path:
+        """See Place."""
+        return self.matrix.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Place."""
+        return len(range(self.first, self.last, self.step)), self.matrix.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See Place."""
+        return self.matrix.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """See Place."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """See Place."""
+        return self.matrix.read()[:, self.first : self.last : self.step].T.contiguous()
+
+    def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
+        """See Place; other rows are read, too."""
+        whole = self.read()
+        return torch.cat([whole[first : first + count] for first, count in runs])
 
 
 def _fill(file: FileIO, begin: int, tensor: Tensor) -> None:

@@ -91,7 +91,9 @@ class Evaluator:
 
     def _open(self) -> tuple[Architecture, LevelDatabase]:
         if self._opened is None:
-            architecture = Architecture(Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device)
+            architecture = Architecture(
+                Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device, as_served=False
+            )
             self._opened = architecture, LevelDatabase.read(self._spec.levels, architecture)
             self._cpu_before = cpu_seconds()
         return self._opened

@@ -36,7 +36,7 @@ class RankCalibrator(Calibrator, Rank):
         exchange = ProcessExchange(torch.distributed.new_group(backend="gloo", timeout=IDLE))
         settings = self._settings
         self._task.architecture = DividedArchitecture(
-            self._task.checkpoint, settings.dtype, settings.device, exchange, self._offload
+            self._task.checkpoint, settings.dtype, settings.device, exchange, self._offload, as_served=False
         )
         self._has_joined = True
 

@@ -34,7 +34,10 @@ def original(model: str) -> Path:
     # Absolute, since workers on a cluster have other current folders.
     source = resolve(model).absolute()
     # Checked before transformers reads the folder, whose errors span many lines.
-    family_of(Checkpoint(source).config.get("model_type"))
+    checkpoint = Checkpoint(source)
+    family_of(checkpoint.config.get("model_type"))
+    if (title := checkpoint.quantization_title) is not None:
+        _LOG.warning("%s is quantized (%s): its dequantized weights are this run's original", as_given(source), title)
     return source
 
 

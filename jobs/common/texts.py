@@ -102,18 +102,26 @@ class Texts:
     def report(self, original: Path | None) -> Record:
         """Keys of a report: each text, and identities of texts, original model and tokenizer. None is not known.
 
+        `quantization` of the original says how it was quantized before this run, None for a plain checkpoint.
+
         original: checkpoint before compression. Metrics are comparable between reports in which the fingerprints of
         the original, the tokenizer and the text of the evaluation are equal.
         """
         # The text is hasten's own where the model is neither an embedded one nor made from one.
         is_foreign = original is None or not embedded.reference(original).startswith("embedded:")
+        checkpoint = original and Checkpoint(original)
         texts = {
             role: text and text | {"is_own_text": text["source"] == LIBRARY and is_foreign}
             for role, text in ((role, self._loaded.get(role)) for role in ("calibration", "search", "evaluation"))
         }
         return {
             "texts": texts,
-            "original": original and {"path": str(original), "fingerprint": Checkpoint(original).fingerprint()},
+            "original": checkpoint
+            and {
+                "path": str(original),
+                "fingerprint": checkpoint.fingerprint(),
+                "quantization": checkpoint.quantization_title,
+            },
             "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer), "begin": list(self.begin)},
         }
 

@@ -3,10 +3,10 @@
 from hasten.accel.compression.calibration.chunks import check_chunks
 from hasten.accel.compression.calibration.layer_groups import common_levels
 from hasten.accel.compression.calibration.settings import Settings, all_groups
+from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.costs.compression import Pass
 from hasten.accel.costs.model import Model
 from hasten.accel.costs.ranks import Ranks
-from hasten.accel.errors import UserError
 from hasten.jobs.common.schema import Calibrated
 from hasten.jobs.dry_run.setting import Setting
 
@@ -18,8 +18,7 @@ def calibration_pass(
 
     ranks: division of every worker; None is one process.
     """
-    if model.architecture.checkpoint.is_compressed:
-        raise UserError(f"model={name} is compressed already: give the original checkpoint")
+    check_source(model.architecture.checkpoint)
     layer_groups = all_groups(model.architecture, settings)
     sequences = config.calibration.sequences if settings.needs_inputs else 0
     size = 1 if ranks is None else ranks.size

@@ -141,9 +141,11 @@ def test_other_quantizations_are_refused(packed, tmp_path):
 
     change(quant_method="gptq")
     refused(copy, "'gptq'", "compressed-tensors", "config.json")
-    group = {**config["quantization_config"]["config_groups"]["group_0"], "format": "int-quantized"}
+    group = {**config["quantization_config"]["config_groups"]["group_0"], "format": "marlin-24"}
     change(config_groups={"group_0": group})
-    refused(copy, "int-quantized", "pack-quantized")
+    refused(copy, "marlin-24", "pack-quantized", "nvfp4-pack-quantized")
+    change(sparsity_config={"format": "sparse-24-bitmask"})
+    refused(copy, "sparse-24-bitmask", "not supported")
     change(config_groups={"group_0": {"targets": 3}})
     refused(copy, "config.json", "not valid")
     change(ignore=[NAME.removesuffix(".weight")])

@@ -21,6 +21,7 @@ from hasten.accel.compression.levels.database import LevelDatabase, attention_na
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
@@ -176,9 +177,9 @@ class Task:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.checkpoint = Checkpoint(settings.checkpoint)
-        if self.checkpoint.is_compressed:
-            raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
-        self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        check_source(self.checkpoint)
+        # A source that is quantized itself is what its weights say: what is written rounds what the levels say.
+        self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device, as_served=False)
         self.layer_groups = all_groups(self.architecture, settings)
         self._attentions = {} if settings.attention is None else attention_names(self.architecture)
         if settings.attention is not None and not self._attentions:

@@ -24,6 +24,7 @@ from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.sources import without_quantization
 
 # How the layers of a dropped part are stored.
 ZEROS = GridLevel(Scheme(2, -1, symmetric=True))
@@ -142,7 +143,8 @@ def shorten(architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
 
     Properties that transformers derives from a block's number are written out, because the numbers change.
     """
-    config = dict(architecture.checkpoint.config)
+    # What a quantized source says of its tensors is not true of those that are written.
+    config = without_quantization(architecture.checkpoint.config)
     if len(kept) == architecture.num_blocks:
         return config
     nested = isinstance(config.get("text_config"), dict)

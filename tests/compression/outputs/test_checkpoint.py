@@ -113,7 +113,7 @@ def test_nothing_left_to_quantize_and_patterns_that_match_nothing_are_refused(so
 
 def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
     local.compress(local.settings(source, tmp_path / "out"), tiny.tokens(4))
-    with pytest.raises(UserError, match="compressed already"):
+    with pytest.raises(UserError, match=f"compressed already: give the original checkpoint, {source}"):
         Task(local.settings(tmp_path / "out", tmp_path / "again"))
 
 

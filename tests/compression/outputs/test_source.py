@@ -1,0 +1,75 @@
+"""Checkpoints that others quantized as sources of a compression."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.sources import without_quantization
+from tests.compression import local
+from tests.models import foreign, tiny
+
+
+@pytest.mark.parametrize("kind", ["fp8", "FP8_DYNAMIC", "NVFP4", "MXFP4A16"])
+def test_a_quantized_source_gives_the_bytes_of_its_dequantized_checkpoint(kind, tmp_path):
+    source = tmp_path / "source"
+    if kind == "fp8":
+        foreign.save_fp8(source, block=(32, 32))
+        weights = {name: Checkpoint(source).tensor(name) for name in Checkpoint(source).names}
+    else:
+        weights = foreign.save_compressed(source, kind)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, plain / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(without_quantization(config)))
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", plain)
+    for folder in (source, plain):
+        local.compress(local.settings(folder, tmp_path / f"{folder.name}-out"), tiny.tokens(4))
+    found, expected = (local.contents(tmp_path / f"{name}-out") for name in ("source", "plain"))
+    differing = [name for name in expected if found.get(name) != expected[name]]
+    # What the run records of its source.
+    assert [name for name in differing if not name.startswith(".hasten/")] == []
+    assert found.keys() == expected.keys()
+    written = json.loads(found["config.json"])["quantization_config"]
+    assert written["format"] == "pack-quantized"
+    assert "weight_block_size" not in written
+
+
+def test_a_config_without_quantized_layers_says_nothing_of_the_sources(tmp_path):
+    from hasten.accel.compression.levels.depth import shorten
+    from hasten.accel.models.architecture import Architecture
+
+    foreign.save_fp8(tmp_path / "source", block=(32, 32))
+    architecture = Architecture(Checkpoint(tmp_path / "source"))
+    for kept in ([0, 1], [1]):
+        assert "quantization_config" not in shorten(architecture, kept)
+
+
+def test_sources_whose_weights_are_not_the_models_alone_are_refused(tmp_path):
+    source = tmp_path / "source"
+    foreign.save_compressed(source, "W8A8")
+    Task(local.settings(source, tmp_path / "out"))
+    config = json.loads((source / "config.json").read_text())
+    folded = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}
+    online = {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj$"], "location": "input"}]}
+    for groups, refused in (({"R1": folded}, None), ({"R1": folded, "R4": online}, "R4 in its transform_config")):
+        config["quantization_config"]["transform_config"] = {"config_groups": groups}
+        (source / "config.json").write_text(json.dumps(config))
+        if refused is None:
+            Task(local.settings(source, tmp_path / "out"))
+            continue
+        with pytest.raises(UserError, match=refused):
+            Task(local.settings(source, tmp_path / "out"))
+
+
+def test_an_output_whose_original_is_gone_is_a_source(tmp_path):
+    source = tiny.save(tmp_path / "source", "llama")
+    local.compress(local.settings(source, tmp_path / "out"), tiny.tokens(4))
+    shutil.rmtree(source)
+    assert Task(local.settings(tmp_path / "out", tmp_path / "again")).checkpoint.is_compressed
