@@ -396,9 +396,8 @@ def needs_loader(config: Mapping[str, Any] | None) -> bool:
     """
     if not config or config.get("dequantize") or config.get("format") != _FORMAT:
         return False
-    groups = config["config_groups"].values()
-    if any(group.get("weights") is None for group in groups):
-        return False
+    # A group without weights is that of attentions.
+    groups = [group for group in config["config_groups"].values() if group.get("weights") is not None]
     targets = [target for group in groups for target in group["targets"]]
     return any("embed_tokens" in target for target in targets) or not all(
         group["weights"]["symmetric"] for group in groups

@@ -41,4 +41,5 @@ def calibration_pass(
         propagates=config.propagate != "original",
         staged=config.propagate == "sequential",
         ranks=ranks,
+        attention=settings.attention,
     )

@@ -43,6 +43,13 @@ def input_tensors(
     return {SCALE: _positive(torch.tensor([limit / scheme.top]), dtype)}
 
 
+def stored_inputs(scheme: InputScheme | None, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Names and dtypes of the tensors, of one number each, that input_tensors returns."""
+    if scheme is None or not scheme.is_calibrated:
+        return {}
+    return {GLOBAL_SCALE: torch.float32} if scheme.strategy == "tensor_group" else {SCALE: dtype}
+
+
 @dataclass(frozen=True)
 class AttentionScheme:
     """Keys and values of the cache in FP8 with static scales, and whether queries are, too.
@@ -63,6 +70,13 @@ class AttentionScheme:
     def names(self) -> tuple[str, ...]:
         """Tensors of an attention, behind its module's name."""
         return ("k_scale", "v_scale", *(("q_scale",) if self.queries else ()))
+
+    def shapes(self, heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of an attention with these numbers of heads, by name."""
+        by_head = self.strategy == HEAD
+        return {
+            name: (heads if name.startswith("q") else kv_heads, 1, 1) if by_head else (1,) for name in self.names
+        }
 
     def tensors(self, ranges: HeadRanges, dtype: torch.dtype, attention: str) -> dict[str, Tensor]:
         """Scales of an attention, (1,) or (H, 1, 1); UserError, which names it, where its states are not finite."""
