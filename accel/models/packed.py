@@ -40,6 +40,10 @@ _DENSE = "dense"
 _UNNAMED = ("mixed-precision", "fakequant")
 # Formats that pack codes into bytes have no weight_shape.
 _BITS_PACKED_IN_BYTES = {"nvfp4-pack-quantized": 4, "mxfp4-pack-quantized": 4, "mxfp6-pack-quantized": 6}
+# Formats whose weights are unpacked in bfloat16, whatever the model's dtype; and those of which transformers 5.23 fails
+# to unpack experts, or does so without the scale that all others are relative to.
+_IN_BFLOAT16 = ("mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+_EXPERTS_LACK = ("int-quantized", "naive-quantized", "mxfp8-quantized", "nvfp4-pack-quantized")
 # Types of weights that mean nothing without scales.
 _CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 # Locations of transforms that are applied to activations.
@@ -389,18 +393,42 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def needs_loader(config: Mapping[str, Any] | None) -> bool:
+def needs_loader(config: Mapping[str, Any] | None, dtype: str | None = None) -> bool:
     """Whether transformers cannot load a checkpoint with this quantization_config by itself.
 
-    See models/transformers_loader.py, which can.
+    dtype: of the checkpoint's config. See models/transformers_loader.py, which can load it.
     """
-    if not config or config.get("dequantize") or config.get("format") != _FORMAT:
+    if not config or not _is_read_by_name(config):
+        return False
+    if must_unpack(config):
+        return True
+    for group in config["config_groups"].values():
+        form = _text(group.get("format") or config.get("format"))
+        if form in _EXPERTS_LACK and any("experts" in target for target in group["targets"]):
+            return True
+        if form in _IN_BFLOAT16 and dtype not in (None, "bfloat16"):
+            return True
+    return False
+
+
+def must_unpack(config: Mapping[str, Any]) -> bool:
+    """Whether transformers cannot prepare the modules of a checkpoint: packed embeddings, and zero points."""
+    if config.get("dequantize") or not _is_read_by_name(config):
         return False
     # A group without weights is that of attentions.
     groups = [group for group in config["config_groups"].values() if group.get("weights") is not None]
     targets = [target for group in groups for target in group["targets"]]
     return any("embed_tokens" in target for target in targets) or not all(
         group["weights"]["symmetric"] for group in groups
+    )
+
+
+def _is_read_by_name(config: Mapping[str, Any]) -> bool:
+    """Whether this is a config of compressed-tensors, all of whose groups have weights, but for those of attentions."""
+    groups = (config.get("config_groups") or {}).values()
+    return config.get("quant_method", "compressed-tensors") == "compressed-tensors" and all(
+        group.get("weights") is not None or any("Attention" in target for target in group["targets"])
+        for group in groups
     )
 
 

@@ -1,25 +1,30 @@
 """Lets transformers load all checkpoints of hasten: importing this module registers the loader.
 
 transformers 5.23 with compressed-tensors 0.20 loads packed layers in two ways, and each lacks something. Prepared
-modules: not embeddings, for which its `_init_weights` needs a weight; not tied pairs; and not zero points. With the key
-`dequantize`: all layers are read on the grid of the first config group. Here every tensor is unpacked by the scheme of
-its own module while it is read, and transformers ties the unpacked weights. Checkpoints that transformers loads itself
-are left to it.
+modules: not embeddings, for which its `_init_weights` needs a weight; not tied pairs; not zero points; and weights that
+are always unpacked in bfloat16 do not fit a model of another dtype. With the key `dequantize`: all layers are read on
+the grid of the first config group. Experts it unpacks in either case, though not of all formats.
+
+Here modules are prepared where that works, so that inputs are rounded, and their unpacked weights get the model's
+dtype. Elsewhere every tensor is unpacked by the scheme of its own module while it is read, and transformers ties the
+unpacked weights; inputs are then not rounded. Experts are unpacked while they are read, whatever their format.
 """
 
 from typing import Any
 
-from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+import torch
+from torch import Tensor
+from transformers.integrations.compressed_tensors import CompressedTensorsDequantize, get_experts_scheme
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from hasten.accel.models.packed import needs_loader
+from hasten.accel.models.packed import PACKED, PARTS, SCALE, WEIGHT, must_unpack
 
 _METHOD = "compressed-tensors"
 
 
 class _Unpack(CompressedTensorsDequantize):
-    """Unpacks the tensors of a module by the scheme of its config group."""
+    """Unpacks the tensors of a module by the scheme of its config group, and experts by that of theirs."""
 
     def convert(
         self,
@@ -29,23 +34,49 @@ class _Unpack(CompressedTensorsDequantize):
         full_layer_name: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The weight by its name, from stored tensors by what follows the module's name."""
-        scheme = self.scheme
-        if scheme is None and "weight_packed" in input_dict and full_layer_name is not None:
-            scheme = self._scheme(full_layer_name.removesuffix(".weight"), kwargs["model"])
-        unpack = CompressedTensorsDequantize(self.hf_quantizer, scheme)
-        converted: dict[str, Any] = unpack.convert(
-            input_dict, source_patterns, target_patterns, full_layer_name=full_layer_name, **kwargs
-        )
-        return converted
+        """The weight by its name, from stored tensors by what follows the module's name; of experts, all of them."""
+        assert full_layer_name is not None
+        dtype = kwargs["model"].get_parameter(full_layer_name).dtype
+        if not input_dict.keys() & {WEIGHT, PACKED, SCALE}:
+            return self._experts(input_dict, dtype)
+        parts = {leaf: _listed(value)[0] for leaf, value in input_dict.items()}
+        if SCALE not in parts:
+            return {full_layer_name: parts[WEIGHT].to(dtype)}
+        return {full_layer_name: self._unpacked(parts, self._scheme(full_layer_name, kwargs["model"]), dtype)}
+
+    def _experts(self, input_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Stacked weights of experts by the pattern of their names, from lists of tensors by patterns."""
+        scheme = get_experts_scheme(self.hf_quantizer.compressor.quantization_config)
+        stacked = {}
+        for name, values in input_dict.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf not in (WEIGHT, PACKED):
+                continue
+            named = {part: f"{layer}.{part}" for part in (leaf, *PARTS)}
+            lists = {part: _listed(input_dict[key]) for part, key in named.items() if key in input_dict}
+            if SCALE not in lists:
+                stacked[name] = values
+                continue
+            experts = [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
+            stacked[name] = torch.stack([self._unpacked(parts, scheme, dtype) for parts in experts])
+        return stacked
+
+    def _unpacked(self, parts: dict[str, Tensor], scheme: Any, dtype: torch.dtype) -> Tensor:
+        from compressed_tensors.compressors import BaseCompressor
+
+        form = scheme.format or self.hf_quantizer.compressor.quantization_config.format
+        weight: Tensor = BaseCompressor.get_value_from_registry(getattr(form, "value", form)).decompress(parts, scheme)[
+            WEIGHT
+        ]
+        return weight.to(dtype)
 
     def _scheme(self, name: str, model: Any) -> Any:
         from compressed_tensors.utils.match import match_targets
 
+        module = name.removesuffix(f".{WEIGHT}")
         groups = self.hf_quantizer.compressor.quantization_config.config_groups.values()
         schemes = {target: group for group in groups for target in group.targets}
-        targets = match_targets(name, model.get_submodule(name), list(schemes))
-        return schemes[targets[0]] if targets else None
+        return schemes[match_targets(module, model.get_submodule(module), list(schemes))[0]]
 
 
 class Loader(CompressedTensorsHfQuantizer):
@@ -54,13 +85,26 @@ class Loader(CompressedTensorsHfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         known = self.compressor.quantization_config
-        self._unpacks = not quantization_config.dequantize and known is not None and needs_loader(known.model_dump())
-        if self._unpacks:
+        if not quantization_config.dequantize and known is not None and must_unpack(known.model_dump()):
             quantization_config.dequantize = True
 
     def get_load_operations(self) -> dict[str, Any]:
-        """The operation for checkpoint tensors."""
-        return {"dequantize": _Unpack} if self._unpacks else super().get_load_operations()
+        """The operation for checkpoint tensors that no module is prepared for."""
+        return {"dequantize": _Unpack}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Unpack prepared modules at once where their weights have another dtype than the model."""
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        prepared = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
+        if prepared and model.dtype != torch.bfloat16:
+            self.compressor.decompress_model(model)
+            for module in prepared:
+                module.weight.data = module.weight.data.to(model.dtype)
+        return model
+
+
+def _listed(value: Any) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
 
 
 AUTO_QUANTIZER_MAPPING[_METHOD] = Loader

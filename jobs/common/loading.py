@@ -10,7 +10,9 @@ _LOADER = "hasten.accel.models.transformers_loader"
 
 def loader_of(folder: Path) -> str | None:
     """Module to import before transformers loads a checkpoint; None where it loads it by itself."""
-    return _LOADER if needs_loader(read_json(folder / "config.json").get("quantization_config")) else None
+    config = read_json(folder / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return _LOADER if needs_loader(config.get("quantization_config"), dtype) else None
 
 
 def print_loader(module: str | None) -> None:

@@ -73,7 +73,7 @@ class CompressedTensors(Format):
         for number, ((scheme, is_expert), names) in enumerate(distinct.items()):
             groups[f"group_{number}"] = {
                 # With one scheme a class name suffices, and keeps the config short.
-                "targets": _targets(names) if len(distinct) == 1 else [_one_of(names, is_expert)],
+                "targets": _targets(names) if len(distinct) == 1 and not is_expert else [_one_of(names, is_expert)],
                 "weights": _weights(scheme.weights),
                 "input_activations": _inputs(scheme.inputs),
                 "output_activations": None,

@@ -10,6 +10,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.formats import pickling  # noqa: F401 (registers)
 from hasten.accel.compression.formats.base import Packing, StoredTensor
 from hasten.accel.compression.formats.pack_quantized import signed
 from hasten.accel.compression.quantizers.base import QuantizedWeight, WeightScheme

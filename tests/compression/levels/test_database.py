@@ -326,7 +326,7 @@ def test_levels_of_the_group_size_auto_have_one_name_and_the_size_of_each_layer(
             for layer in group.layers:
                 for name, level in database.levels_of(group):
                     size = 128 if symmetric and layer.columns == 128 else 64
-                    assert level.loader_scheme == Scheme(level.scheme.bits, size, symmetric)
+                    assert level.loader_scheme.weights == Scheme(level.scheme.bits, size, symmetric)
                     assert database.weight(layer.name, name).shape == (layer.rows, layer.columns)
                     stored = database.facts(layer.name)[name]["stored_bits"]
                     assert stored == database.stored_bits(group, layer, level)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, MLP
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.base import LoaderScheme
+from hasten.accel.compression.formats.compressed_tensors import INTEGERS, CompressedTensors
 from hasten.accel.compression.levels.depth import (
     ZEROS,
     dropped_bits,
@@ -14,6 +15,7 @@ from hasten.accel.compression.levels.depth import (
     shorten,
     zero_weight,
 )
+from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -21,6 +23,9 @@ from hasten.accel.models.checkpoint import Checkpoint
 from tests.models import tiny
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+FORMAT = CompressedTensors()
 
 
 def architecture(folder, family, without=(), extra=None, **changes):
@@ -110,11 +115,11 @@ def test_a_model_without_blocks_is_refused(tmp_path):
             make_depth(model, wrong)
 
 
-@pytest.mark.parametrize("scheme", [ZEROS, Scheme(3, 32, symmetric=True), Scheme(4, 16), Scheme(8, -1)], ids=str)
+@pytest.mark.parametrize("scheme", [ZEROS.scheme, Scheme(3, 32, symmetric=True), Scheme(4, 16), Scheme(8, -1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_zeros_dequantize_to_exactly_zero(scheme, dtype):
-    weight = zero_weight(24, 96, scheme, dtype)
-    unpacked = PackQuantized().unpack(PackQuantized().pack(weight), scheme)
+    weight, loader = zero_weight(torch.zeros(24, 96, dtype=dtype), scheme), LoaderScheme(INTEGERS, scheme)
+    unpacked = FORMAT.unpack(FORMAT.pack(weight, loader), loader)
     for found in (weight.dequantize(), unpacked):
         assert found.dtype == dtype
         assert torch.equal(found, torch.zeros(24, 96, dtype=dtype))
@@ -140,13 +145,13 @@ def test_dropped_experts_have_the_grid_of_the_others(tmp_path):
     model = architecture(tmp_path, "mixtral", dtype=torch.bfloat16)
     experts = [layer for layer in model.linears(0) if layer.expert is not None]
     weights = 4 * 3 * 64 * 32
-    assert dropped_bits(experts, model.checkpoint, Scheme(3, 32, symmetric=True)) == 3 * weights + 16 * weights // 32
+    assert dropped_bits(experts, model.checkpoint, parse_level("w3g32")) == 3 * weights + 16 * weights // 32
     assert dropped_bits(experts, model.checkpoint, None) == 16 * weights
 
 
 def test_biases_are_zeros_of_their_own_dtype(tmp_path):
     model = architecture(tmp_path, "opt", dtype=torch.bfloat16)
     last = model.linears(0)[-1]
-    parts = make_zeros(last, model.checkpoint).parts(model.checkpoint, PackQuantized().pack)
+    parts = make_zeros(last, model.checkpoint).parts(model.checkpoint, FORMAT)
     assert set(parts) == {"weight_packed", "weight_scale", "weight_shape", "bias"}
     assert torch.equal(parts["bias"], torch.zeros(64, dtype=torch.bfloat16))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hasten.accel.compression.calibration.settings import Task
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.outputs import resumable as folder_module
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
@@ -223,7 +223,7 @@ def test_layers_are_ignored_where_the_checkpoint_lacks_the_model_prefix(tmp_path
 def test_blocks_have_their_original_number_in_calls_and_a_new_one_in_files(tmp_path):
     source = tiny.save(tmp_path / "original", "llama", dtype=torch.bfloat16, num_hidden_layers=4)
     architecture = Architecture(Checkpoint(source))
-    output = OutputFolder(tmp_path / "out", architecture, [[]] * 4, PackQuantized(), kept=[1, 3])
+    output = OutputFolder(tmp_path / "out", architecture, [[]] * 4, CompressedTensors(), kept=[1, 3])
     output.open({}, overwrite=False)
     output.write_block(3, {}, [{"layer": "one"}])
     assert output.finished == [3]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import make_levels
 from hasten.accel.compression.outputs import code_fingerprint as module
@@ -163,7 +163,7 @@ class OfAnotherPackage(GPTQ):
 
 
 def settings(**changes):
-    values = {"quantizer": GPTQ(), "level": GridLevel(Scheme(4, 32)), "format": PackQuantized()}
+    values = {"quantizer": GPTQ(), "level": GridLevel(Scheme(4, 32)), "format": CompressedTensors()}
     return Settings(Path("model"), Path("out"), **(values | changes))
 
 

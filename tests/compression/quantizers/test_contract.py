@@ -7,7 +7,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.base import LoaderScheme
+from hasten.accel.compression.formats.compressed_tensors import INTEGERS, CompressedTensors
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 
@@ -46,8 +47,8 @@ def test_bits_count_codes_scales_and_zero_points(quantizer, scheme, weight, hess
 
 def test_a_loader_unpacks_exactly_the_dequantized_weight(quantizer, scheme, weight, hessian):
     quantized = quantizer.quantize(weight, quantizer.prepare(hessian), scheme).weight
-    packed = PackQuantized().pack(quantized)
-    assert torch.equal(PackQuantized().unpack(packed, scheme), quantized.dequantize())
+    loader, form = LoaderScheme(INTEGERS, scheme), CompressedTensors()
+    assert torch.equal(form.unpack(form.pack(quantized, loader), loader), quantized.dequantize())
 
 
 def test_more_bits_make_less_error(quantizer, weight, hessian):
