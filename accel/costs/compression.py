@@ -101,7 +101,9 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
         else database_files(work.model.architecture, work.layer_groups, work.levels, work.attention)
     )
     packed = max(sum(_packed_bytes(work, group) for group in groups) for groups in work.layer_groups)
-    sums = max(_sums_bytes(work, stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
+    sums = (
+        max(_sums_bytes(work, stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
+    )
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),

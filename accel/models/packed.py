@@ -131,8 +131,8 @@ class Packing(Quantization):
         scheme = parse_inputs(arguments.model_dump(), f"kv_cache_scheme in {self.where}")
         if scheme not in (AttentionScheme(strategy).states for strategy in STRATEGIES):
             raise UserError(
-                f"kv_cache_scheme in {self.where} is {arguments.model_dump()}: supported are static FP8 scales (num_bits "
-                f"8, type float, dynamic false) of strategy {' or '.join(STRATEGIES)}"
+                f"kv_cache_scheme in {self.where} is {arguments.model_dump()}: supported are static FP8 scales "
+                f"(num_bits 8, type float, dynamic false) of strategy {' or '.join(STRATEGIES)}"
             )
         return AttentionScheme(scheme.strategy, group is not None)
 

@@ -67,10 +67,10 @@ class Calibrator:
     ) -> Collected:
         """Statistics of layer inputs in a block over this shard, for the layer groups `keys` of a stage.
 
-        Sums of experts that no token reached are an empty list. The caller chooses the groups: if each shard looked on the
-        disk for unfinished ones, shards that look at different times would collect different groups.
-        solved: packed tensors by layer, or by attention, of the block's earlier stages, one mapping for each; of a level
-        database empty.
+        Sums of experts that no token reached are an empty list. The caller chooses the groups: if each shard looked on
+        the disk for unfinished ones, shards that look at different times would collect different groups.
+        solved: packed tensors by layer, or by attention, of the block's earlier stages, one mapping for each; of a
+        level database empty.
 
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.

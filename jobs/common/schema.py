@@ -188,8 +188,8 @@ class Calibrated(Run):
     input_observer: dict[str, Any] = group("how a static scale of a layer's inputs is chosen, for levels that have one")
     kv_cache: str | None = option(
         None,
-        "scales of an FP8 cache of keys and values, calibrated: fp8, one scale for a block's keys and one for its values; "
-        "fp8_head, one for each KV head; null leaves the cache to the server",
+        "calibrated scales of an FP8 cache: fp8, one for a block's keys and one for its values; fp8_head, one for each "
+        "KV head; null leaves the cache to the server",
         choices=tuple(KV_CACHES),
     )
     attention: str | None = option(

@@ -38,7 +38,11 @@ def rounded(folder, source, scheme=None, attention=None):
         if scheme is not None and scheme.strategy == "tensor_group":
             tensors[f"{layer}.input_global_scale"] = torch.tensor([900.0])
     if attention is not None:
-        heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+        heads = {
+            "q": config["num_attention_heads"],
+            "k": config["num_key_value_heads"],
+            "v": config["num_key_value_heads"],
+        }
         for block in range(config["num_hidden_layers"]):
             for part in attention.names:
                 by_head = torch.linspace(0.002, 0.02, heads[part[0]])[:, None, None]

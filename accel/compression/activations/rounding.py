@@ -2,9 +2,9 @@
 
 Source: compressed-tensors 0.20 (`fake_quantize` and `compute_dynamic_scales_and_zp`), which transformers runs; the
 microscaling formats by Rouhani et al. 2023, arXiv:2310.10537.
-Departs from it: a dynamic scale of `token` is that of the last dimension for any number of dimensions (the library takes
-one scale for all of [N, C]), and a scale is first cast to the dtype of the inputs. vLLM's dynamic 8-bit integers have
-the scale max / 127, not max / 127.5: its codes differ by at most one unit in the last place.
+Departs from it: a dynamic scale of `token` is that of the last dimension for any number of dimensions (the library
+takes one scale for all of [N, C]), and a scale is first cast to the dtype of the inputs. vLLM's dynamic 8-bit integers
+have the scale max / 127, not max / 127.5: its codes differ by at most one unit.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from hasten.accel.compression.activations.scheme import InputScheme
 
 _FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0
-# Scales that take the place of zero: half the smallest normal number of FP8 scales is what the library uses, too.
+# FP8 scale that takes the place of zero, as in the library.
 _LEAST_FP8_SCALE = 0.125
 
 

@@ -74,9 +74,7 @@ class AttentionScheme:
     def shapes(self, heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of an attention with these numbers of heads, by name."""
         by_head = self.strategy == HEAD
-        return {
-            name: (heads if name.startswith("q") else kv_heads, 1, 1) if by_head else (1,) for name in self.names
-        }
+        return {name: (heads if name.startswith("q") else kv_heads, 1, 1) if by_head else (1,) for name in self.names}
 
     def tensors(self, ranges: HeadRanges, dtype: torch.dtype, attention: str) -> dict[str, Tensor]:
         """Scales of an attention, (1,) or (H, 1, 1); UserError, which names it, where its states are not finite."""

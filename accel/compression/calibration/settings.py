@@ -168,7 +168,9 @@ class Settings:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
         observer = self.observer if self.needs_ranges else ()
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, observer)
+        return code_fingerprint(
+            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, observer
+        )
 
 
 class Task:
@@ -183,7 +185,9 @@ class Task:
         self.layer_groups = all_groups(self.architecture, settings)
         self._attentions = {} if settings.attention is None else attention_names(self.architecture)
         if settings.attention is not None and not self._attentions:
-            raise UserError(f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null")
+            raise UserError(
+                f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null"
+            )
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)

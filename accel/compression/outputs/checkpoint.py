@@ -54,7 +54,8 @@ class OutputFolder(ResumableFolder):
 
     layer_groups: layers that are compressed, by block, and behind the blocks the groups of calibration/outer.py. kept:
     ascending numbers of the blocks that are written; None for all. Methods take a block's number in the original; in
-    the files it has its index among the kept blocks. attention: how keys and values are rounded, None where they are not.
+    the files it has its index among the kept blocks. attention: how keys and values are rounded; None where they are
+    not.
     """
 
     def __init__(

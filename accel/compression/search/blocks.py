@@ -14,7 +14,6 @@ from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.models.architecture import Architecture
 
-
 # Key beside the names of units: whether keys and values are rounded as the level database says.
 KV_CACHE, ROUNDED = "kv_cache", "rounded"
 
@@ -28,9 +27,11 @@ class StoredRoundings(Protocol):
 
     attentions: Mapping[int, str]
 
-    def inputs(self, layer: str, level: str) -> InputRounding | None: ...
+    def inputs(self, layer: str, level: str) -> InputRounding | None:
+        """See above."""
 
-    def read_attention(self, attention: str) -> Mapping[str, InputRounding]: ...
+    def read_attention(self, attention: str) -> Mapping[str, InputRounding]:
+        """See above."""
 
 
 class BlockState(NamedTuple):
@@ -63,9 +64,7 @@ class Block:
     loaded state. stored: None where neither inputs nor keys and values are rounded at any level. index: its number.
     """
 
-    def __init__(
-        self, architecture: Architecture, index: int, stored: StoredRoundings | None = None
-    ) -> None:
+    def __init__(self, architecture: Architecture, index: int, stored: StoredRoundings | None = None) -> None:
         self.module = architecture.load_block(index)
         self._architecture, self._index, self._stored = architecture, index, stored
         self.slots: list[Slot] = []

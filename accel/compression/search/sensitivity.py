@@ -252,7 +252,6 @@ def _products(block: Block, errors: dict[str, Tensor]) -> Iterator[dict[str, lis
     handles = []
     for slot in block.slots:
         if slot.name in errors:
-
             exact: dict[str, Tensor] = {}
 
             def remember(_: nn.Module, inputs: tuple[Tensor, ...], exact: dict[str, Tensor] = exact) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hasten.accel.compression.activations.hooks import attention_states
 from hasten.accel.compression.activations.observers.maximum import Maximum
 from hasten.accel.compression.activations.observers.squared_error import SquaredError
 from hasten.accel.compression.activations.scales import AttentionScheme
@@ -67,8 +68,6 @@ def inputs_of(folder):
     def note(name, value):
         found[name] = max(found.get(name, 0.0), float(value.abs().max()))
 
-    from hasten.accel.compression.activations.hooks import attention_states
-
     parts = [model.embed(part) for chunk in TOKENS.tensor_split(6) for part in chunk.split(2)]
     for index in range(model.num_blocks):
         block = model.load_block(index)
@@ -87,7 +86,7 @@ def inputs_of(folder):
 
 
 def test_static_scales_are_of_the_inputs_of_the_model_that_is_written(source, tmp_path):
-    """Inputs of every layer, with all rounding before it: that of weights, of inputs, and of keys, values and queries."""
+    """Inputs of every layer, with all rounding before it: of weights, inputs, keys, values and queries."""
     folder = compressed(source, tmp_path / "out", "fp8_static", attention=AttentionScheme(queries=True))
     found = inputs_of(folder)
     stored = {}
@@ -107,7 +106,9 @@ def test_static_scales_are_of_the_inputs_of_the_model_that_is_written(source, tm
 def test_a_run_that_was_stopped_between_blocks_ends_with_the_same_bytes(source, tmp_path, propagate):
     options = {"propagate": propagate, "attention": AttentionScheme()}
     whole = local.contents(compressed(source, tmp_path / "out", "w8a8s", **options))
-    output = Task(local.settings(source, tmp_path / "out", RoundToNearest(), level=parse_level("w8a8s"), **options)).output
+    output = Task(
+        local.settings(source, tmp_path / "out", RoundToNearest(), level=parse_level("w8a8s"), **options)
+    ).output
     output.shard(1).unlink()
     (tmp_path / "out" / "config.json").unlink()
     assert local.contents(compressed(source, tmp_path / "out", "w8a8s", **options)) == whole
