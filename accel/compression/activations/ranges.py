@@ -33,6 +33,11 @@ class InputRange:
             self._counts = counts if self._counts is None else self._counts + counts
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there were no inputs."""
+        return self._absmax is None
+
+    @property
     def absmax(self) -> float:
         """Largest magnitude; 0 where there were no inputs, nan or inf where one is not finite."""
         return 0.0 if self._absmax is None else float(self._absmax)

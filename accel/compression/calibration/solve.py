@@ -41,6 +41,8 @@ class ObservedInputs:
         """Calibrated tensors of a layer's inputs at a level."""
         if level.inputs is None:
             return {}
+        # No token may reach any expert of a block; other layers all see every token.
+        assert not (level.inputs.is_calibrated and self.range.is_empty) or group.is_expert, layer.name
         dtype = checkpoint.dtype(f"{layer.name}.weight")
         return input_tensors(level.inputs, self.range, self.observer, dtype, group.range_key)
 

@@ -54,9 +54,9 @@ def groups_before_attention(architecture: Architecture, block: int, groups: Sequ
         return None
     layers = architecture.linears(block)
     inside = [layer.group for layer in layers if layer.name.startswith(f"{name}.")]
-    order = [layer.name for layer in layers]
+    places = {layer.name: place for place, layer in enumerate(layers)}
     first_behind = next(place for place, layer in enumerate(layers) if layer.group == inside[-1])
-    return sum(order.index(group.key) < first_behind for group in groups)
+    return sum(places[group.key] < first_behind for group in groups)
 
 
 class _Run(Forward):
