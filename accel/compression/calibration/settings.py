@@ -123,8 +123,9 @@ class Settings:
     def stages(self, groups: Sequence[Group], before_attention: int | None = None) -> list[Stage]:
         """Groups of a block that are compressed at the same time, in the order in which they are.
 
-        before_attention: see stages.groups_before_attention; None where keys and values are not rounded. The attention is calibrated in its own stage, or, where layers are
-        calibrated on the original ones of their block, together with all groups.
+        before_attention: see stages.groups_before_attention; None where keys and values are not rounded. The attention
+        is calibrated in its own stage, or, where layers are calibrated on the original ones of their block, together
+        with all groups.
         """
         if self.propagate == "sequential" and self.needs_inputs and not is_outer(groups):
             return stages_of(groups, before_attention)
