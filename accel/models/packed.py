@@ -114,6 +114,8 @@ class Packing(Quantization):
     def inputs(self, module: str) -> InputScheme | None:
         """See Quantization."""
         scheme = self.scheme(module)
+        if scheme is not None and scheme.output_activations is not None:
+            raise UserError(f"config group of {module} in {self.where} has output_activations: only inputs can be rounded")
         if scheme is None or scheme.input_activations is None:
             return None
         return parse_inputs(scheme.input_activations.model_dump(), f"config group of {module} in {self.where}")
@@ -139,7 +141,9 @@ class Packing(Quantization):
     @property
     def rounds_inputs(self) -> bool:
         """See Quantization."""
-        return self._cache is not None or any(group.input_activations for group in self._schemes.values())
+        return self._cache is not None or any(
+            group.input_activations or group.output_activations for group in self._schemes.values()
+        )
 
     def tensors(self, stored: Mapping[str, Stored]) -> tuple[dict[str, QuantizedTensor], set[str]]:
         """See Quantization."""

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hasten.accel.compression.activations.description import described
+from hasten.accel.compression.activations.hooks import attention_states
 from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
@@ -109,6 +110,16 @@ def test_missing_scales_are_named(source, tmp_path):
         logits(folder)
 
 
+def test_rounded_outputs_are_refused(source, tmp_path):
+    folder = rounded(tmp_path / "model", source)
+    config = json.loads((folder / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["output_activations"] = described(SCHEMES["fp8 tensor static"])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has output_activations: only inputs can be rounded"):
+        logits(folder)
+
+
 def test_a_cache_in_integers_is_refused(source, tmp_path):
     folder = rounded(tmp_path / "model", source, attention=AttentionScheme())
     config = json.loads((folder / "config.json").read_text())
@@ -116,3 +127,17 @@ def test_a_cache_in_integers_is_refused(source, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="supported are static FP8 scales"):
         logits(folder)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen3_moe"])
+def test_attentions_of_other_families_show_their_states_and_compute_the_same(family, checkpoints):
+    model = Architecture(Checkpoint(checkpoints(family)))
+    block, hidden, seen = model.load_block(1), model.embed(tiny.tokens()), []
+    expected = model.run_block(block, 1, hidden)
+    states = attention_states(block)
+    states.observe = lambda *given: seen.append([state.shape[:3] for state in given])
+    assert torch.equal(model.run_block(block, 1, hidden), expected)
+    batch, length = tiny.tokens().shape
+    assert seen == [[(batch, 4, length), (batch, 2, length), (batch, 2, length)]]
+    states.key = AttentionScheme().rounding({"k_scale": torch.tensor([0.01])}, "k")
+    assert not torch.equal(model.run_block(block, 1, hidden), expected)
