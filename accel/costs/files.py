@@ -137,8 +137,9 @@ def database_files(
 ) -> dict[str, int]:
     """Bytes of a level database: a file a layer, and one an attention whose keys and values are rounded."""
     total = 0
-    for name in attention_names(architecture).values() if attention is not None else ():
-        total += safetensors_bytes(_attention_tensors(architecture, name, attention), len('"facts":"{}"'))
+    if attention is not None:
+        for name in attention_names(architecture).values():
+            total += safetensors_bytes(_attention_tensors(architecture, name, attention), len('"facts":"{}"'))
     for groups in layer_groups:
         for group in groups:
             for layer in group.layers:

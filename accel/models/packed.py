@@ -115,7 +115,9 @@ class Packing(Quantization):
         """See Quantization."""
         scheme = self.scheme(module)
         if scheme is not None and scheme.output_activations is not None:
-            raise UserError(f"config group of {module} in {self.where} has output_activations: only inputs can be rounded")
+            raise UserError(
+                f"config group of {module} in {self.where} has output_activations: only inputs can be rounded"
+            )
         if scheme is None or scheme.input_activations is None:
             return None
         return parse_inputs(scheme.input_activations.model_dump(), f"config group of {module} in {self.where}")

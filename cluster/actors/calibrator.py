@@ -82,7 +82,8 @@ class Calibrator:
             # A block may have stopped in the middle.
             self._shard = None
             raise
-        sums = {key: [] for key in keys} | {
+        sums: dict[str, Nodes] = {key: [] for key in keys}
+        sums |= {
             key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
         }

@@ -255,8 +255,9 @@ class CalibrationPass:
             block, stage = step
             groups = self._task.stages(block)[stage]
             names = {layer.name for group in groups for layer in group.layers}
-            if self._task.calibrates_attention(block, stage):
-                names |= {self._task.attention_name(block)}
+            attention = self._task.attention_name(block)
+            if attention is not None and self._task.calibrates_attention(block, stage):
+                names.add(attention)
             layers = (layer for packed, _, _ in solved.values() for layer in packed.items())
             self._stored[step] = put({name: parts for name, parts in layers if name in names})
         return self._stored[step]

@@ -26,11 +26,11 @@ def prepare_inputs(module: nn.Module) -> None:
         module.register_forward_pre_hook(_round_inputs)
 
 
-def set_inputs(module: nn.Module, rounding: InputRounding | None) -> None:
+def set_inputs(module: Any, rounding: InputRounding | None) -> None:
     """Set how a layer's inputs are rounded; None leaves them as they are."""
     if rounding is not None:
         prepare_inputs(module)
-        vars(module)["input_rounding"] = rounding.to(module.weight.device)  # type: ignore[arg-type]
+        vars(module)["input_rounding"] = rounding.to(module.weight.device)
     elif hasattr(module, "input_rounding"):
         vars(module)["input_rounding"] = None
 

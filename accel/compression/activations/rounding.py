@@ -7,7 +7,7 @@ takes one scale for all of [N, C]), and a scale is first cast to the dtype of th
 have the scale max / 127, not max / 127.5: its codes differ by at most one unit.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,9 +42,8 @@ class InputRounding:
 
     def to(self, device: torch.device) -> "InputRounding":
         """The same with its tensors on a device."""
-        names = ("scale", "zero_point", "global_scale")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if part is None else part.to(device) for name, part in tensors.items()})
+        parts = (self.scale, self.zero_point, self.global_scale)
+        return InputRounding(self.scheme, *(None if part is None else part.to(device) for part in parts))
 
 
 def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
@@ -60,9 +59,8 @@ def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
     if scheme.symmetric:
         scale = _above_zero(_absmax(inputs, scheme) / _half_range(scheme))
         return _on_grid(inputs, scale, None, scheme)
-    dims = {} if scheme.strategy == "tensor" else {"dim": -1, "keepdim": True}
-    low, high = torch.aminmax(inputs, **dims)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    extremes = torch.aminmax(inputs) if scheme.strategy == "tensor" else torch.aminmax(inputs, dim=-1, keepdim=True)
+    low, high = extremes.min.clamp(max=0), extremes.max.clamp(min=0)
     scale = _above_zero((high - low) / (2 * _half_range(scheme)))
     least = -(2.0 ** (scheme.bits - 1))
     zero_point = (least - low / scale).clamp(least, -least - 1).round()
