@@ -1,16 +1,19 @@
 """Base class of cache methods: how the keys and values of a sequence's tokens are kept in one layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hasten.accel.cache.segments.base import Segment
 from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
+
+# rotate(keys, positions, inverse): keys (H, T, D) rotated for positions (H, T).
+Rotation = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Recent:
     queries: (W, H * G, D) of the last committed tokens, W of them as the method's `query_window` says; None where it
     needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
+    memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
+    it count as held only if it is one tensor.
     """
 
     keys: Tensor
@@ -27,6 +32,7 @@ class Recent:
     positions: Tensor
     queries: Tensor | None = None
     attention: Tensor | None = None
+    memory: Any = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,14 @@ class Kept:
 
     segments: in place of all earlier ones. recent: number of the newest dense tokens that stay as they are. kept: (H,
     T'') indices, in the order of the new segments and then of the recent tokens, into the earlier segments' tokens and
-    the dense ones behind them; None where all tokens are kept. Needed where the method sums attention.
+    the dense ones behind them; None where all tokens are kept. Needed where the method sums attention. memory: see
+    Recent.
     """
 
     segments: Sequence[Segment]
     recent: int
     kept: Tensor | None = None
+    memory: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Place:
     """Where a cache is compressed. layer: its number, of `layers`. length: committed tokens of the sequence.
 
     budget: tokens that the layer may hold of the sequence; None: the method has none. scoring: of its attention.
+    shared: what the layers of the sequence tell each other in a pass, by any names. rotary: rotates keys (H, T, D) for
+    positions (H, T), or back; None unless the method needs it.
     """
 
     layer: int
@@ -55,6 +65,8 @@ class Place:
     length: int
     budget: int | None
     scoring: Scoring
+    shared: dict[str, Any] = field(default_factory=dict)
+    rotary: Rotation | None = None
 
 
 class CacheMethod(ABC):
@@ -63,11 +75,18 @@ class CacheMethod(ABC):
     When it is applied depends on the number of committed tokens alone, and not on the passes that committed them: at
     the end of the prompt, and then after every `interval` tokens. So speculative decoding gives the same caches.
 
-    has_budget: whether the method keeps a budget. query_window: number of last queries that it reads. sums_attention:
-    whether it reads the summed attention. interval: committed tokens between two compressions after the prompt.
+    has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
+    reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
+    then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
+    it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
+    keys. interval: committed tokens between two compressions
+    after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
+    frees: ClassVar[bool] = True
+    joins_layers: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
 
     @property
@@ -82,7 +101,11 @@ class CacheMethod(ABC):
 
     @abstractmethod
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
-        """What to keep; None leaves everything as it is."""
+        """What to keep in a layer; None leaves everything as it is."""
+
+    def compress_layers(self, layers: Sequence[tuple[Sequence[Segment], Recent, Place]]) -> Sequence[Kept | None]:
+        """What to keep in each layer of a sequence, of methods that join layers."""
+        return [self.compress(*layer) for layer in layers]
 
 
 @dataclass(frozen=True)

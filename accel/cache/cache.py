@@ -1,7 +1,7 @@
 """A compressed cache as transformers takes it: `past_key_values` of a model whose attention is ours.
 
     attach(model)  # of attention.py
-    cache = CompressedCache(model.config, method, CacheBudget(0.25))
+    cache = CompressedCache(model, method, CacheBudget(0.25))
     model.generate(**inputs, past_key_values=cache)
 
 Layers hand the attention function a handle in place of keys and values, see attention.py.
@@ -9,13 +9,17 @@ Layers hand the attention function a handle in place of keys and values, see att
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.rotary import rotary_of
+from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
@@ -94,10 +98,11 @@ class CompressedLayer(CacheLayerMixin):
             )
             outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype)
             sequence.commit()
-            if len(own) > 1 or self.owner.is_due(sequence.length - self.owner.prompt_length(self.number, row)):
-                if len(own) > 1:
-                    self.owner.prompts[self.number, row] = sequence.length
-                self.compress(row)
+            ends_prompt = len(own) > 1
+            if ends_prompt:
+                self.owner.prompts[self.number, row] = sequence.length
+            if ends_prompt or self.owner.is_due(sequence.length - self.owner.prompts.get((self.number, row), 0)):
+                self.owner.compress(row, self.number)
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
@@ -114,12 +119,13 @@ class CompressedLayer(CacheLayerMixin):
             outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
         return outputs
 
-    def compress(self, row: int) -> None:
-        """Apply the method to a sequence."""
-        sequence = self.sequences[row]
-        budget = self.owner.budget
-        tokens = None if budget is None else budget.tokens(sequence.length)
-        sequence.compress(Place(self.number, len(self.owner.layers), sequence.length, tokens, self.scoring))
+    def place(self, row: int) -> Place:
+        """What the method is told of a sequence."""
+        length, budget = self.sequences[row].length, self.owner.budget
+        tokens = None if budget is None else budget.tokens(length)
+        shared = self.owner.shared.setdefault(row, {})
+        rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
+        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -157,25 +163,28 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedCache(Cache):
-    """Cache of a model with this config that a method keeps small.
+    """Cache of a model that a method keeps small.
 
     budget: tokens that each layer may hold of a sequence, for methods that have one. UserError for models with layers
-    that have no KV cache.
+    that have no KV cache, and for methods that the model does not fit.
     """
 
-    def __init__(self, config: Any, method: CacheMethod, budget: CacheBudget | None = None) -> None:
-        text = config.get_text_config()
+    def __init__(self, model: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None = None) -> None:
+        text = model.config.get_text_config()
         unsupported = set(getattr(text, "layer_types", None) or []) - _KINDS
         if unsupported:
             raise UserError(
-                f"{type(config).__name__} has layers of {', '.join(sorted(unsupported))}: only caches of keys and "
+                f"{type(model).__name__} has layers of {', '.join(sorted(unsupported))}: only caches of keys and "
                 "values can be compressed"
             )
         check_budget(method, budget)
         self.method, self.budget = method, budget
+        self.rotary = rotary_of(model) if method.needs_rotary else None
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
+        # What the layers of a sequence tell each other, by row.
+        self.shared: dict[int, dict[str, Any]] = {}
         super().__init__(layers=[CompressedLayer(self, number) for number in range(text.num_hidden_layers)])
 
     @property
@@ -185,12 +194,35 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all sequences in all layers."""
-        return sum(sequence.nbytes for layer in self.compressed for sequence in layer.sequences)
+        """Bytes held by all sequences in all layers; what they share counts once."""
+        sequences = (sequence for layer in self.compressed for sequence in layer.sequences)
+        return storage_bytes(tensor for sequence in sequences for tensor in sequence.tensors())
 
-    def prompt_length(self, layer: int, row: int) -> int:
-        """Committed tokens at the end of a sequence's prompt."""
-        return self.prompts.get((layer, row), 0)
+    def compress(self, row: int, number: int | None = None) -> None:
+        """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).
+
+        A method that joins layers is applied when the last layer asks for it.
+        """
+        layers = list(self.compressed)
+        if self.method.joins_layers:
+            if number is None or number == len(layers) - 1:
+                self._compress_together(row, layers)
+            return
+        for layer in layers if number is None else layers[number : number + 1]:
+            sequence = layer.sequences[row]
+            recent = sequence.uncompressed()
+            if recent is not None:
+                sequence.keep(self.method.compress(sequence.segments, recent, layer.place(row)))
+
+    def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
+        given = []
+        for layer in layers:
+            recent = layer.sequences[row].uncompressed()
+            if recent is None:
+                return
+            given.append((layer.sequences[row].segments, recent, layer.place(row)))
+        for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
+            layer.sequences[row].keep(kept)
 
     def is_due(self, generated: int) -> bool:
         """Whether the method is applied when so many tokens behind the prompt are committed."""

@@ -13,6 +13,7 @@ class Full(CacheMethod):
     """Method that leaves the cache as it is."""
 
     has_budget: ClassVar[bool] = False
+    frees: ClassVar[bool] = False
 
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
         """Nothing changes."""

@@ -1,12 +1,13 @@
 """The cache of one sequence in one layer: segments, then dense tokens, then nodes that wait for verification."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import CacheMethod, Place, Recent
+from hasten.accel.cache.base import CacheMethod, Kept, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
 from hasten.kernels.attention import reference
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
@@ -53,19 +54,25 @@ class SequenceCache:
         # Queries of the waiting nodes, and the logarithms of their softmax denominators.
         self._asked: list[tuple[Tensor, Tensor]] = []
         self._scoring = PLAIN
+        self._memory: Any = None
 
     @property
     def tokens(self) -> int:
         """Committed tokens that are held."""
         return sum(segment.tokens for segment in self.segments) + self._dense
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held, including room for tokens to come."""
+        own = (self._keys, self._values, self._positions, self._queries, self._attention, self._memory)
+        yield from (tensor for tensor in own if isinstance(tensor, Tensor))
+        yield from (part for pair in self._asked for part in pair)
+        for segment in self.segments:
+            yield from segment.tensors()
+
     @property
     def nbytes(self) -> int:
-        """Bytes held, including room for tokens to come."""
-        own = [self._keys, self._values, self._positions, self._queries, self._attention]
-        asked = [part for pair in self._asked for part in pair]
-        dense = storage_bytes(tensor for tensor in [*own, *asked] if tensor is not None)
-        return dense + sum(segment.nbytes for segment in self.segments)
+        """Bytes held."""
+        return storage_bytes(self.tensors())
 
     def append(self, new: NewTokens, scoring: Scoring, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Add waiting tokens; returns their attention output (N, H * G, D).
@@ -172,19 +179,29 @@ class SequenceCache:
             sums += shares.masked_fill_(hidden, 0.0).sum((1, 2))
         self._attention = sums
 
-    def compress(self, place: Place) -> None:
-        """Apply the method to the committed tokens; no node may wait."""
+    def uncompressed(self) -> Recent | None:
+        """The dense committed tokens, for the method; None before the first token. No node may wait."""
         assert self._waiting == 0
-        if self.method is None or self._keys is None or self._values is None or self._positions is None:
-            return
+        if self._keys is None or self._values is None or self._positions is None:
+            return None
         dense = slice(0, self._dense)
-        recent = Recent(
-            self._keys[:, dense], self._values[:, dense], self._positions[dense], self._queries, self._attention
+        return Recent(
+            self._keys[:, dense],
+            self._values[:, dense],
+            self._positions[dense],
+            self._queries,
+            self._attention,
+            self._memory,
         )
-        kept = self.method.compress(self.segments, recent, place)
+
+    def keep(self, kept: Kept | None) -> None:
+        """Hold what a method keeps; None leaves everything as it is."""
         if kept is None:
             return
-        self.segments = list(kept.segments)
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        self.segments, self._memory = list(kept.segments), kept.memory
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)
         newest = slice(self._dense - kept.recent, self._dense)

@@ -29,6 +29,11 @@ def run(job, source, **changes):
         ("compress", {"level": "x"}, "level=x is wrong: expected a name like "),
         ("compress", {"level": "w9"}, "bits=9 is out of range: 2 to 8"),
         ("compress", {"level": "w4g48"}, "group_size=48 does not divide the 64 columns"),
+        ("compress", {"scheme": "fp8", "bits": 3}, "scheme=fp8 and bits=3 are given, which both say"),
+        ("compress", {"scheme": "fp8", "level": "w4"}, "scheme=fp8 and level=w4 are given"),
+        ("compress", {"scheme": "fp8_block"}, "level fp8_block needs a multiple of 128 columns, model.layers.0."),
+        ("compress", {"level": "w4g32a8s"}, "level w4g32a8s is wrong: servers read static scales of inputs with w8a8s"),
+        ("levels", {"bits": "[]", "schemes": "[fp8,x]"}, "schemes=[x] is wrong: expected w4a16, "),
         ("levels", {"bits": "[]", "extra_levels": "[s50,y]"}, "extra_levels=y is wrong: expected a name like "),
         ("levels", {"bits": "[]", "extra_levels": "[s50,s50]"}, "extra_levels=['s50', 's50'] is wrong"),
     ],
@@ -47,6 +52,18 @@ def test_compress_takes_a_level_of_any_kind_and_counts_its_bits(source, folder, 
     itemsize = Checkpoint(folder / "out").dtype("model.layers.0.mlp.up_proj.weight").itemsize
     assert report["metrics"]["bits_per_weight"] == parse_level("s50").stored_bits(8, 8, itemsize) / 64
     assert not Checkpoint(folder / "out").is_compressed
+
+
+@pytest.mark.ray
+def test_compress_takes_the_name_that_servers_use(source, folder, capsys, ray_session):
+    assert run("compress", source, scheme="nvfp4a16", quantizer="round_to_nearest") == 0
+    report, _ = last_report(capsys)
+    weights = sum(row["weights"] for row in report["layers"])
+    stored = sum(row["stored_bits"] for row in report["layers"])
+    # 4 bits, an FP8 scale for 16 weights, and a float32 scale for each layer.
+    assert stored == 4.5 * weights + 32 * len(report["layers"])
+    assert report["metrics"]["bits_per_weight"] == stored / weights
+    assert Checkpoint(folder / "out").config["quantization_config"]["format"] == "nvfp4-pack-quantized"
 
 
 @pytest.mark.ray

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
-from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.segments.base import Segment, scores
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
 
@@ -26,6 +26,13 @@ class Candidates:
     queries: Tensor | None
     attention: Tensor | None
     place: Place
+
+    def gathered(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of the tokens with indices kept (H, K)."""
+        keys, values = (
+            part.gather(1, kept[..., None].expand(-1, -1, part.shape[2])) for part in (self.keys, self.values)
+        )
+        return keys, values, self.positions.gather(1, kept)
 
 
 @dataclass(frozen=True)
@@ -46,23 +53,39 @@ class Evictor(CacheMethod):
 
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
         """The `budget` tokens of each head with the highest scores, in their order, sinks and last tokens with them."""
+        tokens = candidates(segments, recent, place)
         assert place.budget is not None
-        heads = len(recent.keys)
-        older = [segment.dense() for segment in segments]
-        own = recent.keys, recent.values, recent.positions.expand(heads, -1)
-        keys, values, positions = (torch.cat(parts, 1) for parts in zip(*older, own, strict=True))
-        count = keys.shape[1]
-        if count <= place.budget:
+        if tokens.positions.shape[1] <= place.budget:
             return None
-        scores = self.score(Candidates(keys, values, positions, recent.queries, recent.attention, place)).clone()
-        assert scores.shape == positions.shape, (type(self).__name__, scores.shape)
-        sinks = positions < min(self.sinks, place.budget)
+        kept = self.choose(tokens, place.budget)
+        return Kept([Dense(*tokens.gathered(kept))], 0, kept)
+
+    def choose(self, tokens: Candidates, budget: int) -> Tensor:
+        """Ascending indices (H, budget) of the tokens that stay."""
+        ranks, count = self.score(tokens).clone(), tokens.positions.shape[1]
+        assert ranks.shape == tokens.positions.shape, (type(self).__name__, ranks.shape)
+        sinks = tokens.positions < min(self.sinks, budget)
         # Where the budget is too small for both, there are fewer last tokens.
-        recent_tokens = min(self.recent, place.budget - int(sinks[0].sum()))
-        scores.clamp_(max=torch.finfo(scores.dtype).max).masked_fill_(sinks, torch.inf)
-        scores[:, count - recent_tokens :] = torch.inf
+        recent_tokens = min(self.recent, budget - int(sinks[0].sum()))
+        ranks.clamp_(max=torch.finfo(ranks.dtype).max).masked_fill_(sinks, torch.inf)
+        ranks[:, count - recent_tokens :] = torch.inf
         # Of equal scores the later token is kept: a stable order, whatever the sort does with ties.
-        order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices
-        kept = (count - 1 - order[:, : place.budget]).sort(1).values
-        gathered = [part.gather(1, kept[..., None].expand(-1, -1, part.shape[2])) for part in (keys, values)]
-        return Kept([Dense(*gathered, positions.gather(1, kept))], 0, kept)
+        order = ranks.flip(1).sort(dim=1, descending=True, stable=True).indices
+        return (count - 1 - order[:, :budget]).sort(1).values
+
+
+def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Candidates:
+    """The tokens of all segments, and the dense ones behind them."""
+    own = recent.keys, recent.values, recent.positions.expand(len(recent.keys), -1)
+    parts = zip(*(segment.dense() for segment in segments), own, strict=True)
+    return Candidates(*(torch.cat(part, 1) for part in parts), recent.queries, recent.attention, place)
+
+
+def window_attention(tokens: Candidates) -> Tensor:
+    """Attention (H, T) float32 that the last queries give to each token, summed over them and over query heads."""
+    assert tokens.queries is not None
+    width, count = len(tokens.queries), tokens.keys.shape[1]
+    products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
+    # The queries are of the last tokens, and see none behind their own.
+    seen = torch.ones(width, count, dtype=torch.bool, device=products.device).tril(count - width)
+    return products.masked_fill_(~seen, -torch.inf).softmax(-1).sum((1, 2))

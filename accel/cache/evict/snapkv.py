@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.accel.cache.evict.base import Candidates, Evictor
-from hasten.accel.cache.segments.base import scores
+from hasten.accel.cache.evict.base import Candidates, Evictor, window_attention
 from hasten.accel.errors import UserError
 
 
@@ -36,13 +35,9 @@ class SnapKV(Evictor):
 
     def score(self, tokens: Candidates) -> Tensor:
         """Attention of the last queries, pooled; the queries' own tokens, which are the last ones, come first."""
-        assert tokens.queries is not None
-        width, count = len(tokens.queries), tokens.keys.shape[1]
-        products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
-        # The queries are of the last tokens, and see none behind their own.
-        seen = torch.ones(width, count, dtype=torch.bool, device=products.device).tril(count - width)
-        attention = products.masked_fill_(~seen, -torch.inf).softmax(-1).sum((1, 2))
+        attention = window_attention(tokens)
         result = torch.full_like(attention, torch.inf)
-        before = count - width
+        assert tokens.queries is not None
+        before = attention.shape[1] - len(tokens.queries)
         result[:, :before] = F.max_pool1d(attention[:, None, :before], self.kernel, 1, self.kernel // 2)[:, 0]
         return result

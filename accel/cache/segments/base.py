@@ -42,15 +42,23 @@ class Segment(ABC):
 
 
 def partial_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, seen: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scoring: Scoring,
+    seen: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Partial:
     """Partial result o (W, H * G, D), m and l (W, H * G) of queries (W, H * G, D) over keys and values (H, T, D).
 
-    seen: (W, T) or (H, W, T) bool, the keys that each query sees; None: all. In float32.
+    seen: (W, T) or (H, W, T) bool, the keys that each query sees; None: all. bias: (H, T), added to the scores. In
+    float32.
     """
     width, count = len(queries), keys.shape[1]
     weights = scores(queries, keys, scoring)
     groups = weights.shape[1] // width
+    if bias is not None:
+        weights += bias[:, None]
     if seen is not None:
         weights = weights.masked_fill_(~seen.repeat(*(1,) * (seen.ndim - 2), groups, 1), -torch.inf)
     # A row without keys has no largest score. -inf minus -inf is nan.

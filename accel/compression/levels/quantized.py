@@ -1,5 +1,6 @@
 """Base of the kinds of levels that store all weights of a layer as codes on one grid, in a form that loaders read."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -29,9 +30,9 @@ class QuantizedLevel(Level):
     is_loaded_packed: ClassVar[bool] = True
 
     @property
+    @abstractmethod
     def loader_scheme(self) -> LoaderScheme:
         """How loaders read the layer; it defines the level."""
-        raise NotImplementedError
 
     @property
     def grid(self) -> WeightScheme:

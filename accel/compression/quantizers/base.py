@@ -80,18 +80,15 @@ class WeightScheme(ABC):
         """Whether group_size divides the columns of a layer; `auto` fits all layers."""
         return self.group_size == AUTO or columns % self.columns(columns) == 0
 
-    def check(self, layer: str, columns: int) -> None:
-        """UserError where group_size does not divide the layer's columns."""
-        if not self.fits(columns):
-            raise UserError(
-                f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
-                f"use a divisor, group_size={AUTO}, group_size=-1 (one scale a row), or ignore the layer"
-            )
-
     @property
     def is_shared(self) -> bool:
         """Whether layers that servers fuse must share a scale, which `of_layers` sets."""
         return False
+
+    @property
+    def layers_scale(self) -> float | None:
+        """That scale; None where there is none, and until it is set."""
+        return None
 
     def of_layers(self, peak: float) -> Self:
         """The grid with the scale that layers share. peak: their largest magnitude. Itself where there is none."""
@@ -159,9 +156,9 @@ class WeightScheme(ABC):
         """Scales, float32, from stored ones."""
         return stored.float()
 
+    @abstractmethod
     def of_one_group(self) -> Self:
         """The same grid, with one scale for a row of the weights that are given."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -194,6 +191,14 @@ class Scheme(WeightScheme):
     def strategy(self) -> str:
         """A row or a group has a scale."""
         return "channel" if self.group_size == -1 else "group"
+
+    def check(self, layer: str, columns: int) -> None:
+        """UserError where group_size does not divide the layer's columns."""
+        if not self.fits(columns):
+            raise UserError(
+                f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
+                f"use a divisor, group_size={AUTO}, group_size=-1 (one scale a row), or ignore the layer"
+            )
 
     def of_group_size(self, size: int) -> "Scheme":
         """The scheme with this group size in place of `auto`."""

@@ -202,9 +202,8 @@ class GPTQ(Quantizer[Factor]):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]
             lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
-            steps = (lower.T @ scheme.values(solved.codes[rows], zero)).mul_(
-                prepared.errors()
-            )  # (C, R): output of a scale of 1
+            # (C, R): output of a scale of 1
+            steps = (lower.T @ scheme.values(solved.codes[rows], zero)).mul_(prepared.errors())
             length = over_rows(steps.square().sum(0), tile, Tensor.sum)
             along = over_rows((steps * solved.error).sum(0), tile, Tensor.sum)
             fitted = scheme.scales(scheme.stored_scale(scale + along / length, dtype))

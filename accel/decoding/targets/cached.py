@@ -1,7 +1,7 @@
 """A transformers model as a target whose caches a method keeps small, see accel/cache.
 
-The method is applied when certain numbers of tokens are committed, see cache.base.CacheMethod. A pass never crosses such a
-number (`room`), so that with and without drafts a token attends to the same cache.
+The method is applied when certain numbers of tokens are committed, see cache.base.CacheMethod. A pass never crosses
+such a number (`room`), so that with and without drafts a token attends to the same cache.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class CachedTarget(TransformersTarget):
         super().__init__(model, keeps_hidden)
         self.method, self.budget = method, budget
         # Refuses models and budgets that do not fit before anything is decoded.
-        CompressedCache(model.config, method, budget)
+        CompressedCache(model, method, budget)
         attach(model)
         self._ended: list[int | None] = []
 
@@ -56,12 +56,12 @@ class CachedTarget(TransformersTarget):
         ended = self._ended[slot]
         generated = None if ended is None else len(self.committed(slot)) - ended
         if generated and generated % self.method.interval == 0:
-            self._compress(slot)
+            self._compressed.compress(slot)
 
     def end_prompt(self, slot: int) -> None:
         """Apply the method to the prompt."""
         self._ended[slot] = len(self.committed(slot))
-        self._compress(slot)
+        self._compressed.compress(slot)
 
     def room(self, slot: int) -> int | None:
         """Tokens until the method is applied next."""
@@ -75,6 +75,7 @@ class CachedTarget(TransformersTarget):
         """See Target."""
         super().clear(slot)
         self._ended[slot] = None
+        self._compressed.shared.pop(slot, None)
         for layer in self._compressed.compressed:
             layer.sequences[slot] = SequenceCache(self.method)
 
@@ -82,6 +83,7 @@ class CachedTarget(TransformersTarget):
         """See Target."""
         super().swap(one, other)
         self._ended[one] = self._ended[other]
+        self._compressed.shared[one] = self._compressed.shared.pop(other, {})
         for layer in self._compressed.compressed:
             layer.sequences[one], layer.sequences[other] = layer.sequences[other], SequenceCache(self.method)
 
@@ -94,7 +96,7 @@ class CachedTarget(TransformersTarget):
             layer.sequences[slot].crop(max(0, dropped))
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        self._compressed = CompressedCache(self._model.config, self.method, self.budget)
+        self._compressed = CompressedCache(self._model, self.method, self.budget)
         for layer in self._compressed.compressed:
             layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
             layer.is_initialized = True
@@ -123,10 +125,6 @@ class CachedTarget(TransformersTarget):
     def _commit_layers(self, slot: int, path: Sequence[int] | None) -> None:
         for layer in self._compressed.compressed:
             layer.sequences[slot].commit(path)
-
-    def _compress(self, slot: int) -> None:
-        for layer in self._compressed.compressed:
-            layer.compress(slot)
 
     def _move(self, slot: int, sources: Sequence[int], places: Sequence[int]) -> None:
         """Committing a path moves its nodes."""

@@ -3,7 +3,6 @@ import torch
 
 from hasten.accel.compression.formats.base import LoaderScheme
 from hasten.accel.compression.formats.compressed_tensors import INTEGERS, CompressedTensors
-from hasten.accel.compression.levels.kinds.grid import grid_tensors
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 
@@ -18,5 +17,5 @@ def test_compressed_tensors_unpacks_zero_points_of_any_number_of_rows(bits, grou
         packed = form.pack(quantized, loader)
         # `unpack` is the library's own decompression.
         assert torch.equal(form.unpack(packed, loader), quantized.dequantize()), f"{rows} rows"
-        for tensor in grid_tensors(quantized.scheme, rows, 96, torch.bfloat16):
+        for tensor in form.tensors(loader, rows, 96, torch.bfloat16):
             assert packed[tensor.name].shape == tensor.shape

@@ -126,7 +126,7 @@ def test_experts_of_all_blocks_get_one_level_or_are_refused(tmp_path):
     assert len(experts[0].layers) == 2 * 4 * 3
     levels = {layer: "w2g32" for unit in units for layer in unit.layers}
     levels[experts[0].layers[0]] = "w4g32"
-    with pytest.raises(UserError, match=r"experts got several levels \(w2, w4\)"):
+    with pytest.raises(UserError, match=r"experts got several levels \(w2g32, w4g32\)"):
         mixed_output(architecture, database, levels, tmp_path / "out")
 
 
@@ -358,7 +358,7 @@ def test_pruned_layers_are_stored_dense_and_count_as_untouched(tmp_path):
 def test_experts_of_which_some_stay_plain_are_refused(tmp_path):
     architecture, database = six_blocks(tmp_path, "mixtral", num_hidden_layers=2)
     levels = {layer.name: "w2g32" for group in database.layer_groups[0] for layer in group.layers}
-    with pytest.raises(UserError, match=r"experts got several levels \(none, w2\)"):
+    with pytest.raises(UserError, match=r"experts got several levels \(none, w2g32\)"):
         mixed_output(architecture, database, levels, tmp_path / "out")
     # Zeros fit any level.
     check(architecture, database, levels, tmp_path / "out", {1: MLP_ONLY})

@@ -88,12 +88,12 @@ TOKENS = tiny.tokens(8, 16)
 def new_kind(tmp_path, monkeypatch):
     """The module, made discoverable as if it were in the folder of kinds."""
     (tmp_path / "kinds").mkdir()
-    (tmp_path / "kinds" / "float8.py").write_text(dedent(MODULE))
+    (tmp_path / "kinds" / "cast8.py").write_text(dedent(MODULE))
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path / "kinds")])
     level_kinds.cache_clear()
     yield
     level_kinds.cache_clear()
-    sys.modules.pop(f"{kinds.__name__}.float8")
+    sys.modules.pop(f"{kinds.__name__}.cast8")
 
 
 def test_one_new_file_is_a_level_of_databases_and_checkpoints(new_kind, tmp_path):
