@@ -23,6 +23,7 @@ from hasten.accel.cache.prune.mustafar import Mustafar
 from hasten.accel.cache.quantize.fp8 import FP8
 from hasten.accel.cache.quantize.gear import GEAR
 from hasten.accel.cache.quantize.kivi import KIVI
+from hasten.accel.cache.quantize.kvquant import KVQuant
 from hasten.accel.cache.quantize.mikv import MiKV
 from hasten.accel.cache.quantize.rotatekv import RotateKV
 from hasten.accel.cache.quantize.zipvl import ZipVL
@@ -33,6 +34,7 @@ from hasten.accel.cache.retrieve.tidal_decode import TidalDecode
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.cache.segments.interpolated import interpolated
+from hasten.accel.cache.segments.nonuniform import centroids_of
 from hasten.accel.cache.segments.ragged import Ragged
 from hasten.accel.cache.share.minicache import MiniCache
 from hasten.accel.cache.share.xkv import XKV
@@ -469,6 +471,33 @@ def test_rotatekv_at_8_bits_gives_the_keys_back_for_their_positions():
     kept = RotateKV(bits=8, sinks=4, residual=4).compress([], Recent(turned, keys, positions), place)
     assert [segment.tokens for segment in kept.segments] == [4, 32]
     torch.testing.assert_close(kept.segments[1].dense()[0], turned[:, 4:36], rtol=0, atol=0.05)
+
+
+def test_centroids_are_the_means_of_what_is_nearest_to_them():
+    numbers = torch.cat([torch.full((25,), value) + torch.linspace(-0.01, 0.01, 25) for value in (-1.0, 0.1, 0.8, 1.0)])
+    centroids = centroids_of(numbers, 2)
+    torch.testing.assert_close(centroids, torch.tensor([-1.0, 0.1, 0.8, 1.0]))
+    uniform = centroids_of(torch.linspace(-1, 1, 4001), 3)
+    torch.testing.assert_close(uniform, torch.arange(-7, 8, 2) / 8, rtol=0, atol=0.02)
+
+
+def test_kvquant_keeps_outliers_exact_and_codes_the_rest_by_channel():
+    keys = torch.randn(HEADS, 68, SIZE, generator=torch.Generator().manual_seed(14))
+    keys[:, :, 2] *= 50  # a channel with a range of its own
+    keys[0, 20, 4] = 30.0  # an outlier
+    positions = torch.arange(68, dtype=torch.int32)
+    place = Place(0, 1, 68, None, PLAIN, {}, lambda keys, positions, inverse: keys)
+    method = KVQuant(bits=4, outliers=0.05, residual=4, sinks=0)
+    segment = method.compress([], Recent(keys, keys.clone(), positions), place).segments[0]
+    found = segment.dense()[0]
+    assert found[0, 20, 4] == 30.0
+    errors = (found - keys[:, :64]).abs().mean((0, 1))
+    others = [channel for channel in range(SIZE) if channel != 2]
+    assert errors[others].max() < 0.1
+    # Later tokens are coded by the same ranges.
+    later = method.compress([segment], Recent(keys, keys.clone(), positions), place).segments[1]
+    assert later.keys.scale is segment.keys.scale
+    assert later.keys.centroids is segment.keys.centroids
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hasten.accel.cache.segments.base import Segment
+from hasten.kernels.attention.contract import Partial, Scoring
+from hasten.kernels.packed_attention import is_faster, packed_attention
 from hasten.kernels.quantize_pack import Packed, quantize_pack, unpack_dequantize
 
 
@@ -52,6 +54,19 @@ class PackedSegment(Segment):
         keys = unpack_dequantize(self.keys).unflatten(1, (self.heads, -1)).transpose(0, 1)
         values = unpack_dequantize(self.values).unflatten(0, (-1, self.heads)).transpose(0, 1)
         return keys, values, self.positions
+
+    def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
+        """See Segment; from the codes themselves where there is a kernel, and no window that cuts them."""
+        if scoring.window is not None or not is_faster(self.keys, self.heads):
+            return super().attend(queries, positions, scoring)
+        width, groups = len(queries), queries.shape[1] // self.heads
+        scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        folded = queries.unflatten(1, (self.heads, groups)).permute(1, 2, 0, 3).flatten(1, 2).float() * scale
+        partial = packed_attention(folded, self.keys, self.values, scoring.soft_cap)
+        o, m, total = (
+            part.unflatten(1, (groups, width)).movedim(2, 0).flatten(1, 2) for part in (partial.o, partial.m, partial.l)
+        )
+        return Partial(o, m, total)
 
     def extended(self, other: "PackedSegment") -> "PackedSegment":
         """A segment of these tokens and of another's, of the same bits and groups; no code is computed again."""

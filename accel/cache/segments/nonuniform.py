@@ -1,0 +1,101 @@
+"""Segments of codes that stand for any values: centroids of normalised numbers, and outliers as they are.
+
+Source: Hooper et al. 2024, arXiv:2401.18079 (KVQuant).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.accel.cache.base import Rotation
+from hasten.accel.cache.segments.base import Segment
+from hasten.kernels.packed_weight import pack_codes, unpack_codes
+
+_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Vectors (T, C) as centroid[code] * scale + middle, with outliers in their place.
+
+    words: int32 (T, words). centroids: (2**bits,). scale, middle: (1, C) or (T, 1). places: int32, indices of outliers
+    into the flattened vectors, and values: theirs.
+    """
+
+    words: Tensor
+    centroids: Tensor
+    scale: Tensor
+    middle: Tensor
+    places: Tensor
+    values: Tensor
+    bits: int
+    columns: int
+
+    @classmethod
+    def of(
+        cls, vectors: Tensor, centroids: Tensor, scale: Tensor, middle: Tensor, outliers: Tensor, bits: int
+    ) -> "Codes":
+        """Of vectors (T, C). outliers: (T, C) bool."""
+        normal = (vectors.float() - middle.float()) / scale.float()
+        edges = (centroids[1:] + centroids[:-1]) / 2
+        words = pack_codes(torch.bucketize(normal, edges.float()), bits)
+        places = outliers.flatten().nonzero()[:, 0]
+        return cls(
+            words, centroids, scale, middle, places.int(), vectors.flatten()[places].clone(), bits, vectors.shape[1]
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        yield from (self.words, self.centroids, self.scale, self.middle, self.places, self.values)
+
+    def dense(self) -> Tensor:
+        """Vectors (T, C) in the dtype of the outliers."""
+        codes = unpack_codes(self.words, self.bits, self.columns).long()
+        whole = (self.centroids[codes] * self.scale.float() + self.middle.float()).to(self.values.dtype)
+        whole.view(-1)[self.places.long()] = self.values
+        return whole
+
+
+@dataclass(frozen=True)
+class NonUniform(Segment):
+    """keys: without their rotary embedding, which rotary adds. positions: (H, T) int32, of one row."""
+
+    keys: Codes
+    values: Codes
+    positions: Tensor
+    rotary: Rotation
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.positions.shape[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those of keys and values, and positions."""
+        yield from self.keys.tensors()
+        yield from self.values.tensors()
+        yield self.positions
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys with their rotary embedding, and values."""
+        heads = len(self.positions)
+        keys, values = (part.dense().unflatten(1, (heads, -1)).transpose(0, 1) for part in (self.keys, self.values))
+        return self.rotary(keys, self.positions, False), values, self.positions
+
+
+def centroids_of(numbers: Tensor, bits: int) -> Tensor:
+    """Ascending centroids (2**bits,) float32 of numbers (N,), by k-means from their quantiles."""
+    ordered = numbers.float().sort().values
+    count = 2**bits
+    centres = ordered[((torch.arange(count, device=numbers.device) + 0.5) / count * len(ordered)).long()]
+    # Sums of runs of the sorted numbers: a round is a search for the borders.
+    sums = torch.cat([ordered.new_zeros(1), ordered.double().cumsum(0).float()])
+    for _ in range(_ROUNDS):
+        borders = torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
+        borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(ordered))])
+        sizes = borders.diff()
+        means = (sums[borders[1:]] - sums[borders[:-1]]) / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres.sort().values
