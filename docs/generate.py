@@ -31,6 +31,7 @@ TITLES = {
     "quantizer": "Quantizers",
     "column_quantizer": "Column quantizers",
     "pruner": "Pruners",
+    "input_observer": "Static scales of inputs",
     "level": "Level kinds",
     "allocator": "Allocators and searchers",
     "fitness": "Fitness of a candidate",

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer, needs_inputs, outer_method
 from hasten.accel.compression.calibration.stages import stages_of
@@ -37,7 +39,7 @@ class Pass:
     whether it is, and layers on outputs of compressed layers of their own block as well. ranks: division of every
     block over a group of calibrators, of which `workers` counts each; None where each has whole blocks. all_experts:
     whether the statistics of every expert are of all tokens. gguf: options of the GGUF file that is written; None for a
-    checkpoint.
+    checkpoint. attention: how keys and values are rounded; None where they are not.
     """
 
     model: Model
@@ -58,6 +60,12 @@ class Pass:
     ranks: Ranks | None = None
     all_experts: bool = False
     gguf: GgufOptions | None = None
+    attention: AttentionScheme | None = None
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether a method needs Hessians, and not only the largest inputs."""
+        return any(method.needs_hessian for method in self.methods)
 
     @property
     def load_share(self) -> float:
@@ -93,7 +101,9 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = _written(work)
     packed = max(sum(_packed_bytes(work, group) for group in groups) for groups in work.layer_groups)
-    sums = max(_sums_bytes(stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
+    sums = (
+        max(_sums_bytes(work, stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
+    )
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
@@ -108,8 +118,10 @@ def _written(work: Pass) -> dict[str, int]:
     """Bytes of the output's files."""
     architecture, groups = work.model.architecture, work.layer_groups
     if work.levels is not None:
-        return database_files(architecture, groups, work.levels)
-    return checkpoint_files(architecture, groups) if work.gguf is None else gguf_files(architecture, groups, work.gguf)
+        return database_files(architecture, groups, work.levels, work.attention)
+    if work.gguf is not None:
+        return gguf_files(architecture, groups, work.gguf)
+    return checkpoint_files(architecture, groups, work.attention)
 
 
 def sent_sums(chunks: int, workers: int, cut: int = 0) -> int:
@@ -133,7 +145,10 @@ def _held_sums(chunks: int) -> int:
     return chunks.bit_length() if chunks & (chunks - 1) == 0 else chunks.bit_length() + 1
 
 
-def _sums_bytes(groups: Sequence[Group]) -> int:
+def _sums_bytes(work: Pass, groups: Sequence[Group]) -> int:
+    """Bytes of the sums of groups; ranges of inputs are a few numbers."""
+    if not work.needs_hessian:
+        return 0
     return sum(hessian_bytes(group.columns) for group in groups if needs_inputs([group]))
 
 
@@ -162,9 +177,9 @@ def _moved(work: Pass) -> dict[str, int]:
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
         count = work.sent_sums
-        moved["sums of second moments"] = count * sum(_sums_bytes(groups) for groups in work.layer_groups)
+        moved["sums of second moments"] = count * sum(_sums_bytes(work, groups) for groups in work.layer_groups)
         if work.nodes > 1:
-            fetched = sum(_sums_bytes(groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
+            fetched = sum(_sums_bytes(work, groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
             moved[BETWEEN] = int(count * fetched * (1 - 1 / work.nodes))
         if work.ranks is not None:
             groups = work.workers // work.ranks.size
@@ -185,7 +200,7 @@ def _runs(work: Pass, block: int) -> int:
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
     block = model.largest_block()
-    groups = max((stage for block in work.layer_groups for stage in work.stages(block)), key=_sums_bytes)
+    groups = max((stage for block in work.layer_groups for stage in work.stages(block)), key=partial(_sums_bytes, work))
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
     # Forwards of a divided block go through it layer by layer, so that all of them wait in it, too.
@@ -209,8 +224,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # The float32 copy of a layer's input, where the input has another dtype.
         float32_copy = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += float32_copy
-        sums = {"sums of second moments": _sums_bytes(groups) * _held_sums(work.max_chunks)}
-        sent = {SHARED: _sums_bytes(groups) * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
+        sums = {"sums of second moments": _sums_bytes(work, groups) * _held_sums(work.max_chunks)}
+        sent = {SHARED: _sums_bytes(work, groups) * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
         if on_device:
             host["collect"] = {**always, **offloaded, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
@@ -227,7 +242,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         phase = "solve" if group.role is None else "solve head"
         at_once = _weights(group) if group.role is None else stack_of(group, work.gpu_memory).slab
         read = max(layer.rows * layer.columns for layer in group.layers)
-        reads = {SHARED: hessian_bytes(group.columns) * work.sent_sums}
+        reads = {SHARED: hessian_bytes(group.columns) * work.sent_sums if work.needs_hessian else 0}
         own = {
             "layers as they are read": min(read, at_once) * stored,
             "codes": at_once,
@@ -338,7 +353,7 @@ def _network_bytes(work: Pass) -> float:
     """Bytes through the busiest node's network, in or out: a solving node fetches the sums of the whole block."""
     total = 0.0
     for groups in work.layer_groups:
-        sums = _sums_bytes(groups) * work.sent_sums
+        sums = _sums_bytes(work, groups) * work.sent_sums
         solving = min(work.nodes, len(groups))
         total += sums * (1 - 1 / work.nodes) * max(1.0, solving / work.nodes)
     return total
@@ -347,6 +362,8 @@ def _network_bytes(work: Pass) -> float:
 def _collected(work: Pass, groups: Sequence[Group], tokens: int) -> Work:
     """Work of accumulating the Hessians of a block; an expert sees the tokens that are routed to it."""
     total = Work()
+    if not work.needs_hessian:
+        return Work(elements=float(sum(group.columns for group in groups) * tokens))
     experts = [group.block for group in groups if group.is_expert]
     seen = work.model.active_share(experts[0]) if experts and not work.all_experts else 1.0
     for group in groups:

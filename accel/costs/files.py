@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from hasten.accel.compression.activations.scales import AttentionScheme, stored_inputs
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer
 from hasten.accel.compression.formats.base import StoredTensor
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.levels.database import attention_names
 from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
 from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions
 from hasten.accel.models.architecture import Architecture, Layer
@@ -34,7 +36,7 @@ _FORMAT = CompressedTensors()
 # Facts of a layer at a level, in JSON: in a file with indents, and in the header of a layer's file.
 _FACTS_BYTES, _LEVEL_FACTS_BYTES = 380, 365
 # Digests of a run's modules, in its fingerprint.
-_CODE_BYTES = 5350
+_CODE_BYTES = 6800
 
 
 def safetensors_bytes(tensors: Tensors, note: int = len('"format":"pt"')) -> int:
@@ -54,7 +56,8 @@ def checkpoint_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
     scheme, dtype = level.loader_scheme, _dtype(itemsize)
     if scheme is None:
         return _listed(layer, [StoredTensor("weight", dtype, (layer.rows, layer.columns))])
-    return _listed(layer, _FORMAT.tensors(scheme, layer.rows, layer.columns, dtype))
+    weight = _FORMAT.tensors(scheme, layer.rows, layer.columns, dtype)
+    return _listed(layer, [*weight, *_input_tensors(level, dtype)])
 
 
 def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
@@ -62,7 +65,22 @@ def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
 
     Names begin here with the layer's name; in the file they begin with the level's, which is about as long.
     """
-    return _listed(layer, level.stored_tensors(layer.rows, layer.columns, _dtype(itemsize)))
+    dtype = _dtype(itemsize)
+    return _listed(layer, [*level.stored_tensors(layer.rows, layer.columns, dtype), *_input_tensors(level, dtype)])
+
+
+def _input_tensors(level: Level, dtype: torch.dtype) -> list[StoredTensor]:
+    """Calibrated scales of a layer's inputs."""
+    return [StoredTensor(name, own, (1,)) for name, own in stored_inputs(level.inputs, dtype).items()]
+
+
+def _attention_tensors(architecture: Architecture, name: str, scheme: AttentionScheme) -> Tensors:
+    """Scales of an attention of this name."""
+    heads = int(architecture.config.num_attention_heads)
+    shapes = scheme.shapes(heads, int(getattr(architecture.config, "num_key_value_heads", None) or heads))
+    dtype = _dtype(architecture.checkpoint.dtype(architecture.block_tensors(0)[0]).itemsize)
+    stored = [StoredTensor(part, dtype, shape) for part, shape in shapes.items()]
+    return [(f"{name}.{tensor.name}", _NAMES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in stored]
 
 
 def _listed(layer: Layer, tensors: Iterable[StoredTensor]) -> Tensors:
@@ -73,8 +91,14 @@ def _dtype(itemsize: int) -> torch.dtype:
     return torch.bfloat16 if itemsize == 2 else torch.float32
 
 
-def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> dict[str, int]:
-    """Bytes of a compressed checkpoint: tensors of blocks, tensors outside them, and small files."""
+def checkpoint_files(
+    architecture: Architecture, layer_groups: Sequence[Sequence[Group]], attention: AttentionScheme | None = None
+) -> dict[str, int]:
+    """Bytes of a compressed checkpoint: tensors of blocks, tensors outside them, and small files.
+
+    attention: how keys and values are rounded; None where they are not.
+    """
+    attentions = {} if attention is None else attention_names(architecture)
     checkpoint = architecture.checkpoint
     outer = [_plain(architecture, names) for names in outer_shards(architecture, layer_groups)]
     small = _CODE_BYTES
@@ -94,6 +118,8 @@ def checkpoint_files(architecture: Architecture, layer_groups: Sequence[Sequence
         else:
             rest = [name for name in architecture.block_tensors(block) if name not in quantized]
             tensors += _plain(architecture, rest)
+            if attention is not None and block in attentions:
+                tensors += _attention_tensors(architecture, attentions[block], attention)
             blocks += safetensors_bytes(tensors)
         index.append(tensors)
         small += _FACTS_BYTES * len(quantized)
@@ -120,10 +146,16 @@ def gguf_files(
 
 
 def database_files(
-    architecture: Architecture, layer_groups: Sequence[Sequence[Group]], levels: Sequence[Level]
+    architecture: Architecture,
+    layer_groups: Sequence[Sequence[Group]],
+    levels: Sequence[Level],
+    attention: AttentionScheme | None = None,
 ) -> dict[str, int]:
-    """Bytes of a level database: a file a layer."""
+    """Bytes of a level database: a file a layer, and one an attention whose keys and values are rounded."""
     total = 0
+    if attention is not None:
+        for name in attention_names(architecture).values():
+            total += safetensors_bytes(_attention_tensors(architecture, name, attention), len('"facts":"{}"'))
     for groups in layer_groups:
         for group in groups:
             for layer in group.layers:

@@ -6,7 +6,7 @@ behind them is found by inspection. A call reads the weights of one block at mos
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hooks import attention_path, attention_states, set_inputs
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import BlockLayout, FusedExperts
@@ -60,14 +62,21 @@ class Architecture:
     """The model of a checkpoint; weights and hidden states have this dtype and lie on this device.
 
     all_experts: whether experts of blocks that are loaded from now on show all tokens, see models.experts.
+    as_served: whether inputs of layers, and keys and values, are rounded where the checkpoint's config says so.
+
     Raises UserError where the model family is not supported, or where a tensor is missing or has a wrong shape.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        as_served: bool = True,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.all_experts = False
+        self.rounds_inputs = as_served and checkpoint.rounds_inputs
         model_type = checkpoint.config.get("model_type")
         whole = read_config(checkpoint.path)
         self.config: Any = whole.get_text_config(decoder=True)
@@ -170,9 +179,13 @@ class Architecture:
         return calls
 
     def load_block(self, index: int) -> nn.Module:
-        """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite."""
+        """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite.
+
+        Where the checkpoint's config says so, its layers round their inputs, and its attention keys and values.
+        """
         block = self._empty_block(index)
         self._fill_block(block, index)
+        self._round_as_stored(block, index)
         return block.eval()
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
@@ -204,6 +217,47 @@ class Architecture:
             parameter = block.get_submodule(path).weight
             assert isinstance(parameter, nn.Parameter)
             parameter.data = weight.to(parameter.device, parameter.dtype)
+
+    def round_inputs(self, block: nn.Module, roundings: Iterable[tuple[str, InputRounding | None]]) -> None:
+        """Set how layers of a block round their inputs. roundings: with the paths of the layers in the block."""
+        for path, rounding in roundings:
+            set_inputs(block.get_submodule(path), rounding)
+
+    def round_attention(self, block: nn.Module, roundings: Mapping[str, InputRounding]) -> None:
+        """Set how the attention of a block rounds its queries `q`, keys `k` and values `v`; others stay as they are."""
+        if roundings or attention_path(block) is not None:
+            states = attention_states(block)
+            on_device = {name: rounding.to(self.device) for name, rounding in roundings.items()}
+            states.query, states.key, states.value = (on_device.get(name) for name in "qkv")
+
+    def attention_name(self, index: int) -> str | None:
+        """Name in the checkpoint of the attention of a block; None where the block has none with a cache."""
+        path = attention_path(self._skeleton.blocks[index])
+        return None if path is None else self._layer(index, path, 0, 0, path).name
+
+    def attention_classes(self) -> list[str]:
+        """Names of the classes of the attentions that have a cache of keys and values."""
+        found = ((block, attention_path(block)) for block in self._skeleton.blocks)
+        return sorted({type(block.get_submodule(path)).__name__ for block, path in found if path is not None})
+
+    def _round_as_stored(self, block: nn.Module, index: int) -> None:
+        """Round in a loaded block what the checkpoint's config says."""
+        if not self.rounds_inputs:
+            return
+        self.round_inputs(
+            block,
+            (
+                (layer.module, rounding)
+                for layer in self.linears(index)
+                if (rounding := self.checkpoint.inputs(layer.name)) is not None
+            ),
+        )
+        name = self.attention_name(index)
+        if name is not None:
+            module = block.get_submodule(attention_path(block) or "")
+            roundings = self.checkpoint.attention(name, [cls.__name__ for cls in type(module).__mro__])
+            if roundings:
+                self.round_attention(block, roundings)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V], float32, of the last block's output [B, T, D]; for large vocabularies see output_layer."""
@@ -497,6 +551,10 @@ class Architecture:
         rows, columns = self._head.weight.shape
         bias = None if self._head.bias is None else self._read(self._head_bias_name())
         adapter = self.adapter
+        name = self.head_name()
+        # A head that is not quantized is none of the layers that the config describes, even if a class name matches it.
+        is_described = self.rounds_inputs and self.checkpoint.quantization(name) is not None
+        rounding = self.checkpoint.inputs(name.removesuffix(".weight")) if is_described else None
         return OutputLayer(
             tail,
             read,
@@ -507,4 +565,5 @@ class Architecture:
             adapter.logit_scale,
             adapter.input_scale,
             bias,
+            None if rounding is None else rounding.to(self.device),
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.expert_names import model_types, unfused
 from hasten.accel.models.gguf.place import GgufTensor
@@ -16,7 +19,7 @@ from hasten.accel.models.gguf.source import FILE as GGUF_FILE
 from hasten.accel.models.gguf.source import folder_of as gguf_folder
 from hasten.accel.models.gguf.source import read_places
 from hasten.accel.models.packed import CompressedWeight
-from hasten.accel.models.quantized import CHECKED_BYTES, QuantizedTensor
+from hasten.accel.models.quantized import CHECKED_BYTES, QuantizedTensor, belongs_to_activations
 from hasten.accel.models.shards import Place, Stored, read_header
 from hasten.accel.models.sources import open_quantization
 from hasten.kernels.packed_weight import PackedWeight
@@ -116,6 +119,8 @@ class Checkpoint:
         if self.quantized_by is not None:
             quantized, claimed = self.quantized_by.tensors(self._stored)
             stored = {name: place for name, place in stored.items() if name not in claimed} | quantized
+        activations = {name: place for name, place in self._stored.items() if belongs_to_activations(name)}
+        self._activations = unfused(activations, model_types(self.config))
         return {**self._blocks, **unfused(stored, model_types(self.config))}
 
     def _check_dtypes(self) -> None:
@@ -149,6 +154,11 @@ class Checkpoint:
         """How its weights are quantized, in a few words; None where none is."""
         return self.quantized_by.title if self.quantized_by is not None and self.is_compressed else None
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether servers round inputs of some layers, or keys and values, by the checkpoint's config."""
+        return self.quantized_by is not None and self.quantized_by.rounds_inputs
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; of a quantized weight, that of the dequantized one."""
         return self._place(name).shape
@@ -179,6 +189,29 @@ class Checkpoint:
         """compressed-tensors' QuantizationArgs of a quantized weight; None for a plain tensor."""
         place = self._places.get(name)
         return place.arguments if isinstance(place, QuantizedTensor) else None
+
+    def inputs(self, layer: str) -> InputRounding | None:
+        """How servers round the inputs of a layer; None where they do not."""
+        scheme = None if self.quantized_by is None else self.quantized_by.inputs(layer)
+        if scheme is None:
+            return None
+        stored = {name: self._activations.get(f"{layer}.{name}") for name in INPUT_TENSORS}
+        tensors = {name: place.read() for name, place in stored.items() if place is not None}
+        return input_rounding(scheme, tensors, layer)
+
+    def attention(self, name: str, classes: Collection[str]) -> dict[str, InputRounding]:
+        """How servers round keys `k`, values `v` and queries `q` of an attention; empty where they do not.
+
+        name: of the attention's module. classes: names of its class and base classes.
+        """
+        scheme = None if self.quantized_by is None else self.quantized_by.attention(classes)
+        if scheme is None:
+            return {}
+        missing = [part for part in scheme.names if f"{name}.{part}" not in self._activations]
+        if missing:
+            raise UserError(f"tensor {name}.{missing[0]} is missing from {self.path}: the config has an FP8 KV cache")
+        scales = {part: self._activations[f"{name}.{part}"].read() for part in scheme.names}
+        return {part[0]: scheme.rounding(scales, part[0]) for part in scheme.names}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A private copy of a tensor; dtype None is that of `dtype`."""

@@ -118,8 +118,9 @@ class DividedArchitecture(Architecture):
         device: torch.device | str,
         exchange: Exchange,
         offload: bool = False,
+        as_served: bool = True,
     ) -> None:
-        super().__init__(checkpoint, dtype, device)
+        super().__init__(checkpoint, dtype, device, as_served)
         self._exchange, self._offload = exchange, offload
         self._weights: WeakKeyDictionary[nn.Module, DividedWeights] = WeakKeyDictionary()
 
@@ -135,6 +136,8 @@ class DividedArchitecture(Architecture):
             )
         self._fill_block(block, index, {f"{layer.module}.weight" for layer in self.linears(index)})
         self._weights[block] = weights
+        # Behind the hook that waits for a layer's weight: only inputs of the layer that runs are held twice.
+        self._round_as_stored(block, index)
         return block.eval()
 
     def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:

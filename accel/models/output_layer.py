@@ -33,7 +33,8 @@ class OutputLayer:
 
     tail: modules on the device, each of which gets the output of the one before it. read(first, last) returns these
     rows of the output matrix on the device, in any dtype. dtype: of the products. cap, logit_scale, input_scale: see
-    Adapter. bias: of the output matrix (V,) on the device, None where it has none.
+    Adapter. bias: of the output matrix (V,) on the device, None where it has none. rounding: of the matrix's inputs,
+    None for none.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class OutputLayer:
         logit_scale: float = 1.0,
         input_scale: float = 1.0,
         bias: Tensor | None = None,
+        rounding: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.vocabulary, self.width = shape
         self.device = device
         self._tail, self._read, self._bias = tuple(tail), read, bias
-        self._dtype, self._cap = dtype, cap
+        self._dtype, self._cap, self._rounding = dtype, cap, rounding
         self._logit_scale, self._input_scale = logit_scale, input_scale
 
     def inputs(self, hidden: Tensor) -> Tensor:
@@ -108,4 +110,6 @@ class OutputLayer:
     def _before_matrix(self, hidden: Tensor) -> Tensor:
         for module in self._tail:
             hidden = module(hidden)
-        return hidden if self._input_scale == 1.0 else hidden * self._input_scale
+        if self._input_scale != 1.0:
+            hidden = hidden * self._input_scale
+        return hidden if self._rounding is None else self._rounding(hidden)

@@ -5,13 +5,16 @@ is imported inside functions: plain checkpoints are read without it, also by the
 it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import parsed as parse_inputs
+from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.quantized import Quantization, QuantizedTensor, belongs_to_activations, check_rows
 from hasten.accel.models.shards import Stored
@@ -70,6 +73,7 @@ class Packing(Quantization):
         except ValueError as error:
             raise UserError(f"quantization_config in {where} is not valid: {_first_line(error)}") from None
         self._ignore = list(parsed.ignore or [])
+        self._cache = parsed.kv_cache_scheme
         self._schemes: dict[str, QuantizationScheme] = {}
         for group in parsed.config_groups.values():
             group.format = self._checked(group.format or parsed.format, group)
@@ -106,6 +110,42 @@ class Packing(Quantization):
             return None
         # The library sorts matches from the most specific on, and takes the first one itself.
         return self._schemes[match_targets(module, linear, list(self._schemes))[0]]
+
+    def inputs(self, module: str) -> InputScheme | None:
+        """See Quantization."""
+        scheme = self.scheme(module)
+        if scheme is not None and scheme.output_activations is not None:
+            raise UserError(
+                f"config group of {module} in {self.where} has output_activations: only inputs can be rounded"
+            )
+        if scheme is None or scheme.input_activations is None:
+            return None
+        return parse_inputs(scheme.input_activations.model_dump(), f"config group of {module} in {self.where}")
+
+    def attention(self, classes: Collection[str]) -> AttentionScheme | None:
+        """See Quantization."""
+        arguments = self._cache
+        # Attention is quantized by a group that targets its class, and quantizes keys and values alike.
+        groups = (group for target, group in self._schemes.items() if target in classes)
+        group = next((group for group in groups if group.input_activations is not None), None)
+        if group is not None:
+            arguments = group.input_activations
+        if arguments is None:
+            return None
+        scheme = parse_inputs(arguments.model_dump(), f"kv_cache_scheme in {self.where}")
+        if scheme not in (AttentionScheme(strategy).states for strategy in STRATEGIES):
+            raise UserError(
+                f"kv_cache_scheme in {self.where} is {arguments.model_dump()}: supported are static FP8 scales "
+                f"(num_bits 8, type float, dynamic false) of strategy {' or '.join(STRATEGIES)}"
+            )
+        return AttentionScheme(scheme.strategy, group is not None)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """See Quantization."""
+        return self._cache is not None or any(
+            group.input_activations or group.output_activations for group in self._schemes.values()
+        )
 
     def tensors(self, stored: Mapping[str, Stored]) -> tuple[dict[str, QuantizedTensor], set[str]]:
         """See Quantization."""
@@ -383,7 +423,8 @@ def must_unpack(config: Mapping[str, Any]) -> bool:
     """Whether transformers cannot prepare the modules of a checkpoint: packed embeddings, and zero points."""
     if config.get("dequantize") or not _is_read_by_name(config):
         return False
-    groups = config["config_groups"].values()
+    # A group without weights is that of attentions.
+    groups = [group for group in config["config_groups"].values() if group.get("weights") is not None]
     targets = [target for group in groups for target in group["targets"]]
     return any("embed_tokens" in target for target in targets) or not all(
         group["weights"]["symmetric"] for group in groups
@@ -391,10 +432,11 @@ def must_unpack(config: Mapping[str, Any]) -> bool:
 
 
 def _is_read_by_name(config: Mapping[str, Any]) -> bool:
-    """Whether this is a config of compressed-tensors, all of whose groups have weights."""
+    """Whether this is a config of compressed-tensors, all of whose groups have weights, but for those of attentions."""
     groups = (config.get("config_groups") or {}).values()
     return config.get("quant_method", "compressed-tensors") == "compressed-tensors" and all(
-        group.get("weights") is not None for group in groups
+        group.get("weights") is not None or any("Attention" in target for target in group["targets"])
+        for group in groups
     )
 
 

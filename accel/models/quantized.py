@@ -4,13 +4,15 @@ How they are stored is a module for each `quant_method`, see models/sources.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.shards import Place, Stored
 
@@ -109,6 +111,19 @@ class Quantization(ABC):
     @abstractmethod
     def title(self) -> str:
         """How the weights are quantized, in a few words for logs and reports."""
+
+    def inputs(self, module: str) -> InputScheme | None:
+        """How servers round the inputs of a module; None where they do not."""
+        return None
+
+    def attention(self, classes: Collection[str]) -> AttentionScheme | None:
+        """How they round keys and values, and queries, in attentions of these classes; None where they do not."""
+        return None
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of some modules, or states of attentions, are rounded."""
+        return False
 
     @property
     def online_transforms(self) -> list[str]:

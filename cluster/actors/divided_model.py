@@ -85,6 +85,11 @@ def _tensor_parallel(source: WholeModel, size: int) -> Any:
 
 def _divider(source: WholeModel, size: int) -> Callable[[nn.Module], None]:
     """Function that replaces the linear layers of a whole block by this rank's parts."""
+    if source.rounds_inputs:
+        raise UserError(
+            f"{source.checkpoint.path} rounds inputs of its layers, or keys and values, which target_group.mode="
+            "tensor_parallel does not: use target_group.mode=zero3, or target_group.size=1"
+        )
     from deepspeed.module_inject.auto_tp import AutoTP
 
     # By block class, the names of the layers whose inputs are divided, and whose outputs are summed over the ranks.

@@ -58,7 +58,8 @@ class Evaluator:
         """Each unit's part of a candidate's divergence, for each batch of sequences."""
         architecture, database = self._open()
         spec = self._spec
-        return SensitivityPass(architecture, spec.units, database.weight, spec.tokens).measure(genome, batches)
+        sensitivity = SensitivityPass(architecture, spec.units, database.weight, spec.tokens, stored=database)
+        return sensitivity.measure(genome, batches)
 
     def gradient_scores(self, batches: Sequence[Sequence[int]]) -> list[Scores]:
         """Gradient scores of all choices, for each batch of sequences."""
@@ -91,12 +92,15 @@ class Evaluator:
                 spec.fitness,
                 batch=spec.batch,
                 cache_bytes=spec.cache_bytes,
+                stored=database,
             )
         return self._candidates
 
     def _open(self) -> tuple[Architecture, LevelDatabase]:
         if self._opened is None:
-            architecture = Architecture(Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device)
+            architecture = Architecture(
+                Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device, as_served=False
+            )
             self._opened = architecture, LevelDatabase.read(self._spec.levels, architecture)
             self._cpu_before = cpu_seconds()
         return self._opened

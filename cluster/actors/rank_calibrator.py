@@ -9,7 +9,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.models.divided import DividedArchitecture
 from hasten.accel.models.exchange import ProcessExchange
-from hasten.cluster.actors.calibrator import Calibrator, Nodes
+from hasten.cluster.actors.calibrator import Calibrator, Collected
 from hasten.cluster.actors.divided_model import ZERO3, Division
 from hasten.cluster.runtime.process_group import Rank
 
@@ -36,14 +36,14 @@ class RankCalibrator(Calibrator, Rank):
         exchange = ProcessExchange(torch.distributed.new_group(backend="gloo", timeout=IDLE))
         settings = self._settings
         self._task.architecture = DividedArchitecture(
-            self._task.checkpoint, settings.dtype, settings.device, exchange, self._offload
+            self._task.checkpoint, settings.dtype, settings.device, exchange, self._offload, as_served=False
         )
         self._task.architecture.all_experts = settings.all_experts
         self._has_joined = True
 
     def collect(
         self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, Nodes]:
+    ) -> Collected:
         """See Calibrator."""
         # Else a rank that could not join would send the sums of no chunk.
         assert self._has_joined

@@ -24,7 +24,7 @@ from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
 from hasten.accel.data.packing import is_packed, unpack
-from hasten.cluster.actors.calibrator import Calibrator
+from hasten.cluster.actors.calibrator import ATTENTION_KEY, Calibrator
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.rank_calibrator import RankCalibrator
 from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Step, Unit
@@ -38,6 +38,7 @@ from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, releas
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+_ATTENTION_UNIT: Unit = (ATTENTION_KEY,)
 # Calibration tokens for a column below which errors on other text are clearly larger than those on these tokens.
 _FEW = 8
 # glibc returns large temporaries to the system as soon as they are freed. By default it raises the first threshold to
@@ -200,7 +201,7 @@ class CalibrationPass:
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
         """Compute a block; returns its row. solved: solutions of earlier attempts, to which new ones are added."""
         started = perf_counter()
-        for stage, groups in enumerate(self._settings.stages(self._task.layer_groups[block])):
+        for stage, groups in enumerate(self._task.stages(block)):
             self._run_stage((block, stage), groups, solved)
         packed = {name: tensors for layers, _, _ in solved.values() for name, tensors in layers.items()}
         facts = [row for _, rows, _ in solved.values() for row in rows]
@@ -229,9 +230,10 @@ class CalibrationPass:
         unfinished = {group.key for group in self._task.output.unfinished(step[0])} - keys
         waiting = [group for group in groups if group.key in unfinished]
         self._sums.begin(step)
-        if self._settings.needs_hessian and needs_inputs(waiting):
+        attention = self._task.calibrates_attention(*step) and _ATTENTION_UNIT not in solved
+        if self._settings.needs_inputs and (needs_inputs(waiting) or attention):
             self._collect(step, waiting, solved)
-        self._solve(step, waiting, solved)
+        self._solve(step, waiting, solved, attention)
         self._sums.finish(step)
 
     def _collect(self, step: Step, groups: list[Group], solved: Mapping[Unit, Solution]) -> None:
@@ -255,16 +257,21 @@ class CalibrationPass:
         """Packed layers of a solved stage, in the object store until the block is written."""
         if step not in self._stored:
             block, stage = step
-            groups = self._settings.stages(self._task.layer_groups[block])[stage]
+            groups = self._task.stages(block)[stage]
             names = {layer.name for group in groups for layer in group.layers}
+            attention = self._task.attention_name(block)
+            if attention is not None and self._task.calibrates_attention(block, stage):
+                names.add(attention)
             layers = (layer for packed, _, _ in solved.values() for layer in packed.items())
             self._stored[step] = put({name: parts for name, parts in layers if name in names})
         return self._stored[step]
 
-    def _solve(self, step: Step, groups: list[Group], solved: dict[Unit, Solution]) -> None:
-        """Solve groups, most expensive first, and add the results to `solved`."""
+    def _solve(self, step: Step, groups: list[Group], solved: dict[Unit, Solution], attention: bool) -> None:
+        """Solve groups, most expensive first, and the attention where asked to; add the results to `solved`."""
         costs = {group.key: group.cost for group in groups}
         units = {unit: sum(costs[key] for key in unit) for unit in self._units(groups)}
+        if attention:
+            units[_ATTENTION_UNIT] = 0.0
         self._work.begin(step, units)
         for unit, solution in self._dispatcher.run(units, SharedQueue(units)):
             self._work.solved(unit)

@@ -15,7 +15,7 @@ from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
 _FAMILIES = (
-    *("quantizer", "column_quantizer", "pruner", "level", "allocator", "fitness", "hardware"),
+    *("quantizer", "column_quantizer", "pruner", "input_observer", "level", "allocator", "fitness", "hardware"),
     *("drafter", "verifier", "draft_length", "head", "cache"),
 )
 _TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)

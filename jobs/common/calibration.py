@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.expert_tokens import described as described_tokens
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
@@ -13,14 +14,16 @@ from hasten.accel.compression.formats.compressed_tensors import CompressedTensor
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
+from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
+from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
-from hasten.jobs.common.schema import Calibrated
+from hasten.jobs.common.schema import KV_CACHES, Calibrated
 from hasten.jobs.common.texts import Origin, record_origin
 
 _LOG = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
         shards=config.calibration.shards,
         expert_tokens=config.calibration.expert_tokens,
         all_experts=config.calibration.all_experts,
+        observer=build(config.input_observer),
+        attention=attention_scheme(config),
         **chosen,
     )
 
@@ -64,6 +69,16 @@ def print_expert_tokens(report: Mapping[str, Any]) -> None:
     summary = report["expert_tokens"]
     if summary is not None and summary["most"]:
         print(f"tokens per expert: {described_tokens(summary)}")
+
+
+def attention_scheme(config: Calibrated) -> AttentionScheme | None:
+    """How keys, values and queries are rounded; UserError where queries are without keys and values."""
+    if config.kv_cache is None:
+        if config.attention is not None:
+            given = f"attention={config.attention} with kv_cache=null"
+            raise UserError(f"{given}: queries are rounded for a cache in FP8, give kv_cache={' or '.join(KV_CACHES)}")
+        return None
+    return AttentionScheme(KV_CACHES[config.kv_cache], config.attention is not None)
 
 
 def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Group]]) -> None:

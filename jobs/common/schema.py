@@ -49,6 +49,9 @@ def section(made_by: Callable[[], Any]) -> Any:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+# What shares a scale of keys, of values or of queries, by the values of kv_cache.
+KV_CACHES = {"fp8": "tensor", "fp8_head": "attn_head"}
+ATTENTIONS = ("fp8",)
 ADDRESS = "Ray cluster to join, or auto for the one that runs here; null starts one for the job"
 WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if device is cuda, else none"
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
@@ -215,6 +218,18 @@ class Calibrated(Run):
         "text; quantized, of the compressed blocks before theirs, in two passes and less memory; original, of the "
         "original blocks, which makes all blocks independent",
         choices=("sequential", "quantized", "original"),
+    )
+    input_observer: dict[str, Any] = group("how a static scale of a layer's inputs is chosen, for levels that have one")
+    kv_cache: str | None = option(
+        None,
+        "calibrated scales of an FP8 cache: fp8, one for a block's keys and one for its values; fp8_head, one for each "
+        "KV head; null leaves the cache to the server",
+        choices=tuple(KV_CACHES),
+    )
+    attention: str | None = option(
+        None,
+        "fp8: queries are rounded to FP8, too, with calibrated scales of the kind of kv_cache, which it needs",
+        choices=ATTENTIONS,
     )
     dtype: str = option(
         "auto", "dtype of the arithmetic; auto is bfloat16 where the hardware is fast in it", choices=DTYPES

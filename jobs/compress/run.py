@@ -56,7 +56,7 @@ def run(config: CompressConfig) -> Path:
     gates = check_gates(config.gate, config.evaluation.sequences)
     division = block_division(config.target_group, calibrates=True)
     texts = Texts(source, config.bos, config.template)
-    tokens = texts.calibrate(config.calibration, settings.needs_hessian)
+    tokens = texts.calibrate(config.calibration, settings.needs_inputs)
     windows = texts.evaluate(config.evaluation)
     compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config), division)
     output = compression.task.output

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from hasten.accel.compression.calibration.chunks import chunks_of
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.quantizers.base import Quantizer, Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
-from hasten.cluster.actors.calibrator import Calibrator
+from hasten.cluster.actors.calibrator import ATTENTION_KEY, Calibrator
 
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
@@ -20,24 +21,25 @@ def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None,
     return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))
 
 
-def compress(chosen: Settings, tokens: torch.Tensor) -> list[dict[str, Any]]:
+def compress(chosen: Settings, tokens: torch.Tensor, workers: int = 1) -> list[dict[str, Any]]:
     """Compress and return the facts of all layers."""
     task = Task(chosen)
     task.output.open(chosen.fingerprint(task.checkpoint, tokens), overwrite=False)
-    needed = chosen.needs_hessian
-    calibrator = Calibrator(
-        chosen, dict(enumerate(tokens.tensor_split(min(chosen.shards, len(tokens))))) if needed else {}
-    )
+    needed = chosen.needs_inputs
+    shards = chunks_of(chosen.shards, tokens if needed else None, workers)
+    calibrators = [Calibrator(chosen, shard) for shard in shards]
     rows = []
     with torch.no_grad():
         for block in sorted(set(range(len(task.layer_groups))) - set(task.output.finished)):
             unfinished = {group.key for group in task.output.unfinished(block)}
             solved: list[dict[str, Any]] = []
             done = []
-            for number, stage in enumerate(chosen.stages(task.layer_groups[block])):
+            for number, stage in enumerate(task.stages(block)):
                 keys = [group.key for group in stage if group.key in unfinished]
-                collected = [calibrator.collect(block, keys, number, *solved)] if needed and keys else []
-                packed, facts, _ = calibrator.solve(block, keys, *collected)
+                attention = [ATTENTION_KEY] if task.calibrates_attention(block, number) else []
+                runs = calibrators if needed and (keys or attention) else []
+                collected = [calibrator.collect(block, keys, number, *solved) for calibrator in runs]
+                packed, facts, _ = calibrators[-1].solve(block, [*keys, *attention], *collected)
                 solved.append(packed)
                 done += facts
             task.output.write_block(block, {name: parts for packed in solved for name, parts in packed.items()}, done)

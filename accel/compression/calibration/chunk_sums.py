@@ -1,25 +1,49 @@
-"""Hessians of several chunks of the calibration sequences, summed while forwards of all chunks go through a block."""
+"""Statistics of several chunks of the calibration sequences, summed while forwards of all chunks go through a block."""
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from hasten.accel.compression.activations.ranges import InputRange
+from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 
 
-class ChunkSums:
-    """Hessians by layer group, each in a tree over chunks. cut: see statistics.Tree.
+@dataclass(frozen=True)
+class Wanted:
+    """What the calibration pass collects of the inputs of layers: Hessians, and ranges, those with a histogram.
 
-    Chunks of a group come one after another, so that a chunk's sum is merged with others when the next one begins.
+    attention: whether it collects the ranges of the attentions' queries, keys and values.
     """
 
-    def __init__(self, cut: int = 0) -> None:
-        self._cut = cut
+    hessian: bool = True
+    ranges: bool = False
+    histogram: bool = False
+    attention: bool = False
+
+
+class ChunkSums:
+    """Hessians by layer group, each in a tree over chunks, and ranges. cut: see statistics.Tree.
+
+    Chunks of a group come one after another, so that a chunk's sum is merged with others when the next one begins.
+    ranges: by Group.range_key; experts of a block share them.
+    """
+
+    def __init__(self, cut: int = 0, wanted: Wanted | None = None) -> None:
+        self._cut, self._wanted = cut, wanted or Wanted()
+        self.ranges: dict[str, InputRange] = {}
         self._trees: dict[str, Tree] = {}
         self._current: dict[str, tuple[int, Hessian]] = {}
 
-    def add(self, key: str, columns: int, chunk: int, inputs: Tensor) -> None:
+    def add(self, group: Group, chunk: int, inputs: Tensor) -> None:
         """Add inputs (…, C) of a group's layers."""
+        key, columns = group.key, group.columns
         rows = inputs.reshape(-1, columns)
         if not len(rows):
+            return
+        if self._wanted.ranges:
+            self.ranges.setdefault(group.range_key, InputRange(self._wanted.histogram)).add(rows)
+        if not self._wanted.hessian:
             return
         if key in self._current and self._current[key][0] != chunk:
             self._close(key)

@@ -42,6 +42,16 @@ class Group:
         """Whether the layers belong to one expert, which sees only the tokens routed to it."""
         return self.layers[0].expert is not None
 
+    @property
+    def range_key(self) -> str:
+        """Name under which the range of the inputs is collected: experts of a block share it, as servers fuse them."""
+        layer = self.layers[0]
+        if layer.expert is None:
+            return layer.name
+        path = layer.name.split(".")
+        path[len(path) - 1 - path[::-1].index(str(layer.expert))] = "*"
+        return ".".join(path)
+
     def level_of(self, level: Level) -> Level:
         """The level of these layers where the model has this one: for experts, and of the layers' own group size."""
         return (level.of_expert() if self.is_expert else level).of_group_size(self.auto_size)

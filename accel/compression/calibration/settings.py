@@ -7,13 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.observers.base import InputObserver
+from hasten.accel.compression.activations.observers.maximum import Maximum
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration import outer_solve, shard, solve
+from hasten.accel.compression.calibration.chunk_sums import Wanted
 from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
 from hasten.accel.compression.calibration.outer import OuterLevels, is_outer, outer_groups
-from hasten.accel.compression.calibration.stages import Stage, stages_of
+from hasten.accel.compression.calibration.stages import ATTENTION, Stage, groups_before_attention, stages_of
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.base import Level
-from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.levels.database import LevelDatabase, attention_names
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
@@ -43,7 +47,8 @@ class Settings:
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
     all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
     outer: levels of output layer and embedding. gguf: options of the GGUF file that is written in place of a checkpoint
-    in `format`; None for the checkpoint.
+    in `format`; None for the checkpoint. observer: chooses static input scales. attention: how keys, values and queries
+    are rounded; None where they are not.
     """
 
     checkpoint: Path
@@ -67,6 +72,8 @@ class Settings:
     all_experts: bool = False
     outer: OuterLevels = field(default_factory=OuterLevels)
     gguf: GgufOptions | None = None
+    observer: InputObserver = field(default_factory=Maximum)
+    attention: AttentionScheme | None = None
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -92,6 +99,22 @@ class Settings:
         return any(method.needs_hessian for method in methods)
 
     @property
+    def needs_ranges(self) -> bool:
+        """Whether a level has a static scale of its inputs."""
+        return any(level.inputs is not None and level.inputs.is_calibrated for level in self.made)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the calibration tokens run through the blocks."""
+        return self.needs_hessian or self.needs_ranges or self.attention is not None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the pass collects of the inputs."""
+        histogram = self.needs_ranges and self.observer.needs_histogram
+        return Wanted(self.needs_hessian, self.needs_ranges, histogram, self.attention is not None)
+
+    @property
     def methods(self) -> list[Method]:
         """Methods in use: the given methods that a level needs, then default methods of kinds of levels."""
         needed = [level.method_of(self._given) for level in self.made]
@@ -102,11 +125,16 @@ class Settings:
     def _given(self) -> list[Method]:
         return [method for method in (self.quantizer, self.column_quantizer, self.pruner) if method is not None]
 
-    def stages(self, groups: Sequence[Group]) -> list[Stage]:
-        """Groups of a block that are compressed at the same time, in the order in which they are."""
-        if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
-            return stages_of(groups)
-        return [tuple(groups)] if groups else []
+    def stages(self, groups: Sequence[Group], before_attention: int | None = None) -> list[Stage]:
+        """Groups of a block that are compressed at the same time, in the order in which they are.
+
+        before_attention: see stages.groups_before_attention; None where keys and values are not rounded. The attention
+        is calibrated in its own stage, or, where layers are calibrated on the original ones of their block, together
+        with all groups.
+        """
+        if self.propagate == "sequential" and self.needs_inputs and not is_outer(groups):
+            return stages_of(groups, before_attention)
+        return [tuple(groups)] if groups or before_attention is not None else []
 
     @property
     def cut(self) -> int:
@@ -137,6 +165,8 @@ class Settings:
             "expert_tokens": self.expert_tokens,
             "all_experts": self.all_experts,
             "outer": self.outer.names() if self.outer else None,
+            "input_observer": repr(self.observer) if self.needs_ranges else None,
+            "attention": None if self.attention is None else repr(self.attention),
             "torch": torch.__version__,
             "code": self.code(),
         } | ({} if self.gguf is None else {"gguf": options_of(self.gguf)})
@@ -144,7 +174,10 @@ class Settings:
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer)
+        observer = self.observer if self.needs_ranges else ()
+        return code_fingerprint(
+            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, observer
+        )
 
 
 class Task:
@@ -154,19 +187,54 @@ class Task:
         self.settings = settings
         self.checkpoint = Checkpoint(settings.checkpoint)
         check_source(self.checkpoint)
-        self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        # A source that is quantized itself is what its weights say: what is written rounds what the levels say.
+        self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device, as_served=False)
         self.architecture.all_experts = settings.all_experts
         self.layer_groups = all_groups(self.architecture, settings)
+        self._attentions = {} if settings.attention is None else attention_names(self.architecture)
+        if settings.attention is not None and not self._attentions:
+            raise UserError(
+                f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null"
+            )
         self.output: OutputFolder | GgufFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
-            self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
+            self.output = LevelDatabase(
+                settings.output,
+                self.checkpoint,
+                self.layer_groups,
+                levels,
+                propagated,
+                settings.attention,
+                self._attentions,
+            )
         elif settings.gguf is not None:
+            if settings.attention is not None:
+                raise UserError("kv_cache: a GGUF file has no scales of keys and values: give kv_cache=null")
             self.output = GgufFolder(settings.output, self.architecture, self.layer_groups, settings.gguf)
         else:
             self._check_experts()
-            self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
+            self.output = OutputFolder(
+                settings.output, self.architecture, self.layer_groups, settings.format, attention=settings.attention
+            )
+
+    def attention_name(self, block: int) -> str | None:
+        """Name of a block's attention whose keys and values are rounded; None where there is none."""
+        return self._attentions.get(block)
+
+    def stages(self, block: int) -> list[Stage]:
+        """Stages of a block, see Settings.stages."""
+        groups = self.layer_groups[block]
+        before = None
+        if self.attention_name(block) is not None:
+            before = groups_before_attention(self.architecture, block, groups)
+        return self.settings.stages(groups, before)
+
+    def calibrates_attention(self, block: int, stage: int) -> bool:
+        """Whether the scales of a block's keys and values come from its statistics at a stage."""
+        stages = self.stages(block)
+        return self.attention_name(block) is not None and (stages[stage] == ATTENTION or ATTENTION not in stages)
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""

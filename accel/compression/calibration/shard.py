@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.calibration.chunk_sums import ChunkSums
+from hasten.accel.compression.activations.hooks import attention_path, attention_states
+from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
+from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.stages import Stage, StagedBlock, container, members_of
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
@@ -36,13 +38,23 @@ class _ChunkForward(Forward):
 class Shard:
     """Hidden states [sequences, T, D] of some chunks, at the input of block `position`.
 
-    cut: see statistics.Tree. staged: that block, where it is in the middle of its forward; it holds the hidden states
-    then.
+    cut: see statistics.Tree. wanted: what `collect` collects. staged: that block, where it is in the middle of its
+    forward; it holds the hidden states then. ranges, attention: of the last `collect`, see ChunkSums; None where the
+    block has no attention with a cache, or its ranges are not wanted.
     """
 
-    def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int, cut: int = 0) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        chunks: Mapping[int, Tensor],
+        batch: int,
+        cut: int = 0,
+        wanted: Wanted | None = None,
+    ) -> None:
         self.architecture = architecture
-        self._cut = cut
+        self._cut, self._wanted = cut, wanted or Wanted()
+        self.ranges: dict[str, InputRange] = {}
+        self.attention: HeadRanges | None = None
         self.position = 0
         self.staged: StagedBlock | None = None
         self._hidden = {
@@ -54,11 +66,16 @@ class Shard:
 
         advance: keep the outputs as hidden states of the next block. Experts that no token reached have no entry.
         """
-        sums = ChunkSums(self._cut)
+        sums = ChunkSums(self._cut, self._wanted)
+        self.attention = None
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
-        last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
+        runs_on = advance or self._wanted.attention or any(group.is_expert for group in groups)
+        last = None if runs_on else groups[-1].key
         hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
         undo = [_show_all(block.get_submodule(path), members) for path, members in self._mixtures(groups).items()]
+        if self._wanted.attention and attention_path(block) is not None:
+            self.attention = HeadRanges()
+            attention_states(block).observe = self.attention.add
         try:
             self._run(block, keep=advance)
         finally:
@@ -66,8 +83,11 @@ class Shard:
                 hook.remove()
             for restore in undo:
                 restore()
+            if self.attention is not None:
+                attention_states(block).observe = None
         if advance:
             self.position += 1
+        self.ranges = sums.ranges
         return sums.trees()
 
     def advance(self, block: nn.Module) -> None:
@@ -79,6 +99,9 @@ class Shard:
         """The Hessian of the output layer's inputs, by `key`; the shard must be behind the last block."""
         assert self.position == self.architecture.num_blocks
         tree = Tree(self._cut)
+        self.ranges, self.attention = {}, None
+        if not self._wanted.hessian:
+            return {}
         for number, parts in self._hidden.items():
             hessian = Hessian(layer.width)
             for part in parts:
@@ -105,7 +128,7 @@ class Shard:
     def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
         """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
         hidden, self._hidden = self._hidden, {}
-        self.staged = StagedBlock(self.architecture, block, self.position, groups, hidden, self._cut)
+        self.staged = StagedBlock(self.architecture, block, self.position, groups, hidden, self._cut, self._wanted)
         return self.staged
 
     def finish(self) -> None:
@@ -131,7 +154,7 @@ class Shard:
             forward = current_forward()
             assert isinstance(forward, _ChunkForward)
             if forward.collects or not group.is_expert:
-                sums.add(group.key, layer.columns, forward.chunk, inputs[0])
+                sums.add(group, forward.chunk, inputs[0])
             if stop:
                 raise _AllCollected
 

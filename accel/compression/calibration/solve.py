@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hasten.accel.compression.activations.observers.base import InputObserver
+from hasten.accel.compression.activations.ranges import InputRange
+from hasten.accel.compression.activations.scales import input_tensors
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.levels.base import Level
@@ -25,6 +28,23 @@ class Solved:
 
     weights: Mapping[str, CompressedWeight]
     facts: list[Facts]
+
+
+@dataclass(frozen=True)
+class ObservedInputs:
+    """Range of a group's inputs, empty where none was collected, and what chooses static scales from it."""
+
+    range: InputRange
+    observer: InputObserver
+
+    def tensors(self, group: Group, layer: Layer, level: Level, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Calibrated tensors of a layer's inputs at a level."""
+        if level.inputs is None:
+            return {}
+        # No token may reach any expert of a block; other layers all see every token.
+        assert not (level.inputs.is_calibrated and self.range.is_empty) or group.is_expert, layer.name
+        dtype = checkpoint.dtype(f"{layer.name}.weight")
+        return input_tensors(level.inputs, self.range, self.observer, dtype, group.range_key)
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,7 @@ def solve_for_checkpoint(
     group: Group,
     checkpoint: Checkpoint,
     methods: Sequence[PreparedMethod],
+    observed: ObservedInputs,
     device: str = "cpu",
     packed_form: bool = False,
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
@@ -100,9 +121,12 @@ def solve_for_checkpoint(
     packed_form: tensors as a level database has them, for outputs that are no checkpoints of transformers.
     """
     solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
-    packed = {name: level.pack(weight) for name, weight in solved.weights.items()}
+    packed = {layer.name: level.pack(solved.weights[layer.name]) for layer in group.layers}
     if not packed_form:
-        packed = {name: level.checkpoint_tensors(stored) for name, stored in packed.items()}
+        packed = {
+            layer.name: level.checkpoint_tensors(packed[layer.name]) | observed.tensors(group, layer, level, checkpoint)
+            for layer in group.layers
+        }
     return packed, solved.facts
 
 
@@ -111,6 +135,7 @@ def solve_levels(
     group: Group,
     checkpoint: Checkpoint,
     methods: Sequence[PreparedMethod],
+    observed: ObservedInputs,
     device: str = "cpu",
 ) -> list[Facts]:
     """Write the layers of a group at every level to a database; returns one row of facts a layer and level."""
@@ -118,12 +143,13 @@ def solve_levels(
     facts: dict[str, Facts] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
         solved = solve_group(group, checkpoint, methods, level, device)
-        for row in solved.facts:
+        for layer, row in zip(group.layers, solved.facts, strict=True):
             # Packed immediately, because an unpacked code takes a whole byte.
-            packed[row["layer"]][name] = level.pack(solved.weights[row["layer"]])
-            facts[row["layer"]][name] = row | {"level": name}
-    for layer, by_level in packed.items():
-        database.write_layer(layer, by_level, facts[layer])
+            weight = level.pack(solved.weights[layer.name])
+            packed[layer.name][name] = weight | observed.tensors(group, layer, level, checkpoint)
+            facts[layer.name][name] = row | {"level": name}
+    for written, by_level in packed.items():
+        database.write_layer(written, by_level, facts[written])
     return [row for by_level in facts.values() for row in by_level.values()]
 
 

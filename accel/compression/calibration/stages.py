@@ -4,17 +4,22 @@ Source: `true_sequential` of GPTQ's published code (Frantar et al. 2022, arXiv:2
 the layers of a group read their input. When all sequences have come so far, the group is compressed on these inputs,
 and the forward goes on with the compressed weights, so that layers are calibrated on outputs of compressed layers of
 their own block, too. A block that is calibrated on its original layers runs twice: again for the next block's input.
+Where inputs are rounded, too, layers round them from the moment on at which their weights are replaced. An attention
+whose keys and values are rounded is a stage of its own, without layers: the forward stops where it reads them.
 Departs from it: experts of a layer are calibrated on the original experts. They are one stage, or several where the
 sums of their inputs would need much memory: experts do not depend on each other, so that results are the same.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.accel.compression.calibration.chunk_sums import ChunkSums
+from hasten.accel.compression.activations.hooks import attention_states, prepare_inputs
+from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
+from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Tree
 from hasten.accel.costs.method import hessian_bytes
@@ -24,10 +29,17 @@ from hasten.accel.models.forwards import Forward, current_forward
 Stage = tuple[Group, ...]
 # Sums of the inputs of a stage of experts, which has at least one expert.
 _STAGE_BYTES = 1 << 27
+# The stage of an attention, which has no layers.
+ATTENTION: Stage = ()
 
 
-def stages_of(groups: Sequence[Group]) -> list[Stage]:
-    """Groups of a block that are compressed at the same time, in the order in which the block runs them."""
+def stages_of(groups: Sequence[Group], attention: int | None = None) -> list[Stage]:
+    """Groups of a block that are compressed at the same time, in the order in which the block runs them.
+
+    attention: number of groups that the block runs before it reads keys and values, where these are a stage.
+    """
+    if attention is not None:
+        return [*stages_of(groups[:attention]), ATTENTION, *stages_of(groups[attention:])]
     stages: list[Stage] = []
     for group in groups:
         if group.is_expert and stages and stages[-1][0].is_expert and _have_room(stages[-1], group):
@@ -45,11 +57,27 @@ def _have_room(stage: Stage, group: Group) -> bool:
     return sums <= _STAGE_BYTES or stage[-1].layers[0].expert == group.layers[0].expert
 
 
+def groups_before_attention(architecture: Architecture, block: int, groups: Sequence[Group]) -> int | None:
+    """Number of a block's groups that run before its attention reads keys and values; None if it has no such attention.
+
+    Of the layers in the attention's module, those that read the last input come behind it.
+    """
+    name = architecture.attention_name(block)
+    if name is None:
+        return None
+    layers = architecture.linears(block)
+    inside = [layer.group for layer in layers if layer.name.startswith(f"{name}.")]
+    places = {layer.name: place for place, layer in enumerate(layers)}
+    first_behind = next(place for place, layer in enumerate(layers) if layer.group == inside[-1])
+    return sum(places[group.key] < first_behind for group in groups)
+
+
 class _Run(Forward):
     """The forward of one part of the tokens, which can wait in the middle of the block.
 
     chunk: the part's. stage: the last one at which it waited, or that it passed; -1 before the first. inputs: of the
-    layers where it waits; None at experts. collects: whether it runs experts for their inputs only.
+    layers where it waits; None at experts. states: queries, keys and values of the attention where it waits. collects:
+    whether it runs experts for their inputs only.
     """
 
     def __init__(self, forward: Callable[[], Tensor], chunk: int) -> None:
@@ -57,20 +85,22 @@ class _Run(Forward):
         self.chunk = chunk
         self.stage = -1
         self.inputs: Tensor | None = None
+        self.states: tuple[Tensor, ...] | None = None
         self.collects = False
 
-    def wait(self, inputs: Tensor | None) -> None:
+    def wait(self, inputs: Tensor | None, states: tuple[Tensor, ...] | None = None) -> None:
         """Return to whoever resumed the run, until it is resumed again."""
-        self.inputs = inputs
+        self.inputs, self.states = inputs, states
         self.pause()
-        self.inputs = None
+        self.inputs = self.states = None
 
 
 class StagedBlock:
     """A block in the middle of its forward on some chunks of the calibration sequences.
 
     position: the block's number. groups: all its layer groups. chunks: by number their parts [sequences, T, D]; they
-    are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree.
+    are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree. wanted: what is
+    collected. ranges, attention: of the stage that was collected last, see Shard.
     """
 
     def __init__(
@@ -81,9 +111,13 @@ class StagedBlock:
         groups: Sequence[Group],
         chunks: dict[int, list[Tensor]],
         cut: int = 0,
+        wanted: Wanted | None = None,
     ) -> None:
-        self._architecture, self._cut = architecture, cut
-        self.stages = stages_of(groups)
+        self._architecture, self._cut, self._wanted = architecture, cut, wanted or Wanted()
+        before = groups_before_attention(architecture, position, groups) if self._wanted.attention else None
+        self.stages = stages_of(groups, before)
+        self.ranges: dict[str, InputRange] = {}
+        self.attention: HeadRanges | None = None
         # Stage whose inputs were collected last, and the number of stages whose weights are replaced.
         self.collected, self.replaced = -1, 0
         self._block = block
@@ -91,7 +125,7 @@ class StagedBlock:
         # stay in memory until the garbage collector finds it.
         self._undo: list[Callable[[], None]] = []
         self._target = 0
-        self._sums = ChunkSums(cut)
+        self._sums = ChunkSums(cut, self._wanted)
         run = partial(architecture.run_block, block, position)
         self._runs = {
             number: [_Run(_taken(run, parts, place), number) for place in range(len(parts))]
@@ -99,20 +133,37 @@ class StagedBlock:
         }
         mixtures: dict[str, list[int]] = {}
         for number, stage in enumerate(self.stages):
-            if stage[0].is_expert:
+            if stage == ATTENTION:
+                self._watch_attention(number)
+            elif stage[0].is_expert:
                 mixtures.setdefault(container(stage), []).append(number)
             else:
                 self._watch_layers(number, stage)
         for path, numbers in mixtures.items():
             self._watch_experts(path, numbers)
+        # Behind the hooks above, so that these see inputs that are not rounded.
+        for layer in (layer for stage in self.stages for group in stage for layer in group.layers):
+            prepare_inputs(block.get_submodule(layer.module))
 
     def can_collect(self, stage: int) -> bool:
         """Whether the inputs of the stage are to come, or are still held: those of experts are not."""
-        return stage > self.collected or (stage == self.collected and not self.stages[stage][0].is_expert)
+        return stage > self.collected or (stage == self.collected and not _has_experts(self.stages[stage]))
 
-    def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the weights of the next stage. weights: paths of layers in the block, and their [rows, columns]."""
+    def replace(
+        self, weights: Iterable[tuple[str, Tensor]], roundings: Iterable[tuple[str, InputRounding | None]] = ()
+    ) -> None:
+        """Replace the weights of the next stage, and round its inputs.
+
+        weights, roundings: paths of layers in the block, and their weights [rows, columns] and roundings.
+        """
         self._architecture.replace_weights(self._block, weights)
+        self._architecture.round_inputs(self._block, roundings)
+        self.replaced += 1
+
+    def round_attention(self, roundings: Mapping[str, InputRounding]) -> None:
+        """Round queries `q`, keys `k` and values `v` of the next stage, which is the attention."""
+        assert self.stages[self.replaced] == ATTENTION
+        self._architecture.round_attention(self._block, roundings)
         self.replaced += 1
 
     def collect(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
@@ -122,16 +173,18 @@ class StagedBlock:
         """
         assert self.can_collect(stage)
         assert self.replaced == stage
-        group = self.stages[stage][0]
-        self._sums = ChunkSums(self._cut)
+        self._sums = ChunkSums(self._cut, self._wanted)
         self._resume(stage)
+        self.attention = HeadRanges() if self.stages[stage] == ATTENTION else None
         for run in self._all_runs():
             if run.dead:
-                raise RuntimeError(f"the block does not run {group.key}")
+                raise RuntimeError(f"the block does not run {_described(self.stages[stage])}")
             if run.inputs is not None:
-                self._sums.add(group.key, group.columns, run.chunk, run.inputs)
+                self._sums.add(self.stages[stage][0], run.chunk, run.inputs)
+            if self.attention is not None and run.states is not None:
+                self.attention.add(*run.states)
         self.collected = stage
-        trees, self._sums = self._sums.trees(), ChunkSums(self._cut)
+        trees, self.ranges, self._sums = self._sums.trees(), self._sums.ranges, ChunkSums(self._cut, self._wanted)
         return {key: trees[key] for key in keys if key in trees}
 
     def finish(self) -> dict[int, list[Tensor]]:
@@ -165,7 +218,8 @@ class StagedBlock:
         if run.stage >= number:
             return None
         if run.stage != number - 1:
-            raise RuntimeError(f"the block runs {self.stages[number][0].key} before {self.stages[number - 1][0].key}")
+            this, missing = self.stages[number], self.stages[number - 1]
+            raise RuntimeError(f"the block runs {_described(this)} before {_described(missing)}")
         run.stage = number
         return None if number < self._target else run
 
@@ -180,6 +234,20 @@ class StagedBlock:
         for layer in stage[0].layers:
             module = self._block.get_submodule(layer.module)
             self._undo.append(module.register_forward_pre_hook(arrive, prepend=True).remove)
+
+    def _watch_attention(self, number: int) -> None:
+        def arrive(*states: Tensor) -> None:
+            run = self._reach(number)
+            if run is not None:
+                run.wait(None, states)
+
+        states = attention_states(self._block)
+        states.observe = arrive
+
+        def undo() -> None:
+            states.observe = None
+
+        self._undo.append(undo)
 
     def _watch_experts(self, path: str, numbers: Sequence[int]) -> None:
         """Run the experts of each stage for their inputs, wait, and run them again with the compressed weights.
@@ -205,7 +273,7 @@ class StagedBlock:
                 run = current_forward()
                 assert isinstance(run, _Run)
                 if run.collects:
-                    self._sums.add(group.key, group.columns, run.chunk, inputs[0])
+                    self._sums.add(group, run.chunk, inputs[0])
 
             return add
 
@@ -221,6 +289,14 @@ class StagedBlock:
 def members_of(stage: Stage) -> list[int]:
     """Numbers of the experts of a stage."""
     return list(dict.fromkeys(layer.expert for group in stage for layer in group.layers if layer.expert is not None))
+
+
+def _has_experts(stage: Stage) -> bool:
+    return stage != ATTENTION and stage[0].is_expert
+
+
+def _described(stage: Stage) -> str:
+    return "its attention" if stage == ATTENTION else stage[0].key
 
 
 def _taken(run: Callable[[Tensor], Tensor], parts: list[Tensor], place: int) -> Callable[[], Tensor]:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.allocators.base import BLOCK, DROP
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.calibration.outer import at_level, is_outer
@@ -35,8 +36,9 @@ class MixedOutput(OutputFolder):
         layer_groups: list[list[Group]],
         depth: Depth,
         zeros: Sequence[Zeros],
+        attention: AttentionScheme | None = None,
     ) -> None:
-        super().__init__(path, architecture, layer_groups, CompressedTensors(), depth.kept)
+        super().__init__(path, architecture, layer_groups, CompressedTensors(), depth.kept, attention)
         self.architecture = architecture
         self.depth = depth
         self.zeros = {layer_zeros.layer.name: layer_zeros for layer_zeros in zeros}
@@ -129,7 +131,7 @@ def mixed_output(
             "attention and MLP parts cannot be dropped next to levels with zero points, which transformers reads only "
             "where all layers have the same bits: use symmetric levels, or drop whole blocks"
         )
-    return MixedOutput(path, architecture, layer_groups, depth, zeros)
+    return MixedOutput(path, architecture, layer_groups, depth, zeros, database.attention)
 
 
 def write_mixed(
@@ -177,6 +179,9 @@ def _write_block(
         elif level != KEEP:
             packed[name] = read(name, level)
             facts.append(database.facts(name)[level])
+    if block in database.attentions:
+        attention = database.attentions[block]
+        packed[attention] = database.attention_tensors(attention)
     output.write_block(block, packed, facts)
 
 

@@ -5,12 +5,17 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import safe_open
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, join_layers
 from hasten.accel.compression.calibration.outer import OuterLevels, outer_groups, outer_levels
 from hasten.accel.compression.levels.base import Level
@@ -25,13 +30,17 @@ _LAYERS = "layers"
 _FACTS = "facts"
 # Level of the groups of a database without levels; it is never used.
 _UNUSED = "w8"
+# In place of a level: the scales of an attention's keys and values.
+_ATTENTION = "attention"
+_NOTHING: Mapping[int, str] = MappingProxyType({})
 
 
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
     propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read.
+    a database that was read. attention: how keys and values are rounded, at all levels alike; None where they are not.
+    attentions: names of the attentions whose keys and values are, by block.
     """
 
     option = "levels"
@@ -45,12 +54,16 @@ class LevelDatabase(ResumableFolder):
         layer_groups: Sequence[Sequence[Group]],
         levels: Sequence[Level],
         propagated: Level | None,
+        attention: AttentionScheme | None = None,
+        attentions: Mapping[int, str] = _NOTHING,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
+        self.attention, self.attentions = attention, attentions
+        self._groups = {layer.name: group for groups in layer_groups for group in groups for layer in group.layers}
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
@@ -73,7 +86,9 @@ class LevelDatabase(ResumableFolder):
         layer_groups = join_layers(blocks, level)
         if outer:
             layer_groups.append(outer_groups(architecture, outer))
-        return cls(path, checkpoint, layer_groups, levels, None)
+        attention = AttentionScheme(**content["attention"]) if content.get("attention") else None
+        attentions = attention_names(architecture) if attention is not None else {}
+        return cls(path, checkpoint, layer_groups, levels, None, attention, attentions)
 
     @property
     def levels(self) -> list[str]:
@@ -100,7 +115,12 @@ class LevelDatabase(ResumableFolder):
     @property
     def finished(self) -> list[int]:
         """Blocks whose layers are all written."""
-        return [block for block in range(len(self.layer_groups)) if not self.unfinished(block)]
+        return [
+            block
+            for block in range(len(self.layer_groups))
+            if not self.unfinished(block)
+            and (block not in self.attentions or self._file(self.attentions[block]).exists())
+        ]
 
     def write_layer(self, layer: str, packed: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Facts]) -> None:
         """Write a layer's tensors and facts, both by level."""
@@ -116,19 +136,68 @@ class LevelDatabase(ResumableFolder):
             facts: dict[str, Facts] = json.loads(file.metadata()[_FACTS])
         return facts
 
+    def write_attention(self, attention: str, scales: Mapping[str, Tensor]) -> None:
+        """Write the scales of an attention's keys and values."""
+        self.write_layer(attention, {_ATTENTION: scales}, {})
+
+    def attention_tensors(self, attention: str) -> dict[str, Tensor]:
+        """Scales of an attention's keys and values."""
+        return self.parts(attention, _ATTENTION)
+
+    def read_attention(self, attention: str) -> dict[str, InputRounding]:
+        """Roundings of an attention's keys, values and queries by their first letters; empty where there are none."""
+        if self.attention is None:
+            return {}
+        scales = self.attention_tensors(attention)
+        return {name[0]: self.attention.rounding(scales, name[0]) for name in self.attention.names}
+
+    def unpack_attention(self, attention: str, packed: Mapping[str, Tensor]) -> dict[str, InputRounding]:
+        """The same; packed is empty, since write_attention wrote the scales."""
+        assert not packed
+        return self.read_attention(attention)
+
+    def inputs(self, layer: str, level: str) -> InputRounding | None:
+        """How the inputs of a layer are rounded at a level; None where they are not."""
+        scheme = self._groups[layer].level_of(parse_level(level)).inputs
+        if scheme is None:
+            return None
+        return input_rounding(scheme, self._read(layer, level, INPUT_TENSORS), layer)
+
+    def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
+        """Path in the block and rounding of the inputs of each layer of some groups, at the propagated level."""
+        assert self._propagated is not None
+        for group in groups:
+            for layer in group.layers:
+                yield layer.module, self.inputs(layer.name, self._propagated.name)
+
+    def unpack_inputs(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, InputRounding | None]]:
+        """The same; packed is empty, since write_layer wrote the layers."""
+        assert not packed
+        return self.read_inputs(groups)
+
     def parts(self, layer: str, level: str) -> dict[str, Tensor]:
         """Stored tensors of a layer at a level; other levels are not read."""
+        return self._read(layer, level)
+
+    def _read(self, layer: str, level: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Stored tensors of a layer at a level, or those of them that are among `names`."""
+        start = f"{level}."
         with safe_open(self._file(layer), framework="pt") as file:
-            start = f"{level}."
-            return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118 (no mapping)
+            stored = [name.removeprefix(start) for name in file.keys() if name.startswith(start)]  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(start + name) for name in stored if names is None or name in names}
 
     def weight(self, layer: str, level: str) -> Tensor:
         """Weight (R, C) of a layer at a level, as a loader unpacks it."""
-        return parse_level(level).unpack(self.parts(layer, level))
+        parts = self.parts(layer, level)
+        return parse_level(level).unpack({name: part for name, part in parts.items() if name not in INPUT_TENSORS})
 
     def checkpoint_tensors(self, layer: str, level: str) -> dict[str, Tensor]:
         """Tensors of a layer at a level in a checkpoint, by what follows the layer's name."""
-        return parse_level(level).checkpoint_tensors(self.parts(layer, level))
+        parts = self.parts(layer, level)
+        inputs = {name: parts.pop(name) for name in INPUT_TENSORS if name in parts}
+        return parse_level(level).checkpoint_tensors(parts) | inputs
 
     def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
         """Path in the block and weight of each layer of some solved groups, at the propagated level."""
@@ -160,6 +229,8 @@ class LevelDatabase(ResumableFolder):
         outer = outer_levels([group for groups in self.layer_groups for group in groups if group.role is not None])
         if outer:
             content["outer"] = outer.names()
+        if self.attention is not None:
+            content["attention"] = asdict(self.attention)
         self.write_json(self.path / self.last_file, content)
 
     def nbytes(self) -> int:
@@ -168,6 +239,12 @@ class LevelDatabase(ResumableFolder):
 
     def _file(self, layer: str) -> Path:
         return self.path / _LAYERS / f"{layer}.safetensors"
+
+
+def attention_names(architecture: Architecture) -> dict[int, str]:
+    """Names of the attentions with a cache of keys and values, by block."""
+    names = ((block, architecture.attention_name(block)) for block in range(architecture.num_blocks))
+    return {block: name for block, name in names if name is not None}
 
 
 def _parsed(names: Sequence[str]) -> tuple[Level, ...]:

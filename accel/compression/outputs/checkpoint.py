@@ -7,7 +7,7 @@ them is visibly unfinished, and a resumed run keeps its shards.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from hasten.accel.compression.activations.description import INPUT_TENSORS, described, input_rounding
+from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
@@ -50,7 +53,8 @@ class OutputFolder(ResumableFolder):
 
     layer_groups: layers that are compressed, by block, and behind the blocks the groups of calibration/outer.py. kept:
     ascending numbers of the blocks that are written; None for all. Methods take a block's number in the original; in
-    the files it has its index among the kept blocks.
+    the files it has its index among the kept blocks. attention: how keys and values are rounded; None where they are
+    not.
     """
 
     def __init__(
@@ -60,11 +64,12 @@ class OutputFolder(ResumableFolder):
         layer_groups: list[list[Group]],
         form: Format,
         kept: Sequence[int] | None = None,
+        attention: AttentionScheme | None = None,
     ) -> None:
         super().__init__(path, architecture.checkpoint.path)
         self._architecture = architecture
         self._layer_groups = layer_groups
-        self.format = form
+        self.format, self.attention = form, attention
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
         # Output layer and embedding, where they are compressed, are written as one more block.
         self._written = (*self._kept, *range(architecture.num_blocks, len(layer_groups)))
@@ -111,18 +116,49 @@ class OutputFolder(ResumableFolder):
         """Path in the block and weight of each layer of some groups of a finished block, as a loader unpacks it."""
         if not groups:
             return iter(())
-        with safe_open(self.shard(groups[0].block), framework="pt") as file:
+        names = [layer.name for group in groups for layer in group.layers]
+        return self.unpack_layers(groups, self._stored(groups[0].block, names, _PARTS))
+
+    def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
+        """Path in the block and rounding of the inputs of each layer of some groups of a finished block."""
+        names = [layer.name for group in groups for layer in group.layers]
+        stored = self._stored(groups[0].block, names, INPUT_TENSORS) if names else {}
+        return self.unpack_inputs(groups, stored)
+
+    def unpack_inputs(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, InputRounding | None]]:
+        """Path in the block and rounding of the inputs of each layer of some groups. packed: see write_block."""
+        for group in groups:
+            scheme = group.level.inputs
+            for layer in group.layers:
+                rounding = None if scheme is None else input_rounding(scheme, packed[layer.name], layer.name)
+                yield layer.module, rounding
+
+    def read_attention(self, attention: str) -> dict[str, InputRounding]:
+        """Roundings of an attention's keys, values and queries in a finished block; empty where there are none."""
+        if self.attention is None:
+            return {}
+        block = next(block for block in self._kept if self._architecture.attention_name(block) == attention)
+        return self.unpack_attention(attention, self._stored(block, [attention], self.attention.names)[attention])
+
+    def unpack_attention(self, attention: str, packed: Mapping[str, Tensor]) -> dict[str, InputRounding]:
+        """Roundings of an attention's keys `k`, values `v` and queries `q` by its tensors."""
+        assert self.attention is not None
+        return {name[0]: self.attention.rounding(packed, name[0]) for name in self.attention.names}
+
+    def _stored(self, block: int, names: Iterable[str], parts: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of modules in a block's shard, of those among `parts` that there are, by module and part."""
+        with safe_open(self.shard(block), framework="pt") as file:
             stored = set(file.keys())
-            packed = {
-                layer.name: {
-                    part: file.get_tensor(f"{self._renamed(layer.name)}.{part}")
-                    for part in _PARTS
-                    if f"{self._renamed(layer.name)}.{part}" in stored
+            return {
+                name: {
+                    part: file.get_tensor(f"{self._renamed(name)}.{part}")
+                    for part in parts
+                    if f"{self._renamed(name)}.{part}" in stored
                 }
-                for group in groups
-                for layer in group.layers
+                for name in names
             }
-        return self.unpack_layers(groups, packed)
 
     def unpack_layers(
         self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
@@ -131,7 +167,7 @@ class OutputFolder(ResumableFolder):
         for group in groups:
             scheme = group.level.loader_scheme
             for layer in group.layers:
-                parts = packed[layer.name]
+                parts = {name: part for name, part in packed[layer.name].items() if name not in INPUT_TENSORS}
                 yield layer.module, parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
 
     def finish(self) -> None:
@@ -156,7 +192,7 @@ class OutputFolder(ResumableFolder):
         """Content of config.json."""
         config = shorten(self._architecture, self._kept)
         quantized = schemes(self._layer_groups)
-        if not quantized:
+        if not quantized and self.attention is None:
             return config
         untouched = [
             pattern
@@ -177,11 +213,27 @@ class OutputFolder(ResumableFolder):
             # Loaders build an output layer, which then takes the embedding's tensors.
             renamed[self._architecture.adapter.head] = quantized[roles[TIED]]
         head = [] if {HEAD, TIED} & roles.keys() else [self._architecture.adapter.head]
-        described = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
+        announced = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
         if not self._architecture.adapter.loads_packed and len(set(quantized.values())) == 1:
             # transformers reads all layers on the grid of the first config group where it unpacks them.
-            described["dequantize"] = True
-        return config | {"quantization_config": described}
+            announced["dequantize"] = True
+        if self.attention is not None:
+            self._announce_attention(announced, self.attention)
+        return config | {"quantization_config": announced}
+
+    def _announce_attention(self, announced: dict[str, Any], scheme: AttentionScheme) -> None:
+        """Add the cache's scheme to a quantization_config, and a group for the attentions where queries are rounded."""
+        arguments = described(scheme.states)
+        announced["kv_cache_scheme"] = arguments
+        if scheme.queries:
+            # vLLM ignores groups of classes whose names have `Attention`, and takes their scales from the tensors.
+            announced["config_groups"]["attention"] = {
+                "targets": self._architecture.attention_classes(),
+                "weights": None,
+                "input_activations": arguments,
+                "output_activations": None,
+                "format": None,
+            }
 
     def _linears(self, block: int) -> list[tuple[str, str]]:
         """Name in the checkpoint, and path in the block, of all linear layers of a block, called or not."""

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.formats.ggml.base import BlockType
 from hasten.accel.compression.formats.ggml.types import TYPES, type_for
@@ -134,6 +135,24 @@ class GgufFolder(ResumableFolder):
         for group in groups:
             for layer in group.layers:
                 yield layer.module, group.level.unpack(packed[layer.name])
+
+    def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, None]]:
+        """Path in the block of each layer of some groups: llama.cpp chooses how inputs are rounded, not the file."""
+        return self.unpack_inputs(groups, {})
+
+    def unpack_inputs(
+        self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, None]]:
+        """See read_inputs."""
+        return ((layer.module, None) for group in groups for layer in group.layers)
+
+    def read_attention(self, attention: str) -> dict[str, InputRounding]:
+        """Roundings of an attention's keys, values and queries: a GGUF file has none."""
+        return {}
+
+    def unpack_attention(self, attention: str, packed: Mapping[str, Tensor]) -> dict[str, InputRounding]:
+        """See read_attention."""
+        return {}
 
     def finish(self) -> None:
         """Copy the tokenizer's and similar files, write the config, then the GGUF file."""

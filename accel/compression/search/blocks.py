@@ -1,26 +1,49 @@
 """A model's blocks in memory, whose weights can be swapped in place and whose parts can be dropped."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hooks import set_inputs
+from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.models.architecture import Architecture
+
+# Key beside the names of units: whether keys and values are rounded as the level database says.
+KV_CACHE, ROUNDED = "kv_cache", "rounded"
+
+
+class StoredRoundings(Protocol):
+    """How servers round inputs, keys and values, as a level database knows it.
+
+    inputs(layer, level): None where a layer's inputs are not rounded at a level. attentions: names of the attentions
+    whose keys and values are, by block. read_attention(attention): see Architecture.round_attention.
+    """
+
+    attentions: Mapping[int, str]
+
+    def inputs(self, layer: str, level: str) -> InputRounding | None:
+        """See above."""
+
+    def read_attention(self, attention: str) -> Mapping[str, InputRounding]:
+        """See above."""
 
 
 class BlockState(NamedTuple):
     """Levels and dropped parts of a block; blocks of equal state compute the same function.
 
     dropped: kinds of the dropped parts. levels: level of each slot, empty where the slot is in a dropped part.
+    kv_cache: ROUNDED, or KEEP where keys and values are as they are.
     """
 
     dropped: tuple[str, ...]
     levels: tuple[str, ...]
+    kv_cache: str = KEEP
 
 
 @dataclass
@@ -38,11 +61,12 @@ class Block:
     """A block in memory; module is a decoder layer of transformers.
 
     slots: its layers whose levels change. parts: (name of the unit, kind) of the parts that can be dropped. state: the
-    loaded state.
+    loaded state. stored: None where neither inputs nor keys and values are rounded at any level. index: its number.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, architecture: Architecture, index: int, stored: StoredRoundings | None = None) -> None:
+        self.module = architecture.load_block(index)
+        self._architecture, self._index, self._stored = architecture, index, stored
         self.slots: list[Slot] = []
         self.parts: list[tuple[str, str]] = []
         self.state = BlockState((), ())
@@ -52,12 +76,27 @@ class Block:
         dropped = {kind for name, kind in self.parts if levels[name] == DROP}
         if BLOCK in dropped:
             return BlockState((BLOCK,), ())
+        rounds = self._stored is not None and self._index in self._stored.attentions
         return BlockState(
             tuple(sorted(dropped)),
             tuple(
                 "" if any(levels[part] == DROP for part in slot.around) else levels[slot.unit] for slot in self.slots
             ),
+            levels.get(KV_CACHE, KEEP) if rounds else KEEP,
         )
+
+    def round_inputs(self, slot: Slot, level: str) -> None:
+        """Round the inputs of a layer as at a level."""
+        if self._stored is not None:
+            set_inputs(slot.linear, None if level == KEEP else self._stored.inputs(slot.name, level))
+
+    def round_attention(self, kv_cache: str) -> None:
+        """Round keys and values, or leave them as they are, KEEP."""
+        if self._stored is None or self._index not in self._stored.attentions:
+            return
+        name = self._stored.attentions[self._index]
+        roundings = self._stored.read_attention(name) if kv_cache == ROUNDED else {}
+        self._architecture.round_attention(self.module, roundings)
 
     def drop(self, kinds: tuple[str, ...]) -> None:
         """Replace the forward of the dropped parts, and restore that of the others; a dropped block is not run at all.
@@ -110,15 +149,19 @@ class WeightCache:
             self.bytes -= self._tensors.popitem(last=False)[1].nbytes
 
 
-def load_blocks(architecture: Architecture, units: Sequence[Unit]) -> list[Block]:
+def load_blocks(
+    architecture: Architecture, units: Sequence[Unit], stored: StoredRoundings | None = None
+) -> list[Block]:
     """All blocks with the original weights; ValueError names a unit that does not fit the model."""
     check_units(architecture, units)
-    return [load_block(architecture, units, index) for index in range(architecture.num_blocks)]
+    return [load_block(architecture, units, index, stored) for index in range(architecture.num_blocks)]
 
 
-def load_block(architecture: Architecture, units: Sequence[Unit], index: int) -> Block:
+def load_block(
+    architecture: Architecture, units: Sequence[Unit], index: int, stored: StoredRoundings | None = None
+) -> Block:
     """One block with the original weights, for units that check_units accepts."""
-    block = Block(architecture.load_block(index))
+    block = Block(architecture, index, stored)
     paths = {layer.name: layer.module for layer in architecture.linears(index)}
     parents = {unit.name: unit.part_of for unit in units}
     for unit in units:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
-from hasten.accel.compression.search.blocks import Block, BlockState, Slot, WeightCache, load_blocks
+from hasten.accel.compression.search.blocks import (
+    KV_CACHE,
+    ROUNDED,
+    Block,
+    BlockState,
+    Slot,
+    StoredRoundings,
+    WeightCache,
+    load_blocks,
+)
 from hasten.accel.compression.search.fitness import Fitness, Tiles
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.outer import OuterWeights
@@ -36,7 +45,8 @@ class Candidates:
     A genome holds the index of a choice, or ORIGINAL, for each unit. weights(layer, level) returns a layer's weight
     (R, C), in any dtype; for the level `keep` the checkpoint is read. A unit without layers, of kind `attention`, `mlp`
     or `block`, is that part of its block: at the level `drop` the part adds nothing to the residual stream (norms of
-    the residual stream, as in OPT-350m, stay, but not those of a dropped block); at any other level it stays. The state
+    the residual stream, as in OPT-350m, stay, but not those of a dropped block); at any other level it stays. stored:
+    how inputs at the levels, and keys and values, are rounded; the original rounds none. The state
     at position t predicts the token at t + 1. So a part of a sample scores as many tokens as it uses, except that the
     last token of a sequence predicts none.
 
@@ -62,6 +72,7 @@ class Candidates:
         batch: int = 4,
         cache_bytes: int = 2**30,
         states_bytes: int = 2**30,
+        stored: StoredRoundings | None = None,
     ) -> None:
         if tokens.ndim != 2 or tokens.shape[1] < 2 or batch < 1:
             raise ValueError(f"need tokens (N, T), T of 2 or more, and batch >= 1, got {tokens.shape} and {batch}")
@@ -72,7 +83,7 @@ class Candidates:
         self._states_bytes = states_bytes
         self._read = weights
         self._cache = WeightCache(cache_bytes)
-        self._blocks = load_blocks(architecture, self.units)
+        self._blocks = load_blocks(architecture, self.units, stored)
         self._outer = OuterWeights(architecture, self.units, weights, self._cache)
         # By sequence, for each of the parts that `_tiles` makes of it.
         self._references: dict[int, list[dict[str, Tensor]]] = {}
@@ -119,7 +130,8 @@ class Candidates:
             parts = _tiles(self.architecture.output_layer(), hidden[0], length - 1)
             self._references[number] = [self.fitness.reference(tiles, targets[rows]) for rows, tiles in parts]
 
-        self._walk([self._levels((ORIGINAL,) * len(self.units))], pieces, keep)
+        original = self._levels((ORIGINAL,) * len(self.units)) | {KV_CACHE: KEEP}
+        self._walk([original], pieces, keep)
 
     def scored(self, sample: Sample) -> int:
         """Tokens that a sample scores."""
@@ -132,8 +144,8 @@ class Candidates:
         return _pieces(sample, self.batch)
 
     def _levels(self, genome: Genome) -> dict[str, str]:
-        """Levels of the units by name."""
-        levels = {}
+        """Levels of the units by name, and what a candidate does with keys and values."""
+        levels = {KV_CACHE: ROUNDED}
         for unit, choice in zip(self.units, genome, strict=True):
             if not ORIGINAL <= choice < len(unit.choices):
                 raise ValueError(f"choice {choice} of {unit.name} is none of its {len(unit.choices)}, nor ORIGINAL")
@@ -224,7 +236,10 @@ class Candidates:
                 self._cache.put((slot.name, slot.level), slot.linear.weight.data)
                 slot.linear.weight = nn.Parameter(weight, requires_grad=False)
                 slot.level = level
+                block.round_inputs(slot, level)
                 self.swapped += 1
+        if state.kv_cache != block.state.kv_cache:
+            block.round_attention(state.kv_cache)
         block.drop(state.dropped)
         block.state = state
         self.swap_seconds += time.perf_counter() - begin

@@ -10,13 +10,23 @@ approximation; on SmolLM2-135M at 3.25 bits it exceeded the divergence by 4 to 6
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hooks import rounds_inputs
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
-from hasten.accel.compression.search.blocks import Block, BlockState, check_units, load_block
+from hasten.accel.compression.search.blocks import (
+    KV_CACHE,
+    ROUNDED,
+    Block,
+    BlockState,
+    StoredRoundings,
+    check_units,
+    load_block,
+)
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.outer import OuterWeights
 from hasten.accel.evaluation.online_softmax import Divergence
@@ -48,7 +58,8 @@ class SensitivityPass:
     """Measures the units' parts of a candidate's divergence on tokens (N, T) int64.
 
     weights(layer, level) returns a layer's weight (R, C), in any dtype. Batches do not affect each other's results, so
-    several processes may share them.
+    several processes may share them. stored: how inputs at the levels, and keys and values, are rounded: the error of a
+    layer's inputs counts to its unit, that of keys and values to none.
     Memory: one block with its original and its compressed weights, the head, and, in states_bytes, but at least for
     one batch, the hidden states at the input of every block. As many batches as that holds run together; for each such
     group the model is read twice, since a block runs again for its backward pass.
@@ -61,12 +72,13 @@ class SensitivityPass:
         weights: Callable[[str, str], Tensor],
         tokens: Tensor,
         states_bytes: int = STATES_BYTES,
+        stored: StoredRoundings | None = None,
     ) -> None:
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(f"need tokens (N, T), T of 2 or more, got {tuple(tokens.shape)}")
         check_units(architecture, units)
         self.architecture, self.units, self.tokens = architecture, tuple(units), tokens
-        self._weights = weights
+        self._weights, self._stored = weights, stored
         self._outer = OuterWeights(architecture, units, weights)
         # Hidden states of the compressed model at every block, and the last ones of both models.
         token_bytes = architecture.hidden_size * architecture.dtype.itemsize * (architecture.num_blocks + 2)
@@ -76,6 +88,7 @@ class SensitivityPass:
     def measure(self, genome: Genome, batches: Sequence[Sequence[int]]) -> list[Sensitivity]:
         """One result for each batch, which is a list of sequences. genome: the index of a choice for each unit."""
         levels = {unit.name: unit.choices[choice].level for unit, choice in zip(self.units, genome, strict=True)}
+        levels[KV_CACHE] = ROUNDED
         count = max(1, self._group_sequences // max(map(len, batches), default=1))
         groups = [batches[first : first + count] for first in range(0, len(batches), count)]
         return [result for group in groups for result in self._measure_group(levels, group)]
@@ -90,7 +103,7 @@ class SensitivityPass:
         moved = [changed - states for changed, states in zip(moved, original, strict=False)]
         inputs: list[list[Tensor]] = []
         for index in range(self.architecture.num_blocks):
-            block = load_block(self.architecture, self.units, index)
+            block = load_block(self.architecture, self.units, index, self._stored)
             state = block.state_of(levels)
             original = [self.architecture.run_block(block.module, index, states) for states in original]
             inputs.append(hidden)
@@ -143,7 +156,7 @@ class SensitivityPass:
 
         inputs: the states that enter the block; the list is emptied. parts: (batches, units).
         """
-        block = load_block(self.architecture, self.units, index)
+        block = load_block(self.architecture, self.units, index, self._stored)
         state = block.state_of(levels)
         if BLOCK in state.dropped:
             return
@@ -172,6 +185,8 @@ class SensitivityPass:
                 errors[slot.name] = weight - slot.linear.weight.data
                 slot.linear.weight = nn.Parameter(weight, requires_grad=False)
                 slot.level = level
+                block.round_inputs(slot, level)
+        block.round_attention(state.kv_cache)
         block.drop(state.dropped)
         return errors
 
@@ -230,15 +245,29 @@ def _products(block: Block, errors: dict[str, Tensor]) -> Iterator[dict[str, lis
     """Records <dL/dW, error> by layer while the block runs forward and backward.
 
     With input x (n, C) and gradient g (n, R) of the output it is the sum of (x error^T) g over all positions, so that
-    the gradient of the weight itself, a matrix in float32 for every layer, is not made.
+    the gradient of the weight itself, a matrix in float32 for every layer, is not made. Where the layer rounds x to x',
+    it is that of (x' W'^T - x W^T) g.
     """
     products: dict[str, list[float]] = {}
     handles = []
     for slot in block.slots:
         if slot.name in errors:
+            exact: dict[str, Tensor] = {}
 
-            def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = slot.name) -> None:
-                moved = nn.functional.linear(inputs[0].detach(), errors[name])
+            def remember(_: nn.Module, inputs: tuple[Tensor, ...], exact: dict[str, Tensor] = exact) -> None:
+                exact["inputs"] = inputs[0].detach()
+
+            def forward(
+                layer: Any,
+                inputs: tuple[Tensor, ...],
+                output: Tensor,
+                name: str = slot.name,
+                exact: dict[str, Tensor] = exact,
+            ) -> None:
+                used, given = inputs[0].detach(), exact.pop("inputs")
+                moved = nn.functional.linear(used, errors[name])
+                if used is not given and rounds_inputs(layer):
+                    moved += nn.functional.linear(used - given, layer.weight.detach() - errors[name])
 
                 def backward(gradient: Tensor) -> None:
                     value = (moved.float() * gradient.float()).sum(dtype=torch.float64)
@@ -247,6 +276,7 @@ def _products(block: Block, errors: dict[str, Tensor]) -> Iterator[dict[str, lis
                 if output.requires_grad:
                     output.register_hook(backward)
 
+            handles.append(slot.linear.register_forward_pre_hook(remember, prepend=True))
             handles.append(slot.linear.register_forward_hook(forward))
     try:
         yield products

@@ -65,7 +65,9 @@ class PublishedSearch:
         held_out = self._texts.evaluate(evaluation)
         assert held_out is not None, "windows=0"
         tokens = held_out.tokens
-        candidates = Candidates(self._architecture, self._units, self._database.weight, tokens, KL(), batch=1)
+        candidates = Candidates(
+            self._architecture, self._units, self._database.weight, tokens, KL(), batch=1, stored=self._database
+        )
         genome = tuple(unit.index(self._level(bits[unit.name])) for unit in self._units)
         whole = Sample(tuple((number, tokens.shape[1]) for number in range(len(tokens))))
         return candidates.evaluate([genome], whole)[0]

@@ -110,7 +110,7 @@ def test_shards_send_sums_of_what_was_asked_for_of_which_none_may_be_missing(sou
     first, second = (Calibrator(chosen, {number: TOKENS[:2]}) for number in range(2))
     *keys, last = [group.key for group in Task(chosen).layer_groups[0]]
     collected = [first.collect(0, [*keys, last]), second.collect(0, keys)]
-    assert [list(found) for found in collected] == [[*keys, last], keys]
+    assert [list(found.sums) for found in collected] == [[*keys, last], keys]
     with pytest.raises(RuntimeError, match=re.escape(f"a shard's sums of {last} in block 0 are missing")):
         first.solve(0, [last], *collected)
 

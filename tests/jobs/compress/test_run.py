@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hasten.accel.models.checkpoint import Checkpoint
 from hasten.jobs.cli.main import main
 from tests.compression.local import contents
 from tests.jobs.report import METRICS, last_report
@@ -216,3 +217,20 @@ def test_output_layer_and_embedding_are_compressed_and_counted(source, folder, c
     assert again["metrics"]["blocks_resumed"] == BLOCKS + 1
     assert contents(folder / "out") == before
     assert again["metrics"]["kl_divergence"] == metrics["kl_divergence"]
+
+
+@pytest.mark.ray
+def test_inputs_keys_and_values_get_static_scales(source, folder, capsys, ray_session):
+    options = {"level": "w8a8s", "quantizer": "round_to_nearest", "input_observer": "squared_error", "workers": 2}
+    assert compress(source, attention="fp8", **options) != 0
+    assert "give kv_cache=fp8 or fp8_head" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert compress(source, kv_cache="fp8_head", attention="fp8", **options) == 0
+    report, _ = last_report(capsys)
+    assert report["metrics"]["kl_divergence"] > 0
+    stored = Checkpoint(folder / "out")
+    states = stored.attention("model.layers.2.self_attn", ["LlamaAttention"])
+    assert sorted(states) == ["k", "q", "v"]
+    assert len(states["k"].scale) == stored.config["num_key_value_heads"]
+    fused = [stored.inputs(f"model.layers.1.self_attn.{name}_proj").scale for name in "qkv"]
+    assert len({float(scale) for scale in fused}) == 1
