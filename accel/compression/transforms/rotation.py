@@ -1,0 +1,295 @@
+"""Orthogonal rotations of a model that leave its outputs as they are, folded into the weights of its checkpoint.
+
+Source: Ashkboos et al. 2024, arXiv:2404.00456, section 3 (R1 and R2 as Liu et al. 2024, arXiv:2405.16406, call them).
+RMS norms without weights commute with a rotation of the residual stream: so the weights of norms move into the layers
+behind them, layers that read the stream are multiplied by R1 on their input side, and layers that write it on their
+output side. The values of each attention head are rotated by R2, which the output projection undoes.
+Departs from it: the Hadamard matrix across heads, which only an online rotation can undo, is left out.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.accel.errors import UserError
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
+
+# Layers of a block, by the norm that they read the residual stream through; routers of experts among them.
+READERS = {
+    "input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+    "post_attention_layernorm": ("gate_proj", "up_proj", "gate_up_proj", "gate", "router", "shared_expert_gate"),
+}
+# Layers that write to the residual stream.
+WRITERS = ("o_proj", "down_proj")
+# Layers and norms within attention, which neither read nor write the residual stream.
+_INNER = ("q_norm", "k_norm", "q_b_proj", "kv_b_proj", "q_a_layernorm", "kv_a_layernorm")
+# Norms of what a layer writes: their weights scale channels between the layer and the residual stream.
+_OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
+# Tokens, and largest relative change of a block's output, of check_rotation. A checkpoint's 16 bits cost half a per
+# cent, a block that is not rotated as a whole changes entirely.
+_TOKENS, _TOLERANCE = 16, 0.05
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Orthogonal matrices, float64. residual: R1 (D, D), None for none. heads: R2 (head size, head size) by block, or ().
+
+    A row vector x becomes x R.
+    """
+
+    residual: Tensor | None
+    heads: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamRoles:
+    """Paths in a block, without `.weight`, of the norm of each layer that reads the residual stream, and of writers."""
+
+    readers: dict[str, str]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeadRoles:
+    """Paths in a block, without `.weight`: rows of layers that are values of attention heads, and layers that read them."""
+
+    values: dict[str, slice]
+    outputs: tuple[str, ...]
+
+
+def head_size(architecture: Architecture) -> int:
+    """Number of values of an attention head."""
+    config: Any = architecture.config
+    return int(getattr(config, "head_dim", None) or architecture.hidden_size // config.num_attention_heads)
+
+
+def check_norms(architecture: Architecture) -> None:
+    """UserError where the norms of a model do not commute with R1."""
+    _, norm = architecture.last_norm()
+    states = torch.randn(4, architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = states.to(architecture.device, architecture.dtype)
+    if getattr(norm, "bias", None) is not None or torch.allclose(norm(states + 1), norm(states), atol=1e-2):
+        raise _refused(architecture, "their norms are LayerNorms, which subtract the mean of the channels")
+
+
+def stream_roles(architecture: Architecture, index: int) -> StreamRoles:
+    """Layers of a block that R1 is folded into; UserError names what prevents it."""
+    leaves = _leaves(architecture, index)
+    norms = {leaf: norm for norm, readers in READERS.items() for leaf in readers}
+    blocked = [path for path, leaf in leaves.items() if leaf in _OUTPUT_NORMS]
+    if blocked:
+        raise _refused(
+            architecture,
+            f"{blocked[0]} scales the channels of a layer's output before it is added to the residual stream, and no "
+            "layer can absorb these factors",
+        )
+    known = {*norms, *READERS, *WRITERS, *_INNER}
+    unknown = [path for path, leaf in leaves.items() if leaf not in known]
+    missing = [norm for leaf, norm in norms.items() if leaf in leaves.values() and norm not in leaves.values()]
+    if unknown or missing:
+        what = f"{unknown[0]} is unknown" if unknown else f"there is no {missing[0]}"
+        raise _refused(architecture, f"in block {index} {what}")
+    return StreamRoles(
+        {path: norms[leaf] for path, leaf in leaves.items() if leaf in norms},
+        tuple(path for path, leaf in leaves.items() if leaf in WRITERS),
+    )
+
+
+def head_roles(architecture: Architecture, index: int) -> HeadRoles:
+    """Layers of a block that R2 is folded into; none where the block has no values by head."""
+    config: Any = architecture.config
+    values: dict[str, slice] = {}
+    leaves = _leaves(architecture, index)
+    for path, leaf in leaves.items():
+        if leaf == "v_proj":
+            values[path] = slice(0, None)
+        elif leaf == "qkv_proj":
+            heads = config.num_attention_heads + config.num_key_value_heads
+            values[path] = slice(heads * head_size(architecture), None)
+    outputs = tuple(path for path, leaf in leaves.items() if leaf == "o_proj")
+    return HeadRoles(values, outputs) if values and outputs else HeadRoles({}, ())
+
+
+def _leaves(architecture: Architecture, index: int) -> dict[str, str]:
+    """Last part of the path of every module of a block that has a weight, by the path."""
+    paths = (path.rpartition(".") for path in architecture.block_parameters(index))
+    return {path: path.rpartition(".")[2] for path, _, leaf in sorted(paths) if leaf == "weight"}
+
+
+def _refused(architecture: Architecture, reason: str) -> UserError:
+    model_type = architecture.checkpoint.config.get("model_type")
+    return UserError(f"{model_type} models cannot be rotated: {reason}")
+
+
+def by_head(weight: Tensor, rotation: Tensor) -> Tensor:
+    """weight (R, heads * size) times the rotation (size, size) of every head."""
+    return (weight.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+
+
+class RotatedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are rotated while they are read, in their stored dtype.
+
+    Norms get the weights with which they scale nothing. The output matrix is a tensor of its own, because the last
+    norm is folded into it alone: a pair that was tied takes twice the space.
+    """
+
+    def __init__(self, architecture: Architecture, rotation: Rotation) -> None:
+        self._source = architecture.checkpoint
+        self.path = self._source.path
+        self.config = dict(self._source.config)
+        self._rotation = rotation
+        # What becomes of a tensor; of matrices outside the blocks, of any of their rows.
+        self._changes: dict[str, list[Change]] = {}
+        # Tensors that are read from another one.
+        self._origins: dict[str, str] = {}
+        if rotation.residual is not None:
+            check_norms(architecture)
+            self._rotate_stream(architecture, rotation.residual.float())
+        for index, matrix in enumerate(rotation.heads):
+            self._rotate_heads(architecture, index, matrix.float())
+
+    def _rotate_stream(self, architecture: Architecture, matrix: Tensor) -> None:
+        name, norm = architecture.last_norm()
+        neutral = neutral_weight(norm)
+        embedding, head = architecture.embedding_name(), architecture.head_name()
+        if embedding == head:
+            # Tied tensors may be stored under either name.
+            embedding, head = name.removesuffix(name.rpartition(".")[2]) + "embed_tokens.weight", "lm_head.weight"
+            self._origins[head] = self._origins[embedding] = architecture.head_name()
+            self.config["tie_word_embeddings"] = False
+        self._add(embedding, partial(torch.matmul, other=matrix))
+        self._add(head, self._absorbed(f"{name}.weight", neutral), partial(torch.matmul, other=matrix))
+        self._add(f"{name}.weight", partial(torch.full_like, fill_value=neutral))
+        for index in range(architecture.num_blocks):
+            names, roles = architecture.block_parameters(index), stream_roles(architecture, index)
+            for path, of_norm in roles.readers.items():
+                factors = self._absorbed(names[f"{of_norm}.weight"], neutral)
+                self._add(names[f"{path}.weight"], factors, partial(torch.matmul, other=matrix))
+            for of_norm in dict.fromkeys(roles.readers.values()):
+                self._add(names[f"{of_norm}.weight"], partial(torch.full_like, fill_value=neutral))
+            for path in roles.writers:
+                self._add(names[f"{path}.weight"], partial(torch.matmul, matrix.T))
+                if f"{path}.bias" in names:
+                    self._add(names[f"{path}.bias"], partial(torch.matmul, other=matrix))
+
+    def _rotate_heads(self, architecture: Architecture, index: int, matrix: Tensor) -> None:
+        names, roles = architecture.block_parameters(index), head_roles(architecture, index)
+        for path, rows in roles.values.items():
+
+            def weight(tensor: Tensor, rows: slice = rows) -> Tensor:
+                return torch.cat([tensor[: rows.start], by_head(tensor[rows].T, matrix).T])
+
+            def bias(tensor: Tensor, rows: slice = rows) -> Tensor:
+                return torch.cat([tensor[: rows.start], by_head(tensor[rows], matrix)])
+
+            self._add(names[f"{path}.weight"], weight)
+            if f"{path}.bias" in names:
+                self._add(names[f"{path}.bias"], bias)
+        for path in roles.outputs:
+            self._add(names[f"{path}.weight"], partial(by_head, rotation=matrix))
+
+    def _absorbed(self, norm: str, neutral: float) -> Change:
+        """The change that multiplies columns by the factors of a norm."""
+        return lambda weight: weight * (self._source.tensor(norm, torch.float32) + (1 - neutral))
+
+    def _add(self, name: str, *changes: Change) -> None:
+        self._changes.setdefault(name, []).extend(changes)
+
+    def _changed(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._changes:
+            return tensor
+        changed = tensor.float()
+        for change in self._changes[name]:
+            changed = change(changed)
+        return changed.to(tensor.dtype).contiguous()
+
+    def _origin(self, name: str) -> str:
+        return self._origins.get(name, name)
+
+    @property
+    def names(self) -> list[str]:
+        """Logical names, sorted."""
+        return sorted({*self._source.names, *self._origins})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._origins or name in self._source
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether some weights of the original are packed."""
+        return self._source.is_compressed
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._source.shape(self._origin(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._source.dtype(self._origin(name))
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk."""
+        return self.nbytes(name)
+
+    def is_packed(self, name: str) -> bool:
+        """False: rotated weights are plain."""
+        return False
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A rotated tensor; dtype None is the stored dtype."""
+        tensor = self._changed(name, self._source.tensor(self._origin(name)))
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether rows of a matrix can be read alone."""
+        return self._source.has_rows(self._origin(name))
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows of a matrix outside the blocks by index (N,), as [N, columns]."""
+        return self._changed(name, self._source.rows(self._origin(name), index))
+
+    def row_range(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last (exclusive) of a matrix outside the blocks."""
+        return self._changed(name, self._source.row_range(self._origin(name), first, last))
+
+    def check(self, name: str) -> None:
+        """UserError where the original's tensor holds NaN or infinite values."""
+        self._source.check(self._origin(name))
+
+    def fingerprint(self) -> str:
+        """The original's."""
+        return self._source.fingerprint()
+
+
+def neutral_weight(norm: nn.Module) -> float:
+    """Weight with which a norm scales nothing: 1, or 0 where the factor is 1 + weight, as in Gemma."""
+    weight = norm.weight
+    assert isinstance(weight, nn.Parameter)
+    stored = weight.data
+    weight.data = torch.zeros_like(stored)
+    output = norm(torch.ones_like(stored))
+    weight.data = stored
+    return 0.0 if bool(output.any()) else 1.0
+
+
+def check_rotation(architecture: Architecture, rotated: Architecture, matrix: Tensor | None, blocks: Iterable[int]) -> None:
+    """UserError where a block of the rotated model does not compute what the original's does. matrix: R1."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, _TOKENS, architecture.hidden_size, generator=generator, dtype=torch.float32)
+    for index in blocks:
+        outputs = []
+        for model, given in ((architecture, states), (rotated, states if matrix is None else states @ matrix.float())):
+            given = given.to(model.device, model.dtype)
+            outputs.append((model.run_block(model.load_block(index), index, given) - given).float().cpu())
+        expected = outputs[0] if matrix is None else outputs[0] @ matrix.float()
+        # The median, because a token of a mixture may be routed to other experts.
+        error = float(((outputs[1] - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+        if not error < _TOLERANCE:
+            raise _refused(architecture, f"the output of block {index} changes by {error:.0%}")
