@@ -164,20 +164,24 @@ class RotatedCheckpoint(Checkpoint):
             embedding, head = name.removesuffix(name.rpartition(".")[2]) + "embed_tokens.weight", "lm_head.weight"
             self._origins[head] = self._origins[embedding] = architecture.head_name()
             self.config["tie_word_embeddings"] = False
-        self._add(embedding, partial(torch.matmul, other=matrix))
-        self._add(head, self._absorbed(f"{name}.weight", neutral), partial(torch.matmul, other=matrix))
+        # Norms alone are folded where nothing is rotated.
+        turns = not torch.equal(matrix, torch.eye(len(matrix)))
+        columns: list[Change] = [partial(torch.matmul, other=matrix)] if turns else []
+        rows: list[Change] = [partial(torch.matmul, matrix.T)] if turns else []
+        self._add(embedding, *columns)
+        self._add(head, self._absorbed(f"{name}.weight", neutral), *columns)
         self._add(f"{name}.weight", partial(torch.full_like, fill_value=neutral))
         for index in range(architecture.num_blocks):
             names, roles = architecture.block_parameters(index), stream_roles(architecture, index)
             for path, of_norm in roles.readers.items():
                 factors = self._absorbed(names[f"{of_norm}.weight"], neutral)
-                self._add(names[f"{path}.weight"], factors, partial(torch.matmul, other=matrix))
+                self._add(names[f"{path}.weight"], factors, *columns)
             for of_norm in dict.fromkeys(roles.readers.values()):
                 self._add(names[f"{of_norm}.weight"], partial(torch.full_like, fill_value=neutral))
             for path in roles.writers:
-                self._add(names[f"{path}.weight"], partial(torch.matmul, matrix.T))
+                self._add(names[f"{path}.weight"], *rows)
                 if f"{path}.bias" in names:
-                    self._add(names[f"{path}.bias"], partial(torch.matmul, other=matrix))
+                    self._add(names[f"{path}.bias"], *columns)
 
     def _rotate_heads(self, architecture: Architecture, index: int, matrix: Tensor) -> None:
         names, roles = architecture.block_parameters(index), head_roles(architecture, index)
