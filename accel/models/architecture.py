@@ -19,6 +19,7 @@ from hasten.accel.models.experts import Experts, expert_sizes, is_fused
 from hasten.accel.models.families import family_of
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.output_layer import OutputLayer
+from hasten.accel.models.scale_sites import ScaleSite, scale_sites
 from hasten.accel.models.skeleton import build_skeleton
 
 _EXPERTS = "mlp.experts"
@@ -203,6 +204,13 @@ class Architecture:
                     shared = f"{path}.down_proj" if projection == "down_proj" else f"{path}.gate_proj"
                     layers.append(self._layer(index, f"{path}.{projection}", rows, columns, shared, expert))
         return layers
+
+    def scale_sites(self, index: int) -> list[ScaleSite]:
+        """Where inputs of a block's layers can be scaled without changing the block; no tensor is read."""
+        start = f"{self._prefix}layers.{index}."
+        block, family = self._skeleton.blocks[index], self._family
+        layers, config = self.linears(index), self.config
+        return scale_sites(block, layers, family, config, lambda local: start + family.logical(local), self.checkpoint)
 
     def outer_layers(self) -> dict[str, Layer]:
         """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""

@@ -33,7 +33,9 @@ class Family:
     inputs: local names of a block's linear layers in execution order, grouped by the input that they read; a block may
     lack some of them. prefixes: possible prefixes of the decoder's tensors in a checkpoint. heads: possible names of
     the output projection. decoder: path of the decoder in the transformers model. norm: its last norm. caps_logits:
-    whether the model applies the config's final_logit_softcapping. experts: None for dense families.
+    whether the model applies the config's final_logit_softcapping. experts: None for dense families. norms: local names
+    of the norms that can take over a scale of their readers' inputs, each with how the names of all its readers begin;
+    None derives them, see scale_sites. is_linear_in_up: whether gated networks are linear in their up projection.
     """
 
     inputs: tuple[tuple[str, ...], ...] = _ATTENTION + _GATED
@@ -43,6 +45,8 @@ class Family:
     norm: str = "norm"
     caps_logits: bool = True
     experts: ExpertNames | None = None
+    norms: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+    is_linear_in_up: bool = True
 
     def logical(self, local: str) -> str:
         """Logical name, relative to the block, of a local name."""

@@ -26,6 +26,7 @@ from hasten.accel.compression.calibration.solve import OUTPUT
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.rank_calibrator import RankCalibrator
+from hasten.cluster.programs.block_transforms import TransformProgram
 from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Step, Unit
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor, wait_for_all
@@ -87,8 +88,9 @@ class CalibrationPass:
             else GroupPool("a group of calibrators", workers, division.size, self._needs, self._start_group)
         )
         self._sums = CollectedSums()
-        self._work = SolveWorkload(self._pool, self._sums, self._ranks)
+        self._work: SolveWorkload[Solution] = SolveWorkload(self._pool, self._sums, self._ranks)
         self._dispatcher = Dispatcher(self._work)
+        self._transforms = TransformProgram(self._task, self._pool, self._sums, self._ranks)
         self._batches = recovery.Batches(
             "calibration.batch",
             settings.batch,
@@ -126,7 +128,7 @@ class CalibrationPass:
         self.report.resumed = len(finished)
         unfinished = [block for block in range(len(self._task.layer_groups)) if block not in finished]
         try:
-            if unfinished:
+            if unfinished or not self._transforms.is_finished:
                 _warn_of_few(self._tokens, self._task.layer_groups)
                 self._run_blocks(unfinished, progress)
             if not output.is_complete:
@@ -153,6 +155,8 @@ class CalibrationPass:
             self.report.blocks.append(row)
             if progress:
                 progress(count, row)
+        # Blocks without compressed layers may have edits, too.
+        self._retry(partial(self._transforms.run, self._task.architecture.num_blocks - 1))
         self.report.seconds = perf_counter() - started
 
     def _start(self, index: int, cpus: float) -> ActorHandle:
@@ -183,6 +187,7 @@ class CalibrationPass:
     def _end(self) -> None:
         self._pool.end()
         self._dispatcher.reset()
+        self._transforms.reset()
         self._sums.clear()
         self.report.restarts = self._pool.restarts
 
@@ -197,6 +202,7 @@ class CalibrationPass:
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
         """Compute a block; returns its row. solved: solutions of earlier attempts, to which new ones are added."""
         started = perf_counter()
+        self._transforms.run(block)
         for stage, groups in enumerate(self._settings.stages(self._task.layer_groups[block])):
             self._run_stage((block, stage), groups, solved)
         packed = {name: tensors for layers, _, _ in solved.values() for name, tensors in layers.items()}
@@ -236,12 +242,12 @@ class CalibrationPass:
 
         So a straggler cannot be re-executed elsewhere. If the original's outputs are propagated, the next unfinished
         block does not depend on this block's solutions. Its sums are requested now, too, so that no calibrator is idle
-        while another solves.
+        while another solves; not before transforms, which come first.
         """
         block, stage = step
         earlier = [self._packed((block, number), solved) for number in range(stage)]
         self._pool.watch(self._sums.request(step, groups, earlier, self._pool.members))
-        if self._settings.propagate == "original":
+        if self._settings.propagate == "original" and self._task.transforms is None:
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
             for other, rest in islice(((other, rest) for other, rest in unfinished if needs_inputs(rest)), 1):

@@ -20,6 +20,10 @@ from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
+from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
+from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -39,7 +43,7 @@ class Settings:
     the compressed layers before them in their block (`sequential`, see calibration/stages.py). dtype: of the
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
-    outer: levels of output layer and embedding.
+    outer: levels of output layer and embedding. transforms: of every block, in their order.
     """
 
     checkpoint: Path
@@ -61,6 +65,7 @@ class Settings:
     shards: int = 8
     expert_tokens: int = 128
     outer: OuterLevels = field(default_factory=OuterLevels)
+    transforms: tuple[BlockTransform, ...] = ()
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -70,6 +75,9 @@ class Settings:
             raise UserError(f"reference={self.level.name} is none of the levels {known}")
         for level in self.made:
             level.check_method(level.method_of(self._given))
+        if self.needs_original and self.propagate != "sequential":
+            names = ", ".join(type(transform).__name__.lower() for transform in self.transforms if transform.needs_original)
+            raise UserError(f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential")
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
@@ -81,9 +89,19 @@ class Settings:
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether a method needs statistics of the layers' inputs."""
+        """Whether a method, or the layers' targets, need statistics of the layers' inputs."""
         methods = [*self.methods, self.quantizer] if self.outer else self.methods
-        return any(method.needs_hessian for method in methods)
+        return self.needs_original or any(method.needs_hessian for method in methods)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether calibrators also run the original model, for the shift of the layers' inputs."""
+        return any(transform.needs_original for transform in self.transforms)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the pass needs calibration tokens: for a method, or for a transform."""
+        return self.needs_hessian or any(transform.needs_statistics for transform in self.transforms)
 
     @property
     def methods(self) -> list[Method]:
@@ -130,6 +148,7 @@ class Settings:
             "shards": self.shards,
             "expert_tokens": self.expert_tokens,
             "outer": self.outer.names() if self.outer else None,
+            "transforms": [repr(transform) for transform in self.transforms],
             "torch": torch.__version__,
             "code": self.code(),
         }
@@ -137,27 +156,61 @@ class Settings:
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer)
+        return code_fingerprint(
+            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, self.transforms
+        )
 
 
 class Task:
-    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own."""
+    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
+
+    original: the checkpoint as it is. checkpoint: the same, or what transforms make of it. transforms: those that make
+    edits, None where there are none.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.checkpoint = Checkpoint(settings.checkpoint)
-        if self.checkpoint.is_compressed:
+        self.original = self.checkpoint = Checkpoint(settings.checkpoint)
+        if self.original.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
+        self.transforms: TransformSequence | None = None
+        edits = None
+        if any(transform.makes_edits for transform in settings.transforms):
+            folder = LevelDatabase if settings.levels is not None else OutputFolder
+            edits = EditFolder(settings.output / folder.edits, ())
+            self.checkpoint = TransformedCheckpoint(settings.checkpoint, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.layer_groups = all_groups(self.architecture, settings)
+        for number, transform in enumerate(settings.transforms):
+            transform.check(self.architecture, settings.transforms[:number])
+        if edits is not None:
+            edits.blocks = self._edited_blocks()
+            self.transforms = TransformSequence(
+                settings.transforms,
+                edits,
+                self.original,
+                self.layer_groups,
+                settings.methods,
+                settings.expert_tokens,
+                settings.device,
+            )
         self.output: OutputFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
-            self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
+            self.output = LevelDatabase(
+                settings.output, self.checkpoint, self.layer_groups, levels, propagated, edits and sorted(edits.blocks)
+            )
         else:
             self._check_experts()
             self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
+
+    def _edited_blocks(self) -> frozenset[int]:
+        """Blocks that transforms edit, OUTSIDE among them."""
+        blocks = range(self.architecture.num_blocks)
+        if any(transform.is_everywhere for transform in self.settings.transforms):
+            return frozenset([OUTSIDE, *blocks])
+        return frozenset(block for block in blocks if self.layer_groups[block])
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group
@@ -59,9 +60,17 @@ def prepare_group(
 
 
 def solve_group(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], level: Level, device: str = "cpu"
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    level: Level,
+    device: str = "cpu",
+    change: Tensor | None = None,
 ) -> Solved:
-    """Compress the layers of a group at a level, by the prepared method of the level's family."""
+    """Compress the layers of a group at a level, by the prepared method of the level's family.
+
+    change: see BlockTransform.target_change; errors are of the changed weights then.
+    """
     chosen = next(candidate for candidate in methods if isinstance(candidate.method, level.family))
     method, prepared, notes = chosen.method, chosen.prepared, list[str]()
     if chosen.too_few:
@@ -70,7 +79,11 @@ def solve_group(
         notes = [f"saw {chosen.tokens} calibration tokens, fewer than {chosen.too_few}: {instead}"]
 
     def read(layer: Layer) -> Tensor:
-        return checkpoint.tensor(f"{layer.name}.weight")
+        weight = checkpoint.tensor(f"{layer.name}.weight")
+        if change is None:
+            return weight
+        wide = weight.to(change.device, torch.float32)
+        return (wide + wide @ change).to(weight.dtype)
 
     solved = level.solve(method, group.layers, read, prepared, device)
     facts = []
@@ -89,10 +102,14 @@ def solve_group(
 
 
 def solve_for_checkpoint(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], device: str = "cpu"
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    device: str = "cpu",
+    change: Tensor | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
     """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts."""
-    solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
+    solved, level = solve_group(group, checkpoint, methods, group.level, device, change), group.level
     packed = {name: level.checkpoint_tensors(level.pack(weight)) for name, weight in solved.weights.items()}
     return packed, solved.facts
 
@@ -103,12 +120,13 @@ def solve_levels(
     checkpoint: Checkpoint,
     methods: Sequence[PreparedMethod],
     device: str = "cpu",
+    change: Tensor | None = None,
 ) -> list[Facts]:
     """Write the layers of a group at every level to a database; returns one row of facts a layer and level."""
     packed: dict[str, dict[str, dict[str, Tensor]]] = {layer.name: {} for layer in group.layers}
     facts: dict[str, Facts] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
-        solved = solve_group(group, checkpoint, methods, level, device)
+        solved = solve_group(group, checkpoint, methods, level, device, change)
         for row in solved.facts:
             # Packed immediately, because an unpacked code takes a whole byte.
             packed[row["layer"]][name] = level.pack(solved.weights[row["layer"]])

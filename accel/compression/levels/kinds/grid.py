@@ -83,6 +83,11 @@ class GridLevel(Level):
         scheme = replace(scheme, symmetric="weight_zero_point" not in stored)
         return _FORMAT.unpack(stored, scheme)
 
+    def dense(self, weight: CompressedWeight) -> Tensor:
+        """The weight on its device; unpacking rounds alike."""
+        assert isinstance(weight, QuantizedWeight)
+        return weight.dequantize()
+
     @property
     def loader_scheme(self) -> Scheme:
         """The grid itself."""

@@ -1,0 +1,63 @@
+"""The checkpoint as transforms leave it: every reader gets the edited tensors.
+
+Architecture, solves, output folders and searches read tensors from a Checkpoint only, so this one place applies the
+edits for all of them.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hasten.accel.compression.transforms.edits import OUTSIDE, Edit, EditFolder, Edits, edited
+from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.families import family_of
+
+
+class TransformedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are edited when they are read; names, shapes and dtypes are the original's."""
+
+    def __init__(self, path: Path | str, folder: EditFolder) -> None:
+        super().__init__(path)
+        self.folder = folder
+        prefixes = "|".join(map(re.escape, family_of(self.config.get("model_type")).prefixes))
+        self._pattern = re.compile(rf"(?:{prefixes})layers\.(\d+)\.")
+        # Edits in place of those in the folder, by block.
+        self._instead: dict[int, Edits] = {}
+
+    @contextmanager
+    def with_edits(self, block: int, edits: Edits) -> Iterator[None]:
+        """A block's edits in place of those that the folder holds or will hold."""
+        self._instead[block] = edits
+        try:
+            yield
+        finally:
+            del self._instead[block]
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """See Checkpoint."""
+        edits = self._edits(name)
+        if not edits:
+            return super().tensor(name, dtype)
+        stored = super().tensor(name)
+        return edited(stored, edits).to(dtype or stored.dtype)
+
+    def _read_rows(self, name: str, runs: list[tuple[int, int]]) -> Tensor:
+        edits = self._edits(name)
+        if not edits:
+            return super()._read_rows(name, runs)
+        numbers = torch.cat([torch.arange(first, first + count) for first, count in runs])
+        stored = super()._read_rows(name, runs)
+        rows: Tensor | None = stored
+        for edit in edits:
+            rows = None if rows is None else edit.apply_to_rows(rows.float(), numbers)
+        return self.tensor(name)[numbers] if rows is None else rows.to(stored.dtype)
+
+    def _edits(self, name: str) -> list[Edit]:
+        match = self._pattern.match(name)
+        block = OUTSIDE if match is None else int(match[1])
+        edits = self._instead[block] if block in self._instead else self.folder.read(block)
+        return list(edits.get(name, ()))
