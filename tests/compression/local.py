@@ -7,7 +7,7 @@ import torch
 
 from hasten.accel.compression.calibration.chunks import chunks_of
 from hasten.accel.compression.calibration.settings import Settings, Task
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.quantizers.base import Quantizer, Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
@@ -16,7 +16,7 @@ from hasten.cluster.actors.calibrator import Calibrator
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
     """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens. scheme: of the level, if it is a grid."""
-    values: dict[str, Any] = {"format": PackQuantized(), "batch": 2, "expert_tokens": 8}
+    values: dict[str, Any] = {"format": CompressedTensors(), "batch": 2, "expert_tokens": 8}
     values["level"] = GridLevel(changes.pop("scheme", Scheme(4, 32)))
     return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))
 
