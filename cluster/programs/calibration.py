@@ -23,6 +23,7 @@ from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
+from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.rank_calibrator import RankCalibrator
@@ -76,6 +77,9 @@ class CalibrationPass:
         needs: ActorResources | None = None,
         division: Division | None = None,
     ) -> None:
+        if division is not None and settings.block_solver is not None:
+            name = type(settings.block_solver).__name__.lower()
+            raise UserError(f"transforms=[{name}] needs whole blocks: use target_group.size=1")
         self._settings = settings
         self._task = Task(settings)
         self._needs = needs or ActorResources(settings.threads)
@@ -275,6 +279,8 @@ class CalibrationPass:
     def _units(self, groups: list[Group]) -> list[Unit]:
         """Keys of the groups of each call: small groups, such as experts, are solved together to save calls."""
         ordered = sorted(groups, key=lambda group: (-group.cost, group.key))
+        if self._settings.block_solver is not None and groups[0].role is None:
+            return [tuple(group.key for group in ordered)]
         min_cost = sum(group.cost for group in ordered) / (8 * len(self._chunks))
         units: list[list[str]] = []
         cost = min_cost

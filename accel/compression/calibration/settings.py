@@ -78,9 +78,26 @@ class Settings:
         if self.needs_original and self.propagate != "sequential":
             names = ", ".join(type(transform).__name__.lower() for transform in self.transforms if transform.needs_original)
             raise UserError(f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential")
+        self._check_block_solver()
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
+
+    def _check_block_solver(self) -> None:
+        """UserError where a transform cannot compress the layers of a block together."""
+        if self.block_solver is None:
+            return
+        name = type(self.block_solver).__name__.lower()
+        if self.levels is not None:
+            raise UserError(f"transforms=[{name}] makes one level, not a database of levels: use hasten compress")
+        scheme = self.level.loader_scheme
+        if scheme is None:
+            raise UserError(f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8")
+        if scheme.inputs is not None and (scheme.inputs.static or scheme.inputs.strategy == "tensor_group"):
+            raise UserError(
+                f"transforms=[{name}] collects no scales of inputs, which level {self.level.name} needs: use a level "
+                "whose inputs have dynamic scales"
+            )
 
     @property
     def made(self) -> tuple[Level, ...]:
@@ -97,6 +114,11 @@ class Settings:
     def needs_original(self) -> bool:
         """Whether calibrators also run the original model, for the shift of the layers' inputs."""
         return any(transform.needs_original for transform in self.transforms)
+
+    @property
+    def block_solver(self) -> BlockTransform | None:
+        """The transform that compresses the layers of a block together, if there is one."""
+        return next((transform for transform in self.transforms if transform.solves_blocks), None)
 
     @property
     def needs_tokens(self) -> bool:
@@ -116,6 +138,8 @@ class Settings:
 
     def stages(self, groups: Sequence[Group]) -> list[Stage]:
         """Groups of a block that are compressed at the same time, in the order in which they are."""
+        if self.block_solver is not None and not is_outer(groups):
+            return [tuple(groups)] if groups else []
         if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
             return stages_of(groups)
         return [tuple(groups)] if groups else []
