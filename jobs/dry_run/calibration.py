@@ -21,7 +21,7 @@ def calibration_pass(
     if model.architecture.checkpoint.is_compressed:
         raise UserError(f"model={name} is compressed already: give the original checkpoint")
     layer_groups = all_groups(model.architecture, settings)
-    sequences = config.calibration.sequences if settings.needs_hessian else 0
+    sequences = config.calibration.sequences if settings.needs_tokens else 0
     size = 1 if ranks is None else ranks.size
     if sequences:
         check_chunks(min(config.calibration.shards, sequences), config.workers, size)
