@@ -21,6 +21,8 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.transforms.base import target_change
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import Edits
+from hasten.accel.compression.transforms.learned_rotation import RotationPass
+from hasten.accel.compression.transforms.learning import rotation_pass
 from hasten.accel.models.architecture import EMBEDDING
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
@@ -47,6 +49,7 @@ class Calibrator:
         self._groups = {group.key: group for groups in self._task.layer_groups for group in groups}
         self._chunks = chunks
         self._shard: Shard | None = None
+        self._rotation_pass: RotationPass | None = None
 
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
@@ -67,6 +70,7 @@ class Calibrator:
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.
         """
+        self._rotation_pass = None
         release_memory()
         try:
             if stage >= 0 and self._solves(block):
@@ -167,6 +171,26 @@ class Calibrator:
         return solve_block(
             settings.block_solver, task.architecture, block, groups, settings.quantizer, inputs, targets
         )
+
+    def rotate(
+        self, rotation: tuple[np.ndarray | None, list[np.ndarray]], *parts: Tensor
+    ) -> list[tuple[int, float, np.ndarray, list[np.ndarray]]]:
+        """Fields of the gradients by a rotation, of tokens (B, T) each. rotation: fields of Rotation."""
+        task, settings = self._task, self._settings
+        assert task.unrotated is not None
+        if self._rotation_pass is None:
+            self._rotation_pass = rotation_pass(
+                task.unrotated.checkpoint, task.layer_groups, settings.methods, task.architecture
+            )
+        residual, heads = rotation
+        assert residual is not None
+        given = torch.from_numpy(residual.copy()), [torch.from_numpy(matrix.copy()) for matrix in heads]
+        results = [self._rotation_pass.gradient(*given, part) for part in parts]
+        release_memory()
+        return [
+            (one.tokens, one.divergence, one.residual.cpu().numpy(), [matrix.cpu().numpy() for matrix in one.heads])
+            for one in results
+        ]
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from hasten.accel.compression.quantizers.columns import ColumnQuantizer
 from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
+from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile
+from hasten.accel.compression.transforms.rotation import RotatedCheckpoint
 from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
@@ -121,9 +124,17 @@ class Settings:
         return next((transform for transform in self.transforms if transform.solves_blocks), None)
 
     @property
+    def rotating(self) -> RotatingTransform | None:
+        """The transform that rotates the model, if there is one."""
+        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
+        return next(rotating, None)
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether the pass needs calibration tokens: for a method, or for a transform."""
-        return self.needs_hessian or any(transform.needs_statistics for transform in self.transforms)
+        return self.needs_hessian or any(
+            transform.needs_statistics or transform.needs_tokens for transform in self.transforms
+        )
 
     @property
     def methods(self) -> list[Method]:
@@ -188,21 +199,31 @@ class Settings:
 class Task:
     """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
 
-    original: the checkpoint as it is. checkpoint: the same, or what transforms make of it. transforms: those that make
-    edits, None where there are none.
+    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms: those
+    that make edits, None where there are none. unrotated: the model that is rotated, and rotation: the file of its
+    rotation; None where it is not.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.original = self.checkpoint = Checkpoint(settings.checkpoint)
+        self.original: Checkpoint = Checkpoint(settings.checkpoint)
+        self.checkpoint = self.original
         if self.original.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.transforms: TransformSequence | None = None
+        folder = settings.output / (LevelDatabase if settings.levels is not None else OutputFolder).edits
+        self.unrotated: Architecture | None = None
+        self.rotation: RotationFile | None = None
+        if settings.rotating is not None:
+            self.unrotated = Architecture(self.original, settings.dtype, settings.device)
+            self.rotation = RotationFile(folder)
+            finished = partial(self.rotation.finished, settings.rotating.steps)
+            self.original = RotatedCheckpoint(self.unrotated, finished, settings.rotating.has_residual)
+            self.checkpoint = self.original
         edits = None
         if any(transform.makes_edits for transform in settings.transforms):
-            folder = LevelDatabase if settings.levels is not None else OutputFolder
-            edits = EditFolder(settings.output / folder.edits, ())
-            self.checkpoint = TransformedCheckpoint(settings.checkpoint, edits)
+            edits = EditFolder(folder, ())
+            self.checkpoint = TransformedCheckpoint(self.original, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.layer_groups = all_groups(self.architecture, settings)
         for number, transform in enumerate(settings.transforms):

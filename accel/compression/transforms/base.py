@@ -137,7 +137,8 @@ class BlockTransform:
 
     makes_edits: whether it has parts that are solved. needs_statistics: whether `edits` reads statistics of the block.
     needs_original: whether `target_change` reads the shift of the layers' inputs; the calibrators then run the original
-    model, too. solves_blocks: whether it compresses the layers of a block together, by `solve_block`. is_everywhere: whether it edits blocks without compressed layers as well, and tensors outside the blocks.
+    model, too. solves_blocks: whether it compresses the layers of a block together, by `solve_block`. needs_tokens: whether it
+    reads calibration tokens before the first block. is_everywhere: whether it edits blocks without compressed layers as well, and tensors outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True
@@ -145,6 +146,7 @@ class BlockTransform:
     needs_original: ClassVar[bool] = False
     is_everywhere: ClassVar[bool] = False
     solves_blocks: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
 
     def check(self, architecture: Architecture, earlier: Sequence["BlockTransform"]) -> None:
         """UserError where the model cannot be transformed. earlier: transforms before this one."""

@@ -16,4 +16,5 @@ def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
     skew = (product - product.T) / 2
     step = min(rate, 1.0 / max(float(skew.abs().sum(1).max()), torch.finfo(torch.float64).tiny))
     identity = torch.eye(len(rotation), dtype=torch.float64, device=rotation.device)
-    return torch.linalg.solve(identity + skew * (step / 2), (identity - skew * (step / 2)) @ rotation)
+    moved = (identity - skew * (step / 2)) @ rotation
+    return torch.linalg.solve(identity + skew * (step / 2), moved).contiguous()

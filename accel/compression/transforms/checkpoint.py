@@ -7,21 +7,21 @@ edits for all of them.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.transforms.edits import OUTSIDE, Edit, EditFolder, Edits, edited
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.checkpoint_view import CheckpointView
 from hasten.accel.models.families import family_of
 
 
-class TransformedCheckpoint(Checkpoint):
+class TransformedCheckpoint(CheckpointView):
     """A checkpoint whose tensors are edited when they are read; names, shapes and dtypes are the original's."""
 
-    def __init__(self, path: Path | str, folder: EditFolder) -> None:
-        super().__init__(path)
+    def __init__(self, source: Checkpoint, folder: EditFolder) -> None:
+        super().__init__(source)
         self.folder = folder
         prefixes = "|".join(map(re.escape, family_of(self.config.get("model_type")).prefixes))
         self._pattern = re.compile(rf"(?:{prefixes})layers\.(\d+)\.")
@@ -41,20 +41,17 @@ class TransformedCheckpoint(Checkpoint):
         """See Checkpoint."""
         edits = self._edits(name)
         if not edits:
-            return super().tensor(name, dtype)
-        stored = super().tensor(name)
+            return self.source.tensor(name, dtype)
+        stored = self.source.tensor(name)
         return edited(stored, edits).to(dtype or stored.dtype)
 
-    def _read_rows(self, name: str, runs: list[tuple[int, int]]) -> Tensor:
-        edits = self._edits(name)
-        if not edits:
-            return super()._read_rows(name, runs)
-        numbers = torch.cat([torch.arange(first, first + count) for first, count in runs])
-        stored = super()._read_rows(name, runs)
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """See Checkpoint."""
+        stored = self.source.rows(name, index)
         rows: Tensor | None = stored
-        for edit in edits:
-            rows = None if rows is None else edit.apply_to_rows(rows.float(), numbers)
-        return self.tensor(name)[numbers] if rows is None else rows.to(stored.dtype)
+        for edit in self._edits(name):
+            rows = None if rows is None else edit.apply_to_rows(rows.float(), index)
+        return self.tensor(name)[index] if rows is None else rows.to(stored.dtype)
 
     def _edits(self, name: str) -> list[Edit]:
         match = self._pattern.match(name)

@@ -6,38 +6,23 @@ rotation, and only the layers that are quantized have gradients by it. Roundings
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hasten.accel.compression.search.sensitivity import divergence_gradient
-from hasten.accel.compression.transforms.rotation import HeadRoles, StreamRoles, by_head, head_roles, stream_roles
+from hasten.accel.compression.transforms.rotation import (
+    HeadRoles,
+    RotationGradient,
+    StreamRoles,
+    by_head,
+    head_roles,
+    stream_roles,
+)
 from hasten.accel.models.architecture import Architecture
 
 # Weight (R, C) as a level stores it.
 Rounding = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class RotationGradient:
-    """Gradients of the mean divergence on some tokens, times the number of tokens; by R1 (D, D) and R2 of each block.
-
-    divergence: its sum, in nats.
-    """
-
-    tokens: int
-    divergence: float
-    residual: Tensor
-    heads: tuple[Tensor, ...]
-
-    def __add__(self, other: "RotationGradient") -> "RotationGradient":
-        return RotationGradient(
-            self.tokens + other.tokens,
-            self.divergence + other.divergence,
-            self.residual + other.residual,
-            tuple(one + two for one, two in zip(self.heads, other.heads, strict=True)),
-        )
 
 
 class RotationPass:

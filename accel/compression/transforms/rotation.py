@@ -9,7 +9,7 @@ Departs from it: the Hadamard matrix across heads, which only an online rotation
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
-from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.checkpoint_view import CheckpointView
 
 # Layers of a block, by the norm that they read the residual stream through; routers of experts among them.
 READERS = {
@@ -46,6 +46,27 @@ class Rotation:
 
     residual: Tensor | None
     heads: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class RotationGradient:
+    """Gradients of the mean divergence on some tokens, times the number of tokens; by R1 (D, D) and R2 of each block.
+
+    divergence: its sum, in nats.
+    """
+
+    tokens: int
+    divergence: float
+    residual: Tensor
+    heads: tuple[Tensor, ...]
+
+    def __add__(self, other: "RotationGradient") -> "RotationGradient":
+        return RotationGradient(
+            self.tokens + other.tokens,
+            self.divergence + other.divergence,
+            self.residual + other.residual,
+            tuple(one + two for one, two in zip(self.heads, other.heads, strict=True)),
+        )
 
 
 @dataclass(frozen=True)
@@ -133,57 +154,68 @@ def by_head(weight: Tensor, rotation: Tensor) -> Tensor:
     return (weight.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
 
 
-class RotatedCheckpoint(Checkpoint):
+class RotatedCheckpoint(CheckpointView):
     """A checkpoint whose tensors are rotated while they are read, in their stored dtype.
 
     Norms get the weights with which they scale nothing. The output matrix is a tensor of its own, because the last
     norm is folded into it alone: a pair that was tied takes twice the space.
+    architecture: of the original. rotation: called when a tensor is read. stream: whether it has a matrix R1.
     """
 
-    def __init__(self, architecture: Architecture, rotation: Rotation) -> None:
-        self._source = architecture.checkpoint
-        self.path = self._source.path
-        self.config = dict(self._source.config)
-        self._rotation = rotation
-        # What becomes of a tensor; of matrices outside the blocks, of any of their rows.
-        self._changes: dict[str, list[Change]] = {}
+    def __init__(self, architecture: Architecture, rotation: Callable[[], Rotation], stream: bool = True) -> None:
+        super().__init__(architecture.checkpoint)
+        self.config = dict(self.source.config)
+        self._architecture, self._rotation = architecture, rotation
         # Tensors that are read from another one.
         self._origins: dict[str, str] = {}
-        if rotation.residual is not None:
+        if stream:
             check_norms(architecture)
-            self._rotate_stream(architecture, rotation.residual.float())
-        for index, matrix in enumerate(rotation.heads):
-            self._rotate_heads(architecture, index, matrix.float())
+            for index in range(architecture.num_blocks):
+                stream_roles(architecture, index)
+            self._embedding, self._head = architecture.embedding_name(), architecture.head_name()
+            if self._embedding == self._head:
+                # Tied tensors may be stored under either name.
+                norm, _ = architecture.last_norm()
+                self._embedding = norm.removesuffix(norm.rpartition(".")[2]) + "embed_tokens.weight"
+                self._head = "lm_head.weight"
+                self._origins[self._head] = self._origins[self._embedding] = architecture.head_name()
+                self.config["tie_word_embeddings"] = False
 
-    def _rotate_stream(self, architecture: Architecture, matrix: Tensor) -> None:
+    @cached_property
+    def _changes(self) -> dict[str, list[Change]]:
+        """What becomes of a tensor; of matrices outside the blocks, of any of their rows."""
+        rotation, changes = self._rotation(), dict[str, list[Change]]()
+        if rotation.residual is not None:
+            self._rotate_stream(changes, rotation.residual.float())
+        for index, matrix in enumerate(rotation.heads):
+            self._rotate_heads(changes, index, matrix.float())
+        return changes
+
+    def _rotate_stream(self, changes: dict[str, list[Change]], matrix: Tensor) -> None:
+        architecture = self._architecture
         name, norm = architecture.last_norm()
         neutral = neutral_weight(norm)
-        embedding, head = architecture.embedding_name(), architecture.head_name()
-        if embedding == head:
-            # Tied tensors may be stored under either name.
-            embedding, head = name.removesuffix(name.rpartition(".")[2]) + "embed_tokens.weight", "lm_head.weight"
-            self._origins[head] = self._origins[embedding] = architecture.head_name()
-            self.config["tie_word_embeddings"] = False
         # Norms alone are folded where nothing is rotated.
         turns = not torch.equal(matrix, torch.eye(len(matrix)))
         columns: list[Change] = [partial(torch.matmul, other=matrix)] if turns else []
         rows: list[Change] = [partial(torch.matmul, matrix.T)] if turns else []
-        self._add(embedding, *columns)
-        self._add(head, self._absorbed(f"{name}.weight", neutral), *columns)
-        self._add(f"{name}.weight", partial(torch.full_like, fill_value=neutral))
+        _add(changes, self._embedding, *columns)
+        _add(changes, self._head, self._absorbed(f"{name}.weight", neutral), *columns)
+        _add(changes, f"{name}.weight", partial(torch.full_like, fill_value=neutral))
         for index in range(architecture.num_blocks):
             names, roles = architecture.block_parameters(index), stream_roles(architecture, index)
             for path, of_norm in roles.readers.items():
                 factors = self._absorbed(names[f"{of_norm}.weight"], neutral)
-                self._add(names[f"{path}.weight"], factors, *columns)
+                _add(changes, names[f"{path}.weight"], factors, *columns)
             for of_norm in dict.fromkeys(roles.readers.values()):
-                self._add(names[f"{of_norm}.weight"], partial(torch.full_like, fill_value=neutral))
+                _add(changes, names[f"{of_norm}.weight"], partial(torch.full_like, fill_value=neutral))
             for path in roles.writers:
-                self._add(names[f"{path}.weight"], *rows)
+                _add(changes, names[f"{path}.weight"], *rows)
                 if f"{path}.bias" in names:
-                    self._add(names[f"{path}.bias"], *columns)
+                    _add(changes, names[f"{path}.bias"], *columns)
 
-    def _rotate_heads(self, architecture: Architecture, index: int, matrix: Tensor) -> None:
+    def _rotate_heads(self, changes: dict[str, list[Change]], index: int, matrix: Tensor) -> None:
+        architecture = self._architecture
         names, roles = architecture.block_parameters(index), head_roles(architecture, index)
         for path, rows in roles.values.items():
 
@@ -193,18 +225,15 @@ class RotatedCheckpoint(Checkpoint):
             def bias(tensor: Tensor, rows: slice = rows) -> Tensor:
                 return torch.cat([tensor[: rows.start], by_head(tensor[rows], matrix)])
 
-            self._add(names[f"{path}.weight"], weight)
+            _add(changes, names[f"{path}.weight"], weight)
             if f"{path}.bias" in names:
-                self._add(names[f"{path}.bias"], bias)
+                _add(changes, names[f"{path}.bias"], bias)
         for path in roles.outputs:
-            self._add(names[f"{path}.weight"], partial(by_head, rotation=matrix))
+            _add(changes, names[f"{path}.weight"], partial(by_head, rotation=matrix))
 
     def _absorbed(self, norm: str, neutral: float) -> Change:
         """The change that multiplies columns by the factors of a norm."""
-        return lambda weight: weight * (self._source.tensor(norm, torch.float32) + (1 - neutral))
-
-    def _add(self, name: str, *changes: Change) -> None:
-        self._changes.setdefault(name, []).extend(changes)
+        return lambda weight: weight * (self.source.tensor(norm, torch.float32) + (1 - neutral))
 
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._changes:
@@ -220,27 +249,22 @@ class RotatedCheckpoint(Checkpoint):
     @property
     def names(self) -> list[str]:
         """Logical names, sorted."""
-        return sorted({*self._source.names, *self._origins})
+        return sorted({*self.source.names, *self._origins})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._origins or name in self._source
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether some weights of the original are packed."""
-        return self._source.is_compressed
+        return name in self._origins or name in self.source
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._source.shape(self._origin(name))
+        """See Checkpoint."""
+        return self.source.shape(self._origin(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype."""
-        return self._source.dtype(self._origin(name))
+        """See Checkpoint."""
+        return self.source.dtype(self._origin(name))
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes on disk."""
-        return self.nbytes(name)
+        """See Checkpoint."""
+        return self.source.stored_bytes(self._origin(name))
 
     def is_packed(self, name: str) -> bool:
         """False: rotated weights are plain."""
@@ -248,28 +272,24 @@ class RotatedCheckpoint(Checkpoint):
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A rotated tensor; dtype None is the stored dtype."""
-        tensor = self._changed(name, self._source.tensor(self._origin(name)))
+        tensor = self._changed(name, self.source.tensor(self._origin(name)))
         return tensor if dtype is None else tensor.to(dtype)
 
     def has_rows(self, name: str) -> bool:
-        """Whether rows of a matrix can be read alone."""
-        return self._source.has_rows(self._origin(name))
+        """See Checkpoint."""
+        return self.source.has_rows(self._origin(name))
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix outside the blocks by index (N,), as [N, columns]."""
-        return self._changed(name, self._source.rows(self._origin(name), index))
-
-    def row_range(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a matrix outside the blocks."""
-        return self._changed(name, self._source.row_range(self._origin(name), first, last))
+        return self._changed(name, self.source.rows(self._origin(name), index))
 
     def check(self, name: str) -> None:
         """UserError where the original's tensor holds NaN or infinite values."""
-        self._source.check(self._origin(name))
+        self.source.check(self._origin(name))
 
-    def fingerprint(self) -> str:
-        """The original's."""
-        return self._source.fingerprint()
+
+def _add(changes: dict[str, list[Change]], name: str, *added: Change) -> None:
+    changes.setdefault(name, []).extend(added)
 
 
 def neutral_weight(norm: nn.Module) -> float:
