@@ -8,14 +8,17 @@ magnitude. Values read by several query heads share a scale, so that the output 
 attention, too. Ranges are clipped by the quantizer's own search.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.transforms.base import BlockView
 from hasten.accel.compression.transforms.scaling import ScalingTransform, SiteInputs
+from hasten.accel.costs.estimate import Work
+from hasten.accel.costs.method import LayerStack, rounding
 from hasten.accel.errors import UserError
 
 _LEAST = 1e-4
@@ -47,6 +50,15 @@ class AWQ(ScalingTransform):
             if error < least:
                 best, least = scale, error
         return best
+
+    def cost(self, groups: Sequence[Group], gpu_memory: int = 0) -> Work:
+        """For every candidate a rounding of all weights, and the power of their errors."""
+        total = Work()
+        for group in groups:
+            layers = LayerStack(sum(layer.rows for layer in group.layers), group.columns, gpu_memory)
+            one = rounding(layers) + Work(flops=layers.weights * layers.columns, elements=6.0 * layers.weights)
+            total += one * (1 + self.grid * (2 if self.by_weight else 1))
+        return total
 
     def _candidates(self, inputs: SiteInputs, weights: dict[str, Tensor]) -> Iterator[Tensor]:
         mean = inputs.mean().clamp(min=_LEAST)
