@@ -42,4 +42,6 @@ def calibration_pass(
         propagates=config.propagate != "original",
         staged=config.propagate == "sequential",
         ranks=ranks,
+        collects=settings.needs_hessian,
+        transforms=settings.transforms,
     )

@@ -18,6 +18,7 @@ from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.compression.transforms.edits import Edit, Edits, edited, joined
+from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
@@ -181,6 +182,10 @@ class BlockTransform:
         original model.
         """
         raise NotImplementedError
+
+    def cost(self, groups: Sequence[Group], gpu_memory: int = 0) -> Work:
+        """Work of solving a block whose compressed groups these are; statistics and further runs are not included."""
+        return Work()
 
     def target_change(self, hessian: Hessian) -> Tensor | None:
         """A matrix M (C, C) float32: layers are compressed towards W (I + M) in place of W; None for W itself.

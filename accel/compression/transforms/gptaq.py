@@ -8,14 +8,17 @@ compensate for a column's shift; here all columns do, which is the exact minimum
 Experts, which see other tokens in the two models, are compressed as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 
 
@@ -38,6 +41,15 @@ class GPTAQ(BlockTransform):
             raise UserError(f"transform.gptaq.strength={self.strength:g} is out of range: above 0, up to 1")
         if not self.damping > 0:
             raise UserError(f"transform.gptaq.damping={self.damping:g} is out of range: above 0")
+
+    def cost(self, groups: Sequence[Group], gpu_memory: int = 0) -> Work:
+        """A factorisation and a solve for each input, and a product with each weight."""
+        total = Work()
+        for group in groups:
+            rows = sum(layer.rows for layer in group.layers)
+            flops = 2.0 * group.columns**3 + 2.0 * rows * group.columns**2
+            total += Work(exact_flops=0.0 if group.is_expert else flops)
+        return total
 
     def target_change(self, hessian: Hessian) -> Tensor | None:
         """strength D H⁻¹, (C, C) float32; None where there is no shift, or H cannot be factored."""
