@@ -168,9 +168,7 @@ class Calibrator:
             inputs = torch.cat([torch.from_numpy(array) for _, _, _, array, _ in nodes])
             targets = torch.cat([torch.from_numpy(others[_TARGETS]) for _, _, _, _, others in nodes])
         groups = task.layer_groups[block]
-        return solve_block(
-            settings.block_solver, task.architecture, block, groups, settings.quantizer, inputs, targets
-        )
+        return solve_block(settings.block_solver, task.architecture, block, groups, settings.quantizer, inputs, targets)
 
     def rotate(
         self, rotation: tuple[np.ndarray | None, list[np.ndarray]], *parts: Tensor

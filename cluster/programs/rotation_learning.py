@@ -1,4 +1,4 @@
-"""The rotation of a model on a cluster: calibrators compute gradients of parts of a step's sequences, the driver steps."""
+"""Rotations on a cluster: calibrators compute gradients of parts of a step's sequences, the driver makes the step."""
 
 from collections.abc import Sequence
 

@@ -79,8 +79,12 @@ class Settings:
         for level in self.made:
             level.check_method(level.method_of(self._given))
         if self.needs_original and self.propagate != "sequential":
-            names = ", ".join(type(transform).__name__.lower() for transform in self.transforms if transform.needs_original)
-            raise UserError(f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential")
+            names = ", ".join(
+                type(transform).__name__.lower() for transform in self.transforms if transform.needs_original
+            )
+            raise UserError(
+                f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential"
+            )
         self._check_block_solver()
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
@@ -95,7 +99,9 @@ class Settings:
             raise UserError(f"transforms=[{name}] makes one level, not a database of levels: use hasten compress")
         scheme = self.level.loader_scheme
         if scheme is None:
-            raise UserError(f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8")
+            raise UserError(
+                f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8"
+            )
         if scheme.inputs is not None and (scheme.inputs.static or scheme.inputs.strategy == "tensor_group"):
             raise UserError(
                 f"transforms=[{name}] collects no scales of inputs, which level {self.level.name} needs: use a level "
@@ -199,9 +205,9 @@ class Settings:
 class Task:
     """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
 
-    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms: those
-    that make edits, None where there are none. unrotated: the model that is rotated, and rotation: the file of its
-    rotation; None where it is not.
+    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms:
+    those that make edits, None where there are none. unrotated, rotation: the model that is rotated, and the file of
+    its rotation; None where it is not.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -168,9 +168,9 @@ class SensitivityPass:
 def divergence_gradient(
     layers: tuple[OutputLayer, OutputLayer], compressed: Tensor, reference: Tensor, has_error: bool = False
 ) -> tuple[float, Tensor, float]:
-    """Sum of the divergences of two models' last states (B, T, D), its gradient (B, T, D), and the product of _divergence.
+    """Sum of the divergences of two models' last states (B, T, D), its gradient (B, T, D), and _divergence's product.
 
-    The gradient is with respect to the compressed model's. layers, has_error: see _divergence.
+    The gradient is with respect to the compressed model's states. layers, has_error: see _divergence.
     """
     # The last position predicts no token of the sequence.
     states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))

@@ -1,7 +1,7 @@
 """AutoRound: rounding offsets and scales of all layers of a block, learned by signed gradient descent.
 
-Source: Cheng et al. 2023, arXiv:2309.05516. A weight w on a grid with scale s is rounded at w / s + v, with an offset v
-of at most half a step of the grid. Both ends of each group's range are multiplied by factors. They start at offsets of 0
+Source: Cheng et al. 2023, arXiv:2309.05516. A weight w on a grid with scale s is rounded at w / s + v; the offset v is
+at most half a step of the grid. Both ends of each group's range are multiplied by factors. They start at offsets of 0
 on the grids of a quantizer, and descend the squared error of the block's output by the signs of their gradients, for
 inputs of the quantized model and outputs of the original one.
 Departs from it: losses are compared relative to the loss of the same sequences at the start, because those of different
@@ -128,7 +128,9 @@ class _Tuned:
         scale, zero = self._grid()
         codes = torch.empty(self._groups.shape, dtype=torch.uint8, device=self._groups.device)
         self._scheme.encode(self._values(scale, zero), zero, codes)
-        stored = self._scheme.stored_scale(scale[..., 0], self._dtype) if len(self.parameters) > 1 else self._start.scale
+        stored = (
+            self._scheme.stored_scale(scale[..., 0], self._dtype) if len(self.parameters) > 1 else self._start.scale
+        )
         return QuantizedWeight(codes.flatten(1), stored, zero[..., 0].to(torch.uint8), self._scheme)
 
     def step(self, gradients: Sequence[Tensor | None], rate: float) -> None:
@@ -224,7 +226,9 @@ class _Descent:
         self._losses(inputs, inputs)
         for hook in hooks:
             hook.remove()
-        return {path: (parts[0] / max(1, tokens[path]), parts[1] / max(1, tokens[path])) for path, parts in sums.items()}
+        return {
+            path: (parts[0] / max(1, tokens[path]), parts[1] / max(1, tokens[path])) for path, parts in sums.items()
+        }
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor | None], float]:
         """Gradients of the loss of some sequences by all parameters, and the loss."""

@@ -137,9 +137,10 @@ class BlockTransform:
     """A transform. Subclasses are frozen dataclasses of hyper-parameters.
 
     makes_edits: whether it has parts that are solved. needs_statistics: whether `edits` reads statistics of the block.
-    needs_original: whether `target_change` reads the shift of the layers' inputs; the calibrators then run the original
-    model, too. solves_blocks: whether it compresses the layers of a block together, by `solve_block`. needs_tokens: whether it
-    reads calibration tokens before the first block. is_everywhere: whether it edits blocks without compressed layers as well, and tensors outside the blocks.
+    needs_original: whether the calibrators run the original model, too: for the shift of the layers' inputs, which
+    `target_change` reads, or for `solve_block`. solves_blocks: whether it compresses the layers of a block together, by
+    `solve_block`. needs_tokens: whether it reads calibration tokens before the first block. is_everywhere: whether it
+    edits blocks without compressed layers as well, and tensors outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """The next rotation (C, C), float64. gradient: (C, C). rate: the step is at most 1 over the largest row sum of |Y|."""
+    """The next rotation (C, C), float64. gradient: (C, C).
+
+    rate: of the step, which is at most 1 over the largest row sum of |Y|.
+    """
     product = gradient.double() @ rotation.T
     skew = (product - product.T) / 2
     step = min(rate, 1.0 / max(float(skew.abs().sum(1).max()), torch.finfo(torch.float64).tiny))

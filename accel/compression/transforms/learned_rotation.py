@@ -79,13 +79,15 @@ class RotationPass:
                 module = block.get_submodule(layer.module)
                 weight = module._parameters.pop("weight")
                 assert weight is not None
-                turned = _turned(weight.data.float(), layer.module, self._streams[index], self._heads[index], residual, head)
+                turned = _turned(
+                    weight.data.float(), layer.module, self._streams[index], self._heads[index], residual, head
+                )
                 quantized = turned + (rounding(turned.detach()) - turned).detach()
                 back = residual.T, head.T
                 # A plain attribute in place of the parameter: it has a graph.
-                module.weight = _turned(
-                    quantized, layer.module, self._streams[index], self._heads[index], *back
-                ).to(self._architecture.dtype)
+                module.weight = _turned(quantized, layer.module, self._streams[index], self._heads[index], *back).to(
+                    self._architecture.dtype
+                )
 
 
 def _turned(weight: Tensor, path: str, stream: StreamRoles, heads: HeadRoles, residual: Tensor, head: Tensor) -> Tensor:

@@ -48,7 +48,10 @@ def learn(
 def rotation_pass(
     source: Checkpoint, layer_groups: Sequence[Sequence[Group]], methods: Sequence[Method], like: Architecture
 ) -> RotationPass:
-    """The pass that computes gradients for a model. source: the original. like: an architecture of the same arithmetic."""
+    """The pass that computes gradients for a model.
+
+    source: the original. like: an architecture whose dtype and device the pass gets.
+    """
     plain = Rotation(torch.eye(like.hidden_size, dtype=torch.float64))
     folded = RotatedCheckpoint(Architecture(source), lambda: plain)
     model = Architecture(folded, like.dtype, like.device)

@@ -1,7 +1,7 @@
 """Base class of transforms that rotate the model, and the file of a run's rotation.
 
-The rotation is one file beside the output, made before the first block is compressed, and written after each step of
-learning, so that an interrupted run goes on at its step. Blocks are rotated when their tensors are read, see rotation.py.
+The rotation is one file beside the output, made before the first block is compressed. It is written after each step of
+learning, so that an interrupted run goes on at its step. Tensors are rotated when they are read, see rotation.py.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ class RotatingTransform(BlockTransform):
         """UserError where another transform comes first."""
         if earlier:
             names = [type(transform).__name__.lower() for transform in (*earlier, self)]
-            raise UserError(f"transforms=[{','.join(names)}]: {names[-1]} rotates the whole model, so it must come first")
+            raise UserError(
+                f"transforms=[{','.join(names)}]: {names[-1]} rotates the whole model, so it must come first"
+            )
 
     def begin(self, architecture: Architecture) -> Rotation:
         """The rotation before the first step. architecture: the original model."""

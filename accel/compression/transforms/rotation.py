@@ -39,9 +39,9 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rotation:
-    """Orthogonal matrices, float64. residual: R1 (D, D), None for none. heads: R2 (head size, head size) by block, or ().
+    """Orthogonal matrices, float64; a row vector x becomes x R.
 
-    A row vector x becomes x R.
+    residual: R1 (D, D), None for none. heads: R2 (head size, head size) of each block, or () for none.
     """
 
     residual: Tensor | None
@@ -79,7 +79,10 @@ class StreamRoles:
 
 @dataclass(frozen=True)
 class HeadRoles:
-    """Paths in a block, without `.weight`: rows of layers that are values of attention heads, and layers that read them."""
+    """Paths in a block, without `.weight`.
+
+    values: the rows of layers that make the values of attention heads. outputs: layers that read these values.
+    """
 
     values: dict[str, slice]
     outputs: tuple[str, ...]
@@ -303,7 +306,9 @@ def neutral_weight(norm: nn.Module) -> float:
     return 0.0 if bool(output.any()) else 1.0
 
 
-def check_rotation(architecture: Architecture, rotated: Architecture, matrix: Tensor | None, blocks: Iterable[int]) -> None:
+def check_rotation(
+    architecture: Architecture, rotated: Architecture, matrix: Tensor | None, blocks: Iterable[int]
+) -> None:
     """UserError where a block of the rotated model does not compute what the original's does. matrix: R1."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, _TOKENS, architecture.hidden_size, generator=generator, dtype=torch.float32)

@@ -144,7 +144,7 @@ def test_a_database_holds_transformed_levels_and_kept_layers_are_written_transfo
     assert float((written[1] - expected).square().mean()) < 1e-2 * float(expected.square().mean())
     kept, plain = Checkpoint(tmp_path / "mixed0"), Checkpoint(source)
     same = [torch.equal(kept.tensor(name), plain.tensor(name)) for name in plain.names]
-    assert all(same) != transform.makes_edits
+    assert all(same) != (transform.makes_edits or isinstance(transform, RotatingTransform))
 
 
 def test_awq_loses_less_of_a_trained_model_than_rounding_alone(tmp_path):

@@ -136,7 +136,9 @@ def test_transformers_loads_a_rotated_checkpoint_of_a_tied_model_with_its_own_ou
     import transformers
 
     source = tiny.save(tmp_path / "original", "qwen2", tie_word_embeddings=True)
-    chosen = local.settings(source, tmp_path / "out", RoundToNearest(), level=parse_level("w8g32"), transforms=(QuaRot(),))
+    chosen = local.settings(
+        source, tmp_path / "out", RoundToNearest(), level=parse_level("w8g32"), transforms=(QuaRot(),)
+    )
     local.compress(chosen, TOKENS)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
