@@ -21,8 +21,7 @@ from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.transforms.base import target_change
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import Edits
-from hasten.accel.compression.transforms.learned_rotation import RotationPass
-from hasten.accel.compression.transforms.learning import rotation_pass
+from hasten.accel.compression.transforms.rotating import GradientPass
 from hasten.accel.models.architecture import EMBEDDING
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
@@ -49,7 +48,7 @@ class Calibrator:
         self._groups = {group.key: group for groups in self._task.layer_groups for group in groups}
         self._chunks = chunks
         self._shard: Shard | None = None
-        self._rotation_pass: RotationPass | None = None
+        self._rotation_pass: GradientPass | None = None
 
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
@@ -177,7 +176,8 @@ class Calibrator:
         task, settings = self._task, self._settings
         assert task.unrotated is not None
         if self._rotation_pass is None:
-            self._rotation_pass = rotation_pass(
+            assert settings.rotating is not None
+            self._rotation_pass = settings.rotating.gradient_pass(
                 task.unrotated.checkpoint, task.layer_groups, settings.methods, task.architecture
             )
         residual, heads = rotation

@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.search.sensitivity import divergence_gradient
 from hasten.accel.compression.transforms.rotation import (
     HeadRoles,
+    RotatedCheckpoint,
+    Rotation,
     RotationGradient,
     StreamRoles,
     by_head,
@@ -20,6 +25,7 @@ from hasten.accel.compression.transforms.rotation import (
     stream_roles,
 )
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 
 # Weight (R, C) as a level stores it.
 Rounding = Callable[[Tensor], Tensor]
@@ -88,6 +94,44 @@ class RotationPass:
                 module.weight = _turned(quantized, layer.module, self._streams[index], self._heads[index], *back).to(
                     self._architecture.dtype
                 )
+
+
+def rotation_pass(
+    source: Checkpoint, layer_groups: Sequence[Sequence[Group]], methods: Sequence[Method], like: Architecture
+) -> RotationPass:
+    """The pass that computes gradients for a model.
+
+    source: the original. like: an architecture whose dtype and device the pass gets.
+    """
+    plain = Rotation(torch.eye(like.hidden_size, dtype=torch.float64))
+    folded = RotatedCheckpoint(Architecture(source), lambda: plain)
+    model = Architecture(folded, like.dtype, like.device)
+    return RotationPass(model, _roundings(layer_groups, methods, source))
+
+
+def _roundings(
+    layer_groups: Sequence[Sequence[Group]], methods: Sequence[Method], source: Checkpoint
+) -> Mapping[str, Rounding]:
+    """Of each layer that is compressed: the weight as its level stores it, rounded without statistics."""
+    roundings: dict[str, Rounding] = {}
+    for group in (group for groups in layer_groups for group in groups if group.role is None):
+        level = group.level
+        method, _ = level.without_statistics(level.method_of(methods))
+        prepared = method.prepare(None)
+        for layer in group.layers:
+            dtype = source.dtype(f"{layer.name}.weight")
+
+            def rounding(
+                weight: Tensor,
+                level: Level = level,
+                method: Method = method,
+                prepared: object = prepared,
+                dtype: torch.dtype = dtype,
+            ) -> Tensor:
+                return level.dense(level.make(method, weight.to(dtype), prepared).weight).to(weight)
+
+            roundings[layer.name] = rounding
+    return roundings
 
 
 def _turned(weight: Tensor, path: str, stream: StreamRoles, heads: HeadRoles, residual: Tensor, head: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ learning, so that an interrupted run goes on at its step. Tensors are rotated wh
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from safetensors import safe_open
+from torch import Tensor
 
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.compression.transforms.rotation import RotatedCheckpoint, Rotation, RotationGradient
@@ -19,6 +22,13 @@ from hasten.accel.models.checkpoint import Checkpoint
 
 _FILE = "rotation.safetensors"
 _RESIDUAL = "residual"
+
+
+class GradientPass(Protocol):
+    """Computes gradients of a quantized model by its rotation."""
+
+    def gradient(self, residual: Tensor, heads: Sequence[Tensor], tokens: Tensor) -> RotationGradient:
+        """Gradients by R1 `residual` and R2 `heads` of each block, on tokens (B, T)."""
 
 
 class RotatingTransform(BlockTransform):
@@ -49,6 +59,16 @@ class RotatingTransform(BlockTransform):
 
     def begin(self, architecture: Architecture) -> Rotation:
         """The rotation before the first step. architecture: the original model."""
+        raise NotImplementedError
+
+    def gradient_pass(
+        self,
+        source: Checkpoint,
+        layer_groups: Sequence[Sequence[Group]],
+        methods: Sequence[Method],
+        like: Architecture,
+    ) -> GradientPass:
+        """Computes gradients by the rotation. See learned_rotation.rotation_pass."""
         raise NotImplementedError
 
     def sequences(self, step: int, count: int) -> list[int]:

@@ -6,17 +6,22 @@ Departs from it: the loss is the divergence from the original model, not the cro
 can also fall by learning the text; its gradients come from passes with one block in memory at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.method import Method
 from hasten.accel.compression.transforms.cayley import cayley_step
+from hasten.accel.compression.transforms.learned_rotation import RotationPass, rotation_pass
 from hasten.accel.compression.transforms.quarot import hadamard_rotation
 from hasten.accel.compression.transforms.rotating import RotatingTransform
 from hasten.accel.compression.transforms.rotation import Rotation, RotationGradient
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ class SpinQuant(RotatingTransform):
     def begin(self, architecture: Architecture) -> Rotation:
         """Random Hadamard matrices."""
         return hadamard_rotation(architecture, self.seed)
+
+    def gradient_pass(
+        self,
+        source: Checkpoint,
+        layer_groups: Sequence[Sequence[Group]],
+        methods: Sequence[Method],
+        like: Architecture,
+    ) -> RotationPass:
+        """Gradients of the divergence."""
+        return rotation_pass(source, layer_groups, methods, like)
 
     def sequences(self, step: int, count: int) -> list[int]:
         """All sequences in a random order, then all again in another."""
