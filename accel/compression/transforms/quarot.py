@@ -2,7 +2,7 @@
 
 Source: Ashkboos et al. 2024, arXiv:2404.00456. Folded into weights are R1 of the residual stream, and R2 of the values
 of attention heads.
-Departs from it: rotations in the model's forward (of queries and keys, across heads, and before the down projection) are
+Departs from it: rotations in the model's forward (of queries and keys, across heads, before the down projection) are
 left out. transformers 5.23 does not read compressed-tensors' transform_config, so it would run another model.
 """
 
