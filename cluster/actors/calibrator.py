@@ -96,8 +96,8 @@ class Calibrator:
         release_memory()
         settings, task = self._settings, self._task
         if keys and self._solves(block):
-            packed, facts = self._solve_block(block, collected)
-            return packed, facts, perf_counter() - started
+            of_layers = self._solve_block(block, collected)
+            return *of_layers, perf_counter() - started
         packed: dict[str, dict[str, Tensor]] = {}
         facts: list[dict[str, Any]] = []
         for key in keys:
