@@ -159,16 +159,16 @@ def _offset(norm: nn.Module) -> float | None:
     return float(ratio.round()) if torch.allclose(outputs[0], ratio.round() * step, atol=1e-5) else None
 
 
-def _value_sites(
-    block: nn.Module, by_path: dict[str, "Layer"], config: Any, stored: Container[str]
-) -> list[ScaleSite]:
+def _value_sites(block: nn.Module, by_path: dict[str, "Layer"], config: Any, stored: Container[str]) -> list[ScaleSite]:
     """The input of attention's output projection, whose channels are made by the rows of the values."""
     attention = getattr(block, "self_attn", None)
     last = by_path.get("self_attn.o_proj") or by_path.get("self_attn.out_proj")
     if attention is None or last is None:
         return []
     norms = {
-        name.partition(".")[0] for name, parameter in attention.named_parameters() if parameter.ndim == 1 and "bias" not in name
+        name.partition(".")[0]
+        for name, parameter in attention.named_parameters()
+        if parameter.ndim == 1 and "bias" not in name
     }
     if not norms <= set(_HEAD_NORMS):
         return []
@@ -189,9 +189,7 @@ def _value_sites(
     return [ScaleSite(last.name, (last,), (), LINEAR, _tensors(source, stored), first, grouped)]
 
 
-def _inner_sites(
-    by_path: dict[str, "Layer"], family: Family, config: Any, stored: Container[str]
-) -> list[ScaleSite]:
+def _inner_sites(by_path: dict[str, "Layer"], family: Family, config: Any, stored: Container[str]) -> list[ScaleSite]:
     """The inputs of the second layers of feed-forward networks, experts among them."""
     sites = []
     for path, layer in by_path.items():

@@ -56,9 +56,7 @@ def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
     return texts
 
 
-def _unknown(
-    job: str, key: str, known: dict[str, Option], groups: dict[str, str], lists: dict[str, list[str]]
-) -> str:
+def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str], lists: dict[str, list[str]]) -> str:
     near = nearest(key.lstrip("-+~"), known)
     group = key.partition(".")[0]
     if group in lists and key.count(".") == 2:

@@ -76,8 +76,12 @@ class Settings:
         for level in self.made:
             level.check_method(level.method_of(self._given))
         if self.needs_original and self.propagate != "sequential":
-            names = ", ".join(type(transform).__name__.lower() for transform in self.transforms if transform.needs_original)
-            raise UserError(f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential")
+            names = ", ".join(
+                type(transform).__name__.lower() for transform in self.transforms if transform.needs_original
+            )
+            raise UserError(
+                f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential"
+            )
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")

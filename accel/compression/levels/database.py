@@ -33,9 +33,9 @@ _UNUSED = "w8"
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
-    propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read. transformed: blocks that transforms edit, None where there are no transforms; the edits are
-    in the folder `edits`. checkpoint: as the transforms make it.
+    checkpoint: as the transforms make it. propagated: level on whose outputs the next block is calibrated; None where
+    the original's outputs are used, and in a database that was read. transformed: blocks that transforms edit, None
+    where there are no transforms; the edits are in the folder `edits`.
     """
 
     edits: ClassVar[str] = "transforms"

@@ -137,7 +137,7 @@ class BlockTransform:
 
     makes_edits: whether it has parts that are solved. needs_statistics: whether `edits` reads statistics of the block.
     needs_original: whether `target_change` reads the shift of the layers' inputs; the calibrators then run the original
-    model, too. is_everywhere: whether it edits blocks without compressed layers as well, and tensors outside the blocks.
+    model, too. is_everywhere: whether it also edits blocks without compressed layers, and tensors outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True

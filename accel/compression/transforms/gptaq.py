@@ -26,8 +26,8 @@ from hasten.accel.errors import UserError
 class GPTAQ(BlockTransform):
     """Targets that make up for the error of earlier layers.
 
-    strength: share of the shift that is made up for; the paper's code uses 0.25, as calibration tokens are few. damping:
-    added to the diagonal of H, as a share of its mean.
+    strength: share of the shift that is made up for; the paper's code uses 0.25, as calibration tokens are few.
+    damping: added to the diagonal of H, as a share of its mean.
     """
 
     strength: float = 0.25
