@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Scheme
@@ -109,6 +110,11 @@ class Level(ABC):
     def dense(self, weight: CompressedWeight) -> Tensor:
         """Dense weight (R, C) of a compressed one, as `unpack` gives it of its packed form."""
         return self.unpack(self.pack(weight))
+
+    @property
+    def inputs(self) -> InputScheme | None:
+        """How the inputs of a layer at this level are rounded; None where they are not."""
+        return None
 
     @property
     def loader_scheme(self) -> Scheme | None:
