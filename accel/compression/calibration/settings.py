@@ -184,6 +184,8 @@ class Task:
             edits = EditFolder(settings.output / folder.edits, ())
             self.checkpoint = TransformedCheckpoint(settings.checkpoint, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        if isinstance(self.checkpoint, TransformedCheckpoint):
+            self.checkpoint.locate(self.architecture)
         self.layer_groups = all_groups(self.architecture, settings)
         for number, transform in enumerate(settings.transforms):
             transform.check(self.architecture, settings.transforms[:number])

@@ -66,6 +66,8 @@ class LevelDatabase(ResumableFolder):
         architecture: of the checkpoint that `checkpoint_of` returns.
         """
         file, checkpoint = path / cls.last_file, architecture.checkpoint
+        if isinstance(checkpoint, TransformedCheckpoint):
+            checkpoint.locate(architecture)
         if not file.is_file():
             state = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
             raise UserError(f"levels={path} {state}")
