@@ -8,8 +8,9 @@ import torch
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer
-from hasten.accel.compression.levels.base import Level, StoredTensor
-from hasten.accel.compression.levels.kinds.grid import grid_tensors
+from hasten.accel.compression.formats.base import StoredTensor
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
 from hasten.accel.models.architecture import Architecture, Layer
 
@@ -23,9 +24,12 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8")
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8", "U8")
+_FORMAT = CompressedTensors()
 # Facts of a layer at a level, in JSON: in a file with indents, and in the header of a layer's file.
 _FACTS_BYTES, _LEVEL_FACTS_BYTES = 380, 365
 # Digests of a run's modules, in its fingerprint.
@@ -49,7 +53,7 @@ def checkpoint_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
     scheme, dtype = level.loader_scheme, _dtype(itemsize)
     if scheme is None:
         return _listed(layer, [StoredTensor("weight", dtype, (layer.rows, layer.columns))])
-    return _listed(layer, grid_tensors(scheme, layer.rows, layer.columns, dtype))
+    return _listed(layer, _FORMAT.tensors(scheme, layer.rows, layer.columns, dtype))
 
 
 def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:

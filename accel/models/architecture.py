@@ -232,6 +232,21 @@ class Architecture:
         """Logical names of the checkpoint's tensors outside the blocks."""
         return list(self._names.get(None, []))
 
+    def block_parameters(self, index: int) -> dict[str, str]:
+        """Logical name of every parameter of a block, by its path in the block that `load_block` returns."""
+        start = f"{self._prefix}layers.{index}."
+        names = {f"{layer.module}.weight": f"{layer.name}.weight" for layer in self.linears(index)}
+        for local, _ in self._skeleton.blocks[index].named_parameters():
+            if not local.startswith(f"{_EXPERTS}."):
+                names[local] = start + self._family.logical(local)
+        return names
+
+    def last_norm(self) -> tuple[str, nn.Module]:
+        """Logical name of the norm behind the last block, and a copy of it with its weights."""
+        name, norm = f"{self._prefix}{self._family.norm}", copy.deepcopy(self._skeleton.norm)
+        self._fill(norm, f"{name}.")
+        return name, norm
+
     def _layer(self, index: int, path: str, rows: int, columns: int, shared: str, expert: int | None = None) -> Layer:
         start = f"{self._prefix}layers.{index}."
         return Layer(start + self._family.logical(path), path, rows, columns, start + shared, expert)
@@ -346,8 +361,7 @@ class Architecture:
         return weight.to(self.device)
 
     def _make_output_layer(self, read: Callable[[int, int], Tensor]) -> OutputLayer:
-        norm, project_out = copy.deepcopy(self._skeleton.norm), copy.deepcopy(self._skeleton.project_out)
-        self._fill(norm, f"{self._prefix}{self._family.norm}.")
+        norm, project_out = self.last_norm()[1], copy.deepcopy(self._skeleton.project_out)
         if project_out is not None:
             self._fill(project_out, f"{self._prefix}project_out.")
         rows, columns = self._skeleton.head.weight.shape

@@ -1,5 +1,6 @@
 """The calibrator actor: it holds a shard of the calibration sequences, collects statistics and quantizes layers."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from time import perf_counter
@@ -14,17 +15,22 @@ from hasten.accel.compression.calibration.outer import is_outer, outer_method
 from hasten.accel.compression.calibration.outer_solve import solve_outer, solve_outer_levels
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.shard import Shard
-from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
+from hasten.accel.compression.calibration.solve import prepare_group, solve_block, solve_for_checkpoint, solve_levels
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.transforms.base import target_change
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import Edits
+from hasten.accel.compression.transforms.learned_rotation import RotationPass
+from hasten.accel.compression.transforms.learning import rotation_pass
 from hasten.accel.models.architecture import EMBEDDING
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 # What collect() returns for a layer group: nodes of the summation tree as (start, size, tokens, sums, other sums).
 Nodes = list[tuple[int, int, int, np.ndarray, dict[str, np.ndarray]]]
+
+# Keys of the hidden states that the solver of a whole block needs, in what collect() returns.
+_STATES, _TARGETS = "states", "targets"
 
 
 class Calibrator:
@@ -43,6 +49,7 @@ class Calibrator:
         self._groups = {group.key: group for groups in self._task.layer_groups for group in groups}
         self._chunks = chunks
         self._shard: Shard | None = None
+        self._rotation_pass: RotationPass | None = None
 
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
@@ -63,8 +70,11 @@ class Calibrator:
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.
         """
+        self._rotation_pass = None
         release_memory()
         try:
+            if stage >= 0 and self._solves(block):
+                return self._states(block)
             trees = self._collect(block, keys, stage, solved)
         except BaseException:
             # A block may have stopped in the middle.
@@ -86,6 +96,9 @@ class Calibrator:
         started = perf_counter()
         release_memory()
         settings, task = self._settings, self._task
+        if keys and self._solves(block):
+            packed, facts = self._solve_block(block, collected)
+            return packed, facts, perf_counter() - started
         packed: dict[str, dict[str, Tensor]] = {}
         facts: list[dict[str, Any]] = []
         for key in keys:
@@ -131,6 +144,51 @@ class Calibrator:
         statistics = {key: total for key, total in totals.items() if total is not None}
         view = sequence.view(architecture, block, *edits, statistics)
         return [transform.edits(view, key) for key in keys]
+
+    def _solves(self, block: int) -> bool:
+        """Whether a transform compresses the layers of a block together."""
+        return self._settings.block_solver is not None and not is_outer(self._task.layer_groups[block])
+
+    def _states(self, block: int) -> dict[str, Nodes]:
+        """Inputs and targets of a block for its solver, by chunk: a node of a chunk holds both."""
+        states = self._catch_up(block).block_states(self._load(block))
+        arrays = {number: [part.float().cpu().numpy() for part in pair] for number, pair in states.items()}
+        return {_STATES: [(number, 1, 0, inputs, {_TARGETS: targets}) for number, (inputs, targets) in arrays.items()]}
+
+    def _solve_block(
+        self, block: int, collected: Sequence[Mapping[str, Nodes]]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+        """All layers of a block, by the transform that compresses them together."""
+        settings, task = self._settings, self._task
+        assert settings.block_solver is not None
+        nodes = sorted((node for part in collected for node in part[_STATES]), key=lambda node: node[0])
+        # Arrays in the object store are read-only: cat copies them.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inputs = torch.cat([torch.from_numpy(array) for _, _, _, array, _ in nodes])
+            targets = torch.cat([torch.from_numpy(others[_TARGETS]) for _, _, _, _, others in nodes])
+        groups = task.layer_groups[block]
+        return solve_block(settings.block_solver, task.architecture, block, groups, settings.quantizer, inputs, targets)
+
+    def rotate(
+        self, rotation: tuple[np.ndarray | None, list[np.ndarray]], *parts: Tensor
+    ) -> list[tuple[int, float, np.ndarray, list[np.ndarray]]]:
+        """Fields of the gradients by a rotation, of tokens (B, T) each. rotation: fields of Rotation."""
+        task, settings = self._task, self._settings
+        assert task.unrotated is not None
+        if self._rotation_pass is None:
+            self._rotation_pass = rotation_pass(
+                task.unrotated.checkpoint, task.layer_groups, settings.methods, task.architecture
+            )
+        residual, heads = rotation
+        assert residual is not None
+        given = torch.from_numpy(residual.copy()), [torch.from_numpy(matrix.copy()) for matrix in heads]
+        results = [self._rotation_pass.gradient(*given, part) for part in parts]
+        release_memory()
+        return [
+            (one.tokens, one.divergence, one.residual.cpu().numpy(), [matrix.cpu().numpy() for matrix in one.heads])
+            for one in results
+        ]
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""

@@ -8,7 +8,7 @@ from typing import Any
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
@@ -42,7 +42,7 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
     return Settings(
         checkpoint=source,
         output=output.expanduser().absolute(),
-        format=PackQuantized(),
+        format=CompressedTensors(),
         ignore=tuple(config.ignore),
         skip_first=config.skip_first,
         skip_last=config.skip_last,
@@ -73,7 +73,7 @@ def log_group_sizes(levels: Sequence[Level], layer_groups: Iterable[Iterable[Gro
 
 def uses_auto(level: Level) -> bool:
     """Whether the group size of a level is `auto`."""
-    return level.loader_scheme is not None and level.loader_scheme.group_size == AUTO
+    return level.loader_scheme is not None and level.loader_scheme.weights.group_size == AUTO
 
 
 def open_output(output: ResumableFolder, fingerprint: Record, overwrite: bool, origin: Origin) -> None:

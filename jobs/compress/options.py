@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.jobs.common.schema import (
     GATE,
     GROUP_SIZE,
@@ -21,10 +22,15 @@ class CompressConfig(Calibrated):
     """Quantize or prune a checkpoint on a local or remote Ray cluster; resumable."""
 
     model: str = option("embedded:target", f"what to compress: {MODEL}", path="in")
+    scheme: str | None = option(
+        None,
+        "what layers become, by the name that servers use, in place of level, bits, group_size and symmetric",
+        choices=tuple(SCHEMES),
+    )
     level: str | None = option(
         None,
-        "level by its name, such as w4g128, c2.5 or s50; null is the level of bits, group_size and symmetric; "
-        "levels that no loader reads are stored dense, and bits_per_weight still counts their packed size",
+        "level by its name, such as w4g128, c2.5 or s50; null is scheme, or else the level of bits, group_size and "
+        "symmetric; levels that no loader reads are stored dense, and bits_per_weight still counts their packed size",
     )
     quantizer: dict[str, Any] = group("method that quantizes a layer")
     column_quantizer: dict[str, Any] = group("method for levels with bits per column, like c2.5")

@@ -1,5 +1,6 @@
 """`hasten compress`: compresses a checkpoint and measures the loss of quality."""
 
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 
@@ -10,8 +11,10 @@ from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
+from hasten.accel.errors import UserError
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import disk_bytes, sizes
 from hasten.accel.models.checkpoint import Checkpoint
@@ -82,12 +85,7 @@ def run(config: CompressConfig) -> Path:
 def make_settings(config: CompressConfig, source: Path) -> Settings:
     """Settings of the calibration pass that compresses a checkpoint."""
     quantizer, column_quantizer, pruner = map(build, (config.quantizer, config.column_quantizer, config.pruner))
-    if config.level is None:
-        level: Level = GridLevel(Scheme(config.bits, config.group_size, config.symmetric))
-        suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
-    else:
-        level = parse_level(config.level)
-        suffix = level.name
+    level, suffix = _level(config)
     method = level.method_of([quantizer, column_quantizer, pruner])
     name = "-".join([source.name, *config.transforms, type(method).__name__.lower(), suffix])
     return calibration_settings(
@@ -102,10 +100,29 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
     )
 
 
+def _level(config: CompressConfig) -> tuple[Level, str]:
+    """The level of all layers, and what names of outputs say of it; UserError where options contradict each other."""
+    if config.scheme is not None:
+        defaults = {field.name: field.default for field in fields(CompressConfig)}
+        for name in ("level", "bits", "group_size", "symmetric"):
+            value = getattr(config, name)
+            if value != defaults[name]:
+                raise UserError(
+                    f"scheme={config.scheme} and {name}={value} are given, which both say what layers become: give one "
+                    "of them"
+                )
+        return parse_level(SCHEMES[config.scheme]), config.scheme
+    if config.level is not None:
+        level = parse_level(config.level)
+        return level, level.name
+    suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
+    return GridLevel(Scheme(config.bits, config.group_size, config.symmetric)), suffix
+
+
 def _outer_levels(config: CompressConfig, level: Level) -> OuterLevels:
     """Levels of output layer and embedding; their groups are by default those of the level of the other layers."""
     scheme = level.loader_scheme
-    size = config.group_size if scheme is None else scheme.group_size
+    size = config.group_size if scheme is None or scheme.weights.kind != "int" else scheme.weights.group_size
     return make_outer_levels(
         [] if config.head_bits is None else [config.head_bits],
         [] if config.embedding_bits is None else [config.embedding_bits],

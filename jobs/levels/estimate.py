@@ -21,9 +21,9 @@ def estimate(config: LevelOptions, setting: Setting) -> Estimate:
 def levels_pass(config: LevelOptions, setting: Setting) -> Pass:
     """The calibration pass that makes a level database."""
     model = model_of("model", config.model, config.dtype, setting.gpus)
-    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
+    if not (config.bits or config.column_bits or config.sparsities or config.schemes or config.extra_levels):
         raise UserError(
-            "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: give one or more of them"
+            "bits=[], column_bits=[], sparsities=[], schemes=[] and extra_levels=[] leave no level: give one or more"
         )
     settings = make_settings(
         with_local_arithmetic(config), model.architecture.checkpoint.path, Path("runs", "levels", "planned")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.jobs.common.schema import GROUP_SIZE, MODEL, Calibrated, group, option
 
 
@@ -29,6 +30,11 @@ class LevelOptions(Calibrated):
     )
     pruner: dict[str, Any] = group("method that prunes a layer, for sparsities")
     sparsities: list[float] = option([], "fractions of a layer's weights that are zeroed, each a level")
+    schemes: list[str] = option(
+        [],
+        "further levels by the names that servers use, such as nvfp4 and fp8: "
+        f"{', '.join(SCHEMES)}; with rounded inputs where they have them",
+    )
     extra_levels: list[str] = option([], "names of further levels, of any kind, such as w4g64a, c2.5 or s50")
     head_bits: list[int] = option(
         [],
@@ -44,8 +50,8 @@ class LevelOptions(Calibrated):
     )
     reference: int = option(
         3,
-        "bits of the level whose output calibrates the next block; with bits=[] it is the lowest of sparsities, "
-        "else the highest of column_bits, else the last of extra_levels",
+        "bits of the level whose output calibrates the next block; with bits=[] it is the last of schemes, else the "
+        "lowest of sparsities, else the highest of column_bits, else the last of extra_levels",
         at_least=2,
         at_most=8,
     )

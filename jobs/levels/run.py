@@ -10,6 +10,7 @@ from hasten.accel.compression.calibration.outer import make_outer_levels
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import make_levels, parse_level
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.accel.compression.outputs.resumable import digest, lasting
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
@@ -41,9 +42,9 @@ _SECONDS_BETWEEN_TRIES = 0.5
 def run(config: LevelsConfig) -> Path:
     """Compress every layer of config.model at every level; returns the path of report.json."""
     started = perf_counter()
-    if not (config.bits or config.column_bits or config.sparsities or config.extra_levels):
+    if not (config.bits or config.column_bits or config.sparsities or config.schemes or config.extra_levels):
         raise UserError(
-            "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: give one or more of them"
+            "bits=[], column_bits=[], sparsities=[], schemes=[] and extra_levels=[] leave no level: give one or more"
         )
     building = DatabaseBuild(config, Path(config.output) if config.output else None, config.overwrite)
     cpus = config.workers * config.threads
@@ -156,7 +157,13 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
     """Settings of the calibration pass that builds a level database; output=None is runs/levels/NAME."""
     quantizer = build(config.quantizer)
     levels = make_levels(
-        config.bits, config.group_sizes, config.symmetric, config.sparsities, config.column_bits, config.extra_levels
+        config.bits,
+        config.group_sizes,
+        config.symmetric,
+        config.sparsities,
+        config.column_bits,
+        config.extra_levels,
+        config.schemes,
     )
     outer = make_outer_levels(
         config.head_bits, config.embedding_bits, config.head_group_size, config.embedding_group_size
@@ -167,13 +174,18 @@ def make_settings(config: LevelOptions, source: Path, output: Path | None) -> Se
         known = ", ".join(str(bits) for bits in sorted(config.bits))
         raise UserError(f"reference={config.reference} is none of bits={known}")
     # The reference level is the grid of `reference` bits with the smallest group size. Without grids it is the last
-    # level: the lowest of sparsities, which fall, or the highest of column_bits, which rise. extra_levels count only if
-    # there are no others.
+    # level: that of schemes, the lowest of sparsities, which fall, or the highest of column_bits, which rise.
+    # extra_levels count only if there are no others.
     usual = [level for level in levels if level.name not in config.extra_levels] or levels
-    schemes = {level: level.loader_scheme for level in levels}
-    grids = [level for level, scheme in schemes.items() if scheme and scheme.bits == config.reference]
-    # By descending group size; extra levels, which come last, count where they are the only ones of these bits.
-    usual_grids = [level for level in grids if level.name not in config.extra_levels]
+    named = [*config.extra_levels, *(SCHEMES[scheme] for scheme in config.schemes)]
+    grids = [
+        level
+        for level in levels
+        if (scheme := level.loader_scheme) and scheme.weights.kind == "int" and scheme.weights.bits == config.reference
+    ]
+    # By descending group size; levels that are named, which come last, count where they are the only ones of these
+    # bits.
+    usual_grids = [level for level in grids if level.name not in named]
     grid = next(reversed(usual_grids), next(iter(grids), None))
     name = f"{source.name}-{type(quantizer).__name__.lower()}"
     return calibration_settings(

@@ -197,7 +197,7 @@ class Search:
         config = self._config
         if not self.database.levels and not config.keep:
             raise UserError(
-                "bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level: "
+                "bits=[], column_bits=[], sparsities=[], schemes=[] and extra_levels=[] leave no level: "
                 "give one or more of them, or keep=true"
             )
         zero_points = [name for name in self.database.levels if name.endswith("a")]

@@ -7,16 +7,18 @@ import torch
 
 from hasten.accel.compression.calibration.chunks import chunks_of
 from hasten.accel.compression.calibration.settings import Settings, Task
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.quantizers.base import Quantizer, Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.accel.compression.transforms.learning import learn
+from hasten.accel.compression.transforms.rotation import RotationGradient
 from hasten.cluster.actors.calibrator import Calibrator
 
 
 def settings(checkpoint: Path, output: Path, quantizer: Quantizer | None = None, **changes: Any) -> Settings:
     """Settings for a tiny checkpoint: 4 bits in groups of 32, few tokens. scheme: of the level, if it is a grid."""
-    values: dict[str, Any] = {"format": PackQuantized(), "batch": 2, "expert_tokens": 8}
+    values: dict[str, Any] = {"format": CompressedTensors(), "batch": 2, "expert_tokens": 8}
     values["level"] = GridLevel(changes.pop("scheme", Scheme(4, 32)))
     return Settings(checkpoint, output, quantizer or GPTQ(), **(values | changes))
 
@@ -42,6 +44,21 @@ def transform(task: Task, calibrators: list[Calibrator], block: int) -> None:
         sequence.write(task.architecture, number, collect, solve)
 
 
+def rotate(chosen: Settings, task: Task, calibrators: list[Calibrator], tokens: torch.Tensor) -> None:
+    """Make the rotation of the model, if a transform rotates it, by calibrators in turn."""
+
+    def gradients(rotation, parts):
+        arrays = rotation.residual.numpy(), [matrix.numpy() for matrix in rotation.heads]
+        answers = [calibrators[index % len(calibrators)].rotate(arrays, part)[0] for index, part in enumerate(parts)]
+        return [
+            RotationGradient(count, total, torch.from_numpy(residual), tuple(map(torch.from_numpy, heads)))
+            for count, total, residual, heads in answers
+        ]
+
+    if chosen.rotating is not None:
+        learn(chosen.rotating, task.rotation, task.unrotated, tokens, chosen.batch, gradients)
+
+
 def calibrators_of(chosen: Settings, tokens: torch.Tensor, workers: int = 1) -> list[Calibrator]:
     """Calibrators that share the tokens."""
     shards = chunks_of(chosen.shards, tokens if chosen.needs_tokens else None, workers)
@@ -55,6 +72,7 @@ def compress(chosen: Settings, tokens: torch.Tensor, workers: int = 1) -> list[d
     needed = chosen.needs_hessian
     calibrators = calibrators_of(chosen, tokens, workers)
     calibrator = calibrators[-1]
+    rotate(chosen, task, calibrators, tokens)
     rows = []
     with torch.no_grad():
         for block in sorted(set(range(len(task.layer_groups))) - set(task.output.finished)):

@@ -63,9 +63,9 @@ def test_rounding_to_nearest_is_worked_by_hand():
     weights = 96 * 64
     assert RoundToNearest().cost(LAYERS, scheme).solve.elements == 10 * weights
     assert RoundToNearest(search=20).cost(LAYERS, scheme).solve.elements == (10 + 9 * 20) * weights
-    # Symmetric grids are searched with both signs.
+    # Symmetric grids are searched with both signs, and the full range with the other one.
     symmetric = replace(scheme, symmetric=True)
-    assert RoundToNearest(search=20).cost(LAYERS, symmetric).solve.elements == (10 + 9 * 40) * weights
+    assert RoundToNearest(search=20).cost(LAYERS, symmetric).solve.elements == (10 + 9 * 41) * weights
 
 
 def test_gptq_is_worked_by_hand():

@@ -39,9 +39,12 @@ def auto_group_sizes(layers: Sequence[Layer]) -> dict[str, AutoSize]:
 
 def check_group_size(level: Level, layers: Sequence[Layer]) -> None:
     """UserError, which names all layers whose columns the level's group size does not divide, and sizes that divide."""
-    scheme = level.loader_scheme
-    wrong = [layer for layer in layers if scheme is not None and not scheme.fits(layer.columns)]
-    if scheme is None or not wrong:
+    scheme = None if level.loader_scheme is None else level.loader_scheme.weights
+    if scheme is None or scheme.kind != "int":
+        # Sizes of other grids are not given: Level.check refuses the layer.
+        return
+    wrong = [layer for layer in layers if not scheme.fits(layer.columns)]
+    if not wrong:
         return
     common = gcd(*(layer.columns for layer in layers))
     sizes = [size for size in range(_STEP, min(common, _MAX_NAMED) + 1, _STEP) if common % size == 0]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hasten.accel.compression.calibration.group_sizes import auto_group_sizes, check_group_size
+from hasten.accel.compression.formats.base import LoaderScheme
 from hasten.accel.compression.levels.base import AutoSize, Level
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 
@@ -131,8 +131,9 @@ def group_sizes(level: Level, layer_groups: Iterable[Iterable[Group]]) -> dict[s
     for group in (group for groups in layer_groups for group in groups if group.role is None):
         scheme = group.level_of(level).loader_scheme
         if scheme is not None:
-            assert isinstance(scheme.group_size, int)
-            sizes |= {layer.name: scheme.group_size for layer in group.layers}
+            size = scheme.weights.group_size
+            assert isinstance(size, int)
+            sizes |= {layer.name: size for layer in group.layers}
     return sizes
 
 
@@ -147,7 +148,7 @@ def _example(architecture: Architecture) -> str:
     return architecture.linears(0)[0].name
 
 
-def schemes(layer_groups: Iterable[Iterable[Group]]) -> Mapping[str, Scheme]:
+def schemes(layer_groups: Iterable[Iterable[Group]]) -> Mapping[str, LoaderScheme]:
     """Scheme of every layer that loaders read as codes on a grid, by layer name, in the order of the model."""
     return {
         layer.name: group.level.loader_scheme

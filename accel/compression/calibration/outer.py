@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from hasten.accel.compression.calibration.group_sizes import auto_group_sizes
 from hasten.accel.compression.calibration.layer_groups import Group
+from hasten.accel.compression.formats.compressed_tensors import INTEGERS
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.method import Method
@@ -36,7 +37,7 @@ class OuterLevels:
         for field in fields(self):
             for level in getattr(self, field.name):
                 scheme = level.loader_scheme
-                if scheme is None or not scheme.symmetric:
+                if scheme is None or scheme.packing != INTEGERS or not scheme.weights.symmetric or scheme.inputs:
                     raise UserError(f"level {level.name} of the {field.name} is no symmetric grid, such as w8g128")
 
     def __bool__(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from hasten.accel.compression.quantizers.columns import ColumnQuantizer
 from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
+from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile
+from hasten.accel.compression.transforms.rotation import RotatedCheckpoint
 from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
@@ -82,9 +85,28 @@ class Settings:
             raise UserError(
                 f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential"
             )
+        self._check_block_solver()
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
+
+    def _check_block_solver(self) -> None:
+        """UserError where a transform cannot compress the layers of a block together."""
+        if self.block_solver is None:
+            return
+        name = type(self.block_solver).__name__.lower()
+        if self.levels is not None:
+            raise UserError(f"transforms=[{name}] makes one level, not a database of levels: use hasten compress")
+        scheme = self.level.loader_scheme
+        if scheme is None:
+            raise UserError(
+                f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8"
+            )
+        if scheme.inputs is not None and (scheme.inputs.static or scheme.inputs.strategy == "tensor_group"):
+            raise UserError(
+                f"transforms=[{name}] collects no scales of inputs, which level {self.level.name} needs: use a level "
+                "whose inputs have dynamic scales"
+            )
 
     @property
     def made(self) -> tuple[Level, ...]:
@@ -103,9 +125,22 @@ class Settings:
         return any(transform.needs_original for transform in self.transforms)
 
     @property
+    def block_solver(self) -> BlockTransform | None:
+        """The transform that compresses the layers of a block together, if there is one."""
+        return next((transform for transform in self.transforms if transform.solves_blocks), None)
+
+    @property
+    def rotating(self) -> RotatingTransform | None:
+        """The transform that rotates the model, if there is one."""
+        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
+        return next(rotating, None)
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether the pass needs calibration tokens: for a method, or for a transform."""
-        return self.needs_hessian or any(transform.needs_statistics for transform in self.transforms)
+        return self.needs_hessian or any(
+            transform.needs_statistics or transform.needs_tokens for transform in self.transforms
+        )
 
     @property
     def methods(self) -> list[Method]:
@@ -120,6 +155,8 @@ class Settings:
 
     def stages(self, groups: Sequence[Group]) -> list[Stage]:
         """Groups of a block that are compressed at the same time, in the order in which they are."""
+        if self.block_solver is not None and not is_outer(groups):
+            return [tuple(groups)] if groups else []
         if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
             return stages_of(groups)
         return [tuple(groups)] if groups else []
@@ -168,21 +205,31 @@ class Settings:
 class Task:
     """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
 
-    original: the checkpoint as it is. checkpoint: the same, or what transforms make of it. transforms: those that make
-    edits, None where there are none.
+    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms:
+    those that make edits, None where there are none. unrotated, rotation: the model that is rotated, and the file of
+    its rotation; None where it is not.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.original = self.checkpoint = Checkpoint(settings.checkpoint)
+        self.original: Checkpoint = Checkpoint(settings.checkpoint)
+        self.checkpoint = self.original
         if self.original.is_compressed:
             raise UserError(f"model={settings.checkpoint} is compressed already: give the original checkpoint")
         self.transforms: TransformSequence | None = None
+        folder = settings.output / (LevelDatabase if settings.levels is not None else OutputFolder).edits
+        self.unrotated: Architecture | None = None
+        self.rotation: RotationFile | None = None
+        if settings.rotating is not None:
+            self.unrotated = Architecture(self.original, settings.dtype, settings.device)
+            self.rotation = RotationFile(folder)
+            finished = partial(self.rotation.finished, settings.rotating.steps)
+            self.original = RotatedCheckpoint(self.unrotated, finished, settings.rotating.has_residual)
+            self.checkpoint = self.original
         edits = None
         if any(transform.makes_edits for transform in settings.transforms):
-            folder = LevelDatabase if settings.levels is not None else OutputFolder
-            edits = EditFolder(settings.output / folder.edits, ())
-            self.checkpoint = TransformedCheckpoint(settings.checkpoint, edits)
+            edits = EditFolder(folder, ())
+            self.checkpoint = TransformedCheckpoint(self.original, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         if isinstance(self.checkpoint, TransformedCheckpoint):
             self.checkpoint.locate(self.architecture)

@@ -86,6 +86,16 @@ class Shard:
             self._run(original(), self._original, keep=True)
         self.position += 1
 
+    def block_states(self, original: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each chunk, the inputs of the block at `position`, and what the original block makes of its own inputs.
+
+        Both are [sequences, T, D]. original: the block, uncompressed.
+        """
+        assert self._original is not None
+        outputs = {number: list(parts) for number, parts in self._original.items()}
+        self._run(original, outputs, keep=True)
+        return {number: (torch.cat(parts), torch.cat(outputs[number])) for number, parts in self._hidden.items()}
+
     def collect_outputs(self, layer: OutputLayer, key: str) -> dict[str, Tree]:
         """The Hessian of the output layer's inputs, by `key`; the shard must be behind the last block."""
         assert self.position == self.architecture.num_blocks

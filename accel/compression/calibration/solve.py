@@ -1,8 +1,9 @@
 """The solve of one group of layers: from statistics to compressed weights, and to a report's facts of each layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Facts, Result
-from hasten.accel.models.architecture import Layer
+from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
 
 # What the error of a report's row is of; errors of weights are comparable with each other only.
@@ -86,19 +88,33 @@ def solve_group(
         return (wide + wide @ change).to(weight.dtype)
 
     solved = level.solve(method, group.layers, read, prepared, device)
-    facts = []
-    for layer in group.layers:
-        result = solved[layer.name]
-        error, of_layer = _error(result), [*notes, *result.notes]
-        if not math.isfinite(error["error"]):
-            error = _error_of_weights(read(layer), level.unpack(level.pack(result.weight)))
-            of_layer.append("squares of weights or outputs are beyond float32: is the tensor damaged?")
-        facts.append(
-            _facts(group, layer, level, result)
-            | error
-            | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": of_layer}
-        )
+    facts = [
+        _row(group, layer, level, solved[layer.name], read, notes)
+        | {"method": type(method).__name__, "tokens": chosen.tokens}
+        for layer in group.layers
+    ]
     return Solved({name: result.weight for name, result in solved.items()}, facts)
+
+
+def solve_block(
+    solver: BlockTransform,
+    architecture: Architecture,
+    block: int,
+    groups: Sequence[Group],
+    quantizer: Method,
+    inputs: Tensor,
+    targets: Tensor,
+) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
+    """Checkpoint tensors of all layers of a block, and their facts; see BlockTransform.solve_block."""
+    solved = solver.solve_block(architecture, block, groups, quantizer, inputs, targets)
+    packed, facts = {}, []
+    for group in groups:
+        for layer in group.layers:
+            result = solved[layer.name]
+            packed[layer.name] = group.level.checkpoint_tensors(group.level.pack(result.weight))
+            row = _row(group, layer, group.level, result, partial(_weight, architecture.checkpoint))
+            facts.append(row | {"method": type(solver).__name__, "tokens": inputs.shape[0] * inputs.shape[1]})
+    return packed, facts
 
 
 def solve_for_checkpoint(
@@ -134,6 +150,26 @@ def solve_levels(
     for layer, by_level in packed.items():
         database.write_layer(layer, by_level, facts[layer])
     return [row for by_level in facts.values() for row in by_level.values()]
+
+
+def _weight(checkpoint: Checkpoint, layer: Layer) -> Tensor:
+    return checkpoint.tensor(f"{layer.name}.weight")
+
+
+def _row(
+    group: Group,
+    layer: Layer,
+    level: Level,
+    result: Result[CompressedWeight],
+    read: Callable[[Layer], Tensor],
+    notes: Sequence[str] = (),
+) -> Facts:
+    """Facts of a layer with its error."""
+    error, of_layer = _error(result), [*notes, *result.notes]
+    if not math.isfinite(error["error"]):
+        error = _error_of_weights(read(layer), level.unpack(level.pack(result.weight)))
+        of_layer.append("squares of weights or outputs are beyond float32: is the tensor damaged?")
+    return _facts(group, layer, level, result) | error | {"notes": of_layer}
 
 
 def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWeight]) -> Facts:

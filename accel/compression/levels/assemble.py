@@ -10,14 +10,13 @@ from torch import Tensor
 from hasten.accel.compression.allocators.base import DROP
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.calibration.outer import at_level, is_outer
-from hasten.accel.compression.formats.pack_quantized import PackQuantized
+from hasten.accel.compression.formats.base import LoaderScheme
+from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import ZEROS, Depth, Zeros, is_last, make_depth, make_zeros
-from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
@@ -36,7 +35,7 @@ class MixedOutput(OutputFolder):
         depth: Depth,
         zeros: Sequence[Zeros],
     ) -> None:
-        super().__init__(path, architecture, layer_groups, PackQuantized(), depth.kept)
+        super().__init__(path, architecture, layer_groups, CompressedTensors(), depth.kept)
         self.architecture = architecture
         self.depth = depth
         self.zeros = {layer_zeros.layer.name: layer_zeros for layer_zeros in zeros}
@@ -56,10 +55,10 @@ def mixed_output(
     """
     depth = make_depth(architecture, dropped)
     grids = _grids(database, levels)
-    experts = _grid_of_experts(architecture, grids, depth)
+    experts = _level_of_experts(architecture, grids, depth)
     zeros = _zeros(architecture, database, depth, experts)
     loaded = grids | {
-        layer_zeros.layer.name: GridLevel(layer_zeros.scheme) for layer_zeros in zeros if layer_zeros.scheme is not None
+        layer_zeros.layer.name: layer_zeros.level for layer_zeros in zeros if layer_zeros.level is not None
     }
     layer_groups: list[list[Group]] = [[] for _ in range(architecture.num_blocks)]
     for block in depth.kept:
@@ -76,7 +75,7 @@ def mixed_output(
         raise UserError(
             "experts got no level of quantization, and other layers did: transformers cannot load such a checkpoint"
         )
-    if zeros and not all(scheme.symmetric for scheme in schemes(layer_groups).values()):
+    if zeros and not all(scheme.weights.symmetric for scheme in schemes(layer_groups).values()):
         raise UserError(
             "attention and MLP parts cannot be dropped next to levels with zero points, which transformers reads only "
             "where all layers have the same bits: use symmetric levels, or drop whole blocks"
@@ -120,7 +119,7 @@ def _write_block(output: MixedOutput, database: LevelDatabase, levels: Mapping[s
         name, level = layer.name, levels.get(layer.name, KEEP)
         if name in output.zeros:
             zeros = output.zeros[name]
-            packed[name] = zeros.parts(output.architecture.checkpoint, output.format.pack)
+            packed[name] = zeros.parts(output.architecture.checkpoint, output.format)
             facts.append(_dropped(block, layer, zeros))
         elif level != KEEP:
             packed[name] = database.checkpoint_tensors(name, level)
@@ -146,7 +145,8 @@ def _dropped(block: int, layer: Layer, zeros: Zeros | None) -> Facts:
     weights = layer.rows * layer.columns
     bits, stored = 0, 0
     if zeros is not None:
-        bits, stored = zeros.scheme.bits if zeros.scheme else 8 * zeros.itemsize, zeros.stored_bits
+        bits = zeros.scheme.weights.bits if zeros.scheme else 8 * zeros.itemsize
+        stored = zeros.stored_bits
     return {
         "layer": layer.name,
         "block": block,
@@ -178,7 +178,7 @@ def _grids(database: LevelDatabase, levels: Mapping[str, str]) -> dict[str, Leve
     return grids
 
 
-def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, experts: Scheme | None) -> list[Zeros]:
+def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, experts: Level | None) -> list[Zeros]:
     """Zeros of the layers in dropped parts; layers that the database lacks are zeroed only where they are the last."""
     known = {layer.name for groups in database.layer_groups for group in groups for layer in group.layers}
     all_zeros = []
@@ -189,19 +189,19 @@ def _zeros(architecture: Architecture, database: LevelDatabase, depth: Depth, ex
                 if layer.name in known or layer.expert is not None:
                     all_zeros.append(zeros)
                 elif is_last(layer):
-                    all_zeros.append(replace(zeros, scheme=None))
+                    all_zeros.append(replace(zeros, level=None))
     return all_zeros
 
 
-def _grid_of_experts(architecture: Architecture, grids: Mapping[str, Level], depth: Depth) -> Scheme | None:
-    """Scheme of all experts that are not dropped, None where they are dense; UserError where they differ."""
-    schemes_in_use = {
-        grids[layer.name].loader_scheme if layer.name in grids else None
-        for block in depth.kept
-        for layer in architecture.linears(block)
-        if layer.expert is not None and not depth.is_zero(block, layer)
-    }
-    if len(schemes_in_use) > 1:
-        levels = ", ".join(sorted(f"w{scheme.bits}" if scheme else "none" for scheme in schemes_in_use))
+def _level_of_experts(architecture: Architecture, grids: Mapping[str, Level], depth: Depth) -> Level | None:
+    """Level of all experts that are not dropped, None where they are dense; UserError where loaders see two of them."""
+    in_use: dict[LoaderScheme | None, Level | None] = {}
+    for block in depth.kept:
+        for layer in architecture.linears(block):
+            if layer.expert is not None and not depth.is_zero(block, layer):
+                level = grids.get(layer.name)
+                in_use.setdefault(None if level is None else level.loader_scheme, level)
+    if len(in_use) > 1:
+        levels = ", ".join(sorted("none" if level is None else level.name for level in in_use.values()))
         raise UserError(f"experts got several levels ({levels}): transformers reads one for the experts of all blocks")
-    return schemes_in_use.pop() if schemes_in_use else ZEROS
+    return next(iter(in_use.values())) if in_use else ZEROS

@@ -8,7 +8,6 @@ shorthand for one.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Self
 
 import torch
@@ -16,26 +15,12 @@ from torch import Tensor
 
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
+from hasten.accel.compression.formats.base import LoaderScheme, StoredTensor
 from hasten.accel.compression.method import Method
-from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file. name: what follows the layer's or the level's name."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -44,10 +29,6 @@ class AutoSize:
 
     own: int = -1
     shared: int = -1
-
-
-# The shape of the dense weight, part of every packed form; stored_bits does not include it.
-SHAPE = StoredTensor("weight_shape", torch.int64, (2,))
 
 
 class Level(ABC):
@@ -113,18 +94,18 @@ class Level(ABC):
 
     @property
     def inputs(self) -> InputScheme | None:
-        """How the inputs of a layer at this level are rounded; None where they are not."""
+        """How the layer's inputs are rounded before the product; None for not at all."""
         return None
 
     @property
-    def loader_scheme(self) -> Scheme | None:
-        """Grid of the codes that transformers and vLLM load; None where checkpoints hold the layer dense."""
+    def loader_scheme(self) -> LoaderScheme | None:
+        """How transformers and vLLM load the codes; None where checkpoints hold the layer dense."""
         return None
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the layer in a checkpoint, by what follows the layer's name, from the tensors of `pack`.
 
-        They are the dense weight, or, where loader_scheme is not None, codes in the format pack-quantized.
+        They are the dense weight, or, where loader_scheme is not None, codes as it says.
         """
         return {"weight": self.unpack(stored).contiguous()}
 
@@ -166,13 +147,32 @@ class Level(ABC):
         Rows do not depend on each other, so layers are stacked and cut into slabs by rows. Kinds that choose something
         for a whole layer override this.
         """
-        parts: dict[str, list[Result[CompressedWeight]]] = {layer.name: [] for layer in layers}
-        for slab in row_slabs([(layer.name, layer.rows, layer.columns) for layer in layers], slab_of(device)):
-            by_name = {layer.name: layer for layer in layers}
+        return solve_rows(lambda weight: self.make(method, weight, prepared), layers, read, device)
+
+
+def solve_rows(
+    make: Callable[[Tensor], Result[CompressedWeight]],
+    layers: Sequence[Layer],
+    read: Callable[[Layer], Tensor],
+    device: str,
+    tile: int = 1,
+) -> dict[str, Result[CompressedWeight]]:
+    """Compress layers that share an input, in slabs of rows; returns results by layer name.
+
+    make: compresses rows (R, C) on the device. tile: rows of a layer, from its first one, that must stay together; with
+    1, layers are stacked.
+    """
+    parts: dict[str, list[Result[CompressedWeight]]] = {layer.name: [] for layer in layers}
+    by_name, size = {layer.name: layer for layer in layers}, slab_of(device)
+    columns = layers[0].columns
+    size = max(tile, size // columns // tile * tile) * columns if tile > 1 else size
+    stacks = [layers] if tile == 1 else [[layer] for layer in layers]
+    for stack in stacks:
+        for slab in row_slabs([(layer.name, layer.rows, layer.columns) for layer in stack], size):
             weights = [read(by_name[name])[rows] for name, rows in slab]
-            result = self.make(method, torch.cat(weights).to(device), prepared)
+            result = make(torch.cat(weights).to(device))
             start = 0
             for (name, _), weight in zip(slab, weights, strict=True):
                 parts[name].append(result.rows(start, start + len(weight)))
                 start += len(weight)
-        return {name: Result.join(results) for name, results in parts.items()}
+    return {name: Result.join(results) for name, results in parts.items()}

@@ -20,6 +20,7 @@ from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.compression.result import Facts
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import EditFolder
+from hasten.accel.compression.transforms.rotating import rotated
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
@@ -95,9 +96,10 @@ class LevelDatabase(ResumableFolder):
         """
         file = path / cls.last_file
         transformed = json.loads(file.read_text()).get("transformed") if file.is_file() else None
+        source = rotated(Checkpoint(checkpoint), path / cls.edits) if file.is_file() else Checkpoint(checkpoint)
         if transformed is None:
-            return Checkpoint(checkpoint)
-        return TransformedCheckpoint(checkpoint, EditFolder(path / cls.edits, transformed))
+            return source
+        return TransformedCheckpoint(source, EditFolder(path / cls.edits, transformed))
 
     @property
     def levels(self) -> list[str]:

@@ -8,7 +8,7 @@ without attention or MLP, so the layers of a dropped part are stored as zeros in
 exactly zero to the residual stream, also behind Gemma's second norms.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, MLP
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.formats.base import Format, LoaderScheme
+from hasten.accel.compression.levels.base import Level
+from hasten.accel.compression.levels.kinds.grid import GridLevel
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme, WeightScheme
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
 
 # How the layers of a dropped part are stored.
-ZEROS = Scheme(2, -1, symmetric=True)
+ZEROS = GridLevel(Scheme(2, -1, symmetric=True))
 
 # Layers whose output is that of their part.
 _LAST = ("o_proj", "out_proj", "down_proj", "fc2")
@@ -79,42 +83,47 @@ def is_last(layer: Layer) -> bool:
 
 @dataclass(frozen=True)
 class Zeros:
-    """The stored zeros of a layer in a dropped part. scheme: grid of their codes, None for a dense tensor.
+    """The stored zeros of a layer in a dropped part. level: of their codes, None for a dense tensor.
 
     itemsize: bytes of a weight of the layer in the checkpoint, and of a scale.
     """
 
     layer: Layer
-    scheme: Scheme | None
+    level: Level | None
     itemsize: int
+
+    @property
+    def scheme(self) -> LoaderScheme | None:
+        """How loaders read the codes; None for a dense tensor."""
+        return None if self.level is None else self.level.loader_scheme
 
     @property
     def stored_bits(self) -> int:
         """Exact size: codes and scales, or dense zeros."""
         if self.scheme is None:
             return self.layer.rows * self.layer.columns * 8 * self.itemsize
-        return self.scheme.stored_bits(self.layer.rows, self.layer.columns, self.itemsize)
+        return self.scheme.weights.stored_bits(self.layer.rows, self.layer.columns, self.itemsize)
 
-    def parts(self, checkpoint: Checkpoint, pack: Callable[[QuantizedWeight], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def parts(self, checkpoint: Checkpoint, form: Format) -> dict[str, Tensor]:
         """Tensors to store, by what follows the layer's name: the weight's, and the bias where the layer has one."""
-        dtype = checkpoint.dtype(f"{self.layer.name}.weight")
+        zeros = torch.zeros(self.layer.rows, self.layer.columns, dtype=checkpoint.dtype(f"{self.layer.name}.weight"))
         if self.scheme is None:
-            parts = {"weight": torch.zeros(self.layer.rows, self.layer.columns, dtype=dtype)}
+            parts = {"weight": zeros}
         else:
-            parts = pack(zero_weight(self.layer.rows, self.layer.columns, self.scheme, dtype))
+            parts = form.pack(zero_weight(zeros, self.scheme.weights), self.scheme)
         bias = f"{self.layer.name}.bias"
         if bias in checkpoint:
             parts["bias"] = torch.zeros(checkpoint.shape(bias), dtype=checkpoint.dtype(bias))
         return parts
 
 
-def make_zeros(layer: Layer, checkpoint: Checkpoint, experts: Scheme | None = ZEROS) -> Zeros:
-    """Zeros of a layer in the cheapest form; an expert's have the grid `experts` of the other experts (None: dense)."""
+def make_zeros(layer: Layer, checkpoint: Checkpoint, experts: Level | None = ZEROS) -> Zeros:
+    """Zeros of a layer in the cheapest form; an expert's have the form of the others, at a level (None: dense)."""
     itemsize = checkpoint.dtype(f"{layer.name}.weight").itemsize
     return Zeros(layer, ZEROS if layer.expert is None else experts, itemsize)
 
 
-def dropped_bits(layers: Iterable[Layer], checkpoint: Checkpoint, experts: Scheme | None = ZEROS) -> int:
+def dropped_bits(layers: Iterable[Layer], checkpoint: Checkpoint, experts: Level | None = ZEROS) -> int:
     """Exact size of the stored zeros of these layers; for a dropped part, not for a dropped block, which takes nothing.
 
     layers: the part's layers in a database. experts: as in make_zeros.
@@ -122,16 +131,10 @@ def dropped_bits(layers: Iterable[Layer], checkpoint: Checkpoint, experts: Schem
     return sum(make_zeros(layer, checkpoint, experts).stored_bits for layer in layers)
 
 
-def zero_weight(rows: int, columns: int, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
-    """A weight (R, C) that dequantizes to exactly zero, with scales of that dtype."""
-    groups = columns // scheme.columns(columns)
-    middle = 2 ** (scheme.bits - 1)
-    return QuantizedWeight(
-        codes=torch.full((rows, columns), middle, dtype=torch.uint8),
-        scale=torch.ones(rows, groups, dtype=dtype),
-        zero_point=torch.full((rows, groups), middle, dtype=torch.uint8),
-        scheme=scheme,
-    )
+def zero_weight(zeros: Tensor, grid: WeightScheme) -> QuantizedWeight:
+    """A weight that dequantizes to exactly zero, from zeros (R, C) in the checkpoint's dtype."""
+    weight: QuantizedWeight = RoundToNearest().quantize(zeros, None, grid).weight
+    return weight
 
 
 def shorten(architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:

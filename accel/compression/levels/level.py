@@ -12,6 +12,7 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.column_bits import ColumnBitsLevel
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.kinds.sparsity import SparsityLevel
+from hasten.accel.compression.levels.schemes import SCHEMES
 from hasten.accel.compression.pruners.base import Sparsity
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.columns import ColumnBits
@@ -56,11 +57,13 @@ def make_levels(
     sparsities: Sequence[float] = (),
     column_bits: Sequence[float] = (),
     extra: Sequence[str] = (),
+    schemes: Sequence[str] = (),
 ) -> tuple[Level, ...]:
     """Levels of a database, without duplicates.
 
     First all combinations of bits and group sizes, by ascending bits and descending group size; then column_bits,
-    ascending; sparsities, descending; and extra levels, which are names, in their order. UserError where a value is
+    ascending; sparsities, descending; schemes, by the names that servers use, and extra levels, by their own names,
+    both in their order. UserError where a value is
     out of range or given twice.
     """
     given: dict[str, Sequence[object]] = {
@@ -68,6 +71,7 @@ def make_levels(
         "group_sizes": group_sizes,
         "column_bits": column_bits,
         "sparsities": sparsities,
+        "schemes": schemes,
         "extra_levels": extra,
     }
     for name, values in given.items():
@@ -83,7 +87,12 @@ def make_levels(
     columns = [ColumnBitsLevel(ColumnBits(float(mean))) for mean in sorted(column_bits)]
     # Parsed from their names, which round the fraction: reading a database must give the levels that were solved.
     pruned = [parse_level(SparsityLevel(Sparsity(fraction)).name) for fraction in sorted(sparsities, reverse=True)]
-    return tuple(dict.fromkeys([*grids, *columns, *pruned, *(parse_level(name, "extra_levels") for name in extra)]))
+    wrong = [name for name in schemes if name not in SCHEMES]
+    if wrong:
+        raise UserError(f"schemes=[{wrong[0]}] is wrong: expected {', '.join(SCHEMES)}")
+    named = [parse_level(SCHEMES[name]) for name in schemes]
+    others = [parse_level(name, "extra_levels") for name in extra]
+    return tuple(dict.fromkeys([*grids, *columns, *pruned, *named, *others]))
 
 
 def _columns(group_size: int | str) -> float:

@@ -35,7 +35,14 @@ OWN = ("config.json", "model.safetensors.index.json")
 # Modules that contain the whole model; patterns name the modules below them.
 _HOLDERS = ("model", "decoder", "language_model")
 # Tensors of a compressed layer that its weight is unpacked from; those that a scheme does not need are not stored.
-_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
 _NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.pruners.base import Pattern, PrunedWeight, Pruner, lowest
+from hasten.accel.compression.quantizers.base import WeightScheme
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, column_visits, factored_cost, rounding
@@ -64,7 +65,7 @@ class SparseGPT(Pruner[Factor]):
         pivots = prepared.errors()
         block = pattern.group_size or self.block
         shares = pattern.lowest((target * pivots).abs_().T)  # (R, C)
-        points, top = (None, 0) if grid is None else (grid.of_columns(prepared.order), grid.scheme.top)
+        points = None if grid is None else grid.of_columns(prepared.order)
         mask = torch.empty(columns, rows, dtype=torch.bool, device=weight.device)
         solved = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
         residual = torch.empty_like(target)  # weight minus solved weight, column by column
@@ -91,8 +92,7 @@ class SparseGPT(Pruner[Factor]):
                     carried[inner],
                     residual[part],
                     solved[part],
-                    None if points is None else points[part],
-                    top,
+                    None if grid is None or points is None else (grid.scheme, points[part]),
                 )
                 carried[before].addmm_(corner[inner, before].T, residual[part])
         back = prepared.inverse_order()
@@ -116,8 +116,7 @@ def _visit(
     carried: Tensor,
     residual: Tensor,
     solved: Tensor,
-    points: Sequence[tuple[Tensor, Tensor]] | None,
-    top: int,
+    points: tuple[WeightScheme, Sequence[tuple[Tensor, Tensor]]] | None,
 ) -> None:
     """Fill residual and solved (B, R); carried is overwritten.
 
@@ -131,8 +130,9 @@ def _visit(
         corrected = target[k] + carried[k]
         kept = corrected.masked_fill(~mask[k], 0.0)
         if points is not None:
-            scale, zero = points[k]
-            kept = kept.div_(scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
+            scheme, of_columns = points
+            scale, zero = of_columns[k]
+            kept = scheme.nearest(kept.div_(scale), zero).mul_(scale)
         solved[k] = kept.clamp_(-largest, largest)
         torch.sub(target[k], solved[k].float(), out=residual[k])
         carried[:k].addr_(corner[k, :k], residual[k])

@@ -1,12 +1,15 @@
-"""Base class of weight quantizers, the scheme that they quantize by, and the quantized weight that they return."""
+"""Base classes of weight quantizers and of their grids, and the quantized weight that quantizers return."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hasten.accel.compression.method import Method, P
+from hasten.accel.compression.quantizers.columns import STEPS
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
@@ -15,11 +18,155 @@ from hasten.kernels.dequantize import dequantize
 MIN_BITS, MAX_BITS = 2, 8
 # Group size that is chosen for each layer by its columns.
 AUTO = "auto"
+# The smallest step that is tried, as a share of the best step for normal weights of the same root mean square. Outliers
+# that raise the root mean square by more than two fifths cost more than all other weights if they are clipped.
+_LEAST_STEP = 0.6
+
+
+class WeightScheme(ABC):
+    """Grid of a layer's weights: the values that codes stand for, and which weights share a scale. Frozen dataclasses.
+
+    A weight is its code's value times the scale of its group, rounded to the dtype that value_dtype gives. Values are
+    float32 and exact. Integers have a zero point in each group, which value 0 is the code of; other grids have none,
+    and ignore the arguments `zero`.
+
+    kind: `int` or `float`. strategy: what shares a scale, in compressed-tensors' words: tensor, channel (a row), group,
+    block, or tensor_group (groups under one scale of the layers). scale_format: how scales are stored, in the words of
+    InputScheme.scale.
+    """
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """`int` or `float`."""
+
+    @property
+    @abstractmethod
+    def strategy(self) -> str:
+        """What shares a scale."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int | str:
+        """Number of input columns that share a scale, -1 for a whole row, `auto` until the layer is known."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return True
+
+    @property
+    def block_rows(self) -> int:
+        """Rows, counted from a layer's first one, that share their scales."""
+        return 1
+
+    @property
+    def scale_format(self) -> str:
+        """How scales are stored."""
+        return "plain"
+
+    def columns(self, total: int) -> int:
+        """Number of columns that share a scale in a layer with `total` columns."""
+        size = self.group_size
+        assert isinstance(size, int), "the group size is not chosen yet"
+        return total if size == -1 else size
+
+    def fits(self, columns: int) -> bool:
+        """Whether group_size divides the columns of a layer; `auto` fits all layers."""
+        return self.group_size == AUTO or columns % self.columns(columns) == 0
+
+    def check(self, layer: str, columns: int) -> None:
+        """UserError where group_size does not divide the layer's columns."""
+        if not self.fits(columns):
+            raise UserError(
+                f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
+                f"use a divisor, group_size={AUTO}, group_size=-1 (one scale a row), or ignore the layer"
+            )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether layers that servers fuse must share a scale, which `of_layers` sets."""
+        return False
+
+    def of_layers(self, peak: float) -> Self:
+        """The grid with the scale that layers share. peak: their largest magnitude. Itself where there is none."""
+        return self
+
+    def bound(self, weight: Tensor) -> Self:
+        """The grid for weight (R, C), which is all that shares its scale where of_layers was not called."""
+        return self.of_layers(float(weight.abs().max())) if self.is_shared else self
+
+    @abstractmethod
+    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
+        """Exact size of a layer: codes, zero points, and scales, of itemsize bytes where they are stored plain."""
+
+    # Codes
+
+    @abstractmethod
+    def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
+        """Nearest values of the grid to weights divided by their scale, which are overwritten."""
+
+    @abstractmethod
+    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """The same, and their codes in `codes` uint8."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """Values of codes, float32."""
+
+    @abstractmethod
+    def reach(self, zero: Tensor) -> Tensor | float:
+        """Largest magnitude of a value."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weight (R, C), rounded as loaders round it. codes (R, C); scale (R, G), as stored; zero_point (R, G)."""
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the weight that loaders unpack, in a checkpoint of this dtype."""
+        return dtype
+
+    # Scales
+
+    @abstractmethod
+    def of_range(self, low: Tensor, high: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32, of a grid that spans factor times [low, high], of any shape.
+
+        dtype: of the checkpoint; the scale is one that can be stored.
+        """
+
+    def factors(self, search: int, shrink: float) -> Sequence[float]:
+        """Shares of the full range that a search tries, besides all of it; see quantizers.grid.find_grid."""
+        return [shrink + (1 - shrink) * index / search for index in range(search)]
+
+    def least_factor(self, groups: Tensor, peak: Tensor) -> Tensor | None:
+        """Share of the range (R, G) below which a search need not go, by the groups' other weights; None: see factors.
+
+        groups: (R, G, columns). peak: (R, G), their largest magnitude.
+        """
+        return None
+
+    def stored_scale(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The nearest scales that can be stored, as they are stored, in a checkpoint of this dtype."""
+        return scale.to(dtype)
+
+    def scales(self, stored: Tensor) -> Tensor:
+        """Scales, float32, from stored ones."""
+        return stored.float()
+
+    def of_one_group(self) -> Self:
+        """The same grid, with one scale for a row of the weights that are given."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Uniform grid of a layer.
+class Scheme(WeightScheme):
+    """Uniform grid of a layer, whose codes are integers.
 
     bits: of a code. group_size: number of input columns that share a scale, -1 for a whole row, `auto` until the layer
     is known (see calibration/group_sizes.py). symmetric: without zero points.
@@ -38,26 +185,23 @@ class Scheme:
         elif self.group_size != -1 and self.group_size < 8:
             raise UserError(f"group_size={self.group_size} is out of range: 8 or more, or -1 for one scale a row")
 
-    def columns(self, total: int) -> int:
-        """Number of columns that share a scale in a layer with `total` columns."""
-        assert isinstance(self.group_size, int), "the group size is not chosen yet"
-        return total if self.group_size == -1 else self.group_size
+    @property
+    def kind(self) -> str:
+        """Integers."""
+        return "int"
 
-    def fits(self, columns: int) -> bool:
-        """Whether group_size divides the columns of a layer; `auto` fits all layers."""
-        return self.group_size == AUTO or columns % self.columns(columns) == 0
-
-    def check(self, layer: str, columns: int) -> None:
-        """UserError where group_size does not divide the layer's columns."""
-        if not self.fits(columns):
-            raise UserError(
-                f"group_size={self.group_size} does not divide the {columns} columns of {layer}: "
-                f"use a divisor, group_size={AUTO}, group_size=-1 (one scale a row), or ignore the layer"
-            )
+    @property
+    def strategy(self) -> str:
+        """A row or a group has a scale."""
+        return "channel" if self.group_size == -1 else "group"
 
     def of_group_size(self, size: int) -> "Scheme":
         """The scheme with this group size in place of `auto`."""
         return replace(self, group_size=size) if self.group_size == AUTO else self
+
+    def of_one_group(self) -> "Scheme":
+        """The scheme with a scale a row."""
+        return replace(self, group_size=-1)
 
     @property
     def suffix(self) -> str:
@@ -65,7 +209,7 @@ class Scheme:
         return "" if self.group_size == -1 else f"g{self.group_size}"
 
     def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """Exact size of a layer: codes, scales of itemsize bytes, and zero points."""
+        """Codes, scales of itemsize bytes, and zero points."""
         groups = rows * (columns // self.columns(columns))
         return rows * columns * self.bits + groups * (8 * itemsize + (0 if self.symmetric else self.bits))
 
@@ -74,23 +218,81 @@ class Scheme:
         """Largest code."""
         return 2**self.bits - 1
 
+    def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
+        """Whole numbers between those of code 0 and of the largest code."""
+        return values.add_(zero).round_().clamp_(0, self.top).sub_(zero)
+
+    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """The same; a code is the value plus the zero point."""
+        codes.copy_(values.add_(zero).round_().clamp_(0, self.top))
+        return values.sub_(zero)
+
+    def values(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """Codes minus their zero points."""
+        return codes - zero
+
+    def reach(self, zero: Tensor) -> Tensor:
+        """The distance of the zero point from the farther end of the codes."""
+        return torch.maximum(zero, self.top - zero)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weight (R, C) in the dtype of the scale."""
+        return dequantize(codes, scale, zero_point)
+
+    def of_range(self, low: Tensor, high: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """On symmetric grids factor and scale may be negative: code 0 is the value of largest magnitude."""
+        if self.symmetric:
+            middle = 2 ** (self.bits - 1)
+            exact = torch.where(-low >= high, -low, -high) * (factor / middle)
+            zero = torch.full_like(exact, middle)
+        else:
+            exact = (high - low) * (factor / self.top)
+            zero = torch.zeros_like(exact)
+        scale = exact.to(dtype).float()
+        # A group of zeros has the range 0: no scale may become zero.
+        scale = torch.copysign(scale.abs().clamp(min=smallest_scale(dtype)), scale)
+        if not self.symmetric:
+            zero = (-low * factor / scale).round().clamp(0, self.top)
+        # In float16, a scale that is rounded up may take the value of the largest code beyond the range of numbers.
+        info, reach = torch.finfo(dtype), self.reach(zero)
+        largest = (info.max * (1 - info.eps) / reach).to(dtype).float()
+        return torch.where(scale.abs() * reach <= info.max, scale, torch.copysign(largest, scale)), zero
+
+    def factors(self, search: int, shrink: float) -> list[float]:
+        """A symmetric grid has one step more on its negative side; a negative scale moves it to the positive one."""
+        tried = [shrink + (1 - shrink) * index / search for index in range(search)]
+        return [*tried, *(-factor for factor in [*tried, 1.0])] if self.symmetric and search else tried
+
+    def least_factor(self, groups: Tensor, peak: Tensor) -> Tensor:
+        """The range at which the step is too small for the groups' root mean square."""
+        steps = STEPS[self.bits] * groups.square().mean(-1).sqrt() * _LEAST_STEP
+        # A group of zeros needs no smaller range.
+        return (steps * 2 ** (self.bits - 1) / peak).masked_fill_(steps == 0, torch.inf)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Smallest scale above zero: float16's subnormal numbers are common, and servers compute with them."""
+    info = torch.finfo(dtype)
+    return float(info.tiny * info.eps if dtype == torch.float16 else info.tiny)
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Codes of a weight (R, C) with their scales and zero points.
 
-    codes: (R, C) uint8 in [0, 2**bits - 1]. scale: (R, G) in the stored dtype. zero_point: (R, G) uint8; on symmetric
-    grids it is the middle code everywhere, and not stored.
+    codes: (R, C) uint8. scale: (R, G) as stored, see WeightScheme.stored_scale, but for every row, also where rows
+    share it. zero_point: (R, G) uint8; it is not stored on symmetric grids, where on integers it is the middle code
+    everywhere, and on floats 0.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    scheme: Scheme
+    scheme: WeightScheme
 
     def dequantize(self) -> Tensor:
-        """Weight (R, C) in the dtype of the scale, rounded as the servers round it."""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        """Weight (R, C), rounded as loaders round it."""
+        return self.scheme.dequantize(self.codes, self.scale, self.zero_point)
 
     @property
     def bits(self) -> int:
@@ -116,10 +318,10 @@ class QuantizedWeight:
 class Quantizer(Method[P]):
     """A way to choose the codes of one linear layer; layers that share an input may be stacked by rows."""
 
-    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost | None:
+    def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost | None:
         """Cost of prepare() and of the solve for layers of this shape; None where the method does not state it."""
         return None
 
     @abstractmethod
-    def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Result[QuantizedWeight]:
-        """Quantize weight (R, C), whose dtype is also that of the scales; prepared comes from prepare()."""
+    def quantize(self, weight: Tensor, prepared: P, scheme: WeightScheme) -> Result[QuantizedWeight]:
+        """Quantize weight (R, C), in the checkpoint's dtype; prepared comes from prepare()."""

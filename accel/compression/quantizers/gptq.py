@@ -19,8 +19,8 @@ from torch import Tensor
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
-from hasten.accel.compression.quantizers.grid import find_grid, is_in_range
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
+from hasten.accel.compression.quantizers.grid import find_grid, is_in_range, over_rows
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import (
     LayerStack,
@@ -42,23 +42,29 @@ _BLOCK = 128
 class _Solved:
     """Codes (C, R) in the order of the factor's rows, and their scales and zero points (G, R).
 
-    error: (C, R); the squared length of its column r is the output error of row r, on the damped Hessian.
+    error: (C, R); the squared length of its column r is the output error of row r, on the damped Hessian. tile: number
+    of rows that share their scales.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
     error: Tensor
+    tile: int
 
     def where_better(self, other: "_Solved") -> "_Solved":
-        """For every row the solution with the smaller error."""
-        better = other.error.square().sum(0) < self.error.square().sum(0)
+        """For every row, or tile of rows, the solution with the smaller error."""
+        better = other._errors() < self._errors()
         return _Solved(
             torch.where(better, other.codes, self.codes),
             torch.where(better, other.scales, self.scales),
             torch.where(better, other.zeros, self.zeros),
             torch.where(better, other.error, self.error),
+            self.tile,
         )
+
+    def _errors(self) -> Tensor:
+        return over_rows(self.error.square().sum(0), self.tile, Tensor.sum)
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,18 @@ class GPTQ(Quantizer[Factor]):
         assert hessian is not None
         return factorise(hessian, self.damping, self.max_damping, self.act_order, "rounded to nearest")
 
-    def quantize(self, weight: Tensor, prepared: Factor, scheme: Scheme) -> Result[QuantizedWeight]:
-        """Codes of weight (R, C), whose dtype is also that of the scales."""
-        columns = weight.shape[1]
+    def quantize(self, weight: Tensor, prepared: Factor, scheme: WeightScheme) -> Result[QuantizedWeight]:
+        """Codes of weight (R, C), in the checkpoint's dtype."""
+        columns, scheme = weight.shape[1], scheme.bound(weight)
         target = weight.float()[:, prepared.order].T.contiguous()  # (C, R): a column is contiguous
         grid = None
         if self.act_order == "static" or scheme.columns(columns) == columns:
             scale, zero = find_grid(without(weight, prepared.dead_columns), scheme, self.search, self.shrink)
-            grid = scale.float().T.contiguous(), zero.T.contiguous()  # (G, R)
+            grid = scheme.scales(scale).T.contiguous(), zero.T.contiguous()  # (G, R)
         best = self._solve(target, prepared, scheme, grid, weight.dtype)
-        for refit in range(self.refits if prepared.is_known else 0):
+        # A scale of all layers is not fitted to some of their rows.
+        fits = prepared.is_known and scheme.strategy != "tensor"
+        for refit in range(self.refits if fits else 0):
             solved = best
             if refit:
                 solved = self._solve(target, prepared, scheme, (best.scales.clone(), best.zeros), weight.dtype)
@@ -114,7 +122,7 @@ class GPTQ(Quantizer[Factor]):
         codes = best.codes[prepared.inverse_order()].T.contiguous()
         quantized = QuantizedWeight(
             codes,
-            best.scales.T.contiguous().to(weight.dtype),
+            scheme.stored_scale(best.scales.T.contiguous(), weight.dtype),
             best.zeros.T.contiguous().to(torch.uint8),
             scheme,
         )
@@ -122,10 +130,9 @@ class GPTQ(Quantizer[Factor]):
         error = prepared.power(target.sub_(quantized.dequantize().float()[:, prepared.order].T))
         return Result(quantized, error, power, prepared.notes, prepared.measures_output)
 
-    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+    def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, a factorisation, and a solve of all columns for each fit of the scales."""
-        # Symmetric grids are tried with both signs of the scale.
-        solve = rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1))
+        solve = rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink)))
         solve += column_visits(layers, max(1, self.refits))
         solve += scale_fits(layers, self.refits, layers.columns // scheme.columns(layers.columns))
         return factored_cost(layers, solve)
@@ -134,7 +141,7 @@ class GPTQ(Quantizer[Factor]):
         self,
         target: Tensor,
         prepared: Factor,
-        scheme: Scheme,
+        scheme: WeightScheme,
         grid: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
     ) -> "_Solved":
@@ -149,6 +156,7 @@ class GPTQ(Quantizer[Factor]):
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
         residual = torch.zeros_like(target)  # w - q, column by column
         error = torch.empty_like(target)
+        unpacked = scheme.value_dtype(dtype)
         # Blocks of whole groups, so that each group is reached within a block, where its corrected weights are known.
         block = ceil(_BLOCK / size) * size if grid is None else _BLOCK
         inner = min(_INNER, size)
@@ -170,12 +178,10 @@ class GPTQ(Quantizer[Factor]):
                 for k in range(last - 1, first - 1, -1):
                     value_to_round = target[k] + carried[k - start]
                     step, offset = scales[groups[k]], zeros[groups[k]]
-                    code = (value_to_round / step).add_(offset).round_().clamp_(0, scheme.top)
-                    codes[k] = code
-                    value = code.sub_(offset).mul_(step)
-                    if dtype != torch.float32:
+                    value = scheme.encode(value_to_round / step, offset, codes[k]).mul_(step)
+                    if unpacked != torch.float32:
                         # Servers round the product to the checkpoint's dtype; at 8 bits that is as coarse as the grid.
-                        value = value.to(dtype).float()
+                        value = value.to(unpacked).float()
                     torch.sub(target[k], value, out=residual[k])
                     torch.sub(value_to_round, value, out=error[k])
                     if k > first:
@@ -185,32 +191,35 @@ class GPTQ(Quantizer[Factor]):
                     rows_before = corner[first - start : last - start, : first - start]
                     carried[: first - start].addmm_(rows_before.T, residual[first:last])
                 last = first
-        return _Solved(codes, scales, zeros, error.mul_(prepared.errors()))
+        return _Solved(codes, scales, zeros, error.mul_(prepared.errors()), scheme.block_rows)
 
     @staticmethod
-    def _refit(solved: "_Solved", prepared: Factor, scheme: Scheme, dtype: torch.dtype) -> None:
+    def _refit(solved: "_Solved", prepared: Factor, scheme: WeightScheme, dtype: torch.dtype) -> None:
         """Fit the scales to the codes, in place, for the least output error; one group of columns at a time."""
         columns, place = len(prepared.order), prepared.inverse_order()
-        size, top = scheme.columns(columns), scheme.top
+        size, tile = scheme.columns(columns), scheme.block_rows
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
             rows = place[group * size : (group + 1) * size]
             lower = prepared.lower[rows]
             lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
-            steps = (lower.T @ (solved.codes[rows] - zero)).mul_(prepared.errors())  # (C, R): output of a scale of 1
-            length, along = steps.square().sum(0), (steps * solved.error).sum(0)
-            fitted = (scale + along / length).to(dtype).float()
+            steps = (lower.T @ scheme.values(solved.codes[rows], zero)).mul_(
+                prepared.errors()
+            )  # (C, R): output of a scale of 1
+            length = over_rows(steps.square().sum(0), tile, Tensor.sum)
+            along = over_rows((steps * solved.error).sum(0), tile, Tensor.sum)
+            fitted = scheme.scales(scheme.stored_scale(scale + along / length, dtype))
             change = fitted - scale
             # A change is dropped where rounding the scale undoes the gain, where all weights of the group are coded as
             # zero (length 0), and where the scale would become zero, change its sign or overflow.
             gains = (change * (change * length - 2 * along) < 0) & (fitted * scale > 0)
-            change.masked_fill_(~(gains & is_in_range(fitted, zero, top, dtype)), 0.0)
+            change.masked_fill_(~(gains & is_in_range(fitted, zero, scheme, dtype)), 0.0)
             scale += change
             solved.error.sub_(steps.mul_(change))
 
-    def _group_grid(self, corrected: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _group_grid(self, corrected: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale (R,) and zero point (R,), float32, of one group (R, group_size)."""
-        whole = Scheme(scheme.bits, -1, scheme.symmetric)
+        whole = scheme.of_one_group()
         # Corrected weights may be beyond the range of float16.
         largest = torch.finfo(dtype).max
         scale, zero = find_grid(corrected.clamp(-largest, largest).to(dtype), whole, self.search, self.shrink)
-        return scale[:, 0].float(), zero[:, 0]
+        return scheme.scales(scale[:, 0]), zero[:, 0]

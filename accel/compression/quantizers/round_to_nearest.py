@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.inputs import Inputs, without
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, Scheme
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
@@ -34,7 +34,7 @@ class RoundToNearest(Quantizer[Inputs | None]):
         """Statistics of the input, for the error."""
         return Inputs.of(hessian, "the error is of the weights")
 
-    def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: Scheme) -> Result[QuantizedWeight]:
+    def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: WeightScheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""
         inputs = prepared or Inputs(None)
         grid = Grid.of(without(weight, inputs.dead_columns), scheme, self.search, self.shrink)
@@ -42,7 +42,6 @@ class RoundToNearest(Quantizer[Inputs | None]):
         error = inputs.power(weight.float() - quantized.dequantize().float())
         return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
 
-    def cost(self, layers: LayerStack, scheme: Scheme) -> MethodCost:
+    def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
-        # Symmetric grids are tried with both signs of the scale.
-        return MethodCost(rounding(layers) + range_search(layers, self.search * (2 if scheme.symmetric else 1)))
+        return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))

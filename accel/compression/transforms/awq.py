@@ -120,7 +120,7 @@ def _weight_magnitude(inputs: SiteInputs, weights: dict[str, Tensor]) -> Tensor:
     for group, _ in inputs.groups:
         scheme = group.level.loader_scheme
         for layer in group.layers:
-            size = layer.columns if scheme is None else scheme.columns(layer.columns)
+            size = layer.columns if scheme is None else scheme.weights.columns(layer.columns)
             grouped = weights[layer.name].abs().unflatten(1, (-1, size))
             relative = grouped / (grouped.amax(-1, keepdim=True) + 1e-6)
             total, rows = total + relative.flatten(1).sum(0), rows + layer.rows

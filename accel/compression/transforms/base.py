@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.method import Method
+from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.compression.transforms.edits import Edit, Edits, edited, joined
 from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
@@ -136,14 +137,18 @@ class BlockTransform:
     """A transform. Subclasses are frozen dataclasses of hyper-parameters.
 
     makes_edits: whether it has parts that are solved. needs_statistics: whether `edits` reads statistics of the block.
-    needs_original: whether `target_change` reads the shift of the layers' inputs; the calibrators then run the original
-    model, too. is_everywhere: whether it also edits blocks without compressed layers, and tensors outside the blocks.
+    needs_original: whether the calibrators run the original model, too: for the shift of the layers' inputs, which
+    `target_change` reads, or for `solve_block`. solves_blocks: whether it compresses the layers of a block together, by
+    `solve_block`. needs_tokens: whether it reads calibration tokens before the first block. is_everywhere: whether it
+    also edits blocks without compressed layers, and tensors outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
     is_everywhere: ClassVar[bool] = False
+    solves_blocks: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
 
     def check(self, architecture: Architecture, earlier: Sequence["BlockTransform"]) -> None:
         """UserError where the model cannot be transformed. earlier: transforms before this one."""
@@ -162,6 +167,22 @@ class BlockTransform:
     def outside(self, architecture: Architecture) -> Edits:
         """Edits of tensors outside the blocks."""
         return {}
+
+    def solve_block(
+        self,
+        architecture: Architecture,
+        block: int,
+        groups: Sequence[Group],
+        quantizer: object,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> dict[str, Result[CompressedWeight]]:
+        """Compressed layers of all groups of a block, by name.
+
+        quantizer: the run's. inputs, targets (N, T, D): of the block in the compressed model, and outputs of the
+        original model.
+        """
+        raise NotImplementedError
 
     def cost(self, groups: Sequence[Group], gpu_memory: int = 0) -> Work:
         """Work of solving a block whose compressed groups these are; statistics and further runs are not included."""

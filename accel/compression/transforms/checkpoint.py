@@ -6,7 +6,6 @@ edits for all of them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,16 +13,17 @@ from torch import Tensor
 from hasten.accel.compression.transforms.edits import OUTSIDE, Edit, EditFolder, Edits, edited
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.checkpoint_view import CheckpointView
 
 
-class TransformedCheckpoint(Checkpoint):
+class TransformedCheckpoint(CheckpointView):
     """A checkpoint whose tensors are edited when they are read; names, shapes and dtypes are the original's.
 
     No tensor can be read before `locate`.
     """
 
-    def __init__(self, path: Path | str, folder: EditFolder) -> None:
-        super().__init__(path)
+    def __init__(self, source: Checkpoint, folder: EditFolder) -> None:
+        super().__init__(source)
         self.folder = folder
         self._blocks: dict[str, int] | None = None
         # Edits in place of those in the folder, by block.
@@ -47,20 +47,17 @@ class TransformedCheckpoint(Checkpoint):
         """See Checkpoint."""
         edits = self._edits(name)
         if not edits:
-            return super().tensor(name, dtype)
-        stored = super().tensor(name)
+            return self.source.tensor(name, dtype)
+        stored = self.source.tensor(name)
         return edited(stored, edits).to(dtype or stored.dtype)
 
-    def _read_rows(self, name: str, runs: list[tuple[int, int]]) -> Tensor:
-        edits = self._edits(name)
-        if not edits:
-            return super()._read_rows(name, runs)
-        numbers = torch.cat([torch.arange(first, first + count) for first, count in runs])
-        stored = super()._read_rows(name, runs)
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """See Checkpoint."""
+        stored = self.source.rows(name, index)
         rows: Tensor | None = stored
-        for edit in edits:
-            rows = None if rows is None else edit.apply_to_rows(rows.float(), numbers)
-        return self.tensor(name)[numbers] if rows is None else rows.to(stored.dtype)
+        for edit in self._edits(name):
+            rows = None if rows is None else edit.apply_to_rows(rows.float(), index)
+        return self.tensor(name)[index] if rows is None else rows.to(stored.dtype)
 
     def _edits(self, name: str) -> list[Edit]:
         assert self._blocks is not None

@@ -90,4 +90,4 @@ def _bits(level: str) -> int:
     scheme = parse_level(level).loader_scheme
     if scheme is None:
         raise TypeError(f"level {level} is not quantized")
-    return scheme.bits
+    return scheme.weights.bits

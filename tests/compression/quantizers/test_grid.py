@@ -18,7 +18,7 @@ def clipped(weight, scheme):
     for factor in torch.logspace(-2.5, 0, 400).tolist():
         low, high = weight.amin().clamp(min=-factor * peak), weight.amax().clamp(max=factor * peak)
         for sign in (1, -1):
-            scale, zero = grid._grid(low[None, None], high[None, None], scheme, torch.float32, sign)
+            scale, zero = scheme.of_range(low[None, None], high[None, None], torch.float32, sign)
             errors.append(float(grid._loss(weight[None], scale, zero, scheme)))
             if not scheme.symmetric:
                 break

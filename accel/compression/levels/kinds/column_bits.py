@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.formats import columns as column_format
-from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.formats.base import SHAPE, StoredTensor
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.columns import ColumnBits, ColumnQuantizer, ColumnWeight
 from hasten.accel.compression.result import CompressedWeight, Result

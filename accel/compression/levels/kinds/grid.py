@@ -8,33 +8,26 @@ Level databases and checkpoints store it as compressed-tensors' `pack-quantized`
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from hasten.accel.compression.formats.pack_quantized import PackQuantized, zero_point_words
-from hasten.accel.compression.levels.base import SHAPE, AutoSize, Level, StoredTensor
-from hasten.accel.compression.method import Method
-from hasten.accel.compression.quantizers.base import AUTO, QuantizedWeight, Quantizer, Scheme
-from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
-from hasten.accel.compression.result import CompressedWeight, Result
-from hasten.accel.costs.method import LayerStack, MethodCost
+from hasten.accel.compression.formats.base import LoaderScheme
+from hasten.accel.compression.formats.compressed_tensors import INTEGERS
+from hasten.accel.compression.levels.base import AutoSize
+from hasten.accel.compression.levels.quantized import QuantizedLevel
+from hasten.accel.compression.quantizers.base import AUTO, Scheme
 
 _NAME = re.compile(r"w(\d+)(?:g(\d+|auto))?(a?)")
-_FORMAT = PackQuantized()
 
 
 @dataclass(frozen=True)
-class GridLevel(Level):
-    """All weights of a layer as codes on one grid."""
+class GridLevel(QuantizedLevel):
+    """All weights of a layer as codes on one grid of integers."""
 
     scheme: Scheme
 
     examples: ClassVar[tuple[str, ...]] = ("w4g128", "w3", "w4g128a")
-    family: ClassVar[type] = Quantizer
-    is_loaded_packed: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, name: str) -> "GridLevel | None":
@@ -48,13 +41,10 @@ class GridLevel(Level):
         scheme = self.scheme
         return f"w{scheme.bits}{scheme.suffix}{'' if scheme.symmetric else 'a'}"
 
-    def stored_bits(self, rows: int, columns: int, itemsize: int) -> int:
-        """Codes, scales and zero points."""
-        return self.scheme.stored_bits(rows, columns, itemsize)
-
-    def stored_tensors(self, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-        """Codes in 32-bit words, each row padded to whole words; zero points likewise, padded for each group."""
-        return grid_tensors(self.scheme, rows, columns, dtype)
+    @property
+    def loader_scheme(self) -> LoaderScheme:
+        """Packed codes."""
+        return LoaderScheme(INTEGERS, self.scheme)
 
     def check(self, layer: str, columns: int) -> None:
         """UserError where group_size does not divide the layer's columns."""
@@ -72,49 +62,10 @@ class GridLevel(Level):
         """bits, group_size and symmetric."""
         return asdict(self.scheme)
 
-    def pack(self, weight: CompressedWeight) -> dict[str, Tensor]:
-        """See formats.pack_quantized."""
-        assert isinstance(weight, QuantizedWeight)
-        return _FORMAT.pack(weight)
-
-    def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a loader unpacks it. Stored tensors tell the groups, and whether there are zero points."""
-        scheme = self.scheme.of_group_size(stored_group_size(stored["weight_shape"], stored["weight_scale"]))
-        scheme = replace(scheme, symmetric="weight_zero_point" not in stored)
-        return _FORMAT.unpack(stored, scheme)
-
-    def dense(self, weight: CompressedWeight) -> Tensor:
-        """The weight on its device; unpacking rounds alike."""
-        assert isinstance(weight, QuantizedWeight)
-        return weight.dequantize()
-
-    @property
-    def loader_scheme(self) -> Scheme:
-        """The grid itself."""
-        return self.scheme
-
-    def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The stored tensors themselves."""
-        return dict(stored)
-
-    def facts(self, weight: CompressedWeight) -> dict[str, object]:
-        """The scheme by which the weight was quantized."""
-        assert isinstance(weight, QuantizedWeight)
-        return asdict(weight.scheme)
-
-    def without_statistics(self, method: Method) -> tuple[Method, str]:
-        """Round to nearest."""
-        return RoundToNearest(), "rounded to nearest"
-
-    def cost(self, method: Method, layers: LayerStack) -> MethodCost | None:
-        """The cost that the method states."""
-        assert isinstance(method, Quantizer)
-        return method.cost(layers, self.scheme)
-
-    def make(self, method: Method, weight: Tensor, prepared: object) -> Result[CompressedWeight]:
-        """Quantize weight (R, C)."""
-        assert isinstance(method, Quantizer)
-        return method.quantize(weight, prepared, self.scheme)
+    def stored(self, stored: Mapping[str, Tensor]) -> LoaderScheme:
+        """The scheme with the groups of the stored tensors, and their zero points, which experts do not have."""
+        scheme = replace(stored_scheme(self.scheme, stored), symmetric="weight_zero_point" not in stored)
+        return LoaderScheme(INTEGERS, scheme)
 
 
 def group_size(text: str | None) -> int | str:
@@ -122,21 +73,14 @@ def group_size(text: str | None) -> int | str:
     return text if text == AUTO else int(text or -1)
 
 
+def stored_scheme(scheme: Scheme, stored: Mapping[str, Tensor]) -> Scheme:
+    """The scheme with the group size of stored tensors in place of `auto`."""
+    if scheme.group_size != AUTO:
+        return scheme
+    return scheme.of_group_size(stored_group_size(stored["weight_shape"], stored["weight_scale"]))
+
+
 def stored_group_size(shape: Tensor, scale: Tensor) -> int:
     """Group size of stored scales (R, G) of a weight whose shape (2,) is stored, too."""
     columns, groups = int(shape[1]), scale.shape[1]
     return -1 if groups == 1 else columns // groups
-
-
-def grid_tensors(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> list[StoredTensor]:
-    """Tensors of a layer (R, C), with scales of that dtype, in the format pack-quantized."""
-    groups = columns // scheme.columns(columns)
-    tensors = [
-        SHAPE,
-        StoredTensor("weight_packed", torch.int32, (rows, ceil(columns * scheme.bits / 32))),
-        StoredTensor("weight_scale", dtype, (rows, groups)),
-    ]
-    if not scheme.symmetric:
-        words = zero_point_words(rows, groups, scheme.bits)
-        tensors.append(StoredTensor("weight_zero_point", torch.int32, (words, groups)))
-    return tensors

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.formats import bitmask
-from hasten.accel.compression.levels.base import SHAPE, Level, StoredTensor
+from hasten.accel.compression.formats.base import SHAPE, StoredTensor
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.pruners.base import PrunedWeight, Pruner, Sparsity
 from hasten.accel.compression.pruners.magnitude import Magnitude

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.formats import two_of_four
+from hasten.accel.compression.formats.base import SHAPE, LoaderScheme, StoredTensor
+from hasten.accel.compression.formats.compressed_tensors import INTEGERS
 from hasten.accel.compression.formats.pack_quantized import PackQuantized
-from hasten.accel.compression.levels.base import SHAPE, AutoSize, Level, StoredTensor
+from hasten.accel.compression.levels.base import AutoSize, Level
 from hasten.accel.compression.levels.kinds.grid import group_size, stored_group_size
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.pruners.base import PrunedWeight, Pruner
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.pruners.n_of_m import NOfM
-from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme
+from hasten.accel.compression.quantizers.base import QuantizedWeight, Scheme, WeightScheme
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search
@@ -134,9 +136,9 @@ class TwoOfFourLevel(Level):
         return self._codes(stored, self.scheme).dequantize()
 
     @property
-    def loader_scheme(self) -> Scheme | None:
+    def loader_scheme(self) -> LoaderScheme | None:
         """The grid of the kept weights, which represents zeros exactly."""
-        return self.scheme
+        return None if self.scheme is None else LoaderScheme(INTEGERS, self.scheme)
 
     def checkpoint_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense codes where there is a grid, else the dense weight."""
@@ -189,7 +191,7 @@ class TwoOfFourLevel(Level):
         )
 
 
-def _bits(rows: int, columns: int, itemsize: int, scheme: Scheme | None) -> int:
+def _bits(rows: int, columns: int, itemsize: int, scheme: WeightScheme | None) -> int:
     """Exact size: two 2-bit indices for every four weights, values or codes of half of the weights, and scales."""
     weights = rows * columns
     if scheme is None:
