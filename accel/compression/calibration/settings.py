@@ -252,7 +252,12 @@ class Task:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
             self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.layer_groups, levels, propagated, edits and sorted(edits.blocks)
+                settings.output,
+                self.checkpoint,
+                self.layer_groups,
+                levels,
+                propagated,
+                None if edits is None else sorted(edits.blocks),
             )
         else:
             self._check_experts()
