@@ -184,9 +184,13 @@ def _moved(work: Pass) -> dict[str, int]:
     if work.sequences:
         count = work.sent_sums
         passes = int(work.collects) + int(work.is_transformed)
-        moved["sums of second moments"] = passes * count * sum(_sums_bytes(work, groups) for groups in work.layer_groups)
+        moved["sums of second moments"] = (
+            passes * count * sum(_sums_bytes(work, groups) for groups in work.layer_groups)
+        )
         if work.nodes > 1:
-            fetched = passes * sum(_sums_bytes(work, groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
+            fetched = passes * sum(
+                _sums_bytes(work, groups) * min(work.nodes, len(groups)) for groups in work.layer_groups
+            )
             moved[BETWEEN] = int(count * fetched * (1 - 1 / work.nodes))
         if work.ranks is not None:
             groups = work.workers // work.ranks.size
@@ -208,9 +212,7 @@ def _runs(work: Pass, block: int) -> int:
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
     block = model.largest_block()
-    held_sums = max(
-        (_sums_bytes(work, stage) for block in work.layer_groups for stage in work.sums(block)), default=0
-    )
+    held_sums = max((_sums_bytes(work, stage) for block in work.layer_groups for stage in work.sums(block)), default=0)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
     # Forwards of a divided block go through it layer by layer, so that all of them wait in it, too.

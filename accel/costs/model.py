@@ -157,10 +157,7 @@ class Model:
 
     def active_share(self, index: int) -> float:
         """Share of a block's experts to which a token is routed; 1 without experts."""
-        config = self.architecture.config
-        number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        used: int | None = getattr(config, "num_experts_per_tok", None)
-        return min(1.0, used / number) if number and used else 1.0
+        return active_share(self.architecture.config)
 
     def _tile_columns(self, device: torch.device) -> int:
         return min(self.vocabulary, tile_columns(TILE_TOKENS, self.hidden, device))
@@ -174,6 +171,13 @@ class Model:
     def _kinds(self) -> list[int]:
         """Sample of blocks that contains the largest: a model may have two kinds, dense blocks and mixtures."""
         return sorted({0, self.blocks // 2, self.blocks - 1})
+
+
+def active_share(config: object) -> float:
+    """Share of the experts to which a token is routed in the model of a transformers config; 1 without experts."""
+    number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    used: int | None = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, used / number) if number and used else 1.0
 
 
 def with_retained(parts: Mapping[str, int], freed: int) -> dict[str, int]:

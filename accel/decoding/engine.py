@@ -176,6 +176,7 @@ class Engine:
         if self.drafter is not None:
             self.drafter.begin(context, self.memory)
         self._prefill(slot, context, request.max_new_tokens)
+        self.target.end_prompt(slot)
         running.stats.prefill_seconds = perf_counter() - started
         self._running.append(running)
 
@@ -302,6 +303,10 @@ class Engine:
             slot: sequence.request.max_new_tokens - sequence.generated - 1
             for slot, sequence in enumerate(self._running)
         }
+        for slot in depths:
+            room = self.target.room(slot)
+            if room is not None:
+                depths[slot] = min(depths[slot], room - 1)
         return {slot: depth for slot, depth in depths.items() if depth > 0}
 
     def _prefill_drafter(self, drafting: Iterable[int], budget: int) -> None:

@@ -10,9 +10,9 @@ a family may name its norms and their readers itself.
 """
 
 import copy
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,12 @@ _MIXERS = ("self_attn", "mlp", "fc1", "fc2")
 _ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "mlp.shared_expert_gate.weight")
 # Norms in attention that the values do not go through.
 _HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+
+
+class Stored(Protocol):
+    """The names of tensors in a checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def scale_sites(
     family: Family,
     config: Any,
     logical: Callable[[str], str],
-    stored: Container[str],
+    stored: Stored,
 ) -> list[ScaleSite]:
     """Sites of a block, whose parameters may be on the meta device.
 
@@ -97,12 +103,12 @@ def _norm_sites(
     family: Family,
     config: Any,
     logical: Callable[[str], str],
-    stored: Container[str],
+    stored: Stored,
 ) -> list[ScaleSite]:
     known = {f"{layer.module}.weight" for layer in layers}
     sites = []
     for path, starts in _norms(block, family, config):
-        norm = block.get_submodule(path)
+        norm: Any = block.get_submodule(path)
         width = norm.weight.shape[0]
         read = [layer for layer in layers if layer.module.startswith(starts) and _reads_norm(layer, width)]
         others = [
@@ -143,7 +149,7 @@ def _reads_norm(layer: "Layer", width: int) -> bool:
 
 def _offset(norm: nn.Module) -> float | None:
     """The offset of a norm that multiplies by offset + weight; None where it does something else."""
-    copied = copy.deepcopy(norm).to_empty(device="cpu").float()
+    copied: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
     width = copied.weight.shape[0]
     inputs = torch.linspace(-1.0, 1.5, width)[None]
     outputs = []
@@ -159,16 +165,16 @@ def _offset(norm: nn.Module) -> float | None:
     return float(ratio.round()) if torch.allclose(outputs[0], ratio.round() * step, atol=1e-5) else None
 
 
-def _value_sites(
-    block: nn.Module, by_path: dict[str, "Layer"], config: Any, stored: Container[str]
-) -> list[ScaleSite]:
+def _value_sites(block: nn.Module, by_path: dict[str, "Layer"], config: Any, stored: Stored) -> list[ScaleSite]:
     """The input of attention's output projection, whose channels are made by the rows of the values."""
     attention = getattr(block, "self_attn", None)
     last = by_path.get("self_attn.o_proj") or by_path.get("self_attn.out_proj")
     if attention is None or last is None:
         return []
     norms = {
-        name.partition(".")[0] for name, parameter in attention.named_parameters() if parameter.ndim == 1 and "bias" not in name
+        name.partition(".")[0]
+        for name, parameter in attention.named_parameters()
+        if parameter.ndim == 1 and "bias" not in name
     }
     if not norms <= set(_HEAD_NORMS):
         return []
@@ -189,9 +195,7 @@ def _value_sites(
     return [ScaleSite(last.name, (last,), (), LINEAR, _tensors(source, stored), first, grouped)]
 
 
-def _inner_sites(
-    by_path: dict[str, "Layer"], family: Family, config: Any, stored: Container[str]
-) -> list[ScaleSite]:
+def _inner_sites(by_path: dict[str, "Layer"], family: Family, config: Any, stored: Stored) -> list[ScaleSite]:
     """The inputs of the second layers of feed-forward networks, experts among them."""
     sites = []
     for path, layer in by_path.items():
@@ -207,5 +211,5 @@ def _inner_sites(
     return sites
 
 
-def _tensors(layer: "Layer", stored: Container[str]) -> tuple[str, ...]:
+def _tensors(layer: "Layer", stored: Stored) -> tuple[str, ...]:
     return tuple(name for name in (f"{layer.name}.weight", f"{layer.name}.bias") if name in stored)

@@ -11,6 +11,7 @@ from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.search.candidates import Candidates
 from hasten.accel.compression.search.fitness import Fitness
+from hasten.accel.compression.search.gradient_scores import GradientScorePass, Scores
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.compression.search.sensitivity import Sensitivity, SensitivityPass
@@ -37,7 +38,7 @@ class EvaluatorSpec:
 class Evaluator:
     """A model in one process whose layers are swapped for each candidate; it is loaded at the first call of `losses`.
 
-    `sensitivities` does not load it: it reads one block at a time.
+    `sensitivities` and `gradient_scores` do not load it: they read one block at a time.
     """
 
     def __init__(self, spec: EvaluatorSpec) -> None:
@@ -57,6 +58,12 @@ class Evaluator:
         architecture, database = self._open()
         spec = self._spec
         return SensitivityPass(architecture, spec.units, database.weight, spec.tokens).measure(genome, batches)
+
+    def gradient_scores(self, batches: Sequence[Sequence[int]]) -> list[Scores]:
+        """Gradient scores of all choices, for each batch of sequences."""
+        architecture, database = self._open()
+        spec = self._spec
+        return GradientScorePass(architecture, spec.units, database.weight, spec.tokens).measure(batches)
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the model was first opened, peak memory, and time and counts of evaluations and swaps."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from hasten.accel.cache.base import CacheMethod
+from hasten.accel.cache.full import Full
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.acceptance import expected_rate
@@ -47,6 +49,7 @@ class DecodeSpec:
     other_dtypes: of the arithmetic; the fastest of them is chosen. compiled: whether the fast path is compiled.
     learned: what the drafter learned before. snapshot_seconds: interval of snapshots of a shared drafter's memory,
     from which its replacement starts. division: how the target is divided over a process group; None is one process.
+    cache, cache_budget: what the target's KV caches keep, see load_target.
     """
 
     target: Path
@@ -70,6 +73,8 @@ class DecodeSpec:
     learned: Mapping[str, Tensor] | None = None
     snapshot_seconds: float = 10.0
     division: Division | None = None
+    cache: CacheMethod = field(default_factory=Full)
+    cache_budget: float | None = None
 
 
 def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]], target: Target | None = None) -> Any:
@@ -174,7 +179,8 @@ class VerifierActor:
     def _load(self, dtype: torch.dtype) -> Target:
         """A new target."""
         spec = self._spec
-        return load_target(spec.target, dtype, spec.device, spec.path, compiled=spec.compiled)
+        caches = {"cache": spec.cache, "cache_budget": spec.cache_budget}
+        return load_target(spec.target, dtype, spec.device, spec.path, compiled=spec.compiled, **caches)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:
         """A decoding loop; the length controller keeps its state over assignments."""

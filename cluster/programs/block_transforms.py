@@ -91,7 +91,9 @@ class TransformProgram:
         ) -> dict[str, Edits]:
             # Without statistics there is a step, too, of which no sums were requested.
             step = statistics or self._step(block, number)
-            units = {(part.key,): part.cost for part in sorted(parts, key=lambda part: (-part.cost, part.key))}
+            units: dict[Unit, float] = {
+                (part.key,): part.cost for part in sorted(parts, key=lambda part: (-part.cost, part.key))
+            }
             self._work.begin_transform(step, number, put((collected, edits)), units)
             solved: dict[str, Edits] = {}
             for unit, (made,) in self._dispatcher.run(units, SharedQueue(units)):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.statistics import split
 from hasten.accel.compression.search.candidates import batches
+from hasten.accel.compression.search.gradient_scores import Scores
 from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.compression.search.sensitivity import Sensitivity
@@ -42,23 +43,30 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _SensitivityCall:
-    """One call: a candidate, and the batches of sequences to measure its units' parts of the divergence on."""
+class _BackwardCall:
+    """One call: batches of sequences to measure a candidate's parts of the divergence on; None: gradient scores."""
 
     worker: int
-    genome: Genome
+    genome: Genome | None
     batches: list[list[int]]
 
     def submit(self, evaluator: ActorHandle) -> ObjectRef:
         """Start it."""
+        if self.genome is None:
+            scores: ObjectRef = evaluator.gradient_scores.remote(self.batches)
+            return scores
         reference: ObjectRef = evaluator.sensitivities.remote(self.genome, self.batches)
         return reference
+
+
+# What calls return: losses (genomes, parts), or a result for each batch.
+_Result = Tensor | list[Sensitivity] | list[Scores]
 
 
 class _OwnQueues:
     """A queue of call numbers for each evaluator; an idle evaluator takes from the longest queue of the others."""
 
-    def __init__(self, calls: Sequence[_Call | _SensitivityCall], count: int) -> None:
+    def __init__(self, calls: Sequence[_Call | _BackwardCall], count: int) -> None:
         self._queues: list[deque[int]] = [deque() for _ in range(count)]
         for number, call in enumerate(calls):
             self._queues[call.worker].append(number)
@@ -76,7 +84,7 @@ class _OwnQueues:
         self._queues[worker].extendleft(reversed(keys))
 
 
-class _EvaluateWorkload(PoolWorkload[int, Tensor | list[Sensitivity]]):
+class _EvaluateWorkload(PoolWorkload[int, _Result]):
     """Calls by number. Every evaluator has two assignments at once, so that it never waits for the next."""
 
     depth = 2
@@ -84,7 +92,7 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor | list[Sensitivity]]):
     def __init__(self, spec: EvaluatorSpec, workers: int, needs: ActorResources) -> None:
         super().__init__(ActorPool("an evaluator", workers, needs, self._start))
         self._spec, self._needs = spec, needs
-        self.calls: Sequence[_Call | _SensitivityCall] = ()
+        self.calls: Sequence[_Call | _BackwardCall] = ()
         self._batches = recovery.Batches(
             "search.batch", spec.batch, "use a smaller search.sequence_length, or fewer workers on a node"
         )
@@ -99,8 +107,8 @@ class _EvaluateWorkload(PoolWorkload[int, Tensor | list[Sensitivity]]):
         (number,) = keys
         return self.calls[number].submit(self.pool.actors[worker])
 
-    def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, Tensor | list[Sensitivity]]], bool]:
-        """Losses, (genomes, parts), or sensitivities of batches."""
+    def receive(self, assignment: Assignment[int]) -> tuple[Sequence[tuple[int, _Result]], bool]:
+        """Results by number."""
         received = super().receive(assignment)
         self._loaded.add(assignment.worker)
         return received
@@ -179,12 +187,18 @@ class Evaluators:
 
     def sensitivities(self, genome: Genome, sequences: Sequence[int]) -> list[Sensitivity]:
         """Each unit's part of a candidate's divergence, for each batch of these sequences; evaluators share them."""
+        return [result for result in self._backward(genome, sequences) if isinstance(result, Sensitivity)]
+
+    def gradient_scores(self, sequences: Sequence[int]) -> list[Scores]:
+        """Gradient scores of all choices, for each batch of these sequences; evaluators share them."""
+        return [result for result in self._backward(None, sequences) if isinstance(result, Scores)]
+
+    def _backward(self, genome: Genome | None, sequences: Sequence[int]) -> list[Sensitivity | Scores]:
         batch = self._spec.batch
         batches = [list(sequences[first : first + batch]) for first in range(0, len(sequences), batch)]
         groups = [batches[part.start : part.stop] for part in split(len(batches), self._count)]
-        groups = [group for group in groups if group]
-        calls = [_SensitivityCall(number, genome, group) for number, group in enumerate(groups)]
-        measured: list[Sensitivity] = []
+        calls = [_BackwardCall(number, genome, group) for number, group in enumerate(filter(None, groups))]
+        measured: list[Sensitivity | Scores] = []
         for results in self._run(calls):
             assert isinstance(results, list)
             measured += results
@@ -231,7 +245,7 @@ class Evaluators:
             calls.append((genomes, [piece]))
         return calls
 
-    def _run(self, calls: Sequence[_Call | _SensitivityCall]) -> list[Tensor | list[Sensitivity]]:
+    def _run(self, calls: Sequence[_Call | _BackwardCall]) -> list[_Result]:
         """Results of calls, in the order of the calls."""
         if not calls:
             return []

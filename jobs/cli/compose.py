@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 CONF_MODULE = "hasten.conf"
 C = TypeVar("C", bound=Run)
+# Older name of cache_folder, for jobs that have no option of this name.
+_OLD_FOLDER = "cache"
 
 
 def compose(job: str, schema: type[C], words: list[str]) -> C:
@@ -51,14 +53,14 @@ def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
             near = nearest(word.lstrip("-"), known)
             hint = f", did you mean {near}=VALUE?" if near else ""
             raise UserError(f"{word!r} is no option: options are written key=value{hint}")
+        if key == _OLD_FOLDER and key not in known:
+            key = "cache_folder"
         # The name of a section of options stands for its source: data=FILE.
         texts[f"{key}.source" if key not in known and f"{key}.source" in known else key] = text
     return texts
 
 
-def _unknown(
-    job: str, key: str, known: dict[str, Option], groups: dict[str, str], lists: dict[str, list[str]]
-) -> str:
+def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str], lists: dict[str, list[str]]) -> str:
     near = nearest(key.lstrip("-+~"), known)
     group = key.partition(".")[0]
     if group in lists and key.count(".") == 2:

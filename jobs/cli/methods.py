@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
 _FAMILIES = (
-    *("quantizer", "column_quantizer", "pruner", "transform", "level", "allocator", "fitness"),
-    *("drafter", "verifier", "draft_length", "head"),
+    *("quantizer", "column_quantizer", "pruner", "transform", "level", "allocator", "fitness", "hardware"),
+    *("drafter", "verifier", "draft_length", "head", "cache"),
 )
 _TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
 _OR_NONE = " | None"
@@ -26,9 +26,9 @@ _SIMPLE = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 @dataclass(frozen=True)
 class MethodField:
-    """A hyper-parameter. kind: int, float, bool or str, else object. default: a literal, else its source text.
+    """A hyper-parameter. kind: int, float, bool or str, else object.
 
-    optional: None is allowed.
+    default: of the method's file, else of the class, a literal or its source text. optional: None is allowed.
     """
 
     name: str
@@ -59,6 +59,8 @@ def families() -> list[str]:
 
 def heading(family: str) -> str:
     """Plural of a family's name, for headings."""
+    if family == "hardware":
+        return family
     return f"{family.replace('_', ' ')}{' functions' if family.endswith('s') else 's'}"
 
 
@@ -80,7 +82,11 @@ def method(group: str, name: str) -> Method:
     method_class = _class_of(tree, class_name)
     documented = method_class if method_class is not None and _is_shared(group, module) else tree
     summary = " ".join((ast.get_docstring(documented) or "").partition("\n\n")[0].split()).removesuffix(".")
-    return Method(name, summary, () if method_class is None else _fields(module, class_name))
+    fields = () if method_class is None else _fields(module, class_name)
+    chosen = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    return Method(
+        name, summary, tuple(replace(field, default=chosen.get(field.name, field.default)) for field in fields)
+    )
 
 
 def _is_shared(group: str, module: str) -> bool:

@@ -153,7 +153,25 @@ def pareto(rows: Sequence[Row], path: Path) -> Path:
         if row["kl_divergence"] is not None:
             point = (float(row["bytes"]) / 2**20, float(row["kl_divergence"]))
             lines.setdefault(str(row["allocator"]), []).append(point)
-    figure, axes = new_axes("Quality against size", "MiB of quantized weights", "KL divergence, nats a token")
+    return _divergence_over_size(lines, "Quality against size", "MiB of quantized weights", path)
+
+
+def cache_pareto(rows: Sequence[Row], path: Path) -> Path:
+    """Divergence from the full cache over the bytes that are held, a line for each method; returns path.
+
+    rows: `method`, `bytes_end` and `kl_divergence`.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        point = (float(row["bytes_end"]) / 2**20, float(row["kl_divergence"]))
+        lines.setdefault(str(row["method"]), []).append(point)
+    return _divergence_over_size(lines, "Quality against size of the cache", "MiB held by the cache", path)
+
+
+def _divergence_over_size(
+    lines: Mapping[str, Sequence[tuple[float, float]]], title: str, size: str, path: Path
+) -> Path:
+    figure, axes = new_axes(title, size, "KL divergence, nats a token")
     for position, (name, points) in enumerate(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker=marker(position), linewidth=1, label=name)
     divergences = [divergence for points in lines.values() for _, divergence in points]

@@ -169,7 +169,7 @@ class Run:
     run_dir: str | None = option(
         None, "folder for config, log, report and plots; null is runs/JOB/DATE_TIME", path="out"
     )
-    cache: str | None = option(
+    cache_folder: str | None = option(
         None,
         "folder for local copies of inputs and outputs given by URI, visible to all nodes of a cluster; null is "
         "HASTEN_CACHE, or ~/.cache/hasten",

@@ -46,7 +46,7 @@ def local_paths(schema: type[Run], config: C) -> Iterator[C]:
     # The module imports torch, which runs without URIs need not wait for.
     from hasten.cluster.storage.mirror import Mirror
 
-    cache = _cache(config.cache)
+    cache = _cache(config.cache_folder)
     local = copy.deepcopy(config)
     names: dict[Path, str] = {}
     mirrors: dict[str, Mirror] = {}
@@ -54,7 +54,7 @@ def local_paths(schema: type[Run], config: C) -> Iterator[C]:
         for key, (uri, kind) in uris.items():
             path = in_place(uri)
             if path is None and kind == "in":
-                path = copied(key, uri, config.cache)
+                path = copied(key, uri, config.cache_folder)
             elif path is None:
                 mirrors[key] = Mirror(uri, cache, key)
                 stack.enter_context(mirrors[key].held())

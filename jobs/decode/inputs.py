@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
+from hasten.accel.cache.full import Full
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
+from hasten.accel.decoding.targets.base import FAST_PATHS
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.actors.verifier import DecodeSpec, sharing_refusal
@@ -95,6 +98,8 @@ def prepare(config: DecodeConfig) -> Inputs:
         memory_bytes=config.memory_bytes,
         learned=learned,
         division=division,
+        cache=chosen_cache(config),
+        cache_budget=config.cache_budget,
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
     completions = Completions(output, _settings(config, spec, sampling), config.overwrite)
@@ -108,6 +113,22 @@ def prepare(config: DecodeConfig) -> Inputs:
     keys = {prompt.key for prompt in prompts}
     kept = {key: record for key, record in kept.items() if key in keys}
     return Inputs(spec, sampling, stopping, prompts, completions, kept, _placement(config, spec, sampling))
+
+
+def chosen_cache(config: DecodeConfig) -> CacheMethod:
+    """The cache method; UserError where it does not fit the budget, the path or the group."""
+    method: CacheMethod = build(config.cache)
+    if isinstance(method, Full):
+        if config.cache_budget is not None:
+            raise UserError(f"cache_budget={config.cache_budget:g} needs a method that has a budget: give cache=NAME")
+        return method
+    if config.path in FAST_PATHS:
+        raise UserError(f"path={config.path} has no compressed caches yet: give path=transformers or auto")
+    if config.target_group.size > 1:
+        raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
+    budget = None if config.cache_budget is None else CacheBudget(config.cache_budget)
+    check_budget(method, budget)
+    return method
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
@@ -136,5 +157,6 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
+        "cache": None if isinstance(spec.cache, Full) else {**config.cache, "budget": spec.cache_budget},
         "seed": config.seed,
     }

@@ -83,6 +83,15 @@ class DecodeConfig(Run):
         "fast for the families that it runs",
         choices=("auto", "transformers", "fast", "llama"),
     )
+    cache: dict[str, Any] = group(
+        "what the KV cache of the target keeps, and how; other than full with path=transformers"
+    )
+    cache_budget: float | None = option(
+        None,
+        "tokens of a sequence that each layer's cache may hold, up to 1 a share of the sequence, for methods that drop "
+        "tokens",
+        at_least=0,
+    )
     compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(
         "auto",

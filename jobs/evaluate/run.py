@@ -106,7 +106,7 @@ def run(config: EvaluateConfig) -> Path:
 def _texts(config: EvaluateConfig, folder: Path) -> tuple[Texts, Windows | None]:
     """Windows to measure on, by default a part of the text that the checkpoint was calibrated on, else of library."""
     origin = recorded_origin(folder)
-    texts = Texts(folder, config.bos, config.template, origin and replace(origin, text=None), config.cache)
+    texts = Texts(folder, config.bos, config.template, origin and replace(origin, text=None), config.cache_folder)
     try:
         return texts, texts.evaluate(config.evaluation)
     except UserError as error:
@@ -123,7 +123,7 @@ def _original(config: EvaluateConfig, checkpoint: Checkpoint) -> Path | None:
     uri = source_name(checkpoint.path)
     if uri is not None and is_uri(uri):
         try:
-            copy = copied("original", uri, config.cache)
+            copy = copied("original", uri, config.cache_folder)
             recorded = copy if copy.is_dir() else None
         except UserError as error:  # the user did not ask for the comparison
             _LOG.warning("%s", error)

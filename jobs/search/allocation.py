@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import Unit, budget_bits, check_budget, left_out, size
+from hasten.accel.compression.allocators.base import cost, left_out, size
+from hasten.accel.compression.allocators.budgets import allocate, check_allocator, check_budget
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.compression.allocators.grouping import mixed_modules
 from hasten.accel.compression.levels import units
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.levels.units import dropped_parts, layer_levels, make_units
+from hasten.accel.compression.levels.units import dropped_parts, layer_levels
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest
 from hasten.accel.compression.search import candidates
@@ -36,6 +37,7 @@ from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.quality import measured
 from hasten.jobs.common.texts import Texts, recorded_origin
 from hasten.jobs.levels.run import DatabaseBuild
+from hasten.jobs.search.budget import SearchBudget
 from hasten.jobs.search.measuring import CandidateMeasurer
 from hasten.jobs.search.options import SearchConfig
 from hasten.jobs.search.searching import SavedStates, SearchRun
@@ -74,6 +76,9 @@ class Search:
             if isinstance(allocator, Searcher):
                 allocator.check_tokens(self._tokens.numel())
         self._architecture, self.database = self._levels()
+        self._budget = SearchBudget.of(config, self._architecture, self.database)
+        for name, allocator in ({self._name: self._allocator} | self._compared).items():
+            check_allocator(allocator.counts_bits, name, self._budget.unit)
         self._check_budgets()
         # Genomes, which are the indices of the units' choices, by allocator and budget.
         self._genomes: dict[tuple[str, float], Genome] = {}
@@ -105,7 +110,7 @@ class Search:
         if self._database_build:
             self._database_build.run(tracker)
         config = self._config
-        units = make_units(self.database, config.grouping, config.keep, config.drop)
+        units = self._budget.units(config, self.database)
         self._measurer = CandidateMeasurer(config, self.database, units, self._tokens, self._windows, self._fitness)
 
     def allocate(self, tracker: Tracker) -> None:
@@ -139,7 +144,7 @@ class Search:
             folder.release()
         weights = sum(unit.weights for unit in units)
         metrics: dict[str, object] = {"budget": budget, "budget_bits_per_weight": size(units, genome) / weights}
-        metrics |= {"mixed_fused_modules": len(mixed)}
+        metrics |= {"mixed_fused_modules": len(mixed), "budget_spent": self._spent(genome)}
         metrics |= sizes(Checkpoint(output)).metrics()
         metrics |= self._quality(output)
         tracker.metrics({f"{name}/{budget:g}": value for name, value in metrics.items()})
@@ -172,7 +177,7 @@ class Search:
         config = self._config
         assert config.levels is not None
         origin = recorded_origin(Path(config.levels).expanduser())
-        texts = Texts(self._source, config.bos, config.template, origin, config.cache)
+        texts = Texts(self._source, config.bos, config.template, origin, config.cache_folder)
         if origin is None and None in (config.search.source, config.evaluation.source):
             texts.calibrate(config.calibration, is_needed=False)
         return texts
@@ -201,9 +206,9 @@ class Search:
                 f"drop=[{','.join(config.drop)}] cannot stand next to levels with zero points ({zero_points[0]}): "
                 f"transformers reads these only where all layers have equal bits: use symmetric=true, or drop=[block]"
             )
-        units = make_units(self.database, config.grouping, config.keep, config.drop, solved=False)
+        units = self._budget.units(config, self.database, solved=False)
         for budget in config.budget:
-            check_budget(units, _bits(units, budget))
+            check_budget(units, self._budget.unit.limit(budget, units), self._budget.unit)
 
     def _allocators(self) -> dict[str, AllocationMethod]:
         """The allocators to compare by name, including the configured one."""
@@ -223,6 +228,7 @@ class Search:
             "budget": budget,
             "bits_per_weight": bits / sum(unit.weights for unit in units),
             "bytes": bits / 8,
+            "budget_spent": self._spent(genome),
             "kl_divergence": self._measurer.held_out(tuple(genome)),
         }
 
@@ -231,17 +237,19 @@ class Search:
         if isinstance(allocator, Searcher):
             return self._searched(name, allocator, budget, tracker)
         units = self._measurer.units
-        bits = _bits(units, budget)
+        limit = self._budget.unit.limit(budget, units)
         if allocator.needs_errors:
-            units = self._measurer.units_with_errors(bits)
-        levels = allocator.allocate(units, bits)
+            units = self._measurer.units_with_errors(limit)
+        levels = allocate(allocator, units, limit, self._budget.unit)
         return tuple(unit.index(levels[unit.name]) for unit in units)
 
     def _searched(self, name: str, searcher: Searcher, budget: float, tracker: Tracker) -> Genome:
         """The genome that a search finds when it starts from the exact optimum of the additive errors."""
-        bits = _bits(self._measurer.units, budget)
-        units = self._measurer.units_with_errors(bits)
-        problem = Problem(units, bits, self._measurer.lengths, self._config.seed, Exact().choose(units, bits))
+        unit = self._budget.unit
+        limit = unit.limit(budget, self._measurer.units)
+        units = self._measurer.units_with_errors(limit)
+        start = Exact().choose(units, limit)
+        problem = Problem(units, limit, self._measurer.lengths, self._config.seed, start, unit)
         run = SearchRun(
             name,
             searcher,
@@ -262,6 +270,11 @@ class Search:
             bits = unit.choices[index].bits / unit.weights if unit.weights and not out else 0.0
             rows += [{"layer": layer, "block": unit.block, "bits_per_weight": bits} for layer in unit.layers]
         return level_map(rows, path)
+
+    def _spent(self, genome: Sequence[int]) -> float:
+        """What a genome takes of the budget, in the budget's unit."""
+        units = self._measurer.units
+        return float(self._budget.unit.amount(cost(units, genome), units))
 
     def _quality(self, output: Path) -> Mapping[str, object]:
         if self._windows is None:
@@ -286,6 +299,7 @@ class Search:
         return {
             "code": code_fingerprint(searcher, self._fitness, units, candidates),
             "budget": budget,
+            "costs": digest([[choice.cost for choice in unit.choices] for unit in problem.space.units]),
             "allocator": searcher.fingerprint(),
             "grouping": config.grouping,
             "keep": config.keep,
@@ -298,11 +312,6 @@ class Search:
             "seed": config.seed,
             "dtype": str(self._measurer.dtype),
         }
-
-
-def _bits(units: Sequence[Unit], budget: float) -> int:
-    """Bits of all units together at a budget of bits per weight."""
-    return budget_bits(budget, sum(unit.weights for unit in units))
 
 
 def _name(target: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest
-from hasten.accel.compression.search import sensitivity
+from hasten.accel.compression.search import gradient_scores, sensitivity
 from hasten.accel.compression.search.errors import with_errors
 from hasten.accel.compression.search.fitness import KL, Fitness
 from hasten.accel.compression.search.measurements import Request
@@ -74,18 +75,20 @@ class CandidateMeasurer:
         evaluators = self._evaluators("held out", self._windows.tokens, KL())
         return evaluators([genome], _whole(self._windows.tokens))[0]
 
-    def units_with_errors(self, bits: int) -> list[Unit]:
-        """The units with errors as the option `errors` says, for a budget of bits.
+    def units_with_errors(self, limit: int) -> list[Unit]:
+        """The units with errors as the option `errors` says, for a limit of their cost.
 
         Measurements are saved in the level database, each as soon as it is finished.
         """
         if self._config.errors == "output":
             return self.units
+        if self._config.errors == "autoquantize":
+            return self._by_gradient_scores()
         # Only errors=gradient depends on the budget.
-        key = bits if self._config.errors == "gradient" else None
+        key = limit if self._config.errors == "gradient" else None
         if key not in self._with_errors:
             scaled = self._config.errors == "kl_scaled"
-            self._with_errors[key] = self._alone(scaled=scaled) if key is None else self._at_operating_point(bits)
+            self._with_errors[key] = self._alone(scaled=scaled) if key is None else self._at_operating_point(limit)
         return self._with_errors[key]
 
     def _alone(self, only: Collection[str] | None = None, scaled: bool = False) -> list[Unit]:
@@ -103,11 +106,11 @@ class CandidateMeasurer:
         self._database.write_json(path, [[choice.error for choice in unit.choices] for unit in measured])
         return measured
 
-    def _at_operating_point(self, bits: int) -> list[Unit]:
-        """Errors at candidates of this size; those of parts that can be dropped are measured alone."""
+    def _at_operating_point(self, limit: int) -> list[Unit]:
+        """Errors at candidates of this cost; those of parts that can be dropped are measured alone."""
         parts = [unit.name for unit in self.units if not unit.layers]
         units = self._alone(parts) if parts else self.units
-        start = Space(units, bits).first(1, np.random.default_rng(self._config.seed))[0]
+        start = Space(units, limit).first(1, np.random.default_rng(self._config.seed))[0]
         passes = self._config.search.error_passes
         with Progress("sensitivities", passes, "measurement") as progress:
 
@@ -116,7 +119,33 @@ class CandidateMeasurer:
                 progress.update(number + 1, f"KL divergence {observation.divergence:.5f}")
                 return observation
 
-            return iterate(units, bits, start, passes, measure)
+            return iterate(units, limit, start, passes, measure)
+
+    def _by_gradient_scores(self) -> list[Unit]:
+        """Errors by gradient scores at the original; those of parts that can be dropped are measured alone."""
+        parts = [unit.name for unit in self.units if not unit.layers]
+        units = self._alone(parts) if parts else self.units
+        sequences = range(min(self._config.search.error_sequences, len(self._tokens)))
+        key = {
+            "tokens": fingerprint(self._tokens[list(sequences)]),
+            "batch": self._config.search.batch,
+            "code": code_fingerprint(gradient_scores),
+        }
+        path = self._saved("scores", key)
+        if path.exists():
+            scores = json.loads(path.read_text())
+        else:
+            measured = self._evaluators("search", self._tokens, self._fitness).gradient_scores(sequences)
+            tokens = sum(batch.tokens for batch in measured)
+            scores = [
+                [
+                    math.fsum(batch.values[place][choice] for batch in measured) / tokens
+                    for choice in range(len(unit.choices))
+                ]
+                for place, unit in enumerate(units)
+            ]
+            self._database.write_json(path, scores)
+        return [_with(unit, row) if unit.layers else unit for unit, row in zip(units, scores, strict=True)]
 
     def _observation(self, genome: Genome, number: int) -> Observation:
         """Measurement `number` of a search's sensitivities; each takes the next sequences."""

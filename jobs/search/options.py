@@ -30,12 +30,30 @@ class SearchTokens:
 
 
 @dataclass
+class Latency:
+    """The pass whose time a budget of milliseconds limits."""
+
+    tokens: int = option(1, "tokens of a pass, such as the sequences that are decoded at a time", at_least=1)
+    other: float = option(0.0, "milliseconds of a pass that levels do not change, which are added", at_least=0)
+
+
+@dataclass
 class SearchConfig(LevelOptions):
     """Spread a budget of bits over the layers: build the levels, choose among them, write the checkpoint; resumable."""
 
     budget: list[float] = option(
-        [3.2], "average bits per quantized weight, scales included; a list adds a table that compares allocators"
+        [3.2],
+        "average bits per quantized weight, scales included, or what budget_unit says; a list adds a table that "
+        "compares allocators",
     )
+    budget_unit: str = option(
+        "bits",
+        "what the budget counts: bits of a weight; gigabytes (10^9 bytes) of the checkpoint; or predicted milliseconds "
+        "of the layers' products in a pass of latency.tokens on a GPU, see hardware",
+        choices=("bits", "gigabytes", "milliseconds"),
+    )
+    hardware: dict[str, Any] = group("GPU whose rates predict milliseconds, for budget_unit=milliseconds")
+    latency: Latency = section(Latency)
     allocator: dict[str, Any] = group("method that gives each layer a level within the budget")
     grouping: str = option(
         "serving",
@@ -47,9 +65,10 @@ class SearchConfig(LevelOptions):
     errors: str = option(
         "gradient",
         "errors whose sum allocators minimize: each layer's part of the KL divergence of a mixture of the budget's "
-        "size, from a backward pass; output error of each layer; KL divergence of each level alone; or that of one "
-        "level per layer alone, scaled to the other levels by the output errors",
-        choices=("gradient", "output", "kl", "kl_scaled"),
+        "size, from a backward pass; output error of each layer; KL divergence of each level alone; that of one level "
+        "per layer alone, scaled to the other levels by the output errors; or the squared change of a layer's outputs "
+        "times the squared gradient of the loss (AutoQuantize of Model Optimizer)",
+        choices=("gradient", "output", "kl", "kl_scaled", "autoquantize"),
     )
     fitness: dict[str, Any] = group("loss by which a search compares candidates")
     compare: list[str] = option(

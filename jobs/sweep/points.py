@@ -23,7 +23,7 @@ from hasten.jobs.descriptors.descriptor import Job
 Identity = object
 
 # Options that affect where a run is stored, tracked or executed, but not its results.
-_NO_RESULT_KEYS = ("run_dir", "cache", "tracking", "address", "overwrite")
+_NO_RESULT_KEYS = ("run_dir", "cache_folder", "tracking", "address", "overwrite")
 _NAME_CHARACTERS = 80
 # Larger files are identified by size and modification time.
 _HASHED_BYTES = 64 * 2**20

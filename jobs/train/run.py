@@ -34,7 +34,7 @@ from hasten.jobs.train.ranks import check_ranks, ranks_session
 from hasten.jobs.train.recorded import Recording
 from hasten.jobs.train.training import HeadTraining, train_settings
 
-_NOT_COMPARED = ("run_dir", "cache", "tracking", "output", "overwrite", "threads", "address")
+_NOT_COMPARED = ("run_dir", "cache_folder", "tracking", "output", "overwrite", "threads", "address")
 # They change neither the losses nor the checkpoints.
 _MAY_DIFFER = ("train.checkpoint_seconds", "train.checkpoint_steps", "train.ranks", "train.zero")
 

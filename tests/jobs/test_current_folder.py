@@ -16,9 +16,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(hasten.__file__).parents[1]
 # As pip writes it for `hasten` of pyproject.toml.
 COMMAND = "import sys\nfrom hasten.__main__ import main\nsys.exit(main())\n"
+COMPRESS = (
+    "compress workers=1 calibration.sequences=2 calibration.sequence_length=64 evaluation.sequences=0 "
+    "\"output='a model, [x]'\""
+)
 RUNS = {
-    "compress": "compress workers=1 calibration.sequences=2 calibration.sequence_length=64 evaluation.sequences=0 "
-    "\"output='a model, [x]'\"",
     "sweep": "decode --multirun prompts=prompts.jsonl max_new_tokens=2,4 workers=1 sweep.cpus=2",
     "plan": "plan decode",
 }
@@ -48,8 +50,6 @@ def test_nothing_in_the_current_folder_is_imported(here, tmp_path, name):
     set_traps(here)
     run(here, tmp_path / "command", words=RUNS[name])
     assert imported(here) == []
-    if name == "compress":
-        assert (here / "a model, [x]" / "config.json").is_file()
 
 
 def test_python_m_hasten_imports_nothing_there_and_uses_a_long_tmpdir_through_a_short_link(here, tmp_path):
@@ -58,8 +58,9 @@ def test_python_m_hasten_imports_nothing_there_and_uses_a_long_tmpdir_through_a_
     long.mkdir()
     before = links_to(long)
     # An empty entry of PYTHONPATH is the current folder, too.
-    run(here, "-m", "hasten", words=RUNS["compress"], PYTHONPATH=f"{ROOT}:", TMPDIR=str(long))
+    run(here, "-m", "hasten", words=COMPRESS, PYTHONPATH=f"{ROOT}:", TMPDIR=str(long))
     assert imported(here) == []
+    assert (here / "a model, [x]" / "config.json").is_file()
     assert list((long / "ray").glob("session_2*"))
     assert links_to(long) == before == []
 

@@ -113,4 +113,4 @@ def test_a_job_is_found_by_its_words(any_job):
 
 
 def test_the_default_config_is_plain_values(any_job):
-    assert list(plain(compose(any_job.name, any_job.options, [])))[:2] == ["run_dir", "cache"]
+    assert list(plain(compose(any_job.name, any_job.options, [])))[:2] == ["run_dir", "cache_folder"]

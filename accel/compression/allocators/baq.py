@@ -12,11 +12,12 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, lowest_budget
+from hasten.accel.compression.allocators.base import DROP, Allocator, BudgetTooSmallError, Unit, check_errors
 from hasten.accel.errors import UserError
 
 # Replaces the binary logarithm of 0: smaller than that of any positive float64.
@@ -33,17 +34,15 @@ class BAQ(Allocator):
 
     reference: str | None = None
 
+    counts_bits: ClassVar[bool] = True
+
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
-        """Index of the choice of every unit; UserError where the budget needs a part dropped."""
+        """Index of the choice of every unit; BudgetTooSmallError where the budget needs a part dropped."""
         check_errors(units)
         options = [_options(unit) for unit in units]
         min_bits = sum(unit.choices[own[0]].bits for unit, own in zip(units, options, strict=True))
         if min_bits > budget:
-            weights = sum(unit.weights for unit in units)
-            raise UserError(
-                f"budget={budget / weights:g} needs parts to be dropped, which BAQ does not: "
-                f"it takes {lowest_budget(min_bits, weights)} bits per weight or more"
-            )
+            raise BudgetTooSmallError("needs parts to be dropped, which BAQ does not", min_bits)
         constants = [
             self.log2_constant(unit) if len(own) > 1 else _LOG2_OF_ZERO
             for unit, own in zip(units, options, strict=True)

@@ -1,10 +1,9 @@
-"""Base class of allocators, which choose a level for every unit within a budget of bits, and the units themselves."""
+"""Base class of allocators, which choose a level for every unit within a budget, and the units themselves."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 from hasten.accel.errors import UserError
@@ -20,12 +19,18 @@ class Choice:
     """One level that a unit may get.
 
     level: its name. bits: exact size of the whole unit at this level, including scales, zero points and masks. error:
-    its contribution to the model's error, in any measure that is additive over units.
+    its contribution to the model's error, in any measure that is additive over units. cost: what the level takes of the
+    budget, in the unit of the budget (see budgets.py); by default its bits.
     """
 
     level: str
     bits: int
     error: float = 0.0
+    cost: int = -1
+
+    def __post_init__(self) -> None:
+        if self.cost < 0:
+            object.__setattr__(self, "cost", self.bits)
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,9 @@ class Unit:
 
     name: unique; the name of the first layer. layers: names of the layers. kind: equal for corresponding units of
     different blocks. weights: number of weights; 0 for a part, whose layers are units themselves. choices: by ascending
-    bits, with distinct levels. A part has the choices `drop`, with the bits that a file must still hold, and `keep`,
+    cost, with distinct levels. A part has the choices `drop`, with the bits that a file must still hold, and `keep`,
     with 0 bits. part_of: name of the part that contains this unit; None where no part does. If it is dropped, the bits
-    of this unit do not count.
+    and the cost of this unit do not count.
     """
 
     name: str
@@ -69,43 +74,23 @@ def left_out(units: Sequence[Unit], chosen: Sequence[int]) -> list[bool]:
 
 def size(units: Sequence[Unit], chosen: Sequence[int]) -> int:
     """Bits of all units at these choices; units in dropped parts do not count."""
+    return sum(choice.bits for choice in _counted(units, chosen))
+
+
+def cost(units: Sequence[Unit], chosen: Sequence[int]) -> int:
+    """Cost of all units at these choices, in the unit of the budget; units in dropped parts do not count."""
+    return sum(choice.cost for choice in _counted(units, chosen))
+
+
+def _counted(units: Sequence[Unit], chosen: Sequence[int]) -> list[Choice]:
+    """The choices of the units that are not in dropped parts."""
     omitted = left_out(units, chosen)
-    return sum(unit.choices[index].bits for unit, index, out in zip(units, chosen, omitted, strict=True) if not out)
+    return [unit.choices[index] for unit, index, out in zip(units, chosen, omitted, strict=True) if not out]
 
 
 def error(units: Sequence[Unit], chosen: Sequence[int]) -> float:
     """Sum of the choices' errors; units in dropped parts do not add to the error of dropping the part."""
-    omitted = left_out(units, chosen)
-    return math.fsum(
-        unit.choices[index].error for unit, index, out in zip(units, chosen, omitted, strict=True) if not out
-    )
-
-
-def budget_bits(budget: float, weights: int) -> int:
-    """Bits of all weights together at a budget of bits per weight, rounded down; UserError where it is not finite."""
-    if not math.isfinite(budget):
-        raise UserError(f"budget={budget} is wrong: expected a number of bits per weight")
-    # The budget is the decimal number that was written. Its product in floating point may be a bit below an exact
-    # level: 4.1 * 63,999,200 is 262,396,719.99999997.
-    return int(Fraction(repr(float(budget))) * weights)
-
-
-def lowest_budget(bits: int, weights: int) -> str:
-    """The lowest budget of bits per weight, with four decimals at most, that holds this many bits."""
-    return f"{-(-bits * 10**4 // weights) / 10**4:g}"
-
-
-def check_budget(units: Sequence[Unit], budget: int) -> None:
-    """UserError, which names the lowest and the highest level, where the budget is below the one or above the other."""
-    weights = sum(unit.weights for unit in units)
-    low = size(units, [0] * len(units))
-    high = size(units, [len(unit.choices) - 1 for unit in units])
-    if not low <= budget <= high:
-        # Rounded inwards, so that the printed bounds are legal budgets.
-        lowest = f"{_names(units, 0)} ({lowest_budget(low, weights)} bits per weight)"
-        highest = f"{_names(units, -1)} ({high * 10**4 // weights / 10**4:g})"
-        side = "below the lowest" if budget < low else "above the highest"
-        raise UserError(f"budget={budget / weights:.5g} is {side} level: they reach from {lowest} to {highest}")
+    return math.fsum(choice.error for choice in _counted(units, chosen))
 
 
 def check_errors(units: Sequence[Unit]) -> None:
@@ -118,34 +103,29 @@ def check_errors(units: Sequence[Unit]) -> None:
                 )
 
 
-def _names(units: Sequence[Unit], place: int) -> str:
-    """Names of the levels at one end of the choices (place 0 or -1), of layers and of dropped parts."""
-    chosen = [range(len(unit.choices))[place] for unit in units]
-    ends = [
-        unit.choices[index].level
-        for unit, index, out in zip(units, chosen, left_out(units, chosen), strict=True)
-        if not out and (unit.layers or unit.choices[index].level == DROP)
-    ]
-    levels = list(dict.fromkeys(ends)) or [units[0].choices[place].level]
-    return "/".join(levels[:3]) + ("/..." if len(levels) > 3 else "")
+class BudgetTooSmallError(Exception):
+    """An allocator cannot keep a budget that others can. reason: of the allocator. least: cost of what it could do."""
+
+    def __init__(self, reason: str, least: int) -> None:
+        super().__init__(reason)
+        self.reason, self.least = reason, least
 
 
 class Allocator(ABC):
-    """A method that spreads a budget of bits over units, from the units' sizes and errors alone.
+    """A method that spreads a budget over units, from the units' costs and errors alone.
 
     A method that measures candidates on the model is a Searcher (search/base.py). Both are members of conf/allocator.
-    needs_errors: whether the method reads the errors of the units.
+    needs_errors: whether the method reads the errors of the units. counts_bits: whether it takes the cost of a level
+    for its bits, and so cannot spread a budget of anything else.
     """
 
     needs_errors: ClassVar[bool] = True
-
-    def allocate(self, units: Sequence[Unit], budget: int) -> dict[str, str]:
-        """Level of every unit, by unit name, of at most `budget` bits; UserError where the budget is out of range."""
-        check_budget(units, budget)
-        chosen = self.choose(units, budget)
-        assert size(units, chosen) <= budget, f"{type(self).__name__} spent more than the budget"
-        return {unit.name: unit.choices[index].level for unit, index in zip(units, chosen, strict=True)}
+    counts_bits: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
-        """Index of the choice of every unit. The budget is between the smallest and the largest size."""
+        """Index of the choice of every unit, of at most `budget` cost.
+
+        The budget is between the costs of the first and of the last choices. BudgetTooSmallError where the method
+        cannot keep it.
+        """

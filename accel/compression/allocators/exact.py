@@ -4,7 +4,7 @@ Source: the multiple-choice knapsack problem, Sinha and Zoltners 1979, doi:10.12
 1995, doi:10.1016/0377-2217(95)00015-I: a Lagrangian bound decides most units, and dynamic programming the few others.
 Departs from it: units may lie in parts that can be dropped, so both the bound and the states are computed over trees.
 A solver of mixed-integer programs is not used: its tolerance, a millionth of a choice, is many bits of a large model.
-Bits are integers throughout, and of two solutions with the same error the one with fewer bits is taken.
+Costs are integers throughout, and of two solutions with the same error the one that costs less is taken.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, error, size
+from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, check_errors, cost, error
 from hasten.accel.errors import UserError
 
 _Ints: TypeAlias = NDArray[np.int64]
@@ -49,7 +49,7 @@ class Exact(Allocator):
 
 
 class _Problem:
-    """Units as arrays over all choices, unit after unit, and the Lagrangian relaxation, in which bits have a price.
+    """Units as arrays over all choices, unit after unit, and the Lagrangian relaxation, where the budget has a price.
 
     starts: first choice of every unit. owner: unit of every choice. holds: whether a choice is not `drop`. outer: unit
     that contains a unit, or -1; inner: its inverse. depth: number of units around a unit.
@@ -61,7 +61,7 @@ class _Problem:
         self.starts = np.cumsum([0, *counts[:-1]])
         self.owner = np.repeat(np.arange(len(units)), counts)
         choices = [choice for unit in units for choice in unit.choices]
-        self.bits = np.array([choice.bits for choice in choices], dtype=np.int64)
+        self.spent = np.array([choice.cost for choice in choices], dtype=np.int64)
         self.errors = np.array([choice.error for choice in choices])
         self.holds = np.array([choice.level != DROP for choice in choices])
         place = {unit.name: index for index, unit in enumerate(units)}
@@ -76,8 +76,8 @@ class _Problem:
             self.inner.setdefault(outer, []).append(index)
 
     def costs(self, price: float) -> tuple[_Floats, _Floats]:
-        """Least error plus price times bits, of every choice with all units inside, and of every unit."""
-        costs = self.errors + price * self.bits
+        """Least error plus price times cost, of every choice with all units inside, and of every unit."""
+        costs = self.errors + price * self.spent
         for depth in range(self.depth.max(initial=0), 0, -1):
             least = np.minimum.reduceat(costs, self.starts)
             inside = np.zeros(len(self.units))
@@ -87,12 +87,12 @@ class _Problem:
         return costs, np.minimum.reduceat(costs, self.starts)
 
     def cheapest(self, price: float) -> tuple[_Ints, int]:
-        """Cheapest choice of every unit at this price, as an index into the arrays, and the bits of all."""
+        """Cheapest choice of every unit at this price, as an index into the arrays, and the cost of all."""
         costs, least = self.costs(price)
         places = np.where(costs == least[self.owner], np.arange(len(costs)), len(costs))
         chosen = np.minimum.reduceat(places, self.starts)
         alive = self.alive(chosen)
-        return np.where(alive, chosen, self.starts), int(self.bits[chosen[alive]].sum())
+        return np.where(alive, chosen, self.starts), int(self.spent[chosen[alive]].sum())
 
     def alive(self, chosen: _Ints) -> NDArray[np.bool_]:
         """Whether each unit is outside all dropped parts."""
@@ -104,19 +104,19 @@ class _Problem:
         return alive
 
     def relax(self) -> tuple[float, list[int]]:
-        """The least price of a bit, in error, whose cheapest choices fit the budget; and these choices."""
-        chosen, bits = self.cheapest(0.0)
-        if bits <= self.budget:
+        """The least price of the budget, in error, at which the cheapest choices fit it; and these choices."""
+        chosen, spent = self.cheapest(0.0)
+        if spent <= self.budget:
             return 0.0, (chosen - self.starts).tolist()
-        # At this price one bit costs more than any error.
+        # At this price a unit of the budget costs more than any error.
         low, high = 0.0, float(np.abs(self.errors).max()) * 4 * len(self.units)
         chosen, _ = self.cheapest(high)
         for _ in range(_HALVINGS):
             if high - low <= 1e-14 * high:
                 break
             middle = (low + high) / 2
-            tried, bits = self.cheapest(middle)
-            if bits <= self.budget:
+            tried, spent = self.cheapest(middle)
+            if spent <= self.budget:
                 high, chosen = middle, tried
             else:
                 low = middle
@@ -127,27 +127,27 @@ class _Problem:
         now = np.array(chosen) + self.starts
         # Only units outside dropped parts are changed, and none is dropped.
         open_ = self.alive(now)[self.owner] & self.holds & self.holds[now][self.owner]
-        remaining = self.budget - size(self.units, chosen)
+        remaining = self.budget - cost(self.units, chosen)
         while True:
-            cost = self.bits - self.bits[now][self.owner]
-            gain = np.where(open_ & (cost <= remaining), self.errors[now][self.owner] - self.errors, 0.0)
+            added = self.spent - self.spent[now][self.owner]
+            gain = np.where(open_ & (added <= remaining), self.errors[now][self.owner] - self.errors, 0.0)
             best = int(gain.argmax())
             if gain[best] <= 0:
                 return (now - self.starts).tolist()
-            remaining -= int(cost[best])
+            remaining -= int(added[best])
             now[self.owner[best]] = best
 
 
 @dataclass(frozen=True)
 class _States:
-    """Partial solutions of some units: bits (S,) int64, ascending, and errors (S,), descending.
+    """Partial solutions of some units: spent (S,) int64, their costs, ascending, and errors (S,), descending.
 
     bound: contribution of these units to the bound. State s combines state first[s] of `rest` and state second[s] of
     `more`. Where `unit` is set, state s combines choice first[s] of this unit and state second[s] of `more`, the units
     inside it, if there are any.
     """
 
-    bits: _Ints
+    spent: _Ints
     errors: _Floats
     bound: float
     first: _Ints
@@ -174,19 +174,19 @@ class _Search:
         problem, chosen = self.problem, [0] * len(self.problem.units)
         remaining, open_ = problem.budget, []
         for states in map(self._unit, problem.inner[-1]):
-            if len(states.bits) == 1:
+            if len(states.spent) == 1:
                 self._trace(states, 0, chosen)
-                remaining -= int(states.bits[0])
+                remaining -= int(states.spent[0])
             else:
                 open_.append(states)
         # Units with large steps first: states of the small ones coincide more often, and are pruned.
-        open_.sort(key=lambda states: int(states.bits[0]) - int(states.bits[-1]))
-        needed = sum(int(states.bits[0]) for states in open_)
+        open_.sort(key=lambda states: int(states.spent[0]) - int(states.spent[-1]))
+        needed = sum(int(states.spent[0]) for states in open_)
         total = self._nothing()
         for states in open_:
-            needed -= int(states.bits[0])
+            needed -= int(states.spent[0])
             total = self._join(total, states, remaining - needed)
-        self._trace(total, len(total.bits) - 1, chosen)
+        self._trace(total, len(total.spent) - 1, chosen)
         return chosen
 
     def _nothing(self) -> _States:
@@ -204,32 +204,32 @@ class _Search:
             inside = self._nothing()
             for states in map(self._unit, problem.inner[unit]):
                 inside = self._join(inside, states, problem.budget)
-        bits, errors, first, second = [], [], [], []
+        spent, errors, first, second = [], [], [], []
         for place in places.tolist():
             held = inside if inside is not None and problem.holds[place] else self._nothing()
-            bits.append(problem.bits[place] + held.bits)
+            spent.append(problem.spent[place] + held.spent)
             errors.append(problem.errors[place] + held.errors)
-            first.append(np.full(len(held.bits), place - start))
-            second.append(np.arange(len(held.bits)))
-        joined = np.concatenate(bits), np.concatenate(errors)
+            first.append(np.full(len(held.spent), place - start))
+            second.append(np.arange(len(held.spent)))
+        joined = np.concatenate(spent), np.concatenate(errors)
         kept = self._prune(*joined, self.least[unit], problem.budget)
         sources = np.concatenate(first)[kept], np.concatenate(second)[kept]
         return _States(joined[0][kept], joined[1][kept], self.least[unit], *sources, more=inside, unit=unit)
 
-    def _join(self, rest: _States, more: _States, max_bits: int) -> _States:
-        """Combinations of both, of at most max_bits."""
-        width = len(more.bits)
-        if len(rest.bits) * width > 8 * self.max_states:
+    def _join(self, rest: _States, more: _States, max_spent: int) -> _States:
+        """Combinations of both, of at most max_spent."""
+        width = len(more.spent)
+        if len(rest.spent) * width > 8 * self.max_states:
             self._refuse()
-        bits, errors = np.add.outer(rest.bits, more.bits).ravel(), np.add.outer(rest.errors, more.errors).ravel()
+        spent, errors = np.add.outer(rest.spent, more.spent).ravel(), np.add.outer(rest.errors, more.errors).ravel()
         bound = rest.bound + more.bound
-        kept = self._prune(bits, errors, bound, max_bits)
-        return _States(bits[kept], errors[kept], bound, kept // width, kept % width, rest, more)
+        kept = self._prune(spent, errors, bound, max_spent)
+        return _States(spent[kept], errors[kept], bound, kept // width, kept % width, rest, more)
 
-    def _prune(self, bits: _Ints, errors: _Floats, bound: float, max_bits: int) -> _Ints:
-        """Indices of the states that may be part of the optimum, by ascending bits and strictly descending error."""
-        kept = np.flatnonzero((errors + self.price * bits - bound <= self.gap) & (bits <= max_bits))
-        kept = kept[np.lexsort((errors[kept], bits[kept]))]
+    def _prune(self, spent: _Ints, errors: _Floats, bound: float, max_spent: int) -> _Ints:
+        """Indices of the states that may be part of the optimum, by ascending cost and strictly descending error."""
+        kept = np.flatnonzero((errors + self.price * spent - bound <= self.gap) & (spent <= max_spent))
+        kept = kept[np.lexsort((errors[kept], spent[kept]))]
         best = np.minimum.accumulate(errors[kept])
         kept = kept[np.append(True, errors[kept][1:] < best[:-1])] if len(kept) else kept
         if len(kept) > self.max_states:

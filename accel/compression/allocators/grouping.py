@@ -43,8 +43,8 @@ def group_units(units: Sequence[Unit], rule: str, fused: Callable[[str], str] = 
     """Units joined by a rule, in the order of their first members; each resulting unit gets one level.
 
     rule: `none` joins no units; `serving` joins units whose first layers `fused` maps to the same name. A joined unit
-    has the levels that all its members have, with the sums of their bits, errors and weights. UserError where the
-    members have no level in common.
+    has the levels that all its members have, with the sums of their bits, costs, errors and weights.
+    UserError where the members have no level in common.
     """
     if rule not in GROUPINGS:
         raise UserError(f"grouping={rule!r} is none of {', '.join(GROUPINGS)}")
@@ -68,7 +68,7 @@ def _fuse(name: str, units: Sequence[Unit]) -> Unit:
 def join(name: str, units: Sequence[Unit], kind: str) -> Unit:
     """One unit in place of several, with the levels that all of them have; UserError where there is no such level."""
     first = units[0]
-    choices = sorted((_sum(level, units) for level in _common_levels(units)), key=lambda choice: choice.bits)
+    choices = sorted((_sum(level, units) for level in _common_levels(units)), key=lambda choice: choice.cost)
     return Unit(
         name=name,
         layers=tuple(layer for unit in units for layer in unit.layers),
@@ -99,4 +99,5 @@ def _common_levels(units: Sequence[Unit]) -> list[str]:
 def _sum(level: str, units: Sequence[Unit]) -> Choice:
     """Choice of a level for all units together."""
     chosen = [unit.choices[unit.index(level)] for unit in units]
-    return Choice(level, sum(choice.bits for choice in chosen), sum(choice.error for choice in chosen))
+    bits, error, cost = (sum(getattr(choice, name) for choice in chosen) for name in ("bits", "error", "cost"))
+    return Choice(level, bits, error, cost)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.accel.compression.allocators.base import DROP, Allocator, Unit, lowest_budget, size
+from hasten.accel.compression.allocators.base import DROP, Allocator, BudgetTooSmallError, Unit, cost
 from hasten.accel.errors import UserError
 
 
@@ -18,22 +18,20 @@ class Uniform(Allocator):
     needs_errors: ClassVar[bool] = False
 
     def choose(self, units: Sequence[Unit], budget: int) -> list[int]:
-        """Index of the choice of every unit; UserError where no common level fits."""
+        """Index of the choice of every unit; BudgetTooSmallError where no common level fits."""
         fixed = [_kept_part(unit) for unit in units]
         levels = _common_levels([unit for unit, kept in zip(units, fixed, strict=True) if kept is None])
         candidates = [
             [unit.index(level) if kept is None else kept for unit, kept in zip(units, fixed, strict=True)]
             for level in levels
         ]
-        sizes = [size(units, chosen) for chosen in candidates]
-        fitting = [place for place, bits in enumerate(sizes) if bits <= budget]
+        costs = [cost(units, chosen) for chosen in candidates]
+        fitting = [place for place, value in enumerate(costs) if value <= budget]
         if not fitting:
-            weights, min_bits = sum(unit.weights for unit in units), min(sizes)
-            raise UserError(
-                f"budget={budget / weights:g} is below {levels[sizes.index(min_bits)]}, the lowest level that all "
-                f"layers have: it takes {lowest_budget(min_bits, weights)} bits per weight"
-            )
-        return candidates[max(fitting, key=lambda place: sizes[place])]
+            least = min(costs)
+            level = levels[costs.index(least)]
+            raise BudgetTooSmallError(f"is below {level}, the lowest level that all layers have", least)
+        return candidates[max(fitting, key=lambda place: costs[place])]
 
 
 def _kept_part(unit: Unit) -> int | None:

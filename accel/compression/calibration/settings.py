@@ -231,6 +231,8 @@ class Task:
             edits = EditFolder(folder, ())
             self.checkpoint = TransformedCheckpoint(self.original, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
+        if isinstance(self.checkpoint, TransformedCheckpoint):
+            self.checkpoint.locate(self.architecture)
         self.layer_groups = all_groups(self.architecture, settings)
         for number, transform in enumerate(settings.transforms):
             transform.check(self.architecture, settings.transforms[:number])
@@ -250,7 +252,12 @@ class Task:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
             self.output = LevelDatabase(
-                settings.output, self.checkpoint, self.layer_groups, levels, propagated, edits and sorted(edits.blocks)
+                settings.output,
+                self.checkpoint,
+                self.layer_groups,
+                levels,
+                propagated,
+                None if edits is None else sorted(edits.blocks),
             )
         else:
             self._check_experts()

@@ -34,9 +34,9 @@ _UNUSED = "w8"
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
-    propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read. transformed: blocks that transforms edit, None where there are no transforms; the edits are
-    in the folder `edits`. checkpoint: as the transforms make it.
+    checkpoint: as the transforms make it. propagated: level on whose outputs the next block is calibrated; None where
+    the original's outputs are used, and in a database that was read. transformed: blocks that transforms edit, None
+    where there are no transforms; the edits are in the folder `edits`.
     """
 
     edits: ClassVar[str] = "transforms"
@@ -67,6 +67,8 @@ class LevelDatabase(ResumableFolder):
         architecture: of the checkpoint that `checkpoint_of` returns.
         """
         file, checkpoint = path / cls.last_file, architecture.checkpoint
+        if isinstance(checkpoint, TransformedCheckpoint):
+            checkpoint.locate(architecture)
         if not file.is_file():
             state = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
             raise UserError(f"levels={path} {state}")

@@ -1,11 +1,12 @@
 """The units of a level database, for allocators: its layers with sizes and errors of their levels, and its parts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Choice, Unit
 from hasten.accel.compression.allocators.grouping import group_units, join
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.solve import WEIGHTS
+from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.depth import dropped_bits, part_of
 from hasten.accel.compression.levels.level import KEEP
@@ -14,15 +15,23 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
 
 PARTS = (ATTENTION, MLP, BLOCK)
+# Cost of a layer at a level, None for `keep`, that takes so many bits.
+Price = Callable[[Layer, Level | None, int], int]
 
 
 def make_units(
-    database: LevelDatabase, grouping: str, keep: bool = False, drop: Sequence[str] = (), solved: bool = True
+    database: LevelDatabase,
+    grouping: str,
+    keep: bool = False,
+    drop: Sequence[str] = (),
+    solved: bool = True,
+    price: Price | None = None,
 ) -> list[Unit]:
     """Units of the layers, joined by the rule `grouping` (see group_units), and of the parts that may be dropped.
 
     keep: adds the level `keep`, of error 0, to all layers. drop: kinds of parts that may be dropped in every block:
     `attention`, `mlp` or `block`. solved: False makes units with sizes but without errors, before the database exists.
+    price: cost of a level in the unit of the budget; None counts bits.
     Errors are those of the layer's output, relative to that output; a dropped part has an error of 1 for each of its
     layers. All experts are one unit under every rule, because transformers reads one scheme for all of them. Experts
     that too few tokens reached, whose errors are of the weights, add no error to those of the others.
@@ -34,24 +43,27 @@ def make_units(
     unmeasured = _unmeasured(database, facts)
     for group, layer in _layers(database):
         is_measured = solved and layer.name not in unmeasured
+        options: list[tuple[str, Level | None, int]] = [
+            (name, level, database.stored_bits(group, layer, level)) for name, level in database.levels_of(group)
+        ]
+        if keep:
+            options.append((KEEP, None, 8 * database.checkpoint.nbytes(f"{layer.name}.weight")))
         choices = [
             Choice(
                 name,
-                database.stored_bits(group, layer, level),
-                facts[layer.name][name]["error"] if is_measured else 0.0,
+                bits,
+                facts[layer.name][name]["error"] if is_measured and level is not None else 0.0,
+                bits if price is None else price(layer, level, bits),
             )
-            for name, level in database.levels_of(group)
+            for name, level, bits in options
         ]
-        weights = layer.rows * layer.columns
-        if keep:
-            choices.append(Choice(KEEP, 8 * database.checkpoint.nbytes(f"{layer.name}.weight")))
         unit = Unit(
             name=layer.name,
             layers=(layer.name,),
             block=group.block,
             kind=layer.module,
-            weights=weights,
-            choices=tuple(sorted(choices, key=lambda choice: choice.bits)),
+            weights=layer.rows * layer.columns,
+            choices=tuple(sorted(choices, key=lambda choice: choice.cost)),
             part_of=_holder(group.block, part_of(layer), parts),
         )
         (experts if group.is_expert else units).append(unit)

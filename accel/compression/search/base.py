@@ -1,6 +1,6 @@
-"""Base class of searchers, which measure candidates within a budget of bits on the model, step after step.
+"""Base class of searchers, which measure candidates within a budget on the model, step after step.
 
-A searcher is the counterpart of an allocator in closed form (allocators/base.py): both spread a budget of bits over
+A searcher is the counterpart of an allocator in closed form (allocators/base.py): both spread a budget over
 units, but a searcher measures its candidates, by a callback. Samples, resuming, counting and the final comparison with
 the start on all tokens are implemented here, once for all searchers; a method implements the beginning and one step.
 """
@@ -13,7 +13,8 @@ from typing import ClassVar, NamedTuple, Self, TypeAlias, TypedDict
 
 import numpy as np
 
-from hasten.accel.compression.allocators.base import Allocator, Unit, check_budget
+from hasten.accel.compression.allocators.base import Allocator, Unit
+from hasten.accel.compression.allocators.budgets import BITS, BudgetUnit, check_budget
 from hasten.accel.compression.search.measurements import Measure, Measurements
 from hasten.accel.compression.search.moves import Genome, Space
 from hasten.accel.errors import UserError
@@ -24,16 +25,22 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 class Problem:
     """A search problem.
 
-    units: each gets one level. budget: bits for all units together. lengths: tokens of each calibration sequence. seed:
-    0 or more; equal seeds give equal searches. start: choices of another allocator, or None. space: units and budget as
-    the moves use them.
+    units: each gets one level. budget: cost of all units together. lengths: tokens of each calibration sequence. seed:
+    0 or more; equal seeds give equal searches. start: choices of another allocator, or None. unit: of the budget, for
+    messages. space: units and budget as the moves use them.
     Raises UserError where the budget is out of range of the levels, and where seed or start are not valid.
     """
 
     def __init__(
-        self, units: Sequence[Unit], budget: int, lengths: Sequence[int], seed: int, start: Sequence[int] | None = None
+        self,
+        units: Sequence[Unit],
+        budget: int,
+        lengths: Sequence[int],
+        seed: int,
+        start: Sequence[int] | None = None,
+        unit: BudgetUnit = BITS,
     ) -> None:
-        check_budget(units, budget)
+        check_budget(units, budget, unit)
         if seed < 0:
             raise UserError(f"seed={seed} is out of range: 0 or more")
         # A sequence of one token has no token to predict, and is not used.
@@ -132,13 +139,15 @@ class Outcome(NamedTuple):
 
 
 class Searcher(ABC):
-    """A search for the levels of least loss within a budget of bits that measures candidates on the model.
+    """A search for the levels of least loss within a budget that measures candidates on the model.
 
     Searchers are members of conf/allocator, as allocators in closed form are. step_name: name of a step in messages.
-    steps: number of steps after the first candidates; a search of more steps can resume a search of fewer.
+    steps: number of steps after the first candidates; a search of more steps can resume a search of fewer. counts_bits:
+    as of an Allocator.
     """
 
     step_name: ClassVar[str] = "step"
+    counts_bits: ClassVar[bool] = False
 
     @property
     @abstractmethod

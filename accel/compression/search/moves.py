@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hasten.accel.compression.allocators.base import DROP, Unit, left_out, size
+from hasten.accel.compression.allocators.base import DROP, Unit, cost, left_out
 from hasten.accel.errors import UserError
 
 # Index of the choice of every unit.
@@ -19,10 +19,10 @@ TRIES = 20
 
 
 class Space:
-    """Units and a budget of bits, with the structure that moves use: units of equal sizes, and parts to drop.
+    """Units and a budget, with the structure that moves use: units of equal costs, and parts to drop.
 
-    Units are referred to by their index. bits: for every unit the bits of its choices. groups: sets of units with the
-    same bits at every choice; units with one choice, and parts that can be dropped, are in no group. group: group of
+    Units are referred to by their index. costs: for every unit those of its choices. groups: sets of units with the
+    same costs at every choice; units with one choice, and parts that can be dropped, are in no group. group: group of
     each such unit. alone: share of the grouped units whose group has one unit, 0 to 1. parts: for every part that can
     be dropped, the indices of `drop` and of its other choice. inside: for every part, all units that are dropped with
     it.
@@ -32,7 +32,7 @@ class Space:
     def __init__(self, units: Sequence[Unit], budget: int) -> None:
         self.units = tuple(units)
         self.budget = budget
-        self.bits = [[choice.bits for choice in unit.choices] for unit in units]
+        self.costs = [[choice.cost for choice in unit.choices] for unit in units]
         place = {unit.name: index for index, unit in enumerate(units)}
         holders = {unit.part_of for unit in units} - {None}
         self.parts: dict[int, tuple[int, int]] = {}
@@ -50,35 +50,35 @@ class Space:
             while name is not None:
                 self.inside[place[name]].append(index)
                 name = units[place[name]].part_of
-        of_equal_bits: dict[tuple[int, ...], list[int]] = {}
-        for index, bits in enumerate(self.bits):
-            if index not in self.parts and len(bits) > 1:
-                of_equal_bits.setdefault(tuple(bits), []).append(index)
-        self.groups = list(of_equal_bits.values())
+        of_equal_costs: dict[tuple[int, ...], list[int]] = {}
+        for index, costs in enumerate(self.costs):
+            if index not in self.parts and len(costs) > 1:
+                of_equal_costs.setdefault(tuple(costs), []).append(index)
+        self.groups = list(of_equal_costs.values())
         self.group = {index: group for group in self.groups for index in group}
         self.alone = sum(len(group) == 1 for group in self.groups) / max(len(self.group), 1)
 
     def check(self, name: str, genome: Sequence[int]) -> Genome:
         """The genome in normal form (see MutableGenome.settle); UserError, which names it, where it is not valid."""
         fits = len(genome) == len(self.units) and all(
-            0 <= choice < len(bits) for choice, bits in zip(genome, self.bits, strict=True)
+            0 <= choice < len(costs) for choice, costs in zip(genome, self.costs, strict=True)
         )
         if not fits:
             raise UserError(f"{name} holds {len(genome)} choices that are not those of these {len(self.units)} units")
-        if size(self.units, genome) > self.budget:
-            raise UserError(f"{name} takes {size(self.units, genome)} bits: the budget is {self.budget}")
+        if cost(self.units, genome) > self.budget:
+            raise UserError(f"{name} costs {cost(self.units, genome)}: the budget is {self.budget}")
         return tuple(MutableGenome(self, [int(choice) for choice in genome]).genome)
 
     def first(self, count: int, rng: np.random.Generator) -> list[Genome]:
-        """The genome of a single level with exactly the budget's size, or else up to `count` random genomes.
+        """The genome of a single level with exactly the budget's cost, or else up to `count` random genomes.
 
         The random ones are lowered from the smallest genome of a single level above the budget.
         """
         uniform = self._uniform()
-        exact = [genome for genome in uniform if size(self.units, genome) == self.budget]
+        exact = [genome for genome in uniform if cost(self.units, genome) == self.budget]
         if exact:
             return exact[:1]
-        too_large = [(size(self.units, genome), genome) for genome in uniform]
+        too_large = [(cost(self.units, genome), genome) for genome in uniform]
         above = min(entry for entry in too_large if entry[0] > self.budget)[1]
         made: dict[Genome, None] = {}
         for _ in range(TRIES * count):
@@ -100,14 +100,14 @@ class Space:
             for level in common
             if all(level in levels for levels in known)
         ]
-        highest = (kept.get(index, len(bits) - 1) for index, bits in enumerate(self.bits))
+        highest = (kept.get(index, len(costs) - 1) for index, costs in enumerate(self.costs))
         return [*genomes, tuple(highest)]
 
 
 class MutableGenome:
     """A genome that moves change in place; it may be over the budget between moves.
 
-    genome: the current choices. size: their bits. live: for every unit whether it is outside all dropped parts. Random
+    genome: the current choices. size: their cost. live: for every unit whether it is outside all dropped parts. Random
     numbers come only from the given generator, so that equal generators give equal genomes.
     """
 
@@ -127,13 +127,13 @@ class MutableGenome:
             if not live:
                 self.genome[unit] = space.parts[unit][0] if unit in space.parts else 0
         self.size = sum(
-            bits[choice] for bits, choice, live in zip(space.bits, self.genome, self.live, strict=True) if live
+            costs[choice] for costs, choice, live in zip(space.costs, self.genome, self.live, strict=True) if live
         )
 
     def cost(self, unit: int, step: int) -> int:
-        """Bits that a step of a unit, one level up (1) or down (-1), adds."""
-        bits, choice = self.space.bits[unit], self.genome[unit]
-        return bits[choice + step] - bits[choice]
+        """Cost that a step of a unit, one level up (1) or down (-1), adds."""
+        costs, choice = self.space.costs[unit], self.genome[unit]
+        return costs[choice + step] - costs[choice]
 
     def move(self, unit: int, step: int) -> None:
         """Move a unit one level up (1) or down (-1)."""
@@ -142,9 +142,9 @@ class MutableGenome:
 
     def movable(self, step: int, units: Sequence[int] | None = None) -> list[int]:
         """Units that can go one level up (1) or down (-1), out of the given ones, or out of all that have levels."""
-        live, genome, bits = self.live, self.genome, self.space.bits
+        live, genome, costs = self.live, self.genome, self.space.costs
         among = self.space.group if units is None else units
-        return [unit for unit in among if live[unit] and 0 <= genome[unit] + step < len(bits[unit])]
+        return [unit for unit in among if live[unit] and 0 <= genome[unit] + step < len(costs[unit])]
 
     def switch(self, count: int, rng: np.random.Generator) -> None:
         """Level switches within groups: one unit goes down and another of its group up, within the budget."""
@@ -223,7 +223,7 @@ class MutableGenome:
             if unit in self.space.parts:
                 self.genome[unit] = self.space.parts[unit][1]
             if place < len(like):
-                self.genome[unit] = min(like[place], len(self.space.bits[unit]) - 1)
+                self.genome[unit] = min(like[place], len(self.space.costs[unit]) - 1)
         self.settle()
 
     def swappable(self) -> list[int]:
@@ -245,7 +245,7 @@ class MutableGenome:
             self.restore(restored, levels)
 
     def trade(self, rng: np.random.Generator) -> None:
-        """Drop a part, which frees bits for levels, or restore one, whose bits levels must then give up."""
+        """Drop a part, which frees budget for levels, or restore one, whose cost levels must then give up."""
         kept, dropped = self.kept(), self.dropped()
         if dropped and (not kept or rng.random() < 0.5):
             self.restore(_pick(dropped, rng))

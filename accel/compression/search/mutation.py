@@ -1,8 +1,8 @@
 """Offspring of a genome: random changes of a few levels and parts within the budget.
 
 Source: Sieberling et al. 2024, arXiv:2410.14649 (EvoPress).
-Departs from it: the budget is exact bits of arbitrary units, so a switch may leave bits unspent; half of the offspring
-spend them. In a share of the offspring (`across`), units of different sizes trade bits; always where no two units have
+Departs from it: the budget is an exact cost of arbitrary units, so a switch may leave a rest; half of the offspring
+spend it. In a share of the offspring (`across`), units of different sizes trade bits; always where no two units have
 equal sizes. Of several variants of an offspring, the one with the least sum of unit errors is kept (`foresight`),
 because most random switches are worse. One search both drops parts and switches levels.
 """
@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from hasten.accel.compression.allocators.base import error, size
+from hasten.accel.compression.allocators.base import cost, error
 from hasten.accel.compression.search.moves import TRIES, Genome, MutableGenome, Space
 
 # Maximum number of units that a move across groups may change; larger moves are hardly ever better.
@@ -48,7 +48,7 @@ class Mutation:
             new = [genome for genome in fitting if genome != parent and genome not in made]
             if new:
                 made[min(new, key=partial(error, space.units))] = None
-        assert all(size(space.units, genome) <= space.budget for genome in made), "an offspring is over the budget"
+        assert all(cost(space.units, genome) <= space.budget for genome in made), "an offspring is over the budget"
         return list(made)
 
     def mutate(self, variant: MutableGenome, rng: np.random.Generator) -> bool:

@@ -169,7 +169,7 @@ def iterate(
 ) -> list[Unit]:
     """The units with errors after `passes` measurements: of the start, and of the best candidate by the errors so far.
 
-    units: with output errors. budget: bits of all units together. start: a candidate within the budget. measure(genome,
+    units: with output errors. budget: cost of all units together. start: a candidate within the budget. measure(genome,
     number): observation of a candidate in measurement `number`, from 0. Ends early where the candidate repeats: its
     further measurements would only lower the noise.
     """

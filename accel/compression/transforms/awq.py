@@ -2,11 +2,12 @@
 
 Source: Lin et al. 2023, arXiv:2306.00978. The scale of a channel is a power of its mean input magnitude; the exponent
 is the one of least output error on a grid between 0 and 1.
-Departs from it: the output error is measured on the Hessian, tr(dW H dWᵀ), which is exact for linear layers and needs no
-further run of the block. Errors of layers with the same input are relative to their outputs, where the authors run the
-module around them: else queries and keys, which are large, would choose for the values. Also tried, as in the authors' code, are scales divided by a power of the weights' own mean
-magnitude. Values read by several query heads share a scale, so that the output projection is scaled in grouped
-attention, too. Ranges are clipped by the quantizer's own search.
+Departs from it: the output error is measured on the Hessian, tr(dW H dWᵀ), which is exact for linear layers and needs
+no further run of the block. Errors of layers with the same input are relative to their outputs, where the authors run
+the module around them: else queries and keys, which are large, would choose for the values. Also tried, as in the
+authors' code, are scales divided by a power of the weights' own mean magnitude. Values read by several query heads
+share a scale, so that the output projection is scaled in grouped attention, too. Ranges are clipped by the quantizer's
+own search.
 """
 
 from collections.abc import Iterator, Sequence

@@ -140,7 +140,7 @@ class BlockTransform:
     needs_original: whether the calibrators run the original model, too: for the shift of the layers' inputs, which
     `target_change` reads, or for `solve_block`. solves_blocks: whether it compresses the layers of a block together, by
     `solve_block`. needs_tokens: whether it reads calibration tokens before the first block. is_everywhere: whether it
-    edits blocks without compressed layers as well, and tensors outside the blocks.
+    also edits blocks without compressed layers, and tensors outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True

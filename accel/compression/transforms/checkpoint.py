@@ -4,7 +4,6 @@ Architecture, solves, output folders and searches read tensors from a Checkpoint
 edits for all of them.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,21 +11,28 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.transforms.edits import OUTSIDE, Edit, EditFolder, Edits, edited
+from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.checkpoint_view import CheckpointView
-from hasten.accel.models.families import family_of
 
 
 class TransformedCheckpoint(CheckpointView):
-    """A checkpoint whose tensors are edited when they are read; names, shapes and dtypes are the original's."""
+    """A checkpoint whose tensors are edited when they are read; names, shapes and dtypes are the original's.
+
+    No tensor can be read before `locate`.
+    """
 
     def __init__(self, source: Checkpoint, folder: EditFolder) -> None:
         super().__init__(source)
         self.folder = folder
-        prefixes = "|".join(map(re.escape, family_of(self.config.get("model_type")).prefixes))
-        self._pattern = re.compile(rf"(?:{prefixes})layers\.(\d+)\.")
+        self._blocks: dict[str, int] | None = None
         # Edits in place of those in the folder, by block.
         self._instead: dict[int, Edits] = {}
+
+    def locate(self, architecture: Architecture) -> None:
+        """Note which tensors are in which block of an architecture of this checkpoint."""
+        blocks = range(architecture.num_blocks)
+        self._blocks = {name: block for block in blocks for name in architecture.block_tensors(block)}
 
     @contextmanager
     def with_edits(self, block: int, edits: Edits) -> Iterator[None]:
@@ -54,7 +60,7 @@ class TransformedCheckpoint(CheckpointView):
         return self.tensor(name)[index] if rows is None else rows.to(stored.dtype)
 
     def _edits(self, name: str) -> list[Edit]:
-        match = self._pattern.match(name)
-        block = OUTSIDE if match is None else int(match[1])
+        assert self._blocks is not None
+        block = self._blocks.get(name, OUTSIDE)
         edits = self._instead[block] if block in self._instead else self.folder.read(block)
         return list(edits.get(name, ()))

@@ -148,8 +148,8 @@ def edited(tensor: Tensor, edits: Sequence[Edit]) -> Tensor:
 class EditFolder:
     """Folder with the edits of each block, a file a block, written atomically.
 
-    blocks: numbers of the blocks that have edits once they are written, OUTSIDE among them; others have none. They are read strictly: a
-    missing file is an error and is never taken for a block without edits.
+    blocks: numbers of the blocks that have edits once they are written, OUTSIDE among them; others have none. They are
+    read strictly: a missing file is an error and is never taken for a block without edits.
     """
 
     def __init__(self, path: Path, blocks: Collection[int]) -> None:

@@ -1,4 +1,4 @@
-"""Base class of transforms that scale the input channels of layers, and fold the scales into what makes the channels."""
+"""Base class of transforms that scale the input channels of layers, folded into what makes the channels."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -104,6 +104,14 @@ class Target(ABC):
         """Depth of every waiting node of the slot; children of ROOT have depth 0."""
         return self._slots[slot].depths
 
+    def end_prompt(self, slot: int) -> None:
+        """Called when all of a prompt is committed that is before decoding begins."""
+        return None
+
+    def room(self, slot: int) -> int | None:
+        """Largest number of tokens, in depth, that a pass may add to a slot; None for no limit."""
+        return None
+
     def clear(self, slot: int) -> None:
         """Drop a slot's sequence."""
         self._slots[slot] = _Slot()

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hasten.accel.cache.base import CacheBudget, CacheMethod
+from hasten.accel.cache.full import Full
 from hasten.accel.decoding.targets.base import FAST_PATHS, Target
+from hasten.accel.decoding.targets.cached import CachedTarget
 from hasten.accel.decoding.targets.families import build_decoder, refusal
 from hasten.accel.decoding.targets.families.checkpoint_weights import CheckpointWeights
 from hasten.accel.decoding.targets.fast import FastTarget
@@ -22,15 +25,21 @@ def load_target(
     path: str = "auto",
     keeps_hidden: bool = False,
     compiled: bool = False,
+    cache: CacheMethod | None = None,
+    cache_budget: float | None = None,
 ) -> Target:
     """The target of a checkpoint's folder, compressed or not. The fast path never dequantizes a compressed weight.
 
     path: `transformers` runs the transformers model; `fast` is the fast path of some families, UserError for others;
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
     hidden states. compiled: whether passes of the fast path are compiled, for every size of a tree, see FastTarget.
+    cache: what KV caches keep, on the transformers path; None and Full keep everything. cache_budget: see CacheBudget.
     """
     config = AutoConfig.from_pretrained(folder)
-    reason = refusal(config)
+    compresses = not isinstance(cache, Full | None)
+    reason = "its caches cannot be compressed" if compresses else refusal(config)
+    if cache_budget is not None and not compresses:
+        raise UserError(f"cache_budget={cache_budget:g} needs a method that has a budget: give cache=NAME")
     if path in FAST_PATHS and reason is not None:
         raise UserError(f"path={path} cannot run {folder}: {reason}; give path=transformers or auto")
     if getattr(config, "quantization_config", None) and path != "transformers" and reason is None:
@@ -43,6 +52,9 @@ def load_target(
         import hasten.accel.models.transformers_loader  # noqa: F401
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
+    if cache is not None and compresses:
+        budget = None if cache_budget is None else CacheBudget(cache_budget)
+        return CachedTarget(model, cache, budget, keeps_hidden)
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
     return FastTarget.of(model, compiled)

@@ -140,8 +140,7 @@ class TransformersTarget(Target):
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
     ) -> Pass:
-        place = self._place_of_pass
-        place.rows, place.starts, place.total = list(slots), list(starts), allowed.shape[-1]
+        self._enter(slots, starts, allowed)
         inserted = {layer: insertion.into for layer, insertion in self._inserted.items() if layer}
         hooks = entering(self._model.get_decoder().layers, inserted) if inserted else nullcontext()
         with torch.no_grad(), hooks:
@@ -160,6 +159,11 @@ class TransformersTarget(Target):
             # transformers' own list has the embedding at 0, and the state after the final norm at the end.
             features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
         return Pass(out.logits, hidden, features)
+
+    def _enter(self, slots: Sequence[int], starts: Sequence[int], allowed: Tensor) -> None:
+        """Tell the caches where the pass writes."""
+        place = self._place_of_pass
+        place.rows, place.starts, place.total = list(slots), list(starts), allowed.shape[-1]
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """The model's inputs for ids (B, N): their embeddings if virtual ones are among them."""

@@ -4,6 +4,7 @@ import random
 import pytest
 
 from hasten.accel.compression.allocators.base import Choice, Unit, error, size
+from hasten.accel.compression.allocators.budgets import allocate
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.errors import UserError
 
@@ -65,9 +66,9 @@ def test_a_part_is_dropped_where_that_frees_more_than_it_costs():
     inside = Unit("a", ("a",), 0, "a", 10, (Choice("w2", 20, 0.1), Choice("w4", 40, 0.01)), "mlp")
     outside = Unit("b", ("b",), 0, "b", 10, (Choice("w2", 20, 0.6), Choice("w4", 40, 0.1)))
     units = [part, inside, outside]
-    assert Exact().allocate(units, 60) == {"mlp": "keep", "a": "w2", "b": "w4"}
+    assert allocate(Exact(), units, 60) == {"mlp": "keep", "a": "w2", "b": "w4"}
     # Keeping everything at two bits costs 0.7, dropping a for two more bits in b 0.6.
-    assert Exact().allocate(units, 59) == {"mlp": "drop", "a": "w2", "b": "w4"}
+    assert allocate(Exact(), units, 59) == {"mlp": "drop", "a": "w2", "b": "w4"}
     assert error(units, [0, 1, 1]) == 0.6
     assert size(units, [0, 1, 1]) == 40
 
@@ -107,19 +108,19 @@ def test_of_two_optima_the_one_of_fewer_bits_is_taken():
 
     # Raising a costs 10 bits, raising b 7, for the same error; only one of them fits.
     units = [unit("a", (20, 4.0), (30, 1.0)), unit("b", (20, 4.0), (27, 1.0)), unit("c", (20, 1.0), (21, 1.0))]
-    assert Exact().allocate(units, 75) == {"a": "20", "b": "27", "c": "20"}
+    assert allocate(Exact(), units, 75) == {"a": "20", "b": "27", "c": "20"}
 
 
 def test_an_instance_beyond_max_states_is_refused(make_units):
     units = make_units(2, count=40, noise=0.5)
     budget = int(3.3 * sum(unit.weights for unit in units))
-    assert Exact().allocate(units, budget)
+    assert allocate(Exact(), units, budget)
     with pytest.raises(UserError, match=r"max_states=1 is too few for these 40 units"):
-        Exact(max_states=1).allocate(units, budget)
+        allocate(Exact(max_states=1), units, budget)
 
 
 def test_an_error_that_is_no_number_is_refused_by_name(make_units):
     units = make_units(3, count=2)
     wrong = Unit("wrong", ("wrong",), 0, "u", 10, (Choice("w2", 20, float("nan")), Choice("w3", 30, 0.0)))
     with pytest.raises(UserError, match=r"the error of wrong at level w2 is nan"):
-        Exact().allocate([*units, wrong], size(units, [1, 1]) + 25)
+        allocate(Exact(), [*units, wrong], size(units, [1, 1]) + 25)

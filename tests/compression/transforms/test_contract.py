@@ -15,9 +15,9 @@ from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.transforms.awq import AWQ
+from hasten.accel.compression.transforms.rotating import RotatingTransform
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.models import embedded
-from hasten.accel.compression.transforms.rotating import RotatingTransform
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
@@ -83,7 +83,7 @@ def test_any_number_of_workers_gives_the_same_bytes(transform, propagate, tmp_pa
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 (not an error)
     """Stands for a process that ends."""
 
 
@@ -134,7 +134,7 @@ def test_a_database_holds_transformed_levels_and_kept_layers_are_written_transfo
     expected = logits(Architecture(Checkpoint(source)))
     layers = [layer.name for block in range(2) for layer in architecture.linears(block)]
     written = []
-    for number, assigned in enumerate([{}, {name: "w8g32" for name in layers[::2]}]):
+    for number, assigned in enumerate([{}, dict.fromkeys(layers[::2], "w8g32")]):
         output = mixed_output(architecture, database, assigned, tmp_path / f"mixed{number}")
         output.open({"mixture": number}, overwrite=False)
         write_mixed(output, database, assigned)
@@ -150,13 +150,13 @@ def test_a_database_holds_transformed_levels_and_kept_layers_are_written_transfo
 def test_awq_loses_less_of_a_trained_model_than_rounding_alone(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path("target"))
     source = embedded.path("target")
-    tokens = load_tokens("library", tokenizer, 16, 256)
+    tokens = load_tokens("library", tokenizer, 8, 256)
     held_out = load_tokens("library", tokenizer, 8, 256, split="held_out")
     expected = logits(Architecture(Checkpoint(source)), held_out).log_softmax(-1)
     lost = []
-    for name, used in {"plain": (), "awq": (AWQ(grid=5, by_weight=False),)}.items():
-        chosen = settings(source, tmp_path / name, *used, quantizer=RoundToNearest(), level=parse_level("w3"))
+    for name, used in {"plain": (), "awq": (AWQ(grid=10),)}.items():
+        chosen = settings(source, tmp_path / name, *used, quantizer=RoundToNearest(), level=parse_level("w3g128a"))
         local.compress(chosen, tokens)
         found = logits(Architecture(Checkpoint(tmp_path / name)), held_out).log_softmax(-1)
         lost.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
-    assert lost[1] < 0.95 * lost[0]
+    assert lost[1] < 0.98 * lost[0]

@@ -6,10 +6,10 @@ from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.transforms.base import target_change
 from hasten.accel.compression.transforms.gptaq import GPTAQ
-from tests.compression.calibration.test_stages import CHUNKS, groups_of
-from tests.models import tiny
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from tests.compression.calibration.test_stages import CHUNKS, groups_of
+from tests.models import tiny
 
 
 def test_the_target_is_the_least_squares_solution():
@@ -39,7 +39,9 @@ def test_the_shift_is_that_of_the_original_models_inputs(tmp_path):
     shard = Shard(model, CHUNKS, batch=2, original=True)
     staged = shard.begin(block, groups, lambda: model.load_block(0))
     total = {}
-    changed = [(layer.module, block.get_submodule(layer.module).weight + 0.05) for group in groups for layer in group.layers]
+    changed = [
+        (layer.module, block.get_submodule(layer.module).weight + 0.05) for group in groups for layer in group.layers
+    ]
     for stage, (group,) in enumerate(staged.stages):
         total |= {key: tree.total() for key, tree in shard.collect_stage(stage, [group.key]).items()}
         staged.replace([(path, weight) for path, weight in changed if path in {layer.module for layer in group.layers}])

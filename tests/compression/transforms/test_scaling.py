@@ -83,7 +83,9 @@ def test_query_heads_of_one_value_head_share_a_scale():
     mean = inputs.abs().mean(0)
     expected = torch.cat([(mean[:3] + mean[3:6]) / 2, (mean[6:9] + mean[9:]) / 2])
     torch.testing.assert_close(site.mean(), expected)
-    torch.testing.assert_close(site.site.expanded(torch.arange(6.0)), torch.tensor([0.0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]))
+    torch.testing.assert_close(
+        site.site.expanded(torch.arange(6.0)), torch.tensor([0.0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -115,7 +117,11 @@ def test_statistics_follow_scaled_columns():
 def test_edits_come_back_from_their_file_and_rows_alone_equal_those_of_the_whole(tmp_path):
     generator = torch.Generator().manual_seed(0)
     shared = ScaleColumns(torch.rand(6, generator=generator))
-    edits = {"a": (shared, ScaleRows(torch.rand(3, generator=generator), 2)), "b": (shared,), "c": (Replace(torch.ones(4)),)}
+    edits = {
+        "a": (shared, ScaleRows(torch.rand(3, generator=generator), 2)),
+        "b": (shared,),
+        "c": (Replace(torch.ones(4)),),
+    }
     write_edits(tmp_path / "edits.safetensors", edits)
     again = read_edits(tmp_path / "edits.safetensors")
     assert again["a"][0] is again["b"][0]

@@ -61,6 +61,22 @@ def decode(source, **changes):
 
 
 @pytest.mark.ray
+def test_a_compressed_cache_gives_the_same_tokens_with_and_without_drafts(source, folder, capsys, ray_session):
+    write(folder / "prompts.jsonl", dict(list(PROMPTS.items())[:3]))
+    cache = {"cache": "snapkv", "cache_budget": 4, "cache.window": 2, "cache.recent": 1, "cache.sinks": 1}
+    found = {}
+    for drafts in (0, 4):
+        assert decode(source, **cache, draft_tokens=drafts, output=f"out{drafts}.jsonl") == 0
+        report, _ = last_report(capsys)
+        assert report["config"]["cache"]["_target_"].endswith("SnapKV")
+        found[drafts] = {record["id"]: record["token_ids"] for record in lines(f"out{drafts}.jsonl")}
+    assert found[0] == found[4]
+    # Another cache is another setting: results of the full one are not taken over.
+    assert decode(source, draft_tokens=0, output="out0.jsonl") == 2
+    assert "out0.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.ray
 def test_every_prompt_gets_a_result_and_a_second_run_adds_the_missing_ones(source, folder, capsys, ray_session):
     write(folder / "prompts.jsonl", dict(list(PROMPTS.items())[:3]))
     assert decode(source) == 0

@@ -1,11 +1,13 @@
 """The whole job on a tiny checkpoint, in this process, on the session's Ray."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hasten.jobs.cli.main import main
@@ -129,6 +131,32 @@ def test_grids_zeros_and_dropped_blocks_share_one_budget(source, folder, capsys,
     assert "drop" in {row["level"] for row in rows}
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert torch.isfinite(model(tiny.tokens(2, 16)).logits).all()
+
+
+@pytest.mark.ray
+def test_a_budget_in_gigabytes_limits_the_tensors_of_the_checkpoint(source, folder, capsys, ray_session):
+    original = sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
+    budget = 0.5 * original / 1e9
+    changes = {"budget": budget, "budget_unit": "gigabytes", "allocator": "exact", "keep": "true"}
+    assert search(source, **changes, errors="autoquantize") == 0
+    report, _ = last_report(capsys)
+    tensors = [tensor for file in (folder / "out").glob("*.safetensors") for tensor in load_file(file).values()]
+    shapes = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.int64)
+    assert 0.45 * original < sum(tensor.nbytes for tensor in tensors) - shapes <= 1e9 * budget
+    assert 0.9 * budget < report["metrics"]["budget_spent"] <= budget
+
+
+@pytest.mark.ray
+def test_a_budget_in_milliseconds_takes_the_levels_that_are_fast_on_the_hardware(source, folder, capsys, ray_session):
+    changes = {"budget_unit": "milliseconds", "allocator": "exact", "errors": "output", "keep": "true"}
+    # So slow a GPU at products that all levels take the same time: all layers stay as they are.
+    slow = {"latency.tokens": 1000, "hardware.plain": 1e-6, "hardware.terabytes": 1000, "latency.other": 1.5}
+    assert search(source, **changes, **slow, budget=1e9) == 2
+    highest = float(re.search(r"to keep \(([\d.]+)\)", capsys.readouterr().err)[1])
+    assert search(source, **changes, **slow, budget=highest) == 0
+    report, _ = last_report(capsys)
+    assert {row["level"] for row in report["layers"]} == set()
+    assert report["metrics"]["budget_spent"] <= highest
 
 
 @pytest.mark.ray

@@ -45,7 +45,14 @@ def test_the_job_and_the_benchmark_make_another_fingerprint():
 
 
 def test_where_and_how_a_run_is_kept_does_not_change_the_fingerprint(usual):
-    words = ["run_dir=x", "cache=x", "tracking.uri=sqlite:///x.db", "tracking.name=x", "address=auto", "overwrite=true"]
+    words = [
+        "run_dir=x",
+        "cache_folder=x",
+        "tracking.uri=sqlite:///x.db",
+        "tracking.name=x",
+        "address=auto",
+        "overwrite=true",
+    ]
     assert fingerprint(*words, "output=x/{point}") == usual
 
 

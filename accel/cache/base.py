@@ -1,0 +1,132 @@
+"""Base class of cache methods: how the keys and values of a sequence's tokens are kept in one layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hasten.accel.cache.segments.base import Segment
+from hasten.accel.errors import UserError
+from hasten.kernels.attention.contract import Scoring
+
+# rotate(keys, positions, inverse): keys (H, T, D) rotated for positions (H, T).
+Rotation = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Recent:
+    """Dense keys and values (H, T, D) at positions (T,) that were committed and are not in a segment yet.
+
+    queries: (W, H * G, D) of the last committed tokens, W of them as the method's `query_window` says; None where it
+    needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
+    received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
+    memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
+    it count as held only if it is one tensor.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    queries: Tensor | None = None
+    attention: Tensor | None = None
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method makes of a sequence's cache in a layer.
+
+    segments: in place of all earlier ones. recent: number of the newest dense tokens that stay as they are. kept: (H,
+    T'') indices, in the order of the new segments and then of the recent tokens, into the earlier segments' tokens and
+    the dense ones behind them; None where all tokens are kept. Needed where the method sums attention. memory: see
+    Recent.
+    """
+
+    segments: Sequence[Segment]
+    recent: int
+    kept: Tensor | None = None
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cache is compressed. layer: its number, of `layers`. length: committed tokens of the sequence.
+
+    budget: tokens that the layer may hold of the sequence; None: the method has none. scoring: of its attention.
+    shared: what the layers of the sequence tell each other in a pass, by any names. rotary: rotates keys (H, T, D) for
+    positions (H, T), or back; None unless the method needs it.
+    """
+
+    layer: int
+    layers: int
+    length: int
+    budget: int | None
+    scoring: Scoring
+    shared: dict[str, Any] = field(default_factory=dict)
+    rotary: Rotation | None = None
+
+
+class CacheMethod(ABC):
+    """A way to keep a cache small. Subclasses are frozen dataclasses.
+
+    When it is applied depends on the number of committed tokens alone, and not on the passes that committed them: at
+    the end of the prompt, and then after every `interval` tokens. So speculative decoding gives the same caches.
+
+    has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
+    reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
+    then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
+    it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
+    keys. interval: committed tokens between two compressions
+    after the prompt.
+    """
+
+    has_budget: ClassVar[bool] = True
+    frees: ClassVar[bool] = True
+    joins_layers: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
+    sums_attention: ClassVar[bool] = False
+
+    @property
+    def interval(self) -> int:
+        """Tokens between compressions; up to so many more than the budget are held."""
+        return 32
+
+    @property
+    def query_window(self) -> int:
+        """Number of last queries that `compress` reads."""
+        return 0
+
+    @abstractmethod
+    def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
+        """What to keep in a layer; None leaves everything as it is."""
+
+    def compress_layers(self, layers: Sequence[tuple[Sequence[Segment], Recent, Place]]) -> Sequence[Kept | None]:
+        """What to keep in each layer of a sequence, of methods that join layers."""
+        return [self.compress(*layer) for layer in layers]
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Tokens of a sequence that a cache may hold. value: up to 1 a share of the sequence's tokens, above it tokens."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not self.value > 0 or (self.value > 1 and self.value != int(self.value)):
+            raise UserError(f"cache_budget={self.value:g} is wrong: a share up to 1, or a whole number of tokens")
+
+    def tokens(self, length: int) -> int:
+        """Tokens of a sequence of this length."""
+        return ceil(self.value * length) if self.value <= 1 else int(self.value)
+
+
+def check_budget(method: CacheMethod, budget: CacheBudget | None) -> None:
+    """UserError where a method lacks a budget, or has no use for one."""
+    name = type(method).__name__
+    if method.has_budget and budget is None:
+        raise UserError(f"cache={name} keeps a budget: give cache_budget, a share of the sequence up to 1, or tokens")
+    if budget is not None and not method.has_budget:
+        raise UserError(f"cache={name} has no budget: leave out cache_budget={budget.value:g}")

@@ -1,0 +1,1 @@
+"""Methods that spread a budget of tokens over layers or heads."""

@@ -1,0 +1,91 @@
+"""Base class of evictors: tokens with the lowest scores are dropped, in each head its own."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
+from hasten.accel.cache.segments.base import Segment, scores
+from hasten.accel.cache.segments.dense import Dense
+from hasten.accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens of which some are dropped.
+
+    keys, values: (H, T, D). positions: (H, T) int32. queries, attention: see Recent.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    queries: Tensor | None
+    attention: Tensor | None
+    place: Place
+
+    def gathered(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of the tokens with indices kept (H, K)."""
+        keys, values = (
+            part.gather(1, kept[..., None].expand(-1, -1, part.shape[2])) for part in (self.keys, self.values)
+        )
+        return keys, values, self.positions.gather(1, kept)
+
+
+@dataclass(frozen=True)
+class Evictor(CacheMethod):
+    """Evictor of tokens by score. sinks: first tokens, recent: last tokens that are always kept."""
+
+    sinks: int = 4
+    recent: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("sinks", "recent"):
+            if getattr(self, name) < 0:
+                raise UserError(f"cache.{name}={getattr(self, name)} is out of range: 0 or more")
+
+    @abstractmethod
+    def score(self, tokens: Candidates) -> Tensor:
+        """Importance (H, T) float32 of each token."""
+
+    def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
+        """The `budget` tokens of each head with the highest scores, in their order, sinks and last tokens with them."""
+        tokens = candidates(segments, recent, place)
+        assert place.budget is not None
+        if tokens.positions.shape[1] <= place.budget:
+            return None
+        kept = self.choose(tokens, place.budget)
+        return Kept([Dense(*tokens.gathered(kept))], 0, kept)
+
+    def choose(self, tokens: Candidates, budget: int) -> Tensor:
+        """Ascending indices (H, budget) of the tokens that stay."""
+        ranks, count = self.score(tokens).clone(), tokens.positions.shape[1]
+        assert ranks.shape == tokens.positions.shape, (type(self).__name__, ranks.shape)
+        sinks = tokens.positions < min(self.sinks, budget)
+        # Where the budget is too small for both, there are fewer last tokens.
+        recent_tokens = min(self.recent, budget - int(sinks[0].sum()))
+        ranks.clamp_(max=torch.finfo(ranks.dtype).max).masked_fill_(sinks, torch.inf)
+        ranks[:, count - recent_tokens :] = torch.inf
+        # Of equal scores the later token is kept: a stable order, whatever the sort does with ties.
+        order = ranks.flip(1).sort(dim=1, descending=True, stable=True).indices
+        return (count - 1 - order[:, :budget]).sort(1).values
+
+
+def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Candidates:
+    """The tokens of all segments, and the dense ones behind them."""
+    own = recent.keys, recent.values, recent.positions.expand(len(recent.keys), -1)
+    parts = zip(*(segment.dense() for segment in segments), own, strict=True)
+    return Candidates(*(torch.cat(part, 1) for part in parts), recent.queries, recent.attention, place)
+
+
+def window_attention(tokens: Candidates) -> Tensor:
+    """Attention (H, T) float32 that the last queries give to each token, summed over them and over query heads."""
+    assert tokens.queries is not None
+    width, count = len(tokens.queries), tokens.keys.shape[1]
+    products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
+    # The queries are of the last tokens, and see none behind their own.
+    seen = torch.ones(width, count, dtype=torch.bool, device=products.device).tril(count - width)
+    return products.masked_fill_(~seen, -torch.inf).softmax(-1).sum((1, 2))

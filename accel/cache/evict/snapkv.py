@@ -1,0 +1,43 @@
+"""SnapKV: the tokens to which the last queries attend, smoothed over their neighbours.
+
+Source: Li et al. 2024, arXiv:2404.14469.
+Departs from it: also applied while decoding, with the last queries of then.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hasten.accel.cache.evict.base import Candidates, Evictor, window_attention
+from hasten.accel.errors import UserError
+
+
+@dataclass(frozen=True)
+class SnapKV(Evictor):
+    """Evictor by the attention of the last `window` queries. kernel: tokens over which the largest one counts, odd."""
+
+    window: int = 32
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise UserError(f"cache.window={self.window} is out of range: 1 or more")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"cache.kernel={self.kernel} is wrong: expected an odd number")
+
+    @property
+    def query_window(self) -> int:
+        """The window."""
+        return self.window
+
+    def score(self, tokens: Candidates) -> Tensor:
+        """Attention of the last queries, pooled; the queries' own tokens, which are the last ones, come first."""
+        attention = window_attention(tokens)
+        result = torch.full_like(attention, torch.inf)
+        assert tokens.queries is not None
+        before = attention.shape[1] - len(tokens.queries)
+        result[:, :before] = F.max_pool1d(attention[:, None, :before], self.kernel, 1, self.kernel // 2)[:, 0]
+        return result

@@ -1,0 +1,140 @@
+"""What a cache method costs and saves: divergence from the full cache on text, recall, bytes at every step, time."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hasten.accel.cache.attention import attach
+from hasten.accel.cache.base import CacheBudget, CacheMethod
+from hasten.accel.cache.cache import CompressedCache
+from hasten.accel.cache.full import Full
+from hasten.accel.evaluation.recall import Sample
+
+
+@dataclass(frozen=True)
+class TextSums:
+    """Sums over predicted tokens.
+
+    divergence: KL(full cache || method), in nats. loss: negative log-likelihood of the text's own tokens. agreed:
+    tokens whose most probable prediction is that of the full cache.
+    """
+
+    tokens: int
+    divergence: float
+    loss: float
+    agreed: int
+
+    def metrics(self) -> dict[str, float]:
+        """Means."""
+        return {
+            "kl_divergence": self.divergence / self.tokens,
+            "perplexity": math.exp(self.loss / self.tokens),
+            "top1_agreement": self.agreed / self.tokens,
+        }
+
+
+class CacheMeasurement:
+    """Measures a method on one model. budget: None for methods that have none."""
+
+    def __init__(self, model: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None) -> None:
+        attach(model)
+        self.model, self.method, self.budget = model, method, budget
+        # Bytes held after the prompt and after each step, of the last text.
+        self.bytes_at: list[int] = []
+        self.seconds = self.cpu_seconds = 0.0
+        self.steps = 0
+
+    def text(self, windows: Tensor, context: int) -> TextSums:
+        """Predict the tokens behind `context` of each window (N, T), one at a time."""
+        total = TextSums(0, 0.0, 0.0, 0)
+        for window in windows:
+            full, _ = self._log_probs(window, context, Full(), None)
+            own, self.bytes_at = self._log_probs(window, context, self.method, self.budget, timed=True)
+            targets = window[context:]
+            total = TextSums(
+                total.tokens + len(targets),
+                total.divergence + float((full.exp() * (full - own)).sum()),
+                total.loss - float(own.gather(1, targets[:, None]).sum()),
+                total.agreed + int((full.argmax(1) == own.argmax(1)).sum()),
+            )
+        return total
+
+    def recall(self, samples: Sequence[Sample]) -> tuple[float, float]:
+        """Share of the answers' tokens that are the most probable ones, each behind the right ones, and of answers.
+
+        An answer counts if all of its tokens do.
+        """
+        answers = [right for sample in samples for right in self._answers(sample)]
+        tokens = [right for answer in answers for right in answer]
+        return sum(tokens) / len(tokens), sum(map(all, answers)) / len(answers)
+
+    def _answers(self, sample: Sample) -> list[list[bool]]:
+        """Whether each token of each answer is right."""
+        cache = self._cache(self.method, self.budget)
+        self._run(list(sample.context), cache)
+        right = []
+        for turn in sample.turns:
+            # One by one, as they are decoded: what is compressed between them is what a server would have compressed.
+            logits = [self._run([token], cache) for token in (*turn.question, *turn.answer)]
+            first = len(turn.question) - 1
+            predicted = [int(part.argmax()) for part in logits[first:-1]]
+            right.append([found == token for found, token in zip(predicted, turn.answer, strict=True)])
+        return right
+
+    def _log_probs(
+        self, window: Tensor, context: int, method: CacheMethod, budget: CacheBudget | None, timed: bool = False
+    ) -> tuple[Tensor, list[int]]:
+        """Log probabilities (T - context, V) of the tokens behind the context, and the bytes held at each step."""
+        cache = self._cache(method, budget)
+        parts = [self._run(window[:context].tolist(), cache)]
+        held = [cache.nbytes]
+        for token in window[context:-1].tolist():
+            begun, counted = perf_counter(), process_time()
+            parts.append(self._run([token], cache))
+            if timed:
+                self.seconds += perf_counter() - begun
+                self.cpu_seconds += process_time() - counted
+                self.steps += 1
+            held.append(cache.nbytes)
+        return torch.stack(parts).float().log_softmax(-1), held
+
+    def _cache(self, method: CacheMethod, budget: CacheBudget | None) -> CompressedCache:
+        return CompressedCache(self.model, method, budget)
+
+    def _run(self, tokens: Sequence[int], cache: CompressedCache) -> Tensor:
+        """Logits (V,) behind the last of the tokens."""
+        with torch.no_grad():
+            ids = torch.tensor([list(tokens)], device=self.model.device)
+            logits: Tensor = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        return logits
+
+
+def measure(
+    model: PreTrainedModel,
+    method: CacheMethod,
+    budget: CacheBudget | None,
+    windows: Tensor | None,
+    context: int,
+    recall: dict[str, Sequence[Sample]],
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """One row of a report. windows: (N, T) of text, None to leave it out. recall: samples by task."""
+    measurement = CacheMeasurement(model, method, budget)
+    row: dict[str, Any] = {}
+    if windows is not None:
+        progress("text")
+        row |= measurement.text(windows, context).metrics()
+        row["bytes_at"] = measurement.bytes_at
+        row["bytes_end"] = measurement.bytes_at[-1]
+        row["tokens_per_second"] = measurement.steps / measurement.seconds if measurement.seconds else None
+        row["cpu_seconds_per_token"] = measurement.cpu_seconds / measurement.steps if measurement.steps else None
+    for task, samples in recall.items():
+        progress(task)
+        row[f"recall_{task}"], row[f"answers_{task}"] = measurement.recall(samples)
+    return row

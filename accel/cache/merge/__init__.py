@@ -1,0 +1,1 @@
+"""Methods that merge tokens into others in place of dropping them."""

@@ -1,0 +1,1 @@
+"""Methods that hold all tokens, and read for each query only those that matter to it."""

@@ -1,0 +1,1 @@
+"""Segments: the ways in which some tokens' keys and values are stored."""

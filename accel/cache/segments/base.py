@@ -1,0 +1,94 @@
+"""Base class of segments: keys and values of some tokens of one sequence in one layer.
+
+A segment answers a pass's queries with a partial result, see kernels/attention/contract.py; partial results of several
+segments are merged. So caches of any kinds of segments need one attention.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.attention.contract import Partial, Scoring
+
+
+class Segment(ABC):
+    """Keys and values of tokens that all later queries see, except where a sliding window ends. It never changes."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Number of tokens; the largest over heads where they differ."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the segment holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return storage_bytes(self.tensors())
+
+    @abstractmethod
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (H, T, D), as queries see them, and positions (H, T) int32."""
+
+    def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
+        """Partial result o (W, H * G, D), m and l (W, H * G) of queries (W, H * G, D) at positions (W,)."""
+        keys, values, held = self.dense()
+        seen = None if scoring.window is None else positions[:, None] - held[:, None] < scoring.window
+        return partial_attention(queries, keys, values, scoring, seen)
+
+
+def partial_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scoring: Scoring,
+    seen: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Partial:
+    """Partial result o (W, H * G, D), m and l (W, H * G) of queries (W, H * G, D) over keys and values (H, T, D).
+
+    seen: (W, T) or (H, W, T) bool, the keys that each query sees; None: all. bias: (H, T), added to the scores. In
+    float32.
+    """
+    width, count = len(queries), keys.shape[1]
+    weights = scores(queries, keys, scoring)
+    groups = weights.shape[1] // width
+    if bias is not None:
+        weights += bias[:, None]
+    if seen is not None:
+        weights = weights.masked_fill_(~seen.repeat(*(1,) * (seen.ndim - 2), groups, 1), -torch.inf)
+    # A row without keys has no largest score. -inf minus -inf is nan.
+    largest = weights.amax(-1, keepdim=True) if count else weights.new_full((*weights.shape[:-1], 1), -torch.inf)
+    weights = weights.sub_(largest.nan_to_num(neginf=0.0)).exp_()
+    parts = weights @ values.float(), largest, weights.sum(-1, keepdim=True)
+    o, m, total = (part.unflatten(1, (groups, width)).permute(2, 0, 1, 3).flatten(1, 2) for part in parts)
+    return Partial(o, m[..., 0], total[..., 0])
+
+
+def scores(queries: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+    """Scores (H, G * W, T) float32 of queries (W, H * G, D) and keys (H, T, D)."""
+    scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    # The query heads of a KV head are rows of one product.
+    folded = queries.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2).float() * scale
+    products = folded @ keys.float().mT
+    return products if scoring.soft_cap is None else scoring.soft_cap * torch.tanh(products / scoring.soft_cap)
+
+
+def attention_shares(queries: Tensor, keys: Tensor, scoring: Scoring, denominators: Tensor) -> Tensor:
+    """Attention (H, G, W, T) of queries (W, H * G, D) on keys (H, T, D), without a causal mask.
+
+    denominators: (W, H * G), logarithms of the sums of exp(score) over all that the queries see.
+    """
+    products = scores(queries, keys, scoring).unflatten(1, (-1, len(queries)))
+    rows = denominators.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0)  # (H, G, W)
+    return products.sub_(rows[..., None]).exp_()
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each once: a view of a larger tensor counts whole."""
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())

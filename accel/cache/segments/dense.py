@@ -1,0 +1,30 @@
+"""Dense segments: keys and values as the model computed them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hasten.accel.cache.segments.base import Segment
+
+
+@dataclass(frozen=True)
+class Dense(Segment):
+    """keys, values: (H, T, D). positions: (H, T) int32, since each head may keep other tokens."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.keys.shape[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Keys, values and positions."""
+        yield from (self.keys, self.values, self.positions)
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Itself."""
+        return self.keys, self.values, self.positions

@@ -1,0 +1,68 @@
+"""Segments of packed integers: keys in groups of tokens of a channel, values in groups of channels of a token.
+
+Source: Liu et al. 2024, arXiv:2402.02750 (KIVI): outliers of keys lie in few channels, those of values anywhere.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hasten.accel.cache.segments.base import Segment
+from hasten.kernels.quantize_pack import Packed, quantize_pack, unpack_dequantize
+
+
+@dataclass(frozen=True)
+class PackedSegment(Segment):
+    """keys, values: codes of (T, H * D) and of (T * H, D). heads: H. positions: (H, T) int32, a view of one row."""
+
+    keys: Packed
+    values: Packed
+    heads: int
+    positions: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, positions: Tensor, bits: int, group_size: int) -> "PackedSegment":
+        """The segment of keys and values (H, T, D), T a multiple of group_size; all heads hold the same tokens."""
+        heads, _, size = keys.shape
+        width = size if size % 32 else min(size, 64)
+        return cls(
+            quantize_pack(keys.transpose(0, 1).flatten(1), bits, "channel", group_size),
+            quantize_pack(values.transpose(0, 1).flatten(0, 1), bits, "token", width),
+            heads,
+            positions[:1].contiguous().clone().expand(heads, -1),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.positions.shape[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Codes, scales, offsets and positions."""
+        for packed in (self.keys, self.values):
+            yield from (packed.words, packed.scale)
+            if packed.offset is not None:
+                yield packed.offset
+        yield self.positions
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Dequantized keys and values."""
+        keys = unpack_dequantize(self.keys).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        values = unpack_dequantize(self.values).unflatten(0, (-1, self.heads)).transpose(0, 1)
+        return keys, values, self.positions
+
+    def extended(self, other: "PackedSegment") -> "PackedSegment":
+        """A segment of these tokens and of another's, of the same bits and groups; no code is computed again."""
+        positions = torch.cat([self.positions[:1], other.positions[:1]], 1).expand(self.heads, -1)
+        return PackedSegment(_joined(self.keys, other.keys), _joined(self.values, other.values), self.heads, positions)
+
+
+def _joined(first: Packed, second: Packed) -> Packed:
+    """Rows of both; groups of rows and rows of groups are both stacked along the first dimension."""
+    words, scale = (torch.cat([getattr(part, name) for part in (first, second)]) for name in ("words", "scale"))
+    offset = None
+    if first.offset is not None and second.offset is not None:
+        offset = torch.cat([first.offset, second.offset])
+    return replace(first, words=words, scale=scale, offset=offset)

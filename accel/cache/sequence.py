@@ -1,0 +1,254 @@
+"""The cache of one sequence in one layer: segments, then dense tokens, then nodes that wait for verification."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.accel.cache.base import CacheMethod, Kept, Recent
+from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
+from hasten.kernels.attention import reference
+from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
+
+# The dense part grows by this factor, so that a token is copied a few times at most.
+_GROWTH = 1.5
+_LEAST = 64
+# Queries whose scores over all keys are held at a time.
+QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens of a pass. keys, values: (H, N, D). queries: (N, H * G, D). positions: (N,) int32.
+
+    above: (N, waiting + N) bool, which waiting nodes, these included, each token sees; None for a chain behind the
+    last committed token, with no node waiting.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    positions: Tensor
+    above: Tensor | None = None
+
+
+class SequenceCache:
+    """Keys and values of a sequence in one layer; tokens are appended, attended to, and then committed or dropped.
+
+    length: number of committed tokens. segments: the older of them, as the method keeps them.
+    """
+
+    def __init__(self, method: CacheMethod | None) -> None:
+        self.method = method
+        self.length = 0
+        self.segments: list[Segment] = []
+        self._keys: Tensor | None = None  # (H, capacity, D), and the positions (capacity,)
+        self._values: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._dense = 0  # committed tokens among the dense ones
+        self._waiting = 0
+        self._queries: Tensor | None = None  # of the last committed tokens
+        self._attention: Tensor | None = None
+        # Queries of the waiting nodes, and the logarithms of their softmax denominators.
+        self._asked: list[tuple[Tensor, Tensor]] = []
+        self._scoring = PLAIN
+        self._memory: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Committed tokens that are held."""
+        return sum(segment.tokens for segment in self.segments) + self._dense
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held, including room for tokens to come."""
+        own = (self._keys, self._values, self._positions, self._queries, self._attention, self._memory)
+        yield from (tensor for tensor in own if isinstance(tensor, Tensor))
+        yield from (part for pair in self._asked for part in pair)
+        for segment in self.segments:
+            yield from segment.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return storage_bytes(self.tensors())
+
+    def append(self, new: NewTokens, scoring: Scoring, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Add waiting tokens; returns their attention output (N, H * G, D).
+
+        sinks: (H * G,) logits of the layer, or None.
+        """
+        self._scoring = scoring
+        start, count = self._dense + self._waiting, new.keys.shape[1]
+        self._reserve(start + count, new)
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        self._keys[:, start : start + count] = new.keys
+        self._values[:, start : start + count] = new.values
+        self._positions[start : start + count] = new.positions
+        first, self._waiting = self._waiting, self._waiting + count
+        outputs = []
+        for begin in range(0, count, QUERIES_AT_ONCE):
+            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
+            above = None if new.above is None else new.above[part]
+            outputs.append(self._attend(new.queries[part], new.positions[part], first + begin, above, scoring, sinks))
+        return torch.cat(outputs).to(dtype)
+
+    def _attend(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        node: int,
+        above: Tensor | None,
+        scoring: Scoring,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Output (W, H * G, D) of W waiting nodes, the first of which is `node`."""
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        partials = [segment.attend(queries, positions, scoring) for segment in self.segments]
+        # Nodes behind the last of these queries are not read.
+        end = self._dense + node + len(queries) if above is None else self._dense + self._waiting
+        partials.append(self._attend_nodes(queries, positions, node, above, end, scoring))
+        merged = reference.merge_partials(Partial(*map(torch.stack, zip(*partials, strict=True))))
+        if self.method is not None and (self.method.query_window or self.method.sums_attention):
+            self._asked.append((queries.clone(), _denominator(merged, sinks)))
+        return reference.merge(Partial(*(part[None] for part in merged)), sinks, torch.float32)
+
+    def _attend_nodes(
+        self, queries: Tensor, positions: Tensor, node: int, above: Tensor | None, end: int, scoring: Scoring
+    ) -> Partial:
+        """Partial result over the dense committed tokens and the waiting nodes."""
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        keys, values, held = self._keys[:, :end], self._values[:, :end], self._positions[:end]
+        seen = torch.ones(len(queries), end, dtype=torch.bool, device=keys.device)
+        if above is None:
+            # A chain: query i sees all nodes up to its own.
+            seen = seen.tril(self._dense + node)
+        else:
+            seen[:, self._dense :] = above
+        if scoring.window is not None:
+            seen &= positions[:, None] - held < scoring.window
+        return partial_attention(queries, keys, values, scoring, None if bool(seen.all()) else seen)
+
+    def commit(self, path: Sequence[int] | None = None) -> None:
+        """Keep the waiting nodes of a path, in its order, and drop the others; None keeps all."""
+        kept = list(range(self._waiting)) if path is None else list(path)
+        if self._keys is not None and kept != list(range(len(kept))):
+            for held, axis in ((self._keys, 1), (self._values, 1), (self._positions, 0)):
+                assert held is not None
+                sources = torch.tensor([self._dense + index for index in kept], device=held.device)
+                held.narrow(axis, self._dense, len(kept)).copy_(held.index_select(axis, sources))
+        if self._asked:
+            self._observe(kept)
+        self._dense += len(kept)
+        self.length += len(kept)
+        self._waiting = 0
+        self._asked = []
+
+    def _observe(self, kept: Sequence[int]) -> None:
+        """Remember the queries of committed nodes, and add the attention that they gave."""
+        assert self.method is not None
+        queries, denominators = (torch.cat(parts)[list(kept)] for parts in zip(*self._asked, strict=True))
+        window = self.method.query_window
+        if window:
+            before = queries[:0] if self._queries is None else self._queries
+            self._queries = torch.cat([before, queries])[-window:].clone()
+        if self.method.sums_attention and kept:
+            self._add_attention(queries, denominators, len(kept))
+
+    def _add_attention(self, queries: Tensor, denominators: Tensor, count: int) -> None:
+        """Add the attention of `count` newly committed queries, whose keys follow the dense ones."""
+        assert self._keys is not None
+        dense = self._keys[:, : self._dense + count]
+        keys = torch.cat([*(segment.dense()[0] for segment in self.segments), dense], 1)
+        total, heads = keys.shape[1], keys.shape[0]
+        sums = torch.zeros(heads, total, device=keys.device)
+        if self._attention is not None:
+            sums[:, : self._attention.shape[1]] = self._attention
+        for begin in range(0, count, QUERIES_AT_ONCE):
+            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
+            shares = attention_shares(queries[part], keys, self._scoring, denominators[part])  # (H, G, W, T)
+            own = torch.arange(total - count + begin, total - count + part.stop, device=keys.device)
+            hidden = torch.arange(total, device=keys.device) > own[:, None]
+            sums += shares.masked_fill_(hidden, 0.0).sum((1, 2))
+        self._attention = sums
+
+    def uncompressed(self) -> Recent | None:
+        """The dense committed tokens, for the method; None before the first token. No node may wait."""
+        assert self._waiting == 0
+        if self._keys is None or self._values is None or self._positions is None:
+            return None
+        dense = slice(0, self._dense)
+        return Recent(
+            self._keys[:, dense],
+            self._values[:, dense],
+            self._positions[dense],
+            self._queries,
+            self._attention,
+            self._memory,
+        )
+
+    def keep(self, kept: Kept | None) -> None:
+        """Hold what a method keeps; None leaves everything as it is."""
+        if kept is None:
+            return
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        self.segments, self._memory = list(kept.segments), kept.memory
+        if kept.kept is not None and self._attention is not None:
+            self._attention = self._attention.gather(1, kept.kept)
+        newest = slice(self._dense - kept.recent, self._dense)
+        # Copied, so that what is not kept is freed.
+        self._keys, self._values = (part[:, newest].clone() for part in (self._keys, self._values))
+        self._positions = self._positions[newest].clone()
+        self._dense = kept.recent
+
+    def crop(self, count: int) -> None:
+        """Drop the last `count` committed tokens, which must be dense still; ValueError where they are not."""
+        if count > self._dense or self._waiting:
+            raise ValueError(f"{count} tokens cannot be taken back: {self._dense} of the cache are not compressed yet")
+        self._dense -= count
+        self.length -= count
+        if self._attention is not None:
+            self._attention = self._attention[:, : self._attention.shape[1] - count].clone()
+
+    def copy(self) -> "SequenceCache":
+        """A cache that shares the segments, which never change."""
+        other = SequenceCache(self.method)
+        vars(other).update(vars(self))
+        other.segments, other._asked = list(self.segments), list(self._asked)
+        for name in ("_keys", "_values", "_positions"):
+            part = getattr(self, name)
+            setattr(other, name, None if part is None else part.clone())
+        return other
+
+    def _reserve(self, count: int, new: NewTokens) -> None:
+        """Make room for `count` dense tokens."""
+        capacity = 0 if self._keys is None else self._keys.shape[1]
+        if count <= capacity:
+            return
+        size = max(count, _LEAST if not capacity else int(capacity * _GROWTH))
+        heads, _, width = new.keys.shape
+        for name, own in (("_keys", width), ("_values", new.values.shape[2])):
+            held, part = getattr(self, name), new.keys if name == "_keys" else new.values
+            grown = part.new_zeros(heads, size, own)
+            if held is not None:
+                grown[:, : held.shape[1]] = held
+            setattr(self, name, grown)
+        positions = torch.zeros(size, dtype=torch.int32, device=new.keys.device)
+        if self._positions is not None:
+            positions[: len(self._positions)] = self._positions
+        self._positions = positions
+
+
+def _denominator(merged: Partial, sinks: Tensor | None) -> Tensor:
+    """Logarithm of the softmax denominator of each query, (W, H * G)."""
+    total = merged.m + merged.l.log()
+    return total if sinks is None else torch.logaddexp(total, sinks.to(total.dtype))

@@ -1,0 +1,1 @@
+"""Methods whose layers share what they hold."""

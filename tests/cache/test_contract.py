@@ -1,0 +1,201 @@
+"""What every method of conf/cache must do, in generate() and under the engine."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hasten import conf
+from hasten.accel.cache.attention import attach
+from hasten.accel.cache.base import CacheBudget, CacheMethod
+from hasten.accel.cache.cache import CompressedCache, Handle
+from hasten.accel.cache.full import Full
+from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
+from hasten.accel.decoding.engine import Engine, Request
+from hasten.accel.decoding.lengths.fixed import Fixed
+from hasten.accel.decoding.targets.cached import CachedTarget
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
+from tests.models import tiny
+
+CONFIGS = sorted((Path(conf.__file__).parent / "cache").glob("*.yaml"))
+NEW = 40
+PROMPTS = torch.randint(3, tiny.VOCABULARY, (3, 90), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def method(request: pytest.FixtureRequest) -> CacheMethod:
+    made: CacheMethod = instantiate(OmegaConf.load(request.param))
+    return made
+
+
+def budget(method: CacheMethod, value: float) -> CacheBudget | None:
+    return CacheBudget(value) if method.has_budget else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("model") / "m", "llama", max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def text():
+    """The trained target, and 700 tokens of a Python file."""
+    folder = resolve("embedded:target")
+    content = Path(torch.overrides.__file__).read_text()
+    return load(folder), torch.tensor([AutoTokenizer.from_pretrained(folder)(content).input_ids[:700]])
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model, tokens: torch.Tensor, cache: CompressedCache | None, mask: torch.Tensor | None = None):
+    """Logits of the prompt's last token and of NEW tokens fed one by one, (B, NEW + 1, V); the cache."""
+    split = tokens.shape[1] - NEW
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for start, stop in [(0, split), *((at, at + 1) for at in range(split, tokens.shape[1]))]:
+        inputs = {"attention_mask": None if mask is None else mask[:, :stop]}
+        if positions is not None:
+            inputs["position_ids"] = positions[:, start:stop]
+        with torch.no_grad():
+            out = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **inputs)
+        cache = out.past_key_values
+        found.append(out.logits[:, -1])
+    return torch.stack(found, 1), cache
+
+
+def test_a_sequence_has_the_same_bits_in_a_batch_as_alone(folder, method):
+    model = load(folder)
+    attach(model)
+    batch, _ = logits(model, PROMPTS, CompressedCache(model, method, budget(method, 40)))
+    for row in range(len(PROMPTS)):
+        one, _ = logits(model, PROMPTS[row : row + 1], CompressedCache(model, method, budget(method, 40)))
+        torch.testing.assert_close(batch[row], one[0], rtol=0, atol=1e-5)  # products of other parts of the model
+        assert batch[row].argmax(-1).equal(one[0].argmax(-1))
+
+
+def test_attention_of_a_sequence_does_not_depend_on_its_batch_by_a_single_bit(method):
+    model = load_attention(method)
+    whole, alone = model(2), model(1)
+    assert torch.equal(whole[:1], alone)
+
+
+def load_attention(method: CacheMethod):
+    """Outputs of a layer's attention for the first `count` of two sequences, in three passes."""
+
+    def outputs(count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        cache = CompressedCache(tiny.build("llama"), method, budget(method, 24))
+        layer = next(cache.compressed)
+        found = []
+        for width in (50, 1, 1):
+            keys, values = (torch.randn(2, 2, width, 16, generator=generator)[:count] for _ in range(2))
+            queries = torch.randn(2, width, 4, 16, generator=generator)[:count]
+            handle, _ = layer.update(keys, values)
+            assert isinstance(handle, Handle)
+            found.append(layer.attend(handle, queries, None, None, None))
+        return torch.cat(found, 1)
+
+    return outputs
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(folder, method, side):
+    model = load(folder)
+    attach(model)
+    lengths = [90, 77, 81]
+    tokens, mask = PROMPTS.clone(), torch.ones_like(PROMPTS)
+    for row, length in enumerate(lengths):
+        if side == "left":
+            mask[row, : 90 - length] = 0
+        else:
+            mask[row, 50 - (90 - length) : 50] = 0  # the end of the prompt
+    found, cache = logits(model, tokens, CompressedCache(model, method, budget(method, 40)), mask)
+    for row in range(len(lengths)):
+        own = tokens[row, mask[row].bool()][None]
+        alone, one = logits(model, own, CompressedCache(model, method, budget(method, 40)))
+        # A right-padded prompt's last column is no token of the sequence.
+        first = 1 if side == "right" else 0
+        torch.testing.assert_close(found[row, first:], alone[0, first:], rtol=0, atol=1e-5)
+        assert next(cache.compressed).sequences[row].tokens == next(one.compressed).sequences[0].tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mistral"])
+def test_a_full_budget_is_no_compression(tmp_path, method, family):
+    if not method.has_budget and not isinstance(method, Full):
+        pytest.skip("has no budget")
+    model = load(tiny.save(tmp_path / "m", family, max_position_embeddings=1024))
+    expected, _ = logits(model, PROMPTS[:1], None)
+    attach(model)
+    found, _ = logits(model, PROMPTS[:1], CompressedCache(model, method, budget(method, 1000)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32, in another order
+
+
+def test_what_is_evicted_is_freed_and_all_that_is_held_is_counted(text, method):
+    if not method.frees:
+        pytest.skip("holds everything")
+    model, tokens = text
+    attach(model)
+    held = {}
+    for name, made in (("full", Full()), ("own", method)):
+        cache = CompressedCache(model, made, budget(made, 0.5))
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+        tensors = [
+            tensor
+            for layer in cache.compressed
+            for sequence in layer.sequences
+            for tensor in vars(sequence).values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        segments = [segment for layer in cache.compressed for one in layer.sequences for segment in one.segments]
+        tensors += [tensor for segment in segments for tensor in segment.tensors()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        assert cache.nbytes == sum(storages.values())
+        held[name] = cache.nbytes
+    # Queries that are remembered, and positions, come on top of the half.
+    assert held["own"] < (0.75 if method.has_budget else 0.9) * held["full"]
+
+
+def test_under_the_engine_drafts_change_no_token(folder, method):
+    requests = [Request(str(row), tokens[: 60 + 7 * row].tolist(), NEW) for row, tokens in enumerate(PROMPTS)]
+
+    def decoded(drafts: int, in_flight: int) -> dict[str, list[int]]:
+        target = CachedTarget(load(folder), method, budget(method, 40))
+        drafter = PromptLookup(min_ngram=1) if drafts else None
+        engine = Engine(target, drafter, policy=Fixed(drafts), in_flight=in_flight, prefill_chunk=32)
+        return {result.id: result.token_ids for result in engine.decode(requests)}
+
+    plain = decoded(0, 1)
+    assert decoded(6, 1) == plain
+    assert decoded(6, 3) == plain
+
+
+def test_a_budget_is_given_where_the_method_has_one(folder, method):
+    model = load(folder)
+    if method.has_budget:
+        with pytest.raises(UserError, match="give cache_budget"):
+            CompressedCache(model, method)
+    else:
+        with pytest.raises(UserError, match="has no budget"):
+            CompressedCache(model, method, CacheBudget(100))
+
+
+def test_tokens_are_taken_back_until_they_are_compressed(folder, method):
+    model = load(folder)
+    attach(model)
+    cache = CompressedCache(model, method, budget(method, 1000))
+    with torch.no_grad():
+        before = model(PROMPTS[:1, :40], past_key_values=cache).logits[:, -1]
+        model(PROMPTS[:1, 40:41], past_key_values=cache)
+        cache.crop(-1)
+        again = model(PROMPTS[:1, 40:41], past_key_values=cache).logits[:, -1]
+        cache.crop(-1)
+        other = model(PROMPTS[:1, 40:41], past_key_values=cache).logits[:, -1]
+    assert torch.equal(again, other)
+    assert not torch.equal(again, before)
