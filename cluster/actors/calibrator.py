@@ -1,6 +1,8 @@
 """The calibrator actor: it holds a shard of the calibration sequences, collects statistics and quantizes layers."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -9,18 +11,26 @@ import ray
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer, outer_method
 from hasten.accel.compression.calibration.outer_solve import solve_outer, solve_outer_levels
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.shard import Shard
-from hasten.accel.compression.calibration.solve import prepare_group, solve_for_checkpoint, solve_levels
+from hasten.accel.compression.calibration.solve import prepare_group, solve_block, solve_for_checkpoint, solve_levels
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.transforms.base import target_change
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import Edits
+from hasten.accel.compression.transforms.rotating import GradientPass
 from hasten.accel.models.architecture import EMBEDDING
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
-# What collect() returns for a layer group: nodes of the summation tree as (start, size, tokens, sums).
-Nodes = list[tuple[int, int, int, np.ndarray]]
+# What collect() returns for a layer group: nodes of the summation tree as (start, size, tokens, sums, other sums).
+Nodes = list[tuple[int, int, int, np.ndarray, dict[str, np.ndarray]]]
+
+# Keys of the hidden states that the solver of a whole block needs, in what collect() returns.
+_STATES, _TARGETS = "states", "targets"
 
 
 class Calibrator:
@@ -39,35 +49,40 @@ class Calibrator:
         self._groups = {group.key: group for groups in self._task.layer_groups for group in groups}
         self._chunks = chunks
         self._shard: Shard | None = None
+        self._rotation_pass: GradientPass | None = None
 
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
         for name in names:
-            self._task.checkpoint.check(name)
+            self._task.original.check(name)
         release_memory()
 
     def collect(
-        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Mapping[str, Tensor]]
+        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Any]
     ) -> dict[str, Nodes]:
         """Sums of layer inputs in a block over this shard, for the layer groups `keys` of a stage.
 
         Experts that no token reached have an empty list. The caller chooses the groups: if each shard looked on the
         disk for unfinished ones, shards that look at different times would collect different groups.
         solved: packed tensors by layer of the block's earlier stages, one mapping for each, or a list with a reference
-        to it; of a level database empty.
+        to it; of a level database empty. A negative stage is before the first, for transforms: the uncompressed block,
+        with the edits in `solved`.
 
         Missing hidden states are computed from the earlier blocks. These must be finished if their compressed outputs
         are propagated.
         """
+        self._rotation_pass = None
         release_memory()
         try:
+            if stage >= 0 and self._solves(block):
+                return self._states(block)
             trees = self._collect(block, keys, stage, solved)
         except BaseException:
             # A block may have stopped in the middle.
             self._shard = None
             raise
         return {key: [] for key in keys} | {
-            key: [(start, size, node.tokens, node.array()) for (start, size), node in tree.nodes.items()]
+            key: [(start, size, node.tokens, node.array(), node.others()) for (start, size), node in tree.nodes.items()]
             for key, tree in trees.items()
         }
 
@@ -82,17 +97,14 @@ class Calibrator:
         started = perf_counter()
         release_memory()
         settings, task = self._settings, self._task
+        if keys and self._solves(block):
+            of_layers = self._solve_block(block, collected)
+            return *of_layers, perf_counter() - started
         packed: dict[str, dict[str, Tensor]] = {}
         facts: list[dict[str, Any]] = []
         for key in keys:
             group = self._groups[key]
-            tree = Tree(settings.cut)
-            for nodes in collected:
-                if key not in nodes:
-                    raise RuntimeError(f"a shard's sums of {key} in block {block} are missing")
-                for start, size, tokens, sums in nodes[key]:
-                    tree.add(start, size, Hessian.from_array(group.columns, sums, tokens))
-            hessian = tree.total() if tree.nodes else None
+            hessian = self._total(group, collected)
             if group.role is not None:
                 method = outer_method(group, settings.quantizer)
                 prepared = prepare_group(group, method, hessian, 0, settings.device)
@@ -106,23 +118,107 @@ class Calibrator:
                 prepare_group(group, method, hessian, settings.expert_tokens, settings.device)
                 for method in settings.methods
             ]
+            change = target_change(settings.transforms, hessian, settings.device)
             if isinstance(task.output, LevelDatabase):
-                facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device)
+                facts += solve_levels(task.output, group, task.checkpoint, ready, settings.device, change)
             else:
                 packed_form = settings.gguf is not None
-                tensors, rows = solve_for_checkpoint(group, task.checkpoint, ready, settings.device, packed_form)
+                tensors, rows = solve_for_checkpoint(
+                    group, task.checkpoint, ready, settings.device, packed_form, change
+                )
                 packed |= tensors
                 facts += rows
         return packed, facts, perf_counter() - started
+
+    def transform(
+        self, block: int, number: int, keys: Sequence[str], edits: tuple[Edits, Edits], *collected: Mapping[str, Nodes]
+    ) -> list[Edits]:
+        """Edits of some parts `keys` of a block by a transform, whose number counts those that make edits.
+
+        edits: those of earlier transforms, before and since the statistics were collected. collected: results of
+        `collect` of all calibrators; none for transforms without statistics.
+        """
+        release_memory()
+        sequence, architecture = self._task.transforms, self._task.architecture
+        assert sequence is not None
+        transform = sequence.transforms[number]
+        view = sequence.view(architecture, block, *edits, {})
+        needed = {key for part in transform.parts(view) if part.key in keys for key in part.groups}
+        totals = {key: self._total(self._groups[key], collected) for key in sorted(needed)} if collected else {}
+        statistics = {key: total for key, total in totals.items() if total is not None}
+        view = sequence.view(architecture, block, *edits, statistics)
+        return [transform.edits(view, key) for key in keys]
+
+    def _solves(self, block: int) -> bool:
+        """Whether a transform compresses the layers of a block together."""
+        return self._settings.block_solver is not None and not is_outer(self._task.layer_groups[block])
+
+    def _states(self, block: int) -> dict[str, Nodes]:
+        """Inputs and targets of a block for its solver, by chunk: a node of a chunk holds both."""
+        states = self._catch_up(block).block_states(self._load(block))
+        arrays = {number: [part.float().cpu().numpy() for part in pair] for number, pair in states.items()}
+        return {_STATES: [(number, 1, 0, inputs, {_TARGETS: targets}) for number, (inputs, targets) in arrays.items()]}
+
+    def _solve_block(
+        self, block: int, collected: Sequence[Mapping[str, Nodes]]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+        """All layers of a block, by the transform that compresses them together."""
+        settings, task = self._settings, self._task
+        assert settings.block_solver is not None
+        nodes = sorted((node for part in collected for node in part[_STATES]), key=lambda node: node[0])
+        # Arrays in the object store are read-only: cat copies them.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inputs = torch.cat([torch.from_numpy(array) for _, _, _, array, _ in nodes])
+            targets = torch.cat([torch.from_numpy(others[_TARGETS]) for _, _, _, _, others in nodes])
+        groups = task.layer_groups[block]
+        return solve_block(settings.block_solver, task.architecture, block, groups, settings.quantizer, inputs, targets)
+
+    def rotate(
+        self, rotation: tuple[np.ndarray | None, list[np.ndarray]], *parts: Tensor
+    ) -> list[tuple[int, float, np.ndarray, list[np.ndarray]]]:
+        """Fields of the gradients by a rotation, of tokens (B, T) each. rotation: fields of Rotation."""
+        task, settings = self._task, self._settings
+        assert task.unrotated is not None
+        if self._rotation_pass is None:
+            assert settings.rotating is not None
+            self._rotation_pass = settings.rotating.gradient_pass(
+                task.unrotated.checkpoint, task.layer_groups, settings.methods, task.architecture
+            )
+        residual, heads = rotation
+        assert residual is not None
+        given = torch.from_numpy(residual.copy()), [torch.from_numpy(matrix.copy()) for matrix in heads]
+        results = [self._rotation_pass.gradient(*given, part) for part in parts]
+        release_memory()
+        return [
+            (one.tokens, one.divergence, one.residual.cpu().numpy(), [matrix.cpu().numpy() for matrix in one.heads])
+            for one in results
+        ]
 
     def usage(self) -> dict[str, float]:
         """CPU seconds since the actor was created, and peak resident memory in bytes."""
         return {"cpu_seconds": cpu_seconds() - self._cpu_before, "peak_rss_bytes": peak_rss_bytes()}
 
+    def _total(self, group: Group, collected: Sequence[Mapping[str, Nodes]]) -> Hessian | None:
+        """Sum over all calibrators of the statistics of a group's input; None where no token reached it."""
+        tree = Tree(self._settings.cut)
+        for nodes in collected:
+            if group.key not in nodes:
+                raise RuntimeError(f"a shard's sums of {group.key} in block {group.block} are missing")
+            for start, size, tokens, sums, others in nodes[group.key]:
+                tree.add(start, size, Hessian.from_array(group.columns, sums, tokens, others))
+        return tree.total() if tree.nodes else None
+
     def _collect(
-        self, block: int, keys: Collection[str], stage: int, solved: Sequence[Mapping[str, Mapping[str, Tensor]]]
+        self, block: int, keys: Collection[str], stage: int, solved: Sequence[Mapping[str, Any]]
     ) -> dict[str, Tree]:
         groups = self._task.layer_groups[block]
+        if stage < 0:
+            shard = self._catch_up(block, stage)
+            assert isinstance(self._task.checkpoint, TransformedCheckpoint)
+            with self._task.checkpoint.with_edits(block, solved[0]):
+                module = self._load(block)
+            return shard.collect(module, [group for group in groups if group.key in keys], magnitudes=True)
         if is_outer(groups):
             head = next((group for group in groups if group.role != EMBEDDING), None)
             if head is None:
@@ -134,16 +230,19 @@ class Calibrator:
             shard = self._catch_up(block)
             return shard.collect(self._load(block), wanted, advance=self._settings.propagate == "original")
         shard = self._catch_up(block, stage)
-        staged = shard.staged or shard.begin(self._load(block), groups)
+        staged = shard.staged or shard.begin(self._load(block), groups, partial(self._load, block))
         for number in range(staged.replaced, stage):
             staged.replace(self._task.output.unpack_layers(staged.stages[number], _fetched(solved[number])))
-        return staged.collect(stage, keys)
+        return shard.collect_stage(stage, keys)
 
     def _catch_up(self, block: int, stage: int = 0) -> Shard:
         """The shard at the input of a block, or in it where its inputs of a stage can still be collected."""
         shard = self._shard
         if shard is None or shard.position > block or not _can_collect(shard, block, stage):
-            shard = self._shard = Shard(self._task.architecture, self._chunks, self._settings.batch, self._settings.cut)
+            settings = self._settings
+            shard = self._shard = Shard(
+                self._task.architecture, self._chunks, settings.batch, settings.cut, settings.needs_original
+            )
         while shard.position < block:
             self._advance(shard)
             release_memory()
@@ -160,7 +259,7 @@ class Calibrator:
         module = self._load(shard.position)
         if self._settings.propagate != "original":
             self._task.architecture.replace_weights(module, self._task.output.read_layers(groups))
-        shard.advance(module)
+        shard.advance(module, partial(self._load, shard.position))
 
     def _load(self, block: int) -> nn.Module:
         return self._task.architecture.load_block(block)
@@ -174,4 +273,6 @@ def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
 
 def _can_collect(shard: Shard, block: int, stage: int) -> bool:
     """Whether the shard has not passed a stage of a block at or behind which it is."""
+    if stage < 0 and shard.position == block:
+        return shard.staged is None
     return shard.staged is None or shard.position < block or shard.staged.can_collect(stage)

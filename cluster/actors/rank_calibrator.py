@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class RankCalibrator(Calibrator, Rank):
         self._has_joined = True
 
     def collect(
-        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Mapping[str, Tensor]]
+        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Any]
     ) -> dict[str, Nodes]:
         """See Calibrator."""
         # Else a rank that could not join would send the sums of no chunk.

@@ -20,7 +20,7 @@ def calibration_pass(
     """
     check_source(model.architecture.checkpoint)
     layer_groups = all_groups(model.architecture, settings)
-    sequences = config.calibration.sequences if settings.needs_hessian else 0
+    sequences = config.calibration.sequences if settings.needs_tokens else 0
     size = 1 if ranks is None else ranks.size
     if sequences:
         check_chunks(min(config.calibration.shards, sequences), config.workers, size)
@@ -43,4 +43,6 @@ def calibration_pass(
         ranks=ranks,
         all_experts=config.calibration.all_experts,
         gguf=settings.gguf,
+        collects=settings.needs_hessian,
+        transforms=settings.transforms,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,12 @@ from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
+from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
+from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile
+from hasten.accel.compression.transforms.rotation import RotatedCheckpoint
+from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -42,8 +49,8 @@ class Settings:
     arithmetic. batch: calibration sequences that run through a block at once. shards: number of chunks of calibration
     sequences, each owned by one worker. expert_tokens: experts that saw fewer tokens are compressed without statistics.
     all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
-    outer: levels of output layer and embedding. gguf: options of the GGUF file that is written in place of a checkpoint
-    in `format`; None for the checkpoint.
+    outer: levels of output layer and embedding. transforms: of every block, in their order. gguf: options of the GGUF
+    file that is written in place of a checkpoint in `format`; None for the checkpoint.
     """
 
     checkpoint: Path
@@ -67,6 +74,7 @@ class Settings:
     all_experts: bool = False
     outer: OuterLevels = field(default_factory=OuterLevels)
     gguf: GgufOptions | None = None
+    transforms: tuple[BlockTransform, ...] = ()
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -76,9 +84,35 @@ class Settings:
             raise UserError(f"reference={self.level.name} is none of the levels {known}")
         for level in self.made:
             level.check_method(level.method_of(self._given))
+        if self.needs_original and self.propagate != "sequential":
+            names = ", ".join(
+                type(transform).__name__.lower() for transform in self.transforms if transform.needs_original
+            )
+            raise UserError(
+                f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential"
+            )
+        self._check_block_solver()
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
+
+    def _check_block_solver(self) -> None:
+        """UserError where a transform cannot compress the layers of a block together."""
+        if self.block_solver is None:
+            return
+        name = type(self.block_solver).__name__.lower()
+        if self.levels is not None:
+            raise UserError(f"transforms=[{name}] makes one level, not a database of levels: use hasten compress")
+        scheme = self.level.loader_scheme
+        if scheme is None:
+            raise UserError(
+                f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8"
+            )
+        if scheme.inputs is not None and (scheme.inputs.static or scheme.inputs.strategy == "tensor_group"):
+            raise UserError(
+                f"transforms=[{name}] collects no scales of inputs, which level {self.level.name} needs: use a level "
+                "whose inputs have dynamic scales"
+            )
 
     @property
     def made(self) -> tuple[Level, ...]:
@@ -87,9 +121,32 @@ class Settings:
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether a method needs statistics of the layers' inputs."""
+        """Whether a method, or the layers' targets, need statistics of the layers' inputs."""
         methods = [*self.methods, self.quantizer] if self.outer else self.methods
-        return any(method.needs_hessian for method in methods)
+        return self.needs_original or any(method.needs_hessian for method in methods)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether calibrators also run the original model, for the shift of the layers' inputs."""
+        return any(transform.needs_original for transform in self.transforms)
+
+    @property
+    def block_solver(self) -> BlockTransform | None:
+        """The transform that compresses the layers of a block together, if there is one."""
+        return next((transform for transform in self.transforms if transform.solves_blocks), None)
+
+    @property
+    def rotating(self) -> RotatingTransform | None:
+        """The transform that rotates the model, if there is one."""
+        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
+        return next(rotating, None)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the pass needs calibration tokens: for a method, or for a transform."""
+        return self.needs_hessian or any(
+            transform.needs_statistics or transform.needs_tokens for transform in self.transforms
+        )
 
     @property
     def methods(self) -> list[Method]:
@@ -104,6 +161,8 @@ class Settings:
 
     def stages(self, groups: Sequence[Group]) -> list[Stage]:
         """Groups of a block that are compressed at the same time, in the order in which they are."""
+        if self.block_solver is not None and not is_outer(groups):
+            return [tuple(groups)] if groups else []
         if self.propagate == "sequential" and self.needs_hessian and not is_outer(groups):
             return stages_of(groups)
         return [tuple(groups)] if groups else []
@@ -137,6 +196,7 @@ class Settings:
             "expert_tokens": self.expert_tokens,
             "all_experts": self.all_experts,
             "outer": self.outer.names() if self.outer else None,
+            "transforms": [repr(transform) for transform in self.transforms],
             "torch": torch.__version__,
             "code": self.code(),
         } | ({} if self.gguf is None else {"gguf": options_of(self.gguf)})
@@ -144,29 +204,80 @@ class Settings:
     def code(self) -> dict[str, str]:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
-        return code_fingerprint(shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer)
+        return code_fingerprint(
+            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, self.transforms
+        )
 
 
 class Task:
-    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own."""
+    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
+
+    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms:
+    those that make edits, None where there are none. unrotated, rotation: the model that is rotated, and the file of
+    its rotation; None where it is not.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.checkpoint = Checkpoint(settings.checkpoint)
-        check_source(self.checkpoint)
+        self.original: Checkpoint = Checkpoint(settings.checkpoint)
+        self.checkpoint = self.original
+        check_source(self.original)
+        self.transforms: TransformSequence | None = None
+        folder = settings.output / (LevelDatabase if settings.levels is not None else OutputFolder).edits
+        self.unrotated: Architecture | None = None
+        self.rotation: RotationFile | None = None
+        if settings.rotating is not None:
+            self.unrotated = Architecture(self.original, settings.dtype, settings.device)
+            self.rotation = RotationFile(folder)
+            finished = partial(self.rotation.finished, settings.rotating.steps)
+            self.original = RotatedCheckpoint(self.unrotated, finished, settings.rotating.has_residual)
+            self.checkpoint = self.original
+        edits = None
+        if any(transform.makes_edits for transform in settings.transforms):
+            edits = EditFolder(folder, ())
+            self.checkpoint = TransformedCheckpoint(self.original, edits)
         self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device)
         self.architecture.all_experts = settings.all_experts
+        if isinstance(self.checkpoint, TransformedCheckpoint):
+            self.checkpoint.locate(self.architecture)
         self.layer_groups = all_groups(self.architecture, settings)
+        for number, transform in enumerate(settings.transforms):
+            transform.check(self.architecture, settings.transforms[:number])
+        if edits is not None:
+            edits.blocks = self._edited_blocks()
+            self.transforms = TransformSequence(
+                settings.transforms,
+                edits,
+                self.original,
+                self.layer_groups,
+                settings.methods,
+                settings.expert_tokens,
+                settings.device,
+            )
         self.output: OutputFolder | GgufFolder | LevelDatabase
         if settings.levels is not None:
             levels = common_levels(settings.levels, self.layer_groups)
             (propagated,) = common_levels([settings.level], self.layer_groups)
-            self.output = LevelDatabase(settings.output, self.checkpoint, self.layer_groups, levels, propagated)
+            self.output = LevelDatabase(
+                settings.output,
+                self.checkpoint,
+                self.layer_groups,
+                levels,
+                propagated,
+                None if edits is None else sorted(edits.blocks),
+            )
         elif settings.gguf is not None:
             self.output = GgufFolder(settings.output, self.architecture, self.layer_groups, settings.gguf)
         else:
             self._check_experts()
             self.output = OutputFolder(settings.output, self.architecture, self.layer_groups, settings.format)
+
+    def _edited_blocks(self) -> frozenset[int]:
+        """Blocks that transforms edit, OUTSIDE among them."""
+        blocks = range(self.architecture.num_blocks)
+        if any(transform.is_everywhere for transform in self.settings.transforms):
+            return frozenset([OUTSIDE, *blocks])
+        return frozenset(block for block in blocks if self.layer_groups[block])
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""

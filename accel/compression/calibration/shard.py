@@ -4,7 +4,7 @@ A shard holds whole chunks. A chunk runs in the same batches on every worker, so
 the same bits for any number of shards.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -37,10 +37,17 @@ class Shard:
     """Hidden states [sequences, T, D] of some chunks, at the input of block `position`.
 
     cut: see statistics.Tree. staged: that block, where it is in the middle of its forward; it holds the hidden states
-    then.
+    then. original: whether hidden states of the original model are held, too, for the shift of the layers' inputs.
     """
 
-    def __init__(self, architecture: Architecture, chunks: Mapping[int, Tensor], batch: int, cut: int = 0) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        chunks: Mapping[int, Tensor],
+        batch: int,
+        cut: int = 0,
+        original: bool = False,
+    ) -> None:
         self.architecture = architecture
         self._cut = cut
         self.position = 0
@@ -48,19 +55,24 @@ class Shard:
         self._hidden = {
             number: [architecture.embed(part) for part in tokens.split(batch)] for number, tokens in chunks.items()
         }
+        self._original = {number: list(parts) for number, parts in self._hidden.items()} if original else None
+        self._original_staged: StagedBlock | None = None
 
-    def collect(self, block: nn.Module, groups: Sequence[Group], advance: bool = False) -> dict[str, Tree]:
+    def collect(
+        self, block: nn.Module, groups: Sequence[Group], advance: bool = False, magnitudes: bool = False
+    ) -> dict[str, Tree]:
         """Run the block at `position`; returns the Hessians of the groups' inputs by group key.
 
-        advance: keep the outputs as hidden states of the next block. Experts that no token reached have no entry.
+        advance: keep the outputs as hidden states of the next block. magnitudes: collect them, too. Experts that no
+        token reached have no entry.
         """
-        sums = ChunkSums(self._cut)
+        sums = ChunkSums(self._cut, magnitudes)
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
         last = None if advance or any(group.is_expert for group in groups) else groups[-1].key
         hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
         undo = [_show_all(block.get_submodule(path), members) for path, members in self._mixtures(groups).items()]
         try:
-            self._run(block, keep=advance)
+            self._run(block, self._hidden, keep=advance)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -70,10 +82,23 @@ class Shard:
             self.position += 1
         return sums.trees()
 
-    def advance(self, block: nn.Module) -> None:
-        """Replace the hidden states by the outputs of the block at `position`."""
-        self._run(block, keep=True)
+    def advance(self, block: nn.Module, original: Callable[[], nn.Module] | None = None) -> None:
+        """Replace the hidden states by the outputs of the block at `position`. original: loads it uncompressed."""
+        self._run(block, self._hidden, keep=True)
+        if self._original is not None:
+            assert original is not None
+            self._run(original(), self._original, keep=True)
         self.position += 1
+
+    def block_states(self, original: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each chunk, the inputs of the block at `position`, and what the original block makes of its own inputs.
+
+        Both are [sequences, T, D]. original: the block, uncompressed.
+        """
+        assert self._original is not None
+        outputs = {number: list(parts) for number, parts in self._original.items()}
+        self._run(original, outputs, keep=True)
+        return {number: (torch.cat(parts), torch.cat(outputs[number])) for number, parts in self._hidden.items()}
 
     def collect_outputs(self, layer: OutputLayer, key: str) -> dict[str, Tree]:
         """The Hessian of the output layer's inputs, by `key`; the shard must be behind the last block."""
@@ -86,8 +111,8 @@ class Shard:
             tree.add(number, 1, hessian)
         return {key: tree}
 
-    def _run(self, block: nn.Module, keep: bool) -> None:
-        """Run all parts. keep: replace the hidden states by the outputs."""
+    def _run(self, block: nn.Module, hidden: Mapping[int, list[Tensor]], keep: bool) -> None:
+        """Run all parts of hidden states. keep: replace them by the outputs."""
 
         def run(parts: list[Tensor], index: int) -> None:
             with suppress(_AllCollected):
@@ -97,21 +122,39 @@ class Shard:
 
         forwards = [
             _ChunkForward(partial(run, parts, index), number)
-            for number, parts in self._hidden.items()
+            for number, parts in hidden.items()
             for index in range(len(parts))
         ]
         self.architecture.run_forwards(block, forwards)
 
-    def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
-        """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
+    def begin(
+        self, block: nn.Module, groups: Sequence[Group], original: Callable[[], nn.Module] | None = None
+    ) -> StagedBlock:
+        """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one.
+
+        original: loads the block once more, whose weights are not replaced.
+        """
         hidden, self._hidden = self._hidden, {}
         self.staged = StagedBlock(self.architecture, block, self.position, groups, hidden, self._cut)
+        if self._original is not None:
+            assert original is not None
+            hidden, self._original = self._original, {}
+            self._original_staged = StagedBlock(
+                self.architecture, original(), self.position, groups, hidden, self._cut, is_original=True
+            )
         return self.staged
+
+    def collect_stage(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
+        """See StagedBlock.collect."""
+        assert self.staged is not None
+        return self.staged.collect(stage, keys, self._original_staged)
 
     def finish(self) -> None:
         """End the forward that was begun: its outputs are the hidden states of the next block."""
         assert self.staged is not None
         self._hidden, self.staged = self.staged.finish(), None
+        if self._original_staged is not None:
+            self._original, self._original_staged = self._original_staged.finish(), None
         self.position += 1
 
     def _mixtures(self, groups: Sequence[Group]) -> dict[str, list[int]]:

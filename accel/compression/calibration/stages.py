@@ -10,6 +10,7 @@ sums of their inputs would need much memory: experts do not depend on each other
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,7 +71,9 @@ class StagedBlock:
     """A block in the middle of its forward on some chunks of the calibration sequences.
 
     position: the block's number. groups: all its layer groups. chunks: by number their parts [sequences, T, D]; they
-    are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree.
+    are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree. is_original: whether
+    it runs original weights for the inputs that another one compares with its own: nothing is replaced, and experts,
+    which may see other tokens, are not waited for.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class StagedBlock:
         groups: Sequence[Group],
         chunks: dict[int, list[Tensor]],
         cut: int = 0,
+        is_original: bool = False,
     ) -> None:
-        self._architecture, self._cut = architecture, cut
+        self._architecture, self._cut, self._is_original = architecture, cut, is_original
         self.stages = stages_of(groups)
         # Stage whose inputs were collected last, and the number of stages whose weights are replaced.
         self.collected, self.replaced = -1, 0
@@ -115,28 +119,32 @@ class StagedBlock:
         self._architecture.replace_weights(self._block, weights)
         self.replaced += 1
 
-    def collect(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
+    def collect(self, stage: int, keys: Collection[str], original: "StagedBlock | None" = None) -> dict[str, Tree]:
         """Hessians of the inputs of groups of a stage, by group key. Experts that no token reached have no entry.
 
-        The weights of all stages before it must have been replaced.
+        The weights of all stages before it must have been replaced. original: the original block on the same tokens,
+        for the shift of inputs other than experts'.
         """
         assert self.can_collect(stage)
         assert self.replaced == stage
         group = self.stages[stage][0]
         self._sums = ChunkSums(self._cut)
         self._resume(stage)
-        for run in self._all_runs():
+        if original is not None:
+            original._resume(stage)
+        others = repeat(None) if original is None else original._all_runs()
+        for run, other in zip(self._all_runs(), others, strict=False):
             if run.dead:
                 raise RuntimeError(f"the block does not run {group.key}")
             if run.inputs is not None:
-                self._sums.add(group.key, group.columns, run.chunk, run.inputs)
+                self._sums.add(group.key, group.columns, run.chunk, run.inputs, None if other is None else other.inputs)
         self.collected = stage
         trees, self._sums = self._sums.trees(), ChunkSums(self._cut)
         return {key: trees[key] for key in keys if key in trees}
 
     def finish(self) -> dict[int, list[Tensor]]:
         """Outputs of the block for all chunks; all weights must have been replaced."""
-        assert self.replaced == len(self.stages)
+        assert self._is_original or self.replaced == len(self.stages)
         self._resume(len(self.stages))
         outputs: dict[int, list[Tensor]] = {number: [] for number in self._runs}
         for run in self._all_runs():
@@ -154,7 +162,8 @@ class StagedBlock:
         """Let all runs go on until they wait at a stage, or end; they pass stages before it."""
         self._target = stage
         for run in self._all_runs():
-            if run.stage < stage:
+            # One that did not wait for experts may have ended.
+            if run.stage < stage and not run.dead:
                 run.switch()
         self._architecture.supply(self._block, list(self._all_runs()))
 
@@ -192,7 +201,7 @@ class StagedBlock:
         def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
             for number in numbers:
                 run = self._reach(number)
-                if run is not None:
+                if run is not None and not self._is_original:
                     run.collects = True
                     experts.show(members[number], *arguments, **named)
                     run.collects = False

@@ -7,6 +7,7 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,6 +18,9 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.compression.result import Facts
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import EditFolder
+from hasten.accel.compression.transforms.rotating import rotated
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
@@ -30,10 +34,12 @@ _UNUSED = "w8"
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
-    propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read.
+    checkpoint: as the transforms make it. propagated: level on whose outputs the next block is calibrated; None where
+    the original's outputs are used, and in a database that was read. transformed: blocks that transforms edit, None
+    where there are no transforms; the edits are in the folder `edits`.
     """
 
+    edits: ClassVar[str] = "transforms"
     option = "levels"
     last_file = "database.json"
     open_to_all = ("searches",)
@@ -45,17 +51,24 @@ class LevelDatabase(ResumableFolder):
         layer_groups: Sequence[Sequence[Group]],
         levels: Sequence[Level],
         propagated: Level | None,
+        transformed: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.layer_groups = layer_groups
         self.checkpoint = checkpoint
         self._levels = tuple(levels)
         self._propagated = propagated
+        self._transformed = transformed
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
-        """A finished database; UserError where it is not finished or was made from another checkpoint."""
+        """A finished database; UserError where it is not finished or was made from another checkpoint.
+
+        architecture: of the checkpoint that `checkpoint_of` returns.
+        """
         file, checkpoint = path / cls.last_file, architecture.checkpoint
+        if isinstance(checkpoint, TransformedCheckpoint):
+            checkpoint.locate(architecture)
         if not file.is_file():
             state = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
             raise UserError(f"levels={path} {state}")
@@ -73,7 +86,20 @@ class LevelDatabase(ResumableFolder):
         layer_groups = join_layers(blocks, level)
         if outer:
             layer_groups.append(outer_groups(architecture, outer))
-        return cls(path, checkpoint, layer_groups, levels, None)
+        return cls(path, checkpoint, layer_groups, levels, None, content.get("transformed"))
+
+    @classmethod
+    def checkpoint_of(cls, path: Path, checkpoint: Path) -> Checkpoint:
+        """The checkpoint that the database at `path` was made from, as its transforms left it.
+
+        checkpoint: folder of the original. A database that is not finished has no transforms yet.
+        """
+        file = path / cls.last_file
+        transformed = json.loads(file.read_text()).get("transformed") if file.is_file() else None
+        source = rotated(Checkpoint(checkpoint), path / cls.edits) if file.is_file() else Checkpoint(checkpoint)
+        if transformed is None:
+            return source
+        return TransformedCheckpoint(source, EditFolder(path / cls.edits, transformed))
 
     @property
     def levels(self) -> list[str]:
@@ -160,6 +186,8 @@ class LevelDatabase(ResumableFolder):
         outer = outer_levels([group for groups in self.layer_groups for group in groups if group.role is not None])
         if outer:
             content["outer"] = outer.names()
+        if self._transformed is not None:
+            content["transformed"] = list(self._transformed)
         self.write_json(self.path / self.last_file, content)
 
     def nbytes(self) -> int:
