@@ -32,6 +32,7 @@ TITLES = {
     "column_quantizer": "Column quantizers",
     "pruner": "Pruners",
     "input_observer": "Static scales of inputs",
+    "transform": "Block transforms",
     "level": "Level kinds",
     "allocator": "Allocators and searchers",
     "fitness": "Fitness of a candidate",
@@ -49,6 +50,7 @@ NO_METHODS = ("hardware",)
 def methods_page() -> str:
     """Markdown of docs/methods.md."""
     groups = families()
+    lists = {item.methods for job in jobs().values() for item in options(job.options) if item.methods}
     of_methods = [group for group in groups if group not in NO_METHODS]
     total = sum(len(method_names(group)) for group in of_methods)
     lines = [
@@ -59,7 +61,8 @@ def methods_page() -> str:
         "Each method is one file; its hyper-parameters are set as `FAMILY.NAME=VALUE`.",
     ]
     for group in groups:
-        lines += ["", f"## {TITLES.get(group, group)}", "", f"`{group}=NAME`", ""]
+        chosen = f"`{group}s=[NAME,…]`, `{group}.NAME.FIELD=VALUE`" if group in lists else f"`{group}=NAME`"
+        lines += ["", f"## {TITLES.get(group, group)}", "", chosen, ""]
         lines += ["| name | method | source | hyper-parameters |", "| --- | --- | --- | --- |"]
         for name in method_names(group):
             entry = method(group, name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 
 from hasten.accel.compression.activations.scales import AttentionScheme
@@ -14,6 +13,7 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import outer_shards
 from hasten.accel.compression.outputs.gguf import GgufOptions
+from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, gguf_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
@@ -24,6 +24,8 @@ from hasten.accel.costs.solving import collect_work, group_bytes, group_work, gu
 BETWEEN = "sums between nodes"
 BETWEEN_RANKS = "weights between ranks"
 _TOKEN_BYTES = 8
+# Memory for each weight of a group that a transform is solved for: four copies in float32.
+_TRANSFORM_BYTES = 16
 # Copies of a block's packed layers in the driver: received, and being written.
 _COPIES_OF_PACKED = 2
 
@@ -61,11 +63,23 @@ class Pass:
     all_experts: bool = False
     gguf: GgufOptions | None = None
     attention: AttentionScheme | None = None
+    collects: bool = True
+    transforms: Sequence[BlockTransform] = ()
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether transforms need statistics of every block before it is compressed."""
+        return bool(self.sequences) and any(transform.needs_statistics for transform in self.transforms)
+
+    @property
+    def runs_original(self) -> bool:
+        """Whether the original model runs beside the compressed one."""
+        return bool(self.sequences) and any(transform.needs_original for transform in self.transforms)
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether a method needs Hessians, and not only the largest inputs."""
-        return any(method.needs_hessian for method in self.methods)
+        """Whether a method or a transform needs Hessians, and not only the largest inputs."""
+        return self.runs_original or any(method.needs_hessian for method in self.methods)
 
     @property
     def load_share(self) -> float:
@@ -74,7 +88,14 @@ class Pass:
 
     def stages(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """Groups of a block whose sums are collected at the same time."""
-        return [*stages_of(groups)] if self.staged and self.sequences and not is_outer(groups) else [groups]
+        staged = self.staged and self.sequences and self.collects and not is_outer(groups)
+        return [*stages_of(groups)] if staged else [groups]
+
+    def sums(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """Groups of a block whose sums exist at the same time."""
+        if self.is_transformed and not is_outer(groups):
+            return [groups]
+        return self.stages(groups) if self.collects else []
 
     @property
     def sent_sums(self) -> int:
@@ -101,9 +122,8 @@ def estimate(work: Pass, rates: Rates) -> Estimate:
     """Processes, steps, traffic and files of the pass, from the start of the calibrators to the last file."""
     written = _written(work)
     packed = max(sum(_packed_bytes(work, group) for group in groups) for groups in work.layer_groups)
-    sums = (
-        max(_sums_bytes(work, stage) for groups in work.layer_groups for stage in work.stages(groups)) * work.sent_sums
-    )
+    held = [_sums_bytes(work, stage) for groups in work.layer_groups for stage in work.sums(groups)]
+    sums = max(held, default=0) * work.sent_sums
     return Estimate(
         processes=(_calibrator(work, rates), _driver(work, rates, packed)),
         steps=tuple(_steps(work, rates, sum(written.values()))),
@@ -146,10 +166,16 @@ def _held_sums(chunks: int) -> int:
 
 
 def _sums_bytes(work: Pass, groups: Sequence[Group]) -> int:
-    """Bytes of the sums of groups; ranges of inputs are a few numbers."""
-    if not work.needs_hessian:
-        return 0
-    return sum(hessian_bytes(group.columns) for group in groups if needs_inputs([group]))
+    """Bytes of a sum of every group: the Hessian, and the shift where the original model runs, too."""
+    total = sum(hessian_bytes(group.columns) for group in groups if needs_inputs([group]))
+    if work.runs_original:
+        total += sum(4 * group.columns**2 for group in groups if _has_shift(group))
+    return total
+
+
+def _has_shift(group: Group) -> bool:
+    """Whether the inputs of the original model are compared: those of experts are of other tokens."""
+    return group.role is None and not group.is_expert
 
 
 def _weights(group: Group) -> int:
@@ -177,9 +203,14 @@ def _moved(work: Pass) -> dict[str, int]:
     moved = {"calibration tokens": work.sequences * work.length * _TOKEN_BYTES}
     if work.sequences:
         count = work.sent_sums
-        moved["sums of second moments"] = count * sum(_sums_bytes(work, groups) for groups in work.layer_groups)
+        passes = int(work.collects) + int(work.is_transformed)
+        moved["sums of second moments"] = (
+            passes * count * sum(_sums_bytes(work, groups) for groups in work.layer_groups)
+        )
         if work.nodes > 1:
-            fetched = sum(_sums_bytes(work, groups) * min(work.nodes, len(groups)) for groups in work.layer_groups)
+            fetched = passes * sum(
+                _sums_bytes(work, groups) * min(work.nodes, len(groups)) for groups in work.layer_groups
+            )
             moved[BETWEEN] = int(count * fetched * (1 - 1 / work.nodes))
         if work.ranks is not None:
             groups = work.workers // work.ranks.size
@@ -194,25 +225,27 @@ def _moved(work: Pass) -> dict[str, int]:
 def _runs(work: Pass, block: int) -> int:
     """How often a block runs on all sequences, without the second run of experts in stages."""
     is_last = block + 1 == len(work.layer_groups)
-    return 2 if work.propagates and not work.staged and not is_last else 1
+    again = work.propagates and not (work.staged and work.collects) and not is_last
+    return int(work.collects) + int(again) + int(work.is_transformed) + int(work.runs_original)
 
 
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
     block = model.largest_block()
-    groups = max((stage for block in work.layer_groups for stage in work.stages(block)), key=partial(_sums_bytes, work))
+    held_sums = max((_sums_bytes(work, stage) for block in work.layer_groups for stage in work.sums(block)), default=0)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
     # Forwards of a divided block go through it layer by layer, so that all of them wait in it, too.
     held = model.waiting_bytes if work.staged or work.ranks is not None else model.hidden_bytes
-    hidden = {"hidden states": held(work.max_sequences, work.length)}
+    streams = 2 if work.runs_original else 1
+    hidden = {"hidden states": streams * held(work.max_sequences, work.length)}
     largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
     host: dict[str, dict[str, int]] = {"check": {"process": rates.worker_bytes, **_checked(model)}}
     device: dict[str, dict[str, int]] = {}
     if work.sequences:
-        kept, offloaded = {"weights of a block": model.block_bytes(block)}, dict[str, int]()
+        kept, offloaded = {"weights of a block": streams * model.block_bytes(block)}, dict[str, int]()
         if work.ranks is not None:
             kept, offloaded = work.ranks.block_weights(model)
             always |= {"DeepSpeed": DEEPSPEED_BYTES}
@@ -224,8 +257,8 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         # The float32 copy of a layer's input, where the input has another dtype.
         float32_copy = work.batch * work.length * model.inner * (4 if model.dtype.itemsize < 4 else 0)
         running["activations"] += float32_copy
-        sums = {"sums of second moments": _sums_bytes(work, groups) * _held_sums(work.max_chunks)}
-        sent = {SHARED: _sums_bytes(work, groups) * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
+        sums = {"sums of second moments": held_sums * _held_sums(work.max_chunks)}
+        sent = {SHARED: held_sums * sent_sums(work.max_chunks, 1, work.max_chunks // 2)}
         if on_device:
             host["collect"] = {**always, **offloaded, **reading, **sums, **sent}
             device["collect"] = {"context": rates.device_bytes, **running, **sums}
@@ -242,7 +275,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         phase = "solve" if group.role is None else "solve head"
         at_once = _weights(group) if group.role is None else stack_of(group, work.gpu_memory).slab
         read = max(layer.rows * layer.columns for layer in group.layers)
-        reads = {SHARED: hessian_bytes(group.columns) * work.sent_sums if work.needs_hessian else 0}
+        reads = {SHARED: _sums_bytes(work, [group]) * work.sent_sums}
         own = {
             "layers as they are read": min(read, at_once) * stored,
             "codes": at_once,
@@ -255,6 +288,14 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         else:
             states = hidden if work.sequences else {}
             host[phase] = with_retained({**always, **states, **reads, **own, **solving}, sum(solving.values()))
+    if work.transforms:
+        # A layer's weight, scaled, rounded, and its error.
+        weights = max((_weights(group) for group in every if group.role is None), default=0)
+        transforming = {"weights of a transform": _TRANSFORM_BYTES * weights}
+        if on_device:
+            device["transform"] = {"context": rates.device_bytes, **hidden, **transforming}
+        else:
+            host["transform"] = with_retained({**always, **hidden, **transforming}, _TRANSFORM_BYTES * weights)
     kind = "calibrator" if work.ranks is None else "rank of a group of calibrators"
     return Process(kind, work.workers, work.threads, host, work.gpus, device)
 
@@ -283,7 +324,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     steps = [Step("check weights", check / workers, check)]
     share = work.max_sequences / work.sequences if work.sequences else 0.0
     tokens = work.sequences * work.length
-    wall = {"forward": 0.0, "sums": 0.0, "solve": 0.0, "load": 0.0}
+    wall = {"forward": 0.0, "sums": 0.0, "transform": 0.0, "solve": 0.0, "load": 0.0}
     cpu = dict(wall)
 
     def add(name: str, arithmetic: Work, worker_share: float, copies: int = 1) -> None:
@@ -294,6 +335,21 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     # An output layer that is calibrated needs the last block's outputs.
     last_block = sum(not is_outer(groups) or needs_inputs(groups) for groups in work.layer_groups) - 1
     for block, groups in enumerate(work.layer_groups):
+        if groups and not is_outer(groups) and work.transforms:
+            if work.is_transformed:
+                run = model.run(block, tokens, work.length, work.batch)
+                if work.all_experts and any(group.is_expert for group in groups):
+                    run += _again(model, groups, tokens, 1.0)
+                add("forward", run, share)
+                add("load", model.load(block) * work.load_share, 1.0, workers)
+                add("sums", _collected(work, groups, tokens), share)
+            if work.runs_original:
+                add("forward", model.run(block, tokens, work.length, work.batch), share)
+                add("load", model.load(block) * work.load_share, 1.0, workers)
+                shifted = sum(group.columns**2 for group in groups if _has_shift(group))
+                add("sums", Work(flops=2.0 * tokens * shifted), share)
+            for transform in work.transforms:
+                add("transform", transform.cost(groups, work.gpu_memory), 1 / min(workers, max(1, len(groups))))
         if is_outer(groups):
             if work.sequences and needs_inputs(groups):
                 add("sums", _collected(work, [group for group in groups if needs_inputs([group])], tokens), share)
@@ -304,7 +360,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
             is_last = block == last_block
             experts = any(group.is_expert for group in groups)
             stops = not experts and (is_last if work.staged else work.propagates)
-            if groups:
+            if groups and work.collects:
                 run = model.run(block, tokens, work.length, work.batch)
                 if stops:
                     skipped = sum(layer.rows * layer.columns for layer in last)
@@ -315,7 +371,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 add("load", model.load(block) * work.load_share, 1.0, workers)
                 add("sums", _collected(work, groups, tokens), share)
             if work.propagates and not is_last:
-                if work.staged and groups:
+                if work.staged and work.collects and groups:
                     if experts and not work.all_experts:
                         add("forward", _again(model, groups, tokens, model.active_share(block)), share)
                     add("load", model.load(block) * work.load_share, 1.0, workers)

@@ -25,6 +25,7 @@ from hasten.accel.models.experts import Experts, Layout
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.inspection import NotBlockwise, adapter_of, refusal
 from hasten.accel.models.output_layer import OutputLayer
+from hasten.accel.models.scale_sites import ScaleSite, scale_sites
 from hasten.accel.models.skeleton import (
     Call,
     Skeleton,
@@ -335,6 +336,18 @@ class Architecture:
             shared = f"{path}.{layer.group}"
             yield self._layer(index, f"{path}.{layer.path}", layer.rows, layer.columns, shared, layer.expert)
 
+    def scale_sites(self, index: int) -> list[ScaleSite]:
+        """Where inputs of a block's layers can be scaled without changing the block; no tensor is read."""
+        start, layers = self.block_start(index), self.linears(index)
+        return scale_sites(
+            self._empty_block(index),
+            layers,
+            self.layout(index),
+            self.config,
+            lambda parameter: start + self._local(parameter),
+            self.checkpoint,
+        )
+
     def outer_layers(self) -> dict[str, Layer]:
         """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""
         names = {HEAD: self.head_name(), EMBEDDING: self.embedding_name()}
@@ -366,6 +379,30 @@ class Architecture:
     def _local(self, path: str) -> str:
         """Name of a module or parameter of a block, below the block's prefix."""
         return self._stored_names.local(path)
+
+    def block_parameters(self, index: int) -> dict[str, str]:
+        """Logical name of every parameter of a block, by its path in the block that `load_block` returns."""
+        start = self.block_start(index)
+        names = {f"{layer.module}.weight": f"{layer.name}.weight" for layer in self.linears(index)}
+        paths = [path for path, _ in self._empty_block(index).named_parameters()]
+        return names | {path: start + self._local(path) for path in paths if path not in names}
+
+    def last_norm(self) -> tuple[str, nn.Module]:
+        """Logical name of the norm behind the last block, and a copy of it with its weights."""
+        for path in self.adapter.tail:
+            weight = getattr(find(self._model, path), "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 1:
+                name = self._stored_names.outer(f"{path}.weight").removesuffix(".weight")
+                return name, self._outer_copy(path)
+        raise UserError(f"{self.checkpoint.config.get('model_type')} models have no norm behind their last block")
+
+    def _outer_copy(self, path: str) -> nn.Module:
+        """A copy, with its weights, of a module outside the blocks."""
+        module: nn.Module = copy.deepcopy(find(self._model, path), {id(self.config): self.config})
+        for inner in module.modules():
+            compute_buffers(self._model, inner)
+        self._fill_outer(module, path)
+        return module.to(self.device)
 
     def _layer(self, index: int, path: str, rows: int, columns: int, shared: str, expert: int | None = None) -> Layer:
         start = self.block_start(index)
@@ -541,13 +578,7 @@ class Architecture:
         return weight.to(self.device)
 
     def _make_output_layer(self, read: Callable[[int, int], Tensor]) -> OutputLayer:
-        tail = []
-        for path in self.adapter.tail:
-            module = copy.deepcopy(find(self._model, path), {id(self.config): self.config})
-            for inner in module.modules():
-                compute_buffers(self._model, inner)
-            self._fill_outer(module, path)
-            tail.append(module.to(self.device))
+        tail = [self._outer_copy(path) for path in self.adapter.tail]
         rows, columns = self._head.weight.shape
         bias = None if self._head.bias is None else self._read(self._head_bias_name())
         adapter = self.adapter

@@ -16,7 +16,6 @@ from hasten.accel.compression.search.moves import Genome
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.compression.search.sensitivity import Sensitivity, SensitivityPass
 from hasten.accel.models.architecture import Architecture
-from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes, release_memory
 
 
@@ -98,9 +97,9 @@ class Evaluator:
 
     def _open(self) -> tuple[Architecture, LevelDatabase]:
         if self._opened is None:
-            architecture = Architecture(
-                Checkpoint(self._spec.checkpoint), self._spec.dtype, self._spec.device, as_served=False
-            )
-            self._opened = architecture, LevelDatabase.read(self._spec.levels, architecture)
+            spec = self._spec
+            checkpoint = LevelDatabase.checkpoint_of(spec.levels, spec.checkpoint)
+            architecture = Architecture(checkpoint, spec.dtype, spec.device, as_served=False)
+            self._opened = architecture, LevelDatabase.read(spec.levels, architecture)
             self._cpu_before = cpu_seconds()
         return self._opened

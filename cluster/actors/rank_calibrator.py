@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,7 @@ class RankCalibrator(Calibrator, Rank):
         self._task.architecture.all_experts = settings.all_experts
         self._has_joined = True
 
-    def collect(
-        self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Mapping[str, Tensor]]
-    ) -> Collected:
+    def collect(self, block: int, keys: Collection[str], stage: int = 0, *solved: Mapping[str, Any]) -> Collected:
         """See Calibrator."""
         # Else a rank that could not join would send the sums of no chunk.
         assert self._has_joined

@@ -24,10 +24,13 @@ from hasten.accel.compression.calibration.outer import needs_inputs
 from hasten.accel.compression.calibration.settings import Settings, Task
 from hasten.accel.compression.calibration.solve import OUTPUT
 from hasten.accel.data.packing import is_packed, unpack
+from hasten.accel.errors import UserError
 from hasten.cluster.actors.calibrator import ATTENTION_KEY, Calibrator
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.actors.rank_calibrator import RankCalibrator
+from hasten.cluster.programs.block_transforms import TransformProgram
 from hasten.cluster.programs.calibration_work import CollectedSums, Facts, Solution, SolveWorkload, Step, Unit
+from hasten.cluster.programs.rotation_learning import RotationProgram
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool, start_actor, wait_for_all
 from hasten.cluster.runtime.dispatcher import Dispatcher, SharedQueue
@@ -77,6 +80,8 @@ class CalibrationPass:
         needs: ActorResources | None = None,
         division: Division | None = None,
     ) -> None:
+        if division is not None:
+            _check_division(settings)
         self._settings = settings
         self._task = Task(settings)
         self._needs = needs or ActorResources(settings.threads)
@@ -91,8 +96,10 @@ class CalibrationPass:
             else GroupPool("a group of calibrators", workers, division.size, self._needs, self._start_group)
         )
         self._sums = CollectedSums()
-        self._work = SolveWorkload(self._pool, self._sums, self._ranks)
+        self._work: SolveWorkload[Solution] = SolveWorkload(self._pool, self._sums, self._ranks)
         self._dispatcher = Dispatcher(self._work)
+        self._transforms = TransformProgram(self._task, self._pool, self._sums, self._ranks)
+        self._rotation = RotationProgram(self._task, self._pool, tokens)
         self._batches = recovery.Batches(
             "calibration.batch",
             settings.batch,
@@ -130,7 +137,7 @@ class CalibrationPass:
         self.report.resumed = len(finished)
         unfinished = [block for block in range(len(self._task.layer_groups)) if block not in finished]
         try:
-            if unfinished:
+            if unfinished or not self._transforms.is_finished or not self._rotation.is_finished:
                 _warn_of_few(self._tokens, self._task.layer_groups)
                 self._run_blocks(unfinished, progress)
             if not output.is_complete:
@@ -152,11 +159,14 @@ class CalibrationPass:
         # The start-up is not counted.
         self._retry(lambda: wait_for_all([self._pool], [actor.usage.remote() for actor in self._pool.members]))
         started = perf_counter()
+        self._retry(lambda: self._rotation.run(self._settings))
         for count, block in enumerate(blocks, 1):
             row = self._retry(partial(self._run_block, block, {}))
             self.report.blocks.append(row)
             if progress:
                 progress(count, row)
+        # Blocks without compressed layers may have edits, too.
+        self._retry(partial(self._transforms.run, self._task.architecture.num_blocks - 1))
         self.report.seconds = perf_counter() - started
 
     def _start(self, index: int, cpus: float) -> ActorHandle:
@@ -187,6 +197,7 @@ class CalibrationPass:
     def _end(self) -> None:
         self._pool.end()
         self._dispatcher.reset()
+        self._transforms.reset()
         self._sums.clear()
         self.report.restarts = self._pool.restarts
 
@@ -201,6 +212,7 @@ class CalibrationPass:
     def _run_block(self, block: int, solved: dict[Unit, Solution]) -> Facts:
         """Compute a block; returns its row. solved: solutions of earlier attempts, to which new ones are added."""
         started = perf_counter()
+        self._transforms.run(block)
         for stage, groups in enumerate(self._task.stages(block)):
             self._run_stage((block, stage), groups, solved)
         packed = {name: tensors for layers, _, _ in solved.values() for name, tensors in layers.items()}
@@ -241,13 +253,13 @@ class CalibrationPass:
 
         So a straggler cannot be re-executed elsewhere. If the original's outputs are propagated, the next unfinished
         block does not depend on this block's solutions. Its sums are requested now, too, so that no calibrator is idle
-        while another solves.
+        while another solves; not before transforms, which come first.
         """
         block, stage = step
         # In lists, so that calibrators do not hold all of them at once.
         earlier = [[self._packed((block, number), solved)] for number in range(stage)]
         self._pool.watch(self._sums.request(step, groups, earlier, self._pool.members))
-        if self._settings.propagate == "original":
+        if self._settings.propagate == "original" and self._task.transforms is None:
             later = range(block + 1, len(self._task.layer_groups))
             unfinished = ((other, self._task.output.unfinished(other)) for other in later)
             for other, rest in islice(((other, rest) for other, rest in unfinished if needs_inputs(rest)), 1):
@@ -280,6 +292,8 @@ class CalibrationPass:
     def _units(self, groups: list[Group]) -> list[Unit]:
         """Keys of the groups of each call: small groups, such as experts, are solved together to save calls."""
         ordered = sorted(groups, key=lambda group: (-group.cost, group.key))
+        if self._settings.block_solver is not None and groups[0].role is None:
+            return [tuple(group.key for group in ordered)]
         min_cost = sum(group.cost for group in ordered) / (8 * len(self._chunks))
         units: list[list[str]] = []
         cost = min_cost
@@ -317,6 +331,14 @@ class CalibrationPass:
         self._sums.clear()
         for index in self._pool.alive:
             self._pool.replace(index)
+
+
+def _check_division(settings: Settings) -> None:
+    """UserError where a transform needs the gradients of whole blocks."""
+    rotating = settings.rotating if settings.rotating is not None and settings.rotating.steps else None
+    needing = settings.block_solver or rotating
+    if needing is not None:
+        raise UserError(f"transforms=[{type(needing).__name__.lower()}] needs whole blocks: use target_group.size=1")
 
 
 def _warn_of_few(tokens: int, layer_groups: Sequence[Sequence[Group]]) -> None:

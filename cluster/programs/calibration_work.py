@@ -1,7 +1,7 @@
 """The work of calibrators on a block: sums over their own sequences, then layer groups, solved by idle calibrators."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -19,6 +19,7 @@ Step = tuple[int, int]
 Unit = tuple[str, ...]
 # One row of a block's or a layer's report.
 Facts = dict[str, Any]
+R = TypeVar("R")
 # What a solve returns: packed tensors by layer, one row of facts for each layer, and the wall seconds.
 Solution = tuple[dict[str, dict[str, Tensor]], list[Facts], float]
 
@@ -97,7 +98,7 @@ class CollectedSums:
         return sums
 
 
-class SolveWorkload(PoolWorkload[Unit, Solution]):
+class SolveWorkload(PoolWorkload[Unit, R], Generic[R]):
     """Layer groups of one block, solved by idle calibrators: by all ranks of groups, each by itself.
 
     Two calibrators that solve the same groups compute the same bits, and write to different names until their files

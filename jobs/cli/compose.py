@@ -1,13 +1,13 @@
 """Makes a job's config from `key=value` words: Hydra composes the files, the job's options check the values."""
 
 import copy
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from hasten.accel.errors import UserError
 from hasten.jobs.cli.methods import job_file
-from hasten.jobs.cli.options import Option, method_options, nearest, options, value_at
+from hasten.jobs.cli.options import Option, listed_method_options, method_options, nearest, options, value_at
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.schema import Run
 
@@ -29,12 +29,17 @@ def compose(job: str, schema: type[C], words: list[str]) -> C:
     for key in [key for key, item in known.items() if item.group]:
         groups[key] = known[key].parse(assigned.pop(key)) if key in assigned else defaults[key]
         known |= {item.key: item for item in method_options(key, groups[key])}
+    lists = {}
+    for item in [item for item in known.values() if item.methods]:
+        names = item.parse(assigned[item.key]) if item.key in assigned else job_file(job).get(item.key, item.default)
+        lists[item.methods] = names
+        known |= {option.key: option for option in listed_method_options(item.methods, names)}
     values = {}
     for key, text in assigned.items():
         if key not in known:
-            raise UserError(_unknown(job, key, known, groups))
+            raise UserError(_unknown(job, key, known, groups, lists))
         values[key] = known[key].parse(text)
-    config = _composed(job, schema, groups, values)
+    config = _composed(job, schema, groups, values, {*groups, *lists})
     _check(config, known.values())
     return config
 
@@ -55,9 +60,15 @@ def _split(words: list[str], known: Iterable[str]) -> dict[str, str]:
     return texts
 
 
-def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str]) -> str:
+def _unknown(job: str, key: str, known: dict[str, Option], groups: dict[str, str], lists: dict[str, list[str]]) -> str:
     near = nearest(key.lstrip("-+~"), known)
     group = key.partition(".")[0]
+    if group in lists and key.count(".") == 2:
+        name = key.split(".")[1]
+        if name not in lists[group]:
+            return f"unknown option {key!r}: {group}s=[{','.join(lists[group])}] does not have {name}"
+        if not (near and near.startswith(f"{group}.{name}.")):
+            return f"unknown option {key!r}: {name} has no such option"
     if group in groups and not (near and near.startswith(f"{group}.")):
         return f"unknown option {key!r}: {group}={groups[group]} has no such option"
     hint = f"did you mean {near}?" if near else f"see hasten {job} --help"
@@ -70,7 +81,7 @@ def _defaults(job: str) -> dict[str, str]:
     return {key: name for entry in entries if isinstance(entry, dict) for key, name in entry.items()}
 
 
-def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record) -> C:
+def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record, open_keys: Collection[str]) -> C:
     # Benchmarks' options are read for their help, and Hydra takes longer to import than the help to print.
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -80,7 +91,7 @@ def _composed(job: str, schema: type[C], groups: dict[str, str], values: Record)
     try:
         for key, value in values.items():
             # Defaults of hyper-parameters are in the method's dataclass, so the composed config lacks their keys.
-            OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in groups)
+            OmegaConf.update(composed, key, value, force_add=key.partition(".")[0] in open_keys)
         return cast(C, OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
         key = error.full_key or key

@@ -59,12 +59,13 @@ def job_help(job: Job) -> str:
     lines += ["", "options, with their defaults:"]
     chosen = _flat(job_file(job.name))
     groups = []
+    lists = {item.methods for item in options(job.options) if item.methods}
     for item in options(job.options):
-        if item.group:
-            groups.append(item.key)
+        if item.group or item.methods:
+            groups.append(item.methods or item.key)
         lines += _option(item, chosen.get(item.key, item.default))
     for group in groups:
-        lines += ["", f"{heading(group)}:", *_methods(group, with_fields=True)]
+        lines += ["", f"{heading(group)}:", *_methods(group, with_fields=True, listed=group in lists)]
     lines += [
         "",
         "options of a sweep, with --multirun, where values may be 2,3,4, range(2,5), choice(a,b) or interval(0,1):",
@@ -85,19 +86,21 @@ def _variants(variants: Variants) -> list[str]:
     return [line for name in variants.names() for line in _row(name, variants.summary(name))]
 
 
-def _methods(group: str, with_fields: bool = False) -> list[str]:
+def _methods(group: str, with_fields: bool = False, listed: bool = False) -> list[str]:
+    """Rows of a family's methods. listed: whether an option lists several of them, see schema.method_list."""
     lines = []
     for name in method_names(group):
         entry = method(group, name)
         lines += _row(name, entry.summary)
         if with_fields and entry.fields:
-            words = ", ".join(f"{group}.{item.name}={_shown(item.default)}" for item in entry.fields)
+            start = f"{group}.{name}" if listed else group
+            words = ", ".join(f"{start}.{item.name}={_shown(item.default)}" for item in entry.fields)
             lines += _wrap(words, _INDENT * 3)
     return lines
 
 
 def _option(item: Option, default: object) -> list[str]:
-    rules = [f"one of {', '.join(item.choices)}"] if item.choices else []
+    rules = [f"{'some' if item.methods else 'one'} of {', '.join(item.choices)}"] if item.choices else []
     if item.at_least is not None and item.at_most is not None:
         rules.append(f"{item.at_least:g} to {item.at_most:g}")
     text = item.help + (f" ({'; '.join(rules)})" if rules else "")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from hasten.jobs.common.records import Record
 
 CONF = Path(conf.__file__).parent
 _FAMILIES = (
-    *("quantizer", "column_quantizer", "pruner", "input_observer", "level", "allocator", "fitness", "hardware"),
+    *("quantizer", "column_quantizer", "pruner", "transform", "input_observer"),
+    *("level", "allocator", "fitness", "hardware"),
     *("drafter", "verifier", "draft_length", "head", "cache"),
 )
 _TARGET = re.compile(r"^_target_: *(\S+)\.\w+ *$", re.MULTILINE)
@@ -156,3 +158,9 @@ def build(settings: Record) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+def build_all(family: str, names: Iterable[str], settings: Record) -> tuple[Any, ...]:
+    """The methods of a list, in its order. settings: hyper-parameters by name of a method, see schema.method_list."""
+    files = {name: yaml.safe_load((CONF / family / f"{name}.yaml").read_text(encoding="utf-8")) for name in names}
+    return tuple(build(files[name] | settings.get(name, {})) for name in files)

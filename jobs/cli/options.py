@@ -27,7 +27,7 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 class Option:
     """A `key=value` option. kind: type without None. optional: None is allowed. group: the value names a method.
 
-    words: texts that stand for a number, or for a number in a list.
+    words: texts that stand for a number, or for a number in a list. methods: family of methods that the value lists.
     """
 
     key: str
@@ -41,10 +41,13 @@ class Option:
     group: bool = False
     path: str | None = None
     words: tuple[str, ...] = ()
+    methods: str = ""
 
     @property
     def expected(self) -> str:
         """Accepted values, in words."""
+        if self.methods:
+            return f"a list of different methods among {', '.join(self.choices)}"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         words = _EXPECTED.get(self.kind, "a value")
@@ -75,6 +78,12 @@ class Option:
     def check(self, value: Any) -> None:
         """UserError if a value of the right type is not one of the choices or out of range."""
         if value is None or (isinstance(value, str) and value in self.words):
+            return
+        if self.methods:
+            wrong = next((name for name in value if name not in self.choices or value.count(name) > 1), None)
+            if wrong is not None:
+                near = None if wrong in self.choices else nearest(str(wrong), self.choices)
+                raise self._refusal(f"[{','.join(map(str, value))}]", f" (did you mean {near}?)" if near else "")
             return
         low = self.at_least is not None and value < self.at_least
         high = self.at_most is not None and value > self.at_most
@@ -171,18 +180,27 @@ def options(schema: type, prefix: str = "") -> list[Option]:
             collected += options(typing.cast(type, kind), f"{prefix}{item.name}.")
             continue
         rules = dict(item.metadata)
+        if rules.get("hidden"):
+            continue
         text = rules.pop("help", "")
         if rules.get("group"):
             rules["choices"] = tuple(method_names(item.name))
             kind = str
+        if rules.get("methods"):
+            rules["choices"] = tuple(method_names(rules["methods"]))
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         collected.append(Option(prefix + item.name, kind, optional, default, text, **rules))
     return collected
 
 
 def value_at(config: object, key: str) -> Any:
-    """Value of an option in a job's config; dots in the key separate sections."""
+    """Value of an option in a job's config; dots in the key separate sections.
+
+    None for hyper-parameters that are not in the config, so have their defaults.
+    """
     for name in key.split("."):
+        if config is None:
+            return None
         config = config.get(name) if isinstance(config, dict) else getattr(config, name)
     return config
 
@@ -196,6 +214,15 @@ def set_value(config: object, key: str, value: object) -> None:
 def method_options(group: str, name: str) -> list[Option]:
     """Options `group.field` for the hyper-parameters of a method."""
     return [Option(f"{group}.{item.name}", item.kind, item.optional) for item in method(group, name).fields]
+
+
+def listed_method_options(family: str, names: Iterable[str]) -> list[Option]:
+    """Options `family.name.field` for the hyper-parameters of methods in a list."""
+    return [
+        Option(f"{family}.{name}.{item.name}", item.kind, item.optional)
+        for name in names
+        for item in method(family, name).fields
+    ]
 
 
 def split_plan(words: Iterable[str]) -> tuple[bool, list[str]]:

@@ -19,7 +19,7 @@ from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.methods import build
+from hasten.jobs.cli.methods import build, build_all
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
@@ -60,6 +60,7 @@ def calibration_settings(config: Calibrated, source: Path, output: Path, **chose
         all_experts=config.calibration.all_experts,
         observer=build(config.input_observer),
         attention=attention_scheme(config),
+        transforms=build_all("transform", config.transforms, config.transform),
         **chosen,
     )
 

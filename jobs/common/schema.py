@@ -42,6 +42,19 @@ def group(text: str) -> Any:
     return field(default_factory=dict, metadata={"help": text, "group": True})
 
 
+def method_list(family: str, text: str) -> Any:
+    """Field whose value is a list of methods, chosen by name from the folder conf/FAMILY.
+
+    Beside it there must be a field FAMILY, made by method_settings: their hyper-parameters are FAMILY.NAME.FIELD.
+    """
+    return field(default_factory=list, metadata={"help": text, "methods": family})
+
+
+def method_settings() -> Any:
+    """Field for the hyper-parameters that differ from their defaults, by method; see method_list."""
+    return field(default_factory=dict, metadata={"hidden": True})
+
+
 def section(made_by: Callable[[], Any]) -> Any:
     """Field that is itself a dataclass of options."""
     return field(default_factory=made_by)
@@ -219,6 +232,12 @@ class Calibrated(Run):
         "original blocks, which makes all blocks independent",
         choices=("sequential", "quantized", "original"),
     )
+    transforms: list[str] = method_list(
+        "transform",
+        "changes of every block before its layers are compressed, in this order, such as [smoothquant,gptaq]; a level "
+        "database is transformed for its reference level",
+    )
+    transform: dict[str, Any] = method_settings()
     input_observer: dict[str, Any] = group("how a static scale of a layer's inputs is chosen, for levels that have one")
     kv_cache: str | None = option(
         None,

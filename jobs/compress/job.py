@@ -16,6 +16,7 @@ JOB = Job(
         "hasten compress",
         "hasten compress model=/models/llama quantizer=gptq bits=3 output=/models/llama-w3 workers=8",
         "hasten compress quantizer=round_to_nearest bits=8 group_size=-1 symmetric=true",
+        "hasten compress quantizer=round_to_nearest transforms=[awq] transform.awq.grid=10",
         "hasten compress scheme=nvfp4a16 model=/models/llama output=/models/llama-nvfp4",
         "hasten compress format=gguf scheme=q4_k model=/models/llama output=/models/llama-q4_k",
         "hasten compress quantizer.act_order=none ignore='[.*down_proj]' calibration.source=text.jsonl",

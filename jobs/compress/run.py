@@ -56,7 +56,7 @@ def run(config: CompressConfig) -> Path:
     gates = check_gates(config.gate, config.evaluation.sequences)
     division = block_division(config.target_group, calibrates=True)
     texts = Texts(source, config.bos, config.template)
-    tokens = texts.calibrate(config.calibration, settings.needs_inputs)
+    tokens = texts.calibrate(config.calibration, settings.needs_tokens)
     windows = texts.evaluate(config.evaluation)
     compression = CalibrationPass(settings, tokens, config.workers, worker_resources(config), division)
     output = compression.task.output
@@ -92,7 +92,7 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
     gguf = gguf_options(config.format, config.gguf, config.head_bits, config.embedding_bits)
     level, suffix = _level(config)
     method = level.method_of([quantizer, column_quantizer, pruner])
-    name = f"{source.name}-{type(method).__name__.lower()}-{suffix}"
+    name = "-".join([source.name, *config.transforms, type(method).__name__.lower(), suffix])
     return calibration_settings(
         config,
         source,

@@ -20,7 +20,7 @@ def calibration_pass(
     """
     check_source(model.architecture.checkpoint)
     layer_groups = all_groups(model.architecture, settings)
-    sequences = config.calibration.sequences if settings.needs_inputs else 0
+    sequences = config.calibration.sequences if settings.needs_tokens else 0
     size = 1 if ranks is None else ranks.size
     if sequences:
         check_chunks(min(config.calibration.shards, sequences), config.workers, size)
@@ -44,4 +44,6 @@ def calibration_pass(
         all_experts=config.calibration.all_experts,
         gguf=settings.gguf,
         attention=settings.attention,
+        collects=settings.needs_hessian,
+        transforms=settings.transforms,
     )

@@ -89,7 +89,7 @@ class DatabaseBuild:
         self.source = original(config.model)
         self.settings = make_settings(config, self.source, output)
         self.texts = Texts(self.source, config.bos, config.template)
-        tokens = self.texts.calibrate(config.calibration, self.settings.needs_inputs)
+        tokens = self.texts.calibrate(config.calibration, self.settings.needs_tokens)
         self._fingerprint = self.settings.fingerprint(Checkpoint(self.source), tokens)
         if output is None:
             # Databases with other settings are in neighbouring folders.

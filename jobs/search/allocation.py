@@ -194,11 +194,13 @@ class Search:
 
     def _levels(self) -> tuple[Architecture, LevelDatabase]:
         """The model, and its level database, which may not be built yet."""
-        architecture = Architecture(Checkpoint(self._source))
         if self._database_build:
-            return architecture, self._database_build.database
+            database = self._database_build.database
+            return Architecture(database.checkpoint), database
         assert self._config.levels is not None
-        return architecture, LevelDatabase.read(Path(self._config.levels).expanduser().absolute(), architecture)
+        path = Path(self._config.levels).expanduser().absolute()
+        architecture = Architecture(LevelDatabase.checkpoint_of(path, self._source))
+        return architecture, LevelDatabase.read(path, architecture)
 
     def _check_budgets(self) -> None:
         """UserError if no mixture of the levels fits a budget; works before the levels are built."""

@@ -79,7 +79,7 @@ def test_traffic_of_calibrators_is_planned_to_the_byte(folder, model, tmp_path, 
     sent, keys = 0, [group.key for group in Task(chosen).layer_groups[0]]
     for part in split(8, workers):
         calibrator = Calibrator(chosen, {number: chunks[number] for number in part})
-        sent += sum(sums.nbytes for found in calibrator.collect(0, keys).sums.values() for *_, sums in found)
+        sent += sum(sums.nbytes for found in calibrator.collect(0, keys).sums.values() for *_, sums, _ in found)
     moved = estimate(planned(model, workers=workers), RATES).moved
     assert moved["sums of second moments"] == model.blocks * sent
     assert moved["calibration tokens"] == 8 * 16 * 8

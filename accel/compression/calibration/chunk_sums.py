@@ -13,13 +13,15 @@ from hasten.accel.compression.calibration.statistics import Hessian, Tree
 class Wanted:
     """What the calibration pass collects of the inputs of layers: Hessians, and ranges, those with a histogram.
 
-    attention: whether it collects the ranges of the attentions' queries, keys and values.
+    attention: whether it collects the ranges of the attentions' queries, keys and values. magnitudes: whether those of
+    the inputs come with the Hessians.
     """
 
     hessian: bool = True
     ranges: bool = False
     histogram: bool = False
     attention: bool = False
+    magnitudes: bool = False
 
 
 class ChunkSums:
@@ -35,8 +37,8 @@ class ChunkSums:
         self._trees: dict[str, Tree] = {}
         self._current: dict[str, tuple[int, Hessian]] = {}
 
-    def add(self, group: Group, chunk: int, inputs: Tensor) -> None:
-        """Add inputs (…, C) of a group's layers."""
+    def add(self, group: Group, chunk: int, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs (…, C) of a group's layers. original: the same inputs in the original model, for the shift."""
         key, columns = group.key, group.columns
         rows = inputs.reshape(-1, columns)
         if not len(rows):
@@ -49,7 +51,12 @@ class ChunkSums:
             self._close(key)
         if key not in self._current:
             self._current[key] = chunk, Hessian(columns)
-        self._current[key][1].add(rows)
+        hessian = self._current[key][1]
+        hessian.add(rows)
+        if self._wanted.magnitudes:
+            hessian.add_magnitudes(rows)
+        if original is not None:
+            hessian.add_shift(rows, original.reshape(-1, columns))
 
     def trees(self) -> dict[str, Tree]:
         """The sums of groups that had inputs, by key; nothing can be added to them any more."""

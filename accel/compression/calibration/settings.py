@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,12 @@ from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
+from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
+from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile
+from hasten.accel.compression.transforms.rotation import RotatedCheckpoint
+from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
@@ -48,7 +55,7 @@ class Settings:
     all_experts: whether the statistics of every expert are of all tokens, and not only of those routed to it.
     outer: levels of output layer and embedding. gguf: options of the GGUF file that is written in place of a checkpoint
     in `format`; None for the checkpoint. observer: chooses static input scales. attention: how keys, values and queries
-    are rounded; None where they are not.
+    are rounded; None where they are not. transforms: of every block, in their order.
     """
 
     checkpoint: Path
@@ -74,6 +81,7 @@ class Settings:
     gguf: GgufOptions | None = None
     observer: InputObserver = field(default_factory=Maximum)
     attention: AttentionScheme | None = None
+    transforms: tuple[BlockTransform, ...] = ()
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -83,9 +91,35 @@ class Settings:
             raise UserError(f"reference={self.level.name} is none of the levels {known}")
         for level in self.made:
             level.check_method(level.method_of(self._given))
+        if self.needs_original and self.propagate != "sequential":
+            names = ", ".join(
+                type(transform).__name__.lower() for transform in self.transforms if transform.needs_original
+            )
+            raise UserError(
+                f"propagate={self.propagate} does not go with transforms=[{names}]: use propagate=sequential"
+            )
+        self._check_block_solver()
         for name in ("threads", "batch", "shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: 1 or more")
+
+    def _check_block_solver(self) -> None:
+        """UserError where a transform cannot compress the layers of a block together."""
+        if self.block_solver is None:
+            return
+        name = type(self.block_solver).__name__.lower()
+        if self.levels is not None:
+            raise UserError(f"transforms=[{name}] makes one level, not a database of levels: use hasten compress")
+        scheme = self.level.loader_scheme
+        if scheme is None:
+            raise UserError(
+                f"transforms=[{name}] rounds to grids, which level {self.level.name} has not: use w4g128 or fp8"
+            )
+        if scheme.inputs is not None and (scheme.inputs.static or scheme.inputs.strategy == "tensor_group"):
+            raise UserError(
+                f"transforms=[{name}] collects no scales of inputs, which level {self.level.name} needs: use a level "
+                "whose inputs have dynamic scales"
+            )
 
     @property
     def made(self) -> tuple[Level, ...]:
@@ -94,9 +128,32 @@ class Settings:
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether a method needs statistics of the layers' inputs."""
+        """Whether a method, or the layers' targets, need statistics of the layers' inputs."""
         methods = [*self.methods, self.quantizer] if self.outer else self.methods
-        return any(method.needs_hessian for method in methods)
+        return self.needs_original or any(method.needs_hessian for method in methods)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether calibrators also run the original model, for the shift of the layers' inputs."""
+        return any(transform.needs_original for transform in self.transforms)
+
+    @property
+    def block_solver(self) -> BlockTransform | None:
+        """The transform that compresses the layers of a block together, if there is one."""
+        return next((transform for transform in self.transforms if transform.solves_blocks), None)
+
+    @property
+    def rotating(self) -> RotatingTransform | None:
+        """The transform that rotates the model, if there is one."""
+        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
+        return next(rotating, None)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the pass needs calibration tokens: for a method, or for a transform."""
+        return self.needs_inputs or any(
+            transform.needs_statistics or transform.needs_tokens for transform in self.transforms
+        )
 
     @property
     def needs_ranges(self) -> bool:
@@ -132,6 +189,8 @@ class Settings:
         is calibrated in its own stage, or, where layers are calibrated on the original ones of their block, together
         with all groups.
         """
+        if self.block_solver is not None and not is_outer(groups):
+            return [tuple(groups)] if groups else []
         if self.propagate == "sequential" and self.needs_inputs and not is_outer(groups):
             return stages_of(groups, before_attention)
         return [tuple(groups)] if groups or before_attention is not None else []
@@ -167,6 +226,7 @@ class Settings:
             "outer": self.outer.names() if self.outer else None,
             "input_observer": repr(self.observer) if self.needs_ranges else None,
             "attention": None if self.attention is None else repr(self.attention),
+            "transforms": [repr(transform) for transform in self.transforms],
             "torch": torch.__version__,
             "code": self.code(),
         } | ({} if self.gguf is None else {"gguf": options_of(self.gguf)})
@@ -175,26 +235,68 @@ class Settings:
         """Digests of the modules that determine the bytes: those of the calibration pass and of its methods."""
         of_outer = (outer_solve, self.outer.levels, self.quantizer) if self.outer else ()
         observer = self.observer if self.needs_ranges else ()
+        of_blocks = (observer, self.transforms)
         return code_fingerprint(
-            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, observer
+            shard, solve, Task, self.methods, self.format, self.made, self.level, of_outer, *of_blocks
         )
 
 
 class Task:
-    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own."""
+    """Checkpoint, layer groups and output folder that belong to some settings; every process opens its own.
+
+    original: the checkpoint as it is, or rotated. checkpoint: the same, or what transforms make of it. transforms:
+    those that make edits, None where there are none. unrotated, rotation: the model that is rotated, and the file of
+    its rotation; None where it is not.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.checkpoint = Checkpoint(settings.checkpoint)
-        check_source(self.checkpoint)
+        self.original: Checkpoint = Checkpoint(settings.checkpoint)
+        self.checkpoint = self.original
+        check_source(self.original)
+        self.transforms: TransformSequence | None = None
+        folder = settings.output / (LevelDatabase if settings.levels is not None else OutputFolder).edits
         # A source that is quantized itself is what its weights say: what is written rounds what the levels say.
-        self.architecture = Architecture(self.checkpoint, settings.dtype, settings.device, as_served=False)
+        open_architecture = partial(Architecture, dtype=settings.dtype, device=settings.device, as_served=False)
+        self.unrotated: Architecture | None = None
+        self.rotation: RotationFile | None = None
+        if settings.rotating is not None:
+            self.unrotated = open_architecture(self.original)
+            self.rotation = RotationFile(folder)
+            finished = partial(self.rotation.finished, settings.rotating.steps)
+            self.original = RotatedCheckpoint(self.unrotated, finished, settings.rotating.has_residual)
+            self.checkpoint = self.original
+        edits = None
+        if any(transform.makes_edits for transform in settings.transforms):
+            edits = EditFolder(folder, ())
+            self.checkpoint = TransformedCheckpoint(self.original, edits)
+        self.architecture = open_architecture(self.checkpoint)
         self.architecture.all_experts = settings.all_experts
+        if isinstance(self.checkpoint, TransformedCheckpoint):
+            self.checkpoint.locate(self.architecture)
         self.layer_groups = all_groups(self.architecture, settings)
         self._attentions = {} if settings.attention is None else attention_names(self.architecture)
         if settings.attention is not None and not self._attentions:
             raise UserError(
                 f"kv_cache: no block of {settings.checkpoint} has an attention with a cache: give kv_cache=null"
+            )
+        if settings.attention is not None and settings.block_solver is not None:
+            raise UserError(
+                f"kv_cache: {settings.block_solver} compresses whole blocks, without the scales of keys and values: "
+                "give kv_cache=null"
+            )
+        for number, transform in enumerate(settings.transforms):
+            transform.check(self.architecture, settings.transforms[:number])
+        if edits is not None:
+            edits.blocks = self._edited_blocks()
+            self.transforms = TransformSequence(
+                settings.transforms,
+                edits,
+                self.original,
+                self.layer_groups,
+                settings.methods,
+                settings.expert_tokens,
+                settings.device,
             )
         self.output: OutputFolder | GgufFolder | LevelDatabase
         if settings.levels is not None:
@@ -208,6 +310,7 @@ class Task:
                 propagated,
                 settings.attention,
                 self._attentions,
+                None if edits is None else sorted(edits.blocks),
             )
         elif settings.gguf is not None:
             if settings.attention is not None:
@@ -235,6 +338,13 @@ class Task:
         """Whether the scales of a block's keys and values come from its statistics at a stage."""
         stages = self.stages(block)
         return self.attention_name(block) is not None and (stages[stage] == ATTENTION or ATTENTION not in stages)
+
+    def _edited_blocks(self) -> frozenset[int]:
+        """Blocks that transforms edit, OUTSIDE among them."""
+        blocks = range(self.architecture.num_blocks)
+        if any(transform.is_everywhere for transform in self.settings.transforms):
+            return frozenset([OUTSIDE, *blocks])
+        return frozenset(block for block in blocks if self.layer_groups[block])
 
     def _check_experts(self) -> None:
         """UserError where transformers could not load the experts: it reads one grid for the experts of all blocks."""

@@ -4,7 +4,7 @@ A shard holds whole chunks. A chunk runs in the same batches on every worker, so
 the same bits for any number of shards.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -40,7 +40,8 @@ class Shard:
 
     cut: see statistics.Tree. wanted: what `collect` collects. staged: that block, where it is in the middle of its
     forward; it holds the hidden states then. ranges, attention: of the last `collect`, see ChunkSums; None where the
-    block has no attention with a cache, or its ranges are not wanted.
+    block has no attention with a cache, or its ranges are not wanted. original: whether hidden states of the original
+    model are held, too, for the shift of the layers' inputs.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Shard:
         batch: int,
         cut: int = 0,
         wanted: Wanted | None = None,
+        original: bool = False,
     ) -> None:
         self.architecture = architecture
         self._cut, self._wanted = cut, wanted or Wanted()
@@ -60,24 +62,30 @@ class Shard:
         self._hidden = {
             number: [architecture.embed(part) for part in tokens.split(batch)] for number, tokens in chunks.items()
         }
+        self._original = {number: list(parts) for number, parts in self._hidden.items()} if original else None
+        self._original_staged: StagedBlock | None = None
 
-    def collect(self, block: nn.Module, groups: Sequence[Group], advance: bool = False) -> dict[str, Tree]:
+    def collect(
+        self, block: nn.Module, groups: Sequence[Group], advance: bool = False, wanted: Wanted | None = None
+    ) -> dict[str, Tree]:
         """Run the block at `position`; returns the Hessians of the groups' inputs by group key.
 
-        advance: keep the outputs as hidden states of the next block. Experts that no token reached have no entry.
+        advance: keep the outputs as hidden states of the next block. wanted: what is collected, None for what the shard
+        collects. Experts that no token reached have no entry.
         """
-        sums = ChunkSums(self._cut, self._wanted)
+        wanted = wanted or self._wanted
+        sums = ChunkSums(self._cut, wanted)
         self.attention = None
         # The rest of the block is skipped after the input of the last group. Which expert runs last depends on tokens.
-        runs_on = advance or self._wanted.attention or any(group.is_expert for group in groups)
+        runs_on = advance or wanted.attention or any(group.is_expert for group in groups)
         last = None if runs_on else groups[-1].key
         hooks = [self._watch(block, group, sums, stop=group.key == last) for group in groups]
         undo = [_show_all(block.get_submodule(path), members) for path, members in self._mixtures(groups).items()]
-        if self._wanted.attention and attention_path(block) is not None:
+        if wanted.attention and attention_path(block) is not None:
             self.attention = HeadRanges()
             attention_states(block).observe = self.attention.add
         try:
-            self._run(block, keep=advance)
+            self._run(block, self._hidden, keep=advance)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -90,10 +98,23 @@ class Shard:
         self.ranges = sums.ranges
         return sums.trees()
 
-    def advance(self, block: nn.Module) -> None:
-        """Replace the hidden states by the outputs of the block at `position`."""
-        self._run(block, keep=True)
+    def advance(self, block: nn.Module, original: Callable[[], nn.Module] | None = None) -> None:
+        """Replace the hidden states by the outputs of the block at `position`. original: loads it uncompressed."""
+        self._run(block, self._hidden, keep=True)
+        if self._original is not None:
+            assert original is not None
+            self._run(original(), self._original, keep=True)
         self.position += 1
+
+    def block_states(self, original: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each chunk, the inputs of the block at `position`, and what the original block makes of its own inputs.
+
+        Both are [sequences, T, D]. original: the block, uncompressed.
+        """
+        assert self._original is not None
+        outputs = {number: list(parts) for number, parts in self._original.items()}
+        self._run(original, outputs, keep=True)
+        return {number: (torch.cat(parts), torch.cat(outputs[number])) for number, parts in self._hidden.items()}
 
     def collect_outputs(self, layer: OutputLayer, key: str) -> dict[str, Tree]:
         """The Hessian of the output layer's inputs, by `key`; the shard must be behind the last block."""
@@ -109,8 +130,8 @@ class Shard:
             tree.add(number, 1, hessian)
         return {key: tree}
 
-    def _run(self, block: nn.Module, keep: bool) -> None:
-        """Run all parts. keep: replace the hidden states by the outputs."""
+    def _run(self, block: nn.Module, hidden: Mapping[int, list[Tensor]], keep: bool) -> None:
+        """Run all parts of hidden states. keep: replace them by the outputs."""
 
         def run(parts: list[Tensor], index: int) -> None:
             with suppress(_AllCollected):
@@ -120,21 +141,46 @@ class Shard:
 
         forwards = [
             _ChunkForward(partial(run, parts, index), number)
-            for number, parts in self._hidden.items()
+            for number, parts in hidden.items()
             for index in range(len(parts))
         ]
         self.architecture.run_forwards(block, forwards)
 
-    def begin(self, block: nn.Module, groups: Sequence[Group]) -> StagedBlock:
-        """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one."""
+    def begin(
+        self, block: nn.Module, groups: Sequence[Group], original: Callable[[], nn.Module] | None = None
+    ) -> StagedBlock:
+        """Begin the forward of the block at `position`; groups: all layer groups of the block, at least one.
+
+        original: loads the block once more, whose weights are not replaced.
+        """
         hidden, self._hidden = self._hidden, {}
         self.staged = StagedBlock(self.architecture, block, self.position, groups, hidden, self._cut, self._wanted)
+        if self._original is not None:
+            assert original is not None
+            hidden, self._original = self._original, {}
+            self._original_staged = StagedBlock(
+                self.architecture,
+                original(),
+                self.position,
+                groups,
+                hidden,
+                self._cut,
+                self._wanted,
+                is_original=True,
+            )
         return self.staged
+
+    def collect_stage(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
+        """See StagedBlock.collect."""
+        assert self.staged is not None
+        return self.staged.collect(stage, keys, self._original_staged)
 
     def finish(self) -> None:
         """End the forward that was begun: its outputs are the hidden states of the next block."""
         assert self.staged is not None
         self._hidden, self.staged = self.staged.finish(), None
+        if self._original_staged is not None:
+            self._original, self._original_staged = self._original_staged.finish(), None
         self.position += 1
 
     def _mixtures(self, groups: Sequence[Group]) -> dict[str, list[int]]:

@@ -1,9 +1,11 @@
 """The solve of one group of layers: from statistics to compressed weights, and to a report's facts of each layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from hasten.accel.compression.activations.observers.base import InputObserver
@@ -15,7 +17,8 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Facts, Result
-from hasten.accel.models.architecture import Layer
+from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
 
 # What the error of a report's row is of; errors of weights are comparable with each other only.
@@ -79,9 +82,17 @@ def prepare_group(
 
 
 def solve_group(
-    group: Group, checkpoint: Checkpoint, methods: Sequence[PreparedMethod], level: Level, device: str = "cpu"
+    group: Group,
+    checkpoint: Checkpoint,
+    methods: Sequence[PreparedMethod],
+    level: Level,
+    device: str = "cpu",
+    change: Tensor | None = None,
 ) -> Solved:
-    """Compress the layers of a group at a level, by the prepared method of the level's family."""
+    """Compress the layers of a group at a level, by the prepared method of the level's family.
+
+    change: see BlockTransform.target_change; errors are of the changed weights then.
+    """
     chosen = next(candidate for candidate in methods if isinstance(candidate.method, level.family))
     method, prepared, notes = chosen.method, chosen.prepared, list[str]()
     if chosen.too_few:
@@ -90,22 +101,40 @@ def solve_group(
         notes = [f"saw {chosen.tokens} calibration tokens, fewer than {chosen.too_few}: {instead}"]
 
     def read(layer: Layer) -> Tensor:
-        return checkpoint.tensor(f"{layer.name}.weight")
+        weight = checkpoint.tensor(f"{layer.name}.weight")
+        if change is None:
+            return weight
+        wide = weight.to(change.device, torch.float32)
+        return (wide + wide @ change).to(weight.dtype)
 
     solved = level.solve(method, group.layers, read, prepared, device)
-    facts = []
-    for layer in group.layers:
-        result = solved[layer.name]
-        error, of_layer = _error(result), [*notes, *result.notes]
-        if not math.isfinite(error["error"]):
-            error = _error_of_weights(read(layer), level.unpack(level.pack(result.weight)))
-            of_layer.append("squares of weights or outputs are beyond float32: is the tensor damaged?")
-        facts.append(
-            _facts(group, layer, level, result)
-            | error
-            | {"method": type(method).__name__, "tokens": chosen.tokens, "notes": of_layer}
-        )
+    facts = [
+        _row(group, layer, level, solved[layer.name], read, notes)
+        | {"method": type(method).__name__, "tokens": chosen.tokens}
+        for layer in group.layers
+    ]
     return Solved({name: result.weight for name, result in solved.items()}, facts)
+
+
+def solve_block(
+    solver: BlockTransform,
+    architecture: Architecture,
+    block: int,
+    groups: Sequence[Group],
+    quantizer: Method,
+    inputs: Tensor,
+    targets: Tensor,
+) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
+    """Checkpoint tensors of all layers of a block, and their facts; see BlockTransform.solve_block."""
+    solved = solver.solve_block(architecture, block, groups, quantizer, inputs, targets)
+    packed, facts = {}, []
+    for group in groups:
+        for layer in group.layers:
+            result = solved[layer.name]
+            packed[layer.name] = group.level.checkpoint_tensors(group.level.pack(result.weight))
+            row = _row(group, layer, group.level, result, partial(_weight, architecture.checkpoint))
+            facts.append(row | {"method": type(solver).__name__, "tokens": inputs.shape[0] * inputs.shape[1]})
+    return packed, facts
 
 
 def solve_for_checkpoint(
@@ -115,12 +144,13 @@ def solve_for_checkpoint(
     observed: ObservedInputs,
     device: str = "cpu",
     packed_form: bool = False,
+    change: Tensor | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], list[Facts]]:
     """Checkpoint tensors of a group's layers at its level, by layer and by name behind the layer's; and their facts.
 
     packed_form: tensors as a level database has them, for outputs that are no checkpoints of transformers.
     """
-    solved, level = solve_group(group, checkpoint, methods, group.level, device), group.level
+    solved, level = solve_group(group, checkpoint, methods, group.level, device, change), group.level
     packed = {layer.name: level.pack(solved.weights[layer.name]) for layer in group.layers}
     if not packed_form:
         packed = {
@@ -137,12 +167,13 @@ def solve_levels(
     methods: Sequence[PreparedMethod],
     observed: ObservedInputs,
     device: str = "cpu",
+    change: Tensor | None = None,
 ) -> list[Facts]:
     """Write the layers of a group at every level to a database; returns one row of facts a layer and level."""
     packed: dict[str, dict[str, dict[str, Tensor]]] = {layer.name: {} for layer in group.layers}
     facts: dict[str, Facts] = {layer.name: {} for layer in group.layers}
     for name, level in database.levels_of(group):
-        solved = solve_group(group, checkpoint, methods, level, device)
+        solved = solve_group(group, checkpoint, methods, level, device, change)
         for layer, row in zip(group.layers, solved.facts, strict=True):
             # Packed immediately, because an unpacked code takes a whole byte.
             weight = level.pack(solved.weights[layer.name])
@@ -151,6 +182,26 @@ def solve_levels(
     for written, by_level in packed.items():
         database.write_layer(written, by_level, facts[written])
     return [row for by_level in facts.values() for row in by_level.values()]
+
+
+def _weight(checkpoint: Checkpoint, layer: Layer) -> Tensor:
+    return checkpoint.tensor(f"{layer.name}.weight")
+
+
+def _row(
+    group: Group,
+    layer: Layer,
+    level: Level,
+    result: Result[CompressedWeight],
+    read: Callable[[Layer], Tensor],
+    notes: Sequence[str] = (),
+) -> Facts:
+    """Facts of a layer with its error."""
+    error, of_layer = _error(result), [*notes, *result.notes]
+    if not math.isfinite(error["error"]):
+        error = _error_of_weights(read(layer), level.unpack(level.pack(result.weight)))
+        of_layer.append("squares of weights or outputs are beyond float32: is the tensor damaged?")
+    return _facts(group, layer, level, result) | error | {"notes": of_layer}
 
 
 def _facts(group: Group, layer: Layer, level: Level, result: Result[CompressedWeight]) -> Facts:

@@ -12,6 +12,7 @@ sums of their inputs would need much memory: experts do not depend on each other
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,7 +101,9 @@ class StagedBlock:
 
     position: the block's number. groups: all its layer groups. chunks: by number their parts [sequences, T, D]; they
     are taken out, so that they are freed as early as the forward allows. cut: see statistics.Tree. wanted: what is
-    collected. ranges, attention: of the stage that was collected last, see Shard.
+    collected. ranges, attention: of the stage that was collected last, see Shard. is_original: whether it runs original
+    weights for the inputs that another one compares with its own: nothing is replaced, and experts, which may see other
+    tokens, are not waited for.
     """
 
     def __init__(
@@ -112,9 +115,11 @@ class StagedBlock:
         chunks: dict[int, list[Tensor]],
         cut: int = 0,
         wanted: Wanted | None = None,
+        is_original: bool = False,
     ) -> None:
         self._architecture, self._cut, self._wanted = architecture, cut, wanted or Wanted()
         before = groups_before_attention(architecture, position, groups) if self._wanted.attention else None
+        self._is_original = is_original
         self.stages = stages_of(groups, before)
         self.ranges: dict[str, InputRange] = {}
         self.attention: HeadRanges | None = None
@@ -166,21 +171,26 @@ class StagedBlock:
         self._architecture.round_attention(self._block, roundings)
         self.replaced += 1
 
-    def collect(self, stage: int, keys: Collection[str]) -> dict[str, Tree]:
+    def collect(self, stage: int, keys: Collection[str], original: "StagedBlock | None" = None) -> dict[str, Tree]:
         """Hessians of the inputs of groups of a stage, by group key. Experts that no token reached have no entry.
 
-        The weights of all stages before it must have been replaced.
+        The weights of all stages before it must have been replaced. original: the original block on the same tokens,
+        for the shift of inputs other than experts'.
         """
         assert self.can_collect(stage)
         assert self.replaced == stage
         self._sums = ChunkSums(self._cut, self._wanted)
         self._resume(stage)
         self.attention = HeadRanges() if self.stages[stage] == ATTENTION else None
-        for run in self._all_runs():
+        if original is not None:
+            original._resume(stage)
+        others = repeat(None) if original is None else original._all_runs()
+        for run, other in zip(self._all_runs(), others, strict=False):
             if run.dead:
                 raise RuntimeError(f"the block does not run {_described(self.stages[stage])}")
             if run.inputs is not None:
-                self._sums.add(self.stages[stage][0], run.chunk, run.inputs)
+                shared = None if other is None else other.inputs
+                self._sums.add(self.stages[stage][0], run.chunk, run.inputs, shared)
             if self.attention is not None and run.states is not None:
                 self.attention.add(*run.states)
         self.collected = stage
@@ -189,7 +199,7 @@ class StagedBlock:
 
     def finish(self) -> dict[int, list[Tensor]]:
         """Outputs of the block for all chunks; all weights must have been replaced."""
-        assert self.replaced == len(self.stages)
+        assert self._is_original or self.replaced == len(self.stages)
         self._resume(len(self.stages))
         outputs: dict[int, list[Tensor]] = {number: [] for number in self._runs}
         for run in self._all_runs():
@@ -207,7 +217,8 @@ class StagedBlock:
         """Let all runs go on until they wait at a stage, or end; they pass stages before it."""
         self._target = stage
         for run in self._all_runs():
-            if run.stage < stage:
+            # One that did not wait for experts may have ended.
+            if run.stage < stage and not run.dead:
                 run.switch()
         self._architecture.supply(self._block, list(self._all_runs()))
 
@@ -260,7 +271,7 @@ class StagedBlock:
         def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
             for number in numbers:
                 run = self._reach(number)
-                if run is not None:
+                if run is not None and not self._is_original:
                     run.collects = True
                     experts.show(members[number], *arguments, **named)
                     run.collects = False

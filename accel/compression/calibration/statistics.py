@@ -6,7 +6,7 @@ the chunks over any number of workers gives the same bits.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -22,13 +22,17 @@ class Hessian:
     Stored as the sum of x xᵀ over tokens, in panels: blocks of rows with the columns up to the end of their diagonal.
 
     columns: C. tokens: number of tokens in the sum. halves: Hessians of two halves of the tokens, whose sum this is;
-    None where they are not known.
+    None where they are not known. magnitudes: sum and maximum of |x| of every column, (2, C) float32. shift: sum of
+    (x' - x) xᵀ, (C, C) float32, where x' is the layer's input in the original model. Both are None where they were not
+    collected.
     """
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.tokens = 0
         self.halves: tuple[Hessian, Hessian] | None = None
+        self.magnitudes: Tensor | None = None
+        self.shift: Tensor | None = None
         self._width = panel_width(columns)
         self._bounds = panel_bounds(columns)
         # All panels, concatenated: one block so large that the allocator returns it to the system when it is freed.
@@ -45,8 +49,21 @@ class Hessian:
         second_moment.add(self._sums, inputs, self._width)
         self.tokens += len(inputs)
 
+    def add_magnitudes(self, inputs: Tensor) -> None:
+        """Add the rows of inputs (N, C) to the magnitudes."""
+        absolute = inputs.float().abs()
+        self.magnitudes = _joined_magnitudes(self.magnitudes, torch.stack([absolute.sum(0), absolute.amax(0)]))
+
+    def add_shift(self, inputs: Tensor, original: Tensor) -> None:
+        """Add the rows of inputs (N, C), and of the same tokens' inputs in the original model, to the shift."""
+        inputs = inputs.float()
+        product = (original.float() - inputs).T @ inputs
+        self.shift = product if self.shift is None else self.shift.add_(product)
+
     def merge(self, other: "Hessian") -> None:
         """Add another Hessian's sum to this one."""
+        self.magnitudes = _joined_magnitudes(self.magnitudes, other.magnitudes)
+        self.shift = _sum_of(self.shift, other.shift)
         if self._sums is not None and other._sums is not None and not self._is_borrowed:
             self._sums += other._sums
         else:
@@ -95,6 +112,8 @@ class Hessian:
         total = cls(first.columns)
         total._terms, total.tokens = (first, second), first.tokens + second.tokens
         total.halves = (first, second)
+        total.magnitudes = _joined_magnitudes(first.magnitudes, second.magnitudes)
+        total.shift = _sum_of(first.shift, second.shift)
         return total
 
     def to(self, device: torch.device | str) -> "Hessian":
@@ -106,6 +125,8 @@ class Hessian:
         moved = Hessian(self.columns)
         moved._sums = torch.cat([panel.to(device).flatten() for panel in self.panels()])
         moved.tokens = self.tokens
+        moved.magnitudes = None if self.magnitudes is None else self.magnitudes.to(device)
+        moved.shift = None if self.shift is None else self.shift.to(device)
         return moved
 
     def array(self) -> np.ndarray:
@@ -114,16 +135,38 @@ class Hessian:
             return torch.cat([panel.flatten() for panel in self.panels()]).cpu().numpy()
         return self._sums.cpu().numpy()
 
+    def others(self) -> dict[str, np.ndarray]:
+        """The further statistics that were collected, by name."""
+        values = {"magnitudes": self.magnitudes, "shift": self.shift}
+        return {name: value.cpu().numpy() for name, value in values.items() if value is not None}
+
     @classmethod
-    def from_array(cls, columns: int, array: np.ndarray, tokens: int) -> "Hessian":
-        """The Hessian whose array() this is; it shares the array's memory and never writes to it."""
+    def from_array(
+        cls, columns: int, array: np.ndarray, tokens: int, others: Mapping[str, np.ndarray] | None = None
+    ) -> "Hessian":
+        """The Hessian whose array() and others() these are; it shares their memory and never writes to it."""
         hessian = cls(columns)
         with warnings.catch_warnings():
             # torch warns of read-only arrays; a borrowed sum is never written to.
             warnings.simplefilter("ignore")
             hessian._sums = torch.from_numpy(array)
+            for name, value in (others or {}).items():
+                setattr(hessian, name, torch.from_numpy(value))
         hessian._is_borrowed, hessian.tokens = True, tokens
         return hessian
+
+
+def _joined_magnitudes(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second
+    return torch.stack([first[0] + second[0], torch.maximum(first[1], second[1])])
+
+
+def _sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second
+    # Not in place: it may be read-only.
+    return first + second
 
 
 def panel_width(columns: int) -> int:

@@ -89,6 +89,10 @@ class Level(ABC):
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Dense weight (R, C), in the checkpoint's dtype, from the tensors of `pack`."""
 
+    def dense(self, weight: CompressedWeight) -> Tensor:
+        """Dense weight (R, C) of a compressed one, as `unpack` gives it of its packed form."""
+        return self.unpack(self.pack(weight))
+
     @property
     def inputs(self) -> InputScheme | None:
         """How the layer's inputs are rounded before the product; None for not at all."""

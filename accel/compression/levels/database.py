@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +23,9 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.compression.result import Facts
+from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
+from hasten.accel.compression.transforms.edits import EditFolder
+from hasten.accel.compression.transforms.rotating import rotated
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
@@ -38,11 +42,13 @@ _NOTHING: Mapping[int, str] = MappingProxyType({})
 class LevelDatabase(ResumableFolder):
     """A level database, finished or not.
 
-    propagated: level on whose outputs the next block is calibrated; None where the original's outputs are used, and in
-    a database that was read. attention: how keys and values are rounded, at all levels alike; None where they are not.
-    attentions: names of the attentions whose keys and values are, by block.
+    checkpoint: as the transforms make it. propagated: level on whose outputs the next block is calibrated; None where
+    the original's outputs are used, and in a database that was read. attention: how keys and values are rounded, at all
+    levels alike; None where they are not. attentions: names of the attentions whose keys and values are, by block.
+    transformed: blocks that transforms edit, None where there are no transforms; the edits are in the folder `edits`.
     """
 
+    edits: ClassVar[str] = "transforms"
     option = "levels"
     last_file = "database.json"
     open_to_all = ("searches",)
@@ -56,6 +62,7 @@ class LevelDatabase(ResumableFolder):
         propagated: Level | None,
         attention: AttentionScheme | None = None,
         attentions: Mapping[int, str] = _NOTHING,
+        transformed: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, checkpoint.path)
         self.layer_groups = layer_groups
@@ -64,11 +71,17 @@ class LevelDatabase(ResumableFolder):
         self._propagated = propagated
         self.attention, self.attentions = attention, attentions
         self._groups = {layer.name: group for groups in layer_groups for group in groups for layer in group.layers}
+        self._transformed = transformed
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> "LevelDatabase":
-        """A finished database; UserError where it is not finished or was made from another checkpoint."""
+        """A finished database; UserError where it is not finished or was made from another checkpoint.
+
+        architecture: of the checkpoint that `checkpoint_of` returns.
+        """
         file, checkpoint = path / cls.last_file, architecture.checkpoint
+        if isinstance(checkpoint, TransformedCheckpoint):
+            checkpoint.locate(architecture)
         if not file.is_file():
             state = "is not finished: run hasten levels again" if (path / PROGRESS).is_dir() else "is no level database"
             raise UserError(f"levels={path} {state}")
@@ -88,7 +101,20 @@ class LevelDatabase(ResumableFolder):
             layer_groups.append(outer_groups(architecture, outer))
         attention = AttentionScheme(**content["attention"]) if content.get("attention") else None
         attentions = attention_names(architecture) if attention is not None else {}
-        return cls(path, checkpoint, layer_groups, levels, None, attention, attentions)
+        return cls(path, checkpoint, layer_groups, levels, None, attention, attentions, content.get("transformed"))
+
+    @classmethod
+    def checkpoint_of(cls, path: Path, checkpoint: Path) -> Checkpoint:
+        """The checkpoint that the database at `path` was made from, as its transforms left it.
+
+        checkpoint: folder of the original. A database that is not finished has no transforms yet.
+        """
+        file = path / cls.last_file
+        transformed = json.loads(file.read_text()).get("transformed") if file.is_file() else None
+        source = rotated(Checkpoint(checkpoint), path / cls.edits) if file.is_file() else Checkpoint(checkpoint)
+        if transformed is None:
+            return source
+        return TransformedCheckpoint(source, EditFolder(path / cls.edits, transformed))
 
     @property
     def levels(self) -> list[str]:
@@ -231,6 +257,8 @@ class LevelDatabase(ResumableFolder):
             content["outer"] = outer.names()
         if self.attention is not None:
             content["attention"] = asdict(self.attention)
+        if self._transformed is not None:
+            content["transformed"] = list(self._transformed)
         self.write_json(self.path / self.last_file, content)
 
     def nbytes(self) -> int:

@@ -65,6 +65,11 @@ class QuantizedLevel(Level):
         assert isinstance(weight, QuantizedWeight)
         return _FORMAT.pack(weight, self.loader_scheme)
 
+    def dense(self, weight: CompressedWeight) -> Tensor:
+        """The weight on its device; unpacking rounds alike."""
+        assert isinstance(weight, QuantizedWeight)
+        return weight.dequantize()
+
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The weight as a loader unpacks it."""
         return _FORMAT.unpack(stored, self.stored(stored))

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import safe_open
 from torch import Tensor
@@ -54,8 +54,10 @@ class OutputFolder(ResumableFolder):
     layer_groups: layers that are compressed, by block, and behind the blocks the groups of calibration/outer.py. kept:
     ascending numbers of the blocks that are written; None for all. Methods take a block's number in the original; in
     the files it has its index among the kept blocks. attention: how keys and values are rounded; None where they are
-    not.
+    not. edits: folder inside for the edits of transforms, while they run.
     """
+
+    edits: ClassVar[str] = f"{PROGRESS}/transforms"
 
     def __init__(
         self,

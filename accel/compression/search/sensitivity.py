@@ -136,18 +136,7 @@ class SensitivityPass:
         The gradient is with respect to the compressed model's last states.
         """
         layers = self._outer.output_layer(level), self.architecture.output_layer()
-        # The last position predicts no token of the sequence.
-        states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))
-        kept = kept_tokens(layers[0].vocabulary)
-        step = kept or TILE_TOKENS
-        total, product, gradients = 0.0, 0.0, []
-        for part, original in zip(states.split(step), originals.split(step), strict=True):
-            divergence, gradient, change = _divergence(layers, part, original, kept > 0, level != KEEP)
-            total, product = total + divergence, product + change
-            gradients.append(gradient)
-        gradient = torch.zeros_like(compressed)
-        gradient[:, :-1] = torch.cat(gradients).unflatten(0, (len(compressed), -1))
-        return total, gradient, product
+        return divergence_gradient(layers, compressed, reference, level != KEEP)
 
     def _backward(
         self, index: int, levels: dict[str, str], inputs: list[Tensor], gradients: list[Tensor], parts: Tensor
@@ -189,6 +178,27 @@ class SensitivityPass:
         block.round_attention(state.kv_cache)
         block.drop(state.dropped)
         return errors
+
+
+def divergence_gradient(
+    layers: tuple[OutputLayer, OutputLayer], compressed: Tensor, reference: Tensor, has_error: bool = False
+) -> tuple[float, Tensor, float]:
+    """Sum of the divergences of two models' last states (B, T, D), its gradient (B, T, D), and _divergence's product.
+
+    The gradient is with respect to the compressed model's states. layers, has_error: see _divergence.
+    """
+    # The last position predicts no token of the sequence.
+    states, originals = (model[:, :-1].flatten(0, 1) for model in (compressed, reference))
+    kept = kept_tokens(layers[0].vocabulary)
+    step = kept or TILE_TOKENS
+    total, product, gradients = 0.0, 0.0, []
+    for part, original in zip(states.split(step), originals.split(step), strict=True):
+        divergence, gradient, change = _divergence(layers, part, original, kept > 0, has_error)
+        total, product = total + divergence, product + change
+        gradients.append(gradient)
+    gradient = torch.zeros_like(compressed)
+    gradient[:, :-1] = torch.cat(gradients).unflatten(0, (len(compressed), -1))
+    return total, gradient, product
 
 
 def kept_tokens(vocabulary: int) -> int:

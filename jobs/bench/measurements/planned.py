@@ -91,7 +91,7 @@ def moved_bytes(config: CompressConfig) -> int:
     total, keys = 0, [group.key for group in task.layer_groups[0]]
     for part in split(len(chunks), config.workers):
         calibrator = Calibrator(settings, {number: chunks[number] for number in part})
-        total += sum(sums.nbytes for nodes in calibrator.collect(0, keys).sums.values() for *_, sums in nodes)
+        total += sum(sums.nbytes for nodes in calibrator.collect(0, keys).sums.values() for *_, sums, _ in nodes)
     return total * task.architecture.num_blocks
 
 

@@ -62,7 +62,7 @@ def check(folder, dtype=torch.bfloat16):
     assert not any(info.values()), info
     for module in model.modules():
         module.quantization_enabled = False
-    ours = Architecture(Checkpoint(folder))
+    ours = Architecture(Checkpoint(folder), as_served=False)
     with torch.no_grad():
         model(TOKENS, use_cache=False)  # prepared modules are unpacked at the first use
         found = torch.nn.Module.float(model)(TOKENS, use_cache=False).logits

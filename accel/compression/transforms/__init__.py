@@ -1,0 +1,1 @@
+"""Changes of whole blocks before their layers are compressed."""
