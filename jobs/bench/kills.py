@@ -43,7 +43,7 @@ class Config(Run):
     workers: int = option(2, "calibrators", at_least=1)
     variants: list[str] = option(
         [""],
-        "further options of hasten compress, KEY=VALUE with blanks between them; one item for each kind of run, in turn",
+        "further options of hasten compress, KEY=VALUE with blanks between them; the items take turns",
     )
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
@@ -183,7 +183,7 @@ def _section(config: Config, results: Sequence[Disturbed]) -> str:
     return "\n\n".join(
         [
             f"GPTQ of {config.model}, W{config.bits} where the options say nothing else, {config.sequences} "
-            f"calibration sequences, workers={config.workers}. The bytes are compared with those of an undisturbed run.",
+            f"calibration sequences, workers={config.workers}. Bytes are compared with those of an undisturbed run.",
             provenance(),
             table(["options", "drivers killed", "calibrators killed", "runs", "with the same bytes"], rows),
         ]
