@@ -1,7 +1,8 @@
 """SIGKILL of drivers and calibrators at random moments: the resumed runs must write the same bytes.
 
 A killed driver is restarted with the same command; a killed calibrator is replaced by its driver. Every finished run is
-compared with an undisturbed one, and runs follow each other until all kills are delivered.
+compared with an undisturbed one of the same options, and runs of all variants follow each other in turn until all kills
+are delivered.
 """
 
 import logging
@@ -12,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
 from hasten.jobs.bench.processes.runs import digest, hasten_compress
 from hasten.jobs.cli.quotes import word
@@ -39,32 +41,52 @@ class Config(Run):
     sequences: int = option(32, "calibration sequences of the library", at_least=2)
     bits: int = option(4, "bits of a quantized weight", at_least=2, at_most=8)
     workers: int = option(2, "calibrators", at_least=1)
+    variants: list[str] = option(
+        [""],
+        "further options of hasten compress, KEY=VALUE with blanks between them; the items take turns",
+    )
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
+
+
+@dataclass
+class Disturbed:
+    """Runs of one variant. delivered: kills by kind of process. same: runs that wrote an undisturbed run's bytes."""
+
+    variant: str
+    delivered: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    same: int = 0
+
+    @property
+    def kills(self) -> int:
+        """Kills of all processes."""
+        return sum(self.delivered.values())
 
 
 def run(config: Config) -> Path:
     """Path of the report; the table is printed and written to the document."""
     folder = start(config)
-    options = {
-        "model": config.model,
-        "bits": config.bits,
-        "workers": config.workers,
-        "calibration.sequences": config.sequences,
-    }
+    variants = [_options(config, text) for text in config.variants or [""]]
     with tracked(config, "bench kills", folder) as tracker:
         tracker.params(plain(config))
         started = time.monotonic()
-        undisturbed = hasten_compress(folder / "calm", options)
-        delivered: Counter[str] = Counter()
-        digests: list[str] = []
+        undisturbed = [hasten_compress(folder / f"calm-{number}", options) for number, options in enumerate(variants)]
+        results = [Disturbed(text) for text in config.variants or [""]]
         generator = random.Random(config.seed)
-        while sum(delivered.values()) < config.kills:
-            place = folder / f"run-{len(digests)}"
-            _disturbed(place, options, undisturbed.whole_seconds, config.kills, delivered, generator)
-            digests.append(digest(place / "model"))
-            _LOG.info("%d of %d kills delivered, %d runs ended", sum(delivered.values()), config.kills, len(digests))
-        same = sum(value == undisturbed.digest for value in digests)
-        publish(config.document, folder, HEADING, _section(config, delivered, len(digests), same))
+        runs = 0
+        while sum(result.kills for result in results) < config.kills:
+            number, place = runs % len(variants), folder / f"run-{runs}"
+            result, calm = results[number], undisturbed[number]
+            # Each kind of run gets its share of the kills, and the last one what is left.
+            left = config.kills - sum(other.kills for other in results)
+            share = min(left, -(-config.kills // len(variants)))
+            _disturbed(place, variants[number], calm.whole_seconds, result.kills + share, result.delivered, generator)
+            result.runs += 1
+            result.same += digest(place / "model") == calm.digest
+            runs += 1
+            _LOG.info("%d of %d kills delivered, %d runs ended", config.kills - left, config.kills, runs)
+        publish(config.document, folder, HEADING, _section(config, results))
+        delivered = sum((result.delivered for result in results), Counter[str]())
         report = {
             "job": "bench kills",
             "config": plain(config),
@@ -72,13 +94,25 @@ def run(config: Config) -> Path:
                 "kills": sum(delivered.values()),
                 "kills_of_drivers": delivered[_DRIVER],
                 "kills_of_calibrators": delivered[_CALIBRATOR],
-                "runs": len(digests),
-                "runs_with_the_same_bytes": same,
+                "runs": runs,
+                "runs_with_the_same_bytes": sum(result.same for result in results),
                 "seconds": time.monotonic() - started,
             },
             "output": str(folder),
         }
         return tracker.report(report)
+
+
+def _options(config: Config, variant: str) -> dict[str, object]:
+    """Options of `hasten compress` of a variant; UserError where it has a word without `=`."""
+    wrong = next((item for item in variant.split() if "=" not in item), None)
+    if wrong is not None:
+        raise UserError(f"variants has {wrong!r}: expected KEY=VALUE with blanks between them")
+    given: dict[str, object] = dict(item.split("=", 1) for item in variant.split())
+    # A scheme or level says its own bits.
+    bits = {} if {"scheme", "level", "bits"} & given.keys() else {"bits": config.bits}
+    shared = {"model": config.model, "workers": config.workers, "calibration.sequences": config.sequences}
+    return {**shared, **bits, **given}
 
 
 def _disturbed(
@@ -135,13 +169,22 @@ def _kill(driver: subprocess.Popen[bytes], kind: str, delivered: Counter[str], g
         return
 
 
-def _section(config: Config, delivered: Counter[str], runs: int, same: int) -> str:
-    row = [str(delivered[_DRIVER]), str(delivered[_CALIBRATOR]), str(runs), str(same)]
+def _section(config: Config, results: Sequence[Disturbed]) -> str:
+    rows = [
+        [
+            result.variant or "–",
+            str(result.delivered[_DRIVER]),
+            str(result.delivered[_CALIBRATOR]),
+            str(result.runs),
+            str(result.same),
+        ]
+        for result in results
+    ]
     return "\n\n".join(
         [
-            f"GPTQ W{config.bits} of {config.model}, {config.sequences} calibration sequences, "
-            f"workers={config.workers}. The bytes are compared with those of an undisturbed run.",
+            f"GPTQ of {config.model}, W{config.bits} where the options say nothing else, {config.sequences} "
+            f"calibration sequences, workers={config.workers}. Bytes are compared with those of an undisturbed run.",
             provenance(),
-            table(["drivers killed", "calibrators killed", "runs", "with the same bytes"], [row]),
+            table(["options", "drivers killed", "calibrators killed", "runs", "with the same bytes"], rows),
         ]
     )

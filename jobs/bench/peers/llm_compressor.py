@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor, timed: run by the Python of an environment that has llm-compressor 0.14.
+"""Recipes of llm-compressor, timed: run by the Python of an environment that has llm-compressor 0.14.
 
 Stand-alone on purpose: that environment has neither hasten nor hasten's versions of transformers and
 compressed-tensors. What is measured is `oneshot` alone, with llm-compressor's own defaults for act-order (static),
@@ -17,6 +17,10 @@ import json
 import resource
 import time
 from importlib.metadata import version
+from typing import Any
+
+# Presets of the schemes that have a recipe; w4a16 is given by bits and groups.
+SCHEMES = {"w4a16": "", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
 
 
 def cpu_seconds() -> float:
@@ -39,7 +43,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a transformers checkpoint")
     parser.add_argument("--tokens", required=True, help=".npy of calibration tokens [N, T]")
-    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--recipe", choices=("gptq", *SCHEMES), default="gptq")
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--output", required=True, help="folder for the compressed checkpoint")
@@ -47,6 +52,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="dtype the model is loaded and calibrated in")
     parser.add_argument("--shuffle", action="store_true", help="shuffle the windows, as llm-compressor does by itself")
     return parser.parse_args()
+
+
+def recipe(options: argparse.Namespace) -> list[Any]:
+    """Modifiers of a recipe; those of schemes are those of llm-compressor's own examples."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    weights = {
+        "num_bits": options.bits,
+        "type": "int",
+        "symmetric": options.symmetric,
+        "strategy": "group",
+        "group_size": options.group_size,
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if options.recipe == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    if options.recipe == "w4a16":
+        import torch
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        if not torch.cuda.is_available():
+            # It pins the memory of its cache, which torch refuses without an accelerator.
+            torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]
+        return [AWQModifier(duo_scaling="both"), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    scheme = {"targets": "Linear", "scheme": SCHEMES[options.recipe], "ignore": ["lm_head"]}
+    if options.recipe == "w8a8":
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**scheme)]
+    return [QuantizationModifier(**scheme)]
 
 
 def main() -> None:
@@ -58,7 +94,6 @@ def main() -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -67,20 +102,13 @@ def main() -> None:
     tokens = np.load(options.tokens).astype(np.int64)
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-    weights = {
-        "num_bits": options.bits,
-        "type": "int",
-        "symmetric": options.symmetric,
-        "strategy": "group",
-        "group_size": options.group_size,
-    }
-    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    modifiers = recipe(options)
     loaded, loaded_cpu, loaded_peak = time.perf_counter(), cpu_seconds(), peak_rss_bytes()
 
     oneshot(
         model=model,
         dataset=data,
-        recipe=recipe,
+        recipe=modifiers,
         num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1],
         shuffle_calibration_samples=options.shuffle,
