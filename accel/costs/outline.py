@@ -21,7 +21,7 @@ class Outline(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
-        self._headers, self.quantized_by = [], None
+        self._headers, self._blocks, self.quantized_by = [], {}, None
         if self.config.get("quantization_config") or self.config.get("compression_config"):
             raise UserError(f"model={path} is compressed and has no safetensors: give its original's config.json")
         model = build_model(read_config(path), torch.float32, path)

@@ -256,7 +256,8 @@ class _Inspection:
             self._depth = 0
             return given
 
-        vars(head)["forward"] = lambda inputs: probe.expand(*inputs.shape[:-1], -1)
+        # Of one token only: its logits are large.
+        vars(head)["forward"] = lambda inputs: probe.view(*[1] * (inputs.ndim - 1), -1)
         try:
             logits = self._run(self._tokens, visit)
         finally:
