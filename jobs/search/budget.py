@@ -15,7 +15,7 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.units import Price, make_units
 from hasten.accel.costs.hardware import PLAIN, Hardware, arithmetic, experts_read
-from hasten.accel.costs.model import active_share
+from hasten.accel.costs.model import Model
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import EMBEDDING, Architecture, Layer
 from hasten.jobs.cli.methods import build
@@ -59,16 +59,21 @@ class _Times:
 
     def __init__(self, hardware: Hardware, architecture: Architecture, tokens: int) -> None:
         self._hardware, self._architecture, self._tokens = hardware, architecture, tokens
-        share = active_share(architecture.config)
-        self._rows_of_experts = tokens * share
-        self._read_of_experts = experts_read(share, tokens)
+        model = Model(architecture, architecture.dtype)
+        self._shares = {
+            layer.name: model.active_share(block)
+            for block in range(architecture.num_blocks)
+            for layer in architecture.linears(block)
+            if layer.expert is not None
+        }
 
     def price(self, layer: Layer, level: Level | None, bits: int) -> int:
         """Picoseconds of a layer's product at a level; None is the uncompressed layer."""
         kind = PLAIN if level is None else arithmetic(level.inputs)
         rows, read = float(self._tokens), 1.0
         if layer.expert is not None:
-            rows, read = self._rows_of_experts, self._read_of_experts
+            share = self._shares[layer.name]
+            rows, read = self._tokens * share, experts_read(share, self._tokens)
         seconds = self._hardware.seconds(layer.rows * layer.columns, bits, kind, rows, read)
         return round(seconds * _PICOSECONDS_IN_A_SECOND)
 

@@ -99,11 +99,11 @@ class GradientScorePass:
             inputs = layer.inputs(part)
             running, spans = LogSumExp(len(part), part.device), list(layer.spans(len(part)))
             for span in spans:
-                running.add(layer.logits(inputs, layer.weight(*span)))
+                running.add(layer.logits(inputs, layer.weight(*span), span[0]))
             inner = torch.zeros(len(part), layer.width, device=part.device)
             for first, last in spans:
                 weight = layer.weight(first, last)
-                logits = layer.logits(inputs, weight)
+                logits = layer.logits(inputs, weight, first)
                 change = running.probabilities(logits)
                 inside = (first <= targets) & (targets < last)
                 change[inside, targets[inside] - first] -= 1.0

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,9 +83,6 @@ def test_an_output_whose_original_is_gone_is_a_source(tmp_path):
     assert Task(local.settings(tmp_path / "out", tmp_path / "again")).checkpoint.is_compressed
 
 
-@pytest.mark.skipif(
-    find_spec("hasten.accel.models.expert_names") is None, reason="gpt-oss needs experts that are stored transposed"
-)
 def test_a_source_in_mxfp4_gives_the_bytes_of_its_dequantized_checkpoint(tmp_path):
     from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
 

@@ -141,7 +141,7 @@ def test_a_problem_with_one_genome_ends(searcher):
         ({"seed": -1}, "seed=-1"),
         ({"budget": 100}, "below the lowest level"),
         ({"budget": 300}, "above the highest level"),
-        ({"start": (2, 2, 2, 2, 2, 2)}, "start takes 240 bits: the budget is 180"),
+        ({"start": (2, 2, 2, 2, 2, 2)}, "start costs 240: the budget is 180"),
         ({"start": (1, 1)}, "start holds 2 choices that are not those of these 6 units"),
         ({"state": State(1, (0, 0, 0, 0, 0, 3), 0.0, 0, 0)}, "state holds 6 choices that are not those"),
     ],

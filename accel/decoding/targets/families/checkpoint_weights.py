@@ -12,6 +12,7 @@ from hasten.accel.decoding.targets.families.decoder import RowMap
 from hasten.accel.decoding.targets.families.weights import Rows, WeightSource, ordered, side_by_side
 from hasten.accel.decoding.targets.matmul import QuantizedWeight, Weight
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.expert_names import canonical, model_types, stored_expert
 from hasten.accel.models.families import family_of
 from hasten.kernels.packed_gemm import dequantized_rows
 from hasten.kernels.packed_weight import PackedWeight, can_join, join
@@ -28,10 +29,9 @@ class CheckpointWeights(WeightSource):
     ) -> None:
         self.dtype, self.device = dtype, device
         self._checkpoint, self._packs = checkpoint, packs
-        self._family = family_of(checkpoint.config.get("model_type"))
-        self._prefix = next(
-            prefix for prefix in self._family.prefixes if self._contains(f"{prefix}{_EMBEDDING}.weight")
-        )
+        self._types = model_types(checkpoint.config)
+        prefixes = family_of(checkpoint.config.get("model_type")).prefixes
+        self._prefix = next(prefix for prefix in prefixes if self._contains(f"{prefix}{_EMBEDDING}.weight"))
         self._tied = tied or not self._contains(f"{_HEAD}.weight")
         embedding = self._name(f"{_EMBEDDING}.weight")
         # The output layer reads a tied embedding in the same form, so that there is one of it.
@@ -107,5 +107,7 @@ class CheckpointWeights(WeightSource):
         """Name in the checkpoint."""
         if name.startswith(_HEAD):
             return name
-        layer, number, local = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-        return f"{self._prefix}{layer}.{number}.{self._family.logical(local)}" if layer else f"{self._prefix}{name}"
+        if name.startswith("layers."):
+            layers, number, local = name.split(".", 2)
+            name = f"{layers}.{number}.{stored_expert(local, self._types)}"
+        return canonical(f"{self._prefix}{name}", self._types)
