@@ -23,6 +23,8 @@ from hasten.accel.models.families import initialises_layers
 from hasten.accel.models.packed import PACKED, PARTS, SCALE, WEIGHT, must_unpack
 
 _METHOD = "compressed-tensors"
+# Names of the scales of experts' inputs.
+_EXPERT_INPUTS = r"\.experts\.\d+\..*\.input_(global_)?scale$"
 
 
 class _Unpack(CompressedTensorsDequantize):
@@ -96,6 +98,9 @@ class Loader(CompressedTensorsHfQuantizer):
 
         if missing_rules(model, get_model_conversion_mapping(model)) or initialises_layers(model.config.to_dict()):
             self.quantization_config.dequantize = True
+        # Experts are fused and do not round their inputs, whose scales are for servers.
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {_EXPERT_INPUTS}
         super()._process_model_before_weight_loading(model, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
