@@ -15,7 +15,6 @@ from hasten.accel.models.architecture import Architecture
 from tests.compression import local
 from tests.costs.rates import RATES
 
-
 # Dense blocks, and two of the 58 with experts: a plan of all of them takes long.
 BLOCKS = 3 + 2
 
