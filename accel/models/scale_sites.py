@@ -135,10 +135,11 @@ def _norms(block: nn.Module, config: Any) -> list[tuple[str, tuple[str, ...]]]:
     holders = {name.partition(".")[0] for name, parameter in block.named_parameters() if parameter.ndim > 1}
     if not holders <= set(_MIXERS) or not getattr(config, "do_layer_norm_before", True):
         return []
-    attention = next((name for name in _BEFORE_ATTENTION if hasattr(block, name)), None)
-    mlp = next((name for name in _BEFORE_MLP if hasattr(block, name)), None)
+    children = dict(block.named_children())
+    attention = next((name for name in _BEFORE_ATTENTION if name in children), None)
+    mlp = next((name for name in _BEFORE_MLP if name in children), None)
     # Without a second norm, attention and feed-forward network may read the same one.
-    behind = mlp == "post_attention_layernorm" and hasattr(block, "post_feedforward_layernorm")
+    behind = mlp == "post_attention_layernorm" and "post_feedforward_layernorm" in children
     if attention is None or mlp is None or behind:
         return []
     return [(attention, ("self_attn.",)), (mlp, ("mlp.", "fc1"))]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import ray
@@ -337,8 +337,8 @@ class Calibrator:
 
 def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
     """Packed layers of a stage; a reference in a list is resolved only now, so that one stage is held at a time."""
-    layers: Mapping[str, Mapping[str, Tensor]] = ray.get(solved[0]) if isinstance(solved, list) else solved
-    return layers
+    layers: Any = ray.get(solved[0]) if isinstance(solved, list) else solved
+    return cast(Mapping[str, Mapping[str, Tensor]], layers)
 
 
 def _merged(collected: Sequence[Collected], key: str) -> InputRange:
