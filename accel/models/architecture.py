@@ -251,7 +251,8 @@ class Architecture:
         return list(self._linears[index])
 
     def _find_linears(self, index: int) -> list[Layer]:
-        block, layers = self._skeleton.blocks[index], []
+        block = self._skeleton.blocks[index]
+        layers: list[Layer] = []
         for item in self.layout(index).order:
             if isinstance(item, FusedExperts):
                 layers += self._expert_layers(index, item.path, block.get_submodule(item.path))
