@@ -168,7 +168,8 @@ class Calibrator:
 
 def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
     """Packed layers of a stage; a reference in a list is resolved only now, so that one stage is held at a time."""
-    layers: Mapping[str, Mapping[str, Tensor]] = ray.get(solved[0]) if isinstance(solved, list) else solved
+    found: Any = ray.get(solved[0]) if isinstance(solved, list) else solved
+    layers: Mapping[str, Mapping[str, Tensor]] = found
     return layers
 
 

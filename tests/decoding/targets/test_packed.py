@@ -14,7 +14,7 @@ from hasten.accel.decoding.targets.matmul import QuantizedWeight
 from hasten.accel.decoding.tree import ROOT
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
-from hasten.accel.models.packed import Packing
+from hasten.accel.models.packed import CompressedWeight
 from hasten.kernels.packed_gemm import reference
 from hasten.kernels.packed_weight import pack_codes
 
@@ -121,7 +121,7 @@ def test_tokens_are_those_of_the_dequantized_model(w4, tmp_path):
 
 
 def test_no_layer_is_dequantized_while_loading_or_decoding(w4, monkeypatch):
-    monkeypatch.setattr(Packing, "unpack", None)
+    monkeypatch.setattr(CompressedWeight, "read", None)
     target = load_target(w4, torch.float32)
     greedy(target, 2)
     weights = list(products(target))
