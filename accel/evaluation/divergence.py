@@ -143,7 +143,7 @@ def _output_sums(layers: list[OutputLayer], inputs: list[Tensor], targets: Tenso
         for part in parts:
             part.add(
                 first,
-                [layer.logits(*pair, first) for layer, *pair in zip(layers, part.inputs, weights, strict=True)],
+                [layer.logits(x, w, first) for layer, x, w in zip(layers, part.inputs, weights, strict=True)],
             )
     return sum((part.sums() for part in parts), Sums())
 

@@ -115,10 +115,10 @@ class Checkpoint:
 
     def _entries(self) -> dict[str, Place]:
         """Places of tensors by logical name."""
-        stored: dict[str, Stored | QuantizedTensor] = dict(self._stored)
+        stored: dict[str, Place] = dict(self._stored)
         if self.quantized_by is not None:
             quantized, claimed = self.quantized_by.tensors(self._stored)
-            stored = {name: place for name, place in stored.items() if name not in claimed} | quantized
+            stored = {**{name: place for name, place in stored.items() if name not in claimed}, **quantized}
         activations = {name: place for name, place in self._stored.items() if belongs_to_activations(name)}
         self._activations = unfused(activations, model_types(self.config))
         return {**self._blocks, **unfused(stored, model_types(self.config))}

@@ -23,7 +23,7 @@ class FuseExperts(ConversionOps):
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The tensor by its pattern, from the projections in the order of source_patterns."""
         parts = []
         for pattern in source_patterns:

@@ -163,7 +163,7 @@ class _Inspection:
         known: dict[object, BlockLayout] = {}
         layouts = []
         for block, call in zip(self._skeleton.blocks, calls, strict=True):
-            key = tuple(
+            key: tuple[object, ...] = tuple(
                 (path, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
                 for path, module in block.named_modules()
             )
@@ -225,7 +225,7 @@ class _Inspection:
         for call, other in zip(calls, others, strict=True):
             for (name, value), (_, second) in zip(_leaves(call), _leaves(other), strict=True):
                 if isinstance(value, Tensor):
-                    if not torch.equal(value, second):
+                    if not isinstance(second, Tensor) or not torch.equal(value, second):
                         raise NotBlockwise(f"its blocks take the argument {name}, which depends on the tokens")
                 elif isinstance(value, MutableMapping):
                     self._check_shared(name)

@@ -166,8 +166,8 @@ def _sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         # Frequencies of time, height and width.
         half = int(own.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
         section = {"mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
-        kinds = {key: value | section for key, value in rope.items() if isinstance(value, dict)}
-        own["rope_parameters"] = kinds or rope | section
+        by_kind = {key: value | section for key, value in rope.items() if isinstance(value, dict)}
+        own["rope_parameters"] = by_kind or rope | section
     return own
 
 

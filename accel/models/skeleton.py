@@ -164,7 +164,7 @@ def compute_buffers(model: Any, module: nn.Module) -> None:
     with torch.no_grad():
         model._init_weights(module)
         module._parameters.update(weights)
-        if any(bool(module._buffers[name].isnan().any()) for name in missing):
+        if any(buffer is not None and bool(buffer.isnan().any()) for buffer in map(module._buffers.get, missing)):
             # Some are filled where the method is called for the whole decoder.
             for whole in model.modules():
                 if hasattr(whole, "_init_weights"):

@@ -179,7 +179,7 @@ class VerifierActor:
     def _load(self, dtype: torch.dtype) -> Target:
         """A new target."""
         spec = self._spec
-        caches = {"cache": spec.cache, "cache_budget": spec.cache_budget}
+        caches: dict[str, Any] = {"cache": spec.cache, "cache_budget": spec.cache_budget}
         return load_target(spec.target, dtype, spec.device, spec.path, compiled=spec.compiled, **caches)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:

@@ -78,7 +78,8 @@ def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Can
     """The tokens of all segments, and the dense ones behind them."""
     own = recent.keys, recent.values, recent.positions.expand(len(recent.keys), -1)
     parts = zip(*(segment.dense() for segment in segments), own, strict=True)
-    return Candidates(*(torch.cat(part, 1) for part in parts), recent.queries, recent.attention, place)
+    keys, values, positions = (torch.cat(part, 1) for part in parts)
+    return Candidates(keys, values, positions, recent.queries, recent.attention, place)
 
 
 def window_attention(tokens: Candidates) -> Tensor:

@@ -56,8 +56,10 @@ class D2O(Evictor):
         mean = best.mean(1)
         threshold = mean if recent.memory is None else torch.lerp(recent.memory, mean, self.smoothing)
         weight = torch.where(best >= threshold[:, None], best, 0.0).clamp(min=0)
-        merged = [weighted_mean(new, old, weight, target) for new, old in ((keys, old_keys), (values, old_values))]
-        return Kept([Dense(*merged, positions)], 0, kept, threshold)
+        keys, values = (
+            weighted_mean(new, old, weight, target) for new, old in ((keys, old_keys), (values, old_values))
+        )
+        return Kept([Dense(keys, values, positions)], 0, kept, threshold)
 
 
 def others(kept: Tensor, count: int) -> Tensor:

@@ -71,5 +71,7 @@ class EMS(Evictor):
         similarity = F.normalize(old_keys.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).mT
         nearest, target = similarity.max(-1) if band else (similarity.new_zeros(len(kept), 0), best)
         weight = (nearest >= self.similarity).float()
-        merged = [weighted_mean(new, old, weight, target) for new, old in ((keys, old_keys), (values, old_values))]
-        return Kept([Dense(*merged, positions)], 0, kept)
+        keys, values = (
+            weighted_mean(new, old, weight, target) for new, old in ((keys, old_keys), (values, old_values))
+        )
+        return Kept([Dense(keys, values, positions)], 0, kept)

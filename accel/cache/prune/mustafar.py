@@ -30,5 +30,6 @@ class Mustafar(CacheQuantizer):
     def pack(self, segments: Sequence[Segment], keys: Tensor, values: Tensor, positions: Tensor) -> list[Segment]:
         """A segment more."""
         shares = (keys, self.key_sparsity), (values, self.value_sparsity)
-        kept = [SparseVectors.of(part, max(1, round((1 - share) * part.shape[-1]))) for part, share in shares]
-        return [*segments, Sparse(*kept, positions[:1].clone().expand(len(keys), -1))]
+        kept = (SparseVectors.of(part, max(1, round((1 - share) * part.shape[-1]))) for part, share in shares)
+        sparse_keys, sparse_values = kept
+        return [*segments, Sparse(sparse_keys, sparse_values, positions[:1].clone().expand(len(keys), -1))]

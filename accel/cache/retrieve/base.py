@@ -38,5 +38,5 @@ class Retriever(CacheMethod):
         count = tokens.positions.shape[1] - last
         if count < 1:
             return None
-        parts = (part[:, :count].clone() for part in (tokens.keys, tokens.values, tokens.positions))
-        return Kept([self.index(*parts, segments, recent, place)], last)
+        keys, values, positions = (part[:, :count].clone() for part in (tokens.keys, tokens.values, tokens.positions))
+        return Kept([self.index(keys, values, positions, segments, recent, place)], last)

@@ -25,8 +25,8 @@ class Float8(Segment):
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, positions: Tensor) -> "Float8":
         """The segment of keys and values (H, T, D)."""
-        codes, scales = zip(*(_encode(part) for part in (keys, values)), strict=True)
-        return cls(*codes, *scales, positions, keys.dtype)
+        (key_codes, key_scales), (value_codes, value_scales) = _encode(keys), _encode(values)
+        return cls(key_codes, value_codes, key_scales, value_scales, positions, keys.dtype)
 
     @property
     def tokens(self) -> int:

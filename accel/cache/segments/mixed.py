@@ -25,7 +25,8 @@ class PackedTokens:
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, bits: int) -> "PackedTokens":
         """Of keys and values (H, T, D)."""
-        return cls(*(quantize_pack(part.flatten(0, 1), bits, "token") for part in (keys, values)), len(keys))
+        packed_keys, packed_values = (quantize_pack(part.flatten(0, 1), bits, "token") for part in (keys, values))
+        return cls(packed_keys, packed_values, len(keys))
 
     def tensors(self) -> Iterator[Tensor]:
         """Codes, scales and offsets."""
