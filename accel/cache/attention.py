@@ -57,10 +57,11 @@ def cached_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface: output (B, N, H * G, D) of query (B, H * G, N, D)."""
-    if not isinstance(key, Handle):
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
         mask = attention_mask.dense() if isinstance(attention_mask, DeferredMask) else attention_mask
         output: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
         return output, None
+    assert isinstance(key, Handle)
     width = query.shape[2]
     padding = attention_mask.padding if isinstance(attention_mask, DeferredMask) else None
     if padding is not None:

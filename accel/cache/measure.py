@@ -1,7 +1,7 @@
 """What a cache method costs and saves: divergence from the full cache on text, recall, bytes at every step, time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, process_time
 from typing import Any
@@ -121,7 +121,7 @@ def measure(
     budget: CacheBudget | None,
     windows: Tensor | None,
     context: int,
-    recall: dict[str, Sequence[Sample]],
+    recall: Mapping[str, Sequence[Sample]],
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """One row of a report. windows: (N, T) of text, None to leave it out. recall: samples by task."""

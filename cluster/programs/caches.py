@@ -1,6 +1,6 @@
 """Measurements of cache methods on a cluster: a task for each method and budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class CacheInputs:
     model: Path
     windows: Tensor | None
     context: int
-    recall: dict[str, Sequence[Sample]]
+    recall: Mapping[str, Sequence[Sample]]
     dtype: torch.dtype
     device: str
 
@@ -65,7 +65,8 @@ def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]
     torch.set_num_threads(max(1, threads))
     if Checkpoint(inputs.model).is_compressed:
         import hasten.accel.models.transformers_loader  # noqa: F401
-    model = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype).to(inputs.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
+    model = model.to(inputs.device).eval()
     budget = None if row.budget is None else CacheBudget(row.budget)
     found = measure(model, row.method, budget, inputs.windows, inputs.context, inputs.recall)
     return found | {"peak_rss_bytes": peak_rss_bytes()}

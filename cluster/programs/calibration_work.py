@@ -33,7 +33,7 @@ class CollectedSums:
     def __init__(self) -> None:
         self._sums: dict[Step, list[ObjectRef]] = {}
         # Keys of the groups, and the packed layers of the block's earlier stages.
-        self._arguments: dict[Step, tuple[list[str], list[list[ObjectRef]]]] = {}
+        self._arguments: dict[Step, tuple[list[str], list[ObjectRef | list[ObjectRef]]]] = {}
         # Sums of the current step by replacements; used only if those of their predecessors are lost.
         self._replacements: dict[int, ObjectRef] = {}
         self._step: Step = (-1, 0)
@@ -43,7 +43,11 @@ class CollectedSums:
         self._step = step
 
     def request(
-        self, step: Step, groups: Sequence[Group], solved: Sequence[list[ObjectRef]], calibrators: Sequence[ActorHandle]
+        self,
+        step: Step,
+        groups: Sequence[Group],
+        solved: Sequence[ObjectRef | list[ObjectRef]],
+        calibrators: Sequence[ActorHandle],
     ) -> list[ObjectRef]:
         """Request the sums of some groups from all calibrators, unless this step was requested before.
 

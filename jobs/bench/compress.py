@@ -93,7 +93,9 @@ def run(config: Config) -> Path:
     from hasten.jobs.bench.measurements.quality import common_group_size, inputs, save_tokens
 
     _check(config)
-    model, tokens, quality = inputs(config)
+    model, tokens, quality = inputs(
+        config.model, config.calibration, config.held_out, config.windows, config.divergence_windows
+    )
     if isinstance(config.group_size, str):
         # One size for all layers, because the peer has no other.
         config = replace(config, group_size=common_group_size(model))

@@ -108,7 +108,8 @@ def _options(config: Config, variant: str) -> dict[str, object]:
     wrong = next((item for item in variant.split() if "=" not in item), None)
     if wrong is not None:
         raise UserError(f"variants has {wrong!r}: expected KEY=VALUE with blanks between them")
-    given: dict[str, object] = dict(item.split("=", 1) for item in variant.split())
+    pairs = (item.partition("=") for item in variant.split())
+    given: dict[str, object] = {key: value for key, _, value in pairs}
     # A scheme or level says its own bits.
     bits = {} if {"scheme", "level", "bits"} & given.keys() else {"bits": config.bits}
     shared = {"model": config.model, "workers": config.workers, "calibration.sequences": config.sequences}

@@ -57,11 +57,6 @@ class Config(Run):
     peer_dtype: str = option("auto", "dtype that llm-compressor calibrates in", choices=DTYPES)
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
-    @property
-    def divergence_windows(self) -> int:
-        """All windows measure the divergence, too."""
-        return self.windows
-
 
 @dataclass(frozen=True)
 class Row:
@@ -82,7 +77,7 @@ def run(config: Config) -> Path:
     unknown = next((name for name in config.schemes if name not in RECIPES), None)
     if unknown is not None:
         raise UserError(f"schemes={unknown} is none of {', '.join(RECIPES)}")
-    model, tokens, quality = inputs(config)
+    model, tokens, quality = inputs(config.model, config.calibration, config.held_out, config.windows, config.windows)
     if config.peer_python is not None:
         check_peer(config.peer_python)
     folder = start(config)

@@ -145,7 +145,7 @@ def _inputs(config: CacheConfig, model: Path) -> CacheInputs:
         vocabulary=vocabulary,
         begin=begin_of(model, tokenizer, config.bos),
     )
-    text = tokenizer.decode(tokens.flatten().tolist(), skip_special_tokens=True)
+    text = str(tokenizer.decode(tokens.flatten().tolist(), skip_special_tokens=True))
     # Enough lines for any context.
     text *= 2 + config.context * 2 // max(1, tokens.numel())
 

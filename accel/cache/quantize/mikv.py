@@ -67,12 +67,14 @@ class MiKV(CacheMethod):
         high = min(max(self.number(ranks), 1), count - 1)
         chosen, others = order[:, :high].sort(1).values, order[:, high:].sort(1).values
         balance = _balance(tokens.keys[:, :count], recent) if before is None else before.balance
-        parts = []
-        for kept, bits in ((chosen, self.high_bits), (others, self.low_bits)):
+
+        def packed(kept: Tensor, bits: int) -> PackedTokens:
             keys, values, _ = tokens.gathered(kept)
-            parts.append(PackedTokens.of((keys.float() * balance).to(keys.dtype), values, bits))
+            return PackedTokens.of((keys.float() * balance).to(keys.dtype), values, bits)
+
+        more, fewer = packed(chosen, self.high_bits), packed(others, self.low_bits)
         index = torch.cat([chosen, others], 1)
-        segment = Mixed(*parts, balance, tokens.positions.gather(1, index))
+        segment = Mixed(more, fewer, balance, tokens.positions.gather(1, index))
         rest = torch.arange(count, count + last, device=index.device).expand(len(index), -1)
         return Kept([segment], last, torch.cat([index, rest], 1))
 

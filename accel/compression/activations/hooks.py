@@ -102,6 +102,6 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
     states, function = vars(module)["attention_states"], vars(module)["attention_function"]
     # Every model has its own eager function, which is not registered.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(function, eager)
     return attend(module, *states(query, key, value), *args, **named)

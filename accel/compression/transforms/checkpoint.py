@@ -25,14 +25,14 @@ class TransformedCheckpoint(CheckpointView):
     def __init__(self, source: Checkpoint, folder: EditFolder) -> None:
         super().__init__(source)
         self.folder = folder
-        self._blocks: dict[str, int] | None = None
+        self._block_of: dict[str, int] | None = None
         # Edits in place of those in the folder, by block.
         self._instead: dict[int, Edits] = {}
 
     def locate(self, architecture: Architecture) -> None:
         """Note which tensors are in which block of an architecture of this checkpoint."""
         blocks = range(architecture.num_blocks)
-        self._blocks = {name: block for block in blocks for name in architecture.block_tensors(block)}
+        self._block_of = {name: block for block in blocks for name in architecture.block_tensors(block)}
 
     @contextmanager
     def with_edits(self, block: int, edits: Edits) -> Iterator[None]:
@@ -60,7 +60,7 @@ class TransformedCheckpoint(CheckpointView):
         return self.tensor(name)[index] if rows is None else rows.to(stored.dtype)
 
     def _edits(self, name: str) -> list[Edit]:
-        assert self._blocks is not None
-        block = self._blocks.get(name, OUTSIDE)
+        assert self._block_of is not None
+        block = self._block_of.get(name, OUTSIDE)
         edits = self._instead[block] if block in self._instead else self.folder.read(block)
         return list(edits.get(name, ()))

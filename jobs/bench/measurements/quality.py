@@ -12,8 +12,7 @@ from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
-from hasten.jobs.bench.compress import Config
-from hasten.jobs.common.schema import Evaluation
+from hasten.jobs.common.schema import Calibration, Evaluation
 from hasten.jobs.common.texts import Texts
 
 
@@ -33,18 +32,21 @@ class Quality:
         return sums.metrics()
 
 
-def inputs(config: Config) -> tuple[Path, Tensor, Quality]:
+def inputs(
+    name: str, calibration: Calibration, source: str | None, windows: int, divergence: int
+) -> tuple[Path, Tensor, Quality]:
     """Folder of the original, calibration windows (N, T), and the measurement on held-out windows.
 
-    Raises UserError for a model or a text that cannot be loaded.
+    name: of the model. source: of the held-out text. divergence: number of windows for it. Raises UserError for a model
+    or a text that cannot be loaded.
     """
-    model = resolve(config.model)
-    texts, calibration = Texts(model, "auto", None), config.calibration
+    model = resolve(name)
+    texts = Texts(model, "auto", None)
     tokens = texts.calibrate(calibration, is_needed=True)
-    held_out = texts.evaluate(Evaluation(config.held_out, config.windows, sequence_length=calibration.sequence_length))
+    held_out = texts.evaluate(Evaluation(source, windows, sequence_length=calibration.sequence_length))
     assert tokens is not None
     assert held_out is not None, "windows=0"
-    return model, tokens, Quality(model, held_out, config.divergence_windows)
+    return model, tokens, Quality(model, held_out, divergence)
 
 
 def common_group_size(model: Path) -> int:

@@ -75,7 +75,7 @@ def recipe(options: argparse.Namespace) -> list[Any]:
 
         if not torch.cuda.is_available():
             # It pins the memory of its cache, which torch refuses without an accelerator.
-            torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]
+            torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign, assignment, return-value]
         return [AWQModifier(duo_scaling="both"), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
     scheme = {"targets": "Linear", "scheme": SCHEMES[options.recipe], "ignore": ["lm_head"]}
     if options.recipe == "w8a8":
