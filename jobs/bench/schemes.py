@@ -110,7 +110,8 @@ def _rows(config: Config, folder: Path, model: Path, tokens: Path, quality: "Qua
         for scheme in config.schemes:
             of_scheme: dict[str, object] = {"scheme": scheme}
             if scheme == "w4a16":
-                of_scheme |= {"group_size": config.group_size, "symmetric": "true"}
+                # By bits, because the scheme says the group size, too.
+                of_scheme = {"bits": 4, "group_size": config.group_size, "symmetric": "true"}
             rows.append(_peer_row(config, folder / scheme / "peer", scheme, model, tokens, quality))
             progress.update(len(rows), f"{scheme} {PEER}")
             for number, (method, options) in enumerate(RECIPES[scheme].items()):
