@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hasten.accel.cache.base import CacheMethod
-from hasten.accel.cache.full import Full
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.acceptance import expected_rate
@@ -73,7 +72,7 @@ class DecodeSpec:
     learned: Mapping[str, Tensor] | None = None
     snapshot_seconds: float = 10.0
     division: Division | None = None
-    cache: CacheMethod = field(default_factory=Full)
+    cache: CacheMethod | None = None
     cache_budget: float | None = None
 
 

@@ -157,6 +157,6 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
-        "cache": None if isinstance(spec.cache, Full) else {**config.cache, "budget": spec.cache_budget},
+        "cache": None if isinstance(spec.cache, Full | None) else {**config.cache, "budget": spec.cache_budget},
         "seed": config.seed,
     }
