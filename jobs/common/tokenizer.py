@@ -4,11 +4,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hasten.accel.data.begin import begin_tokens
 from hasten.accel.data.chat import use_template
 from hasten.accel.errors import UserError
+from hasten.accel.models.skeleton import read_config
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ def load_tokenizer(folder: Path, template: str | None = None) -> Tokenizer | Non
 
 def vocabulary_size(folder: Path) -> int:
     """Rows of the model's embedding, which may exceed the number of the tokenizer's entries."""
-    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    return int(read_config(folder).get_text_config().vocab_size)
 
 
 def begin_of(folder: Path, tokenizer: Tokenizer | None, bos: str) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ def begin_of(folder: Path, tokenizer: Tokenizer | None, bos: str) -> tuple[int, 
     begin = () if tokenizer is None or bos == "false" else begin_tokens(tokenizer)
     if begin or bos != "true":
         return begin
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = read_config(folder).get_text_config()
     token = getattr(config, "bos_token_id", None) if tokenizer is None else tokenizer.bos_token_id
     if token is None:
         raise UserError(f"bos=true, but {folder} names no token that begins a text: use bos=auto or bos=false")
