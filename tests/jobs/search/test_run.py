@@ -183,7 +183,7 @@ def test_whole_parts_can_be_dropped_without_any_level(source, folder, capsys, ra
         ({"levels": "nothing"}, ["levels=", "is no level database"]),
         ({"drop": "[atention]"}, ["drop=atention is none of attention, mlp, block"]),
         ({"drop": "[mlp]", "symmetric": "false"}, ["drop=[mlp] cannot stand next to levels with zero points (w2g32a)"]),
-        ({"bits": "[]"}, ["bits=[], column_bits=[], sparsities=[] and extra_levels=[] leave no level"]),
+        ({"bits": "[]"}, ["bits=[], column_bits=[], sparsities=[], schemes=[] and extra_levels=[] leave no level"]),
         ({"sparsities": "[1.5]"}, ["sparsity=1.5 is out of range"]),
     ],
 )
