@@ -120,7 +120,9 @@ class Loader(CompressedTensorsHfQuantizer):
         if prepared and model.dtype != torch.bfloat16:
             self.compressor.decompress_model(model)
             for module in prepared:
-                module.weight.data = module.weight.data.to(model.dtype)
+                # Attentions whose keys and values are rounded have a scheme and no weight.
+                if hasattr(module, "weight"):
+                    module.weight.data = module.weight.data.to(model.dtype)
         return model
 
 

@@ -1,5 +1,6 @@
 """Checkpoints whose config rounds inputs, keys, values and queries: our blocks compute what transformers does."""
 
+import importlib
 import json
 
 import pytest
@@ -99,6 +100,11 @@ def test_layers_round_their_inputs_as_transformers_does(name, source, plain, tmp
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_attentions_round_keys_and_values_as_transformers_does(strategy, queries, source, plain, tmp_path):
     check(rounded(tmp_path / "model", source, attention=AttentionScheme(strategy, queries)), plain)
+
+
+def test_attentions_round_where_the_loader_is_registered(source, plain, tmp_path):
+    importlib.import_module("hasten.accel.models.transformers_loader")
+    check(rounded(tmp_path / "model", source, attention=AttentionScheme()), plain)
 
 
 def test_missing_scales_are_named(source, tmp_path):
