@@ -11,12 +11,10 @@ class InputGroup:
     """Linear layers of a block that read the same input, in the order in which they run.
 
     norm: path of the module with a weight vector whose output is that input, None where the input comes from elsewhere.
-    other_readers: paths of other modules that are called with this input.
     """
 
     paths: tuple[str, ...]
     norm: str | None = None
-    other_readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

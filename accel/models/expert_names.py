@@ -7,15 +7,13 @@ transformers' own names of the projections stand for Mixtral's `w1`, `w3` and `w
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hasten.accel.errors import UserError
 from hasten.accel.models.experts import DOWN, GATE, UP, is_transposed
-from hasten.accel.models.shards import Place, Stored
+from hasten.accel.models.shards import Place, StoredPart
 
 _NUMBERED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 # Model types whose mixtures servers know by Mixtral's names: those whose mixture is `mlp` in transformers' modules and
@@ -33,43 +31,19 @@ _GRANITE = re.compile(r"(.+)\.(input|output)_linear\.weight")
 
 
 @dataclass(frozen=True)
-class StoredBias:
-    """Entries first, first + step, … before `last` of one vector of a stored matrix."""
+class StoredBias(StoredPart):
+    """Entries of one vector of a matrix; vector: its number."""
 
-    matrix: Stored
-    vector: int
-    first: int
-    last: int
-    step: int = 1
-
-    @property
-    def file(self) -> Path:
-        """See Place."""
-        return self.matrix.file
+    vector: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """See Place."""
         return (len(range(self.first, self.last, self.step)),)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """See Place."""
-        return self.matrix.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """See Place."""
-        return self.shape[0] * self.dtype.itemsize
-
     def read(self) -> Tensor:
         """See Place."""
-        return self.matrix.read_rows([(self.vector, 1)])[0, self.first : self.last : self.step].clone()
-
-    def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
-        """See Place: entries are rows."""
-        whole = self.read()
-        return torch.cat([whole[first : first + count] for first, count in runs])
+        return self.matrix.read_rows([(self.vector, 1)])[0, self.entries].clone()
 
 
 @dataclass(frozen=True)
@@ -166,7 +140,7 @@ def _parts(place: Any, expert: int, fused: _Fused) -> Iterator[Place]:
         else:
             bounds = (number * outputs // count, (number + 1) * outputs // count, 1)
         if fused.bias:
-            yield StoredBias(place, expert, *bounds)
+            yield StoredBias(place, *bounds, vector=expert)
         elif fused.transposed:
             yield place.columns(expert, *bounds)
         elif fused.interleaved:

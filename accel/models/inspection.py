@@ -353,7 +353,6 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
     hidden, call: any of the block's, on the meta device.
     """
     held: list[Tensor] = []  # so that no identity is used twice
-    readers: dict[object, list[str]] = {}
     norms: dict[object, str] = {}
     linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     mixtures = {path: Layout.of(module).number for path, module in block.named_modules() if is_fused(module)}
@@ -364,10 +363,7 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 held.append(inputs[0])
-                key = _identity(inputs[0])
-                readers.setdefault(key, []).append(path)
-                if path in linears or path in mixtures:
-                    order.append((path, key))
+                order.append((path, _identity(inputs[0])))
 
         return before
 
@@ -382,7 +378,7 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
     for path, module in block.named_modules():
         if any(path.startswith(f"{mixture}.") for mixture in mixtures):
             continue
-        if path:
+        if path in linears or path in mixtures:
             handles.append(module.register_forward_pre_hook(note(path)))
         if _is_norm(module):
             handles.append(module.register_forward_hook(note_norm(path)))
@@ -404,12 +400,11 @@ def trace_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockLayout:
             handle.remove()
         for module in replaced:
             del vars(module)["forward"]
-    return _layout(order, readers, norms, linears, mixtures)
+    return _layout(order, norms, linears, mixtures)
 
 
 def _layout(
     order: Sequence[tuple[str, object]],
-    readers: dict[object, list[str]],
     norms: dict[object, str],
     linears: dict[str, nn.Linear],
     mixtures: dict[str, int],
@@ -435,10 +430,7 @@ def _layout(
         if members and members[0] in mixtures:
             items.append(FusedExperts(members[0]))
         elif members:
-            inside = set(members)
-            others = tuple(dict.fromkeys(path for path in readers[key] if path not in inside))
-            others = tuple(path for path in others if not any(member.startswith(f"{path}.") for member in members))
-            items.append(InputGroup(tuple(members), norms.get(key), others))
+            items.append(InputGroup(tuple(members), norms.get(key)))
     return BlockLayout(tuple(items), skipped)
 
 

@@ -5,6 +5,7 @@ Pages of a mapped file count in the process's memory; files that are read with p
 
 import json
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -119,8 +120,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class StoredColumns:
-    """Columns first, first + step, … before `last` of a stored matrix, as rows: experts that are stored transposed."""
+class StoredPart(ABC):
+    """Entries first, first + step, … before `last` of one dimension of a stored matrix, or stack of matrices."""
 
     matrix: Stored
     first: int
@@ -133,9 +134,9 @@ class StoredColumns:
         return self.matrix.file
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """See Place."""
-        return len(range(self.first, self.last, self.step)), self.matrix.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,14 +148,32 @@ class StoredColumns:
         """See Place."""
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def entries(self) -> slice:
+        """The entries."""
+        return slice(self.first, self.last, self.step)
+
+    @abstractmethod
     def read(self) -> Tensor:
         """See Place."""
-        return self.matrix.read()[:, self.first : self.last : self.step].T.contiguous()
 
     def read_rows(self, runs: list[tuple[int, int]]) -> Tensor:
         """See Place; other rows are read, too."""
         whole = self.read()
         return torch.cat([whole[first : first + count] for first, count in runs])
+
+
+class StoredColumns(StoredPart):
+    """Columns of a matrix, as rows: experts that are stored transposed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Place."""
+        return len(range(self.first, self.last, self.step)), self.matrix.shape[0]
+
+    def read(self) -> Tensor:
+        """See Place."""
+        return self.matrix.read()[:, self.entries].T.contiguous()
 
 
 def _fill(file: FileIO, begin: int, tensor: Tensor) -> None:

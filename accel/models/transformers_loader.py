@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from hasten.accel.models.experts_loading import missing_rules
-from hasten.accel.models.families import initialises_layers
+from hasten.accel.models.loading_needs import initialises_layers
 from hasten.accel.models.packed import PACKED, PARTS, SCALE, WEIGHT, must_unpack
 
 _METHOD = "compressed-tensors"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hasten.accel.models.checkpoint import read_json
-from hasten.accel.models.families import fuses_experts, initialises_layers
+from hasten.accel.models.loading_needs import fuses_experts, initialises_layers
 from hasten.accel.models.packed import needs_loader
 
 _LOADER = "hasten.accel.models.transformers_loader"

@@ -301,8 +301,8 @@ def test_minicache_s_direction_lies_on_the_arc_and_lengths_are_the_layers_own():
     upper, lower = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     above, below = interpolated(upper, lower, share=0.6, spread=0.0)
     angle = 0.6 * math.pi / 2
-    torch.testing.assert_close(above.dense(), 3 * torch.tensor([[math.cos(angle), math.sin(angle)]]))
-    torch.testing.assert_close(below.dense(), 2 * torch.tensor([[math.cos(angle), math.sin(angle)]]))
+    torch.testing.assert_close(above.dense(1), 3 * torch.tensor([[[math.cos(angle), math.sin(angle)]]]))
+    torch.testing.assert_close(below.dense(1), 2 * torch.tensor([[[math.cos(angle), math.sin(angle)]]]))
     assert above.direction is below.direction
 
 
@@ -315,7 +315,7 @@ def test_minicache_keeps_the_vectors_of_the_least_similar_tokens():
         own = part.own.long()
         assert 0 < len(own) < TOKENS
         exact = given[layer][1].keys.transpose(0, 1).flatten(1)
-        assert torch.equal(part.dense()[own], exact[own])
+        assert torch.equal(part.dense(1)[0, own], exact[own])
 
 
 def test_xkv_is_exact_at_full_rank_and_its_layers_share_one_basis():

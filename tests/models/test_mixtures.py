@@ -11,7 +11,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, Layout, is_fused
-from hasten.accel.models.families import fuses_experts
+from hasten.accel.models.loading_needs import fuses_experts
 from hasten.accel.models.trial import logits_by_blocks, logits_of, random_model, try_type
 from tests.models import architectures
 

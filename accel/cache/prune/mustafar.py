@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hasten.accel.cache.quantize.base import CacheQuantizer
 from hasten.accel.cache.segments.base import Segment
-from hasten.accel.cache.segments.sparse import Sparse, SparseVectors
+from hasten.accel.cache.segments.pair import Pair
+from hasten.accel.cache.segments.sparse import SparseVectors
 from hasten.accel.errors import UserError
 
 
@@ -32,4 +33,4 @@ class Mustafar(CacheQuantizer):
         shares = (keys, self.key_sparsity), (values, self.value_sparsity)
         kept = (SparseVectors.of(part, max(1, round((1 - share) * part.shape[-1]))) for part, share in shares)
         sparse_keys, sparse_values = kept
-        return [*segments, Sparse(sparse_keys, sparse_values, positions[:1].clone().expand(len(keys), -1))]
+        return [*segments, Pair(sparse_keys, sparse_values, positions[:1].clone().expand(len(keys), -1))]

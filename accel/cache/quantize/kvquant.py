@@ -4,74 +4,41 @@ Source: Hooper et al. 2024, arXiv:2401.18079, and its code. Departs from it: ran
 are those of the prompt, and not of other text before, and centroids are not weighted by gradients; Q-Norm is left out.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
-from hasten.accel.cache.segments.base import Segment
-from hasten.accel.cache.segments.dense import Dense
-from hasten.accel.cache.segments.nonuniform import Codes, NonUniform, centroids_of
+from hasten.accel.cache.quantize.unrotated import UnrotatedQuantizer
+from hasten.accel.cache.segments.nonuniform import Codes, centroids_of
+from hasten.accel.cache.segments.pair import UnrotatedPair
 from hasten.accel.errors import UserError
 from hasten.kernels.packed_weight import BITS
 
 
 @dataclass(frozen=True)
-class KVQuant(CacheMethod):
+class KVQuant(UnrotatedQuantizer[Codes]):
     """Quantizer to centroids.
 
     bits: of a number. outliers: share of the numbers of a channel of keys, and of a token's values, that are kept as
-    they are. sinks: first tokens that stay as they are. residual: last ones. block: tokens packed at a time.
+    they are.
     """
 
     bits: int = 3
     outliers: float = 0.01
-    sinks: int = 1
-    residual: int = 32
-    block: int = 32
-
-    has_budget: ClassVar[bool] = False
-    needs_rotary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in BITS:
             raise UserError(f"cache.bits={self.bits} is none of {', '.join(map(str, BITS))}")
         if not 0 <= self.outliers < 0.5:
             raise UserError(f"cache.outliers={self.outliers} is out of range: 0 to less than 0.5")
-        if min(self.sinks, self.residual) < 0 or self.block < 1:
-            raise UserError(
-                "need cache.sinks >= 0, cache.residual >= 0 and cache.block >= 1, got "
-                f"{self.sinks}, {self.residual} and {self.block}"
-            )
 
-    def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
-        """Whole blocks of the oldest dense tokens are packed behind the sinks; no token is packed twice."""
-        heads, count = recent.keys.shape[:2]
-        sinks = 0 if segments else min(self.sinks, count)
-        packed = (count - self.residual - sinks) // self.block * self.block
-        if packed < self.block:
-            return None
-        assert place.rotary is not None
-        made, own = list(segments), slice(sinks, sinks + packed)
-        positions = recent.positions.expand(heads, -1)
-        if sinks:
-            first = (part[:, :sinks].clone() for part in (recent.keys, recent.values, positions))
-            made.append(Dense(*first))
-        keys = place.rotary(recent.keys[:, own], positions[:, own], True).transpose(0, 1).flatten(1)
-        values = recent.values[:, own].transpose(0, 1).flatten(1)
-        before = next((segment for segment in segments if isinstance(segment, NonUniform)), None)
-        made.append(
-            NonUniform(
-                self._keys(keys, None if before is None else before.keys),
-                self._values(values, None if before is None else before.values),
-                recent.positions[own].clone().expand(heads, -1),
-                place.rotary,
-            )
-        )
-        return Kept(made, count - sinks - packed)
+    def quantize(self, keys: Tensor, values: Tensor, before: UnrotatedPair[Codes] | None) -> tuple[Codes, Codes]:
+        """Codes by the ranges of the first tokens' channels, or by those of their own tokens."""
+        rows = [part.transpose(0, 1).flatten(1) for part in (keys, values)]
+        first = (None, None) if before is None else (before.keys, before.values)
+        return self._keys(rows[0], first[0]), self._values(rows[1], first[1])
 
     def _keys(self, keys: Tensor, before: Codes | None) -> Codes:
         """Keys (T, C) by the ranges of the prompt's channels; what is outside them is an outlier."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.segments.pair import by_head
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,11 @@ class Interpolated:
         """All of them."""
         yield from (self.direction, self.length, self.own, self.vectors)
 
-    def dense(self) -> Tensor:
-        """The vectors."""
+    def dense(self, heads: int) -> Tensor:
+        """The vectors (H, T, D)."""
         whole = (self.direction.float() * self.length[:, None]).to(self.direction.dtype)
         whole[self.own.long()] = self.vectors
-        return whole
-
-
-@dataclass(frozen=True)
-class SharedDirections(Segment):
-    """keys, values: of all heads together. positions: (H, T) int32, of one row."""
-
-    keys: Interpolated
-    values: Interpolated
-    positions: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.positions.shape[1]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Those of keys and values, and positions."""
-        yield from self.keys.tensors()
-        yield from self.values.tensors()
-        yield self.positions
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (H, T, D)."""
-        heads = len(self.positions)
-        keys, values = (part.dense().unflatten(1, (heads, -1)).transpose(0, 1) for part in (self.keys, self.values))
-        return keys, values, self.positions
+        return by_head(whole, heads)
 
 
 def interpolated(upper: Tensor, lower: Tensor, share: float, spread: float) -> tuple[Interpolated, Interpolated]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import Rotation
-from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.segments.pair import by_head
 from hasten.kernels.packed_weight import pack_codes, unpack_codes
 
 _ROUNDS = 25
@@ -50,39 +49,12 @@ class Codes:
         """All of them."""
         yield from (self.words, self.centroids, self.scale, self.middle, self.places, self.values)
 
-    def dense(self) -> Tensor:
-        """Vectors (T, C) in the dtype of the outliers."""
+    def dense(self, heads: int) -> Tensor:
+        """Vectors (H, T, D) in the dtype of the outliers."""
         codes = unpack_codes(self.words, self.bits, self.columns).long()
         whole = (self.centroids[codes] * self.scale.float() + self.middle.float()).to(self.values.dtype)
         whole.view(-1)[self.places.long()] = self.values
-        return whole
-
-
-@dataclass(frozen=True)
-class NonUniform(Segment):
-    """keys: without their rotary embedding, which rotary adds. positions: (H, T) int32, of one row."""
-
-    keys: Codes
-    values: Codes
-    positions: Tensor
-    rotary: Rotation
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.positions.shape[1]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Those of keys and values, and positions."""
-        yield from self.keys.tensors()
-        yield from self.values.tensors()
-        yield self.positions
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys with their rotary embedding, and values."""
-        heads = len(self.positions)
-        keys, values = (part.dense().unflatten(1, (heads, -1)).transpose(0, 1) for part in (self.keys, self.values))
-        return self.rotary(keys, self.positions, False), values, self.positions
+        return by_head(whole, heads)
 
 
 def centroids_of(numbers: Tensor, bits: int) -> Tensor:

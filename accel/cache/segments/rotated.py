@@ -10,8 +10,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import Rotation
-from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.segments.pair import by_head
 from hasten.kernels.quantize_pack import Packed, quantize_pack, unpack_dequantize
 from hasten.kernels.walsh_hadamard import walsh_hadamard
 
@@ -25,7 +24,6 @@ class RotatedVectors:
 
     codes: Packed
     order: Tensor | None
-    heads: int
     joined: int
 
     @classmethod
@@ -42,45 +40,20 @@ class RotatedVectors:
         parts = turned.unflatten(1, (-1, size))
         low, high = clip * parts.amin(-1, keepdim=True), clip * parts.amax(-1, keepdim=True)
         clipped = torch.minimum(torch.maximum(parts, low), high).flatten(1).to(vectors.dtype)
-        return cls(quantize_pack(clipped, bits, "token", size), order, heads, joined)
+        return cls(quantize_pack(clipped, bits, "token", size), order, joined)
 
     def tensors(self) -> Iterator[Tensor]:
         """Codes, scales, offsets and the order."""
         yield from (self.codes.words, self.codes.scale)
         yield from (part for part in (self.codes.offset, self.order) if part is not None)
 
-    def dense(self) -> Tensor:
+    def dense(self, heads: int) -> Tensor:
         """Vectors (H, T, D)."""
         rounded = unpack_dequantize(self.codes)
-        rows = _unrotated(rounded.float()).unflatten(0, (-1, self.heads // self.joined)).flatten(1)
+        rows = _unrotated(rounded.float()).unflatten(0, (-1, heads // self.joined)).flatten(1)
         if self.order is not None:
             rows = torch.empty_like(rows).index_copy_(1, self.order.long(), rows)
-        return rows.unflatten(1, (self.heads, -1)).transpose(0, 1).to(rounded.dtype)
-
-
-@dataclass(frozen=True)
-class Rotated(Segment):
-    """keys: without their rotary embedding, which rotary adds. positions: (H, T) int32, of one row."""
-
-    keys: RotatedVectors
-    values: RotatedVectors
-    positions: Tensor
-    rotary: Rotation
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.positions.shape[1]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Those of keys and values, and positions."""
-        yield from self.keys.tensors()
-        yield from self.values.tensors()
-        yield self.positions
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys with their rotary embedding, and values."""
-        return self.rotary(self.keys.dense(), self.positions, False), self.values.dense(), self.positions
+        return by_head(rows, heads).to(rounded.dtype)
 
 
 def _unrotated(rows: Tensor) -> Tensor:

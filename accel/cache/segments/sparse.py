@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.segments.base import Segment
-
 
 @dataclass(frozen=True)
 class SparseVectors:
@@ -31,34 +29,14 @@ class SparseVectors:
         weights = 2 ** torch.arange(8, device=vectors.device)
         return cls(vectors.gather(-1, order), (padded * weights).sum(-1).to(torch.uint8), size)
 
-    def dense(self) -> Tensor:
+    def tensors(self) -> Iterator[Tensor]:
+        """Values and bitmap."""
+        yield from (self.values, self.bitmap)
+
+    def dense(self, heads: int) -> Tensor:
         """Vectors (H, T, D) with zeros."""
         bits = (self.bitmap[..., None] >> torch.arange(8, device=self.bitmap.device)) & 1
         mask = bits.flatten(-2)[..., : self.size].bool()
         vectors = self.values.new_zeros(mask.shape)
         vectors[mask] = self.values.flatten()
         return vectors
-
-
-@dataclass(frozen=True)
-class Sparse(Segment):
-    """keys, values: of H heads and T tokens. positions: (H, T) int32."""
-
-    keys: SparseVectors
-    values: SparseVectors
-    positions: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.positions.shape[1]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Values, bitmaps and positions."""
-        for part in (self.keys, self.values):
-            yield from (part.values, part.bitmap)
-        yield self.positions
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values with zeros."""
-        return self.keys.dense(), self.values.dense(), self.positions

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
 from hasten.accel.cache.segments.base import Segment
-from hasten.accel.cache.segments.interpolated import SharedDirections, interpolated
+from hasten.accel.cache.segments.interpolated import interpolated
+from hasten.accel.cache.segments.pair import Pair
 from hasten.accel.errors import UserError
 
 
@@ -65,7 +66,7 @@ class MiniCache(CacheMethod):
             ]
             for place, layer, recent in ((0, lower + 1, above), (1, lower, below)):
                 positions = recent.positions[:count].clone().expand(len(recent.keys), -1)
-                segment = SharedDirections(parts[0][place], parts[1][place], positions)
+                segment = Pair(parts[0][place], parts[1][place], positions)
                 kept[layer] = Kept([segment], recent.keys.shape[1] - count)
         return kept
 

@@ -13,12 +13,13 @@ from hasten.accel.decoding.targets.families.weights import Rows, WeightSource, o
 from hasten.accel.decoding.targets.matmul import QuantizedWeight, Weight
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.expert_names import canonical, model_types, stored_expert
-from hasten.accel.models.families import family_of
 from hasten.kernels.packed_gemm import dequantized_rows
 from hasten.kernels.packed_weight import PackedWeight, can_join, join
 
 _EMBEDDING = "embed_tokens"
 _HEAD = "lm_head"
+# Of the decoder's tensors in a checkpoint.
+_PREFIXES = ("model.", "")
 
 
 class CheckpointWeights(WeightSource):
@@ -30,8 +31,7 @@ class CheckpointWeights(WeightSource):
         self.dtype, self.device = dtype, device
         self._checkpoint, self._packs = checkpoint, packs
         self._types = model_types(checkpoint.config)
-        prefixes = family_of(checkpoint.config.get("model_type")).prefixes
-        self._prefix = next(prefix for prefix in prefixes if self._contains(f"{prefix}{_EMBEDDING}.weight"))
+        self._prefix = next(prefix for prefix in _PREFIXES if self._contains(f"{prefix}{_EMBEDDING}.weight"))
         self._tied = tied or not self._contains(f"{_HEAD}.weight")
         embedding = self._name(f"{_EMBEDDING}.weight")
         # The output layer reads a tied embedding in the same form, so that there is one of it.
