@@ -1,6 +1,7 @@
 """Bytes of the files that a run writes: exact for tensors, and close for headers and small files."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 
@@ -53,11 +54,16 @@ def safetensors_bytes(tensors: Tensors, note: int = len('"format":"pt"')) -> int
 
 def checkpoint_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
     """Tensors of a layer at a level in a checkpoint: codes on a grid, or the dense weight."""
+    return _listed(layer, _in_checkpoint(level, layer.rows, layer.columns, itemsize))
+
+
+# A mixture has thousands of layers of few shapes.
+@lru_cache(maxsize=1024)
+def _in_checkpoint(level: Level, rows: int, columns: int, itemsize: int) -> tuple[StoredTensor, ...]:
     scheme, dtype = level.loader_scheme, _dtype(itemsize)
     if scheme is None:
-        return _listed(layer, [StoredTensor("weight", dtype, (layer.rows, layer.columns))])
-    weight = _FORMAT.tensors(scheme, layer.rows, layer.columns, dtype)
-    return _listed(layer, [*weight, *_input_tensors(level, dtype)])
+        return (StoredTensor("weight", dtype, (rows, columns)),)
+    return (*_FORMAT.tensors(scheme, rows, columns, dtype), *_input_tensors(level, dtype))
 
 
 def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
@@ -65,8 +71,13 @@ def level_tensors(layer: Layer, level: Level, itemsize: int) -> Tensors:
 
     Names begin here with the layer's name; in the file they begin with the level's, which is about as long.
     """
+    return _listed(layer, _in_database(level, layer.rows, layer.columns, itemsize))
+
+
+@lru_cache(maxsize=1024)
+def _in_database(level: Level, rows: int, columns: int, itemsize: int) -> tuple[StoredTensor, ...]:
     dtype = _dtype(itemsize)
-    return _listed(layer, [*level.stored_tensors(layer.rows, layer.columns, dtype), *_input_tensors(level, dtype)])
+    return (*level.stored_tensors(rows, columns, dtype), *_input_tensors(level, dtype))
 
 
 def _input_tensors(level: Level, dtype: torch.dtype) -> list[StoredTensor]:

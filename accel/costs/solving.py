@@ -1,6 +1,7 @@
 """Cost of compressing groups of layers, from the costs that methods state; no method is named here."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import panel_bounds
@@ -23,6 +24,8 @@ def stack_of(group: Group, gpu_memory: int = 0) -> LayerStack:
     return LayerStack(sum(layer.rows for layer in group.layers), group.columns, gpu_memory)
 
 
+# A mixture has thousands of groups of few shapes.
+@lru_cache(maxsize=1024)
 def method_cost(layers: LayerStack, method: Method, level: Level) -> MethodCost:
     """Cost that the method states, or a guess where it states none."""
     return level.cost(method, layers) or guessed_cost(layers, method.needs_hessian)
