@@ -2,22 +2,27 @@
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from hasten.accel.errors import UserError
+from hasten.cluster.runtime import resources
 from hasten.jobs.bench.processes.watch import Peak, Usage, watched
 from hasten.jobs.cli.quotes import word
 
+_LOG = logging.getLogger(__name__)
 _PEERS = Path(__file__).parents[1] / "peers"
 # A running Ray cluster or the number of cores must not change what is compared.
 _ENVIRONMENT = {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _LINES_SHOWN = 15
+# Outcome of a compression, beside its folder "model".
+_OUTCOME = "outcome.json"
 
 
 class ParetoRow(TypedDict):
@@ -86,8 +91,14 @@ class Outcome:
 def hasten_compress(folder: Path, options: Mapping[str, object], interval: float = 2.0) -> Outcome:
     """Outcome of `hasten compress` with these options; the checkpoint is folder/model, the run directory folder/run.
 
-    Raises UserError for a mistake in the options, RuntimeError with the end of the log for any other failure.
+    A folder that has an outcome of the same options and commit already keeps it, so that a benchmark that died goes on
+    where it was. Raises UserError for a mistake in the options, RuntimeError with the end of the log for any other
+    failure.
     """
+    return _kept(folder, options, lambda: _hasten_compress(folder, options, interval))
+
+
+def _hasten_compress(folder: Path, options: Mapping[str, object], interval: float) -> Outcome:
     report, usage = hasten_job(
         "compress", folder, {"evaluation.sequences": 0, "overwrite": "true", **options}, interval
     )
@@ -125,7 +136,14 @@ def hasten_job(job: str, folder: Path, options: Mapping[str, object], interval: 
 
 
 def peer_compress(python: str, folder: Path, options: Mapping[str, object]) -> Outcome:
-    """Outcome of llm-compressor's GPTQ, run by the Python of its environment; options are those of the peer script."""
+    """Outcome of llm-compressor, run by the Python of its environment; options are those of the peer script.
+
+    Kept as hasten_compress keeps its own.
+    """
+    return _kept(folder, {"python": python, **options}, lambda: _peer_compress(python, folder, options))
+
+
+def _peer_compress(python: str, folder: Path, options: Mapping[str, object]) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     result, usage = _run_peer("llm_compressor", python, folder, {"output": folder / "model", **options})
     measured: PeerCompression = json.loads(result.read_text(encoding="utf-8"))
@@ -141,6 +159,23 @@ def peer_compress(python: str, folder: Path, options: Mapping[str, object]) -> O
         version=measured["version"],
         peaks=usage.peaks,
     )
+
+
+def _kept(folder: Path, options: Mapping[str, object], measure: Callable[[], Outcome]) -> Outcome:
+    """The outcome in folder/outcome.json if it is of these options and of this commit; else a new one, stored there."""
+    path = folder / _OUTCOME
+    asked = {"options": {key: str(value) for key, value in options.items()}, "commit": resources.git_commit()}
+    if path.is_file() and (folder / "model").is_dir():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if {key: stored.get(key) for key in asked} == asked:
+            _LOG.info("%s was measured before", folder)
+            peaks = {kind: Peak(**peak) for kind, peak in stored["outcome"]["peaks"].items()}
+            return Outcome(**{**stored["outcome"], "folder": folder / "model", "peaks": peaks})
+    outcome = measure()
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps({**asked, "outcome": asdict(outcome)}, default=str), encoding="utf-8")
+    unfinished.replace(path)
+    return outcome
 
 
 def peer_search(python: str, folder: Path, options: Mapping[str, object]) -> PeerSearch:

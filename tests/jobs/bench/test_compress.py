@@ -7,7 +7,9 @@ from hasten.accel.errors import UserError
 from hasten.jobs.bench import compress
 from hasten.jobs.bench.measurements.quality import Quality
 from hasten.jobs.bench.measurements.random_llama import write_random_llama
+from hasten.jobs.bench.processes import runs
 from hasten.jobs.bench.processes.runs import Outcome, check_peer, digest, hasten_compress
+from hasten.jobs.bench.processes.watch import Peak, Usage
 
 
 def outcome(cpu_seconds=1.0, seconds=2.0, digest="a"):
@@ -84,6 +86,25 @@ def test_names_and_bytes_of_files_make_the_digest(tmp_path):
 def test_a_mistake_in_the_options_comes_back_as_one_line(tmp_path):
     with pytest.raises(UserError, match="bits=9"):
         hasten_compress(tmp_path, {"bits": 9})
+
+
+def test_an_outcome_is_kept_for_the_same_options_and_commit(tmp_path, monkeypatch):
+    started = []
+
+    def job(name, folder, options, interval):
+        started.append(options)
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model" / "a.safetensors").write_bytes(b"12")
+        metrics = {"seconds": 2.0, "cpu_seconds": float(len(started)), "peak_rss_bytes": 5}
+        return {"metrics": metrics}, Usage(0, 3.0, 4.0, {"driver": Peak(1, 7, 6)})
+
+    monkeypatch.setattr(runs, "hasten_job", job)
+    first = hasten_compress(tmp_path, {"bits": 4})
+    assert hasten_compress(tmp_path, {"bits": 4}) == first
+    assert len(started) == 1
+    assert hasten_compress(tmp_path, {"bits": 3}).cpu_seconds == 2.0
+    monkeypatch.setattr(runs.resources, "git_commit", lambda: "another")
+    assert hasten_compress(tmp_path, {"bits": 3}).cpu_seconds == 3.0
 
 
 def test_a_peer_without_a_python_is_a_mistake(tmp_path):
