@@ -27,7 +27,8 @@ class CompressConfig(Calibrated):
     model: str = option("embedded:target", f"what to compress: {MODEL}", path="in")
     scheme: str | None = option(
         None,
-        "what layers become, by the name that servers use, in place of level, bits, group_size and symmetric",
+        "what layers become, by the name that servers use, in place of level, bits and symmetric; w4a16, w8a16 and "
+        "w4a8 have groups of group_size",
         choices=tuple(SCHEMES),
     )
     level: str | None = option(

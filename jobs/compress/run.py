@@ -12,7 +12,7 @@ from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import parse_level
-from hasten.accel.compression.levels.schemes import SCHEMES
+from hasten.accel.compression.levels.schemes import AUTO_GROUPS, SCHEMES
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.outputs.gguf import GgufFolder
 from hasten.accel.compression.quantizers.base import Scheme
@@ -109,15 +109,7 @@ def make_settings(config: CompressConfig, source: Path) -> Settings:
 def _level(config: CompressConfig) -> tuple[Level, str]:
     """The level of all layers, and what names of outputs say of it; UserError where options contradict each other."""
     if config.scheme is not None:
-        defaults = {field.name: field.default for field in fields(CompressConfig)}
-        for name in ("level", "bits", "group_size", "symmetric"):
-            value = getattr(config, name)
-            if value != defaults[name]:
-                raise UserError(
-                    f"scheme={config.scheme} and {name}={value} are given, which both say what layers become: give one "
-                    "of them"
-                )
-        return parse_level(SCHEMES[config.scheme]), config.scheme
+        return _level_of_scheme(config, config.scheme)
     if config.level is not None:
         level = parse_level(config.level)
         return level, level.name
@@ -126,6 +118,23 @@ def _level(config: CompressConfig) -> tuple[Level, str]:
         return level, level.name
     suffix = f"w{config.bits}g{config.group_size}".replace("g-1", "")
     return GridLevel(Scheme(config.bits, config.group_size, config.symmetric)), suffix
+
+
+def _level_of_scheme(config: CompressConfig, scheme: str) -> tuple[Level, str]:
+    """The level of a scheme, in groups of group_size where servers leave their size open."""
+    defaults = {field.name: field.default for field in fields(CompressConfig)}
+    name = SCHEMES[scheme]
+    has_groups = AUTO_GROUPS in name
+    for option in ("level", "bits", "symmetric", *(() if has_groups else ("group_size",))):
+        value = getattr(config, option)
+        if value != defaults[option]:
+            raise UserError(
+                f"scheme={scheme} and {option}={value} are given, which both say what layers become: give one of them"
+            )
+    if config.group_size == defaults["group_size"]:
+        return parse_level(name), scheme
+    size = "" if config.group_size == -1 else f"g{config.group_size}"
+    return parse_level(name.replace(AUTO_GROUPS, size)), f"{scheme}{size or '-rows'}"
 
 
 def _outer_levels(config: CompressConfig, level: Level) -> OuterLevels:

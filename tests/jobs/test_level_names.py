@@ -4,7 +4,10 @@ import pytest
 
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
+from hasten.jobs.compress.options import CompressConfig
+from hasten.jobs.compress.run import make_settings
 from tests.jobs.report import last_report
 
 
@@ -30,6 +33,8 @@ def run(job, source, **changes):
         ("compress", {"level": "w9"}, "bits=9 is out of range: 2 to 8"),
         ("compress", {"level": "w4g48"}, "group_size=48 does not divide the 64 columns"),
         ("compress", {"scheme": "fp8", "bits": 3}, "scheme=fp8 and bits=3 are given, which both say"),
+        ("compress", {"scheme": "fp8", "group_size": 32}, "scheme=fp8 and group_size=32 are given"),
+        ("compress", {"scheme": "w4a16", "group_size": 48}, "group_size=48 does not divide the 64 columns"),
         ("compress", {"scheme": "fp8", "level": "w4"}, "scheme=fp8 and level=w4 are given"),
         ("compress", {"scheme": "fp8_block"}, "level fp8_block needs a multiple of 128 columns, model.layers.0."),
         ("compress", {"level": "w4g32a8s"}, "level w4g32a8s is wrong: servers read static scales of inputs with w8a8s"),
@@ -76,6 +81,14 @@ def test_compress_by_the_name_of_a_grid_is_compress_by_its_bits(source, folder, 
     assert named["metrics"]["bits_per_weight"] == given["metrics"]["bits_per_weight"]
     for file in (folder / "given").glob("*.safetensors"):
         assert file.read_bytes() == (folder / "named" / file.name).read_bytes()
+
+
+def test_a_scheme_has_the_groups_that_are_given(source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    names = {"auto": "w4gauto", 32: "w4g32", -1: "w4"}
+    for size, name in names.items():
+        config = compose("compress", CompressConfig, [f"model={source}", "scheme=w4a16", f"group_size={size}"])
+        assert make_settings(config, source).level == parse_level(name)
 
 
 @pytest.mark.ray

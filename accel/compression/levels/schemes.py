@@ -1,5 +1,7 @@
 """The names by which servers and other programs know levels: `scheme=fp8`. It imports nothing: options read it."""
 
+# Groups whose size is open, in level names.
+AUTO_GROUPS = "gauto"
 # Level names. Integers have groups of 128 columns, or of the largest smaller size that divides the layer's columns.
 SCHEMES = {
     "w4a16": "w4gauto",
