@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from hasten.accel.compression.activations.scales import AttentionScheme
@@ -14,6 +15,7 @@ from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import outer_shards
 from hasten.accel.compression.outputs.gguf import GgufOptions
 from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.compression.transforms.rotating import RotatingTransform
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, gguf_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
@@ -65,6 +67,17 @@ class Pass:
     attention: AttentionScheme | None = None
     collects: bool = True
     transforms: Sequence[BlockTransform] = ()
+
+    @property
+    def block_solver(self) -> BlockTransform | None:
+        """The transform that compresses the layers of a block together, if there is one."""
+        return next((transform for transform in self.transforms if transform.solves_blocks), None)
+
+    @property
+    def rotating(self) -> RotatingTransform | None:
+        """The transform that learns a rotation of the model, if there is one."""
+        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
+        return next((transform for transform in rotating if transform.steps), None)
 
     @property
     def is_transformed(self) -> bool:
@@ -296,6 +309,19 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             device["transform"] = {"context": rates.device_bytes, **hidden, **transforming}
         else:
             host["transform"] = with_retained({**always, **hidden, **transforming}, _TRANSFORM_BYTES * weights)
+    if work.block_solver is not None and work.sequences:
+        # One calibrator has the states of all sequences.
+        tuned = max((sum(map(_weights, groups)) for groups in work.layer_groups if not is_outer(groups)), default=0)
+        tuning = {
+            "hidden states": 2 * model.hidden_bytes(work.sequences, work.length),
+            "weights of a block": model.block_bytes(block),
+            "weights of a transform": work.block_solver.block_bytes * tuned,
+            "activations": 2 * model.activation_bytes(work.batch, work.length),
+        }
+        if on_device:
+            device["tune"] = {"context": rates.device_bytes, **tuning}
+        else:
+            host["tune"] = {**always, **tuning}
     kind = "calibrator" if work.ranks is None else "rank of a group of calibrators"
     return Process(kind, work.workers, work.threads, host, work.gpus, device)
 
@@ -324,7 +350,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     steps = [Step("check weights", check / workers, check)]
     share = work.max_sequences / work.sequences if work.sequences else 0.0
     tokens = work.sequences * work.length
-    wall = {"forward": 0.0, "sums": 0.0, "transform": 0.0, "solve": 0.0, "load": 0.0}
+    wall = {"forward": 0.0, "sums": 0.0, "transform": 0.0, "solve": 0.0, "load": 0.0, "learn rotation": 0.0}
     cpu = dict(wall)
 
     def add(name: str, arithmetic: Work, worker_share: float, copies: int = 1) -> None:
@@ -378,6 +404,11 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 else:
                     add("forward", model.run(block, tokens, work.length, work.batch), share)
                     add("load", model.load(block) * (2 * work.load_share), 1.0, workers)
+        if work.block_solver is not None and groups and not is_outer(groups):
+            weights = sum(map(_weights, groups))
+            runs = partial(_run_of_sequences, work, block)
+            add("solve", work.block_solver.block_cost(weights, work.sequences, runs), 1.0)
+            continue
         for stage in work.stages(groups):
             solves = sorted((_solve_seconds(work, group, rates) for group in stage), reverse=True)
             busy = [0.0] * workers
@@ -385,6 +416,10 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 busy[busy.index(min(busy))] += seconds
             wall["solve"] += max(busy)
             cpu["solve"] += sum(busy)
+    if work.rotating is not None and work.sequences:
+        parts = ceil(work.rotating.batch / work.batch)
+        step = _learning_step(work, work.rotating)
+        add("learn rotation", step * work.rotating.steps, ceil(parts / workers) / parts)
     guess = "; ".join(_guesses(work))
     steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)
@@ -397,6 +432,23 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
     if BETWEEN in moved:
         steps.append(Step("network", 0.0, 0.0, _network_bytes(work) / rates.network))
     return steps
+
+
+def _run_of_sequences(work: Pass, block: int, sequences: int) -> Work:
+    return work.model.run(block, sequences * work.length, work.length, work.batch)
+
+
+def _learning_step(work: Pass, rotating: RotatingTransform) -> Work:
+    """Work of the gradients of a step of learning a rotation: of all blocks, and of the divergence."""
+    model, tokens = work.model, rotating.batch * work.length
+    parts = ceil(rotating.batch / work.batch)
+    total = model.logits(2 * tokens) * 2
+    for block in range(model.blocks):
+        weights = sum(map(_weights, work.layer_groups[block]))
+        run = partial(_run_of_sequences, work, block, work.batch)
+        # Parts of a step rotate and quantize the weights anew.
+        total += (rotating.step_cost(weights, model.hidden, run) + model.load(block) * 2) * parts
+    return total
 
 
 def _again(model: Model, groups: Sequence[Group], tokens: int, share: float) -> Work:

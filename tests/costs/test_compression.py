@@ -12,6 +12,10 @@ from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.pruners.magnitude import Magnitude
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.compression.transforms.autoround import AutoRound
+from hasten.accel.compression.transforms.quarot import QuaRot
+from hasten.accel.compression.transforms.spinquant import SpinQuant
 from hasten.accel.costs.compression import Pass, estimate, sent_sums
 from hasten.accel.costs.estimate import Rates, Work
 from hasten.accel.costs.files import checkpoint_files, database_files
@@ -187,3 +191,39 @@ def test_a_method_without_statistics_has_no_sums(model):
     assert "collect" not in found.processes[0].host
     assert not {"forward", "sums"} & {step.name for step in found.steps}
     assert np.isfinite(found.seconds())
+
+
+def seconds_of(model, name, **changes):
+    steps = {step.name: step for step in estimate(planned(model, **changes), RATES).steps}
+    return steps[name].cpu_seconds if name in steps else 0.0
+
+
+def test_rotations_are_learned_step_by_step(model):
+    assert seconds_of(model, "learn rotation", transforms=[QuaRot()]) == 0.0
+    one, four = (
+        seconds_of(model, "learn rotation", transforms=[SpinQuant(learning_steps=steps, batch=4)]) for steps in (1, 4)
+    )
+    assert four == pytest.approx(4 * one)
+    # Two parts of two sequences: five forwards of both blocks, rotations of their weights, logits, and reading.
+    tokens = 4 * 16
+    forwards = 2 * 5 * model.run(0, tokens, 16, 2).flops + 2 * model.logits(2 * tokens).flops
+    rotations = 2 * 2 * 2 * 36_864 * 64 * 2 * 4
+    assert one > forwards / RATES.flops + rotations / RATES.exact_flops
+
+
+def test_a_block_that_is_solved_together_is_tuned_in_steps_by_one_worker(model):
+    work = {"methods": [RoundToNearest()], "collects": False}
+    few, many = (seconds_of(model, "solve", transforms=[AutoRound(steps=steps)], **work) for steps in (100, 300))
+    more = 200 * 3 * model.run(0, 8 * 16, 16, 2).flops / RATES.flops
+    assert many - few > 2 * more
+    wall = {
+        workers: next(
+            step.seconds
+            for step in estimate(planned(model, transforms=[AutoRound()], workers=workers, **work), RATES).steps
+            if step.name == "solve"
+        )
+        for workers in (1, 2)
+    }
+    assert wall[1] == wall[2]
+    host = estimate(planned(model, transforms=[AutoRound()], **work), RATES).processes[0].host
+    assert host["tune"]["weights of a transform"] == AutoRound.block_bytes * 36_864

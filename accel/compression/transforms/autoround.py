@@ -22,11 +22,19 @@ from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer,
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 
 # Bits of the mantissa, and smallest exponent, of e4m3 and e2m1 by their bits.
 _FLOATS = {8: (3, -6), 4: (1, 0)}
+# Elementwise operations on a weight in a step: rounding it, its gradient, and the move. Runs of a block on all
+# sequences: for losses, and for errors, with two products of each layer.
+_STEP_ELEMENTS, _WHOLE_RUNS = 40, 6
+# Bytes for a weight: in float32 the original, its offset in four copies, and what a step computes of it.
+_WEIGHT_BYTES = 40
+# A backward costs two forwards.
+_BACKWARD = 2
 # The grids that tuning starts from where the quantizer needs statistics: those of least squared error.
 _ROUNDED = RoundToNearest(search=24, shrink=0.4)
 
@@ -47,6 +55,7 @@ class AutoRound(BlockTransform):
     makes_edits: ClassVar[bool] = False
     needs_original: ClassVar[bool] = True
     solves_blocks: ClassVar[bool] = True
+    block_bytes: ClassVar[int] = _WEIGHT_BYTES
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -64,6 +73,12 @@ class AutoRound(BlockTransform):
                 f"transforms: autoround does not go with {type(other).__name__.lower()}, because its target is already "
                 "the output of the original block"
             )
+
+    def block_cost(self, weights: int, sequences: int, run: Callable[[int], Work]) -> Work:
+        """The steps, and the runs on all sequences before and after them."""
+        step = run(min(self.batch, sequences)) * (1 + _BACKWARD) + Work(elements=_STEP_ELEMENTS * weights)
+        search = Work(elements=_STEP_ELEMENTS * weights * _ROUNDED.search)
+        return step * self.steps + run(sequences) * _WHOLE_RUNS + search
 
     @torch.no_grad()
     def solve_block(

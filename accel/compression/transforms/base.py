@@ -5,7 +5,7 @@ leave the block's function as it is. It is solved part by part, in any process, 
 block; see cluster/programs/block_transforms.py for the order of events.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -139,8 +139,9 @@ class BlockTransform:
     makes_edits: whether it has parts that are solved. needs_statistics: whether `edits` reads statistics of the block.
     needs_original: whether the calibrators run the original model, too: for the shift of the layers' inputs, which
     `target_change` reads, or for `solve_block`. solves_blocks: whether it compresses the layers of a block together, by
-    `solve_block`. needs_tokens: whether it reads calibration tokens before the first block. is_everywhere: whether it
-    also edits blocks without compressed layers, and tensors outside the blocks.
+    `solve_block`; block_bytes: memory that this needs for each weight. needs_tokens: whether it reads calibration
+    tokens before the first block. is_everywhere: whether it also edits blocks without compressed layers, and tensors
+    outside the blocks.
     """
 
     makes_edits: ClassVar[bool] = True
@@ -148,6 +149,7 @@ class BlockTransform:
     needs_original: ClassVar[bool] = False
     is_everywhere: ClassVar[bool] = False
     solves_blocks: ClassVar[bool] = False
+    block_bytes: ClassVar[int] = 0
     needs_tokens: ClassVar[bool] = False
 
     def check(self, architecture: Architecture, earlier: Sequence["BlockTransform"]) -> None:
@@ -186,6 +188,10 @@ class BlockTransform:
 
     def cost(self, groups: Sequence[Group], gpu_memory: int = 0) -> Work:
         """Work of solving a block whose compressed groups these are; statistics and further runs are not included."""
+        return Work()
+
+    def block_cost(self, weights: int, sequences: int, run: Callable[[int], Work]) -> Work:
+        """Work of `solve_block`, in one process. run: work of the block's forward on so many sequences."""
         return Work()
 
     def target_change(self, hessian: Hessian) -> Tensor | None:

@@ -4,7 +4,7 @@ The rotation is one file beside the output, made before the first block is compr
 learning, so that an interrupted run goes on at its step. Tensors are rotated when they are read, see rotation.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.compression.transforms.rotation import RotatedCheckpoint, Rotation, RotationGradient
+from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
@@ -34,10 +35,12 @@ class GradientPass(Protocol):
 class RotatingTransform(BlockTransform):
     """A transform that rotates the whole model, before all others.
 
-    has_residual: whether it rotates the residual stream. steps: steps in which the rotation is learned.
+    has_residual: whether it rotates the residual stream. steps: steps in which the rotation is learned. batch:
+    calibration sequences of a step.
     """
 
     makes_edits: ClassVar[bool] = False
+    batch: int = 0
 
     @property
     def has_residual(self) -> bool:
@@ -70,6 +73,10 @@ class RotatingTransform(BlockTransform):
     ) -> GradientPass:
         """Computes gradients by the rotation. See learned_rotation.rotation_pass."""
         raise NotImplementedError
+
+    def step_cost(self, weights: int, hidden: int, run: Callable[[], Work]) -> Work:
+        """Work of a block's gradient in a step. weights: of its layers. run: work of its forward on the sequences."""
+        return Work()
 
     def sequences(self, step: int, count: int) -> list[int]:
         """Calibration sequences of a step, of `count`."""

@@ -6,7 +6,7 @@ Departs from it: the loss is the divergence from the original model, not the cro
 can also fall by learning the text; its gradients come from passes with one block in memory at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,9 +19,13 @@ from hasten.accel.compression.transforms.learned_rotation import RotationPass, r
 from hasten.accel.compression.transforms.quarot import hadamard_rotation
 from hasten.accel.compression.transforms.rotating import RotatingTransform
 from hasten.accel.compression.transforms.rotation import Rotation, RotationGradient
+from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+
+# A backward costs two forwards. Elementwise operations on a weight in a step: two roundings, and conversions.
+_BACKWARD, _ELEMENTS = 2, 40
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class SpinQuant(RotatingTransform):
     def steps(self) -> int:
         """As given."""
         return self.learning_steps
+
+    def step_cost(self, weights: int, hidden: int, run: Callable[[], Work]) -> Work:
+        """Forwards of the original and the quantized block, another one and its backward; rotations in each.
+
+        A weight is rotated there and back in both runs of the quantized block, and twice more backward.
+        """
+        rotations = Work(exact_flops=2.0 * weights * hidden * 2 * (2 + _BACKWARD), elements=_ELEMENTS * weights)
+        return run() * (3 + _BACKWARD) + rotations
 
     def begin(self, architecture: Architecture) -> Rotation:
         """Random Hadamard matrices."""
