@@ -146,9 +146,12 @@ def _start_here(cpus: int, temporary: str | None) -> None:
                 logging_level=logging.ERROR,
             )
             return
-        except Exception:
+        except Exception as error:
             # On a busy machine the start can exceed a fixed time limit inside Ray.
             ray.shutdown()
             if attempt == 2:
-                raise
+                text = " ".join(str(error).split())[:200] or type(error).__name__
+                raise UserError(
+                    f"Ray does not start on this machine ({text}): it may be too busy, or lack memory or disk space"
+                ) from error
             _LOG.warning("Ray did not start in time; trying once more")
