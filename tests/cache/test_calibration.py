@@ -280,7 +280,7 @@ def test_tidal_decode_chooses_again_where_the_layers_read_most():
 
 
 def test_what_a_layer_of_tidal_decode_recovers_is_the_attention_on_another_s_choice():
-    method, shared = TidalDecode(dense=0, read=0.25), {}
+    method, shared = TidalDecode(recent=0, dense=0, read=0.25), {}
     keys = torch.zeros(1, 8, 2)
     keys[0, 1, 0] = keys[0, 2, 1] = 50.0
     found = []
@@ -291,6 +291,10 @@ def test_what_a_layer_of_tidal_decode_recovers_is_the_attention_on_another_s_cho
     # Layer 0 chooses token 1 wherever it is seen, and layer 1 attends to token 2; before it is seen, to all equally.
     assert 0 < found[1][0] < 0.5
     assert found[1][1] == 1
+    # The last tokens are read in any case.
+    place = Place(1, 2, 8, None, PLAIN, {"tidal_decode": shared["tidal_decode"][:1]})
+    given = tokens_of(keys, queries=torch.eye(2)[1].expand(8, 1, -1), place=place)
+    assert replace(method, recent=8).observe(given)["recovered"].tolist() == [1, 1]
 
 
 def test_cskv_restores_what_lies_in_the_calibrated_channels_and_no_projection_loses_less():

@@ -59,7 +59,7 @@ class TidalDecode(Retriever, Calibrated):
     again: int | None = None
     read: float = 0.125
 
-    calibrated_by: ClassVar[tuple[str, ...]] = ("dense", "read")
+    calibrated_by: ClassVar[tuple[str, ...]] = ("recent", "dense", "read")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,15 +84,18 @@ class TidalDecode(Retriever, Calibrated):
         return (self.dense + place.layers) // 2 if place.statistics is None else int(place.statistics["again"])
 
     def observe(self, tokens: LayerTokens) -> LayerTensors:
-        """Share of the attention of the last queries on what each earlier layer chose, (layers,)."""
+        """Share of the attention of the last queries that is read with what each earlier layer chose, (layers,)."""
         place, count = tokens.place, len(tokens.positions)
         recovered = torch.zeros(place.layers, dtype=torch.float64, device=tokens.keys.device)
         if place.layer >= self.dense:
-            shares = attention(tokens, count - min(count, _QUERIES), count).sum(1)  # (H, W, T)
+            first = count - min(count, _QUERIES)
+            shares = attention(tokens, first, count).mean(1)  # (H, W, T)
+            # The last tokens are always read.
+            older = shares.masked_fill_(tokens.positions[first:, None] - tokens.positions < self.recent, 0.0)
             chosen: list[Tensor] = place.shared.setdefault(_CHOICE, [])
-            chosen.append(shares.topk(max(1, round(self.read * count)), -1).indices)
+            chosen.append(older.topk(max(1, round(self.read * count)), -1).indices)
             for number, index in enumerate(chosen):
-                recovered[self.dense + number] = shares.gather(2, index).double().sum() / shares.double().sum()
+                recovered[self.dense + number] = 1 - (older.sum(2) - older.gather(2, index).sum(2)).double().mean()
             # A layer that chooses reads everything.
             recovered[place.layer] = 1.0
         return {"recovered": recovered}
