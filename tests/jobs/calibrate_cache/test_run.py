@@ -99,14 +99,14 @@ def test_a_killed_run_goes_on_with_the_missing_parts(calibrate, folder, tasks):
 
 
 def test_decode_and_cache_find_the_statistics_beside_the_checkpoint(calibrate, model, source, folder, tasks, capsys):
-    tasks.append("no kill")
+    tasks.extend(["never killed"] * 3)
     assert calibrate() == 0
     (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": [5, 6, 7]}\n')
     own = model / FOLDER
 
     def decode(*words, target=model):
-        given = [f"target={target}", "prompts=prompts.jsonl", "drafter=prompt_lookup", "run_dir=r", *words]
-        return prepare(compose("decode", DecodeConfig, given)).spec.cache_statistics
+        given = [f"target={target}", "prompts=prompts.jsonl", "drafter=prompt_lookup", "run_dir=r", "max_new_tokens=9"]
+        return prepare(compose("decode", DecodeConfig, [*given, *words])).spec.cache_statistics
 
     assert decode("cache=cskv") == own / FILES[0]
     assert decode("cache=cskv", "cache_statistics=none") is None
