@@ -1,7 +1,7 @@
 """Base class of cache methods: how the keys and values of a sequence's tokens are kept in one layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, ClassVar
@@ -57,7 +57,8 @@ class Place:
 
     budget: tokens that the layer may hold of the sequence; None: the method has none. scoring: of its attention.
     shared: what the layers of the sequence tell each other in a pass, by any names. rotary: rotates keys (H, T, D) for
-    positions (H, T), or back; None unless the method needs it.
+    positions (H, T), or back; None unless the method needs it. statistics: calibrated ones of the method in this layer,
+    see calibrated.py; None where there are none.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class Place:
     scoring: Scoring
     shared: dict[str, Any] = field(default_factory=dict)
     rotary: Rotation | None = None
+    statistics: Mapping[str, Tensor] | None = None
 
 
 class CacheMethod(ABC):

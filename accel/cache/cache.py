@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.calibrated import LayerTensors
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
+from hasten.accel.cache.statistics import Statistics, check_layers
 from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
 
@@ -125,7 +127,8 @@ class CompressedLayer(CacheLayerMixin):
         tokens = None if budget is None else budget.tokens(length)
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
-        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary)
+        statistics = None if self.owner.statistics is None else self.owner.statistics[self.number]
+        return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary, statistics)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -165,11 +168,18 @@ class CompressedLayer(CacheLayerMixin):
 class CompressedCache(Cache):
     """Cache of a model that a method keeps small.
 
-    budget: tokens that each layer may hold of a sequence, for methods that have one. UserError for models with layers
-    that have no KV cache, and for methods that the model does not fit.
+    budget: tokens that each layer may hold of a sequence, for methods that have one. statistics: the method's
+    calibrated ones; None takes them from each prompt. UserError for models with layers that have no KV cache, and for
+    methods and statistics that the model does not fit.
     """
 
-    def __init__(self, model: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: CacheMethod,
+        budget: CacheBudget | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
         text = model.config.get_text_config()
         unsupported = set(getattr(text, "layer_types", None) or []) - _KINDS
         if unsupported:
@@ -180,6 +190,10 @@ class CompressedCache(Cache):
         check_budget(method, budget)
         self.method, self.budget = method, budget
         self.rotary = rotary_of(model) if method.needs_rotary else None
+        self.statistics: list[LayerTensors] | None = None
+        if statistics is not None:
+            check_layers(statistics, text.num_hidden_layers)
+            self.statistics = [{name: part.to(model.device) for name, part in own.items()} for own in statistics.layers]
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}

@@ -14,6 +14,7 @@ from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.statistics import Statistics
 from hasten.accel.evaluation.recall import Sample
 
 
@@ -40,11 +41,17 @@ class TextSums:
 
 
 class CacheMeasurement:
-    """Measures a method on one model. budget: None for methods that have none."""
+    """Measures a method on one model. budget: None for methods that have none. statistics: see CompressedCache."""
 
-    def __init__(self, model: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: CacheMethod,
+        budget: CacheBudget | None,
+        statistics: Statistics | None = None,
+    ) -> None:
         attach(model)
-        self.model, self.method, self.budget = model, method, budget
+        self.model, self.method, self.budget, self.statistics = model, method, budget, statistics
         # Bytes held after the prompt and after each step, of the last text.
         self.bytes_at: list[int] = []
         self.seconds = self.cpu_seconds = 0.0
@@ -105,7 +112,7 @@ class CacheMeasurement:
         return torch.stack(parts).float().log_softmax(-1), held
 
     def _cache(self, method: CacheMethod, budget: CacheBudget | None) -> CompressedCache:
-        return CompressedCache(self.model, method, budget)
+        return CompressedCache(self.model, method, budget, self.statistics if method is self.method else None)
 
     def _run(self, tokens: Sequence[int], cache: CompressedCache) -> Tensor:
         """Logits (V,) behind the last of the tokens."""
@@ -123,9 +130,10 @@ def measure(
     context: int,
     recall: Mapping[str, Sequence[Sample]],
     progress: Callable[[str], None] = lambda _: None,
+    statistics: Statistics | None = None,
 ) -> dict[str, Any]:
     """One row of a report. windows: (N, T) of text, None to leave it out. recall: samples by task."""
-    measurement = CacheMeasurement(model, method, budget)
+    measurement = CacheMeasurement(model, method, budget, statistics)
     row: dict[str, Any] = {}
     if windows is not None:
         progress("text")

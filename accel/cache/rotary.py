@@ -28,9 +28,13 @@ def rotary_of(model: PreTrainedModel) -> Callable[[int, Tensor, Tensor, bool], T
         with torch.no_grad():
             # Heads are a batch, since each may hold other tokens.
             cosine, sine = embedding(keys, positions.long())
+            if inverse:
+                # Some rotations also scale, as YaRN's does.
+                scale = float(getattr(embedding, "attention_scaling", 1.0)) ** 2
+                cosine, sine = cosine / scale, -sine / scale
             width = cosine.shape[-1]
             turned, kept = keys[:, None, :, :width], keys[..., width:]
-            rotated: Tensor = apply(turned, turned, cosine, -sine if inverse else sine)[1][:, 0]
+            rotated: Tensor = apply(turned, turned, cosine, sine)[1][:, 0]
         return torch.cat([rotated, kept], -1) if kept.shape[-1] else rotated
 
     return rotate

@@ -103,6 +103,12 @@ class Architecture:
         self._check_linears()
         self._check_tensors()
 
+    @property
+    def front(self) -> Any:
+        """transformers' model; on the meta device, except what runs before the blocks, such as rotary embeddings."""
+        self._load_front()
+        return self._model
+
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] that enter the first block, for tokens [B, T]; reads only these tokens' rows.
 

@@ -48,7 +48,7 @@ class DecodeSpec:
     other_dtypes: of the arithmetic; the fastest of them is chosen. compiled: whether the fast path is compiled.
     learned: what the drafter learned before. snapshot_seconds: interval of snapshots of a shared drafter's memory,
     from which its replacement starts. division: how the target is divided over a process group; None is one process.
-    cache, cache_budget: what the target's KV caches keep, see load_target.
+    cache, cache_budget, cache_statistics: what the target's KV caches keep, see load_target.
     """
 
     target: Path
@@ -74,6 +74,7 @@ class DecodeSpec:
     division: Division | None = None
     cache: CacheMethod | None = None
     cache_budget: float | None = None
+    cache_statistics: Path | None = None
 
 
 def make_memory(spec: DecodeSpec, learned: Sequence[Mapping[str, Tensor]], target: Target | None = None) -> Any:
@@ -178,7 +179,11 @@ class VerifierActor:
     def _load(self, dtype: torch.dtype) -> Target:
         """A new target."""
         spec = self._spec
-        caches: dict[str, Any] = {"cache": spec.cache, "cache_budget": spec.cache_budget}
+        caches: dict[str, Any] = {
+            "cache": spec.cache,
+            "cache_budget": spec.cache_budget,
+            "cache_statistics": spec.cache_statistics,
+        }
         return load_target(spec.target, dtype, spec.device, spec.path, compiled=spec.compiled, **caches)
 
     def _engine(self, on_tokens: OnTokens | None = None) -> Engine:

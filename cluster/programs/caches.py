@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.measure import measure
+from hasten.accel.cache.statistics import load
 from hasten.accel.evaluation.recall import Sample
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.runtime.placement import ActorResources
@@ -20,10 +21,11 @@ from hasten.cluster.runtime.tasks import task_results
 
 @dataclass(frozen=True)
 class CacheRow:
-    """A row to measure."""
+    """A row to measure. statistics: file of the method's calibrated ones; None takes them from the prompt."""
 
     method: CacheMethod
     budget: float | None
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -68,5 +70,6 @@ def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
     model = model.to(inputs.device).eval()
     budget = None if row.budget is None else CacheBudget(row.budget)
-    found = measure(model, row.method, budget, inputs.windows, inputs.context, inputs.recall)
+    statistics = None if row.statistics is None else load(row.method, row.statistics)
+    found = measure(model, row.method, budget, inputs.windows, inputs.context, inputs.recall, statistics=statistics)
     return found | {"peak_rss_bytes": peak_rss_bytes()}

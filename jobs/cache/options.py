@@ -6,6 +6,7 @@ from hasten.jobs.common.schema import (
     ADDRESS,
     BOS,
     BOS_CHOICES,
+    CACHE_STATISTICS,
     DEVICES,
     DTYPES,
     MODEL,
@@ -33,6 +34,7 @@ class CacheConfig(Run):
         "tokens that each layer may hold, up to 1 a share of the sequence, for methods that have a budget; each is a "
         "row and a point of the figure",
     )
+    statistics: str | None = option(None, CACHE_STATISTICS, path="in")
     tasks: list[str] = option(
         ["text", "needle", "keys", "joint", "repeated", "multi_turn"],
         "what is measured: text, divergence from the full cache; the others, recall of what stands in the context",

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
+from hasten.accel.cache.calibrated import Calibrated
 from hasten.accel.cache.full import Full
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest, write_whole
@@ -25,6 +26,7 @@ from hasten.cluster.runtime.resources import cpu_seconds
 from hasten.jobs.cache.options import CacheConfig
 from hasten.jobs.cli.methods import build, method, method_names, target_of
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cache_statistics import chosen_statistics, statistics_fingerprint
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import cache_pareto
@@ -43,7 +45,7 @@ def run(config: CacheConfig) -> Path:
     """Measure every method at every budget; returns the path of report.json."""
     started = perf_counter()
     model = resolve(config.model).absolute()
-    named = _rows(config)
+    named = _rows(config, model)
     inputs = _inputs(config, model)
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     files = [output / f"{digest(_key(config, inputs, row))[:24]}.json" for _, row in named]
@@ -72,7 +74,7 @@ def run(config: CacheConfig) -> Path:
                     rows = [named[place][1] for place in missing]
                     measure_caches(inputs, rows, config.workers, worker_resources(config), done)
             table_rows = [
-                {"method": name, "budget": row.budget, **json.loads(file.read_text())}
+                {"method": name, "budget": row.budget, "statistics": _given(row), **json.loads(file.read_text())}
                 for (name, row), file in zip(named, files, strict=True)
             ]
             report = _report(config, table_rows, output, perf_counter() - started)
@@ -84,7 +86,7 @@ def run(config: CacheConfig) -> Path:
     return path
 
 
-def _rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
+def _rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
     """The full cache, and every method at every budget; UserError names a wrong method or budget."""
     if not config.method or not config.budget:
         raise UserError(f"method={config.method} and budget={config.budget} must not be empty")
@@ -94,9 +96,11 @@ def _rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
         made = parse_method(text)
         if isinstance(made, Full):
             continue
+        # Methods without statistics may stand beside others.
+        statistics = chosen_statistics(made, model, config.statistics if isinstance(made, Calibrated) else None)
         for budget in budgets if made.has_budget else [None]:
             check_budget(made, None if budget is None else CacheBudget(budget))
-            rows.append((text, CacheRow(made, budget)))
+            rows.append((text, CacheRow(made, budget, statistics)))
     return rows
 
 
@@ -169,6 +173,7 @@ def _key(config: CacheConfig, inputs: CacheInputs, row: CacheRow) -> Record:
         "model": Checkpoint(inputs.model).fingerprint(),
         "method": repr(row.method),
         "budget": row.budget,
+        "statistics": statistics_fingerprint(row.statistics),
         "windows": None if inputs.windows is None else fingerprint(inputs.windows),
         "context": inputs.context,
         "recall": digest(repr(inputs.recall)),
@@ -197,6 +202,10 @@ def _report(config: CacheConfig, rows: Sequence[Record], output: Path, seconds: 
         "rows": list(rows),
         "output": str(output),
     }
+
+
+def _given(row: CacheRow) -> str | None:
+    return None if row.statistics is None else str(row.statistics)
 
 
 def _short(found: Record) -> str:

@@ -73,6 +73,10 @@ MODEL = (
     "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), a GGUF file, or a name on the "
     "Hugging Face hub"
 )
+CACHE_STATISTICS = (
+    "calibrated statistics of the cache's method, a file or folder that `hasten calibrate_cache` wrote; null looks in "
+    "the model's folder, and where there are none they come from each prompt; none always takes them from the prompt"
+)
 FORMATS = ("compressed_tensors", "gguf")
 FORMAT = (
     "what is written: a checkpoint for transformers and vLLM, or model.gguf for llama.cpp, for which bits stand for "

@@ -14,6 +14,7 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.actors.verifier import DecodeSpec, sharing_refusal
 from hasten.jobs.cli.methods import build
 from hasten.jobs.common.arithmetic import dtype_choices, resolve_device
+from hasten.jobs.common.cache_statistics import chosen_statistics, statistics_fingerprint
 from hasten.jobs.common.prompts import (
     Prompt,
     check_lengths,
@@ -77,6 +78,8 @@ def prepare(config: DecodeConfig) -> Inputs:
     learned = None
     if config.memory and drafter is not None:
         learned = load_learned(Path(config.memory), config.drafter, vocabulary)
+    cache = chosen_cache(config)
+    statistics = chosen_statistics(cache, target, config.cache_statistics)
     spec = DecodeSpec(
         target=target,
         vocabulary=vocabulary,
@@ -98,8 +101,9 @@ def prepare(config: DecodeConfig) -> Inputs:
         memory_bytes=config.memory_bytes,
         learned=learned,
         division=division,
-        cache=chosen_cache(config),
+        cache=cache,
         cache_budget=config.cache_budget,
+        cache_statistics=statistics,
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
     completions = Completions(output, _settings(config, spec, sampling), config.overwrite)
@@ -157,6 +161,13 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
-        "cache": None if isinstance(spec.cache, Full | None) else {**config.cache, "budget": spec.cache_budget},
+        "cache": None if isinstance(spec.cache, Full | None) else _cache_settings(config, spec),
         "seed": config.seed,
     }
+
+
+def _cache_settings(config: DecodeConfig, spec: DecodeSpec) -> dict[str, Any]:
+    """Settings of the cache; statistics count where they are not the prompt's."""
+    calibrated = statistics_fingerprint(spec.cache_statistics)
+    own = {} if calibrated is None else {"statistics": calibrated}
+    return {**config.cache, "budget": spec.cache_budget, **own}

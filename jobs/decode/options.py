@@ -5,6 +5,7 @@ from typing import Any
 
 from hasten.jobs.common.schema import (
     ADDRESS,
+    CACHE_STATISTICS,
     DEVICES,
     DTYPES,
     MODEL,
@@ -92,6 +93,7 @@ class DecodeConfig(Run):
         "tokens",
         at_least=0,
     )
+    cache_statistics: str | None = option(None, CACHE_STATISTICS, path="in")
     compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(
         "auto",

@@ -342,6 +342,15 @@ def test_keys_are_rotated_back_by_the_model_s_own_code(family):
     torch.testing.assert_close(turned[0, 0], keys[0, 0])  # position 0 is not turned
 
 
+def test_keys_that_the_rotation_also_scales_are_scaled_back():
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rotate = rotary_of(tiny.build("llama", rope_parameters=rope))
+    keys, positions = torch.randn(2, 9, 16), torch.arange(9).expand(2, -1)
+    turned = rotate(0, keys, positions, False)
+    assert float(turned[0, 0].norm() / keys[0, 0].norm()) > 1.1
+    torch.testing.assert_close(rotate(0, turned, positions, True), keys, rtol=1e-4, atol=1e-5)
+
+
 def test_budgets_of_a_pyramid_fall_and_have_the_mean():
     budgets = [Pyramid(beta=4).budget_of(Place(layer, 9, 100, 40, PLAIN)) for layer in range(9)]
     assert budgets == sorted(budgets, reverse=True)

@@ -2,7 +2,8 @@
 
 Source: Wang et al. 2024, arXiv:2412.03409, and its code: of each layer, tokens are sorted by the attention that they
 received, and one share p for all layers is found by bisection so that the least numbers of tokens with that share add
-up to the budget. Departs from it: the numbers come from the prompt itself, and not from other prompts before.
+up to the budget. The attention of the layers' tokens is profiled on calibration text, and without calibrated statistics
+on the prompt itself.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor
 
 from hasten.accel.cache.base import Kept, Place, Recent
+from hasten.accel.cache.calibrated import Calibrated, LayerTensors, LayerTokens, attention
 from hasten.accel.cache.evict.base import Candidates, Evictor
 from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.sequence import QUERIES_AT_ONCE
 
 _HALVINGS = 40
 _BUDGETS = "prefixkv"
+# Points of a profile.
+_STEPS = 512
 
 
 @dataclass(frozen=True)
-class PrefixKV(Evictor):
+class PrefixKV(Evictor, Calibrated):
     """Evictor by summed attention with a budget for each layer, which keeps its share when the sequence grows."""
 
     sums_attention: ClassVar[bool] = True
@@ -39,14 +44,41 @@ class PrefixKV(Evictor):
             assert layers[0][2].budget is not None
             # Where the budget holds the whole prompt, every layer gets all of it.
             mean = min(layers[0][2].budget, layers[0][2].length)
-            counts = layer_counts([_by_token(recent) for _, recent, _ in layers], mean * len(layers))
-            shared[_BUDGETS] = [count / mean for count in counts]
+            shared[_BUDGETS] = _shares(layers, mean)
         kept = []
         for (segments, recent, place), share in zip(layers, shared[_BUDGETS], strict=True):
             assert place.budget is not None
             own = replace(place, budget=max(1, round(share * place.budget)))
             kept.append(self.compress(segments, recent, own))
         return kept
+
+    def observe(self, tokens: LayerTokens) -> LayerTensors:
+        """Share of the attention that the tokens with the most of it received, by their share of the sequence."""
+        received = torch.zeros(len(tokens.positions), dtype=torch.float64, device=tokens.keys.device)
+        for first in range(0, len(received), QUERIES_AT_ONCE):
+            received += attention(tokens, first, min(len(received), first + QUERIES_AT_ONCE)).sum((0, 1, 2))
+        shares = received.sort(descending=True).values.cumsum(0) / received.sum()
+        # Between the numbers of whole tokens the share grows evenly.
+        wanted = torch.arange(1, _STEPS + 1, device=shares.device).double() * len(shares) / _STEPS
+        below = wanted.long().clamp(max=len(shares) - 1)
+        reached = torch.cat([shares.new_zeros(1), shares])
+        return {"share": torch.lerp(reached[below], reached[below + 1], wanted - below)}
+
+    def solve(self, layers: Sequence[LayerTensors]) -> list[LayerTensors]:
+        """The mean share of attention (STEPS,) of each share of the tokens."""
+        return [{"share": (own["share"] / own["share"][-1]).float()} for own in layers]
+
+
+def _shares(layers: Sequence[tuple[Sequence[Segment], Recent, Place]], mean: int) -> list[float]:
+    """Budgets of the layers, relative to their mean."""
+    profiles = [place.statistics["share"] for _, _, place in layers if place.statistics is not None]
+    if not profiles:
+        counts = layer_counts([_by_token(recent) for _, recent, _ in layers], mean * len(layers))
+        return [count / mean for count in counts]
+    # Steps of the profile in place of tokens.
+    steps = mean / layers[0][2].length * _STEPS
+    received = [torch.diff(profile, prepend=profile.new_zeros(1)) for profile in profiles]
+    return [count / steps for count in layer_counts(received, round(steps * len(layers)))]
 
 
 def layer_counts(attention: Sequence[Tensor], budget: int) -> list[int]:

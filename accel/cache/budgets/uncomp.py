@@ -1,8 +1,9 @@
 """UNComp: heads whose keys have much entropy hold twice as many tokens as the others.
 
 Source: Xiong et al. 2024, arXiv:2410.03090, and its code: the entropy of the spectrum of a head's keys, each centred
-and normalised, cut off after the largest eigenvalues. Departs from it: heads are grouped on the prompt itself, and
-hidden states, which its layers also drop in the prompt, are left alone.
+and normalised, cut off after the largest eigenvalues; heads are grouped on calibration text, and without calibrated
+statistics on the prompt itself. Departs from it: hidden states, which its layers also drop in the prompt, are left as
+they are.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
+from hasten.accel.cache.calibrated import Calibrated, LayerTensors, LayerTokens
 from hasten.accel.cache.segments.base import Segment, scores
 from hasten.accel.cache.segments.ragged import Ragged
 from hasten.accel.errors import UserError
 
 
 @dataclass(frozen=True)
-class UNComp(CacheMethod):
+class UNComp(CacheMethod, Calibrated):
     """Evictor of heads' own numbers of tokens by the attention of the last queries.
 
     window: last queries. sinks, recent: first and last tokens that are always kept. eigenvalues: largest ones that the
@@ -46,7 +48,7 @@ class UNComp(CacheMethod):
         """Each head's tokens; the mean over heads is the budget. The memory is whether a head is one of the larger."""
         assert place.budget is not None
         heads = _heads(segments, recent)
-        large = self._large(heads) if recent.memory is None else recent.memory
+        large = self._large(heads, place) if recent.memory is None else recent.memory
         number = int(large.sum())
         # 2 c for the larger heads and c for the others, with the budget as the mean.
         unit = place.budget * len(heads) / (len(heads) + number)
@@ -57,9 +59,22 @@ class UNComp(CacheMethod):
             kept.append((keys[chosen].clone(), values[chosen].clone(), positions[chosen].clone()))
         return Kept([Ragged(*zip(*kept, strict=True))], 0, memory=large)
 
-    def _large(self, heads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def observe(self, tokens: LayerTokens) -> LayerTensors:
+        """Second moments (H, D, D) of the rows whose spectrum has the entropy."""
+        rows = _rows(tokens.keys).double()
+        return {"moments": rows.mT @ rows}
+
+    def solve(self, layers: Sequence[LayerTensors]) -> list[LayerTensors]:
+        """The spectrum (H, D) of each head, from the largest eigenvalue on."""
+        return [{"spectrum": torch.linalg.eigvalsh(own["moments"]).flip(1).float()} for own in layers]
+
+    def _large(self, heads: Sequence[tuple[Tensor, Tensor, Tensor]], place: Place) -> Tensor:
         """Which heads have an entropy above the median, (H,) bool."""
-        entropies = torch.stack([entropy(keys, self.eigenvalues) for keys, _, _ in heads])
+        if place.statistics is not None:
+            spectra = place.statistics["spectrum"].unbind()
+            entropies = torch.stack([spectral_entropy(spectrum, self.eigenvalues) for spectrum in spectra])
+        else:
+            entropies = torch.stack([entropy(keys, self.eigenvalues) for keys, _, _ in heads])
         return entropies > entropies.median()
 
     def _choose(self, head: int, keys: Tensor, positions: Tensor, recent: Recent, place: Place, budget: int) -> Tensor:
@@ -81,11 +96,19 @@ class UNComp(CacheMethod):
 
 def entropy(states: Tensor, eigenvalues: int) -> Tensor:
     """Entropy of the spectrum of states (T, D), relative to that of D equal eigenvalues."""
-    centred = states.float() - states.float().mean(0)
-    rows = torch.nn.functional.normalize(centred, dim=1)
-    spectrum = torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)
+    rows = _rows(states)
+    return spectral_entropy(torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0), eigenvalues)
+
+
+def spectral_entropy(spectrum: Tensor, eigenvalues: int) -> Tensor:
+    """The same of a spectrum (D,) from the largest eigenvalue on."""
     shares = (spectrum / spectrum.sum())[:eigenvalues].clamp(min=1e-12)
-    return -(shares * shares.log()).sum() / torch.log(torch.tensor(float(states.shape[1])))
+    return -(shares * shares.log()).sum() / torch.log(torch.tensor(float(len(spectrum))))
+
+
+def _rows(states: Tensor) -> Tensor:
+    """States (..., T, D), centred and normalised."""
+    return torch.nn.functional.normalize(states.float() - states.float().mean(-2, keepdim=True), dim=-1)
 
 
 def _heads(segments: Sequence[Segment], recent: Recent) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Base class of methods that store older keys without their rotary embedding, and the first tokens as they are."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic
 
@@ -36,8 +36,13 @@ class UnrotatedQuantizer(CacheMethod, Generic[V]):
             )
 
     @abstractmethod
-    def quantize(self, keys: Tensor, values: Tensor, before: UnrotatedPair[V] | None) -> tuple[V, V]:
-        """Stored keys and values, of unrotated keys and of values (H, T, D). before: the sequence's first tokens so."""
+    def quantize(
+        self, keys: Tensor, values: Tensor, before: UnrotatedPair[V] | None, statistics: Mapping[str, Tensor] | None
+    ) -> tuple[V, V]:
+        """Stored keys and values, of unrotated keys and of values (H, T, D). before: the sequence's first tokens so.
+
+        statistics: see Place.
+        """
 
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:
         """Whole blocks of the oldest dense tokens are packed behind the sinks; no token is packed twice."""
@@ -54,6 +59,6 @@ class UnrotatedQuantizer(CacheMethod, Generic[V]):
             made.append(Dense(*first))
         before = next((segment for segment in segments if isinstance(segment, UnrotatedPair)), None)
         unrotated = place.rotary(recent.keys[:, own], positions[:, own], True)
-        keys, values = self.quantize(unrotated, recent.values[:, own], before)
+        keys, values = self.quantize(unrotated, recent.values[:, own], before, place.statistics)
         made.append(UnrotatedPair(keys, values, recent.positions[own].clone().expand(heads, -1), place.rotary))
         return Kept(made, count - sinks - packed)

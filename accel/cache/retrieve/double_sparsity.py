@@ -1,7 +1,8 @@
 """Double Sparsity: a few channels of the keys, in 4 bits, say which tokens a query reads whole.
 
 Source: Yang et al. 2024, arXiv:2408.07092, and its code: the channels of a head are those with the largest mean
-|query * key|. Departs from it: they are measured on the prompt's own last queries, and not on other text before.
+|query * key| of a query and its own token's key, over calibration text. Without calibrated statistics they are those of
+the largest mean |query| * mean |key|, of the prompt's last queries and all its keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hasten.accel.cache.base import Place, Recent
+from hasten.accel.cache.calibrated import Calibrated, LayerTensors, LayerTokens
 from hasten.accel.cache.retrieve.base import Retriever
 from hasten.accel.cache.segments.base import Segment
 from hasten.accel.cache.segments.selected import Selected, best_of_heads, exact_scores
@@ -45,7 +47,7 @@ class LabelCache(Selected):
 
 
 @dataclass(frozen=True)
-class DoubleSparsity(Retriever):
+class DoubleSparsity(Retriever, Calibrated):
     """Retriever by label channels. channels: share of a key's channels. window: queries that they are chosen on."""
 
     channels: float = 0.25
@@ -69,14 +71,27 @@ class DoubleSparsity(Retriever):
         """Keys, values and labels; the channels stay those of the prompt."""
         assert place.budget is not None
         earlier = next((segment for segment in before if isinstance(segment, LabelCache)), None)
-        channels = self._channels(keys, recent) if earlier is None else earlier.channels
+        channels = self._channels(keys, recent, place) if earlier is None else earlier.channels
         index = channels[:, None].expand(-1, keys.shape[1], -1)
         labels = quantize_pack(keys.gather(2, index).flatten(0, 1), _BITS, "token")
         return LabelCache(keys, values, positions, place.budget, channels, labels)
 
-    def _channels(self, keys: Tensor, recent: Recent) -> Tensor:
-        assert recent.queries is not None
-        queries = recent.queries.unflatten(1, (len(keys), -1)).float()  # (W, H, G, D)
-        weight = queries.abs().mean((0, 2)) * keys.float().abs().mean(1)
+    def observe(self, tokens: LayerTokens) -> LayerTensors:
+        """Sums of |query * key|, (H, D)."""
+        queries = tokens.queries.unflatten(1, (len(tokens.keys), -1)).double()  # (T, H, G, D)
+        products = (queries * tokens.keys.double().transpose(0, 1)[:, :, None]).abs()
+        return {"weight": products.sum((0, 2))}
+
+    def solve(self, layers: Sequence[LayerTensors]) -> list[LayerTensors]:
+        """The sums, relative to a head's largest."""
+        return [{"weight": (own["weight"] / own["weight"].amax(1, keepdim=True)).float()} for own in layers]
+
+    def _channels(self, keys: Tensor, recent: Recent, place: Place) -> Tensor:
+        if place.statistics is not None:
+            weight = place.statistics["weight"]
+        else:
+            assert recent.queries is not None
+            queries = recent.queries.unflatten(1, (len(keys), -1)).float()  # (W, H, G, D)
+            weight = queries.abs().mean((0, 2)) * keys.float().abs().mean(1)
         count = max(1, round(self.channels * keys.shape[2]))
         return weight.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values.contiguous()

@@ -57,17 +57,21 @@ class Codes:
         return by_head(whole, heads)
 
 
-def centroids_of(numbers: Tensor, bits: int) -> Tensor:
-    """Ascending centroids (2**bits,) float32 of numbers (N,), by k-means from their quantiles."""
-    ordered = numbers.float().sort().values
+def centroids_of(numbers: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
+    """Ascending centroids (2**bits,) float32 of numbers (N,), by k-means from their quantiles. weights: (N,)."""
+    ordered, order = numbers.float().sort()
     count = 2**bits
     centres = ordered[((torch.arange(count, device=numbers.device) + 0.5) / count * len(ordered)).long()]
     # Sums of runs of the sorted numbers: a round is a search for the borders.
-    sums = torch.cat([ordered.new_zeros(1), ordered.double().cumsum(0).float()])
+    shares = torch.ones_like(ordered) if weights is None else weights.float()[order]
+    sizes, sums = (
+        torch.cat([part.new_zeros(1), part.cumsum(0)]) for part in (shares.double(), (shares * ordered).double())
+    )
     for _ in range(_ROUNDS):
         borders = torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
         borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(ordered))])
-        sizes = borders.diff()
-        means = (sums[borders[1:]] - sums[borders[:-1]]) / sizes.clamp(min=1)
-        centres = torch.where(sizes > 0, means, centres)
+        weight = sizes[borders].diff()
+        means = (sums[borders].diff() / weight).float()
+        # A share that small is the rounding of the sums.
+        centres = torch.where(weight > 1e-12 * sizes[-1], means, centres)
     return centres.sort().values

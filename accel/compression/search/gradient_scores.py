@@ -19,9 +19,8 @@ from hasten.accel.compression.allocators.base import DROP, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import Block, check_units, load_block
 from hasten.accel.compression.search.outer import OuterWeights
-from hasten.accel.evaluation.online_softmax import LogSumExp
+from hasten.accel.evaluation.next_token import next_token_gradient
 from hasten.accel.models.architecture import EMBEDDING, HEAD, Architecture
-from hasten.accel.models.output_layer import TILE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -90,32 +89,13 @@ class GradientScorePass:
 
     def _head(self, hidden: Tensor, tokens: Tensor, values: list[list[float]]) -> Tensor:
         """Gradient (B, T, D) of the cross entropy with respect to the last states; adds the output layer's scores."""
-        layer = self.architecture.output_layer()
         others = [(place, choice, self._outer.output_layer(level)) for place, choice, level in self._levels(HEAD)]
-        # The last position predicts no token of the sequence.
-        states, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
-        gradients = []
-        for part, targets in zip(states.split(TILE_TOKENS), labels.split(TILE_TOKENS), strict=True):
-            inputs = layer.inputs(part)
-            running, spans = LogSumExp(len(part), part.device), list(layer.spans(len(part)))
-            for span in spans:
-                running.add(layer.logits(inputs, layer.weight(*span), span[0]))
-            inner = torch.zeros(len(part), layer.width, device=part.device)
-            for first, last in spans:
-                weight = layer.weight(first, last)
-                logits = layer.logits(inputs, weight, first)
-                change = running.probabilities(logits)
-                inside = (first <= targets) & (targets < last)
-                change[inside, targets[inside] - first] -= 1.0
-                inner += layer.inputs_gradient(change, logits, weight)
-                for place, choice, other in others:
-                    # `change` is now the gradient with respect to the products.
-                    moved = nn.functional.linear(inputs, other.weight(first, last) - weight)
-                    values[place][choice] += _score(moved, change)
-            gradients.append(layer.hidden_gradient(part, inner))
-        gradient = torch.zeros_like(hidden)
-        gradient[:, :-1] = torch.cat(gradients).unflatten(0, (len(hidden), -1))
-        return gradient
+
+        def score(inputs: Tensor, weight: Tensor, change: Tensor, span: tuple[int, int]) -> None:
+            for place, choice, other in others:
+                values[place][choice] += _score(nn.functional.linear(inputs, other.weight(*span) - weight), change)
+
+        return next_token_gradient(self.architecture.output_layer(), hidden, tokens, score)
 
     @contextmanager
     def _watched(self, block: Block, values: list[list[float]]) -> Iterator[None]:

@@ -14,12 +14,13 @@ from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache, TreePass
 from hasten.accel.cache.sequence import SequenceCache
+from hasten.accel.cache.statistics import Statistics
 from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 
 
 class CachedTarget(TransformersTarget):
-    """An unmodified transformers model with compressed caches. budget: None for methods that have none."""
+    """An unmodified transformers model with compressed caches. budget, statistics: see CompressedCache."""
 
     def __init__(
         self,
@@ -27,11 +28,12 @@ class CachedTarget(TransformersTarget):
         method: CacheMethod,
         budget: CacheBudget | None = None,
         keeps_hidden: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         super().__init__(model, keeps_hidden)
-        self.method, self.budget = method, budget
+        self.method, self.budget, self.statistics = method, budget, statistics
         # Refuses models and budgets that do not fit before anything is decoded.
-        CompressedCache(model, method, budget)
+        CompressedCache(model, method, budget, statistics)
         attach(model)
         self._ended: list[int | None] = []
 
@@ -96,7 +98,7 @@ class CachedTarget(TransformersTarget):
             layer.sequences[slot].crop(max(0, dropped))
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        self._compressed = CompressedCache(self._model, self.method, self.budget)
+        self._compressed = CompressedCache(self._model, self.method, self.budget, self.statistics)
         for layer in self._compressed.compressed:
             layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
             layer.is_initialized = True

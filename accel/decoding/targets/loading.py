@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.statistics import load as load_statistics
 from hasten.accel.decoding.targets.base import FAST_PATHS, Target
 from hasten.accel.decoding.targets.cached import CachedTarget
 from hasten.accel.decoding.targets.families import build_decoder, refusal
@@ -27,6 +28,7 @@ def load_target(
     compiled: bool = False,
     cache: CacheMethod | None = None,
     cache_budget: float | None = None,
+    cache_statistics: Path | None = None,
 ) -> Target:
     """The target of a checkpoint's folder, compressed or not. The fast path never dequantizes a compressed weight.
 
@@ -34,6 +36,7 @@ def load_target(
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
     hidden states. compiled: whether passes of the fast path are compiled, for every size of a tree, see FastTarget.
     cache: what KV caches keep, on the transformers path; None and Full keep everything. cache_budget: see CacheBudget.
+    cache_statistics: file of the method's calibrated statistics; None takes them from each prompt.
     """
     config = AutoConfig.from_pretrained(folder)
     compresses = not isinstance(cache, Full | None)
@@ -54,7 +57,8 @@ def load_target(
     model.to(device)
     if cache is not None and compresses:
         budget = None if cache_budget is None else CacheBudget(cache_budget)
-        return CachedTarget(model, cache, budget, keeps_hidden)
+        statistics = None if cache_statistics is None else load_statistics(cache, cache_statistics)
+        return CachedTarget(model, cache, budget, keeps_hidden, statistics)
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
     return FastTarget.of(model, compiled)

@@ -1,0 +1,1 @@
+"""`hasten calibrate_cache`."""

@@ -1,0 +1,206 @@
+"""`hasten calibrate_cache`: statistics of KV-cache methods from calibration text."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from hasten.accel.cache.base import CacheMethod
+from hasten.accel.cache.calibrated import Calibrated, settings
+from hasten.accel.cache.calibration import Sums, merged
+from hasten.accel.cache.statistics import FOLDER, file_name, read_layers, write_layers
+from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.resumable import digest
+from hasten.accel.errors import UserError
+from hasten.accel.models import embedded
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.cluster.programs import cache_calibration
+from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums, calibrate_parts
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.naming import as_given
+from hasten.jobs.cache.run import parse_method
+from hasten.jobs.calibrate_cache.options import CalibrateCacheConfig
+from hasten.jobs.cli.methods import method_names
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cluster import cluster_session, worker_resources
+from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import Calibration, plain
+from hasten.jobs.common.texts import Texts, print_texts
+
+_LOG = logging.getLogger(__name__)
+# Folder of finished parts in the output.
+_PARTS = ".parts"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A method to calibrate. name: as it was given. file: of its statistics. key: everything that they depend on."""
+
+    name: str
+    method: CacheMethod
+    file: Path
+    key: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier run has made the file."""
+        try:
+            return self.file.is_file() and read_layers(self.file).note.get("key") == self.key
+        except UserError:
+            return False
+
+
+def run(config: CalibrateCacheConfig) -> Path:
+    """Calibrate every method; returns the path of report.json."""
+    started = perf_counter()
+    chosen = _methods(config.method)
+    model = resolve(config.model).absolute()
+    texts = Texts(model, config.bos, config.template)
+    size = {"sequences": config.sequences, "sequence_length": config.sequence_length, "seed": config.seed}
+    tokens = texts.calibrate(Calibration(source=config.source, **size), True)
+    assert tokens is not None
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    parts = tokens.tensor_split(min(config.shards, len(tokens)))
+    output = _output(config, model)
+    origin: Record = {
+        "model": Checkpoint(model).fingerprint(),
+        "tokens": texts.report(model)["texts"]["calibration"]["fingerprint"],
+        "shards": len(parts),
+        "dtype": str(dtype),
+        "device": device,
+        "torch": torch.__version__,
+    }
+    wanted = [_wanted(name, method, output, origin) for name, method in chosen]
+    missing = [one for one in wanted if config.overwrite or not one.is_finished]
+    cpus = config.workers * config.threads
+    with cluster_session(config, cpus, {"model": model}, {}):
+        # Nothing was written so far: a mistake in the input leaves no files behind.
+        run_dir = start(config)
+        with tracked(config, "calibrate_cache", run_dir) as tracker:
+            tracker.params(plain(config))
+            if len(missing) < len(wanted):
+                _LOG.info(
+                    "%d of %d methods are calibrated already in %s", len(wanted) - len(missing), len(wanted), output
+                )
+            cost = PartSums((), 0.0, 0)
+            if missing:
+                calibration = CacheCalibration(
+                    model, [one.method for one in missing], parts, config.batch, dtype, device
+                )
+                cost = _calibrate(config, calibration, missing, output, as_given(str(model)))
+            rows = [{"method": one.name, "file": str(one.file), "bytes": one.file.stat().st_size} for one in wanted]
+            report = {
+                "job": "calibrate_cache",
+                "config": plain(config),
+                "metrics": {
+                    "bytes": sum(row["bytes"] for row in rows),
+                    "seconds": perf_counter() - started,
+                    "cpu_seconds": cost.cpu_seconds + cpu_seconds(),
+                    "peak_rss_bytes": max(cost.peak_rss_bytes, peak_rss_bytes()),
+                },
+                "statistics": rows,
+                **texts.report(model),
+                "output": str(output),
+            }
+            tracker.metrics(report["metrics"])
+            path = tracker.report(report)
+    for row in rows:
+        print(f"statistics of {row['method']}: {as_given(row['file'])} ({row['bytes'] / 2**10:.0f} KiB)")
+    print_texts(report)
+    return path
+
+
+def _methods(names: Sequence[str]) -> list[tuple[str, CacheMethod]]:
+    """Methods by name, each kind of statistics once; UserError names one that has none."""
+    chosen: dict[str, tuple[str, CacheMethod]] = {}
+    for name in names or method_names("cache"):
+        method = parse_method(name)
+        if isinstance(method, Calibrated):
+            chosen.setdefault(file_name(method), (name, method))
+        elif names:
+            known = [other for other in method_names("cache") if isinstance(parse_method(other), Calibrated)]
+            raise UserError(f"method={name} has no calibrated statistics: those that have are {', '.join(known)}")
+    return list(chosen.values())
+
+
+def _output(config: CalibrateCacheConfig, model: Path) -> Path:
+    """Folder of the statistics."""
+    if config.output is not None:
+        return Path(config.output).expanduser().absolute()
+    own = Path(config.model).expanduser()
+    is_local = own.is_dir() and as_given(str(model)) == str(model)
+    if is_local and not embedded.reference(model).startswith("embedded:"):
+        return model / FOLDER
+    return Path("runs", FOLDER, model.name).absolute()
+
+
+def _wanted(name: str, method: CacheMethod, output: Path, origin: Record) -> _Wanted:
+    code = code_fingerprint(method, cache_calibration)
+    return _Wanted(name, method, output / file_name(method), digest({**origin, "method": repr(method), "code": code}))
+
+
+def _calibrate(
+    config: CalibrateCacheConfig,
+    calibration: CacheCalibration,
+    missing: Sequence[_Wanted],
+    output: Path,
+    model: str,
+) -> PartSums:
+    """Compute the missing parts, and write the statistics; returns what this run's parts cost."""
+    key = digest([one.key for one in missing])
+    count, folder = len(calibration.parts), output / _PARTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be made ({error.strerror}): give another folder") from None
+    files = [folder / f"{key}-{number}.safetensors" for number in range(count)]
+    numbers = [number for number, file in enumerate(files) if not file.exists()]
+    if len(numbers) < count:
+        _LOG.info("%d of %d parts are finished already in %s", count - len(numbers), count, folder)
+    cpu, peak, finished = 0.0, 0, count - len(numbers)
+    with Progress("calibrate", count, "part") as progress:
+        progress.begin(finished)
+
+        def done(number: int, part: PartSums) -> None:
+            nonlocal cpu, peak, finished
+            # One list of layers: those of a method follow those of the method before.
+            write_layers(files[number], [layer for sums in part.sums for layer in sums], {})
+            cpu, peak, finished = cpu + part.cpu_seconds, max(peak, part.peak_rss_bytes), finished + 1
+            progress.update(finished, "")
+
+        if numbers:
+            calibrate_parts(calibration, numbers, config.workers, worker_resources(config), done)
+    for place, one in enumerate(missing):
+        method = one.method
+        assert isinstance(method, Calibrated)
+        sums = [_sums(file, place, len(missing)) for file in files]
+        note = {
+            "method": type(method).__name__,
+            "settings": dict(settings(method)),
+            "checkpoint": model,
+            "model": Checkpoint(calibration.model).fingerprint(),
+            "source": as_given(config.source),
+            "sequences": calibration.sequences,
+            "sequence_length": config.sequence_length,
+            "key": one.key,
+        }
+        write_layers(one.file, method.solve(reduce(partial(merged, method), sums)), note)
+    for file in files:
+        file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return PartSums((), cpu, peak)
+
+
+def _sums(file: Path, place: int, methods: int) -> Sums:
+    """Sums of a part of the method at a place among those that were calibrated together."""
+    layers = read_layers(file).layers
+    count = len(layers) // methods
+    return list(layers[place * count : (place + 1) * count])
