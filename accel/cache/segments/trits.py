@@ -21,8 +21,8 @@ _WIDE_BITS = 2
 class SignedSpectrum:
     """Vectors (H, T, D): some channels in two bits, and of the spectrum of the others in a head a sign a number.
 
-    wide: (H, D) bool, the channels in two bits, as many in each head. codes: of (T, H * K). signs: uint8, from the lowest
-    bit on, of the flattened (T, H * N) numbers of the spectrum, N = D - K; scale: (T / group, H * N), theirs.
+    wide: (H, D) bool, the channels in two bits, as many in each head. codes: of (T, H * K). signs: uint8, from the
+    lowest bit on, of the flattened (T, H * N) numbers of the spectrum, N = D - K; scale: (T / group, H * N), theirs.
     """
 
     wide: Tensor
@@ -34,7 +34,6 @@ class SignedSpectrum:
     @classmethod
     def of(cls, vectors: Tensor, wide: Tensor, group: int) -> "SignedSpectrum":
         """Of vectors (H, T, D), T a multiple of group; some channels of every head are wide, and some are not."""
-        heads, count, _ = vectors.shape
         half = _half(vectors.dtype)
         chosen, others = (_channels(vectors, mask) for mask in (wide, ~wide))
         codes = quantize_pack(chosen.transpose(0, 1).flatten(1).to(half), _WIDE_BITS, "channel", group)
@@ -99,7 +98,7 @@ class Trits:
 
 
 def wide_channels(vectors: Tensor, count: int) -> Tensor:
-    """The `count` channels (H, D) bool of the largest range in each head of vectors (H, T, D); of equal ones the first."""
+    """Which `count` channels (H, D) bool of vectors (H, T, D) have the largest range in each head; first of equals."""
     ranges = vectors.float().amax(1) - vectors.float().amin(1)
     order = ranges.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(ranges, dtype=torch.bool).scatter_(1, order, True)
