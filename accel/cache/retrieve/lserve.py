@@ -133,7 +133,8 @@ class LServe(Retriever):
     def _split(self, segments: Sequence[Segment], recent: Recent, place: Place, streaming: Tensor) -> Kept | None:
         """Pages of the heads that retrieve, and the tokens of those that stream."""
         last = min(self.recent, recent.keys.shape[1])
-        heads, parts = [], []
+        heads: list[Tensor] = []
+        parts: list[Segment] = []
         for streams in (False, True):
             own = (streaming == streams).nonzero()[:, 0]
             if not len(own):

@@ -126,8 +126,9 @@ class SentenceKV(CacheMethod):
             kept = self._evictor().choose(tokens, most)[:, : most - last]
             keys, values, positions = tokens.gathered(kept)
             numbers = numbers.gather(1, kept)
-        parts = (part.clone() for part in (keys, values, positions))
-        return Kept([Sentences.of(*parts, numbers, place.budget, self.sinks)], last, memory=memory)
+        # Copied, so that what is not kept is freed.
+        keys, values, positions = (part.clone() for part in (keys, values, positions))
+        return Kept([Sentences.of(keys, values, positions, numbers, place.budget, self.sinks)], last, memory=memory)
 
     def _evictor(self) -> SnapKV:
         return SnapKV(sinks=self.sinks, recent=self.recent, window=self.window, kernel=self.kernel)
