@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hasten.accel.cache.cache import IMPLEMENTATION, Handle
+from hasten.accel.cache.cache import IMPLEMENTATION, CompressedCache, Handle
 from hasten.kernels.attention.contract import Scoring
 
 
@@ -35,6 +35,15 @@ class DeferredMask:
 def attach(model: PreTrainedModel) -> None:
     """Let a model attend to compressed caches; without one it computes as before."""
     model.set_attn_implementation(IMPLEMENTATION)
+    if _tell_ids not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_tell_ids, with_kwargs=True)
+
+
+def _tell_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the cache of a pass its tokens' ids: layers see vectors, and some methods read where sentences end."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CompressedCache):
+        cache.ids = kwargs.get("input_ids", args[0] if args else None)
 
 
 def deferred_mask(attention_mask: Tensor | None = None, **arguments: Any) -> DeferredMask:

@@ -24,7 +24,8 @@ class Recent:
     needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
     memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
-    it count as held only if it is one tensor.
+    it count as held only if it is one tensor. ends: (T,) bool, whether a token ends a sentence; None where the method
+    does not read it.
     """
 
     keys: Tensor
@@ -33,6 +34,7 @@ class Recent:
     queries: Tensor | None = None
     attention: Tensor | None = None
     memory: Any = None
+    ends: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class CacheMethod(ABC):
     reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
     it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
-    keys. interval: committed tokens between two compressions
-    after the prompt.
+    keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which tokens
+    end a sentence. interval: committed tokens between two compressions after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
@@ -90,6 +92,8 @@ class CacheMethod(ABC):
     joins_layers: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
+    reads_ends: ClassVar[bool] = False
 
     @property
     def interval(self) -> int:
@@ -100,6 +104,14 @@ class CacheMethod(ABC):
     def query_window(self) -> int:
         """Number of last queries that `compress` reads."""
         return 0
+
+    def guide(self, queries: Tensor, seen: Tensor, ends: Tensor | None) -> Tensor:
+        """What W queries retrieve by, (W, H * G, D): made of their own and of those of the tokens before them.
+
+        queries: (R, H * G, D), in the order of their tokens. seen: (W, R) bool, the last `query_window` of them up to
+        each query's own. ends: (R,) bool, see Recent.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def compress(self, segments: Sequence[Segment], recent: Recent, place: Place) -> Kept | None:

@@ -21,6 +21,7 @@ from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budge
 from hasten.accel.cache.calibrated import LayerTensors
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
+from hasten.accel.cache.sentences import sentence_ends
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.cache.statistics import Statistics, check_layers
 from hasten.accel.errors import UserError
@@ -35,12 +36,13 @@ _KINDS = {"full_attention", "sliding_attention"}
 class TreePass:
     """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row, with N rows.
 
-    positions: (N,) of each row. The nodes wait until `CompressedCache.commit`.
+    positions: (N,) of each row. ids: (B, N) of the nodes' tokens. The nodes wait until their sequence's cache commits.
     """
 
     slots: Sequence[int]
     above: Sequence[Tensor]
     positions: Sequence[Tensor]
+    ids: Tensor
 
 
 class Handle:
@@ -85,6 +87,10 @@ class CompressedLayer(CacheLayerMixin):
         if engine is not None:
             return self._attend_trees(engine, handle, queries, sinks)
         self.seen += queries.shape[1]
+        ends = self.owner.ends_in(self.owner.ids, queries.shape[:2])
+        if self.number == len(self.owner.layers) - 1:
+            # A pass that the model itself does not begin tells nothing.
+            self.owner.ids = None
         outputs = torch.zeros_like(queries)
         for row, sequence in enumerate(self.sequences):
             real = slice(None) if padding is None or bool(padding[row].all()) else padding[row].nonzero()[:, 0]
@@ -97,6 +103,7 @@ class CompressedLayer(CacheLayerMixin):
                 handle.values[row][:, real],
                 own,
                 place if positions is None else positions[row, real].int(),
+                ends=None if ends is None else ends[row, real],
             )
             outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype)
             sequence.commit()
@@ -109,6 +116,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
         outputs = torch.zeros_like(queries)
+        ends = self.owner.ends_in(engine.ids, queries.shape[:2])
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
             count = len(above)
             new = NewTokens(
@@ -117,6 +125,7 @@ class CompressedLayer(CacheLayerMixin):
                 queries[row, :count],
                 positions[:count].int(),
                 above,
+                None if ends is None else ends[row, :count],
             )
             outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
         return outputs
@@ -169,8 +178,9 @@ class CompressedCache(Cache):
     """Cache of a model that a method keeps small.
 
     budget: tokens that each layer may hold of a sequence, for methods that have one. statistics: the method's
-    calibrated ones; None takes them from each prompt. UserError for models with layers that have no KV cache, and for
-    methods and statistics that the model does not fit.
+    calibrated ones; None takes them from each prompt. ends: ids that end a sentence, for methods that read sentences;
+    None: those of the tokenizer beside the model's files. UserError for models with layers that have no KV cache, and
+    for methods and statistics that the model does not fit.
     """
 
     def __init__(
@@ -179,6 +189,7 @@ class CompressedCache(Cache):
         method: CacheMethod,
         budget: CacheBudget | None = None,
         statistics: Statistics | None = None,
+        ends: Sequence[int] | None = None,
     ) -> None:
         text = model.config.get_text_config()
         unsupported = set(getattr(text, "layer_types", None) or []) - _KINDS
@@ -195,6 +206,11 @@ class CompressedCache(Cache):
             check_layers(statistics, text.num_hidden_layers)
             self.statistics = [{name: part.to(model.device) for name, part in own.items()} for own in statistics.layers]
         self.tree_pass: TreePass | None = None
+        # Ids (B, N) of the pass's tokens, from the model's forward hook of attention.py; None: not known.
+        self.ids: Tensor | None = None
+        self._ends: Tensor | None = None
+        if method.reads_ends:
+            self._ends = sentence_ends(model) if ends is None else torch.tensor(list(ends), dtype=torch.long)
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
         # What the layers of a sequence tell each other, by row.
@@ -211,6 +227,12 @@ class CompressedCache(Cache):
         """Bytes held by all sequences in all layers; what they share counts once."""
         sequences = (sequence for layer in self.compressed for sequence in layer.sequences)
         return storage_bytes(tensor for sequence in sequences for tensor in sequence.tensors())
+
+    def ends_in(self, ids: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """Which tokens of ids (B, N) end a sentence, bool; None where the method does not ask, or ids are not known."""
+        if self._ends is None or ids is None or ids.shape != shape:
+            return None
+        return torch.isin(ids, self._ends.to(ids.device))
 
     def compress(self, row: int, number: int | None = None) -> None:
         """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).

@@ -24,7 +24,7 @@ class NewTokens:
     """Tokens of a pass. keys, values: (H, N, D). queries: (N, H * G, D). positions: (N,) int32.
 
     above: (N, waiting + N) bool, which waiting nodes, these included, each token sees; None for a chain behind the
-    last committed token, with no node waiting.
+    last committed token, with no node waiting. ends: (N,) bool, whether a token ends a sentence; None: not known.
     """
 
     keys: Tensor
@@ -32,6 +32,7 @@ class NewTokens:
     queries: Tensor
     positions: Tensor
     above: Tensor | None = None
+    ends: Tensor | None = None
 
 
 class SequenceCache:
@@ -49,7 +50,9 @@ class SequenceCache:
         self._positions: Tensor | None = None
         self._dense = 0  # committed tokens among the dense ones
         self._waiting = 0
+        self._ends: Tensor | None = None  # (capacity,) bool, if the method reads which tokens end a sentence
         self._queries: Tensor | None = None  # of the last committed tokens
+        self._query_ends: Tensor | None = None  # which of these tokens end a sentence
         self._attention: Tensor | None = None
         # Queries of the waiting nodes, and the logarithms of their softmax denominators.
         self._asked: list[tuple[Tensor, Tensor]] = []
@@ -64,7 +67,7 @@ class SequenceCache:
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that are held, including room for tokens to come."""
         own = (self._keys, self._values, self._positions, self._queries, self._attention, self._memory)
-        yield from (tensor for tensor in own if isinstance(tensor, Tensor))
+        yield from (tensor for tensor in (*own, self._ends, self._query_ends) if isinstance(tensor, Tensor))
         yield from (part for pair in self._asked for part in pair)
         for segment in self.segments:
             yield from segment.tensors()
@@ -88,6 +91,8 @@ class SequenceCache:
         self._keys[:, start : start + count] = new.keys
         self._values[:, start : start + count] = new.values
         self._positions[start : start + count] = new.positions
+        if self._ends is not None:
+            self._ends[start : start + count] = False if new.ends is None else new.ends
         first, self._waiting = self._waiting, self._waiting + count
         outputs = []
         for begin in range(0, count, QUERIES_AT_ONCE):
@@ -109,7 +114,11 @@ class SequenceCache:
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        partials = [segment.attend(queries, positions, scoring) for segment in self.segments]
+        segments = self.segments
+        if segments and self.method is not None and self.method.guided:
+            guides = self._guides(self.method, queries, node, above)
+            segments = [segment.asked(guides) for segment in segments]
+        partials = [segment.attend(queries, positions, scoring) for segment in segments]
         # Nodes behind the last of these queries are not read.
         end = self._dense + node + len(queries) if above is None else self._dense + self._waiting
         partials.append(self._attend_nodes(queries, positions, node, above, end, scoring))
@@ -117,6 +126,24 @@ class SequenceCache:
         if self.method is not None and (self.method.query_window or self.method.sums_attention):
             self._asked.append((queries.clone(), _denominator(merged, sinks)))
         return reference.merge(Partial(*(part[None] for part in merged)), sinks, torch.float32)
+
+    def _guides(self, method: CacheMethod, queries: Tensor, node: int, above: Tensor | None) -> Tensor:
+        """What W waiting nodes, the first of which is `node`, retrieve by: (W, H * G, D)."""
+        committed = queries[:0] if self._queries is None else self._queries
+        rows = torch.cat([committed, *(waiting for waiting, _ in self._asked), queries])
+        first, width, count = len(committed), len(queries), len(rows)
+        seen = torch.ones(width, count, dtype=torch.bool, device=queries.device)
+        if above is None:
+            seen = seen.tril(first + node)
+        else:
+            seen[:, first:] = above[:, : count - first]
+        # As many as without a tree, where the earlier ones of the window are forgotten.
+        seen &= seen.flip(1).cumsum(1).flip(1) <= method.query_window
+        ends = None
+        if self._ends is not None:
+            known = self._ends[:0] if self._query_ends is None else self._query_ends
+            ends = torch.cat([known, self._ends[self._dense : self._dense + count - first]])
+        return method.guide(rows, seen, ends)
 
     def _attend_nodes(
         self, queries: Tensor, positions: Tensor, node: int, above: Tensor | None, end: int, scoring: Scoring
@@ -140,8 +167,9 @@ class SequenceCache:
         """Keep the waiting nodes of a path, in its order, and drop the others; None keeps all."""
         kept = list(range(self._waiting)) if path is None else list(path)
         if self._keys is not None and kept != list(range(len(kept))):
-            for held, axis in ((self._keys, 1), (self._values, 1), (self._positions, 0)):
-                assert held is not None
+            for held, axis in ((self._keys, 1), (self._values, 1), (self._positions, 0), (self._ends, 0)):
+                if held is None:
+                    continue
                 sources = torch.tensor([self._dense + index for index in kept], device=held.device)
                 held.narrow(axis, self._dense, len(kept)).copy_(held.index_select(axis, sources))
         if self._asked:
@@ -159,6 +187,10 @@ class SequenceCache:
         if window:
             before = queries[:0] if self._queries is None else self._queries
             self._queries = torch.cat([before, queries])[-window:].clone()
+            if self._ends is not None:
+                known = self._ends[:0] if self._query_ends is None else self._query_ends
+                new = self._ends[self._dense : self._dense + len(kept)]
+                self._query_ends = torch.cat([known, new])[-window:].clone()
         if self.method.sums_attention and kept:
             self._add_attention(queries, denominators, len(kept))
 
@@ -192,6 +224,7 @@ class SequenceCache:
             self._queries,
             self._attention,
             self._memory,
+            None if self._ends is None else self._ends[dense],
         )
 
     def keep(self, kept: Kept | None) -> None:
@@ -208,6 +241,7 @@ class SequenceCache:
         # Copied, so that what is not kept is freed.
         self._keys, self._values = (part[:, newest].clone() for part in (self._keys, self._values))
         self._positions = self._positions[newest].clone()
+        self._ends = None if self._ends is None else self._ends[newest].clone()
         self._dense = kept.recent
 
     def crop(self, count: int) -> None:
@@ -216,6 +250,9 @@ class SequenceCache:
             raise ValueError(f"{count} tokens cannot be taken back: {self._dense} of the cache are not compressed yet")
         self._dense -= count
         self.length -= count
+        for name in ("_queries", "_query_ends"):
+            part = getattr(self, name)
+            setattr(self, name, None if part is None else part[: max(0, len(part) - count)].clone())
         if self._attention is not None:
             self._attention = self._attention[:, : self._attention.shape[1] - count].clone()
 
@@ -224,7 +261,7 @@ class SequenceCache:
         other = SequenceCache(self.method)
         vars(other).update(vars(self))
         other.segments, other._asked = list(self.segments), list(self._asked)
-        for name in ("_keys", "_values", "_positions"):
+        for name in ("_keys", "_values", "_positions", "_ends"):
             part = getattr(self, name)
             setattr(other, name, None if part is None else part.clone())
         return other
@@ -246,6 +283,11 @@ class SequenceCache:
         if self._positions is not None:
             positions[: len(self._positions)] = self._positions
         self._positions = positions
+        if self.method is not None and self.method.reads_ends:
+            ends = torch.zeros(size, dtype=torch.bool, device=new.keys.device)
+            if self._ends is not None:
+                ends[: len(self._ends)] = self._ends
+            self._ends = ends
 
 
 def _denominator(merged: Partial, sinks: Tensor | None) -> Tensor:

@@ -34,6 +34,10 @@ class Segment(ABC):
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (H, T, D), as queries see them, and positions (H, T) int32."""
 
+    def asked(self, guides: Tensor) -> "Segment":
+        """The segment for a pass of queries with guides (W, H * G, D), see CacheMethod; itself if it reads none."""
+        return self
+
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """Partial result o (W, H * G, D), m and l (W, H * G) of queries (W, H * G, D) at positions (W,)."""
         keys, values, held = self.dense()

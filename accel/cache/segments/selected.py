@@ -1,7 +1,7 @@
 """Segments that hold all tokens and let each query read only some of them."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,15 +31,53 @@ class Selected(Dense):
         chosen = self.choose(queries, scoring)
         if len(queries) == 1:
             # Read alone, which is what makes the method fast.
-            index = chosen[:, 0, :, None].expand(-1, -1, self.keys.shape[2])
-            held = self.positions.gather(1, chosen[:, 0])
-            part = Dense(self.keys.gather(1, index), self.values.gather(1, index), held)
-            return part.attend(queries, positions, scoring)
+            return self._read(chosen[:, 0]).attend(queries, positions, scoring)
         seen = torch.zeros(len(self.keys), len(queries), self.tokens, dtype=torch.bool, device=self.keys.device)
         seen.scatter_(2, chosen, True)
         if scoring.window is not None:
             seen &= positions[:, None] - self.positions[:, None] < scoring.window
+        return self._attend_seen(queries, scoring, seen)
+
+    def _read(self, index: Tensor) -> Dense:
+        """The tokens with indices (H, K)."""
+        keys, values = (
+            part.gather(1, index[..., None].expand(-1, -1, part.shape[2])) for part in (self.keys, self.values)
+        )
+        return Dense(keys, values, self.positions.gather(1, index))
+
+    def _attend_seen(self, queries: Tensor, scoring: Scoring, seen: Tensor) -> Partial:
+        """Partial result of queries that see the tokens of a mask (H, W, T)."""
         return partial_attention(queries, self.keys, self.values, scoring, seen)
+
+
+@dataclass(frozen=True)
+class Guided(Selected):
+    """Segment whose queries choose by guides (W, H * G, D), which are given for a pass, see CacheMethod.guide."""
+
+    guides: Tensor | None = field(default=None, kw_only=True)
+
+    def asked(self, guides: Tensor) -> "Guided":
+        """See Segment."""
+        return replace(self, guides=guides)
+
+    def guides_of_heads(self) -> Tensor:
+        """Mean guide (H, W, D) of the query heads of each KV head, which choose together."""
+        assert self.guides is not None
+        return self.guides.unflatten(1, (len(self.keys), -1)).mean(2).transpose(0, 1)
+
+
+def tokens_of_groups(ranks: Tensor, groups: Tensor, budget: int) -> Tensor:
+    """Indices (H, W, budget) of the tokens of the groups with the largest ranks (H, W, S), one group after the other.
+
+    groups: (H, T), the group of each token. Of groups with equal ranks the later comes first; the last group that is
+    read may be read in part, from its first token on.
+    """
+    order = ranks.shape[-1] - 1 - ranks.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    places = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    of_tokens = places.gather(-1, groups.long()[:, None].expand(-1, ranks.shape[1], -1))
+    return of_tokens.sort(dim=-1, stable=True).indices[..., :budget]
 
 
 def best_of_heads(approximate: Tensor, budget: int) -> Tensor:

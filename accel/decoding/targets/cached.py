@@ -114,7 +114,7 @@ class CachedTarget(TransformersTarget):
             count = committed + waiting - start
             above.append(allowed[row, :count, committed : committed + waiting])
             places.append(positions[row, :count])
-        self._compressed.tree_pass = TreePass(tuple(slots), above, places)
+        self._compressed.tree_pass = TreePass(tuple(slots), above, places, ids)
         return super()._run(slots, starts, ids, positions, allowed, logits)
 
     def _enter(self, slots: Sequence[int], starts: Sequence[int], allowed: Tensor) -> None:
