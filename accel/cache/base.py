@@ -79,8 +79,8 @@ class CacheMethod(ABC):
     reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
     it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
-    keys. interval: committed tokens between two compressions
-    after the prompt.
+    keys. reads_layers: whether a layer reads what other layers with the method leave in `Place.shared`. interval:
+    committed tokens between two compressions after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
@@ -88,6 +88,7 @@ class CacheMethod(ABC):
     joins_layers: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
+    reads_layers: ClassVar[bool] = False
 
     @property
     def interval(self) -> int:
@@ -107,6 +108,10 @@ class CacheMethod(ABC):
         """What to keep in each layer of a sequence, of methods that join layers."""
         return [self.compress(*layer) for layer in layers]
 
+    def level_of(self, layer: int, layers: int, budget: "CacheBudget | None") -> "CacheLevel":
+        """What a layer, of `layers`, keeps; other than the method itself only where a method mixes others."""
+        return CacheLevel(self, budget)
+
 
 @dataclass(frozen=True)
 class CacheBudget:
@@ -121,6 +126,14 @@ class CacheBudget:
     def tokens(self, length: int) -> int:
         """Tokens of a sequence of this length."""
         return ceil(self.value * length) if self.value <= 1 else int(self.value)
+
+
+@dataclass(frozen=True)
+class CacheLevel:
+    """A method with its budget: what one layer keeps."""
+
+    method: CacheMethod
+    budget: CacheBudget | None = None
 
 
 def check_budget(method: CacheMethod, budget: CacheBudget | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.base import CacheBudget, CacheLevel, CacheMethod, Place, check_budget
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
@@ -62,8 +62,17 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """One cache for each sequence of the batch."""
-        self.sequences = [SequenceCache(self.owner.method) for _ in range(len(key_states))]
+        self.sequences = [self.new_sequence() for _ in range(len(key_states))]
         self.is_initialized = True
+
+    @property
+    def level(self) -> CacheLevel:
+        """The layer's method and budget."""
+        return self.owner.levels[self.number]
+
+    def new_sequence(self) -> SequenceCache:
+        """An empty cache of a sequence."""
+        return SequenceCache(self.level.method)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A handle in place of keys and values; the attention function stores them."""
@@ -101,8 +110,7 @@ class CompressedLayer(CacheLayerMixin):
             ends_prompt = len(own) > 1
             if ends_prompt:
                 self.owner.prompts[self.number, row] = sequence.length
-            if ends_prompt or self.owner.is_due(sequence.length - self.owner.prompts.get((self.number, row), 0)):
-                self.owner.compress(row, self.number)
+            self.owner.compress(row, self.number, sequence.length - self.owner.prompts.get((self.number, row), 0))
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
@@ -121,7 +129,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
-        length, budget = self.sequences[row].length, self.owner.budget
+        length, budget = self.sequences[row].length, self.level.budget
         tokens = None if budget is None else budget.tokens(length)
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
@@ -178,14 +186,16 @@ class CompressedCache(Cache):
                 "values can be compressed"
             )
         check_budget(method, budget)
-        self.method, self.budget = method, budget
-        self.rotary = rotary_of(model) if method.needs_rotary else None
+        self.method = method
+        count = text.num_hidden_layers
+        self.levels = [method.level_of(number, count, budget) for number in range(count)]
+        self.rotary = rotary_of(model) if any(level.method.needs_rotary for level in self.levels) else None
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
         # What the layers of a sequence tell each other, by row.
         self.shared: dict[int, dict[str, Any]] = {}
-        super().__init__(layers=[CompressedLayer(self, number) for number in range(text.num_hidden_layers)])
+        super().__init__(layers=[CompressedLayer(self, number) for number in range(count)])
 
     @property
     def compressed(self) -> Iterator[CompressedLayer]:
@@ -198,21 +208,22 @@ class CompressedCache(Cache):
         sequences = (sequence for layer in self.compressed for sequence in layer.sequences)
         return storage_bytes(tensor for sequence in sequences for tensor in sequence.tensors())
 
-    def compress(self, row: int, number: int | None = None) -> None:
-        """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).
+    def compress(self, row: int, number: int | None = None, generated: int = 0) -> None:
+        """Apply the methods that are due to a sequence: in layer `number`, or in all layers (None).
 
-        A method that joins layers is applied when the last layer asks for it.
+        generated: committed tokens behind the prompt; at its end all methods are due. A method that joins layers is
+        applied when the last layer asks for it.
         """
         layers = list(self.compressed)
         if self.method.joins_layers:
-            if number is None or number == len(layers) - 1:
+            if number in (None, len(layers) - 1) and generated % self.method.interval == 0:
                 self._compress_together(row, layers)
             return
         for layer in layers if number is None else layers[number : number + 1]:
-            sequence = layer.sequences[row]
-            recent = sequence.uncompressed()
+            sequence, method = layer.sequences[row], layer.level.method
+            recent = sequence.uncompressed() if generated % method.interval == 0 else None
             if recent is not None:
-                sequence.keep(self.method.compress(sequence.segments, recent, layer.place(row)))
+                sequence.keep(method.compress(sequence.segments, recent, layer.place(row)))
 
     def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
         given = []
@@ -223,7 +234,3 @@ class CompressedCache(Cache):
             given.append((layer.sequences[row].segments, recent, layer.place(row)))
         for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
             layer.sequences[row].keep(kept)
-
-    def is_due(self, generated: int) -> bool:
-        """Whether the method is applied when so many tokens behind the prompt are committed."""
-        return generated > 0 and generated % self.method.interval == 0

@@ -6,7 +6,7 @@ scores, later layers reuse its choice, and one layer in the middle chooses again
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -51,6 +51,8 @@ class TidalDecode(Retriever):
 
     dense: int = 2
     again: int | None = None
+
+    reads_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
