@@ -129,11 +129,24 @@ class CompressedLayer(CacheLayerMixin):
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
-        length, budget = self.sequences[row].length, self.level.budget
-        tokens = None if budget is None else budget.tokens(length)
+        length, tokens = self.sequences[row].length, self._budget_tokens(row)
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
         return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary)
+
+    def _budget_tokens(self, row: int) -> int | None:
+        """The budget in tokens of a sequence that is not empty."""
+        budget, sequence = self.level.budget, self.sequences[row]
+        if budget is None or not budget.in_bytes:
+            return None if budget is None else budget.tokens(sequence.length)
+        recent = sequence.uncompressed()
+        assert recent is not None
+        # Of each head: a key, a value, a position, and the summed attention.
+        summed = 0 if recent.attention is None else recent.attention.itemsize
+        sizes = recent.keys.shape[2] * recent.keys.itemsize, recent.values.shape[2] * recent.values.itemsize
+        token = len(recent.keys) * (sum(sizes) + recent.positions.itemsize + summed)
+        remembered = 0 if recent.queries is None else recent.queries.nbytes
+        return max(1, (int(budget.value) // len(self.owner.levels) - remembered) // token)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -189,6 +202,8 @@ class CompressedCache(Cache):
         self.method = method
         count = text.num_hidden_layers
         self.levels = [method.level_of(number, count, budget) for number in range(count)]
+        if budget is not None and budget.in_bytes:
+            _check_bytes(text, method, int(budget.value), model.dtype)
         self.rotary = rotary_of(model) if any(level.method.needs_rotary for level in self.levels) else None
         self.tree_pass: TreePass | None = None
         # Committed tokens of each layer and row at the end of the prompt.
@@ -234,3 +249,18 @@ class CompressedCache(Cache):
             given.append((layer.sequences[row].segments, recent, layer.place(row)))
         for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
             layer.sequences[row].keep(kept)
+
+
+def _check_bytes(config: Any, method: CacheMethod, budget: int, dtype: torch.dtype) -> None:
+    """UserError where a budget in bytes holds no token in each layer. config: of the text model."""
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    summed = torch.float32.itemsize if method.sums_attention else 0
+    token = heads * (2 * size * dtype.itemsize + torch.int32.itemsize + summed)
+    least = config.num_hidden_layers * (token + method.query_window * queries * size * dtype.itemsize)
+    if budget < least:
+        raise UserError(
+            f"cache_budget_bytes={budget} is too small: a token in each layer, with what cache={type(method).__name__} "
+            f"remembers besides, takes {least} bytes"
+        )

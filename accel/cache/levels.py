@@ -3,6 +3,7 @@
 A prompt attends to itself before its cache is compressed, so that one pass over it serves all mixtures of levels.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ KIND = "cache"
 class MixResult:
     """Of one mixture on one text. divergences: KL from the full cache at each predicted token, in nats.
 
-    held: bytes of each layer at the end of the prompt.
+    losses: negative log-likelihood of each of the text's own tokens. agreed: tokens whose most probable prediction is
+    that of the full cache. held: bytes of each layer at the end of the prompt.
     """
 
     divergences: tuple[float, ...]
+    losses: tuple[float, ...]
+    agreed: int
     held: tuple[int, ...]
 
 
@@ -79,7 +83,9 @@ class MixMeasurement:
         full = self._full[number]
         own, held = self._predict(mix, number)
         divergences = (full.exp() * (full - own)).sum(1).double()
-        return MixResult(tuple(divergences.tolist()), held)
+        losses = -own.gather(1, self.windows[number, self.context :, None].to(own.device))[:, 0].double()
+        agreed = int((full.argmax(1) == own.argmax(1)).sum())
+        return MixResult(tuple(divergences.tolist()), tuple(losses.tolist()), agreed, held)
 
     def _predict(self, mix: Mix, number: int) -> tuple[Tensor, tuple[int, ...]]:
         """Log probabilities (T - context, V) of the tokens behind the prompt, and bytes of each layer."""
@@ -140,6 +146,17 @@ def alone(layer: int, level: CacheLevel, layers: int) -> Mix:
     return tuple(level if number == layer else CacheLevel(Full()) for number in range(layers))
 
 
+def quality(results: Sequence[MixResult], context: int) -> dict[str, float]:
+    """Means of a mixture over texts, and bytes for each token of their prompts of `context` tokens."""
+    tokens = sum(len(result.divergences) for result in results)
+    return {
+        "kl_divergence": math.fsum(value for result in results for value in result.divergences) / tokens,
+        "perplexity": math.exp(math.fsum(value for result in results for value in result.losses) / tokens),
+        "top1_agreement": sum(result.agreed for result in results) / tokens,
+        "cache_bytes_per_token": max(sum(result.held) for result in results) / context,
+    }
+
+
 def level_result(layer: int, results: Sequence[MixResult]) -> LevelResult:
     """Of a level that was measured alone, on several texts."""
     divergences = [value for result in results for value in result.divergences]
@@ -192,7 +209,7 @@ def uniform_divergence(points: Sequence[tuple[float, float]], size: float) -> fl
         hull.append(point)
     if size <= hull[0][0]:
         return hull[0][1]
-    for (left, high), (right, low) in zip(hull, hull[1:], strict=False):
+    for (left, high), (right, low) in itertools.pairwise(hull):
         if size <= right:
             return high + (low - high) * (size - left) / (right - left)
     return hull[-1][1]

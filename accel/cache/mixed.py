@@ -1,7 +1,7 @@
 """Mixed: each layer of a model has a method of its own, such as the first one everything and the others four bits.
 
-Source: per-layer precision of KV caches as in KVTuner, Li et al. 2025, arXiv:2502.04420; here any methods are mixed, and
-`hasten search_cache` finds the mixture.
+Source: precisions by layer as in KVTuner, Li et al. 2025, arXiv:2502.04420. Here any methods are mixed, and
+`hasten search_cache` finds the mixture by an exact optimum or an evolutionary search.
 """
 
 import json

@@ -23,19 +23,25 @@ class CacheRow:
     """A row to measure."""
 
     method: CacheMethod
-    budget: float | None
+    budget: CacheBudget | None
 
 
 @dataclass(frozen=True)
-class CacheInputs:
-    """What all rows are measured on. windows: (N, T) of text or None. recall: samples by task."""
+class ModelInputs:
+    """The model whose caches are measured."""
 
     model: Path
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class CacheInputs(ModelInputs):
+    """What all rows are measured on. windows: (N, T) of text or None. recall: samples by task."""
+
     windows: Tensor | None
     context: int
     recall: Mapping[str, Sequence[Sample]]
-    dtype: torch.dtype
-    device: str
 
 
 def measure_caches(
@@ -58,15 +64,19 @@ def measure_caches(
         done(number, result)
 
 
-def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
+def load_model(inputs: ModelInputs) -> Any:
+    """The model, compressed or not, ready to run."""
     # transformers takes seconds to import, and this module is imported by the driver.
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(max(1, threads))
     if Checkpoint(inputs.model).is_compressed:
         import hasten.accel.models.transformers_loader  # noqa: F401
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
-    model = model.to(inputs.device).eval()
-    budget = None if row.budget is None else CacheBudget(row.budget)
-    found = measure(model, row.method, budget, inputs.windows, inputs.context, inputs.recall)
+    return model.to(inputs.device).eval()
+
+
+def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(max(1, threads))
+    model = load_model(inputs)
+    found = measure(model, row.method, row.budget, inputs.windows, inputs.context, inputs.recall)
     return found | {"peak_rss_bytes": peak_rss_bytes()}

@@ -16,6 +16,7 @@ from hasten.jobs.common.schema import (
     Run,
     option,
 )
+from hasten.jobs.common.sizes import BYTES
 
 
 @dataclass
@@ -32,6 +33,9 @@ class CacheConfig(Run):
         [0.5],
         "tokens that each layer may hold, up to 1 a share of the sequence, for methods that have a budget; each is a "
         "row and a point of the figure",
+    )
+    budget_bytes: list[str] = option(
+        [], f"more budgets, as bytes that all layers may hold of a sequence, {BYTES}, for methods that free memory"
     )
     tasks: list[str] = option(
         ["text", "needle", "keys", "joint", "repeated", "multi_turn"],

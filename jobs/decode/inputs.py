@@ -6,6 +6,7 @@ from typing import Any
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.mixed import Mixed
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FAST_PATHS
@@ -24,6 +25,7 @@ from hasten.jobs.common.prompts import (
     model_folder,
     read_prompts,
 )
+from hasten.jobs.common.sizes import parse_bytes
 from hasten.jobs.common.target_group import check_target, chosen_division
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions, Record
@@ -99,7 +101,7 @@ def prepare(config: DecodeConfig) -> Inputs:
         learned=learned,
         division=division,
         cache=chosen_cache(config),
-        cache_budget=config.cache_budget,
+        cache_budget=chosen_budget(config),
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
     completions = Completions(output, _settings(config, spec, sampling), config.overwrite)
@@ -118,17 +120,29 @@ def prepare(config: DecodeConfig) -> Inputs:
 def chosen_cache(config: DecodeConfig) -> CacheMethod:
     """The cache method; UserError where it does not fit the budget, the path or the group."""
     method: CacheMethod = build(config.cache)
+    budget = chosen_budget(config)
     if isinstance(method, Full):
-        if config.cache_budget is not None:
-            raise UserError(f"cache_budget={config.cache_budget:g} needs a method that has a budget: give cache=NAME")
+        if budget is not None:
+            raise UserError(f"{budget} needs a method that has a budget: give cache=NAME")
         return method
     if config.path in FAST_PATHS:
         raise UserError(f"path={config.path} has no compressed caches yet: give path=transformers or auto")
     if config.target_group.size > 1:
         raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
-    budget = None if config.cache_budget is None else CacheBudget(config.cache_budget)
     check_budget(method, budget)
     return method
+
+
+def chosen_budget(config: DecodeConfig) -> CacheBudget | None:
+    """The caches' budget; UserError where it is given twice."""
+    if config.cache_budget_bytes is None:
+        return None if config.cache_budget is None else CacheBudget(config.cache_budget)
+    if config.cache_budget is not None:
+        raise UserError(
+            f"cache_budget={config.cache_budget:g} and cache_budget_bytes={config.cache_budget_bytes} are two budgets: "
+            "give one of them"
+        )
+    return CacheBudget(parse_bytes("cache_budget_bytes", config.cache_budget_bytes), in_bytes=True)
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
@@ -157,6 +171,17 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
-        "cache": None if isinstance(spec.cache, Full | None) else {**config.cache, "budget": spec.cache_budget},
+        "cache": _cache_settings(config, spec),
         "seed": config.seed,
     }
+
+
+def _cache_settings(config: DecodeConfig, spec: DecodeSpec) -> dict[str, Any] | None:
+    """Settings of a compressed cache. The method's text holds what it read from files, too."""
+    budget = spec.cache_budget
+    if spec.cache is None or isinstance(spec.cache, Full):
+        return None
+    settings = {**config.cache, "budget": None if budget is None or budget.in_bytes else budget.value}
+    if isinstance(spec.cache, Mixed):
+        settings["layers"] = repr(spec.cache.layers)
+    return settings if budget is None or not budget.in_bytes else {**settings, "budget_bytes": int(budget.value)}

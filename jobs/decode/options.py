@@ -17,6 +17,7 @@ from hasten.jobs.common.schema import (
     option,
     section,
 )
+from hasten.jobs.common.sizes import BYTES
 
 
 @dataclass
@@ -91,6 +92,9 @@ class DecodeConfig(Run):
         "tokens of a sequence that each layer's cache may hold, up to 1 a share of the sequence, for methods that drop "
         "tokens",
         at_least=0,
+    )
+    cache_budget_bytes: str | None = option(
+        None, f"the same as bytes that all layers may hold of a sequence, {BYTES}, in place of cache_budget"
     )
     compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(

@@ -6,7 +6,7 @@ import pytest
 
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.errors import UserError
-from hasten.jobs.cache.run import parse_method
+from hasten.jobs.cache.rows import parse_method
 from hasten.jobs.cli.main import main
 from tests.jobs.report import last_report
 
