@@ -7,8 +7,9 @@ from hasten.accel.cache.sequence import QUERIES_AT_ONCE
 from hasten.accel.costs.estimate import Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.model import Model, with_retained
 
-# Operations of a block, and around the blocks, in a pass of transformers with compressed caches. Mostly Python.
-_LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS = 700, 1500
+# Operations of a block, and around the blocks, in a pass of transformers with compressed caches, most of whose time is
+# Python's; and of a block when a prompt's cache is copied and compressed.
+_LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS, _LAUNCHES_OF_A_COMPRESSION = 1900, 1500, 4000
 # Copies of scores, and of log probabilities of the predicted tokens, that live at once.
 _SCORES, _PROBABILITIES = 3, 4
 # Tensors of a cache grow by this factor, and the old ones are copied.
@@ -30,8 +31,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class CacheWork:
-    """Processes that measure caches. text: None where no text is measured. recalled: prompts of `context` tokens with
-    questions and answers of `asked` tokens. rows: methods and budgets, each of which is measured on all of it.
+    """A measurement of `rows` methods and budgets as plain values.
+
+    text: None where no text is measured. recalled: prompts of `context` tokens, each with questions and answers of
+    `asked` tokens.
     """
 
     model: Model
@@ -107,9 +110,8 @@ def mixtures(work: MixWork, rates: Rates) -> Estimate:
     prompt = _pass(model, text.context, text.context) * kinds
     interval = min((method.interval for method in work.methods), default=text.tokens)
     pieces = -(-text.tokens // interval)
-    # With the reordering and packing of the prompt's cache, as much as another copy of it.
     one = _pass(model, min(interval, text.tokens), text.context) * pieces
-    one += Work(memory_bytes=4 * text.context * model.token_bytes)
+    one += Work(launches=model.blocks * _LAUNCHES_OF_A_COMPRESSION, memory_bytes=4 * text.context * model.token_bytes)
     parts = {
         "prompts": prompt * (workers * (text.sequences + unseen.sequences)),
         "levels": one * (model.blocks * work.levels * text.sequences),
