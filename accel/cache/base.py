@@ -84,7 +84,8 @@ class CacheMethod(ABC):
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
     it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
     keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which tokens
-    end a sentence. interval: committed tokens between two compressions after the prompt.
+    end a sentence. reads_layers: whether a layer reads what other layers with the method leave in `Place.shared`.
+    interval: committed tokens between two compressions after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
@@ -94,6 +95,7 @@ class CacheMethod(ABC):
     sums_attention: ClassVar[bool] = False
     guided: ClassVar[bool] = False
     reads_ends: ClassVar[bool] = False
+    reads_layers: ClassVar[bool] = False
 
     @property
     def interval(self) -> int:
@@ -121,20 +123,44 @@ class CacheMethod(ABC):
         """What to keep in each layer of a sequence, of methods that join layers."""
         return [self.compress(*layer) for layer in layers]
 
+    def level_of(self, layer: int, layers: int, budget: "CacheBudget | None") -> "CacheLevel":
+        """What a layer, of `layers`, keeps; other than the method itself only where a method mixes others."""
+        return CacheLevel(self, budget)
+
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """Tokens of a sequence that a cache may hold. value: up to 1 a share of the sequence's tokens, above it tokens."""
+    """Tokens that each layer's cache may hold of a sequence, or bytes of all layers together.
+
+    value: up to 1 a share of the sequence's tokens, above it tokens. in_bytes: value is bytes, which the method keeps
+    when it is applied: tokens between, `interval` of them at most, come on top.
+    """
 
     value: float
+    in_bytes: bool = False
 
     def __post_init__(self) -> None:
-        if not self.value > 0 or (self.value > 1 and self.value != int(self.value)):
-            raise UserError(f"cache_budget={self.value:g} is wrong: a share up to 1, or a whole number of tokens")
+        if self.in_bytes:
+            if self.value < 1 or self.value != int(self.value):
+                raise UserError(f"{self} is wrong: a whole number of bytes")
+        elif not self.value > 0 or (self.value > 1 and self.value != int(self.value)):
+            raise UserError(f"{self} is wrong: a share up to 1, or a whole number of tokens")
+
+    def __str__(self) -> str:
+        return f"cache_budget_bytes={self.value:.0f}" if self.in_bytes else f"cache_budget={self.value:g}"
 
     def tokens(self, length: int) -> int:
-        """Tokens of a sequence of this length."""
+        """Tokens of a sequence of this length, of a budget that is not in bytes."""
+        assert not self.in_bytes
         return ceil(self.value * length) if self.value <= 1 else int(self.value)
+
+
+@dataclass(frozen=True)
+class CacheLevel:
+    """A method with its budget: what one layer keeps."""
+
+    method: CacheMethod
+    budget: CacheBudget | None = None
 
 
 def check_budget(method: CacheMethod, budget: CacheBudget | None) -> None:
@@ -143,4 +169,6 @@ def check_budget(method: CacheMethod, budget: CacheBudget | None) -> None:
     if method.has_budget and budget is None:
         raise UserError(f"cache={name} keeps a budget: give cache_budget, a share of the sequence up to 1, or tokens")
     if budget is not None and not method.has_budget:
-        raise UserError(f"cache={name} has no budget: leave out cache_budget={budget.value:g}")
+        raise UserError(f"cache={name} has no budget: leave out {budget}")
+    if budget is not None and budget.in_bytes and not method.frees:
+        raise UserError(f"cache={name} holds all tokens, so {budget} cannot be kept: give cache_budget in tokens")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.base import CacheBudget, CacheLevel, CacheMethod, Place, check_budget
 from hasten.accel.cache.calibrated import LayerTensors
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
@@ -66,8 +66,17 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """One cache for each sequence of the batch."""
-        self.sequences = [SequenceCache(self.owner.method) for _ in range(len(key_states))]
+        self.sequences = [self.new_sequence() for _ in range(len(key_states))]
         self.is_initialized = True
+
+    @property
+    def level(self) -> CacheLevel:
+        """The layer's method and budget."""
+        return self.owner.levels[self.number]
+
+    def new_sequence(self) -> SequenceCache:
+        """An empty cache of a sequence."""
+        return SequenceCache(self.level.method)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A handle in place of keys and values; the attention function stores them."""
@@ -110,8 +119,7 @@ class CompressedLayer(CacheLayerMixin):
             ends_prompt = len(own) > 1
             if ends_prompt:
                 self.owner.prompts[self.number, row] = sequence.length
-            if ends_prompt or self.owner.is_due(sequence.length - self.owner.prompts.get((self.number, row), 0)):
-                self.owner.compress(row, self.number)
+            self.owner.compress(row, self.number, sequence.length - self.owner.prompts.get((self.number, row), 0))
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
@@ -132,12 +140,25 @@ class CompressedLayer(CacheLayerMixin):
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
-        length, budget = self.sequences[row].length, self.owner.budget
-        tokens = None if budget is None else budget.tokens(length)
+        length, tokens = self.sequences[row].length, self._budget_tokens(row)
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
         statistics = None if self.owner.statistics is None else self.owner.statistics[self.number]
         return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary, statistics)
+
+    def _budget_tokens(self, row: int) -> int | None:
+        """The budget in tokens of a sequence that is not empty."""
+        budget, sequence = self.level.budget, self.sequences[row]
+        if budget is None or not budget.in_bytes:
+            return None if budget is None else budget.tokens(sequence.length)
+        recent = sequence.uncompressed()
+        assert recent is not None
+        # Of each head: a key, a value, a position, and the summed attention.
+        summed = 0 if recent.attention is None else recent.attention.itemsize
+        sizes = recent.keys.shape[2] * recent.keys.itemsize, recent.values.shape[2] * recent.values.itemsize
+        token = len(recent.keys) * (sum(sizes) + recent.positions.itemsize + summed)
+        remembered = 0 if recent.queries is None else recent.queries.nbytes
+        return max(1, (int(budget.value) // len(self.owner.levels) - remembered) // token)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the padding mask, and the first."""
@@ -199,8 +220,12 @@ class CompressedCache(Cache):
                 "values can be compressed"
             )
         check_budget(method, budget)
-        self.method, self.budget = method, budget
-        self.rotary = rotary_of(model) if method.needs_rotary else None
+        self.method = method
+        count = text.num_hidden_layers
+        self.levels = [method.level_of(number, count, budget) for number in range(count)]
+        if budget is not None and budget.in_bytes:
+            _check_bytes(text, method, int(budget.value), model.dtype)
+        self.rotary = rotary_of(model) if any(level.method.needs_rotary for level in self.levels) else None
         self.statistics: list[LayerTensors] | None = None
         if statistics is not None:
             check_layers(statistics, text.num_hidden_layers)
@@ -209,13 +234,13 @@ class CompressedCache(Cache):
         # Ids (B, N) of the pass's tokens, from the model's forward hook of attention.py; None: not known.
         self.ids: Tensor | None = None
         self._ends: Tensor | None = None
-        if method.reads_ends:
+        if any(level.method.reads_ends for level in self.levels):
             self._ends = sentence_ends(model) if ends is None else torch.tensor(list(ends), dtype=torch.long)
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
         # What the layers of a sequence tell each other, by row.
         self.shared: dict[int, dict[str, Any]] = {}
-        super().__init__(layers=[CompressedLayer(self, number) for number in range(text.num_hidden_layers)])
+        super().__init__(layers=[CompressedLayer(self, number) for number in range(count)])
 
     @property
     def compressed(self) -> Iterator[CompressedLayer]:
@@ -234,21 +259,22 @@ class CompressedCache(Cache):
             return None
         return torch.isin(ids, self._ends.to(ids.device))
 
-    def compress(self, row: int, number: int | None = None) -> None:
-        """Apply the method to a sequence: in layer `number`, if it does not join layers, or in all of them (None).
+    def compress(self, row: int, number: int | None = None, generated: int = 0) -> None:
+        """Apply the methods that are due to a sequence: in layer `number`, or in all layers (None).
 
-        A method that joins layers is applied when the last layer asks for it.
+        generated: committed tokens behind the prompt; at its end all methods are due. A method that joins layers is
+        applied when the last layer asks for it.
         """
         layers = list(self.compressed)
         if self.method.joins_layers:
-            if number is None or number == len(layers) - 1:
+            if number in (None, len(layers) - 1) and generated % self.method.interval == 0:
                 self._compress_together(row, layers)
             return
         for layer in layers if number is None else layers[number : number + 1]:
-            sequence = layer.sequences[row]
-            recent = sequence.uncompressed()
+            sequence, method = layer.sequences[row], layer.level.method
+            recent = sequence.uncompressed() if generated % method.interval == 0 else None
             if recent is not None:
-                sequence.keep(self.method.compress(sequence.segments, recent, layer.place(row)))
+                sequence.keep(method.compress(sequence.segments, recent, layer.place(row)))
 
     def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
         given = []
@@ -260,6 +286,17 @@ class CompressedCache(Cache):
         for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
             layer.sequences[row].keep(kept)
 
-    def is_due(self, generated: int) -> bool:
-        """Whether the method is applied when so many tokens behind the prompt are committed."""
-        return generated > 0 and generated % self.method.interval == 0
+
+def _check_bytes(config: Any, method: CacheMethod, budget: int, dtype: torch.dtype) -> None:
+    """UserError where a budget in bytes holds no token in each layer. config: of the text model."""
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    summed = torch.float32.itemsize if method.sums_attention else 0
+    token = heads * (2 * size * dtype.itemsize + torch.int32.itemsize + summed)
+    least = config.num_hidden_layers * (token + method.query_window * queries * size * dtype.itemsize)
+    if budget < least:
+        raise UserError(
+            f"cache_budget_bytes={budget} is too small: a token in each layer, with what cache={type(method).__name__} "
+            f"remembers besides, takes {least} bytes"
+        )

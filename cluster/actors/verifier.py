@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hasten.accel.cache.base import CacheMethod
+from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.decoding.drafters.base import Drafter, Models
 from hasten.accel.decoding.engine import Engine, Request, Result
 from hasten.accel.decoding.lengths.acceptance import expected_rate
@@ -73,7 +73,7 @@ class DecodeSpec:
     snapshot_seconds: float = 10.0
     division: Division | None = None
     cache: CacheMethod | None = None
-    cache_budget: float | None = None
+    cache_budget: CacheBudget | None = None
     cache_statistics: Path | None = None
 
 

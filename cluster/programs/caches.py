@@ -24,20 +24,26 @@ class CacheRow:
     """A row to measure. statistics: file of the method's calibrated ones; None takes them from the prompt."""
 
     method: CacheMethod
-    budget: float | None
+    budget: CacheBudget | None
     statistics: Path | None = None
 
 
 @dataclass(frozen=True)
-class CacheInputs:
-    """What all rows are measured on. windows: (N, T) of text or None. recall: samples by task."""
+class ModelInputs:
+    """The model whose caches are measured."""
 
     model: Path
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class CacheInputs(ModelInputs):
+    """What all rows are measured on. windows: (N, T) of text or None. recall: samples by task."""
+
     windows: Tensor | None
     context: int
     recall: Mapping[str, Sequence[Sample]]
-    dtype: torch.dtype
-    device: str
 
 
 def measure_caches(
@@ -60,16 +66,21 @@ def measure_caches(
         done(number, result)
 
 
-def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
+def load_model(inputs: ModelInputs) -> Any:
+    """The model, compressed or not, ready to run."""
     # transformers takes seconds to import, and this module is imported by the driver.
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(max(1, threads))
     if Checkpoint(inputs.model).is_compressed:
         import hasten.accel.models.transformers_loader  # noqa: F401
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
-    model = model.to(inputs.device).eval()
-    budget = None if row.budget is None else CacheBudget(row.budget)
+    return model.to(inputs.device).eval()
+
+
+def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(max(1, threads))
+    model = load_model(inputs)
     statistics = None if row.statistics is None else load(row.method, row.statistics)
-    found = measure(model, row.method, budget, inputs.windows, inputs.context, inputs.recall, statistics=statistics)
+    given = inputs.windows, inputs.context, inputs.recall
+    found = measure(model, row.method, row.budget, *given, statistics=statistics)
     return found | {"peak_rss_bytes": peak_rss_bytes()}

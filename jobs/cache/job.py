@@ -9,7 +9,7 @@ JOB = Job(
     position=55,
     options=CacheConfig,
     run="hasten.jobs.cache.run:run",
-    not_planned="its processes hold one model each, which `hasten plan decode` estimates",
+    estimate="hasten.jobs.cache.estimate:estimate",
     metrics=(
         KL_DIVERGENCE,
         PERPLEXITY,

@@ -17,6 +17,7 @@ from hasten.jobs.common.schema import (
     Run,
     option,
 )
+from hasten.jobs.common.sizes import BYTES
 
 
 @dataclass
@@ -35,6 +36,9 @@ class CacheConfig(Run):
         "row and a point of the figure",
     )
     statistics: str | None = option(None, CACHE_STATISTICS, path="in")
+    budget_bytes: list[str] = option(
+        [], f"more budgets, as bytes that all layers may hold of a sequence, {BYTES}, for methods that free memory"
+    )
     tasks: list[str] = option(
         ["text", "needle", "keys", "joint", "repeated", "multi_turn"],
         "what is measured: text, divergence from the full cache; the others, recall of what stands in the context",

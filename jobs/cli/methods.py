@@ -75,6 +75,12 @@ def target_of(group: str, name: str) -> str:
     return str(yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"])
 
 
+def name_of(group: str, target: str) -> str:
+    """Name of the file that names a class; without such a file, the class's name in lower case."""
+    names = (name for name in method_names(group) if target_of(group, name) == target)
+    return next(names, target.rpartition(".")[2].lower())
+
+
 @cache
 def method(group: str, name: str) -> Method:
     """An existing method of a group; its module is parsed and not imported."""

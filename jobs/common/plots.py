@@ -168,6 +168,19 @@ def cache_pareto(rows: Sequence[Row], path: Path) -> Path:
     return _divergence_over_size(lines, "Quality against size of the cache", "MiB held by the cache", path)
 
 
+def cache_levels(rows: Sequence[Row], path: Path) -> Path:
+    """Bytes that each layer's cache holds for a token, as bars in a colour for each level; returns path.
+
+    rows: `layer` (its number), `level` (its name) and `bytes`.
+    """
+    figure, axes = new_axes("Cache of each layer", "layer", "bytes a token")
+    for level in dict.fromkeys(str(row["level"]) for row in rows):
+        own = [row for row in rows if row["level"] == level]
+        axes.bar([int(row["layer"]) for row in own], [float(row["bytes"]) for row in own], width=0.8, label=level)
+    axes.legend(fontsize=8)
+    return save(figure, path)
+
+
 def _divergence_over_size(
     lines: Mapping[str, Sequence[tuple[float, float]]], title: str, size: str, path: Path
 ) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.mixed import Mixed
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FAST_PATHS
@@ -25,6 +26,7 @@ from hasten.jobs.common.prompts import (
     model_folder,
     read_prompts,
 )
+from hasten.jobs.common.sizes import parse_bytes
 from hasten.jobs.common.target_group import check_target, chosen_division
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
 from hasten.jobs.decode.completions import Completions, Record
@@ -102,7 +104,7 @@ def prepare(config: DecodeConfig) -> Inputs:
         learned=learned,
         division=division,
         cache=cache,
-        cache_budget=config.cache_budget,
+        cache_budget=chosen_budget(config),
         cache_statistics=statistics,
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
@@ -122,17 +124,29 @@ def prepare(config: DecodeConfig) -> Inputs:
 def chosen_cache(config: DecodeConfig) -> CacheMethod:
     """The cache method; UserError where it does not fit the budget, the path or the group."""
     method: CacheMethod = build(config.cache)
+    budget = chosen_budget(config)
     if isinstance(method, Full):
-        if config.cache_budget is not None:
-            raise UserError(f"cache_budget={config.cache_budget:g} needs a method that has a budget: give cache=NAME")
+        if budget is not None:
+            raise UserError(f"{budget} needs a method that has a budget: give cache=NAME")
         return method
     if config.path in FAST_PATHS:
         raise UserError(f"path={config.path} has no compressed caches yet: give path=transformers or auto")
     if config.target_group.size > 1:
         raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
-    budget = None if config.cache_budget is None else CacheBudget(config.cache_budget)
     check_budget(method, budget)
     return method
+
+
+def chosen_budget(config: DecodeConfig) -> CacheBudget | None:
+    """The caches' budget; UserError where it is given twice."""
+    if config.cache_budget_bytes is None:
+        return None if config.cache_budget is None else CacheBudget(config.cache_budget)
+    if config.cache_budget is not None:
+        raise UserError(
+            f"cache_budget={config.cache_budget:g} and cache_budget_bytes={config.cache_budget_bytes} are two budgets: "
+            "give one of them"
+        )
+    return CacheBudget(parse_bytes("cache_budget_bytes", config.cache_budget_bytes), in_bytes=True)
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
@@ -161,13 +175,23 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         # If every run chooses the dtype by measurement, it is not a setting.
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
-        "cache": None if isinstance(spec.cache, Full | None) else _cache_settings(config, spec),
+        "cache": _cache_settings(config, spec),
         "seed": config.seed,
     }
 
 
-def _cache_settings(config: DecodeConfig, spec: DecodeSpec) -> dict[str, Any]:
-    """Settings of the cache; statistics count where they are not the prompt's."""
+def _cache_settings(config: DecodeConfig, spec: DecodeSpec) -> dict[str, Any] | None:
+    """Settings of a compressed cache. The method's text holds what it read from files, too.
+
+    Statistics count where they are not the prompt's.
+    """
+    budget = spec.cache_budget
+    if spec.cache is None or isinstance(spec.cache, Full):
+        return None
+    settings = {**config.cache, "budget": None if budget is None or budget.in_bytes else budget.value}
     calibrated = statistics_fingerprint(spec.cache_statistics)
-    own = {} if calibrated is None else {"statistics": calibrated}
-    return {**config.cache, "budget": spec.cache_budget, **own}
+    if calibrated is not None:
+        settings["statistics"] = calibrated
+    if isinstance(spec.cache, Mixed):
+        settings["layers"] = repr(spec.cache.layers)
+    return settings if budget is None or not budget.in_bytes else {**settings, "budget_bytes": int(budget.value)}

@@ -18,6 +18,7 @@ from hasten.jobs.common.schema import (
     option,
     section,
 )
+from hasten.jobs.common.sizes import BYTES
 
 
 @dataclass
@@ -94,6 +95,9 @@ class DecodeConfig(Run):
         at_least=0,
     )
     cache_statistics: str | None = option(None, CACHE_STATISTICS, path="in")
+    cache_budget_bytes: str | None = option(
+        None, f"the same as bytes that all layers may hold of a sequence, {BYTES}, in place of cache_budget"
+    )
     compiled: bool = option(False, "compile the fast path, once for every size of a draft; on a GPU as CUDA graphs")
     dtype: str = option(
         "auto",

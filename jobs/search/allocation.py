@@ -29,7 +29,7 @@ from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cli.methods import build, method_names, target_of
+from hasten.jobs.cli.methods import build, method_names, name_of, target_of
 from hasten.jobs.common.calibration import open_output, original
 from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.common.gguf import gguf_options, levels_of_bits
@@ -66,7 +66,7 @@ class Search:
         self._gguf = gguf_options(config.format, config.gguf, config.head_bits, config.embedding_bits)
         config = with_levels_of_format(config)
         self._config = config
-        self._name = _name(str(config.allocator["_target_"]))
+        self._name = name_of("allocator", str(config.allocator["_target_"]))
         self._allocator: AllocationMethod = build(config.allocator)
         self._compared = self._allocators() if len(config.budget) > 1 else {}
         self._fitness: Fitness = build(config.fitness)
@@ -266,7 +266,7 @@ class Search:
             budget,
             problem,
             self._measurer.measure,
-            SavedStates(self.database, self.database.path / "searches" / digest(self._key(searcher, budget, problem))),
+            SavedStates(self.database.path / "searches" / digest(self._key(searcher, budget, problem))),
             self._draw,
             tracker,
         )
@@ -332,9 +332,3 @@ def with_levels_of_format(config: SearchConfig) -> SearchConfig:
     if config.levels:
         return config
     return replace(config, bits=[], schemes=config.schemes or levels_of_bits(config.bits, config.reference))
-
-
-def _name(target: str) -> str:
-    """Name in conf/allocator of an allocator's class; without such a file, the class's name in lower case."""
-    names = (name for name in method_names("allocator") if target_of("allocator", name) == target)
-    return next(names, target.rpartition(".")[2].lower())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
-from hasten.accel.compression.levels.database import LevelDatabase
+from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.compression.search.base import Problem, Searcher, State, Step
 from hasten.accel.compression.search.measurements import Measure
 from hasten.accel.compression.search.moves import Genome
@@ -19,12 +19,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedStates:
-    """States of one search in the level database, a file per step: a search of more steps resumes one of fewer.
+    """States of one search, a file per step: a search of more steps resumes one of fewer.
 
     folder: named after all settings of the search except its output, so that runs with other outputs share it.
     """
 
-    database: LevelDatabase
     folder: Path
 
     def latest(self, steps: int) -> State | None:
@@ -36,7 +35,8 @@ class SavedStates:
     def save(self, state: State) -> None:
         """Save a state; the file is replaced atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.database.write_json(self._path(state.step), state.to_json())
+        content = json.dumps(state.to_json(), indent=2) + "\n"
+        write_whole(self._path(state.step), lambda temporary: temporary.write_text(content))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.json"
@@ -44,7 +44,7 @@ class SavedStates:
 
 @dataclass
 class SearchRun:
-    """One searcher with one budget. name: the searcher's. budget: bits per weight. draw: draws a genome's heat map.
+    """One searcher with one budget. name: the searcher's. budget: in `unit`. draw: draws a genome.
 
     evaluated, seconds: candidates of this run's steps and their time, without the first candidates, which wait until
     the evaluators have loaded the model.
@@ -58,13 +58,14 @@ class SearchRun:
     saved: SavedStates
     draw: Callable[[Genome, Path], Path]
     tracker: Tracker
+    unit: str = "bits"
     evaluated: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     def answer(self) -> State:
         """Run the search, or resume a stopped one; returns its final state."""
         searcher, state = self.searcher, self.saved.latest(self.searcher.steps)
-        title = f"{self.name} at {self.budget:g} bits"
+        title = f"{self.name} at {self.budget:g} {self.unit}"
         with Progress(title, searcher.steps, searcher.step_name) as progress:
             progress.begin(state.step if state else 0)
             if state and state.step:

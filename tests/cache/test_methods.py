@@ -515,11 +515,32 @@ def test_a_share_is_of_the_tokens_of_the_sequence(share):
     assert CacheBudget(64).tokens(201) == 64
 
 
+@pytest.mark.parametrize("method", [SnapKV(window=8), StreamingLLM(), H2O()], ids=lambda method: type(method).__name__)
+def test_a_budget_of_bytes_bounds_what_all_layers_hold(method):
+    model = tiny.build("llama", max_position_embeddings=1024)
+    attach(model)
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(3))
+    for budget in (20_000, 40_000):
+        cache = CompressedCache(model, method, CacheBudget(budget, in_bytes=True))
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+        # A token more in each layer would be too much: two heads of 16 numbers, twice, and their positions and sums.
+        assert budget - 2 * 2 * (2 * 16 * 4 + 4 + 4) < cache.nbytes <= budget
+    with pytest.raises(UserError, match=r"cache_budget_bytes=100 is too small: .* takes \d+ bytes"):
+        CompressedCache(model, method, CacheBudget(100, in_bytes=True))
+
+
+def test_a_method_that_holds_everything_has_no_budget_of_bytes():
+    with pytest.raises(UserError, match="cache=LoopServe holds all tokens, so cache_budget_bytes=9000 cannot be kept"):
+        CompressedCache(tiny.build("llama"), LoopServe(), CacheBudget(9000, in_bytes=True))
+
+
 @pytest.mark.parametrize(
     ("made", "wrong"),
     [
         (lambda: CacheBudget(0), "cache_budget=0 is wrong"),
         (lambda: CacheBudget(1.5), "cache_budget=1.5 is wrong"),
+        (lambda: CacheBudget(0.5, in_bytes=True), "cache_budget_bytes=0 is wrong: a whole number of bytes"),
         (lambda: SnapKV(kernel=4), "cache.kernel=4"),
         (lambda: KIVI(bits=5), "cache.bits=5"),
         (lambda: H2O(recent_share=1.0), "cache.recent_share=1.0"),

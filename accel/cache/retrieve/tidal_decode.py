@@ -61,6 +61,8 @@ class TidalDecode(Retriever, Calibrated):
 
     calibrated_by: ClassVar[tuple[str, ...]] = ("recent", "dense", "read")
 
+    reads_layers: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dense < 0:

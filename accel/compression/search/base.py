@@ -166,6 +166,10 @@ class Searcher(ABC):
         with the start is not included.
         """
 
+    def within(self, available: int) -> Self:
+        """The same search with samples of at most so many tokens."""
+        return self
+
     def check_tokens(self, available: int) -> None:
         """UserError where a step needs more calibration tokens at once than are available."""
         if available < 1:

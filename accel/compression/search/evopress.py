@@ -90,6 +90,11 @@ class EvoPress(Searcher):
         """The same search with another number of generations."""
         return replace(self, generations=steps)
 
+    def within(self, available: int) -> "EvoPress":
+        """Selection steps of no more tokens than there are."""
+        tokens = tuple(min(count, available) for count in self.tokens)
+        return replace(self, tokens=tokens, initial_tokens=min(self.initial_tokens, available))
+
     def measured_tokens(self, available: int) -> int:
         """Tokens of the first candidates, and the new tokens of each selection step of each generation."""
         candidates = [self.offspring, *self.survivors[:-1]]

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache, TreePass
-from hasten.accel.cache.sequence import SequenceCache
 from hasten.accel.cache.statistics import Statistics
 from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass
 from hasten.accel.decoding.targets.transformers import TransformersTarget
@@ -58,7 +57,7 @@ class CachedTarget(TransformersTarget):
         ended = self._ended[slot]
         generated = None if ended is None else len(self.committed(slot)) - ended
         if generated and generated % self.method.interval == 0:
-            self._compressed.compress(slot)
+            self._compressed.compress(slot, generated=generated)
 
     def end_prompt(self, slot: int) -> None:
         """Apply the method to the prompt."""
@@ -79,7 +78,7 @@ class CachedTarget(TransformersTarget):
         self._ended[slot] = None
         self._compressed.shared.pop(slot, None)
         for layer in self._compressed.compressed:
-            layer.sequences[slot] = SequenceCache(self.method)
+            layer.sequences[slot] = layer.new_sequence()
 
     def swap(self, one: int, other: int) -> None:
         """See Target."""
@@ -87,7 +86,7 @@ class CachedTarget(TransformersTarget):
         self._ended[one] = self._ended[other]
         self._compressed.shared[one] = self._compressed.shared.pop(other, {})
         for layer in self._compressed.compressed:
-            layer.sequences[one], layer.sequences[other] = layer.sequences[other], SequenceCache(self.method)
+            layer.sequences[one], layer.sequences[other] = layer.sequences[other], layer.new_sequence()
 
     def cut(self, slot: int, length: int) -> None:
         """See Target; ValueError where tokens behind `length` are compressed already."""
@@ -100,7 +99,7 @@ class CachedTarget(TransformersTarget):
     def _allocate(self, slots: int, capacity: int) -> None:
         self._compressed = CompressedCache(self._model, self.method, self.budget, self.statistics)
         for layer in self._compressed.compressed:
-            layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
+            layer.sequences = [layer.new_sequence() for _ in range(slots)]
             layer.is_initialized = True
         self._ended = [None] * slots
         self._cache = self._compressed

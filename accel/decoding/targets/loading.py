@@ -27,7 +27,7 @@ def load_target(
     keeps_hidden: bool = False,
     compiled: bool = False,
     cache: CacheMethod | None = None,
-    cache_budget: float | None = None,
+    cache_budget: CacheBudget | None = None,
     cache_statistics: Path | None = None,
 ) -> Target:
     """The target of a checkpoint's folder, compressed or not. The fast path never dequantizes a compressed weight.
@@ -35,14 +35,14 @@ def load_target(
     path: `transformers` runs the transformers model; `fast` is the fast path of some families, UserError for others;
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
     hidden states. compiled: whether passes of the fast path are compiled, for every size of a tree, see FastTarget.
-    cache: what KV caches keep, on the transformers path; None and Full keep everything. cache_budget: see CacheBudget.
-    cache_statistics: file of the method's calibrated statistics; None takes them from each prompt.
+    cache: what KV caches keep, on the transformers path; None and Full keep everything. cache_budget: where it has
+    one. cache_statistics: file of the method's calibrated statistics; None takes them from each prompt.
     """
     config = AutoConfig.from_pretrained(folder)
     compresses = not isinstance(cache, Full | None)
     reason = "its caches cannot be compressed" if compresses else refusal(config)
     if cache_budget is not None and not compresses:
-        raise UserError(f"cache_budget={cache_budget:g} needs a method that has a budget: give cache=NAME")
+        raise UserError(f"{cache_budget} needs a method that has a budget: give cache=NAME")
     if path in FAST_PATHS and reason is not None:
         raise UserError(f"path={path} cannot run {folder}: {reason}; give path=transformers or auto")
     if getattr(config, "quantization_config", None) and path != "transformers" and reason is None:
@@ -56,9 +56,8 @@ def load_target(
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     if cache is not None and compresses:
-        budget = None if cache_budget is None else CacheBudget(cache_budget)
         statistics = None if cache_statistics is None else load_statistics(cache, cache_statistics)
-        return CachedTarget(model, cache, budget, keeps_hidden, statistics)
+        return CachedTarget(model, cache, cache_budget, keeps_hidden, statistics)
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
     return FastTarget.of(model, compiled)

@@ -6,7 +6,7 @@ import pytest
 
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.errors import UserError
-from hasten.jobs.cache.run import parse_method
+from hasten.jobs.cache.rows import parse_method
 from hasten.jobs.cli.main import main
 from tests.jobs.report import last_report
 
@@ -62,6 +62,8 @@ def test_every_method_and_budget_is_a_row_and_finished_rows_are_kept(folder, cap
         ({"method": "[kivi:colour=1]"}, "method=kivi:colour=1 is wrong"),
         ({"method": "[kivi:bits=5]"}, "cache.bits=5"),
         ({"budget": "[1.5]"}, "cache_budget=1.5 is wrong"),
+        ({"budget_bytes": "[64KX]"}, "budget_bytes=64KX is wrong"),
+        ({"method": "[lserve]", "budget_bytes": "[64KiB]"}, "cache=LServe holds all tokens"),
         ({"tasks": "[txt]"}, "tasks=txt is none of text"),
         ({"context": 100000}, "context=100000 is too long"),
     ],

@@ -1,0 +1,1 @@
+"""`hasten search_cache`."""
