@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import torch
 
+from hasten.accel.cache.base import CacheLevel
 from hasten.accel.cache.evict.snapkv import SnapKV
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.levels import MixMeasurement
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.costs import caches
 from hasten.accel.costs.caches import CacheWork, MixWork, Texts
@@ -30,8 +32,6 @@ def test_rows_share_the_workers_and_each_loads_the_model(model):
 
 
 def test_prompts_are_planned_as_they_are_kept(folder, model):
-    from hasten.accel.cache.levels import MixMeasurement
-
     work = MixWork(model, 3, (Full(), KIVI(), SnapKV()), TEXT, 0, 5, Texts(1, 32, 16))
     held = caches.mixtures(work, RATES).processes[0].host["measure"]
     windows = tiny.tokens(2, 48)
@@ -39,18 +39,12 @@ def test_prompts_are_planned_as_they_are_kept(folder, model):
     for number in range(2):
         for method in work.methods:
             measurement._prompt(method, number)
-        measurement.measure(tuple(caches_level(Full()) for _ in range(measurement.layers)), number)
+        measurement.measure((CacheLevel(Full()),) * measurement.layers, number)
     prompts = [sequence for prompt in measurement._prompts.values() for sequence in prompt.sequences]
     keys = sum(part.nbytes for one in prompts for part in (one._keys[:, :32], one._values[:, :32]))
     assert held["prompts"] == keys
     assert held["predictions of the full cache"] == sum(part.nbytes for part in measurement._full.values())
     assert measurement._full[0].dtype == torch.float32
-
-
-def caches_level(method):
-    from hasten.accel.cache.base import CacheLevel
-
-    return CacheLevel(method)
 
 
 def test_a_search_takes_longer_the_more_it_measures(model):

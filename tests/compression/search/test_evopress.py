@@ -377,6 +377,13 @@ def test_more_initial_tokens_than_there_are_is_refused():
         search(replace(SMALL, initial_tokens=500), equal(), 180, lambda genomes, _: [], LENGTHS, 0)
 
 
+def test_samples_are_cut_to_the_tokens_that_there_are():
+    cut = EvoPress().within(700)
+    assert (cut.tokens, cut.initial_tokens) == ((512, 700, 700), 700)
+    cut.check_tokens(700)
+    assert EvoPress().within(10_000) == EvoPress()
+
+
 def test_more_generations_and_nothing_else_go_on_from_the_states_of_fewer():
     assert replace(SMALL, generations=9).fingerprint() == SMALL.fingerprint()
     assert replace(SMALL, offspring=9).fingerprint() != SMALL.fingerprint()

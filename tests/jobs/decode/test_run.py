@@ -210,6 +210,13 @@ WRONG = {
         {"draft_length": "fixed", "draft_length.tokens": "-1"},
         ["tokens=-1 is wrong", "expected 0 or more"],
     ),
+    "two budgets of the cache": (
+        GOOD,
+        {"cache": "snapkv", "cache_budget": "64", "cache_budget_bytes": "64KiB"},
+        ["cache_budget=64 and cache_budget_bytes=64KiB are two budgets"],
+    ),
+    "a budget of the full cache": (GOOD, {"cache_budget_bytes": "64KiB"}, ["cache_budget_bytes=65536 needs a method"]),
+    "no assignment": (GOOD, {"cache": "mixed", "cache.assignment": "nowhere"}, ["cache.assignment=nowhere cannot be"]),
     "no such length": (GOOD, {"draft_length": "fixd"}, ["draft_length=fixd is wrong", "did you mean fixed?"]),
     "a stop outside": (GOOD, {"stop": "[4096]"}, ["stop=[4096] holds 4096", "(0 to 4095)"]),
     "trees for a chain's verifier": (
