@@ -7,7 +7,7 @@
 Layers hand the attention function a handle in place of keys and values, see attention.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, Place, check_budget
+from hasten.accel.cache.prompt.base import PromptMethod
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.errors import UserError
-from hasten.kernels.attention.contract import Scoring
+from hasten.kernels.attention.contract import Partial, Scoring
 
 # Name of the attention, see attention.py.
 IMPLEMENTATION = "hasten_cache"
@@ -84,6 +85,7 @@ class CompressedLayer(CacheLayerMixin):
             return self._attend_trees(engine, handle, queries, sinks)
         self.seen += queries.shape[1]
         outputs = torch.zeros_like(queries)
+        passes: dict[int, tuple[Any, NewTokens]] = {}
         for row, sequence in enumerate(self.sequences):
             real = slice(None) if padding is None or bool(padding[row].all()) else padding[row].nonzero()[:, 0]
             own = queries[row, real]
@@ -96,9 +98,13 @@ class CompressedLayer(CacheLayerMixin):
                 own,
                 place if positions is None else positions[row, real].int(),
             )
-            outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype)
+            passes[row] = real, new
+        known = self._of_shared({row: new for row, (_, new) in passes.items()})
+        for row, (real, new) in passes.items():
+            sequence = self.sequences[row]
+            outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype, known.get(row))
             sequence.commit()
-            ends_prompt = len(own) > 1
+            ends_prompt = len(new.queries) > 1
             if ends_prompt:
                 self.owner.prompts[self.number, row] = sequence.length
             if ends_prompt or self.owner.is_due(sequence.length - self.owner.prompts.get((self.number, row), 0)):
@@ -107,17 +113,47 @@ class CompressedLayer(CacheLayerMixin):
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
         outputs = torch.zeros_like(queries)
+        passes: dict[int, NewTokens] = {}
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
             count = len(above)
-            new = NewTokens(
+            passes[slot] = NewTokens(
                 handle.keys[row, :, :count],
                 handle.values[row, :, :count],
                 queries[row, :count],
                 positions[:count].int(),
                 above,
             )
-            outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
+        known = self._of_shared(passes)
+        for row, (slot, new) in enumerate(passes.items()):
+            own = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype, known.get(slot))
+            outputs[row, : len(own)] = own
         return outputs
+
+    def _of_shared(self, passes: Mapping[int, NewTokens]) -> dict[int, dict[int, Partial]]:
+        """Partial results, by sequence and id of the segment, of segments that several sequences of a pass hold.
+
+        Those of all their queries are one product, in which the order of summation depends on the number of queries.
+        """
+        method = self.owner.method
+        if not isinstance(method, PromptMethod) or method.shared_tokens is None:
+            return {}
+        holders: dict[int, list[int]] = {}
+        segments = {id(segment): segment for row in passes for segment in self.sequences[row].segments}
+        for row in passes:
+            for segment in self.sequences[row].segments:
+                holders.setdefault(id(segment), []).append(row)
+        known: dict[int, dict[int, Partial]] = {row: {} for row in passes}
+        for key, rows in holders.items():
+            if len(rows) < 2:
+                continue
+            queries, positions = (
+                torch.cat([getattr(passes[row], name) for row in rows]) for name in ("queries", "positions")
+            )
+            parts = segments[key].attend(queries, positions, self.scoring)
+            widths = [len(passes[row].queries) for row in rows]
+            for row, *own in zip(rows, *(tensor.split(widths) for tensor in parts), strict=True):
+                known[row][key] = Partial(*own)
+        return known
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
@@ -181,6 +217,8 @@ class CompressedCache(Cache):
         self.method, self.budget = method, budget
         self.rotary = rotary_of(model) if method.needs_rotary else None
         self.tree_pass: TreePass | None = None
+        # Whether a prompt ran as the method reads it, see prompts.py.
+        self.filled = False
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
         # What the layers of a sequence tell each other, by row.
@@ -223,6 +261,14 @@ class CompressedCache(Cache):
             given.append((layer.sequences[row].segments, recent, layer.place(row)))
         for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
             layer.sequences[row].keep(kept)
+
+    def check_pass(self, width: int) -> None:
+        """UserError for a prompt of `width` tokens that the method did not read."""
+        if width > 1 and not self.filled and self.tree_pass is None and isinstance(self.method, PromptMethod):
+            raise UserError(
+                f"cache={type(self.method).__name__} reads prompts before they run: fill the cache with "
+                "hasten.accel.cache.prompts.prefill first"
+            )
 
     def is_due(self, generated: int) -> bool:
         """Whether the method is applied when so many tokens behind the prompt are committed."""

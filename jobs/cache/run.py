@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import Drafting
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest, write_whole
 from hasten.accel.data.tokens import fingerprint, load_tokens
@@ -29,6 +31,7 @@ from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import cache_pareto
 from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.prompts import with_draft
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
@@ -43,13 +46,17 @@ def run(config: CacheConfig) -> Path:
     """Measure every method at every budget; returns the path of report.json."""
     started = perf_counter()
     model = resolve(config.model).absolute()
-    named = _rows(config)
+    named = _rows(config, model)
     inputs = _inputs(config, model)
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     files = [output / f"{digest(_key(config, inputs, row))[:24]}.json" for _, row in named]
     missing = [place for place, file in enumerate(files) if config.overwrite or not file.exists()]
     cpus = config.workers * config.threads
-    with cluster_session(config, cpus, {"model": model}, {"output": output}):
+    reads = {"model": model}
+    for text, row in named:
+        if isinstance(row.method, Drafting) and row.method.draft is not None:
+            reads[f"method={text}"] = Path(row.method.draft)
+    with cluster_session(config, cpus, reads, {"output": output}):
         # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
         with tracked(config, "cache", run_dir) as tracker:
@@ -84,14 +91,14 @@ def run(config: CacheConfig) -> Path:
     return path
 
 
-def _rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
+def _rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
     """The full cache, and every method at every budget; UserError names a wrong method or budget."""
     if not config.method or not config.budget:
         raise UserError(f"method={config.method} and budget={config.budget} must not be empty")
     budgets = [CacheBudget(value).value for value in config.budget]
     rows = [(_FULL, CacheRow(Full(), None))]
     for text in dict.fromkeys(config.method):
-        made = parse_method(text)
+        made = with_draft(parse_method(text), model)
         if isinstance(made, Full):
             continue
         for budget in budgets if made.has_budget else [None]:
@@ -111,11 +118,11 @@ def parse_method(text: str) -> CacheMethod:
         key, sign, value = item.partition("=")
         if not sign:
             raise UserError(f"method={text} has {item!r}: expected NAME:FIELD=VALUE,FIELD=VALUE")
-        own = [field.name for field in method("cache", name).fields]
+        own = {field.name: field.kind for field in method("cache", name).fields}
         if key not in own:
             raise UserError(f"method={text} is wrong: {name} has {', '.join(own) or 'no hyper-parameters'}")
         try:
-            fields[key] = json.loads(value)
+            fields[key] = value if own[key] is str and value != "null" else json.loads(value)
         except ValueError:
             raise UserError(f"method={text}: {key}={value} is no number, true or false") from None
     made: CacheMethod = build(fields)
@@ -165,9 +172,14 @@ def _inputs(config: CacheConfig, model: Path) -> CacheInputs:
 
 def _key(config: CacheConfig, inputs: CacheInputs, row: CacheRow) -> Record:
     """Everything that a row depends on."""
+    made, draft = row.method, {}
+    if isinstance(made, Drafting) and made.draft is not None:
+        draft = {"draft": Checkpoint(Path(made.draft)).fingerprint()}
+        made = replace(made, draft=None)
     return {
+        **draft,
         "model": Checkpoint(inputs.model).fingerprint(),
-        "method": repr(row.method),
+        "method": repr(made),
         "budget": row.budget,
         "windows": None if inputs.windows is None else fingerprint(inputs.windows),
         "context": inputs.context,

@@ -6,6 +6,8 @@ from typing import Any
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import Drafting, takes_contexts
+from hasten.accel.cache.prompts import check_contexts
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FAST_PATHS
@@ -23,6 +25,7 @@ from hasten.jobs.common.prompts import (
     load_learned,
     model_folder,
     read_prompts,
+    with_draft,
 )
 from hasten.jobs.common.target_group import check_target, chosen_division
 from hasten.jobs.common.tokenizer import load_tokenizer, vocabulary_size
@@ -67,11 +70,15 @@ def prepare(config: DecodeConfig) -> Inputs:
     device = resolve_device(config.device)
     tokenizer, vocabulary = load_tokenizer(target, config.template), vocabulary_size(target)
     stopping = chosen_stopping(config, target, tokenizer, vocabulary)
+    cache = chosen_cache(config, target)
     if config.prompts is None:
+        check_contexts(cache, ())
         prompts = library_prompts(tokenizer, vocabulary)
     else:
         fields = config.prompt_field, config.id_field
-        prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, *fields, config.special_tokens)
+        prompts = read_prompts(
+            Path(config.prompts), tokenizer, vocabulary, *fields, config.special_tokens, takes_contexts(cache)
+        )
     check_lengths(prompts, config.max_new_tokens, context_length(target))
     dtype, *other_dtypes = dtype_choices(config.dtype, device)
     learned = None
@@ -98,7 +105,7 @@ def prepare(config: DecodeConfig) -> Inputs:
         memory_bytes=config.memory_bytes,
         learned=learned,
         division=division,
-        cache=chosen_cache(config),
+        cache=cache,
         cache_budget=config.cache_budget,
     )
     output = Path(config.output) if config.output else Path(str(config.run_dir)) / "completions.jsonl"
@@ -115,7 +122,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     return Inputs(spec, sampling, stopping, prompts, completions, kept, _placement(config, spec, sampling))
 
 
-def chosen_cache(config: DecodeConfig) -> CacheMethod:
+def chosen_cache(config: DecodeConfig, target: Path) -> CacheMethod:
     """The cache method; UserError where it does not fit the budget, the path or the group."""
     method: CacheMethod = build(config.cache)
     if isinstance(method, Full):
@@ -128,7 +135,12 @@ def chosen_cache(config: DecodeConfig) -> CacheMethod:
         raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
     budget = None if config.cache_budget is None else CacheBudget(config.cache_budget)
     check_budget(method, budget)
-    return method
+    return with_draft(method, target)
+
+
+def cache_draft(spec: DecodeSpec) -> Path | None:
+    """Folder of the draft model that the cache asks; None if it asks none, or the target."""
+    return Path(spec.cache.draft) if isinstance(spec.cache, Drafting) and spec.cache.draft is not None else None
 
 
 def _placement(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> str:
@@ -158,5 +170,6 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
         "cache": None if isinstance(spec.cache, Full | None) else {**config.cache, "budget": spec.cache_budget},
+        "cache_draft": None if (folder := cache_draft(spec)) is None else Checkpoint(folder).fingerprint()[:16],
         "seed": config.seed,
     }

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompts import load_draft
 from hasten.accel.decoding.targets.base import FAST_PATHS, Target
 from hasten.accel.decoding.targets.cached import CachedTarget
 from hasten.accel.decoding.targets.families import build_decoder, refusal
@@ -54,7 +55,7 @@ def load_target(
     model.to(device)
     if cache is not None and compresses:
         budget = None if cache_budget is None else CacheBudget(cache_budget)
-        return CachedTarget(model, cache, budget, keeps_hidden)
+        return CachedTarget(model, cache, budget, keeps_hidden, load_draft(cache, dtype, device))
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
     return FastTarget.of(model, compiled)
