@@ -7,6 +7,7 @@ model.generate(ids, past_key_values=cache, max_new_tokens=100)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ class Prompts:
     def read(self, prompt: Prompt) -> Reading:
         """How the method wants the prompt to run; UserError where it lacks contexts, or has no use for them."""
         check_contexts(self._method, prompt.contexts)
+        bounds = (-1, *prompt.contexts, prompt.length + 1)
+        if any(start >= stop for start, stop in pairwise(bounds)):
+            raise UserError(f"contexts={prompt.contexts} must ascend, up to the {prompt.length} tokens that run first")
         budget = None if self._cache.budget is None else self._cache.budget.tokens(prompt.length)
         with torch.no_grad():
             return self._method.read(prompt, self._draft, budget)
@@ -103,7 +107,7 @@ class Prompts:
         """Commit what comes before the contexts, and the contexts; returns the index behind them."""
         tokens, first, end = prompt.tokens, prompt.contexts[0], prompt.contexts[-1]
         self._run_chain(row, tokens, range(first), 0, chunk)
-        for start, stop in zip(prompt.contexts, prompt.contexts[1:], strict=False):
+        for start, stop in pairwise(prompt.contexts):
             for begin in range(start, stop, chunk):
                 part = range(begin, min(stop, begin + chunk))
                 # Nodes that wait are the tokens of all contexts; each sees those of its own up to itself.

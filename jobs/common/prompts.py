@@ -168,7 +168,7 @@ def read_prompts(
 
 def _context_parts(record: Record, tokenizer: Tokenizer | None, where: str, special_tokens: bool) -> list[list[int]]:
     """Token ids of the prefix, which may be none, and of each context."""
-    contexts, prefix = record.get("contexts"), record.get("prefix", "")
+    contexts, prefix = record.get("contexts"), record.get("prefix", [])
     if not isinstance(contexts, list) or not contexts:
         raise UserError(f"{where} has no list of 'contexts' beside the prompt, which this cache reads: give texts")
     parts = []
@@ -186,7 +186,7 @@ def _context_parts(record: Record, tokenizer: Tokenizer | None, where: str, spec
 
 
 def _joined(parts: list[list[int]], prompt: list[int], begin: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
-    """All tokens, and where contexts begin and the last one ends. begin: ids of every text, which the whole has once."""
+    """All tokens, and where contexts begin and the last one ends. begin: ids of every text; the whole has them once."""
 
     def bare(ids: list[int]) -> list[int]:
         return ids[len(begin) :] if begin and tuple(ids[: len(begin)]) == begin else ids

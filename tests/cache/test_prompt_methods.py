@@ -291,7 +291,13 @@ def test_ape_multiplies_the_log_sum_exp_of_scores_at_its_temperature():
 
 def test_contexts_are_refused_where_they_are_missing_or_of_no_use(models):
     target, _, tokens = models
-    for method, contexts, wrong in ((APE(), (), "reads contexts"), (Full(), (0, 5), "has no use for contexts")):
+    cases = [
+        (APE(), (), "reads contexts"),
+        (APE(), (0, 5, 5), "must ascend, up to the 19 tokens"),
+        (APE(), (0, 20), "must ascend, up to the 19 tokens"),
+        (Full(), (0, 5), "has no use for contexts"),
+    ]
+    for method, contexts, wrong in cases:
         engine = Engine(CachedTarget(target, method))
         with pytest.raises(UserError, match=wrong):
             list(engine.decode([Request("0", tokens[:20], NEW, contexts=contexts)]))

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -55,7 +56,7 @@ class Prompt:
 
 def saved_positions(contexts: Sequence[int]) -> int:
     """By how much positions behind contexts are lower than indices, since all contexts begin at one position."""
-    sizes = [stop - start for start, stop in zip(contexts, contexts[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(contexts)]
     return sum(sizes) - max(sizes, default=0)
 
 

@@ -61,8 +61,8 @@ class Target(ABC):
     A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy. feature_layers: F numbers of
     hidden states that passes return, next to each other, as the features of a token: i is after the first i decoder
     layers, FINAL after the final norm. waits_for_others: whether a pass waits for other processes. virtual: virtual
-    tokens that passes may have, with the ids from V on; None for none. reads_prompts: whether `prefill` must get a prompt
-    whole, since the target decides itself which of its tokens run; then no features are returned.
+    tokens that passes may have, with the ids from V on; None for none. reads_prompts: whether `prefill` must get a
+    prompt whole, since the target decides itself which of its tokens run; then no features are returned.
     """
 
     waits_for_others = False
