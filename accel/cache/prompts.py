@@ -8,6 +8,7 @@ model.generate(ids, past_key_values=cache, max_new_tokens=100)
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ def load_draft(method: CacheMethod | None, dtype: torch.dtype, device: str) -> P
     folder = resolve(method.draft)
     if Checkpoint(folder).is_compressed:
         import hasten.accel.models.transformers_loader  # noqa: F401
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.to(device)
-    return model.eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 class Prompts:

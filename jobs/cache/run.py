@@ -172,7 +172,7 @@ def _inputs(config: CacheConfig, model: Path) -> CacheInputs:
 
 def _key(config: CacheConfig, inputs: CacheInputs, row: CacheRow) -> Record:
     """Everything that a row depends on."""
-    made, draft = row.method, {}
+    made, draft = row.method, dict[str, object]()
     if isinstance(made, Drafting) and made.draft is not None:
         draft = {"draft": Checkpoint(Path(made.draft)).fingerprint()}
         made = replace(made, draft=None)

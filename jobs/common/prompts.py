@@ -192,7 +192,7 @@ def _joined(parts: list[list[int]], prompt: list[int], begin: tuple[int, ...]) -
         return ids[len(begin) :] if begin and tuple(ids[: len(begin)]) == begin else ids
 
     prefix, *contexts = parts
-    tokens, bounds = [*begin, *bare(prefix)], []
+    tokens, bounds = [*begin, *bare(prefix)], list[int]()
     for context in contexts:
         bounds.append(len(tokens))
         tokens += bare(context)

@@ -242,6 +242,24 @@ def test_sequences_that_share_prefixes_decode_the_full_cache_s_tokens(models):
     assert decoded[2] == decoded[0]
 
 
+def test_padded_prompts_of_a_batch_share_their_prefix_in_generate(models):
+    model, _, tokens = models
+    prompts = shared_prompts(tokens)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    outputs = []
+    for method in (Hydragen(), Full()):
+        cache = CompressedCache(model, method)
+        if isinstance(method, Hydragen):
+            prefill(model, cache, ids, mask, max_new_tokens=4)
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        outputs.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **options))
+        segments = {id(segment) for sequence in next(cache.compressed).sequences for segment in sequence.segments}
+        assert len(segments) == (2 if isinstance(method, Hydragen) else 0)
+    assert torch.equal(*outputs)
+
+
 def test_prefixes_below_the_shortest_are_not_shared(models):
     model, _, tokens = models
     for count, shared in ((63, 0), (64, 64)):

@@ -146,7 +146,8 @@ class CachedTarget(TransformersTarget):
         for layer in self._compressed.compressed:
             layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
             layer.is_initialized = True
-        self._ended, self._plans = [None] * slots, [None] * slots
+        self._ended = [None] * slots
+        self._plans = [None] * slots
         self._cache = self._compressed
         if isinstance(self.method, PromptMethod):
             self._prompts = Prompts(self._model, self._compressed, self._draft)
