@@ -78,6 +78,7 @@ def cached_attention(
     if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != width):
         position_ids = None
     layer = key.layer
+    layer.owner.check_pass(width)
     layer.scoring = Scoring(scaling, sliding_window, softcap)
     positions = None if position_ids is None else position_ids.expand(len(query), -1)
     return layer.attend(key, query.transpose(1, 2), padding, positions, s_aux), None

@@ -17,6 +17,18 @@ Rotation = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
+class Lookahead:
+    """Queries (W, H * G, D) at positions (W,) of tokens that a draft model expects behind the prompt.
+
+    denominators: (W, H * G), logarithms of the sums of exp(score) over all that they see.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    denominators: Tensor
+
+
+@dataclass(frozen=True)
 class Recent:
     """Dense keys and values (H, T, D) at positions (T,) that were committed and are not in a segment yet.
 
@@ -24,8 +36,8 @@ class Recent:
     needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
     memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
-    it count as held only if it is one tensor. ends: (T,) bool, whether a token ends a sentence; None where the method
-    does not read it.
+    it count as held only if it is one tensor. lookahead: None but at the end of a prompt behind which tokens ran. ends:
+    (T,) bool, whether a token ends a sentence; None where the method does not read it.
     """
 
     keys: Tensor
@@ -34,6 +46,7 @@ class Recent:
     queries: Tensor | None = None
     attention: Tensor | None = None
     memory: Any = None
+    lookahead: Lookahead | None = None
     ends: Tensor | None = None
 
 

@@ -7,7 +7,7 @@
 Layers hand the attention function a handle in place of keys and values, see attention.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hasten.accel.cache.base import CacheBudget, CacheLevel, CacheMethod, Place, check_budget
 from hasten.accel.cache.calibrated import LayerTensors
+from hasten.accel.cache.prompt.base import PromptMethod
 from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.base import storage_bytes
 from hasten.accel.cache.sentences import sentence_ends
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.cache.statistics import Statistics, check_layers
 from hasten.accel.errors import UserError
-from hasten.kernels.attention.contract import Scoring
+from hasten.kernels.attention.contract import Partial, Scoring
 
 # Name of the attention, see attention.py.
 IMPLEMENTATION = "hasten_cache"
@@ -101,6 +102,7 @@ class CompressedLayer(CacheLayerMixin):
             # A pass that the model itself does not begin tells nothing.
             self.owner.ids = None
         outputs = torch.zeros_like(queries)
+        passes: dict[int, tuple[Any, NewTokens]] = {}
         for row, sequence in enumerate(self.sequences):
             real = slice(None) if padding is None or bool(padding[row].all()) else padding[row].nonzero()[:, 0]
             own = queries[row, real]
@@ -114,9 +116,13 @@ class CompressedLayer(CacheLayerMixin):
                 place if positions is None else positions[row, real].int(),
                 ends=None if ends is None else ends[row, real],
             )
-            outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype)
+            passes[row] = real, new
+        known = self._of_shared({row: new for row, (_, new) in passes.items()})
+        for row, (real, new) in passes.items():
+            sequence = self.sequences[row]
+            outputs[row, real] = sequence.append(new, self.scoring, sinks, queries.dtype, known.get(row))
             sequence.commit()
-            ends_prompt = len(own) > 1
+            ends_prompt = len(new.queries) > 1
             if ends_prompt:
                 self.owner.prompts[self.number, row] = sequence.length
             self.owner.compress(row, self.number, sequence.length - self.owner.prompts.get((self.number, row), 0))
@@ -125,9 +131,10 @@ class CompressedLayer(CacheLayerMixin):
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
         outputs = torch.zeros_like(queries)
         ends = self.owner.ends_in(engine.ids, queries.shape[:2])
+        passes: dict[int, NewTokens] = {}
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
             count = len(above)
-            new = NewTokens(
+            passes[slot] = NewTokens(
                 handle.keys[row, :, :count],
                 handle.values[row, :, :count],
                 queries[row, :count],
@@ -135,8 +142,37 @@ class CompressedLayer(CacheLayerMixin):
                 above,
                 None if ends is None else ends[row, :count],
             )
-            outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
+        known = self._of_shared(passes)
+        for row, (slot, new) in enumerate(passes.items()):
+            own = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype, known.get(slot))
+            outputs[row, : len(own)] = own
         return outputs
+
+    def _of_shared(self, passes: Mapping[int, NewTokens]) -> dict[int, dict[int, Partial]]:
+        """Partial results, by sequence and id of the segment, of segments that several sequences of a pass hold.
+
+        Those of all their queries are one product, in which the order of summation depends on the number of queries.
+        """
+        method = self.owner.method
+        if not isinstance(method, PromptMethod) or method.shared_tokens is None:
+            return {}
+        holders: dict[int, list[int]] = {}
+        segments = {id(segment): segment for row in passes for segment in self.sequences[row].segments}
+        for row in passes:
+            for segment in self.sequences[row].segments:
+                holders.setdefault(id(segment), []).append(row)
+        known: dict[int, dict[int, Partial]] = {row: {} for row in passes}
+        for key, rows in holders.items():
+            if len(rows) < 2:
+                continue
+            queries, positions = (
+                torch.cat([getattr(passes[row], name) for row in rows]) for name in ("queries", "positions")
+            )
+            parts = segments[key].attend(queries, positions, self.scoring)
+            widths = [len(passes[row].queries) for row in rows]
+            for row, *own in zip(rows, *(tensor.split(widths) for tensor in parts), strict=True):
+                known[row][key] = Partial(*own)
+        return known
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
@@ -220,7 +256,7 @@ class CompressedCache(Cache):
                 "values can be compressed"
             )
         check_budget(method, budget)
-        self.method = method
+        self.method, self.budget = method, budget
         count = text.num_hidden_layers
         self.levels = [method.level_of(number, count, budget) for number in range(count)]
         if budget is not None and budget.in_bytes:
@@ -236,6 +272,8 @@ class CompressedCache(Cache):
         self._ends: Tensor | None = None
         if any(level.method.reads_ends for level in self.levels):
             self._ends = sentence_ends(model) if ends is None else torch.tensor(list(ends), dtype=torch.long)
+        # Whether a prompt ran as the method reads it, see prompts.py.
+        self.filled = False
         # Committed tokens of each layer and row at the end of the prompt.
         self.prompts: dict[tuple[int, int], int] = {}
         # What the layers of a sequence tell each other, by row.
@@ -286,9 +324,22 @@ class CompressedCache(Cache):
         for layer, kept in zip(layers, self.method.compress_layers(given), strict=True):
             layer.sequences[row].keep(kept)
 
+    def check_pass(self, width: int) -> None:
+        """UserError for a prompt of `width` tokens that the method did not read."""
+        if width > 1 and not self.filled and self.tree_pass is None and isinstance(self.method, PromptMethod):
+            raise UserError(
+                f"cache={type(self.method).__name__} reads prompts before they run: fill the cache with "
+                "hasten.accel.cache.prompts.prefill first"
+            )
+
 
 def _check_bytes(config: Any, method: CacheMethod, budget: int, dtype: torch.dtype) -> None:
-    """UserError where a budget in bytes holds no token in each layer. config: of the text model."""
+    """UserError where a budget in bytes holds no token in each layer, or is needed as tokens before these have run.
+
+    config: of the text model.
+    """
+    if isinstance(method, PromptMethod) and method.drafts and method.selects:
+        raise UserError(f"cache={type(method).__name__} chooses tokens before it has keys: give the budget in tokens")
     queries = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries

@@ -14,8 +14,13 @@ from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import PromptMethod
+from hasten.accel.cache.prompts import load_draft, prefill
 from hasten.accel.cache.statistics import Statistics
 from hasten.accel.evaluation.recall import Sample
+
+# Parts of a prompt that are contexts of their own for methods that read contexts side by side.
+_CONTEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,10 @@ class TextSums:
 
 
 class CacheMeasurement:
-    """Measures a method on one model. budget: None for methods that have none. statistics: see CompressedCache."""
+    """Measures a method on one model. budget: None for methods that have none.
+
+    statistics: see CompressedCache. draft: see prompts.prefill.
+    """
 
     def __init__(
         self,
@@ -49,9 +57,11 @@ class CacheMeasurement:
         method: CacheMethod,
         budget: CacheBudget | None,
         statistics: Statistics | None = None,
+        draft: PreTrainedModel | None = None,
     ) -> None:
         attach(model)
-        self.model, self.method, self.budget, self.statistics = model, method, budget, statistics
+        self.model, self.method, self.budget = model, method, budget
+        self.statistics, self.draft = statistics, draft
         # Bytes held after the prompt and after each step, of the last text.
         self.bytes_at: list[int] = []
         self.seconds = self.cpu_seconds = 0.0
@@ -84,7 +94,7 @@ class CacheMeasurement:
     def _answers(self, sample: Sample) -> list[list[bool]]:
         """Whether each token of each answer is right."""
         cache = self._cache(self.method, self.budget)
-        self._run(list(sample.context), cache)
+        self._begin(sample.context, cache, sum(len(turn.question) + len(turn.answer) for turn in sample.turns))
         right = []
         for turn in sample.turns:
             # One by one, as they are decoded: what is compressed between them is what a server would have compressed.
@@ -99,7 +109,7 @@ class CacheMeasurement:
     ) -> tuple[Tensor, list[int]]:
         """Log probabilities (T - context, V) of the tokens behind the context, and the bytes held at each step."""
         cache = self._cache(method, budget)
-        parts = [self._run(window[:context].tolist(), cache)]
+        parts = [self._begin(window[:context].tolist(), cache, len(window) - context)]
         held = [cache.nbytes]
         for token in window[context:-1].tolist():
             begun, counted = perf_counter(), process_time()
@@ -113,6 +123,17 @@ class CacheMeasurement:
 
     def _cache(self, method: CacheMethod, budget: CacheBudget | None) -> CompressedCache:
         return CompressedCache(self.model, method, budget, self.statistics if method is self.method else None)
+
+    def _begin(self, tokens: Sequence[int], cache: CompressedCache, new: int) -> Tensor:
+        """Logits (V,) behind a prompt, after which `new` tokens are decoded."""
+        if not isinstance(cache.method, PromptMethod):
+            return self._run(tokens, cache)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        contexts: list[int] = []
+        if cache.method.takes_contexts:
+            # Behind the first token, which all see; the last one asks.
+            contexts = [1 + part * (len(tokens) - 2) // _CONTEXTS for part in range(_CONTEXTS + 1)]
+        return prefill(self.model, cache, ids, max_new_tokens=new, contexts=contexts, draft=self.draft, leave=0)[0]
 
     def _run(self, tokens: Sequence[int], cache: CompressedCache) -> Tensor:
         """Logits (V,) behind the last of the tokens."""
@@ -133,7 +154,8 @@ def measure(
     statistics: Statistics | None = None,
 ) -> dict[str, Any]:
     """One row of a report. windows: (N, T) of text, None to leave it out. recall: samples by task."""
-    measurement = CacheMeasurement(model, method, budget, statistics)
+    draft = load_draft(method, model.dtype, str(model.device))
+    measurement = CacheMeasurement(model, method, budget, statistics, draft)
     row: dict[str, Any] = {}
     if windows is not None:
         progress("text")

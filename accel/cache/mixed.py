@@ -16,6 +16,7 @@ import yaml
 
 from hasten.accel.cache.base import CacheBudget, CacheLevel, CacheMethod, Kept, Place, Recent, check_budget
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import PromptMethod
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.cache.segments.base import Segment
 from hasten.accel.errors import UserError
@@ -67,6 +68,8 @@ def check_level(level: CacheLevel) -> None:
     method = level.method
     if isinstance(method, Mixed) or method.joins_layers or method.reads_layers:
         raise UserError(f"cache={type(method).__name__} needs several layers: it cannot be the method of one")
+    if isinstance(method, PromptMethod):
+        raise UserError(f"cache={type(method).__name__} reads whole prompts: it cannot be the method of one layer")
     check_budget(method, level.budget)
 
 

@@ -1,13 +1,13 @@
 """The cache of one sequence in one layer: segments, then dense tokens, then nodes that wait for verification."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import CacheMethod, Kept, Recent
+from hasten.accel.cache.base import CacheMethod, Kept, Lookahead, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
 from hasten.kernels.attention import reference
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
@@ -58,6 +58,7 @@ class SequenceCache:
         self._asked: list[tuple[Tensor, Tensor]] = []
         self._scoring = PLAIN
         self._memory: Any = None
+        self._lookahead: Lookahead | None = None
 
     @property
     def tokens(self) -> int:
@@ -77,10 +78,18 @@ class SequenceCache:
         """Bytes held."""
         return storage_bytes(self.tensors())
 
-    def append(self, new: NewTokens, scoring: Scoring, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def append(
+        self,
+        new: NewTokens,
+        scoring: Scoring,
+        sinks: Tensor | None,
+        dtype: torch.dtype,
+        known: Mapping[int, Partial] | None = None,
+    ) -> Tensor:
         """Add waiting tokens; returns their attention output (N, H * G, D).
 
-        sinks: (H * G,) logits of the layer, or None.
+        sinks: (H * G,) logits of the layer, or None. known: partial results of segments that other sequences hold, too,
+        by id of the segment.
         """
         self._scoring = scoring
         start, count = self._dense + self._waiting, new.keys.shape[1]
@@ -98,7 +107,9 @@ class SequenceCache:
         for begin in range(0, count, QUERIES_AT_ONCE):
             part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
             above = None if new.above is None else new.above[part]
-            outputs.append(self._attend(new.queries[part], new.positions[part], first + begin, above, scoring, sinks))
+            own = {key: Partial(*(tensor[part] for tensor in partial)) for key, partial in (known or {}).items()}
+            queries, positions = new.queries[part], new.positions[part]
+            outputs.append(self._attend(queries, positions, first + begin, above, scoring, sinks, own))
         return torch.cat(outputs).to(dtype)
 
     def _attend(
@@ -109,8 +120,9 @@ class SequenceCache:
         above: Tensor | None,
         scoring: Scoring,
         sinks: Tensor | None,
+        known: Mapping[int, Partial],
     ) -> Tensor:
-        """Output (W, H * G, D) of W waiting nodes, the first of which is `node`."""
+        """Output (W, H * G, D) of W waiting nodes, the first of which is `node`. known: see append."""
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
@@ -118,7 +130,10 @@ class SequenceCache:
         if segments and self.method is not None and self.method.guided:
             guides = self._guides(self.method, queries, node, above)
             segments = [segment.asked(guides) for segment in segments]
-        partials = [segment.attend(queries, positions, scoring) for segment in segments]
+        partials = [
+            known[id(segment)] if id(segment) in known else segment.attend(queries, positions, scoring)
+            for segment in segments
+        ]
         # Nodes behind the last of these queries are not read.
         end = self._dense + node + len(queries) if above is None else self._dense + self._waiting
         partials.append(self._attend_nodes(queries, positions, node, above, end, scoring))
@@ -211,6 +226,17 @@ class SequenceCache:
             sums += shares.masked_fill_(hidden, 0.0).sum((1, 2))
         self._attention = sums
 
+    def look_ahead(self, positions: Tensor) -> None:
+        """Drop the waiting nodes at positions (W,); the method sees their queries when it is applied next."""
+        queries, denominators = (torch.cat(parts) for parts in zip(*self._asked, strict=True))
+        self._lookahead = Lookahead(queries, positions, denominators)
+        self.commit([])
+
+    def begin_with(self, segments: Sequence[Segment]) -> None:
+        """Hold segments of another sequence, of which these are the first tokens. This one must be empty."""
+        assert self.length == 0
+        self.segments, self.length = list(segments), sum(segment.tokens for segment in segments)
+
     def uncompressed(self) -> Recent | None:
         """The dense committed tokens, for the method; None before the first token. No node may wait."""
         assert self._waiting == 0
@@ -225,10 +251,12 @@ class SequenceCache:
             self._attention,
             self._memory,
             None if self._ends is None else self._ends[dense],
+            self._lookahead,
         )
 
     def keep(self, kept: Kept | None) -> None:
         """Hold what a method keeps; None leaves everything as it is."""
+        self._lookahead = None
         if kept is None:
             return
         assert self._keys is not None

@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from hasten.accel.cache.prompt.base import saved_positions
 from hasten.accel.decoding.bounds import fit_to_memory, needed_bytes
 from hasten.accel.decoding.context import Context
 from hasten.accel.decoding.drafters.base import Drafter, Memory, Models, Outcome, top_tokens_of
@@ -29,7 +30,9 @@ from hasten.accel.errors import UserError
 class Request:
     """A prompt of at least one token.
 
-    seed: of all random numbers that are drawn for it. stop: ids that end it, in addition to the engine's.
+    seed: of all random numbers that are drawn for it. stop: ids that end it, in addition to the engine's. contexts:
+    ascending indices where the contexts among the tokens begin, and where the last one ends, for caches that read them
+    side by side; () for none.
     """
 
     id: str
@@ -38,6 +41,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,8 @@ class Engine:
             raise UserError(refusal)
         if not request.tokens:
             raise UserError(f"prompt {request.id} has no tokens")
-        needed = len(request.tokens) + request.max_new_tokens
+        self.target.check_contexts(request.contexts)
+        needed = len(request.tokens) + request.max_new_tokens - saved_positions(request.contexts)
         if needed > self.target.max_length:
             raise UserError(
                 f"prompt {request.id} has {len(request.tokens)} tokens, and with max_new_tokens="
@@ -175,6 +180,7 @@ class Engine:
         self.policy.begin_sequence()
         if self.drafter is not None:
             self.drafter.begin(context, self.memory)
+        self.target.begin_prompt(slot, request.tokens, request.max_new_tokens, request.contexts)
         self._prefill(slot, context, request.max_new_tokens)
         self.target.end_prompt(slot)
         running.stats.prefill_seconds = perf_counter() - started
@@ -185,7 +191,8 @@ class Engine:
         prompt = context.tokens[:-1]
         drafter = self.drafter
         observed = 0
-        if drafter is not None and self._max_nodes and self.policy.observes_prompt(self._in_flight):
+        observes = self._max_nodes and self.policy.observes_prompt(self._in_flight) and not self.target.reads_prompts
+        if drafter is not None and observes:
             # A short completion does not earn back the time of many tokens.
             observed = min(drafter.observes_prompt, len(prompt), new // 4)
         features = self.target.prefill(slot, prompt[: len(prompt) - observed], self._chunk)

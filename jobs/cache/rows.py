@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from hasten.accel.cache.base import CacheBudget, CacheLevel, CacheMethod, check_budget
+from hasten.accel.cache.prompt.base import Drafting
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest, write_whole
 from hasten.accel.data.tokens import fingerprint
@@ -88,13 +90,14 @@ def _parsed(option: str, text: str) -> tuple[str, dict[str, object]]:
     known = method_names("cache")
     if name not in known:
         raise UserError(f"{option}={name} is none of {', '.join(known)}")
+    texts = [field.name for field in method("cache", name).fields if field.kind is str]
     fields: dict[str, object] = {}
     for item in filter(None, given.split(",")):
         key, sign, value = item.partition("=")
         if not sign:
             raise UserError(f"{option}={text} has {item!r}: expected NAME:FIELD=VALUE,FIELD=VALUE")
         try:
-            fields[key] = json.loads(value)
+            fields[key] = value if key in texts and value != "null" else json.loads(value)
         except ValueError:
             raise UserError(f"{option}={text}: {key}={value} is no number, true or false") from None
     return name, fields
@@ -109,9 +112,14 @@ def _settings(option: str, text: str, name: str, fields: dict[str, object]) -> R
 
 def _key(inputs: CacheInputs, row: CacheRow) -> Record:
     """Everything that a row depends on."""
+    made, draft = row.method, dict[str, object]()
+    if isinstance(made, Drafting) and made.draft is not None:
+        draft = {"draft": Checkpoint(Path(made.draft)).fingerprint()}
+        made = replace(made, draft=None)
     return {
+        **draft,
         "model": Checkpoint(inputs.model).fingerprint(),
-        "method": repr(row.method),
+        "method": repr(made),
         "budget": None if row.budget is None else repr(row.budget),
         "statistics": statistics_fingerprint(row.statistics),
         "windows": None if inputs.windows is None else fingerprint(inputs.windows),

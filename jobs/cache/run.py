@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from hasten.accel.cache.base import CacheBudget, check_budget
 from hasten.accel.cache.calibrated import Calibrated
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import Drafting
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation import recall
@@ -22,6 +23,7 @@ from hasten.jobs.common.cache_statistics import chosen_statistics
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.markdown import table
 from hasten.jobs.common.plots import cache_pareto
+from hasten.jobs.common.prompts import with_draft
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
@@ -40,7 +42,11 @@ def run(config: CacheConfig) -> Path:
     inputs = _inputs(config, model)
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     cpus = config.workers * config.threads
-    with cluster_session(config, cpus, {"model": model}, {"output": output}):
+    reads = {"model": model}
+    for text, row in named:
+        if isinstance(row.method, Drafting) and row.method.draft is not None:
+            reads[f"method={text}"] = Path(row.method.draft)
+    with cluster_session(config, cpus, reads, {"output": output}):
         # Nothing was written so far: a mistake in the input leaves no files behind.
         run_dir = start(config)
         with tracked(config, "cache", run_dir) as tracker:
@@ -67,7 +73,7 @@ def cache_rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
     budgets += [CacheBudget(parse_bytes("budget_bytes", text), in_bytes=True) for text in config.budget_bytes]
     rows = [(_FULL, CacheRow(Full(), None))]
     for text in dict.fromkeys(config.method):
-        made = parse_method(text)
+        made = with_draft(parse_method(text), model)
         if isinstance(made, Full):
             continue
         # Methods without statistics may stand beside others.

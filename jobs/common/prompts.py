@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from hasten.accel.cache.base import CacheMethod
+from hasten.accel.cache.prompt.base import Drafting, saved_positions
 from hasten.accel.compression.outputs.resumable import write_whole
-from hasten.accel.data.begin import separator_tokens
+from hasten.accel.data.begin import begin_tokens, separator_tokens
 from hasten.accel.data.chat import encode_conversation, encode_prompt
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.data.records import Conversation, check_characters, read_prompt
@@ -30,12 +32,16 @@ _LIBRARY_SHORTEST, _LIBRARY_LONGEST = 64, 128
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. id: as in the file. where: file and line, for messages. is_chat: made by a chat template."""
+    """A prompt. id: as in the file. where: file and line, for messages. is_chat: made by a chat template.
+
+    contexts: see hasten.accel.decoding.engine.Request.
+    """
 
     id: object
     tokens: list[int]
     where: str
     is_chat: bool = False
+    contexts: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -87,6 +93,15 @@ def draft_folder(draft: str | None, drafter: Drafter, target: Path) -> Path | No
     return folder
 
 
+def with_draft(method: CacheMethod, target: Path) -> CacheMethod:
+    """A cache method with the absolute folder of its draft model; UserError where this does not fit the target."""
+    if not isinstance(method, Drafting) or method.draft is None:
+        return method
+    folder = model_folder("cache.draft", method.draft)
+    check_tokenizers(target, folder)
+    return replace(method, draft=str(folder))
+
+
 def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> dict[int, str]:
     """Token ids that end every completion, each with the place that names it.
 
@@ -116,10 +131,12 @@ def read_prompts(
     prompt_field: str,
     id_field: str,
     special_tokens: bool = False,
+    contexts: bool = False,
 ) -> list[Prompt]:
     """Prompts of a JSON Lines file; UserError names the wrong line. For the records see hasten.accel.data.records.
 
-    special_tokens: whether names of special tokens in plain prompts are those tokens.
+    special_tokens: whether names of special tokens in plain prompts are those tokens. contexts: whether each line has
+    contexts, too, and maybe a prefix, which stands before them.
     """
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
@@ -134,11 +151,52 @@ def read_prompts(
         else:
             tokens, is_chat = encoded_prompt(prompt, tokenizer, where, special_tokens)
         _check_tokens(tokens, vocabulary, where, prompt_field)
-        prompts.append(Prompt(record.get(id_field, number), tokens, where, is_chat))
+        bounds: tuple[int, ...] = ()
+        if contexts:
+            if is_chat:
+                raise UserError(f"{where} is a conversation, which has no contexts: give text or token ids")
+            parts = _context_parts(record, tokenizer, where, special_tokens)
+            for part in parts:
+                _check_tokens(part or [0], vocabulary, where, "contexts")
+            tokens, bounds = _joined(parts, tokens, () if tokenizer is None else begin_tokens(tokenizer))
+        prompts.append(Prompt(record.get(id_field, number), tokens, where, is_chat, bounds))
         earlier = lines.setdefault(prompts[-1].key, number)
         if earlier != number:
             raise UserError(f"prompts={path} has the id {prompts[-1].key!r} twice, in lines {earlier} and {number}")
     return prompts
+
+
+def _context_parts(record: Record, tokenizer: Tokenizer | None, where: str, special_tokens: bool) -> list[list[int]]:
+    """Token ids of the prefix, which may be none, and of each context."""
+    contexts, prefix = record.get("contexts"), record.get("prefix", [])
+    if not isinstance(contexts, list) or not contexts:
+        raise UserError(f"{where} has no list of 'contexts' beside the prompt, which this cache reads: give texts")
+    parts = []
+    for name, part in (("prefix", prefix), *(("contexts", context) for context in contexts)):
+        if isinstance(part, list) and all(type(token) is int for token in part):
+            ids = part
+        elif isinstance(part, str) and tokenizer is not None:
+            ids, _ = encoded_prompt(part, tokenizer, where, special_tokens)
+        else:
+            raise UserError(f"{where} has {name!r} of something else than text or token ids")
+        if name == "contexts" and not ids:
+            raise UserError(f"{where} has an empty context: leave it out")
+        parts.append(ids)
+    return parts
+
+
+def _joined(parts: list[list[int]], prompt: list[int], begin: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
+    """All tokens, and where contexts begin and the last one ends. begin: ids of every text; the whole has them once."""
+
+    def bare(ids: list[int]) -> list[int]:
+        return ids[len(begin) :] if begin and tuple(ids[: len(begin)]) == begin else ids
+
+    prefix, *contexts = parts
+    tokens, bounds = [*begin, *bare(prefix)], list[int]()
+    for context in contexts:
+        bounds.append(len(tokens))
+        tokens += bare(context)
+    return [*tokens, *bare(prompt)], (*bounds, len(tokens))
 
 
 def encoded_prompt(
@@ -177,9 +235,10 @@ def library_prompts(tokenizer: Tokenizer | None, vocabulary: int) -> list[Prompt
 def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None) -> None:
     """UserError names a prompt that exceeds the target's context with its completion; limit=None is no limit."""
     for prompt in prompts:
-        if limit is not None and len(prompt.tokens) + max_new_tokens > limit:
+        positions = len(prompt.tokens) - saved_positions(prompt.contexts)
+        if limit is not None and positions + max_new_tokens > limit:
             raise UserError(
-                f"{prompt.where}: the prompt {prompt.key!r} has {len(prompt.tokens)} tokens, and with max_new_tokens="
+                f"{prompt.where}: the prompt {prompt.key!r} has {positions} tokens, and with max_new_tokens="
                 f"{max_new_tokens} it is longer than the target's context of {limit}"
             )
 

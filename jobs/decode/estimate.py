@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hasten.accel.cache.prompt.base import takes_contexts
 from hasten.accel.costs import decoding
 from hasten.accel.costs.estimate import Estimate
 from hasten.accel.costs.model import Model
@@ -80,6 +81,7 @@ def _prompt_lengths(config: DecodeConfig, target: Model) -> tuple[int, float, in
         config.prompt_field,
         config.id_field,
         config.special_tokens,
+        takes_contexts(build(config.cache)),
     )
     lengths = [len(prompt.tokens) for prompt in prompts]
     return len(lengths), sum(lengths) / len(lengths), max(lengths)

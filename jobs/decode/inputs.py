@@ -7,6 +7,8 @@ from typing import Any
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
 from hasten.accel.cache.mixed import Mixed
+from hasten.accel.cache.prompt.base import Drafting, takes_contexts
+from hasten.accel.cache.prompts import check_contexts
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FAST_PATHS
@@ -25,6 +27,7 @@ from hasten.jobs.common.prompts import (
     load_learned,
     model_folder,
     read_prompts,
+    with_draft,
 )
 from hasten.jobs.common.sizes import parse_bytes
 from hasten.jobs.common.target_group import check_target, chosen_division
@@ -70,11 +73,15 @@ def prepare(config: DecodeConfig) -> Inputs:
     device = resolve_device(config.device)
     tokenizer, vocabulary = load_tokenizer(target, config.template), vocabulary_size(target)
     stopping = chosen_stopping(config, target, tokenizer, vocabulary)
+    cache = chosen_cache(config, target)
     if config.prompts is None:
+        check_contexts(cache, ())
         prompts = library_prompts(tokenizer, vocabulary)
     else:
         fields = config.prompt_field, config.id_field
-        prompts = read_prompts(Path(config.prompts), tokenizer, vocabulary, *fields, config.special_tokens)
+        prompts = read_prompts(
+            Path(config.prompts), tokenizer, vocabulary, *fields, config.special_tokens, takes_contexts(cache)
+        )
     check_lengths(prompts, config.max_new_tokens, context_length(target))
     dtype, *other_dtypes = dtype_choices(config.dtype, device)
     learned = None
@@ -121,7 +128,7 @@ def prepare(config: DecodeConfig) -> Inputs:
     return Inputs(spec, sampling, stopping, prompts, completions, kept, _placement(config, spec, sampling))
 
 
-def chosen_cache(config: DecodeConfig) -> CacheMethod:
+def chosen_cache(config: DecodeConfig, target: Path) -> CacheMethod:
     """The cache method; UserError where it does not fit the budget, the path or the group."""
     method: CacheMethod = build(config.cache)
     budget = chosen_budget(config)
@@ -134,7 +141,12 @@ def chosen_cache(config: DecodeConfig) -> CacheMethod:
     if config.target_group.size > 1:
         raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
     check_budget(method, budget)
-    return method
+    return with_draft(method, target)
+
+
+def cache_draft(spec: DecodeSpec) -> Path | None:
+    """Folder of the draft model that the cache asks; None if it asks none, or the target."""
+    return Path(spec.cache.draft) if isinstance(spec.cache, Drafting) and spec.cache.draft is not None else None
 
 
 def chosen_budget(config: DecodeConfig) -> CacheBudget | None:
@@ -176,6 +188,7 @@ def _settings(config: DecodeConfig, spec: DecodeSpec, sampling: Sampling) -> dic
         "dtype": "auto" if spec.other_dtypes else str(spec.dtype).removeprefix("torch."),
         "path": config.path,
         "cache": _cache_settings(config, spec),
+        "cache_draft": None if (folder := cache_draft(spec)) is None else Checkpoint(folder).fingerprint()[:16],
         "seed": config.seed,
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hasten.accel.cache.full import Full
 from hasten.accel.decoding.engine import Request, Result
 from hasten.accel.decoding.replay import distinct_share
 from hasten.accel.decoding.stats import DecodingStats
@@ -26,7 +27,7 @@ from hasten.jobs.common.prompts import Prompt, prompt_seed, save_learned
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.decode.completions import Record
-from hasten.jobs.decode.inputs import Inputs, prepare
+from hasten.jobs.decode.inputs import Inputs, cache_draft, prepare
 from hasten.jobs.decode.options import DecodeConfig
 from hasten.jobs.decode.stopping import Stopping
 from hasten.jobs.decode.streaming import Printer
@@ -50,7 +51,8 @@ def run(config: DecodeConfig) -> Path:
         decoders = None
         if inputs.missing:
             drafters = 0 if inputs.placement == "private" else config.drafter_actors
-            reads = {"target": inputs.spec.target} | ({} if inputs.spec.draft is None else {"draft": inputs.spec.draft})
+            drafts = {"draft": inputs.spec.draft, "cache.draft": cache_draft(inputs.spec)}
+            reads = {"target": inputs.spec.target} | {name: path for name, path in drafts.items() if path is not None}
             cpus = config.workers * config.threads * config.target_group.size + drafters
             stack.enter_context(cluster_session(config, cpus, reads, {}, group=config.target_group))
             decoders = _decoders(config, inputs, printer)
@@ -136,6 +138,7 @@ def _decode(
             inputs.sampling,
             prompt_seed(config.seed, key),
             inputs.stopping.ids(prompt),
+            prompt.contexts,
         )
         for key, prompt in prompts.items()
     ]
@@ -176,6 +179,8 @@ def _check_ties(
     sampling = inputs.sampling
     if decoders.dtype == torch.float32 or not sampling.is_greedy or sampling.has_penalty or not chosen:
         return {}
+    if not isinstance(inputs.spec.cache, Full | None):
+        return {}  # the check reads the whole prompt, as the cache does not
     ties = decoders.ties([(record["prompt_token_ids"], record["token_ids"]) for record in chosen])
     if ties is None:
         return {}

@@ -13,6 +13,8 @@ from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache, Handle
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompt.base import PromptMethod, saved_positions, takes_contexts
+from hasten.accel.cache.prompts import prefill
 from hasten.accel.decoding.drafters.retrieval.prompt_lookup import PromptLookup
 from hasten.accel.decoding.engine import Engine, Request
 from hasten.accel.decoding.lengths.fixed import Fixed
@@ -30,6 +32,8 @@ SMALL = {
     "sentencekv": {"held": 1.5, "sinks": 4, "longest": 8},
     "vidkv": {"residual": 32},
 }
+# Of methods that read contexts beside a prompt: where they begin, and where the last one ends.
+CONTEXTS = (4, 20, 36)
 PROMPTS = torch.randint(3, tiny.VOCABULARY, (3, 90), generator=torch.Generator().manual_seed(3))
 
 
@@ -63,17 +67,29 @@ def load(folder: Path):
 def logits(model, tokens: torch.Tensor, cache: CompressedCache | None, mask: torch.Tensor | None = None):
     """Logits of the prompt's last token and of NEW tokens fed one by one, (B, NEW + 1, V); the cache."""
     split = tokens.shape[1] - NEW
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    found = []
-    for start, stop in [(0, split), *((at, at + 1) for at in range(split, tokens.shape[1]))]:
-        inputs = {"attention_mask": None if mask is None else mask[:, :stop]}
+    lower = saved_positions(CONTEXTS) if cache is not None and takes_contexts(cache.method) else 0
+    positions = None if mask is None else (mask.cumsum(1) - 1 - lower).clamp(min=0)
+    last, cache = prompt(model, tokens[:, :split], cache, None if mask is None else mask[:, :split], positions)
+    found = [last]
+    for at in range(split, tokens.shape[1]):
+        inputs = {"attention_mask": None if mask is None else mask[:, : at + 1]}
         if positions is not None:
-            inputs["position_ids"] = positions[:, start:stop]
+            inputs["position_ids"] = positions[:, at : at + 1]
         with torch.no_grad():
-            out = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **inputs)
-        cache = out.past_key_values
+            out = model(tokens[:, at : at + 1], past_key_values=cache, use_cache=True, **inputs)
         found.append(out.logits[:, -1])
     return torch.stack(found, 1), cache
+
+
+def prompt(model, tokens, cache, mask=None, positions=None):
+    """Logits behind a prompt, and the cache; through `prefill` for methods that read prompts before they run."""
+    if cache is not None and isinstance(cache.method, PromptMethod):
+        contexts = CONTEXTS if cache.method.takes_contexts else ()
+        return prefill(model, cache, tokens, mask, max_new_tokens=8, contexts=contexts, leave=0), cache
+    inputs = {} if positions is None else {"position_ids": positions[:, : tokens.shape[1]]}
+    with torch.no_grad():
+        out = model(tokens, past_key_values=cache, use_cache=True, attention_mask=mask, **inputs)
+    return out.logits[:, -1], out.past_key_values
 
 
 def test_a_sequence_has_the_same_bits_in_a_batch_as_alone(folder, method):
@@ -151,8 +167,7 @@ def test_what_is_evicted_is_freed_and_all_that_is_held_is_counted(text, method):
     held = {}
     for name, made in (("full", Full()), ("own", method)):
         cache = CompressedCache(model, made, budget(made, 0.5))
-        with torch.no_grad():
-            model(tokens, past_key_values=cache)
+        prompt(model, tokens, cache)
         tensors = [
             tensor
             for layer in cache.compressed
@@ -170,7 +185,10 @@ def test_what_is_evicted_is_freed_and_all_that_is_held_is_counted(text, method):
 
 
 def test_under_the_engine_drafts_change_no_token(folder, method):
-    requests = [Request(str(row), tokens[: 60 + 7 * row].tolist(), NEW) for row, tokens in enumerate(PROMPTS)]
+    contexts = CONTEXTS if takes_contexts(method) else ()
+    requests = [
+        Request(str(row), tokens[: 60 + 7 * row].tolist(), NEW, contexts=contexts) for row, tokens in enumerate(PROMPTS)
+    ]
 
     def decoded(drafts: int, in_flight: int) -> dict[str, list[int]]:
         target = CachedTarget(load(folder), method, budget(method, 40))
@@ -197,8 +215,8 @@ def test_tokens_are_taken_back_until_they_are_compressed(folder, method):
     model = load(folder)
     attach(model)
     cache = CompressedCache(model, method, budget(method, 1000))
+    before, _ = prompt(model, PROMPTS[:1, :40], cache)
     with torch.no_grad():
-        before = model(PROMPTS[:1, :40], past_key_values=cache).logits[:, -1]
         model(PROMPTS[:1, 40:41], past_key_values=cache)
         cache.crop(-1)
         again = model(PROMPTS[:1, 40:41], past_key_values=cache).logits[:, -1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.base import CacheMethod, Kept, Place, Recent
+from hasten.accel.cache.base import CacheMethod, Kept, Lookahead, Place, Recent
 from hasten.accel.cache.segments.base import Segment, scores
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
@@ -17,7 +17,7 @@ from hasten.accel.errors import UserError
 class Candidates:
     """Tokens of which some are dropped.
 
-    keys, values: (H, T, D). positions: (H, T) int32. queries, attention: see Recent.
+    keys, values: (H, T, D). positions: (H, T) int32. queries, attention, lookahead: see Recent.
     """
 
     keys: Tensor
@@ -26,6 +26,7 @@ class Candidates:
     queries: Tensor | None
     attention: Tensor | None
     place: Place
+    lookahead: Lookahead | None = None
 
     def gathered(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions of the tokens with indices kept (H, K)."""
@@ -79,7 +80,7 @@ def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Can
     own = recent.keys, recent.values, recent.positions.expand(len(recent.keys), -1)
     parts = zip(*(segment.dense() for segment in segments), own, strict=True)
     keys, values, positions = (torch.cat(part, 1) for part in parts)
-    return Candidates(keys, values, positions, recent.queries, recent.attention, place)
+    return Candidates(keys, values, positions, recent.queries, recent.attention, place, recent.lookahead)
 
 
 def window_attention(tokens: Candidates) -> Tensor:

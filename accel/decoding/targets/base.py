@@ -61,10 +61,12 @@ class Target(ABC):
     A pass over adjacent slots, such as 0 to B - 1, reads the caches without a copy. feature_layers: F numbers of
     hidden states that passes return, next to each other, as the features of a token: i is after the first i decoder
     layers, FINAL after the final norm. waits_for_others: whether a pass waits for other processes. virtual: virtual
-    tokens that passes may have, with the ids from V on; None for none.
+    tokens that passes may have, with the ids from V on; None for none. reads_prompts: whether `prefill` must get a
+    prompt whole, since the target decides itself which of its tokens run; then no features are returned.
     """
 
     waits_for_others = False
+    reads_prompts = False
 
     def __init__(self, vocabulary: int, max_length: int, device: torch.device) -> None:
         self.vocabulary, self.max_length, self.device = vocabulary, max_length, device
@@ -103,6 +105,15 @@ class Target(ABC):
     def depths(self, slot: int) -> Sequence[int]:
         """Depth of every waiting node of the slot; children of ROOT have depth 0."""
         return self._slots[slot].depths
+
+    def check_contexts(self, contexts: Sequence[int]) -> None:
+        """UserError where contexts of a request are missing, or of no use; see Request."""
+        if contexts:
+            raise UserError("only the KV cache of cache=ape reads contexts: leave them out")
+
+    def begin_prompt(self, slot: int, tokens: Sequence[int], new: int, contexts: Sequence[int] = ()) -> None:
+        """Called before `prefill` with a whole prompt, the number of tokens to decode at most, and its contexts."""
+        return None
 
     def end_prompt(self, slot: int) -> None:
         """Called when all of a prompt is committed that is before decoding begins."""

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.prompts import load_draft
 from hasten.accel.cache.statistics import load as load_statistics
 from hasten.accel.decoding.targets.base import FAST_PATHS, Target
 from hasten.accel.decoding.targets.cached import CachedTarget
@@ -57,7 +58,8 @@ def load_target(
     model.to(device)
     if cache is not None and compresses:
         statistics = None if cache_statistics is None else load_statistics(cache, cache_statistics)
-        return CachedTarget(model, cache, cache_budget, keeps_hidden, statistics)
+        draft = load_draft(cache, dtype, device)
+        return CachedTarget(model, cache, cache_budget, keeps_hidden, statistics, draft)
     if path == "transformers" or reason is not None:
         return TransformersTarget(model, keeps_hidden)
     return FastTarget.of(model, compiled)

@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from hasten.accel.cache.prompt.speckv import SpecKV
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import resolve
 from hasten.jobs.cache.rows import parse_method
 from hasten.jobs.cli.main import main
+from hasten.jobs.common.prompts import with_draft
 from tests.jobs.report import last_report
+from tests.models import tiny
 
 
 def cache(**changes):
@@ -78,3 +82,18 @@ def test_hyper_parameters_stand_behind_the_name():
     assert parse_method("kivi:bits=4,residual=8") == KIVI(bits=4, residual=8)
     with pytest.raises(UserError, match="is none of"):
         parse_method("")
+
+
+def test_the_text_of_a_hyper_parameter_is_taken_as_it_is():
+    assert parse_method("speckv:draft=embedded:draft,window=8") == SpecKV(draft="embedded:draft", window=8)
+    assert parse_method("speckv:draft=null") == SpecKV()
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path):
+    draft = tiny.save(tmp_path / "draft", "llama")
+    with pytest.raises(UserError, match="give a draft model with the target's tokenizer"):
+        with_draft(SpecKV(draft=str(draft)), resolve("embedded:target"))
+    with pytest.raises(UserError, match=r"cache\.draft="):
+        with_draft(SpecKV(draft=str(tmp_path / "none")), resolve("embedded:target"))
+    made = with_draft(SpecKV(draft="embedded:draft"), resolve("embedded:target"))
+    assert made.draft == str(resolve("embedded:draft").absolute())

@@ -7,6 +7,7 @@ import torch
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.jobs.common.prompts import (
+    check_lengths,
     check_tokenizers,
     load_learned,
     read_prompts,
@@ -39,6 +40,57 @@ def test_names_of_special_tokens_are_text_unless_asked_for(tmp_path):
     assert [[prompt.tokens.count(end) for prompt in prompts] for prompts in found] == [[0, 0], [1, 1]]
     assert [tokenizer.decode(prompt.tokens) for prompt in found[0]] == ["x<|endoftext|>", "y<|endoftext|>\n"]
     assert [prompt.is_chat for prompt in found[0]] == [False, False]
+
+
+def test_contexts_stand_between_the_prefix_and_the_prompt(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    record = {"prefix": "Read", "contexts": ["one two", [5, 6, 7], "x"], "prompt": "y"}
+    path.write_text(json.dumps(record) + '\n{"prompt": [3], "contexts": [[4]]}\n')
+    tokenizer = load_tokenizer(resolve("embedded:target"))
+    whole, plain = read_prompts(path, tokenizer, 4096, "prompt", "id", contexts=True)
+    assert (plain.tokens, plain.contexts) == ([4, 3], (0, 1))
+    parts = [
+        tokenizer(part).input_ids if isinstance(part, str) else part for part in ("Read", *record["contexts"], "y")
+    ]
+    assert whole.tokens == [token for part in parts for token in part]
+    starts = [sum(map(len, parts[:count])) for count in range(1, 5)]
+    assert whole.contexts == tuple(starts)
+    # All contexts begin at one position, so that the text may be longer than the model's context.
+    longest = max(map(len, parts[1:4]))
+    needed = len(parts[0]) + longest + len(parts[4])
+    check_lengths([whole], 8, needed + 8)
+    with pytest.raises(UserError, match=f"has {needed} tokens"):
+        check_lengths([whole], 8, needed + 7)
+    # Without a cache that reads contexts, they are a field like any other.
+    assert read_prompts(path, tokenizer, 4096, "prompt", "id")[1].tokens == [3]
+
+
+def test_a_tokenizer_s_first_token_stands_before_all_contexts_once(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"contexts": [[1, 5], [1, 6]], "prompt": [1, 7]}')
+
+    def tokenizer(text, add_special_tokens=True, **_):
+        return {"input_ids": [1, 3] if add_special_tokens else [3]}
+
+    (found,) = read_prompts(path, tokenizer, 9, "prompt", "id", contexts=True)
+    assert (found.tokens, found.contexts) == ([1, 5, 6, 7], (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        ({"prompt": [1]}, "line 1 has no list of 'contexts'"),
+        ({"prompt": [1], "contexts": []}, "line 1 has no list of 'contexts'"),
+        ({"prompt": [1], "contexts": [[]]}, "line 1 has an empty context"),
+        ({"prompt": [1], "contexts": ["text"]}, "line 1 has 'contexts' of something else"),
+        ({"prompt": [1], "contexts": [[9]]}, "token id 9"),
+    ],
+)
+def test_wrong_contexts_are_refused(tmp_path, record, wrong):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=wrong):
+        read_prompts(path, None, 9, "prompt", "id", contexts=True)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,35 @@ def test_a_compressed_cache_gives_the_same_tokens_with_and_without_drafts(source
 
 
 @pytest.mark.ray
+def test_caches_that_read_prompts_get_contexts_and_a_draft_model(source, folder, capsys, ray_session):
+    question = PROMPTS["p0"]
+    record = {"prompt": question, "contexts": [[5, 6, 7], [8, 9]], "prefix": [4]}
+    (folder / "prompts.jsonl").write_text(json.dumps(record))
+    assert decode(source, cache="ape") == 0
+    (result,) = lines("out.jsonl")
+    assert result["prompt_token_ids"] == [4, 5, 6, 7, 8, 9, *question]
+    draft = {"cache.draft": source, "cache.window": 1, "cache.sinks": 1, "cache.recent": 1, "cache.kernel": 1}
+    assert decode(source, cache="speckv", cache_budget=4, **draft, output="kv.jsonl") == 0
+    (result,) = lines("kv.jsonl")
+    assert result["prompt_token_ids"] == question
+    assert len(result["token_ids"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"cache": "ape"}, "line 1 has no list of 'contexts'"),
+        ({"cache": "ape", "prompts": "null"}, "reads contexts beside the prompt"),
+        ({"cache": "speckv", "cache_budget": 4, "cache.draft": "nowhere"}, "cache.draft=nowhere"),
+    ],
+)
+def test_caches_that_read_prompts_refuse_what_they_cannot_read(source, folder, capsys, changes, wrong):
+    write(folder / "prompts.jsonl", PROMPTS)
+    assert decode(source, **changes) == 2
+    assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.ray
 def test_every_prompt_gets_a_result_and_a_second_run_adds_the_missing_ones(source, folder, capsys, ray_session):
     write(folder / "prompts.jsonl", dict(list(PROMPTS.items())[:3]))
     assert decode(source) == 0

@@ -1,0 +1,1 @@
+"""Methods that read the ids of a prompt before it runs."""
