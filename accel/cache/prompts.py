@@ -21,6 +21,7 @@ from hasten.accel.cache.draft import DraftModel
 from hasten.accel.cache.prompt.base import Drafting, Prompt, PromptMethod, Reading, takes_contexts
 from hasten.accel.cache.prompt.hydragen import common_length, share
 from hasten.accel.cache.segments.dense import Dense
+from hasten.accel.cache.sequence import SequenceCache
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 
