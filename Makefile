@@ -47,9 +47,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# All at once: this is also what `demo` needs.
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
 	$(PIP) -e '.[test,distributed]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 # Warnings are errors. The hook in docs/generate.py reads the options from the code.
 docs: $(VENV)/.installed-docs

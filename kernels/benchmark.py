@@ -27,7 +27,19 @@ from time import perf_counter
 import torch
 
 import hasten.kernels
-from hasten.kernels.timing import SAMPLES, SEED, Case, Skipped, Timing, check, copy_rate, rotation, time_calls
+from hasten.kernels.timing import (
+    DRY,
+    SAMPLES,
+    SEED,
+    WARMUP,
+    Case,
+    Skipped,
+    Timing,
+    check,
+    copy_rate,
+    rotation,
+    time_calls,
+)
 
 _MAX_MESSAGE = 200
 
@@ -122,16 +134,16 @@ def measure(case: Case, device: torch.device, rate: float, dry: bool) -> tuple[l
     rate: copy rate of the device, in bytes per second.
     """
     buffers = rotation(case, device, dry)
-    samples = 3 if dry else SAMPLES
-    # Compilation happens in the warm-up calls.
+    # Compilation happens in the warm-up calls. The times of a dry run mean nothing.
+    rotations = DRY if dry else (SAMPLES, WARMUP)
     timings = {
-        "kernel": time_calls(case.kernel, buffers, samples),
-        "reference": time_calls(case.reference, buffers, samples),
+        "kernel": time_calls(case.kernel, buffers, *rotations),
+        "reference": time_calls(case.reference, buffers, *rotations),
     }
     skipped: list[Skipped] = []
     for name, peer in case.peers.items():
         try:
-            timings[name] = time_calls(peer, buffers, samples)
+            timings[name] = time_calls(peer, buffers, *rotations)
         except Exception as error:  # an operator that this torch or this GPU lacks must not lose the other rows
             message = str(error).partition("\n")[0][:_MAX_MESSAGE]  # torch lists all backends of an operator
             reason = f"{name} at {case.shape} {case.dtype}: {type(error).__name__}: {message}"

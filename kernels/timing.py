@@ -11,7 +11,9 @@ from torch import Tensor
 Operands = tuple[Tensor, ...]
 
 SEED = 0
-SAMPLES, _WARMUP = 20, 3
+SAMPLES, WARMUP = 20, 3
+# Of a dry run, in which each call of an interpreted kernel takes long: as few as have deciles.
+DRY = (2, 0)
 # Rotated inputs fill the cache this many times, so that no input is still cached when it is used again.
 _CACHES = 4
 _CPU_CACHE_BYTES = 2**26
@@ -74,11 +76,13 @@ def check(case: Case, device: torch.device) -> None:
     torch.testing.assert_close(case.kernel(*operands), case.reference(*operands), rtol=case.rtol, atol=case.atol)
 
 
-def time_calls(function: Callable[..., object], buffers: Sequence[Operands], samples: int) -> Timing:
-    """Time per call, from `samples` rotations over all buffers."""
+def time_calls(
+    function: Callable[..., object], buffers: Sequence[Operands], samples: int, warmup: int = WARMUP
+) -> Timing:
+    """Time per call, from `samples` rotations over all buffers, after `warmup` others."""
     on_gpu = buffers[0][0].is_cuda
     rotate = _rotate_on_gpu if on_gpu else _rotate_on_cpu
-    results = [rotate(function, buffers) for _ in range(_WARMUP + samples)][_WARMUP:]
+    results = [rotate(function, buffers) for _ in range(warmup + samples)][warmup:]
     seconds = [result[0] / len(buffers) for result in results]
     deciles = quantiles(seconds, n=10, method="inclusive")
     return Timing(median(seconds), deciles[0], deciles[-1], any(result[1] for result in results))
@@ -108,10 +112,10 @@ def _rotate_on_cpu(function: Callable[..., object], buffers: Sequence[Operands])
 
 
 def rotation(case: Case, device: torch.device, dry: bool) -> list[Operands]:
-    """Operands of several calls, all different, which together exceed the device's cache."""
+    """Operands of several calls, all different, which together exceed the device's cache; of one call in a dry run."""
     on_gpu = device.type == "cuda"
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size) if on_gpu else _CPU_CACHE_BYTES
-    count = 2 if dry else min(_MAX_BUFFERS, max(2, -(-_CACHES * cache // case.nbytes)))
+    count = 1 if dry else min(_MAX_BUFFERS, max(2, -(-_CACHES * cache // case.nbytes)))
     generator = torch.Generator(device).manual_seed(SEED)
     return [case.operands(generator, device) for _ in range(count)]
 
@@ -121,5 +125,6 @@ def copy_rate(device: torch.device, dry: bool) -> float:
     size = 2**24 if dry else 2**28
     generator = torch.Generator(device).manual_seed(SEED)
     source, target = (torch.randn(size, generator=generator, device=device) for _ in range(2))
-    timing = time_calls(lambda a, b: a.copy_(b), [(target, source), (source, target)], 3 if dry else SAMPLES)
+    rotations = DRY if dry else (SAMPLES, WARMUP)
+    timing = time_calls(lambda a, b: a.copy_(b), [(target, source), (source, target)], *rotations)
     return 2 * source.nbytes / timing.median

@@ -10,6 +10,10 @@ import pytest
 
 # Before torch is imported: threads that wait for each other on a busy machine make tests take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests start hundreds of processes, Ray's workers among them. Without bytecode on disk, each of them would compile all
+# modules that it imports, which takes half as long again as the import itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 # Folders whose tests import nothing but accel and kernels.
@@ -25,10 +29,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the session's Ray is marked `ray`."""
+    """Whatever uses the session's Ray is marked `ray`. Files with long tests come first: short ones fill the rest."""
+    long = set()
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+        if any(item.get_closest_marker(name) for name in ("ray", "slow", "faults")):
+            long.add(item.path)
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")

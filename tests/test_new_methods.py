@@ -98,7 +98,7 @@ def checkout(tmp_path_factory):
 
 def run(checkout, *words):
     """Output of Python with the words in the copy; it must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=checkout)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout

@@ -51,7 +51,8 @@ def serve(uri: str, host: str, port: int, in_browser: bool = False) -> int:
     if artifacts:
         # Runs read and write artifacts directly, as they do without the server.
         command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Without MLflow's own jobs, such as evaluations by language models: their queues are seven more processes.
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # The server logs every request. The log goes to a temporary file, because a full pipe would block the server.
     # MLflow's web server imports from the current folder: that is an empty one.
     with tempfile.TemporaryFile("w+", errors="replace") as log, empty_folder() as empty:

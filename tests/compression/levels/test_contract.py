@@ -1,5 +1,7 @@
 """The contract of every kind of level; kinds and names are discovered in accel/compression/levels/kinds."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -42,6 +44,17 @@ def methods_of(level):
     return [method for method in METHODS if isinstance(method, level.family)] or [level.default_method()]
 
 
+@pytest.fixture(scope="module")
+def solution(hessian):
+    """Function that solves a level for one weight of this many rows; what was solved before is not solved again."""
+
+    @cache
+    def solve(level, rows, dtype):
+        return solved(level, {"a": weight_of(rows, dtype)}, hessian)["a"].weight
+
+    return lambda level, rows=16, dtype=torch.bfloat16: solve(level, rows, dtype)
+
+
 def solved(level, weights, hessian, method=None):
     method = method or methods_of(level)[0]
     layers = [Layer(name, name, len(weight), COLUMNS, "group", None) for name, weight in weights.items()]
@@ -80,9 +93,9 @@ def test_a_wrong_name_is_refused_with_examples_of_names(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_tensors_match_stored_tensors_and_stored_bits(level, hessian, dtype):
+def test_packed_tensors_match_stored_tensors_and_stored_bits(level, solution, dtype):
     # 16 rows and 256 columns: nothing is padded.
-    weight = solved(level, {"a": weight_of(16, dtype)}, hessian)["a"].weight
+    weight = solution(level, dtype=dtype)
     stored = level.pack(weight)
     assert weight.bits == level.stored_bits(16, COLUMNS, dtype.itemsize) == packed_bits(stored)
     announced = level.stored_tensors(16, COLUMNS, dtype)
@@ -92,15 +105,15 @@ def test_packed_tensors_match_stored_tensors_and_stored_bits(level, hessian, dty
             assert (stored[tensor.name].dtype, tuple(stored[tensor.name].shape)) == (tensor.dtype, tensor.shape)
 
 
-def test_padding_is_less_than_a_word_for_every_row_or_column_of_a_tensor(level, hessian):
-    weight = solved(level, {"a": weight_of(19)}, hessian)["a"].weight
+def test_padding_is_less_than_a_word_for_every_row_or_column_of_a_tensor(level, solution):
+    weight = solution(level, rows=19)
     stored = level.pack(weight)
     assert 0 <= packed_bits(stored) - weight.bits < 32 * COLUMNS * len(stored)
     assert weight.bits == level.stored_bits(19, COLUMNS, 2)
 
 
-def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, hessian):
-    stored = level.pack(solved(level, {"a": weight_of(16)}, hessian)["a"].weight)
+def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, solution):
+    stored = level.pack(solution(level))
     dense, scheme = level.unpack(stored), level.loader_scheme
     tensors = level.checkpoint_tensors(stored)
     assert dense.shape == (16, COLUMNS)
@@ -111,7 +124,7 @@ def test_a_checkpoint_holds_the_weight_that_the_database_holds(level, hessian):
         assert same(tensors, stored)
 
 
-def test_compressed_tensors_packs_the_weight_to_the_same_bytes(level, hessian):
+def test_compressed_tensors_packs_the_weight_to_the_same_bytes(level, solution):
     scheme = level.loader_scheme
     if scheme is None or not scheme.weights.symmetric:
         pytest.skip("the library has no compressor for it, or wants zero points in another form")
@@ -119,7 +132,7 @@ def test_compressed_tensors_packs_the_weight_to_the_same_bytes(level, hessian):
     from compressed_tensors.quantization import QuantizationScheme
 
     # float32, so that codes are not moved by rounding of the dense weight.
-    weight = solved(level, {"a": weight_of(16, torch.float32)}, hessian)["a"].weight
+    weight = solution(level, dtype=torch.float32)
     stored = level.checkpoint_tensors(level.pack(weight))
     groups = CompressedTensors().announce({"a": scheme}, [], experts=False)["config_groups"]
     described = QuantizationScheme.model_validate(groups["group_0"])
@@ -157,9 +170,9 @@ def test_layers_solved_together_get_the_same_result_as_alone(level, hessian):
         torch.testing.assert_close(together[name].error, alone.error, rtol=1e-3, atol=0)
 
 
-def test_the_same_input_gives_the_same_bytes(level, hessian):
-    first, second = (level.pack(solved(level, {"a": weight_of(16)}, hessian)["a"].weight) for _ in range(2))
-    assert same(first, second)
+def test_the_same_input_gives_the_same_bytes(level, hessian, solution):
+    again = solved(level, {"a": weight_of(16)}, hessian)["a"].weight
+    assert same(level.pack(solution(level)), level.pack(again))
 
 
 def test_without_statistics_a_fallback_makes_the_level_and_says_so(level):
@@ -170,13 +183,13 @@ def test_without_statistics_a_fallback_makes_the_level_and_says_so(level):
         assert result.weight.bits == level.stored_bits(16, COLUMNS, 2)
 
 
-def test_facts_are_plain_and_name_the_bits(level, hessian):
-    facts = level.facts(solved(level, {"a": weight_of(16)}, hessian)["a"].weight)
+def test_facts_are_plain_and_name_the_bits(level, solution):
+    facts = level.facts(solution(level))
     assert float(facts["bits"]) > 0
     assert not any(isinstance(value, torch.Tensor) for value in facts.values())
 
 
-def test_a_level_unpacks_what_the_level_of_its_experts_packed(level, hessian):
+def test_a_level_unpacks_what_the_level_of_its_experts_packed(level, solution):
     own = level.of_expert()
-    stored = own.pack(solved(own, {"a": weight_of(16)}, hessian)["a"].weight)
+    stored = own.pack(solution(own))
     assert torch.equal(level.unpack(stored), own.unpack(stored))

@@ -76,17 +76,17 @@ def test_a_draft_model_with_fewer_or_more_rows_leaves_the_tokens_as_they_are(dra
     assert sum(result.stats.num_accepted_draft_tokens for result in found.values()) > 0
 
 
-@pytest.mark.parametrize("rows", [3, 4, 6])
-def test_sampled_tokens_follow_the_target_whatever_rows_the_draft_model_has(drafter, made, rows):
+@pytest.mark.parametrize("rows", [3, 6])
+def test_sampled_tokens_follow_the_target_if_the_draft_model_has_fewer_or_more_rows(drafter, made, rows):
     _, models = made(rows, size=4)
-    prompt, count, tokens = [1, 0, 3, 1, 0, 3, 1], 2000, 3
+    prompt, count, tokens = [1, 0, 3, 1, 0, 3, 1], 1000, 3
     engine = Engine(target(4), drafter, models=models, policy=Fixed(4), in_flight=50)
     requests = [Request(str(number), prompt, tokens + 1, WARM, seed=number) for number in range(count)]
     found = torch.tensor([result.token_ids[:tokens] for result in decoded(engine, requests).values()])
     counts = (found * torch.tensor([16, 4, 1])).sum(-1).bincount(minlength=64)
     expected = joint(target(4).table, prompt, WARM, tokens).flatten()
     # One of all these tests fails by chance in a thousand runs.
-    assert chi_square(counts, expected)[2] > 1e-3 / (3 * len(CONFIGS))
+    assert chi_square(counts, expected)[2] > 1e-3 / (2 * len(CONFIGS))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
