@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
 from pathlib import Path
 from time import perf_counter
 
@@ -11,7 +10,6 @@ import torch
 
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated, settings
-from hasten.accel.cache.calibration import Sums, merged
 from hasten.accel.cache.statistics import FOLDER, file_name, read_layers, write_layers
 from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.resumable import digest
@@ -19,23 +17,21 @@ from hasten.accel.errors import UserError
 from hasten.accel.models import embedded
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs import cache_calibration
-from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums, calibrate_parts
+from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.cache.run import parse_method
 from hasten.jobs.calibrate_cache.options import CalibrateCacheConfig
 from hasten.jobs.cli.methods import method_names
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.cluster import cluster_session, worker_resources
-from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.cache_calibration import PARTS, PartFiles
+from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import Calibration, plain
 from hasten.jobs.common.texts import Texts, print_texts
 
 _LOG = logging.getLogger(__name__)
-# Folder of finished parts in the output.
-_PARTS = ".parts"
 
 
 @dataclass(frozen=True)
@@ -147,40 +143,14 @@ def _wanted(name: str, method: CacheMethod, output: Path, origin: Record) -> _Wa
 
 
 def _calibrate(
-    config: CalibrateCacheConfig,
-    calibration: CacheCalibration,
-    missing: Sequence[_Wanted],
-    output: Path,
-    model: str,
+    config: CalibrateCacheConfig, calibration: CacheCalibration, missing: Sequence[_Wanted], output: Path, model: str
 ) -> PartSums:
     """Compute the missing parts, and write the statistics; returns what this run's parts cost."""
-    key = digest([one.key for one in missing])
-    count, folder = len(calibration.parts), output / _PARTS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be made ({error.strerror}): give another folder") from None
-    files = [folder / f"{key}-{number}.safetensors" for number in range(count)]
-    numbers = [number for number, file in enumerate(files) if not file.exists()]
-    if len(numbers) < count:
-        _LOG.info("%d of %d parts are finished already in %s", count - len(numbers), count, folder)
-    cpu, peak, finished = 0.0, 0, count - len(numbers)
-    with Progress("calibrate", count, "part") as progress:
-        progress.begin(finished)
-
-        def done(number: int, part: PartSums) -> None:
-            nonlocal cpu, peak, finished
-            # One list of layers: those of a method follow those of the method before.
-            write_layers(files[number], [layer for sums in part.sums for layer in sums], {})
-            cpu, peak, finished = cpu + part.cpu_seconds, max(peak, part.peak_rss_bytes), finished + 1
-            progress.update(finished, "")
-
-        if numbers:
-            calibrate_parts(calibration, numbers, config.workers, worker_resources(config), done)
+    parts = PartFiles(output / PARTS, digest([one.key for one in missing]), calibration)
+    cost = parts.compute(config)
     for place, one in enumerate(missing):
         method = one.method
         assert isinstance(method, Calibrated)
-        sums = [_sums(file, place, len(missing)) for file in files]
         note = {
             "method": type(method).__name__,
             "settings": dict(settings(method)),
@@ -191,16 +161,6 @@ def _calibrate(
             "sequence_length": config.sequence_length,
             "key": one.key,
         }
-        write_layers(one.file, method.solve(reduce(partial(merged, method), sums)), note)
-    for file in files:
-        file.unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
-    return PartSums((), cpu, peak)
-
-
-def _sums(file: Path, place: int, methods: int) -> Sums:
-    """Sums of a part of the method at a place among those that were calibrated together."""
-    layers = read_layers(file).layers
-    count = len(layers) // methods
-    return list(layers[place * count : (place + 1) * count])
+        write_layers(one.file, method.solve(parts.total(place)), note)
+    parts.remove()
+    return cost

@@ -12,7 +12,7 @@ from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.storage.naming import as_given
 
 _LOG = logging.getLogger(__name__)
-NONE = "none"
+_PROMPT = "prompt"
 
 
 def chosen_statistics(method: CacheMethod, model: Path, given: str | None) -> Path | None:
@@ -20,7 +20,7 @@ def chosen_statistics(method: CacheMethod, model: Path, given: str | None) -> Pa
 
     given: the option. UserError where what is given is missing, or is of another method, model or hyper-parameter.
     """
-    path = None if given == NONE else find(method, model, None if given is None else Path(given).expanduser())
+    path = None if given == _PROMPT else find(method, model, None if given is None else Path(given).expanduser())
     if path is None:
         if isinstance(method, Calibrated):
             _LOG.info("%s takes its statistics from each prompt", type(method).__name__)

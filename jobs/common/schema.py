@@ -75,7 +75,7 @@ MODEL = (
 )
 CACHE_STATISTICS = (
     "calibrated statistics of the cache's method, a file or folder that `hasten calibrate_cache` wrote; null looks in "
-    "the model's folder, and where there are none they come from each prompt; none always takes them from the prompt"
+    "the model's folder, and where there are none they come from each prompt; prompt always takes them from there"
 )
 FORMATS = ("compressed_tensors", "gguf")
 FORMAT = (

@@ -109,7 +109,7 @@ def test_decode_and_cache_find_the_statistics_beside_the_checkpoint(calibrate, m
         return prepare(compose("decode", DecodeConfig, [*given, *words])).spec.cache_statistics
 
     assert decode("cache=cskv") == own / FILES[0]
-    assert decode("cache=cskv", "cache_statistics=none") is None
+    assert decode("cache=cskv", "cache_statistics=prompt") is None
     assert decode("cache=kvquant", "cache.bits=2") == own / FILES[1]
     assert decode("cache=kvquant", "cache.bits=3") is None
     assert decode() is None
@@ -126,7 +126,7 @@ def test_decode_and_cache_find_the_statistics_beside_the_checkpoint(calibrate, m
         return [row.statistics for _, row in _rows(config, model)]
 
     assert rows() == [None, None, own / FILES[0], None]
-    assert rows("statistics=none") == [None] * 4
+    assert rows("statistics=prompt") == [None] * 4
     with pytest.raises(ValueError, match=r"KVQuant.* does not exist: hasten calibrate_cache"):
         rows(f"statistics={own}")
 

@@ -1,0 +1,1 @@
+"""Checkpoints with fewer heads of keys and values."""

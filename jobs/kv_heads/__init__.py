@@ -1,0 +1,1 @@
+"""`hasten kv_heads`."""

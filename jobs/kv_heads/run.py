@@ -1,0 +1,101 @@
+"""`hasten kv_heads`: a checkpoint with fewer heads of keys and values."""
+
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from hasten.accel.compression.kv_heads import checkpoint as kv_heads_checkpoint
+from hasten.accel.compression.kv_heads.checkpoint import KVHeadsFolder
+from hasten.accel.compression.kv_heads.folding import KVHeads
+from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.compression.outputs.resumable import PROGRESS, digest
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.cluster.programs import cache_calibration
+from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
+from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
+from hasten.cluster.storage.naming import as_given
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cache_calibration import PARTS, PartFiles
+from hasten.jobs.common.calibration import open_output
+from hasten.jobs.common.cluster import cluster_session
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.run import start, tracked
+from hasten.jobs.common.schema import Calibration, plain
+from hasten.jobs.common.texts import Texts, print_texts
+from hasten.jobs.kv_heads.options import KVHeadsConfig
+
+
+def run(config: KVHeadsConfig) -> Path:
+    """Write the checkpoint; returns the path of report.json."""
+    started = perf_counter()
+    method = KVHeads(config.group, config.keys)
+    model = resolve(config.model).absolute()
+    texts = Texts(model, config.bos, config.template)
+    size = {"sequences": config.sequences, "sequence_length": config.sequence_length, "seed": config.seed}
+    tokens = texts.calibrate(Calibration(source=config.source, **size), True)
+    assert tokens is not None
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    parts = tokens.tensor_split(min(config.shards, len(tokens)))
+    path = Path(config.output or Path("runs", "kv_heads", f"{model.name}-{config.group}")).expanduser().absolute()
+    output = KVHeadsFolder(path, Architecture(Checkpoint(model)), method)
+    fingerprint: Record = {
+        "model": Checkpoint(model).fingerprint(),
+        "group": config.group,
+        "keys": config.keys,
+        "tokens": texts.report(model)["texts"]["calibration"]["fingerprint"],
+        "shards": len(parts),
+        "dtype": str(dtype),
+        "device": device,
+        "torch": torch.__version__,
+        "code": code_fingerprint(method, cache_calibration, kv_heads_checkpoint),
+    }
+    output.check(fingerprint, config.overwrite)
+    with cluster_session(config, config.workers * config.threads, {"model": model}, {}):
+        # Nothing was written so far: a mistake in the input leaves no files behind.
+        run_dir = start(config)
+        with tracked(config, "kv_heads", run_dir) as tracker:
+            tracker.params(plain(config))
+            cost = PartSums((), 0.0, 0)
+            try:
+                open_output(output, fingerprint, config.overwrite, texts.origin)
+                if not output.is_complete:
+                    calibration = CacheCalibration(model, [method], parts, config.batch, dtype, device)
+                    cost = _write(config, calibration, output, digest(fingerprint))
+            finally:
+                output.release()
+            report = {
+                "job": "kv_heads",
+                "config": plain(config),
+                "metrics": {
+                    "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+                    "seconds": perf_counter() - started,
+                    "cpu_seconds": cost.cpu_seconds + cpu_seconds(),
+                    "peak_rss_bytes": max(cost.peak_rss_bytes, peak_rss_bytes()),
+                },
+                "heads": output.heads,
+                **texts.report(model),
+                "output": str(path),
+            }
+            tracker.metrics(report["metrics"])
+            written = tracker.report(report)
+    print(f"{output.heads} KV heads: {as_given(path)}")
+    print_texts(report)
+    return written
+
+
+def _write(config: KVHeadsConfig, calibration: CacheCalibration, output: KVHeadsFolder, key: str) -> PartSums:
+    """Compute the missing parts and write the missing blocks; returns what this run's parts cost."""
+    parts = PartFiles(output.path / PROGRESS / PARTS, key, calibration)
+    cost = parts.compute(config)
+    method = calibration.methods[0]
+    assert isinstance(method, KVHeads)
+    statistics = method.solve(parts.total(0))
+    for block, own in enumerate(statistics):
+        if not output.is_finished(block):
+            output.write_folded(block, own)
+    output.finish()
+    parts.remove()
+    return cost
