@@ -58,8 +58,8 @@ def run(config: CalibrateCacheConfig) -> Path:
     chosen = _methods(config.method)
     model = resolve(config.model).absolute()
     texts = Texts(model, config.bos, config.template)
-    size = {"sequences": config.sequences, "sequence_length": config.sequence_length, "seed": config.seed}
-    tokens = texts.calibrate(Calibration(source=config.source, **size), True)
+    size = config.sequences, config.sequence_length
+    tokens = texts.calibrate(Calibration(config.source, *size, seed=config.seed), True)
     assert tokens is not None
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -91,7 +91,9 @@ def run(config: CalibrateCacheConfig) -> Path:
                     model, [one.method for one in missing], parts, config.batch, dtype, device
                 )
                 cost = _calibrate(config, calibration, missing, output, as_given(str(model)))
-            rows = [{"method": one.name, "file": str(one.file), "bytes": one.file.stat().st_size} for one in wanted]
+            rows: list[Record] = [
+                {"method": one.name, "file": str(one.file), "bytes": one.file.stat().st_size} for one in wanted
+            ]
             report = {
                 "job": "calibrate_cache",
                 "config": plain(config),

@@ -33,8 +33,8 @@ def run(config: KVHeadsConfig) -> Path:
     method = KVHeads(config.group, config.keys)
     model = resolve(config.model).absolute()
     texts = Texts(model, config.bos, config.template)
-    size = {"sequences": config.sequences, "sequence_length": config.sequence_length, "seed": config.seed}
-    tokens = texts.calibrate(Calibration(source=config.source, **size), True)
+    size = config.sequences, config.sequence_length
+    tokens = texts.calibrate(Calibration(config.source, *size, seed=config.seed), True)
     assert tokens is not None
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

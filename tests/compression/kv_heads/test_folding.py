@@ -22,21 +22,21 @@ def joined(source, output, **changes):
     """Logits of the original and of its checkpoint with joined heads."""
     architecture, method = Architecture(Checkpoint(source)), KVHeads(**changes)
     folder = KVHeadsFolder(output, architecture, method)
+    folder.open({}, overwrite=False)
     (sums,) = gather(architecture, [method], TOKENS, len(TOKENS), 2)
     for block, own in enumerate(method.solve(sums)):
         folder.write_folded(block, own)
     folder.finish()
+    folder.release()
     with torch.no_grad():
         return [
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(TOKENS).logits for path in (source, output)
         ]
 
 
-def turned(weight, generator):
+def turned(weight, numbers):
     """Rows of a head with every plane turned and stretched."""
-    number = torch.polar(torch.rand(HALF, generator=generator) + 0.5, torch.rand(HALF, generator=generator) * 6)
-    number = number.reshape(HALF, *[1] * (weight.ndim - 1))
-    rows = number * torch.complex(weight[:HALF], weight[HALF:])
+    rows = numbers.reshape(HALF, *[1] * (weight.ndim - 1)) * torch.complex(weight[:HALF], weight[HALF:])
     return torch.cat([rows.real, rows.imag])
 
 
@@ -45,10 +45,12 @@ def test_heads_whose_keys_are_turned_copies_and_whose_values_share_directions_ar
     model, generator = tiny.build(family), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in model.model.layers:
+            lengths, angles = torch.rand(2, HALF, generator=generator)
+            numbers = torch.polar(lengths + 0.5, angles * 6)
             for name, other in (("k_proj", turned), ("v_proj", lambda part, _: 2.0 * part.flip(0))):
                 projection = getattr(layer.self_attn, name)
                 for part in filter(lambda part: part is not None, (projection.weight, projection.bias)):
-                    part[SIZE:] = other(part[:SIZE], generator)
+                    part[SIZE:] = other(part[:SIZE], numbers)
     model.save_pretrained(tmp_path / "m")
     original, found = joined(tmp_path / "m", tmp_path / "out")
     torch.testing.assert_close(found, original, rtol=1e-3, atol=1e-3)
@@ -85,13 +87,20 @@ def test_query_heads_stay_with_their_kv_head():
     [
         ("llama", {"group": 4}, "group=4 does not divide the 2 KV heads of LlamaForCausalLM"),
         ("qwen3", {}, "Qwen3ForCausalLM has other parts between its projections and its heads"),
-        ("opt", {}, "OPTForCausalLM has no num_key_value_heads at the top of its config"),
+        ("opt", {}, "OPTForCausalLM has other parts between its projections and its heads"),
     ],
 )
 def test_models_whose_heads_cannot_be_joined_are_refused(tmp_path, family, changes, wrong):
     source = tiny.save(tmp_path / "m", family)
     with pytest.raises(UserError, match=wrong):
         check(Architecture(Checkpoint(source)), KVHeads(**changes))
+
+
+def test_a_model_must_say_how_many_kv_heads_it_has(tmp_path):
+    architecture = Architecture(Checkpoint(tiny.save(tmp_path / "m", "llama")))
+    vars(architecture.config)["num_key_value_heads"] = None
+    with pytest.raises(UserError, match="LlamaForCausalLM has no num_key_value_heads at the top of its config"):
+        check(architecture, KVHeads())
 
 
 def test_wrong_fields_are_named():
