@@ -8,7 +8,7 @@ import pytest
 from hasten.accel.cache.statistics import FOLDER, read_layers
 from hasten.cluster.programs import cache_calibration
 from hasten.jobs.cache.options import CacheConfig
-from hasten.jobs.cache.run import _rows
+from hasten.jobs.cache.run import cache_rows
 from hasten.jobs.calibrate_cache import run as job
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
@@ -123,7 +123,7 @@ def test_decode_and_cache_find_the_statistics_beside_the_checkpoint(calibrate, m
 
     def rows(*words):
         config = compose("cache", CacheConfig, ["method=[snapkv,cskv,kvquant]", *words])
-        return [row.statistics for _, row in _rows(config, model)]
+        return [row.statistics for _, row in cache_rows(config, model)]
 
     assert rows() == [None, None, own / FILES[0], None]
     assert rows("statistics=prompt") == [None] * 4
