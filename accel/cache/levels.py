@@ -74,14 +74,15 @@ class MixMeasurement:
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         # By window and by what methods read of a prompt's queries.
         self._prompts: dict[tuple[int, int, bool], _Prompt] = {}
-        self._full: dict[int, Tensor] = {}
+        self._full: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
 
     def measure(self, mix: Mix, number: int) -> MixResult:
         """Divergence and bytes of a mixture, a level for each layer, on window `number`."""
+        nothing = (CacheLevel(Full()),) * self.layers
         if number not in self._full:
-            self._full[number] = self._predict((CacheLevel(Full()),) * self.layers, number)[0]
-        full = self._full[number]
-        own, held = self._predict(mix, number)
+            self._full[number] = self._predict(nothing, number)
+        full = self._full[number][0]
+        own, held = self._full[number] if mix == nothing else self._predict(mix, number)
         divergences = (full.exp() * (full - own)).sum(1).double()
         losses = -own.gather(1, self.windows[number, self.context :, None].to(own.device))[:, 0].double()
         agreed = int((full.argmax(1) == own.argmax(1)).sum())

@@ -7,7 +7,7 @@ Source: precisions by layer as in KVTuner, Li et al. 2025, arXiv:2502.04420. Her
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,8 +101,8 @@ def read(path: Path) -> list[CacheLevel]:
 
 def _plain(level: CacheLevel) -> dict[str, Any]:
     method = level.method
-    settings = {"_target_": f"{type(method).__module__}.{type(method).__name__}"}
-    settings |= {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"_target_": f"{type(method).__module__}.{type(method).__name__}"}
+    settings |= vars(method)  # the fields of a frozen dataclass
     return settings if level.budget is None else {**settings, "budget": level.budget.value}
 
 

@@ -73,15 +73,18 @@ def parse_method(text: str) -> CacheMethod:
 def parse_level(text: str) -> CacheLevel:
     """Method and budget of a text like `kivi:bits=4` or `snapkv:budget=0.25`."""
     name, fields = _parsed("levels", text)
-    budget = fields.pop(_BUDGET, None)
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
-        raise UserError(f"levels={text}: budget={budget} is no number")
+    budget = _budget(text, fields.pop(_BUDGET)) if _BUDGET in fields else None
     made: CacheMethod = build(_settings("levels", text, name, fields))
-    level = CacheLevel(made, None if budget is None else CacheBudget(budget))
     if made.has_budget and budget is None:
         raise UserError(f"levels={text} keeps a budget: write {text}{',' if fields else ':'}budget=0.25, or tokens")
-    check_budget(made, level.budget)
-    return level
+    check_budget(made, budget)
+    return CacheLevel(made, budget)
+
+
+def _budget(text: str, value: object) -> CacheBudget:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"levels={text}: budget={value} is no number")
+    return CacheBudget(value)
 
 
 def _parsed(option: str, text: str) -> tuple[str, dict[str, object]]:

@@ -66,10 +66,8 @@ def test_the_optimum_of_single_levels_has_less_divergence_than_the_same_bytes_el
     units = cache_units(results, count, CONTEXT)
     assert [choice.level for choice in units[0].choices] == ["two", "full"]
     low, high = (choice.cost for choice in units[0].choices)
-    unit = CacheBytes(CONTEXT, sum(full.held))
-    limit = unit.limit((2 * low + 2 * high) / (4 * high), units)
-    assert limit == 2 * low + 2 * high
-    chosen = Exact().choose(units, limit)
+    assert count * high == sum(full.held)
+    chosen = Exact().choose(units, 2 * low + 2 * high)
     assert sum(chosen) == 2
 
     def divergence(choices):
