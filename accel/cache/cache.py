@@ -31,13 +31,13 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class TreePass:
-    """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row, with N rows.
+    """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row.
 
     positions: (N,) of each row. The nodes wait until `CompressedCache.commit`.
     """
 
     slots: Sequence[int]
-    above: Sequence[Tensor]
+    above: Sequence[Tensor | None]
     positions: Sequence[Tensor]
 
 
@@ -108,12 +108,12 @@ class CompressedLayer(CacheLayerMixin):
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
         outputs = torch.zeros_like(queries)
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
-            count = len(above)
+            count = len(positions)
             new = NewTokens(
                 handle.keys[row, :, :count],
                 handle.values[row, :, :count],
                 queries[row, :count],
-                positions[:count].int(),
+                positions.int(),
                 above,
             )
             outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)

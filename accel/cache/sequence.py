@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod, Kept, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
-from hasten.kernels.attention import reference
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
+from hasten.kernels.segment_attention import merged_attention
 
 # The dense part grows by this factor, so that a token is copied a few times at most.
 _GROWTH = 1.5
@@ -94,7 +94,7 @@ class SequenceCache:
             part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
             above = None if new.above is None else new.above[part]
             outputs.append(self._attend(new.queries[part], new.positions[part], first + begin, above, scoring, sinks))
-        return torch.cat(outputs).to(dtype)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
     def _attend(
         self,
@@ -113,10 +113,10 @@ class SequenceCache:
         # Nodes behind the last of these queries are not read.
         end = self._dense + node + len(queries) if above is None else self._dense + self._waiting
         partials.append(self._attend_nodes(queries, positions, node, above, end, scoring))
-        merged = reference.merge_partials(Partial(*map(torch.stack, zip(*partials, strict=True))))
+        output, denominators = merged_attention(partials, sinks)
         if self.method is not None and (self.method.query_window or self.method.sums_attention):
-            self._asked.append((queries.clone(), _denominator(merged, sinks)))
-        return reference.merge(Partial(*(part[None] for part in merged)), sinks, torch.float32)
+            self._asked.append((queries.clone(), denominators))
+        return output
 
     def _attend_nodes(
         self, queries: Tensor, positions: Tensor, node: int, above: Tensor | None, end: int, scoring: Scoring
@@ -125,13 +125,19 @@ class SequenceCache:
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        keys, values, held = self._keys[:, :end], self._values[:, :end], self._positions[:end]
-        seen = torch.ones(len(queries), end, dtype=torch.bool, device=keys.device)
+        first = 0
+        if scoring.window is not None:
+            # Dense tokens are in the order of their positions: the first ones are behind the windows of all queries.
+            first = int((self._positions[: self._dense] <= positions.min() - scoring.window).sum())
+        keys, values, held = (self._keys[:, first:end], self._values[:, first:end], self._positions[first:end])
+        if above is None and len(queries) == 1:
+            return partial_attention(queries, keys, values, scoring)
+        seen = torch.ones(len(queries), end - first, dtype=torch.bool, device=keys.device)
         if above is None:
             # A chain: query i sees all nodes up to its own.
-            seen = seen.tril(self._dense + node)
+            seen = seen.tril(self._dense - first + node)
         else:
-            seen[:, self._dense :] = above
+            seen[:, self._dense - first :] = above
         if scoring.window is not None:
             seen &= positions[:, None] - held < scoring.window
         return partial_attention(queries, keys, values, scoring, None if bool(seen.all()) else seen)
@@ -247,8 +253,3 @@ class SequenceCache:
             positions[: len(self._positions)] = self._positions
         self._positions = positions
 
-
-def _denominator(merged: Partial, sinks: Tensor | None) -> Tensor:
-    """Logarithm of the softmax denominator of each query, (W, H * G)."""
-    total = merged.m + merged.l.log()
-    return total if sinks is None else torch.logaddexp(total, sinks.to(total.dtype))

@@ -1,4 +1,4 @@
-"""A transformers model as a target whose caches a method keeps small, see accel/cache.
+"""Targets whose caches a method keeps small, see accel/cache: a transformers model, or the fast path.
 
 The method is applied when certain numbers of tokens are committed, see cache.base.CacheMethod. A pass never crosses
 such a number (`room`), so that with and without drafts a token attends to the same cache.
@@ -12,27 +12,26 @@ from transformers import PreTrainedModel
 
 from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
-from hasten.accel.cache.cache import CompressedCache, TreePass
+from hasten.accel.cache.cache import CompressedCache, CompressedLayer, Handle, TreePass
 from hasten.accel.cache.sequence import SequenceCache
-from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass
+from hasten.accel.decoding.targets.attention import RotatedHeads
+from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass, Target
+from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
+from hasten.accel.decoding.targets.fast import FastTarget, pass_of
 from hasten.accel.decoding.targets.transformers import TransformersTarget
+from hasten.accel.decoding.tree import ROOT
+from hasten.kernels.attention.contract import Scoring
 
 
-class CachedTarget(TransformersTarget):
-    """An unmodified transformers model with compressed caches. budget: None for methods that have none."""
+class CompressedSlots(Target):
+    """Slots whose sequences are in a CompressedCache. shape: a model of the target's config, which may have no weights.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        method: CacheMethod,
-        budget: CacheBudget | None = None,
-        keeps_hidden: bool = False,
-    ) -> None:
-        super().__init__(model, keeps_hidden)
-        self.method, self.budget = method, budget
-        # Refuses models and budgets that do not fit before anything is decoded.
-        CompressedCache(model, method, budget)
-        attach(model)
+    budget: None for methods that have none. UserError for models and budgets that do not fit.
+    """
+
+    def _compress_with(self, shape: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None) -> None:
+        self._shape, self.method, self.budget = shape, method, budget
+        self._compressed = CompressedCache(shape, method, budget)
         self._ended: list[int | None] = []
 
     @property
@@ -96,31 +95,23 @@ class CachedTarget(TransformersTarget):
             layer.sequences[slot].crop(max(0, dropped))
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        self._compressed = CompressedCache(self._model, self.method, self.budget)
+        self._compressed = CompressedCache(self._shape, self.method, self.budget)
         for layer in self._compressed.compressed:
             layer.sequences = [SequenceCache(self.method) for _ in range(slots)]
             layer.is_initialized = True
         self._ended = [None] * slots
-        self._cache = self._compressed
 
-    def _run(
-        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
-    ) -> Pass:
-        above, places = [], []
+    def _begin_pass(self, slots: Sequence[int], starts: Sequence[int], positions: Tensor, allowed: Tensor) -> None:
+        """Tell the caches what a pass adds; arguments as of `_run`."""
+        above: list[Tensor | None] = []
+        places = []
         for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
-            committed, waiting = len(self.committed(slot)), len(self.depths(slot))
-            count = committed + waiting - start
-            above.append(allowed[row, :count, committed : committed + waiting])
+            committed, parents = len(self.committed(slot)), self._slots[slot].parents
+            count = committed + len(parents) - start
+            chain = count == len(parents) and parents == list(range(ROOT, count - 1))
+            above.append(None if chain else allowed[row, :count, committed : committed + len(parents)])
             places.append(positions[row, :count])
         self._compressed.tree_pass = TreePass(tuple(slots), above, places)
-        return super()._run(slots, starts, ids, positions, allowed, logits)
-
-    def _enter(self, slots: Sequence[int], starts: Sequence[int], allowed: Tensor) -> None:
-        """The caches know their own places."""
-
-    def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
-        """A stand-in: the attention reads the pass from the cache."""
-        return self._by_layer_type(allowed[:1, None, :1, :1], allowed[:1, None, :1, :1])
 
     def _commit_layers(self, slot: int, path: Sequence[int] | None) -> None:
         for layer in self._compressed.compressed:
@@ -131,3 +122,85 @@ class CachedTarget(TransformersTarget):
 
     def _copy_slot(self, source: int, slot: int, length: int) -> None:
         """Slots are swapped whole."""
+
+
+class CachedTarget(CompressedSlots, TransformersTarget):
+    """An unmodified transformers model with compressed caches. budget: None for methods that have none."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: CacheMethod,
+        budget: CacheBudget | None = None,
+        keeps_hidden: bool = False,
+    ) -> None:
+        super().__init__(model, keeps_hidden)
+        self._compress_with(model, method, budget)
+        attach(model)
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        super()._allocate(slots, capacity)
+        self._cache = self._compressed
+
+    def _run(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
+    ) -> Pass:
+        self._begin_pass(slots, starts, positions, allowed)
+        return super()._run(slots, starts, ids, positions, allowed, logits)
+
+    def _enter(self, slots: Sequence[int], starts: Sequence[int], allowed: Tensor) -> None:
+        """The caches know their own places."""
+
+    def _masks(self, slots: Sequence[int], positions: Tensor, allowed: Tensor) -> Tensor | dict[str, Tensor]:
+        """A stand-in: the attention reads the pass from the cache."""
+        return self._by_layer_type(allowed[:1, None, :1, :1], allowed[:1, None, :1, :1])
+
+
+class CachedFastTarget(CompressedSlots, FastTarget):
+    """The fast path with compressed caches. shape: a model of the decoder's config, whose weights are not read."""
+
+    def __init__(
+        self, decoder: Decoder, shape: PreTrainedModel, method: CacheMethod, budget: CacheBudget | None = None
+    ) -> None:
+        super().__init__(decoder)
+        self._by_kernels, self._reads_masks = False, True
+        self._compress_with(shape, method, budget)
+
+    def first_layers(self, count: int) -> FastTarget:
+        """See Target; the sub-model's caches hold everything."""
+        return FastTarget(self._decoder.first_layers(count))
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        super()._allocate(slots, capacity)
+        self._cache = list(self._compressed.compressed)
+        self._tabulate(capacity)
+
+    def _run(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
+    ) -> Pass:
+        self._begin_pass(slots, starts, positions, allowed)
+        with torch.no_grad():
+            attention = CompressedAttention(self._decoder, self._turns, positions, self._rotates_in_place)
+            return pass_of(self._outputs(ids, attention, self.feature_layers, logits), *ids.shape)
+
+
+class CompressedAttention(RotatedHeads):
+    """The attention of the layers of a pass over compressed caches, see MaskedAttention."""
+
+    def __init__(self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, in_place: bool) -> None:
+        super().__init__(decoder, tables, positions, in_place)
+        # Keys are stored as transformers has them: of numbers that are rotated together, the first ones come first.
+        turned = torch.arange(2 * len(decoder.rotations[0].frequencies), device=positions.device)
+        rest = torch.arange(len(turned), decoder.head_size, device=positions.device)
+        self._order = torch.cat([turned[::2], turned[1::2], rest])
+
+    def __call__(self, layer: Layer, cache: CompressedLayer, qkv: Tensor) -> Tensor:
+        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D), which are not rotated."""
+        decoder = self._decoder
+        heads, both = decoder.heads, decoder.heads + decoder.kv_heads
+        qkv = self.rotate(layer, qkv.view(len(qkv), -1, decoder.head_size)).unflatten(0, (self._count, -1))
+        turned = qkv[:, :, :both].index_select(3, self._order)
+        queries, keys, values = turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, both:]
+        cache.scoring = Scoring(decoder.scale, layer.window, decoder.score_cap)
+        handle = Handle(cache, keys.transpose(1, 2), values.transpose(1, 2))
+        return cache.attend(handle, queries, None, None, None).view(len(queries) * queries.shape[1], -1)
