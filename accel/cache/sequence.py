@@ -80,6 +80,23 @@ class SequenceCache:
         sinks: (H * G,) logits of the layer, or None.
         """
         self._scoring = scoring
+        first, count = self._waiting, new.keys.shape[1]
+        self._write(new)
+        outputs = []
+        for begin in range(0, count, QUERIES_AT_ONCE):
+            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
+            above = None if new.above is None else new.above[part]
+            outputs.append(self._attend(new.queries[part], new.positions[part], first + begin, above, scoring, sinks))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+
+    def fill(self, new: NewTokens) -> None:
+        """Commit tokens without attending to them, which measurements of speed do; attention is not summed."""
+        self._write(new)
+        if self.method is not None and self.method.query_window:
+            self._queries = new.queries[-self.method.query_window :].clone()
+        self.commit()
+
+    def _write(self, new: NewTokens) -> None:
         start, count = self._dense + self._waiting, new.keys.shape[1]
         self._reserve(start + count, new)
         assert self._keys is not None
@@ -88,13 +105,7 @@ class SequenceCache:
         self._keys[:, start : start + count] = new.keys
         self._values[:, start : start + count] = new.values
         self._positions[start : start + count] = new.positions
-        first, self._waiting = self._waiting, self._waiting + count
-        outputs = []
-        for begin in range(0, count, QUERIES_AT_ONCE):
-            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
-            above = None if new.above is None else new.above[part]
-            outputs.append(self._attend(new.queries[part], new.positions[part], first + begin, above, scoring, sinks))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+        self._waiting += count
 
     def _attend(
         self,

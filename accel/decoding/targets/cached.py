@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hasten.accel.cache.attention import attach
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.cache import CompressedCache, CompressedLayer, Handle, TreePass
-from hasten.accel.cache.sequence import SequenceCache
+from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.decoding.targets.attention import RotatedHeads
 from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass, Target
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
@@ -174,6 +174,12 @@ class CachedFastTarget(CompressedSlots, FastTarget):
         super()._allocate(slots, capacity)
         self._cache = list(self._compressed.compressed)
         self._tabulate(capacity)
+
+    def _fill_layer(self, slot: int, layer: int, qkv: Tensor) -> None:
+        heads, kv_heads = self._decoder.heads, self._decoder.kv_heads
+        queries, keys, values = qkv.split([heads, kv_heads, kv_heads])
+        positions = torch.arange(qkv.shape[1], dtype=torch.int32, device=qkv.device)
+        self._cache[layer].sequences[slot].fill(NewTokens(keys, values, queries.transpose(0, 1), positions))
 
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool

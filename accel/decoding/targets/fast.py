@@ -76,6 +76,11 @@ class FastTarget(Target):
         return cls(build_decoder(model.config, ModelWeights(model, packs and not traced)), compiled)
 
     @property
+    def decoder(self) -> Decoder:
+        """The model, whose weights targets with other caches can share."""
+        return self._decoder
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of all layers."""
         return sum(cache.numel() * cache.element_size() for cache in self._cache)
@@ -98,6 +103,17 @@ class FastTarget(Target):
         part._decoder, part._cache, part._recorded, part._traced = self._decoder.first_layers(count), [], None, None
         part._slots, part.capacity, part.feature_layers, part.virtual = [], 0, (), None
         return part
+
+    def fill(self, slot: int, count: int, generator: torch.Generator) -> None:
+        """Commit `count` tokens with random keys and values to an empty slot: a long context for measurements of speed."""
+        decoder = self._decoder
+        for number in range(len(decoder.layers)):
+            shape = decoder.heads + 2 * decoder.kv_heads, count, decoder.head_size
+            self._fill_layer(slot, number, torch.randn(shape, generator=generator).to(self.device, self.dtype))
+        self._slots[slot].committed = [0] * count
+
+    def _fill_layer(self, slot: int, layer: int, qkv: Tensor) -> None:
+        self._cache[layer][slot, :, : qkv.shape[1]] = qkv[self._decoder.heads :]
 
     def _allocate(self, slots: int, capacity: int) -> None:
         decoder = self._decoder
