@@ -263,4 +263,3 @@ class SequenceCache:
         if self._positions is not None:
             positions[: len(self._positions)] = self._positions
         self._positions = positions
-

@@ -170,10 +170,10 @@ def _section(config: Config, results: Mapping[int, Mapping[str, Row]]) -> str:
         for name, row in rows.items()
     ]
     text = [
-        f"`hasten bench cache_speed target={Path(config.target).name} context={config.context}`: one step of all sequences "
-        f"of a batch on the fast path, float32, one thread, CPU time; the rows of a batch take their {config.tokens} steps "
-        "in turn. The slowest step, in which caches are compressed, counts once and the others as their median. `dense` is "
-        "decoding without a cache method. Contexts are random keys and values.",
+        f"`hasten bench cache_speed target={Path(config.target).name} context={config.context}`: one step of all "
+        "sequences of a batch on the fast path, float32, one thread, CPU time; the rows of a batch take their "
+        f"{config.tokens} steps in turn. The slowest step, in which caches are compressed, counts once and the others "
+        "as their median. `dense` is decoding without a cache method. Contexts are random keys and values.",
         provenance(),
         table(["batch", "cache", "ms a step", "over dense", "MB of caches"], lines),
     ]

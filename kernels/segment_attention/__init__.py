@@ -47,7 +47,7 @@ def segment_attention(
 
 
 def merged_attention(partials: Sequence[Partial], sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention output (..., R, D) of partial results of several segments, and the logarithms (..., R) of its denominators.
+    """Attention output (..., R, D) of partial results of several segments, and logarithms (..., R) of its denominators.
 
     sinks: (R,) logits. A row without keys is 0.
     """

@@ -1,5 +1,7 @@
 """Attention over a segment of a cache in C: the reference in float64, masks, heads of different lengths, merging."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,7 +42,9 @@ def in_float64(queries, keys, values, scale, cap=None, seen=None, bias=None):
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
     scores = scores if bias is None else scores + bias[:, None]
     if seen is not None:
-        scores = scores.masked_fill(~seen.repeat(*(1,) * (seen.ndim - 2), queries.shape[1] // seen.shape[-2], 1), -torch.inf)
+        scores = scores.masked_fill(
+            ~seen.repeat(*(1,) * (seen.ndim - 2), queries.shape[1] // seen.shape[-2], 1), -torch.inf
+        )
     largest = scores.amax(-1)
     weights = (scores - largest.nan_to_num(neginf=0.0)[..., None]).exp()
     return Partial(weights @ values.double(), largest, weights.sum(-1))
@@ -95,8 +99,7 @@ def test_merged_parts_are_attention_over_all_keys(with_sinks):
     sinks = torch.tensor([0.5, -1.0, 9.0]) if with_sinks else None
     ends = [0, 10, 10, 45, 60]  # one part has no keys
     parts = [
-        segment_attention(queries, keys[:, start:stop], values[:, start:stop], 0.1)
-        for start, stop in zip(ends, ends[1:], strict=False)
+        segment_attention(queries, keys[:, start:stop], values[:, start:stop], 0.1) for start, stop in pairwise(ends)
     ]
     scores = queries.double() * 0.1 @ keys.double().mT
     if sinks is not None:

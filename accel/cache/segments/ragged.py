@@ -34,9 +34,7 @@ class Ragged(Segment):
         if scoring.window is None:
             scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
             folded = by_head(queries, len(self.keys))
-            return by_query(
-                segment_attention(folded, self.keys, self.values, scale, scoring.soft_cap), len(queries)
-            )
+            return by_query(segment_attention(folded, self.keys, self.values, scale, scoring.soft_cap), len(queries))
         for head, (keys, values, held) in enumerate(zip(self.keys, self.values, self.positions, strict=True)):
             own = queries[:, head * groups : (head + 1) * groups]
             seen = positions[:, None] - held < scoring.window

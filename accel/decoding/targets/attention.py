@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, soft_cap
 from hasten.kernels.token_attention import token_attention
 
-# The attention of the layers of a pass: layer, its cache in any form, and queries, keys and values; see MaskedAttention.
+# The attention of the layers of a pass: layer, its cache, and queries, keys and values; see MaskedAttention.
 Attention = Callable[[Layer, Any, Tensor], Tensor]
 
 
@@ -100,9 +100,7 @@ class TokenAttention:
     slots: of the sequences. starts: committed tokens of each, which the new one follows.
     """
 
-    def __init__(
-        self, decoder: Decoder, tables: Sequence[Tensor], slots: Sequence[int], starts: Sequence[int]
-    ) -> None:
+    def __init__(self, decoder: Decoder, tables: Sequence[Tensor], slots: Sequence[int], starts: Sequence[int]) -> None:
         self._decoder, self._slots, self._starts = decoder, slots, starts
         self._turns = [[table[start] for start in starts] for table in tables]
 

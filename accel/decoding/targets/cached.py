@@ -201,7 +201,7 @@ class CompressedAttention(RotatedHeads):
         self._order = torch.cat([turned[::2], turned[1::2], rest])
 
     def __call__(self, layer: Layer, cache: CompressedLayer, qkv: Tensor) -> Tensor:
-        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D), which are not rotated."""
+        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D) before their rotation."""
         decoder = self._decoder
         heads, both = decoder.heads, decoder.heads + decoder.kv_heads
         qkv = self.rotate(layer, qkv.view(len(qkv), -1, decoder.head_size)).unflatten(0, (self._count, -1))

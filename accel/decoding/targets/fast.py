@@ -105,7 +105,7 @@ class FastTarget(Target):
         return part
 
     def fill(self, slot: int, count: int, generator: torch.Generator) -> None:
-        """Commit `count` tokens with random keys and values to an empty slot: a long context for measurements of speed."""
+        """Commit `count` tokens with random keys and values to an empty slot, for measurements of speed."""
         decoder = self._decoder
         for number in range(len(decoder.layers)):
             shape = decoder.heads + 2 * decoder.kv_heads, count, decoder.head_size
@@ -166,7 +166,9 @@ class FastTarget(Target):
             lowest = min(len(self.committed(slot)) for slot in slots)
             reaches = self._reaches(positions, None if alone else allowed, key_positions, total, lowest, causal)
             access = CacheAccess(first if adjacent else None, list(slots), rows, places, start, total, causal, reaches)
-            return pass_of(self._outputs(ids, self._masked(positions, access), self.feature_layers, logits), count, width)
+            return pass_of(
+                self._outputs(ids, self._masked(positions, access), self.feature_layers, logits), count, width
+            )
 
     def _run_kernels(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, logits: bool

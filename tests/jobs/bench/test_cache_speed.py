@@ -36,4 +36,6 @@ def test_every_cache_is_beside_the_dense_one_at_every_batch(tmp_path):
 @pytest.mark.parametrize("words", ["kivy bits=4", "kivi 4"])
 def test_a_cache_that_is_none_is_refused(tmp_path, words):
     with pytest.raises(UserError, match="is wrong: expected NAME OPTION=VALUE"):
-        cache_speed.run(cache_speed.Config(caches=[words], run_dir=str(tmp_path / "run"), document=str(tmp_path / "d.md")))
+        cache_speed.run(
+            cache_speed.Config(caches=[words], run_dir=str(tmp_path / "run"), document=str(tmp_path / "d.md"))
+        )
