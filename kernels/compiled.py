@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import tempfile
@@ -44,10 +45,18 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 def library_path(source: Path) -> Path:
     """Where the library of a C file is cached; the name depends on all that its code depends on."""
     compiler = _compiler()
-    key = hashlib.sha256(source.read_bytes())
+    key = hashlib.sha256()
+    for file in (source, *_included(source)):
+        key.update(file.read_bytes() + b"\0")
     for part in (*compiler, *_OPTIONS, _version(compiler), _processor()):
         key.update(part.encode() + b"\0")
     return default_cache().expanduser() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
+
+
+def _included(source: Path) -> list[Path]:
+    """The files of this package that a source includes; these include none."""
+    names = re.findall(r'(?m)^#include "(.+)"$', source.read_text())
+    return [source.parent / name for name in names]
 
 
 def _compiler() -> list[str]:

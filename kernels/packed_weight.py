@@ -112,6 +112,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Words int32 (R, ceil(C * bits / 32)) of unsigned codes (R, C)."""
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
+    if 8 % bits == 0:
+        # No code crosses a byte, so that a few operations on bytes do.
+        phases = 8 // bits
+        whole = torch.nn.functional.pad(codes.to(torch.uint8), (0, 4 * words * phases - columns))
+        stream = whole[:, ::phases].clone()
+        for phase in range(1, phases):
+            stream |= whole[:, phase::phases] << bits * phase
+        return stream.view(torch.int32)
     position = torch.arange(bits, device=codes.device)
     stream = (codes[..., None].int() >> position & 1).flatten(1)
     stream = torch.nn.functional.pad(stream, (0, 32 * words - columns * bits)).view(rows, words, 32).long()
@@ -121,6 +129,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
     """Unsigned codes uint8 (R, C) of packed words (R, W)."""
+    if 8 % bits == 0:
+        stream = words.contiguous().view(torch.uint8)
+        phases = [stream >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+        return torch.stack(phases, -1).flatten(1)[:, :columns]
     stream = (words[..., None] >> torch.arange(32, device=words.device) & 1).flatten(1)
     stream = stream[:, : columns * bits].unflatten(1, (columns, bits))
     return (stream << torch.arange(bits, device=words.device)).sum(-1).to(torch.uint8)

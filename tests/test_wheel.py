@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_config_and_the_embedded_models(wheel):
     pages = {installed_name(path) for path in (ROOT / "jobs" / "report").glob("page.*")}
     assert "hasten/jobs/report/page.html.jinja" in pages
     assert "hasten/jobs/bench/prompts/chat.jsonl" in names
-    sources = {installed_name(path) for path in (ROOT / "kernels").rglob("*.c")}
+    sources = {installed_name(path) for kind in "ch" for path in (ROOT / "kernels").rglob(f"*.{kind}")}
     assert sources
     assert configs | models | pages | sources <= names
     for model in ("target", "draft"):

@@ -35,15 +35,15 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class TreePass:
-    """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row, with N rows.
+    """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row.
 
-    positions: (N,) of each row. ids: (B, N) of the nodes' tokens. The nodes wait until their sequence's cache commits.
+    positions: (N,) of each row. ids: (B, N) of the nodes' tokens; None: not known. The nodes wait until their sequence's cache commits.
     """
 
     slots: Sequence[int]
-    above: Sequence[Tensor]
+    above: Sequence[Tensor | None]
     positions: Sequence[Tensor]
-    ids: Tensor
+    ids: Tensor | None = None
 
 
 class Handle:
@@ -133,12 +133,12 @@ class CompressedLayer(CacheLayerMixin):
         ends = self.owner.ends_in(engine.ids, queries.shape[:2])
         passes: dict[int, NewTokens] = {}
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
-            count = len(above)
+            count = len(positions)
             passes[slot] = NewTokens(
                 handle.keys[row, :, :count],
                 handle.values[row, :, :count],
                 queries[row, :count],
-                positions[:count].int(),
+                positions.int(),
                 above,
                 None if ends is None else ends[row, :count],
             )
@@ -179,7 +179,10 @@ class CompressedLayer(CacheLayerMixin):
         length, tokens = self.sequences[row].length, self._budget_tokens(row)
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
-        statistics = None if self.owner.statistics is None else self.owner.statistics[self.number]
+        statistics = None
+        if self.owner.statistics is not None:
+            device = self.sequences[row].device
+            statistics = {name: part.to(device) for name, part in self.owner.statistics[self.number].items()}
         return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary, statistics)
 
     def _budget_tokens(self, row: int) -> int | None:
@@ -265,7 +268,7 @@ class CompressedCache(Cache):
         self.statistics: list[LayerTensors] | None = None
         if statistics is not None:
             check_layers(statistics, text.num_hidden_layers)
-            self.statistics = [{name: part.to(model.device) for name, part in own.items()} for own in statistics.layers]
+            self.statistics = list(statistics.layers)
         self.tree_pass: TreePass | None = None
         # Ids (B, N) of the pass's tokens, from the model's forward hook of attention.py; None: not known.
         self.ids: Tensor | None = None

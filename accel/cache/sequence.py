@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod, Kept, Lookahead, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
-from hasten.kernels.attention import reference
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
+from hasten.kernels.segment_attention import merged_attention
 
 # The dense part grows by this factor, so that a token is copied a few times at most.
 _GROWTH = 1.5
@@ -74,6 +74,12 @@ class SequenceCache:
             yield from segment.tensors()
 
     @property
+    def device(self) -> torch.device:
+        """Where the keys and values are, of a sequence that has some."""
+        assert self._keys is not None
+        return self._keys.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return storage_bytes(self.tensors())
@@ -92,6 +98,25 @@ class SequenceCache:
         by id of the segment.
         """
         self._scoring = scoring
+        first, count = self._waiting, new.keys.shape[1]
+        self._write(new)
+        outputs = []
+        for begin in range(0, count, QUERIES_AT_ONCE):
+            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
+            above = None if new.above is None else new.above[part]
+            own = {key: Partial(*(tensor[part] for tensor in partial)) for key, partial in (known or {}).items()}
+            queries, positions = new.queries[part], new.positions[part]
+            outputs.append(self._attend(queries, positions, first + begin, above, scoring, sinks, own))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+
+    def fill(self, new: NewTokens) -> None:
+        """Commit tokens without attending to them, which measurements of speed do; attention is not summed."""
+        self._write(new)
+        if self.method is not None and self.method.query_window:
+            self._queries = new.queries[-self.method.query_window :].clone()
+        self.commit()
+
+    def _write(self, new: NewTokens) -> None:
         start, count = self._dense + self._waiting, new.keys.shape[1]
         self._reserve(start + count, new)
         assert self._keys is not None
@@ -102,15 +127,7 @@ class SequenceCache:
         self._positions[start : start + count] = new.positions
         if self._ends is not None:
             self._ends[start : start + count] = False if new.ends is None else new.ends
-        first, self._waiting = self._waiting, self._waiting + count
-        outputs = []
-        for begin in range(0, count, QUERIES_AT_ONCE):
-            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
-            above = None if new.above is None else new.above[part]
-            own = {key: Partial(*(tensor[part] for tensor in partial)) for key, partial in (known or {}).items()}
-            queries, positions = new.queries[part], new.positions[part]
-            outputs.append(self._attend(queries, positions, first + begin, above, scoring, sinks, own))
-        return torch.cat(outputs).to(dtype)
+        self._waiting += count
 
     def _attend(
         self,
@@ -137,10 +154,10 @@ class SequenceCache:
         # Nodes behind the last of these queries are not read.
         end = self._dense + node + len(queries) if above is None else self._dense + self._waiting
         partials.append(self._attend_nodes(queries, positions, node, above, end, scoring))
-        merged = reference.merge_partials(Partial(*map(torch.stack, zip(*partials, strict=True))))
+        output, denominators = merged_attention(partials, sinks)
         if self.method is not None and (self.method.query_window or self.method.sums_attention):
-            self._asked.append((queries.clone(), _denominator(merged, sinks)))
-        return reference.merge(Partial(*(part[None] for part in merged)), sinks, torch.float32)
+            self._asked.append((queries.clone(), denominators))
+        return output
 
     def _guides(self, method: CacheMethod, queries: Tensor, node: int, above: Tensor | None) -> Tensor:
         """What W waiting nodes, the first of which is `node`, retrieve by: (W, H * G, D)."""
@@ -167,13 +184,19 @@ class SequenceCache:
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        keys, values, held = self._keys[:, :end], self._values[:, :end], self._positions[:end]
-        seen = torch.ones(len(queries), end, dtype=torch.bool, device=keys.device)
+        first = 0
+        if scoring.window is not None:
+            # Dense tokens are in the order of their positions: the first ones are behind the windows of all queries.
+            first = int((self._positions[: self._dense] <= positions.min() - scoring.window).sum())
+        keys, values, held = (self._keys[:, first:end], self._values[:, first:end], self._positions[first:end])
+        if above is None and len(queries) == 1:
+            return partial_attention(queries, keys, values, scoring)
+        seen = torch.ones(len(queries), end - first, dtype=torch.bool, device=keys.device)
         if above is None:
             # A chain: query i sees all nodes up to its own.
-            seen = seen.tril(self._dense + node)
+            seen = seen.tril(self._dense - first + node)
         else:
-            seen[:, self._dense :] = above
+            seen[:, self._dense - first :] = above
         if scoring.window is not None:
             seen &= positions[:, None] - held < scoring.window
         return partial_attention(queries, keys, values, scoring, None if bool(seen.all()) else seen)
@@ -316,9 +339,3 @@ class SequenceCache:
             if self._ends is not None:
                 ends[: len(self._ends)] = self._ends
             self._ends = ends
-
-
-def _denominator(merged: Partial, sinks: Tensor | None) -> Tensor:
-    """Logarithm of the softmax denominator of each query, (W, H * G)."""
-    total = merged.m + merged.l.log()
-    return total if sinks is None else torch.logaddexp(total, sinks.to(total.dtype))

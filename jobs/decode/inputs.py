@@ -7,7 +7,7 @@ from typing import Any
 from hasten.accel.cache.base import CacheBudget, CacheMethod, check_budget
 from hasten.accel.cache.full import Full
 from hasten.accel.cache.mixed import Mixed
-from hasten.accel.cache.prompt.base import Drafting, takes_contexts
+from hasten.accel.cache.prompt.base import Drafting, PromptMethod, takes_contexts
 from hasten.accel.cache.prompts import check_contexts
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.decoding.sampling import Sampling
@@ -136,8 +136,9 @@ def chosen_cache(config: DecodeConfig, target: Path) -> CacheMethod:
         if budget is not None:
             raise UserError(f"{budget} needs a method that has a budget: give cache=NAME")
         return method
-    if config.path in FAST_PATHS:
-        raise UserError(f"path={config.path} has no compressed caches yet: give path=transformers or auto")
+    if config.path in FAST_PATHS and isinstance(method, PromptMethod):
+        name = type(method).__name__
+        raise UserError(f"path={config.path} has no cache={name}, which runs prompts itself: give path=auto")
     if config.target_group.size > 1:
         raise UserError(f"target_group.size={config.target_group.size} has no compressed caches yet: give cache=full")
     check_budget(method, budget)

@@ -85,9 +85,7 @@ class DecodeConfig(Run):
         "fast for the families that it runs",
         choices=("auto", "transformers", "fast", "llama"),
     )
-    cache: dict[str, Any] = group(
-        "what the KV cache of the target keeps, and how; other than full with path=transformers"
-    )
+    cache: dict[str, Any] = group("what the KV cache of the target keeps, and how")
     cache_budget: float | None = option(
         None,
         "tokens of a sequence that each layer's cache may hold, up to 1 a share of the sequence, for methods that drop "

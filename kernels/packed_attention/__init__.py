@@ -17,10 +17,13 @@ def is_faster(keys: Packed, heads: int) -> bool:
     return on_cpu and c_kernel.is_available(keys.bits, keys.columns // heads)
 
 
-def packed_attention(queries: Tensor, keys: Packed, values: Packed, cap: float | None = None) -> Partial:
-    """Partial result o (H, N, D), m and l (H, N), of queries (H, N, D) float32, already multiplied by the scale.
+def packed_attention(
+    queries: Tensor, keys: Packed, values: Packed, scale: float = 1.0, cap: float | None = None
+) -> Partial:
+    """Partial result o (H, N, D), m and l (H, N), of queries (H, N, D) float32.
 
-    keys: codes of (T, H * D) by channel. values: codes of (T * H, D) by token. cap: of a soft cap, None for none.
+    keys: codes of (T, H * D) by channel. values: codes of (T * H, D) by token. scale: of scores. cap: of a soft cap,
+    None for none.
     """
     kernel = c_kernel if is_faster(keys, len(queries)) else reference
-    return kernel.packed_attention(queries, keys, values, cap)
+    return kernel.packed_attention(queries, keys, values, scale, cap)

@@ -64,7 +64,7 @@ _CACHE: dict[tuple[int, int], tuple[Packed, Packed]] = {}
 
 
 def _run(kernel, bits: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    partial_result = kernel(queries, *_packed(keys, values, bits), None)
+    partial_result = kernel(queries, *_packed(keys, values, bits), 1.0, None)
     output: Tensor = partial_result.o / partial_result.l[..., None]
     return output
 

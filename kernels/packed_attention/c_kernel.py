@@ -28,7 +28,7 @@ def is_available(bits: int, size: int) -> bool:
     return bits in _BITS and whole and size <= MAX_SIZE and _function() is not None
 
 
-def packed_attention(queries: Tensor, keys: Packed, values: Packed, cap: float | None) -> Partial:
+def packed_attention(queries: Tensor, keys: Packed, values: Packed, scale: float, cap: float | None) -> Partial:
     """See hasten.kernels.packed_attention.packed_attention."""
     function = _function()
     assert function is not None
@@ -58,6 +58,7 @@ def packed_attention(queries: Tensor, keys: Packed, values: Packed, cap: float |
         keys.group_size,
         values.group_size,
         keys.bits,
+        scale,
         cap or 0.0,
         torch.get_num_threads(),
     )
@@ -71,6 +72,6 @@ def _function() -> Callable[..., None] | None:
         return None
     function: Callable[..., None] = library.packed_attention
     pointers, longs = [ctypes.c_void_p] * 11, [ctypes.c_long] * 7
-    library.packed_attention.argtypes = [*pointers, *longs, ctypes.c_int, ctypes.c_float, ctypes.c_int]
+    library.packed_attention.argtypes = [*pointers, *longs, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_int]
     library.packed_attention.restype = None
     return function

@@ -31,7 +31,7 @@ def token_attention(
     kv_heads = doubled // 2
     heads = qkv.numel() // size - doubled
     out = torch.empty(heads * size)
-    scores = torch.empty(heads * (position + 1 - first + _LANES))
+    scores = torch.empty(heads * (-(-(position + 1 - first) // _LANES) * _LANES))
     function(
         qkv.data_ptr(),
         turns.data_ptr(),

@@ -35,7 +35,7 @@ def operands(rows, heads, size, tokens, bits, dtype=torch.float32, group=32):
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_the_kernel_computes_what_the_reference_does(shape, bits, cap):
     given = operands(*shape, bits)
-    found, expected = c_kernel.packed_attention(*given, cap), reference.packed_attention(*given, cap)
+    found, expected = c_kernel.packed_attention(*given, 0.5, cap), reference.packed_attention(*given, 0.5, cap)
     torch.testing.assert_close(found.m, expected.m, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.o / found.l[..., None], expected.o / expected.l[..., None], rtol=1e-3, atol=1e-4)
 
@@ -51,7 +51,7 @@ def test_the_kernel_is_attention_in_float64(dtype):
     dense_values = exact_values.unflatten(0, (-1, 2)).transpose(0, 1)
     exact = (given[0].double() @ dense_keys.mT).softmax(-1) @ dense_values
     for kernel in (c_kernel, reference) if dtype == torch.float32 else (c_kernel,):
-        found = kernel.packed_attention(*given, None)
+        found = kernel.packed_attention(*given, 1.0, None)
         torch.testing.assert_close((found.o / found.l[..., None]).double(), exact, rtol=1e-4, atol=1e-5)
 
 
@@ -60,9 +60,9 @@ def test_threads_change_no_bit():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = c_kernel.packed_attention(*given, None)
+        one = c_kernel.packed_attention(*given, 1.0, None)
         torch.set_num_threads(2)
-        two = c_kernel.packed_attention(*given, None)
+        two = c_kernel.packed_attention(*given, 1.0, None)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -70,9 +70,9 @@ def test_threads_change_no_bit():
 
 def test_a_row_of_queries_does_not_depend_on_the_others():
     queries, keys, values = operands(70, 1, 64, 64, 4)
-    whole = c_kernel.packed_attention(queries, keys, values, None)
+    whole = c_kernel.packed_attention(queries, keys, values, 1.0, None)
     for row in (0, 63, 64, 69):
-        alone = c_kernel.packed_attention(queries[:, row : row + 1], keys, values, None)
+        alone = c_kernel.packed_attention(queries[:, row : row + 1], keys, values, 1.0, None)
         assert torch.equal(alone.o[:, 0], whole.o[:, row])
 
 
@@ -82,4 +82,4 @@ def test_other_widths_take_the_reference(bits, size):
     if size == 64:
         given = operands(1, 2, size, 32, bits)
         assert not is_faster(given[1], 2)
-        torch.testing.assert_close(packed_attention(*given).o, reference.packed_attention(*given, None).o)
+        torch.testing.assert_close(packed_attention(*given).o, reference.packed_attention(*given, 1.0, None).o)

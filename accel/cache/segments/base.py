@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.attention.contract import Partial, Scoring
+from hasten.kernels.segment_attention import segment_attention
 
 
 class Segment(ABC):
@@ -58,27 +59,26 @@ def partial_attention(
     seen: (W, T) or (H, W, T) bool, the keys that each query sees; None: all. bias: (H, T), added to the scores. In
     float32.
     """
-    width, count = len(queries), keys.shape[1]
-    weights = scores(queries, keys, scoring)
-    groups = weights.shape[1] // width
-    if bias is not None:
-        weights += bias[:, None]
-    if seen is not None:
-        weights = weights.masked_fill_(~seen.repeat(*(1,) * (seen.ndim - 2), groups, 1), -torch.inf)
-    # A row without keys has no largest score. -inf minus -inf is nan.
-    largest = weights.amax(-1, keepdim=True) if count else weights.new_full((*weights.shape[:-1], 1), -torch.inf)
-    weights = weights.sub_(largest.nan_to_num(neginf=0.0)).exp_()
-    parts = weights @ values.float(), largest, weights.sum(-1, keepdim=True)
-    o, m, total = (part.unflatten(1, (groups, width)).permute(2, 0, 1, 3).flatten(1, 2) for part in parts)
-    return Partial(o, m[..., 0], total[..., 0])
+    width, scale = len(queries), queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    partial = segment_attention(by_head(queries, len(keys)), keys, values, scale, scoring.soft_cap, seen, bias)
+    return by_query(partial, width)
+
+
+def by_head(queries: Tensor, heads: int) -> Tensor:
+    """Queries (W, H * G, D) as (H, G * W, D): the query heads of a KV head are rows of one product."""
+    return queries.unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def by_query(partial: Partial, width: int) -> Partial:
+    """A partial result of rows (H, G * W) as one of queries and heads (W, H * G)."""
+    o, m, total = (part.unflatten(1, (-1, width)).movedim(2, 0).flatten(1, 2) for part in partial)
+    return Partial(o, m, total)
 
 
 def scores(queries: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
     """Scores (H, G * W, T) float32 of queries (W, H * G, D) and keys (H, T, D)."""
     scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    # The query heads of a KV head are rows of one product.
-    folded = queries.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2).float() * scale
-    products = folded @ keys.float().mT
+    products = by_head(queries, len(keys)).float() * scale @ keys.float().mT
     return products if scoring.soft_cap is None else scoring.soft_cap * torch.tanh(products / scoring.soft_cap)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.segments.base import Segment
+from hasten.accel.cache.segments.base import Segment, by_head, by_query
 from hasten.kernels.attention.contract import Partial, Scoring
 from hasten.kernels.packed_attention import is_faster, packed_attention
 from hasten.kernels.quantize_pack import Packed, quantize_pack, unpack_dequantize
@@ -59,14 +59,9 @@ class PackedSegment(Segment):
         """See Segment; from the codes themselves where there is a kernel, and no window that cuts them."""
         if scoring.window is not None or not is_faster(self.keys, self.heads):
             return super().attend(queries, positions, scoring)
-        width, groups = len(queries), queries.shape[1] // self.heads
         scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-        folded = queries.unflatten(1, (self.heads, groups)).permute(1, 2, 0, 3).flatten(1, 2).float() * scale
-        partial = packed_attention(folded, self.keys, self.values, scoring.soft_cap)
-        o, m, total = (
-            part.unflatten(1, (groups, width)).movedim(2, 0).flatten(1, 2) for part in (partial.o, partial.m, partial.l)
-        )
-        return Partial(o, m, total)
+        folded = by_head(queries, self.heads).float()
+        return by_query(packed_attention(folded, self.keys, self.values, scale, scoring.soft_cap), len(queries))
 
     def extended(self, other: "PackedSegment") -> "PackedSegment":
         """A segment of these tokens and of another's, of the same bits and groups; no code is computed again."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.cache.segments.base import Segment, partial_attention
+from hasten.accel.cache.segments.base import Segment, by_head, by_query, partial_attention
 from hasten.kernels.attention.contract import Partial, Scoring
+from hasten.kernels.segment_attention import segment_attention
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Ragged(Segment):
         yield from (*self.keys, *self.values, *self.positions)
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
-        """See Segment; head by head."""
-        groups = queries.shape[1] // len(self.keys)
-        parts = []
+        """See Segment; head by head where a window cuts their tokens."""
+        groups, parts = queries.shape[1] // len(self.keys), []
+        if scoring.window is None:
+            scale = queries.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+            folded = by_head(queries, len(self.keys))
+            return by_query(segment_attention(folded, self.keys, self.values, scale, scoring.soft_cap), len(queries))
         for head, (keys, values, held) in enumerate(zip(self.keys, self.values, self.positions, strict=True)):
             own = queries[:, head * groups : (head + 1) * groups]
-            seen = None if scoring.window is None else positions[:, None] - held < scoring.window
+            seen = positions[:, None] - held < scoring.window
             parts.append(partial_attention(own, keys[None], values[None], scoring, seen))
         return Partial(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 

@@ -1,7 +1,7 @@
 """Attention of the fast path: new nodes of several sequences over pre-allocated caches, in torch's operations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from hasten.accel.decoding.targets.families.decoder import Decoder, Layer, soft_
 from hasten.kernels.token_attention import token_attention
 
 # The attention of the layers of a pass: layer, its cache, and queries, keys and values; see MaskedAttention.
-Attention = Callable[[Layer, Tensor, Tensor], Tensor]
+Attention = Callable[[Layer, Any, Tensor], Tensor]
 
 
 class Reach(NamedTuple):
@@ -43,33 +43,20 @@ class CacheAccess(NamedTuple):
     reaches: Mapping[int | None, Reach]
 
 
-class MaskedAttention:
-    """The attention of the layers of a pass over B sequences of N nodes, given what its nodes read and write.
+class RotatedHeads:
+    """Rotary embedding of the queries and keys of a pass over nodes at positions (B, N).
 
-    tables: cosines and sines (capacity, D / 2, 2) of every rotation. positions: (B, N). in_place: whether rotations are
-    complex products in place: only float32 has them, and torch.compile generates no code for them.
+    tables: cosines and sines (capacity, D / 2, 2) of every rotation. in_place: whether rotations are complex products
+    in place: only float32 has them, and torch.compile generates no code for them.
     """
 
-    def __init__(
-        self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, access: CacheAccess, in_place: bool
-    ) -> None:
-        self._decoder, self._access, self._in_place, self._count = decoder, access, in_place, len(positions)
+    def __init__(self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, in_place: bool) -> None:
+        self._decoder, self._in_place, self._count = decoder, in_place, len(positions)
         self._turns = [table[positions.view(-1)][:, None] for table in tables]
         if in_place:
             self._turns = [torch.view_as_complex(turn) for turn in self._turns]
 
-    def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
-        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D), which are not rotated.
-
-        Keys and values are written into the cache (slots, 2 * H, capacity, D) of the layer.
-        """
-        decoder, access = self._decoder, self._access
-        heads, count = decoder.heads, self._count
-        qkv = self._rotate(layer, qkv.view(len(qkv), -1, decoder.head_size))
-        write(cache, qkv.narrow(1, heads, 2 * decoder.kv_heads), count, access)
-        return attend(decoder, qkv.narrow(1, 0, heads), cache, count, layer.window, access)
-
-    def _rotate(self, layer: Layer, qkv: Tensor) -> Tensor:
+    def rotate(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""
         heads, size = self._decoder.heads, self._decoder.head_size
         both = heads + self._decoder.kv_heads
@@ -86,36 +73,60 @@ class MaskedAttention:
         return torch.cat([rotated, qkv[:, both:]], 1)
 
 
-class TokenAttention:
-    """The attention of the layers of a pass over one new token of one sequence, by the kernel token_attention.
-
-    position: of the token, in the sequence and in the cache of its slot. firsts: first position that layers attend to,
-    by their windows.
-    """
+class MaskedAttention(RotatedHeads):
+    """The attention of the layers of a pass over B sequences of N nodes, given what its nodes read and write."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        tables: Sequence[Tensor],
-        position: int,
-        slot: int,
-        start: int,
-        firsts: Mapping[int | None, int],
+        self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, access: CacheAccess, in_place: bool
     ) -> None:
-        self._decoder, self._slot, self._start, self._firsts = decoder, slot, start, firsts
-        self._turns = [table[position] for table in tables]
+        super().__init__(decoder, tables, positions, in_place)
+        self._access = access
+
+    def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
+        """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D), which are not rotated.
+
+        Keys and values are written into the cache (slots, 2 * H, capacity, D) of the layer.
+        """
+        decoder, access = self._decoder, self._access
+        heads, count = decoder.heads, self._count
+        qkv = self.rotate(layer, qkv.view(len(qkv), -1, decoder.head_size))
+        write(cache, qkv.narrow(1, heads, 2 * decoder.kv_heads), count, access)
+        return attend(decoder, qkv.narrow(1, 0, heads), cache, count, layer.window, access)
+
+
+class TokenAttention:
+    """The attention of the layers of a pass over one new token of each sequence, by the kernel token_attention.
+
+    slots: of the sequences. starts: committed tokens of each, which the new one follows.
+    """
+
+    def __init__(self, decoder: Decoder, tables: Sequence[Tensor], slots: Sequence[int], starts: Sequence[int]) -> None:
+        self._decoder, self._slots, self._starts = decoder, slots, starts
+        self._turns = [[table[start] for start in starts] for table in tables]
 
     def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
         """See MaskedAttention."""
         decoder = self._decoder
         heads, both = decoder.heads, decoder.heads + decoder.kv_heads
-        rows = qkv.view(-1, decoder.head_size)
+        rows = qkv.view(len(qkv), -1, decoder.head_size)
         if layer.query_norm is not None and layer.key_norm is not None:
-            rows[:heads] = layer.query_norm(rows[:heads])
-            rows[heads:both] = layer.key_norm(rows[heads:both])
-        first, turns = self._firsts[layer.window], self._turns[layer.rotation]
-        cached = cache[self._slot]
-        return token_attention(rows, turns, cached, self._start, first, decoder.scale, decoder.score_cap)[None]
+            rows[:, :heads] = layer.query_norm(rows[:, :heads])
+            rows[:, heads:both] = layer.key_norm(rows[:, heads:both])
+        outputs = [
+            token_attention(
+                own,
+                turns,
+                cache[slot],
+                start,
+                0 if layer.window is None else max(0, start + 1 - layer.window),
+                decoder.scale,
+                decoder.score_cap,
+            )
+            for own, turns, slot, start in zip(
+                rows, self._turns[layer.rotation], self._slots, self._starts, strict=True
+            )
+        ]
+        return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 
 
 def write(cache: Tensor, new: Tensor, count: int, access: CacheAccess) -> None:

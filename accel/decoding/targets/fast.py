@@ -46,7 +46,7 @@ class FastTarget(Target):
         self._decoder, self.dtype = decoder, decoder.dtype
         self._windows = {layer.window for layer in decoder.layers}
         self._turns: list[Tensor] = []
-        self._cache: list[Tensor] = []
+        self._cache: list[Any] = []  # of each layer, as its attention takes it
         compiled = compiled and not decoder.data_dependent
         if compiled and capture is None and self.device.type == "cuda":
             # A small model's pass is mostly the time of kernel launches.
@@ -76,6 +76,11 @@ class FastTarget(Target):
         return cls(build_decoder(model.config, ModelWeights(model, packs and not traced)), compiled)
 
     @property
+    def decoder(self) -> Decoder:
+        """The model, whose weights targets with other caches can share."""
+        return self._decoder
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of all layers."""
         return sum(cache.numel() * cache.element_size() for cache in self._cache)
@@ -99,14 +104,30 @@ class FastTarget(Target):
         part._slots, part.capacity, part.feature_layers, part.virtual = [], 0, (), None
         return part
 
+    def fill(self, slot: int, count: int, generator: torch.Generator) -> None:
+        """Commit `count` tokens with random keys and values to an empty slot, for measurements of speed."""
+        decoder = self._decoder
+        for number in range(len(decoder.layers)):
+            shape = decoder.heads + 2 * decoder.kv_heads, count, decoder.head_size
+            self._fill_layer(slot, number, torch.randn(shape, generator=generator).to(self.device, self.dtype))
+        self._slots[slot].committed = [0] * count
+
+    def _fill_layer(self, slot: int, layer: int, qkv: Tensor) -> None:
+        self._cache[layer][slot, :, : qkv.shape[1]] = qkv[self._decoder.heads :]
+
     def _allocate(self, slots: int, capacity: int) -> None:
         decoder = self._decoder
         # Keys and values of a layer are in one tensor (slots, 2 * H, capacity, D), so that one write stores both.
         shape = slots, 2 * decoder.kv_heads, capacity, decoder.head_size
         self._cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in decoder.layers]
-        self._turns = [rotation.table(capacity, decoder.head_size, self.device) for rotation in decoder.rotations]
+        self._tabulate(capacity)
         if self._recorded is not None:
             self._recorded.clear()
+
+    def _tabulate(self, capacity: int) -> None:
+        """Cosines and sines of all positions."""
+        decoder = self._decoder
+        self._turns = [rotation.table(capacity, decoder.head_size, self.device) for rotation in decoder.rotations]
 
     def _run(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
@@ -123,29 +144,31 @@ class FastTarget(Target):
             with torch.no_grad():
                 run = self._traced if self._recorded is None else self._recorded
                 outputs = run(inputs, first, self.feature_layers)
-            return _pass(outputs, count, width)
+            return pass_of(outputs, count, width)
         start = starts[0] if count == 1 else None
         rows = places = None
         if start is None:
             rows, places = self._to_device(torch.tensor(slots)[:, None]), self._places(starts, width)
         # Only a prompt is run without logits. It is a chain.
         causal = not logits and start == 0 and self._decoder.score_cap is None
-        # A single token directly after the committed ones attends to all of them, and needs no mask.
-        alone = count == width == 1 and len(self.depths(first)) == 1
+        # Single tokens directly after the committed ones attend to all of them, and need no mask.
+        single = width == 1 and all(len(self.depths(slot)) == 1 for slot in slots)
+        alone = single and count == 1
         # inference_mode skips autograd's bookkeeping for views, which is a good part of a small model's pass.
         with torch.inference_mode():
             total = allowed.shape[-1]
-            if alone and logits and is_faster(self._cache[0]):
-                firsts = {window: max(0, total - (window or total)) for window in self._windows}
-                token = TokenAttention(self._decoder, self._turns, int(positions[0, 0]), first, starts[0], firsts)
-                return _pass(self._outputs(ids, token, self.feature_layers), count, width)
+            if single and logits and is_faster(self._cache[0]):
+                token = TokenAttention(self._decoder, self._turns, slots, starts)
+                return pass_of(self._outputs(ids, token, self.feature_layers), count, width)
             key_positions = None
             if not alone and any(window is not None and window < total for window in self._windows):
                 key_positions = self._key_positions(slots, total)
             lowest = min(len(self.committed(slot)) for slot in slots)
             reaches = self._reaches(positions, None if alone else allowed, key_positions, total, lowest, causal)
             access = CacheAccess(first if adjacent else None, list(slots), rows, places, start, total, causal, reaches)
-            return _pass(self._outputs(ids, self._masked(positions, access), self.feature_layers, logits), count, width)
+            return pass_of(
+                self._outputs(ids, self._masked(positions, access), self.feature_layers, logits), count, width
+            )
 
     def _run_kernels(
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, logits: bool
@@ -163,14 +186,14 @@ class FastTarget(Target):
             ids, positions = (pad(rows, (0, size - width)) for rows in (ids, positions))
             packed = self._to_device(pack_tree(slots, committed, parents, counts, shape))
             with torch.no_grad():
-                return _pass(recorded(KernelInputs(ids, positions, packed), shape, self.feature_layers), count, width)
+                return pass_of(recorded(KernelInputs(ids, positions, packed), shape, self.feature_layers), count, width)
         packed = self._to_device(pack_tree(slots, committed, parents, counts, shape))
         # Only a prompt is run without logits. It is a chain.
         prompt = slots[0] if not logits and count == 1 and starts[0] == 0 else None
         with torch.inference_mode():
             inputs = TreeInputs.of(packed, shape)
             attention = KernelAttention(self._decoder, self._turns, positions.view(-1), inputs, prompt)
-            return _pass(self._outputs(ids, attention, self.feature_layers, logits), count, width)
+            return pass_of(self._outputs(ids, attention, self.feature_layers, logits), count, width)
 
     def _kernel_pass(self, inputs: KernelInputs, shape: TreeShape, feature_layers: tuple[int, ...]) -> Outputs:
         """See `_outputs`."""
@@ -286,6 +309,6 @@ class FastTarget(Target):
             cache[slot, :, :length] = cache[source, :, :length]
 
 
-def _pass(outputs: Outputs, count: int, width: int) -> Pass:
+def pass_of(outputs: Outputs, count: int, width: int) -> Pass:
     """The pass over `count` sequences of `width` nodes whose outputs these are, or those of padding, too."""
     return Pass(*(rows.unflatten(0, (count, len(rows) // count))[:, :width] for rows in outputs))
