@@ -37,7 +37,8 @@ _KINDS = {"full_attention", "sliding_attention"}
 class TreePass:
     """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row.
 
-    positions: (N,) of each row. ids: (B, N) of the nodes' tokens; None: not known. The nodes wait until their sequence's cache commits.
+    positions: (N,) of each row. ids: (B, N) of the nodes' tokens; None: not known. The nodes wait until their
+    sequence's cache commits.
     """
 
     slots: Sequence[int]

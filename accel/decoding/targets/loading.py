@@ -50,8 +50,8 @@ def load_target(
     `llama` is its older name; `auto` takes the fast path where it can. keeps_hidden: whether passes return the last
     hidden states. compiled: whether passes of the fast path are compiled, for every size of a tree, see FastTarget.
     cache: what KV caches keep; None and Full keep everything; with it passes are not compiled, and methods that run
-    prompts themselves need the transformers path. cache_budget: where it has one. cache_statistics: file of the method's
-    calibrated statistics; None takes them from each prompt.
+    prompts themselves need the transformers path. cache_budget: where it has one. cache_statistics: file of the
+    method's calibrated statistics; None takes them from each prompt.
     """
     config = AutoConfig.from_pretrained(folder)
     method = None if cache is None or isinstance(cache, Full) else cache
