@@ -96,7 +96,7 @@ def test_caches_that_read_prompts_get_contexts_and_a_draft_model(source, folder,
     [
         ({"cache": "ape"}, "line 1 has no list of 'contexts'"),
         ({"cache": "ape", "prompts": "null"}, "reads contexts beside the prompt"),
-        ({"cache": "speckv", "cache_budget": 4, "cache.draft": "nowhere"}, "cache.draft=nowhere"),
+        ({"cache": "speckv", "cache_budget": 4, "cache.draft": "nowhere"}, "cache.draft='nowhere' does not exist"),
     ],
 )
 def test_caches_that_read_prompts_refuse_what_they_cannot_read(source, folder, capsys, changes, wrong):
