@@ -417,7 +417,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
             wall["solve"] += max(busy)
             cpu["solve"] += sum(busy)
     if work.rotating is not None and work.sequences:
-        parts = ceil(work.rotating.batch / work.batch)
+        parts = ceil(work.rotating.step_sequences / work.batch)
         step = _learning_step(work, work.rotating)
         add("learn rotation", step * work.rotating.steps, ceil(parts / workers) / parts)
     guess = "; ".join(_guesses(work))
@@ -440,8 +440,8 @@ def _run_of_sequences(work: Pass, block: int, sequences: int) -> Work:
 
 def _learning_step(work: Pass, rotating: RotatingTransform) -> Work:
     """Work of the gradients of a step of learning a rotation: of all blocks, and of the divergence."""
-    model, tokens = work.model, rotating.batch * work.length
-    parts = ceil(rotating.batch / work.batch)
+    model, tokens = work.model, rotating.step_sequences * work.length
+    parts = ceil(rotating.step_sequences / work.batch)
     total = model.logits(2 * tokens) * 2
     for block in range(model.blocks):
         weights = sum(map(_weights, work.layer_groups[block]))

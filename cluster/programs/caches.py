@@ -12,7 +12,7 @@ from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.measure import measure
 from hasten.accel.cache.statistics import load
 from hasten.accel.evaluation.recall import Sample
-from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.loading_needs import register_loader
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.recovery import Batches
 from hasten.cluster.runtime.resources import peak_rss_bytes
@@ -71,8 +71,7 @@ def load_model(inputs: ModelInputs) -> Any:
     # transformers takes seconds to import, and this module is imported by the driver.
     from transformers import AutoModelForCausalLM
 
-    if Checkpoint(inputs.model).is_compressed:
-        import hasten.accel.models.transformers_loader  # noqa: F401
+    register_loader(inputs.model)
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
     return model.to(inputs.device).eval()
 
