@@ -23,7 +23,8 @@ from hasten.accel.cache.prompt.hydragen import common_length, share
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.cache.sequence import SequenceCache
 from hasten.accel.errors import UserError
-from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.models.checkpoint import resolve
+from hasten.accel.models.loading_needs import register_loader
 
 _CHUNK = 512
 
@@ -33,8 +34,7 @@ def load_draft(method: CacheMethod | None, dtype: torch.dtype, device: str) -> P
     if not isinstance(method, Drafting) or method.draft is None:
         return None
     folder = resolve(method.draft)
-    if Checkpoint(folder).is_compressed:
-        import hasten.accel.models.transformers_loader  # noqa: F401
+    register_loader(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
