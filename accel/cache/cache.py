@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -33,7 +34,7 @@ _KINDS = {"full_attention", "sliding_attention"}
 class TreePass:
     """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row.
 
-    positions: (N,) of each row. The nodes wait until `CompressedCache.commit`.
+    positions: (N,) int32 of each row. The nodes wait until `CompressedCache.commit`.
     """
 
     slots: Sequence[int]
@@ -106,18 +107,18 @@ class CompressedLayer(CacheLayerMixin):
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
-        outputs = torch.zeros_like(queries)
+        outputs = []
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
             count = len(positions)
-            new = NewTokens(
-                handle.keys[row, :, :count],
-                handle.values[row, :, :count],
-                queries[row, :count],
-                positions.int(),
-                above,
-            )
-            outputs[row, :count] = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
-        return outputs
+            keys, values, own = handle.keys[row], handle.values[row], queries[row]
+            if count < len(own):
+                keys, values, own = keys[:, :count], values[:, :count], own[:count]
+            new = NewTokens(keys, values, own, positions, above)
+            output = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype)
+            # Rows of padding are 0.
+            missing = queries.shape[1] - count
+            outputs.append(F.pad(output, (0, 0, 0, 0, 0, missing)) if missing else output)
+        return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
