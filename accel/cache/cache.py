@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -37,7 +38,7 @@ _KINDS = {"full_attention", "sliding_attention"}
 class TreePass:
     """A pass of the decoding engine. slots: sequence of each row. above: see NewTokens, one for each row.
 
-    positions: (N,) of each row. ids: (B, N) of the nodes' tokens; None: not known. The nodes wait until their
+    positions: (N,) int32 of each row. ids: (B, N) of the nodes' tokens; None: not known. The nodes wait until their
     sequence's cache commits.
     """
 
@@ -130,24 +131,22 @@ class CompressedLayer(CacheLayerMixin):
         return outputs
 
     def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
-        outputs = torch.zeros_like(queries)
         ends = self.owner.ends_in(engine.ids, queries.shape[:2])
         passes: dict[int, NewTokens] = {}
         for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
             count = len(positions)
-            passes[slot] = NewTokens(
-                handle.keys[row, :, :count],
-                handle.values[row, :, :count],
-                queries[row, :count],
-                positions.int(),
-                above,
-                None if ends is None else ends[row, :count],
-            )
+            keys, values, own = handle.keys[row], handle.values[row], queries[row]
+            if count < len(own):
+                keys, values, own = keys[:, :count], values[:, :count], own[:count]
+            passes[slot] = NewTokens(keys, values, own, positions, above, None if ends is None else ends[row, :count])
         known = self._of_shared(passes)
-        for row, (slot, new) in enumerate(passes.items()):
-            own = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype, known.get(slot))
-            outputs[row, : len(own)] = own
-        return outputs
+        outputs = []
+        for slot, new in passes.items():
+            output = self.sequences[slot].append(new, self.scoring, sinks, queries.dtype, known.get(slot))
+            # Rows of padding are 0.
+            missing = queries.shape[1] - len(output)
+            outputs.append(F.pad(output, (0, 0, 0, 0, 0, missing)) if missing else output)
+        return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 
     def _of_shared(self, passes: Mapping[int, NewTokens]) -> dict[int, dict[int, Partial]]:
         """Partial results, by sequence and id of the segment, of segments that several sequences of a pass hold.

@@ -121,12 +121,12 @@ class MixMeasurement:
         """Logits (N, V) of tokens (N,) at positions from `start` on, which are committed and not compressed."""
         count, device = len(tokens), self.model.device
         above = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-        positions = torch.arange(start, start + count, device=device)
+        positions = torch.arange(start, start + count, dtype=torch.int32, device=device)
         cache.tree_pass = TreePass((0,), (above,), (positions,))
         kept = 1 if not start else 0  # behind a prompt, only the last logits are read
         with torch.no_grad():
             out = self.model(
-                tokens[None].to(device), position_ids=positions[None], past_key_values=cache, logits_to_keep=kept
+                tokens[None].to(device), position_ids=positions[None].long(), past_key_values=cache, logits_to_keep=kept
             )
         for layer in cache.compressed:
             layer.sequences[0].commit()

@@ -66,11 +66,17 @@ def partial_attention(
 
 def by_head(queries: Tensor, heads: int) -> Tensor:
     """Queries (W, H * G, D) as (H, G * W, D): the query heads of a KV head are rows of one product."""
+    if len(queries) == 1:
+        # Decoding, where every operation of torch counts.
+        return queries.reshape(heads, -1, queries.shape[2])
     return queries.unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def by_query(partial: Partial, width: int) -> Partial:
     """A partial result of rows (H, G * W) as one of queries and heads (W, H * G)."""
+    if width == 1:
+        o, m, total = (part.reshape(1, -1, *part.shape[2:]) for part in partial)
+        return Partial(o, m, total)
     o, m, total = (part.unflatten(1, (-1, width)).movedim(2, 0).flatten(1, 2) for part in partial)
     return Partial(o, m, total)
 

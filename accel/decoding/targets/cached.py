@@ -123,7 +123,7 @@ class CompressedSlots(Target):
             count = committed + len(parents) - start
             chain = count == len(parents) and parents == list(range(ROOT, count - 1))
             above.append(None if chain else allowed[row, :count, committed : committed + len(parents)])
-            places.append(positions[row, :count])
+            places.append(positions[row, :count].int())
         self._compressed.tree_pass = TreePass(tuple(slots), above, places, ids)
 
     def _commit_layers(self, slot: int, path: Sequence[int] | None) -> None:
