@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import attention_path, attention_states, set_inputs
+from hasten.accel.compression.activations.hadamard import InputHadamard
+from hasten.accel.compression.activations.hooks import attention_path, attention_states, rotate_inputs, set_inputs
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
@@ -182,10 +183,12 @@ class Architecture:
     def load_block(self, index: int) -> nn.Module:
         """Block with its weights, experts unfused to linear layers; UserError names a tensor that is not finite.
 
-        Where the checkpoint's config says so, its layers round their inputs, and its attention keys and values.
+        Where the checkpoint's config says so, its layers rotate and round their inputs, and its attention rounds keys
+        and values.
         """
         block = self._empty_block(index)
         self._fill_block(block, index)
+        self._rotate_inputs(block, index)
         self._round_as_stored(block, index)
         return block.eval()
 
@@ -240,6 +243,18 @@ class Architecture:
         """Names of the classes of the attentions that have a cache of keys and values."""
         found = ((block, attention_path(block)) for block in self._skeleton.blocks)
         return sorted({type(block.get_submodule(path)).__name__ for block, path in found if path is not None})
+
+    def input_rotations(self, index: int) -> dict[str, InputHadamard]:
+        """How inputs of a block's layers are rotated, by layer name; without those that are not."""
+        found = ((layer.name, self.checkpoint.input_rotation(layer.name)) for layer in self.linears(index))
+        return {name: rotation for name, rotation in found if rotation is not None}
+
+    def _rotate_inputs(self, block: nn.Module, index: int) -> None:
+        """Rotate inputs in a loaded block, before any hook reads them."""
+        rotations = self.input_rotations(index)
+        for layer in self.linears(index):
+            if layer.name in rotations:
+                rotate_inputs(block.get_submodule(layer.module), rotations[layer.name])
 
     def _round_as_stored(self, block: nn.Module, index: int) -> None:
         """Round in a loaded block what the checkpoint's config says."""
@@ -340,7 +355,7 @@ class Architecture:
     def scale_sites(self, index: int) -> list[ScaleSite]:
         """Where inputs of a block's layers can be scaled without changing the block; no tensor is read."""
         start, layers = self.block_start(index), self.linears(index)
-        return scale_sites(
+        sites = scale_sites(
             self._empty_block(index),
             layers,
             self.layout(index),
@@ -348,6 +363,9 @@ class Architecture:
             lambda parameter: start + self._local(parameter),
             self.checkpoint,
         )
+        # Channels that a rotation mixes are none of what makes them.
+        rotations = self.input_rotations(index)
+        return [site for site in sites if not any(layer.name in rotations for layer in site.layers)]
 
     def outer_layers(self) -> dict[str, Layer]:
         """Output layer and embedding by role, HEAD and EMBEDDING; a tensor that serves as both has the role TIED."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.compression.activations.hadamard import InputHadamard
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.expert_names import model_types, unfused
@@ -198,6 +199,12 @@ class Checkpoint:
         stored = {name: self._activations.get(f"{layer}.{name}") for name in INPUT_TENSORS}
         tensors = {name: place.read() for name, place in stored.items() if place is not None}
         return input_rounding(scheme, tensors, layer)
+
+    def input_rotation(self, layer: str) -> InputHadamard | None:
+        """How the inputs of a layer are rotated before they are rounded; None where they are not."""
+        if self.quantized_by is None or f"{layer}.weight" not in self:
+            return None
+        return self.quantized_by.input_rotation(layer, self.shape(f"{layer}.weight")[-1])
 
     def attention(self, name: str, classes: Collection[str]) -> dict[str, InputRounding]:
         """How servers round keys `k`, values `v` and queries `q` of an attention; empty where they do not.

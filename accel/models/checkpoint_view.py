@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.hadamard import InputHadamard
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.kernels.packed_weight import PackedWeight
@@ -57,6 +58,10 @@ class CheckpointView(Checkpoint):
     def inputs(self, layer: str) -> InputRounding | None:
         """See Checkpoint."""
         return self.source.inputs(layer)
+
+    def input_rotation(self, layer: str) -> InputHadamard | None:
+        """See Checkpoint."""
+        return self.source.input_rotation(layer)
 
     def attention(self, name: str, classes: Collection[str]) -> dict[str, InputRounding]:
         """See Checkpoint."""

@@ -137,6 +137,7 @@ class DividedArchitecture(Architecture):
         self._fill_block(block, index, {f"{layer.module}.weight" for layer in self.linears(index)})
         self._weights[block] = weights
         # Behind the hook that waits for a layer's weight: only inputs of the layer that runs are held twice.
+        self._rotate_inputs(block, index)
         self._round_as_stored(block, index)
         return block.eval()
 

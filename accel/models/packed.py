@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.activations.description import parsed as parse_inputs
+from hasten.accel.compression.activations.hadamard import InputHadamard, is_matrix, is_online
+from hasten.accel.compression.activations.hadamard import parsed as parse_transforms
 from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
@@ -46,8 +48,6 @@ _IN_BFLOAT16 = ("mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized
 _EXPERTS_LACK = ("int-quantized", "naive-quantized", "mxfp8-quantized", "nvfp4-pack-quantized")
 # Types of weights that mean nothing without scales.
 _CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-# Locations of transforms that are applied to activations.
-_ONLINE = ("input", "output", "k_cache", "q_attn")
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -80,6 +80,9 @@ class Packing(Quantization):
             for target in group.targets:
                 self._schemes[target] = group
         self._checked((config.get("sparsity_config") or {}).get("format", _DENSE), None)
+        transforms = config.get("transform_config")
+        self._transforms = parse_transforms(transforms, where)
+        self._matrices = list((transforms or {}).get("config_groups") or {})
 
     @property
     def title(self) -> str:
@@ -91,15 +94,15 @@ class Packing(Quantization):
         )
         return f"compressed-tensors {', '.join(kinds)}" if kinds else "compressed-tensors, none of its weights"
 
-    @property
-    def online_transforms(self) -> list[str]:
-        """See Quantization: those of transform_config that are not folded into weights."""
-        groups = (self.config.get("transform_config") or {}).get("config_groups") or {}
-        return [
-            name
-            for name, group in groups.items()
-            if any(apply.get("location") in _ONLINE for apply in group.get("apply") or [])
-        ]
+    def input_rotation(self, module: str, columns: int) -> InputHadamard | None:
+        """See Quantization."""
+        found = [transform for transform in self._transforms if transform.matches(module)]
+        if len(found) > 1:
+            names = " and ".join(transform.name for transform in found)
+            raise UserError(
+                f"the transform_config of {self.where} rotates inputs of {module} by {names}: by one, at most"
+            )
+        return found[0].rotation(columns) if found else None
 
     def scheme(self, module: str) -> "QuantizationScheme | None":
         """QuantizationScheme of the module with this name in the checkpoint; None for a plain module."""
@@ -150,7 +153,8 @@ class Packing(Quantization):
     def tensors(self, stored: Mapping[str, Stored]) -> tuple[dict[str, QuantizedTensor], set[str]]:
         """See Quantization."""
         parts: dict[str, dict[str, Stored]] = {}
-        claimed = {name for name in stored if belongs_to_activations(name)}
+        claimed = {name for name in stored if belongs_to_activations(name) or is_matrix(name, self._matrices)}
+        stored = {name: place for name, place in stored.items() if name not in claimed}
         for name, place in stored.items():
             module, _, leaf = name.rpartition(".")
             if leaf in PARTS or leaf == WEIGHT:
@@ -408,7 +412,7 @@ def needs_loader(config: Mapping[str, Any] | None, dtype: str | None = None) -> 
     """
     if not config or not _is_read_by_name(config):
         return False
-    if must_unpack(config):
+    if must_unpack(config) or is_online(config):
         return True
     for group in config["config_groups"].values():
         form = _text(group.get("format") or config.get("format"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.activations.hadamard import InputHadamard
 from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
@@ -125,10 +126,9 @@ class Quantization(ABC):
         """Whether inputs of some modules, or states of attentions, are rounded."""
         return False
 
-    @property
-    def online_transforms(self) -> list[str]:
-        """Transforms of activations that a loader must apply, without which the weights mean nothing."""
-        return []
+    def input_rotation(self, module: str, columns: int) -> InputHadamard | None:
+        """How the inputs of a module are rotated, of so many channels; None where they are not."""
+        return None
 
 
 def check_rows(place: Stored, check_finite: Callable[[Tensor, str], None], name: str) -> None:

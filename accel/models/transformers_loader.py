@@ -7,7 +7,8 @@ the grid of the first config group. Experts it unpacks in either case, though no
 
 Here modules are prepared where that works, so that inputs are rounded, and their unpacked weights get the model's
 dtype. Elsewhere every tensor is unpacked by the scheme of its own module while it is read, and transformers ties the
-unpacked weights; inputs are then not rounded. Experts are unpacked while they are read, whatever their format.
+unpacked weights; inputs are then not rounded. Experts are unpacked while they are read, whatever their format. Hooks
+rotate inputs where the config has a transform_config, which transformers does not read.
 """
 
 from typing import Any
@@ -15,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.integrations.compressed_tensors import CompressedTensorsDequantize, get_experts_scheme
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from hasten.accel.compression.activations.hadamard import parsed
+from hasten.accel.compression.activations.hooks import rotate_inputs
+from hasten.accel.errors import UserError
+from hasten.accel.models.experts import DOWN, is_fused
 from hasten.accel.models.experts_loading import missing_rules
 from hasten.accel.models.loading_needs import initialises_layers
 from hasten.accel.models.packed import PACKED, PARTS, SCALE, WEIGHT, must_unpack
@@ -83,6 +89,19 @@ class _Unpack(CompressedTensorsDequantize):
         return schemes[match_targets(module, model.get_submodule(module), list(schemes))[0]]
 
 
+class _Config(CompressedTensorsConfig):
+    """transformers' config, which keeps the transform_config."""
+
+    def __init__(self, *arguments: Any, transform_config: dict[str, Any] | None = None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.described_transforms = transform_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        described: dict[str, Any] = super().to_dict()
+        return described | ({"transform_config": self.described_transforms} if self.described_transforms else {})
+
+
 class Loader(CompressedTensorsHfQuantizer):
     """transformers' quantizer for compressed-tensors, which unpacks while loading where transformers alone fails."""
 
@@ -99,9 +118,22 @@ class Loader(CompressedTensorsHfQuantizer):
         if missing_rules(model, get_model_conversion_mapping(model)) or initialises_layers(model.config.to_dict()):
             self.quantization_config.dequantize = True
         # Experts are fused and do not round their inputs, whose scales are for servers.
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {_EXPERT_INPUTS}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ()) | {_EXPERT_INPUTS}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(self._rotate_inputs(model))
         super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _rotate_inputs(self, model: Any) -> list[str]:
+        """Rotate inputs as the transform_config says; patterns of the names of stored matrices, which are not read."""
+        config = getattr(self.quantization_config, "described_transforms", None)
+        transforms = parsed(config, model.name_or_path)
+        for path, module in model.named_modules():
+            experts = f"{path}.0.{DOWN}" if is_fused(module) else None
+            for transform in transforms:
+                if experts is not None and transform.matches(experts):
+                    raise UserError(f"{transform.name} in transform_config rotates inputs of experts, {path}")
+                if isinstance(module, torch.nn.Linear) and transform.matches(path):
+                    rotate_inputs(module, transform.rotation(module.in_features))
+        return [rf"\.{name}_\w+\.weight$" for name in (config or {}).get("config_groups") or {}]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """transformers' rules for names, and those for experts that it lacks."""
@@ -130,4 +162,5 @@ def _listed(value: Any) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
 
 
+AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _Config
 AUTO_QUANTIZER_MAPPING[_METHOD] = Loader

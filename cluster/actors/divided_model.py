@@ -90,6 +90,11 @@ def _divider(source: WholeModel, size: int) -> Callable[[nn.Module], None]:
             f"{source.checkpoint.path} rounds inputs of its layers, or keys and values, which target_group.mode="
             "tensor_parallel does not: use target_group.mode=zero3, or target_group.size=1"
         )
+    if any(source.input_rotations(block) for block in range(source.num_blocks)):
+        raise UserError(
+            f"{source.checkpoint.path} rotates inputs of its layers, which target_group.mode=tensor_parallel does not: "
+            "use target_group.mode=zero3, or target_group.size=1"
+        )
     from deepspeed.module_inject.auto_tp import AutoTP
 
     # By block class, the names of the layers whose inputs are divided, and whose outputs are summed over the ranks.

@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.accel.cache.base import CacheBudget, CacheMethod
 from hasten.accel.cache.measure import measure
 from hasten.accel.evaluation.recall import Sample
-from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.loading_needs import register_loader
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.recovery import Batches
 from hasten.cluster.runtime.resources import peak_rss_bytes
@@ -63,8 +63,7 @@ def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(max(1, threads))
-    if Checkpoint(inputs.model).is_compressed:
-        import hasten.accel.models.transformers_loader  # noqa: F401
+    register_loader(inputs.model)
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=inputs.dtype)
     model = model.to(inputs.device).eval()
     budget = None if row.budget is None else CacheBudget(row.budget)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hasten.accel.compression.activations.hadamard import is_online
 from hasten.accel.models.checkpoint import read_json
 from hasten.accel.models.loading_needs import fuses_experts, initialises_layers
 from hasten.accel.models.packed import needs_loader
@@ -19,7 +20,9 @@ def loader_of(folder: Path) -> str | None:
     return _LOADER if needs_loader(quantization, dtype) else None
 
 
-def print_loader(module: str | None) -> None:
-    """Print what transformers needs, if anything."""
+def print_loader(module: str | None, folder: Path) -> None:
+    """Print what transformers needs to load a checkpoint, if anything. module: see loader_of."""
     if module is not None:
         print(f"transformers loads it after `import {module}`")
+        if is_online(read_json(folder / "config.json").get("quantization_config")):
+            print("without it, transformers does not rotate inputs of layers: it runs another model, without an error")

@@ -197,7 +197,7 @@ def _print_summary(report: Record) -> None:
         f"size: {metrics['bytes'] / 2**20:.1f} MiB, was {metrics['bytes_original'] / 2**20:.1f} MiB; "
         f"{metrics['bits_per_weight']:.3f} bits per quantized weight"
     )
-    print_loader(report["loader"])
+    print_loader(report["loader"], Path(report["output"]))
     if report["types"]:
         print_gguf(report["output"])
     if report["group_sizes"]:

@@ -97,7 +97,7 @@ def _print_summary(report: Record) -> None:
         print(
             f"size: {answer['bytes'] / 2**20:.1f} MiB, {answer['budget_bits_per_weight']:.4f} bits per weight{quality}"
         )
-        print_loader(answer["loader"])
+        print_loader(answer["loader"], Path(answer["output"]))
         if report["config"]["format"] == FORMATS[1]:
             print_gguf(answer["output"])
     if report["pareto"]:

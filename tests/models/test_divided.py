@@ -10,10 +10,13 @@ import torch
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.levels.level import parse_level
+from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.compression.transforms.quarot import QuaRot
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.divided import DividedArchitecture
 from hasten.accel.models.forwards import Forward
+from tests.compression import local
 from tests.models import tiny
 from tests.models.ranks import on_ranks
 
@@ -22,8 +25,15 @@ TOKENS = tiny.tokens(batch=5)
 CHUNKS = [{0: TOKENS[:2], 1: TOKENS[2:3]}, {2: TOKENS[3:]}, {}]
 
 
-@pytest.fixture(scope="module", params=[*tiny.FAMILIES])
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, "rotated"])
 def folder(request, tmp_path_factory):
+    """A checkpoint of each family, and one whose layers rotate and round their inputs."""
+    if request.param == "rotated":
+        path = tmp_path_factory.mktemp("rotated")
+        level, transforms = parse_level("w8a8"), (QuaRot(online=True),)
+        source = tiny.save(path / "original", "llama")
+        local.compress(local.settings(source, path / "m", RoundToNearest(), level=level, transforms=transforms), TOKENS)
+        return path / "m"
     changes = {"decoder_sparse_step": 1} if request.param == "qwen3_moe" else {}
     return tiny.save(tmp_path_factory.mktemp(request.param) / "m", request.param, **changes)
 

@@ -1,7 +1,7 @@
-"""Rounding of inputs and of attention states inside a decoder block of transformers.
+"""Rotation and rounding of inputs, and rounding of attention states, inside a decoder block of transformers.
 
-Linear layers round in a hook; an attention rounds in an attention function that is registered with transformers and
-calls the one the model is configured with. So no model class is changed.
+Linear layers rotate and round in hooks; an attention rounds in an attention function that is registered with
+transformers and calls the one the model is configured with. So no model class is changed.
 """
 
 import copy
@@ -11,12 +11,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hadamard import InputHadamard
 from hasten.accel.compression.activations.rounding import InputRounding
 
 _FUNCTION = "hasten_rounded_attention"
 # As compressed-tensors recognises attentions that have a cache.
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def rotate_inputs(module: nn.Module, rotation: InputHadamard) -> None:
+    """Make a layer rotate its inputs, before it rounds them. Called once, before hooks that read rotated inputs."""
+    vars(module)["input_rotation"] = rotation
+    module.register_forward_pre_hook(_rotate_inputs)
+
+
+def rotated_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The inputs that a layer's weight belongs to, for hooks that come before the one that rotates them."""
+    rotation: InputHadamard | None = vars(module).get("input_rotation")
+    return inputs if rotation is None else rotation(inputs)
+
+
+def _rotate_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (rotated_inputs(module, inputs[0]), *inputs[1:])
 
 
 def prepare_inputs(module: nn.Module) -> None:

@@ -264,7 +264,8 @@ class Task:
             self.unrotated = open_architecture(self.original)
             self.rotation = RotationFile(folder)
             finished = partial(self.rotation.finished, settings.rotating.steps)
-            self.original = RotatedCheckpoint(self.unrotated, finished, settings.rotating.has_residual)
+            rotating = settings.rotating
+            self.original = RotatedCheckpoint(self.unrotated, finished, rotating.has_residual, rotating.online)
             self.checkpoint = self.original
         edits = None
         if any(transform.makes_edits for transform in settings.transforms):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import attention_states, prepare_inputs
+from hasten.accel.compression.activations.hooks import attention_states, prepare_inputs, rotated_inputs
 from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
@@ -238,7 +238,7 @@ class StagedBlock:
         def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             run = self._reach(number)
             if run is not None:
-                run.wait(inputs[0])
+                run.wait(rotated_inputs(module, inputs[0]))
 
         # The layers of a group share their input; any of them may be the first to read it. Runs wait here before they
         # wait for a weight, which would be dropped meanwhile.

@@ -30,6 +30,8 @@ _PACKINGS: dict[str, Packing] = {
 }
 # Of the checkpoint, where its layers are packed in several ways.
 _MIXED = "mixed-precision"
+# Of one without quantized layers, whose inputs are rotated.
+_DENSE = "dense"
 # Dtypes of stored scales that are not plain, as compressed-tensors writes them.
 _SCALE_DTYPES = {"fp8": "torch.float8_e4m3fn", "power_of_two": "torch.uint8"}
 
@@ -84,7 +86,7 @@ class CompressedTensors(Format):
         packings = list(dict.fromkeys(scheme.packing for scheme, _ in distinct))
         described: dict[str, object] = {
             "quant_method": "compressed-tensors",
-            "format": packings[0] if len(packings) == 1 else _MIXED,
+            "format": packings[0] if len(packings) == 1 else _MIXED if packings else _DENSE,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": untouched,

@@ -16,6 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hasten.accel.compression.activations.description import INPUT_TENSORS, described, input_rounding
+from hasten.accel.compression.activations.hadamard import described as described_rotation
+from hasten.accel.compression.activations.hadamard import groups_of, tensor_name
 from hasten.accel.compression.activations.rounding import InputRounding
 from hasten.accel.compression.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
@@ -77,6 +79,9 @@ class OutputFolder(ResumableFolder):
         self._written = (*self._kept, *range(architecture.num_blocks, len(layer_groups)))
         self._places = {block: place for place, block in enumerate(self._written)}
         self._outer = list(outer_shards(architecture, layer_groups))
+        # Rotations of inputs by block and layer, and the layers of each group of them.
+        self._rotations = {block: architecture.input_rotations(block) for block in self._kept}
+        self._online = groups_of({name: found for of in self._rotations.values() for name, found in of.items()})
         self._shards = len(self._written) + len(self._outer)
 
     def shard(self, block: int) -> Path:
@@ -108,6 +113,10 @@ class OutputFolder(ResumableFolder):
         packed: tensors of a layer by what follows its name; a `bias` among them replaces the layer's bias.
         """
         tensors = {f"{layer}.{part}": tensor for layer, parts in packed.items() for part, tensor in parts.items()}
+        for group, layers in self._online.items():
+            # The matrix that all layers of the group share, once.
+            if layers[0] in self._rotations.get(block, {}):
+                tensors[f"{layers[0]}.{tensor_name(group)}"] = self._rotations[block][layers[0]].matrix()
         for name in self._architecture.block_tensors(block) if block < self._architecture.num_blocks else ():
             if name.removesuffix(".weight") not in packed and name not in tensors:
                 tensors[name] = self._read(name)
@@ -194,7 +203,7 @@ class OutputFolder(ResumableFolder):
         """Content of config.json."""
         config = shorten(self._architecture, self._kept)
         quantized = schemes(self._layer_groups)
-        if not quantized and self.attention is None:
+        if not quantized and self.attention is None and not self._online:
             return config
         untouched = [
             pattern
@@ -216,12 +225,39 @@ class OutputFolder(ResumableFolder):
             renamed[self._architecture.adapter.head] = quantized[roles[TIED]]
         head = [] if {HEAD, TIED} & roles.keys() else [self._architecture.adapter.head]
         announced = self.format.announce(renamed, [*head, *untouched, *self._outer_linears()], experts)
+        if self._online:
+            announced["transform_config"] = self._transforms()
         if not self._architecture.adapter.loads_packed and len(set(quantized.values())) == 1:
             # transformers reads all layers on the grid of the first config group where it unpacks them.
             announced["dequantize"] = True
         if self.attention is not None:
             self._announce_attention(announced, self.attention)
         return config | {"quantization_config": announced}
+
+    def _transforms(self) -> dict[str, Any]:
+        """compressed-tensors' transform_config: inputs of layers that are rotated while the model runs."""
+        rotations = {name: found for of_block in self._rotations.values() for name, found in of_block.items()}
+        ignored = self._outer_linears()
+        return {
+            "config_groups": {
+                group: described_rotation(rotations[layers[0]].size, self._patterns(layers), ignored)
+                for group, layers in self._online.items()
+            }
+        }
+
+    def _patterns(self, layers: Sequence[str]) -> list[str]:
+        """Regular expressions for layers, as servers and transformers name them, one for like layers of all blocks."""
+        linears = ((block, layer) for block in self._kept for layer in self._architecture.linears(block))
+        modules = {layer.name: self._module(block, layer.module) for block, layer in linears}
+        alike: dict[str, list[str]] = {}
+        for layer in layers:
+            for name in dict.fromkeys(map(below_holder, (self._renamed(layer), modules[layer]))):
+                of_all = r"\d+".join(map(re.escape, BLOCK_NUMBER.split(name, 1)))
+                alike.setdefault(of_all, []).append(re.escape(name))
+        ends = [
+            end for of_all, names in alike.items() for end in ([of_all] if len(names) == len(self._kept) else names)
+        ]
+        return [rf"re:(.*\.)?{end}$" for end in ends]
 
     def _announce_attention(self, announced: dict[str, Any], scheme: AttentionScheme) -> None:
         """Add the cache's scheme to a quantization_config, and a group for the attentions where queries are rounded."""

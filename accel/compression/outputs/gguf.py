@@ -81,6 +81,12 @@ class GgufFolder(ResumableFolder):
         super().__init__(path, architecture.checkpoint.path)
         self._architecture, self._layer_groups, self._options = architecture, layer_groups, options
         self._kept = tuple(range(architecture.num_blocks)) if kept is None else tuple(kept)
+        rotated = next((name for block in self._kept for name in architecture.input_rotations(block)), None)
+        if rotated is not None:
+            raise UserError(
+                f"format=gguf: inputs of {rotated} are rotated while the model runs, which llama.cpp does not: give "
+                "online=false to the transform, or format=compressed_tensors"
+            )
         self._family = family_of(architecture.checkpoint.config.get("model_type"))
         check_config(architecture.config, self._family)
         self._splitter = options.pre_tokenizer or splitter_of(architecture.checkpoint.path)

@@ -6,15 +6,9 @@ from hasten.accel.models.checkpoint import Checkpoint
 
 
 def check_source(checkpoint: Checkpoint) -> None:
-    """UserError for an output whose original is at hand, and for weights that are not the model's by themselves."""
+    """UserError for an output whose original is at hand."""
     if checkpoint.quantized_by is None or not checkpoint.is_compressed:
         return
     original = original_of(checkpoint.path)
     if original is not None:
         raise UserError(f"model={checkpoint.path} is compressed already: give the original checkpoint, {original}")
-    transforms = checkpoint.quantized_by.online_transforms
-    if transforms:
-        raise UserError(
-            f"model={checkpoint.path} has transforms of activations, {', '.join(transforms)} in its transform_config: "
-            "its weights alone are not the model's; give the checkpoint that it was made from"
-        )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import rounds_inputs
+from hasten.accel.compression.activations.hooks import rotated_inputs, rounds_inputs
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import (
@@ -264,8 +264,8 @@ def _products(block: Block, errors: dict[str, Tensor]) -> Iterator[dict[str, lis
         if slot.name in errors:
             exact: dict[str, Tensor] = {}
 
-            def remember(_: nn.Module, inputs: tuple[Tensor, ...], exact: dict[str, Tensor] = exact) -> None:
-                exact["inputs"] = inputs[0].detach()
+            def remember(layer: nn.Module, inputs: tuple[Tensor, ...], exact: dict[str, Tensor] = exact) -> None:
+                exact["inputs"] = rotated_inputs(layer, inputs[0].detach())
 
             def forward(
                 layer: Any,

@@ -97,14 +97,18 @@ class RotationPass:
 
 
 def rotation_pass(
-    source: Checkpoint, layer_groups: Sequence[Sequence[Group]], methods: Sequence[Method], like: Architecture
+    source: Checkpoint,
+    layer_groups: Sequence[Sequence[Group]],
+    methods: Sequence[Method],
+    like: Architecture,
+    online: bool = False,
 ) -> RotationPass:
     """The pass that computes gradients for a model.
 
-    source: the original. like: an architecture whose dtype and device the pass gets.
+    source: the original. like: an architecture whose dtype and device the pass gets. online: see Rotation.
     """
-    plain = Rotation(torch.eye(like.hidden_size, dtype=torch.float64))
-    folded = RotatedCheckpoint(Architecture(source), lambda: plain)
+    plain = Rotation(torch.eye(like.hidden_size, dtype=torch.float64), online=online)
+    folded = RotatedCheckpoint(Architecture(source), lambda: plain, online=online)
     model = Architecture(folded, like.dtype, like.device, as_served=False)
     return RotationPass(model, _roundings(layer_groups, methods, source))
 

@@ -25,7 +25,7 @@ def learn(
         rotation, step = file.read()
     else:
         rotation, step = transform.begin(architecture), 0
-        view = RotatedCheckpoint(architecture, lambda: rotation, transform.has_residual)
+        view = RotatedCheckpoint(architecture, lambda: rotation, transform.has_residual, transform.online)
         model = Architecture(view, architecture.dtype, architecture.device, as_served=False)
         check_rotation(architecture, model, rotation.residual, _kinds_of_blocks(architecture))
         file.write(rotation, 0)

@@ -22,6 +22,8 @@ from hasten.accel.models.checkpoint import Checkpoint
 
 _FILE = "rotation.safetensors"
 _RESIDUAL = "residual"
+# Names of the number of steps in a file's metadata, of which the library writes several in any order.
+_FOLDED, _ONLINE = "steps", "steps, inputs rotated online"
 
 
 class GradientPass(Protocol):
@@ -34,8 +36,11 @@ class GradientPass(Protocol):
 class RotatingTransform(BlockTransform):
     """A transform that rotates the whole model, before all others.
 
-    has_residual: whether it rotates the residual stream. steps: steps in which the rotation is learned.
+    has_residual: whether it rotates the residual stream. online: see Rotation. steps: steps in which the rotation is
+    learned.
     """
+
+    online: bool
 
     makes_edits: ClassVar[bool] = False
 
@@ -92,7 +97,8 @@ class RotationFile:
             names = sorted(file.keys())
             heads = tuple(file.get_tensor(name) for name in names if name != _RESIDUAL)
             residual = file.get_tensor(_RESIDUAL) if _RESIDUAL in names else None
-            return Rotation(residual, heads), int(file.metadata()["steps"])
+            ((kind, steps),) = file.metadata().items()
+            return Rotation(residual, heads, kind == _ONLINE), int(steps)
 
     def write(self, rotation: Rotation, steps: int) -> None:
         """Replace the rotation."""
@@ -103,7 +109,7 @@ class RotationFile:
             tensors[_RESIDUAL] = rotation.residual
         self.path.parent.mkdir(parents=True, exist_ok=True)
         needed = sum(tensor.nbytes for tensor in tensors.values())
-        note = {"steps": str(steps)}
+        note = {_ONLINE if rotation.online else _FOLDED: str(steps)}
         write_whole(self.path, lambda temporary: save_file(tensors, temporary, metadata=note), needed)
 
     def is_finished(self, steps: int) -> bool:
@@ -122,10 +128,16 @@ class RotationFile:
         with safe_open(self.path, framework="pt") as file:
             return _RESIDUAL in file.keys()  # noqa: SIM118 (no mapping)
 
+    @property
+    def is_online(self) -> bool:
+        """See Rotation."""
+        with safe_open(self.path, framework="pt") as file:
+            return _ONLINE in file.metadata()
+
 
 def rotated(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the rotation in a folder of edits; itself where there is none."""
     file = RotationFile(folder)
     if not file.path.exists():
         return checkpoint
-    return RotatedCheckpoint(Architecture(checkpoint), lambda: file.read()[0], file.has_residual)
+    return RotatedCheckpoint(Architecture(checkpoint), lambda: file.read()[0], file.has_residual, file.is_online)

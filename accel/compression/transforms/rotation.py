@@ -3,8 +3,10 @@
 Source: Ashkboos et al. 2024, arXiv:2404.00456, section 3 (R1 and R2 as Liu et al. 2024, arXiv:2405.16406, call them).
 RMS norms without weights commute with a rotation of the residual stream: so the weights of norms move into the layers
 behind them, layers that read the stream are multiplied by R1 on their input side, and layers that write it on their
-output side. The values of each attention head are rotated by R2, which the output projection undoes.
-Departs from it: the Hadamard matrix across heads, which only an online rotation can undo, is left out.
+output side. The values of each attention head are rotated by R2, which the output projection undoes. Inputs of down
+projections may be rotated while the model runs (R4, see activations/hadamard.py), which their weights undo.
+Departs from it: the Hadamard matrix across heads, which also needs a rotation while the model runs, is left out, and so
+is that of queries and keys (R3): vLLM does not apply it, and would read scales of keys that it does not have.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.compression.activations.hadamard import InputHadamard, hadamard_of
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint_view import CheckpointView
+from hasten.accel.models.experts import DOWN
 
 # Layers of a block, by the norm that they read the residual stream through; routers of experts among them.
 READERS = {
@@ -41,11 +45,13 @@ Change = Callable[[Tensor], Tensor]
 class Rotation:
     """Orthogonal matrices, float64; a row vector x becomes x R.
 
-    residual: R1 (D, D), None for none. heads: R2 (head size, head size) of each block, or () for none.
+    residual: R1 (D, D), None for none. heads: R2 (head size, head size) of each block, or () for none. online: whether
+    inputs of down projections are rotated while the model runs.
     """
 
     residual: Tensor | None
     heads: tuple[Tensor, ...] = ()
+    online: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,28 @@ def head_roles(architecture: Architecture, index: int) -> HeadRoles:
     return HeadRoles(values, outputs) if values and outputs else HeadRoles({}, ())
 
 
+def online_rotations(architecture: Architecture) -> dict[str, InputHadamard]:
+    """Rotations of the inputs of all down projections, by layer name; UserError names what prevents them."""
+    rotations = {}
+    for index in range(architecture.num_blocks):
+        for layer in architecture.linears(index):
+            if layer.expert is not None:
+                reason = "servers run all experts of a layer as one, without rotations of their inputs"
+                raise _refused(architecture, f"{reason}: give online=false")
+            if layer.module.rpartition(".")[2] != DOWN:
+                continue
+            if architecture.checkpoint.input_rotation(layer.name) is not None:
+                raise _refused(architecture, f"inputs of {layer.name} are rotated already: give online=false")
+            rotations[layer.name] = hadamard_of(layer.columns)
+            if rotations[layer.name].size == 1:
+                raise _refused(
+                    architecture, f"{layer.name} has {layer.columns} inputs, an odd number: give online=false"
+                )
+    if not rotations:
+        raise _refused(architecture, f"there is no {DOWN} whose inputs could be: give online=false")
+    return rotations
+
+
 def _leaves(architecture: Architecture, index: int) -> dict[str, str]:
     """Last part of the path of every module of a block that has a weight, by the path."""
     paths = (path.rpartition(".") for path in architecture.block_parameters(index))
@@ -166,13 +194,17 @@ class RotatedCheckpoint(CheckpointView):
 
     Norms get the weights with which they scale nothing. The output matrix is a tensor of its own, because the last
     norm is folded into it alone: a pair that was tied takes twice the space.
-    architecture: of the original. rotation: called when a tensor is read. stream: whether it has a matrix R1.
+    architecture: of the original. rotation: called when a tensor is read. stream: whether it has a matrix R1. online:
+    see Rotation.
     """
 
-    def __init__(self, architecture: Architecture, rotation: Callable[[], Rotation], stream: bool = True) -> None:
+    def __init__(
+        self, architecture: Architecture, rotation: Callable[[], Rotation], stream: bool = True, online: bool = False
+    ) -> None:
         super().__init__(architecture.checkpoint)
         self.config = dict(self.source.config)
         self._architecture, self._rotation = architecture, rotation
+        self._online = online_rotations(architecture) if online else {}
         # Tensors that are read from another one.
         self._origins: dict[str, str] = {}
         if stream:
@@ -197,6 +229,8 @@ class RotatedCheckpoint(CheckpointView):
             self._rotate_stream(changes, rotation.residual.float())
         for index, matrix in enumerate(rotation.heads):
             self._rotate_heads(changes, index, matrix.float())
+        for layer, online in self._online.items():
+            _add(changes, f"{layer}.weight", online)
         return changes
 
     def _rotate_stream(self, changes: dict[str, list[Change]], matrix: Tensor) -> None:
@@ -284,6 +318,10 @@ class RotatedCheckpoint(CheckpointView):
 
     def quantization(self, name: str) -> None:
         """None: rotated weights are plain."""
+
+    def input_rotation(self, layer: str) -> InputHadamard | None:
+        """See Checkpoint."""
+        return self._online.get(layer) or self.source.input_rotation(layer)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A rotated tensor; dtype None is the stored dtype."""

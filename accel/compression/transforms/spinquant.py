@@ -1,9 +1,11 @@
 """SpinQuant: learn the rotations of the model on the loss of the quantized one.
 
 Source: Liu et al. 2024, arXiv:2405.16406. R1 and R2 begin as random Hadamard matrices and descend by Cayley transforms,
-with weights rounded to nearest; the quantizer of the run then compresses the rotated model.
+with weights rounded to nearest; the quantizer of the run then compresses the rotated model. With `online` the inputs of
+down projections are rotated while the model runs (R4), by a matrix that is not learned.
 Departs from it: the loss is the divergence from the original model, not the cross-entropy of the text, because that
-can also fall by learning the text; its gradients come from passes with one block in memory at a time.
+can also fall by learning the text; its gradients come from passes with one block in memory at a time. R3 is left
+out, and R4 off by default, see quarot.py.
 """
 
 from collections.abc import Sequence
@@ -29,13 +31,15 @@ class SpinQuant(RotatingTransform):
     """Learned rotations.
 
     learning_steps: of descent. batch: calibration sequences of a step. rate: of the first step; it falls linearly to 0.
-    seed: of the first matrices, and of the order of sequences.
+    seed: of the first matrices, and of the order of sequences. online: whether to rotate inputs of down projections
+    while the model runs: vLLM does, transformers only with hasten's loader.
     """
 
     learning_steps: int = 100
     batch: int = 8
     rate: float = 1.5
     seed: int = 0
+    online: bool = False
 
     needs_tokens: ClassVar[bool] = True
 
@@ -53,7 +57,7 @@ class SpinQuant(RotatingTransform):
 
     def begin(self, architecture: Architecture) -> Rotation:
         """Random Hadamard matrices."""
-        return hadamard_rotation(architecture, self.seed)
+        return hadamard_rotation(architecture, self.seed, online=self.online)
 
     def gradient_pass(
         self,
@@ -63,7 +67,7 @@ class SpinQuant(RotatingTransform):
         like: Architecture,
     ) -> RotationPass:
         """Gradients of the divergence."""
-        return rotation_pass(source, layer_groups, methods, like)
+        return rotation_pass(source, layer_groups, methods, like, self.online)
 
     def sequences(self, step: int, count: int) -> list[int]:
         """All sequences in a random order, then all again in another."""
@@ -86,4 +90,5 @@ class SpinQuant(RotatingTransform):
                 cayley_step(matrix, of_matrix / gradient.tokens, rate)
                 for matrix, of_matrix in zip(rotation.heads, gradient.heads, strict=True)
             ),
+            rotation.online,
         )

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.loading_needs import register_loader
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.accel.training.heads.acceptance_training import AcceptanceTraining
 from hasten.accel.training.heads.draft_head import (
@@ -84,6 +85,7 @@ class AcceptanceOnRecords(DraftHead):
 
     def build(self, target: TargetFacts, vocabulary: DraftVocabulary) -> AcceptanceNetwork:
         """A head with random weights, and the draft model, whose rows may be more than the target's."""
+        register_loader(Path(self.draft))
         draft = AutoModelForCausalLM.from_pretrained(self.draft, dtype=torch.float32)
         return AcceptanceNetwork(AcceptanceHead(draft.config.hidden_size, self.training.blocks), draft)
 

@@ -20,6 +20,7 @@ from hasten.accel.decoding.targets.families import refusal
 from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.decoding.targets.transformers import TransformersTarget
 from hasten.accel.decoding.targets.virtual import VirtualTokens
+from hasten.accel.models.loading_needs import register_loader
 from hasten.accel.training.division import rand
 from hasten.accel.training.heads.draft_head import (
     DepthTargets,
@@ -47,6 +48,7 @@ class FrozenTarget:
     @classmethod
     def of(cls, folder: Path) -> "FrozenTarget":
         """The model of a checkpoint."""
+        register_loader(folder)
         return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"))
 
     @property

@@ -30,7 +30,7 @@ CHANGED = {
     "autoround": {"steps": 2, "batch": 2},
     "awq": {"grid": 3},
     "smoothquant": {"all_layers": True},
-    "spinquant": {"learning_steps": 1, "batch": 3},
+    "spinquant": {"learning_steps": 1, "batch": 3, "online": True},
 }
 # All that go together, in an order in which they do.
 TOGETHER = ("quarot", "awq", "smoothquant", "gptaq")

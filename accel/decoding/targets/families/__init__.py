@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hasten.accel.compression.activations.hadamard import is_online
 from hasten.accel.decoding.targets.families.decoder import Decoder
 from hasten.accel.decoding.targets.families.gemma import Gemma2, Gemma3
 from hasten.accel.decoding.targets.families.llama import Llama, Qwen
@@ -28,7 +29,10 @@ FAMILIES: dict[str, type[Llama]] = {
 def refusal(config: Any) -> str | None:
     """Why a checkpoint of this config of transformers cannot run on the fast path; None if it can."""
     quantization = getattr(config, "quantization_config", None)
-    if quantization and not is_packed(quantization if isinstance(quantization, dict) else quantization.to_dict()):
+    described = quantization if isinstance(quantization, dict | None) else quantization.to_dict()
+    if is_online(described):
+        return "inputs of its layers are rotated"
+    if described and not is_packed(described):
         return "its weights are quantized, and not only packed integers"
     return _refusal_of_family(config)
 
