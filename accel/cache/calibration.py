@@ -54,10 +54,10 @@ def gather(
     for index in reversed(range(architecture.num_blocks)):
         block = architecture.load_block(index)
         for number, gradient in enumerate(gradients):
-            hidden = states[number].pop().detach().requires_grad_()
+            before = states[number].pop().detach().requires_grad_()
             with torch.enable_grad(), _watched(block) as seen:
-                output = architecture.run_block(block, index, hidden, differentiable=True)
-                gradients[number], *of_states = torch.autograd.grad(output, [hidden, *seen[1:]], gradient)
+                output = architecture.run_block(block, index, before, differentiable=True)
+                gradients[number], *of_states = torch.autograd.grad(output, [before, *seen[1:]], gradient)
             found.add(deep, index, block, number * batch, *(part.detach() for part in seen), *of_states)
     return found.sums
 

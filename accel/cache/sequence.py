@@ -273,8 +273,8 @@ class SequenceCache:
             self._queries,
             self._attention,
             self._memory,
-            None if self._ends is None else self._ends[dense],
             self._lookahead,
+            None if self._ends is None else self._ends[dense],
         )
 
     def keep(self, kept: Kept | None) -> None:

@@ -87,7 +87,6 @@ def prepare(config: DecodeConfig) -> Inputs:
     learned = None
     if config.memory and drafter is not None:
         learned = load_learned(Path(config.memory), config.drafter, vocabulary)
-    cache = chosen_cache(config)
     statistics = chosen_statistics(cache, target, config.cache_statistics)
     spec = DecodeSpec(
         target=target,

@@ -207,7 +207,7 @@ class CacheSearch:
         """Every level in all layers, and every assignment, on unseen text; a finished one is a file of the output."""
         rows: list[tuple[Record, Mix]] = []
         for name in dict.fromkeys([_FULL, *self.levels]):
-            columns = {"allocator": _UNIFORM, "budget": None, "method": name, "is_chosen": False}
+            columns: Record = {"allocator": _UNIFORM, "budget": None, "method": name, "is_chosen": False}
             rows.append((columns, (self._level(name),) * self._layers))
         for answer in answers:
             for allocator, names in answer.by_allocator.items():

@@ -101,7 +101,9 @@ class ActQKV(Retriever):
             assert recent.queries is not None
             seen = torch.ones(1, len(recent.queries), dtype=torch.bool, device=recent.queries.device)
             blocks.append(segment)
-            densities.append(density(segment.asked(self.guide(recent.queries, seen, None)).ranks()))
+            asked = segment.asked(self.guide(recent.queries, seen, None))
+            assert isinstance(asked, Blocks)
+            densities.append(density(asked.ranks()))
         budgets = shared_out(sum(segment.budget for segment in blocks), densities, [part.tokens for part in blocks])
         return [
             replace(one, segments=[replace(segment, budget=budget)])

@@ -53,7 +53,7 @@ class _Rotate(torch.autograd.Function):
         return walsh_hadamard(inputs.reshape(-1, size))[0].view(inputs.shape)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         rotated: Tensor = _Rotate.apply(gradient, context.size)
         return rotated, None
 

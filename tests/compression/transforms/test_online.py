@@ -207,13 +207,20 @@ def test_a_source_that_is_rotated_online_stays_so(written, tmp_path):
     config = json.loads((written / "config.json").read_text())
     with pytest.raises(UserError, match=r"inputs of model.layers.0.mlp.down_proj are rotated already"):
         compressed(_alone(written, tmp_path / "source"), tmp_path / "refused")
-    # Scales of the up projection, which the rotation mixes, are none of the down projection's.
     again = compressed(tmp_path / "source", tmp_path / "again", transform=AWQ(grid=2))
     found = json.loads((again / "config.json").read_text())
     assert found["quantization_config"]["transform_config"] == config["quantization_config"]["transform_config"]
     expected = logits(Architecture(Checkpoint(written), as_served=False))
     error = logits(Architecture(Checkpoint(again), as_served=False)) - expected
     assert float(error.square().mean()) < 1e-2 * float(expected.square().mean())
+
+
+def test_scales_of_channels_that_a_rotation_mixes_are_none_of_its_outputs(written):
+    layers = []
+    for folder in (written.parent / "original", written):
+        sites = Architecture(Checkpoint(folder)).scale_sites(0)
+        layers.append({layer.name for site in sites for layer in site.layers})
+    assert layers[0] - layers[1] == {DOWN}
 
 
 def _alone(folder, path):
