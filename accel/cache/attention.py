@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hasten.accel.cache.cache import IMPLEMENTATION, CompressedCache, Handle
+from hasten.accel.errors import UserError
 from hasten.kernels.attention.contract import Scoring
 
 
@@ -33,8 +34,13 @@ class DeferredMask:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let a model attend to compressed caches; without one it computes as before."""
+    """Let a model attend to compressed caches; without one it computes as before. UserError where it cannot."""
     model.set_attn_implementation(IMPLEMENTATION)
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        raise UserError(
+            f"{type(model).__name__} does not compute its attention by transformers' attention interface: its cache "
+            "cannot be compressed"
+        )
     if _tell_ids not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_tell_ids, with_kwargs=True)
 

@@ -32,6 +32,7 @@ from hasten.kernels.attention.contract import Partial, Scoring
 # Name of the attention, see attention.py.
 IMPLEMENTATION = "hasten_cache"
 _KINDS = {"full_attention", "sliding_attention"}
+_CHUNKED = "chunked_attention"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,21 @@ class TreePass:
 
 
 class Handle:
-    """What a layer hands to the attention function: itself and the keys and values (B, H, N, D) of the pass."""
+    """What a layer hands to the attention function: itself and the keys and values (B, H, N, D) of the pass.
+
+    UserError where a model computes with it before its attention: caches of latents do.
+    """
 
     def __init__(self, layer: "CompressedLayer", keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
         self.dtype, self.device, self.shape = keys.dtype, keys.device, keys.shape
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UserError(
+            "the model computes with what its cache returns before its attention does, as models do that cache latents "
+            f"({getattr(func, '__name__', func)}): its cache cannot be compressed"
+        )
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -253,6 +264,11 @@ class CompressedCache(Cache):
     ) -> None:
         text = model.config.get_text_config()
         unsupported = set(getattr(text, "layer_types", None) or []) - _KINDS
+        if _CHUNKED in unsupported:
+            raise UserError(
+                f"{type(model).__name__} has layers that attend within chunks of {text.attention_chunk_size} tokens, "
+                "of which the attention function is not told: its cache cannot be compressed"
+            )
         if unsupported:
             raise UserError(
                 f"{type(model).__name__} has layers of {', '.join(sorted(unsupported))}: only caches of keys and "

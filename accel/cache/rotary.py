@@ -24,17 +24,34 @@ def rotary_of(model: PreTrainedModel) -> Callable[[int, Tensor, Tensor, bool], T
             f"{type(model).__name__} has no rotary embedding that is the same in all layers: choose another cache"
         )
 
+    columns = _columns(embedding, apply)
+
     def rotate(layer: int, keys: Tensor, positions: Tensor, inverse: bool) -> Tensor:
         with torch.no_grad():
             # Heads are a batch, since each may hold other tokens.
             cosine, sine = embedding(keys, positions.long())
             if inverse:
                 # Some rotations also scale, as YaRN's does.
-                scale = float(getattr(embedding, "attention_scaling", 1.0)) ** 2
+                scale = cosine.square() + sine.square()
                 cosine, sine = cosine / scale, -sine / scale
-            width = cosine.shape[-1]
+            width = cosine.shape[-1] * columns
             turned, kept = keys[:, None, :, :width], keys[..., width:]
             rotated: Tensor = apply(turned, turned, cosine, sine)[1][:, 0]
         return torch.cat([rotated, kept], -1) if kept.shape[-1] else rotated
 
     return rotate
+
+
+def _columns(embedding: Any, apply: Any) -> int:
+    """Columns of a head that a column of the cosines is for: 1, or 2 where both halves share it."""
+    with torch.no_grad():
+        cosine, sine = embedding(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64))
+        for columns in (1, 2):
+            probe = torch.zeros(1, 1, 1, cosine.shape[-1] * columns)
+            try:
+                rotated = apply(probe, probe, cosine, sine)[1]
+            except RuntimeError:
+                continue
+            if rotated.shape == probe.shape:
+                return columns
+    raise AssertionError((type(embedding), cosine.shape))

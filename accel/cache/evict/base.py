@@ -86,8 +86,11 @@ def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Can
 def window_attention(tokens: Candidates) -> Tensor:
     """Attention (H, T) float32 that the last queries give to each token, summed over them and over query heads."""
     assert tokens.queries is not None
-    width, count = len(tokens.queries), tokens.keys.shape[1]
+    width = len(tokens.queries)
     products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
-    # The queries are of the last tokens, and see none behind their own.
-    seen = torch.ones(width, count, dtype=torch.bool, device=products.device).tril(count - width)
-    return products.masked_fill_(~seen, -torch.inf).softmax(-1).sum((1, 2))
+    # The queries are of the last committed tokens, of which earlier compressions may have dropped some.
+    own = tokens.positions[:, -1:] - torch.arange(width - 1, -1, -1, device=products.device)  # (H, W)
+    hidden = tokens.positions[:, None] > own[..., None]
+    attention = products.masked_fill_(hidden[:, None], -torch.inf).softmax(-1)
+    # A query that sees no token that is left.
+    return attention.nan_to_num(0.0).sum((1, 2))

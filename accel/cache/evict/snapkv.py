@@ -35,9 +35,8 @@ class SnapKV(Evictor):
 
     def score(self, tokens: Candidates) -> Tensor:
         """Attention of the last queries, pooled; the queries' own tokens, which are the last ones, come first."""
-        attention = window_attention(tokens)
-        result = torch.full_like(attention, torch.inf)
         assert tokens.queries is not None
-        before = attention.shape[1] - len(tokens.queries)
-        result[:, :before] = F.max_pool1d(attention[:, None, :before], self.kernel, 1, self.kernel // 2)[:, 0]
-        return result
+        own = tokens.positions > tokens.positions[:, -1:] - len(tokens.queries)
+        attention = window_attention(tokens).masked_fill_(own, -torch.inf)
+        pooled = F.max_pool1d(attention[:, None], self.kernel, 1, self.kernel // 2)[:, 0]
+        return pooled.masked_fill(own, torch.inf)

@@ -61,7 +61,8 @@ class Chelsea(CacheMethod):
         self, keys: Tensor, values: Tensor, positions: Tensor, counts: Tensor, budget: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Merge the strongest edges, down to `budget` tokens or by half at most."""
-        first = min(self.sinks, budget)
+        # At least two tokens are left to be merged.
+        first = min(self.sinks, budget - 1)
         count = keys.shape[1] - first
         a = torch.arange(first, first + count - count % 2, 2, device=keys.device)
         b = a + 1
