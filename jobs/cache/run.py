@@ -43,8 +43,8 @@ def run(config: CacheConfig) -> Path:
     """Measure every method at every budget; returns the path of report.json."""
     started = perf_counter()
     model = resolve(config.model).absolute()
-    named = _rows(config)
-    inputs = _inputs(config, model)
+    named = cache_rows(config)
+    inputs = cache_inputs(config, model)
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     files = [output / f"{digest(_key(config, inputs, row))[:24]}.json" for _, row in named]
     missing = [place for place, file in enumerate(files) if config.overwrite or not file.exists()]
@@ -84,7 +84,7 @@ def run(config: CacheConfig) -> Path:
     return path
 
 
-def _rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
+def cache_rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
     """The full cache, and every method at every budget; UserError names a wrong method or budget."""
     if not config.method or not config.budget:
         raise UserError(f"method={config.method} and budget={config.budget} must not be empty")
@@ -122,7 +122,7 @@ def parse_method(text: str) -> CacheMethod:
     return made
 
 
-def _inputs(config: CacheConfig, model: Path) -> CacheInputs:
+def cache_inputs(config: CacheConfig, model: Path) -> CacheInputs:
     """Texts and samples; UserError where they do not fit the model."""
     known = (_TEXT, *recall.TASKS)
     wrong = [task for task in config.tasks if task not in known]
