@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from hasten.accel.errors import UserError
 
 Encode = Callable[[str], list[int]]
+# make(encode, filler lines, tokens of the context, generator, turns).
+Task = Callable[[Encode, Sequence[str], int, random.Random, int], "Sample"]
 _NAMES = (
     *("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet"),
     *("jetty", "knoll", "larch", "maple", "north", "onyx", "pearl", "quill", "river"),
 )
-# Bisections of the amount of text that fills a context.
-_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -37,46 +37,41 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-def needle(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random) -> Sample:
-    """One sentence with a number among lines of text, and the question for the number at the end."""
-    name, number = generator.choice(_NAMES), str(generator.randrange(10**5, 10**6))
-    line = f"The number of {name} is {number}.\n"
-    place = generator.random()
+def needle(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random, turns: int) -> Sample:
+    """A sentence with a number for each turn, anywhere among lines of text, and the questions for the numbers."""
+    needles = []
+    for _ in range(turns):
+        left = [name for name in _NAMES if name not in {used for used, _, _ in needles}]
+        needles.append((generator.choice(left), str(generator.randrange(10**5, 10**6)), generator.random()))
 
     def text(count: int) -> str:
         lines = list(filler[:count])
-        lines.insert(int(place * len(lines)), line)
+        for name, number, place in needles:
+            lines.insert(int(place * len(lines)), f"The number of {name} is {number}.\n")
         return "".join(lines)
 
-    context = _fitting(encode, text, len(filler), tokens)
-    return Sample(context, (_turn(encode, f"\nThe number of {name} is", f" {number}"),))
+    context, _ = _fitting(encode, text, len(filler), tokens)
+    return Sample(
+        context, tuple(_turn(encode, f"\nThe number of {name} is", f" {number}") for name, number, _ in needles)
+    )
 
 
-def keys(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random) -> Sample:
-    """A list of keys with values, and the question for one of them."""
+def keys(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random, turns: int) -> Sample:
+    """A list of keys with values, and the question for one of them; with several turns, for as many, each in a line."""
     pairs = _pairs(generator, 4000)
 
     def text(count: int) -> str:
         return "".join(f"{key} = {value}\n" for key, value in pairs[:count])
 
-    context, count = _counted(encode, text, len(pairs), tokens)
-    key, value = pairs[generator.randrange(max(1, count))]
-    return Sample(context, (_turn(encode, f"{key} =", f" {value}"),))
+    context, count = _fitting(encode, text, len(pairs), tokens)
+    if turns == 1:
+        asked, end = [pairs[generator.randrange(max(1, count))]], ""
+    else:
+        asked, end = generator.sample(pairs[: max(1, count)], min(turns, max(1, count))), "\n"
+    return Sample(context, tuple(_turn(encode, f"{key} =", f" {value}{end}") for key, value in asked))
 
 
-def multi_turn(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random) -> Sample:
-    """The same list, with questions for several of its keys, one after the other."""
-    pairs = _pairs(generator, 4000)
-
-    def text(count: int) -> str:
-        return "".join(f"{key} = {value}\n" for key, value in pairs[:count])
-
-    context, count = _counted(encode, text, len(pairs), tokens)
-    asked = generator.sample(pairs[: max(4, count)], 4)
-    return Sample(context, tuple(_turn(encode, f"{key} =", f" {value}\n") for key, value in asked))
-
-
-def joint(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random) -> Sample:
+def joint(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random, turns: int) -> Sample:
     """A table in which a key has another value in every section: the answer depends on section and key together."""
     sections = [f"{first}_{second}" for first in _NAMES for second in _NAMES]
     generator.shuffle(sections)
@@ -87,27 +82,33 @@ def joint(encode: Encode, filler: Sequence[str], tokens: int, generator: random.
         rows = ("".join(f"  {key}: {values[section, key]}\n" for key in inner) for section in sections[:count])
         return "".join(f"[{section}]\n{row}" for section, row in zip(sections, rows, strict=False))
 
-    context, count = _counted(encode, text, len(sections), tokens)
-    section, key = sections[generator.randrange(max(1, count))], generator.choice(inner)
-    return Sample(context, (_turn(encode, f"[{section}]\n  {key}:", f" {values[section, key]}"),))
+    context, count = _fitting(encode, text, len(sections), tokens)
+    asked = [(sections[generator.randrange(max(1, count))], generator.choice(inner)) for _ in range(turns)]
+    end = "" if turns == 1 else "\n"
+    questions = ((f"[{section}]\n  {key}:", f" {values[section, key]}{end}") for section, key in asked)
+    return Sample(context, tuple(_turn(encode, *question) for question in questions))
 
 
-def repeated(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random) -> Sample:
+def repeated(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random, turns: int) -> Sample:
     """Lines of text, and after them the beginning of a passage that stands in them: the answer is how it went on."""
-    context = _fitting(encode, lambda count: "".join(filler[:count]), len(filler), tokens)
+    context, _ = _fitting(encode, lambda count: "".join(filler[:count]), len(filler), tokens)
     length = min(48, max(2, len(context) // 4))
-    start = generator.randrange(0, max(1, len(context) - length))
-    passage = context[start : start + length]
-    half = len(passage) // 2
-    return Sample(context, (Turn(passage[:half], passage[half:]),))
+    made = []
+    for _ in range(turns):
+        start = generator.randrange(0, max(1, len(context) - length))
+        passage = context[start : start + length]
+        half = len(passage) // 2
+        made.append(Turn(passage[:half], passage[half:]))
+    return Sample(context, tuple(made))
 
 
-TASKS: dict[str, Callable[[Encode, Sequence[str], int, random.Random], Sample]] = {
-    "needle": needle,
-    "keys": keys,
-    "joint": joint,
-    "repeated": repeated,
-    "multi_turn": multi_turn,
+# By name, with the turns of a sample.
+TASKS: dict[str, tuple[Task, int]] = {
+    "needle": (needle, 1),
+    "keys": (keys, 1),
+    "joint": (joint, 1),
+    "repeated": (repeated, 1),
+    "multi_turn": (keys, 4),
 }
 
 
@@ -115,12 +116,13 @@ def samples(task: str, encode: Encode, text: str, tokens: int, count: int, seed:
     """Samples of a task with contexts of at most `tokens`; text: lines that fill contexts, another part in each."""
     if task not in TASKS:
         raise UserError(f"tasks={task} is none of text, {', '.join(TASKS)}")
+    make, turns = TASKS[task]
     lines = text.splitlines(keepends=True)
     made = []
     for number in range(count):
         generator = random.Random(f"{seed} {task} {number}")
         first = generator.randrange(max(1, len(lines) // 2))
-        made.append(TASKS[task](encode, lines[first:], tokens, generator))
+        made.append(make(encode, lines[first:], tokens, generator, turns))
     return made
 
 
@@ -136,19 +138,22 @@ def _turn(encode: Encode, question: str, answer: str) -> Turn:
     return Turn(tuple(whole[:same]), tuple(whole[same:]))
 
 
-def _counted(encode: Encode, text: Callable[[int], str], most: int, tokens: int) -> tuple[tuple[int, ...], int]:
+def _fitting(encode: Encode, text: Callable[[int], str], most: int, tokens: int) -> tuple[tuple[int, ...], int]:
     """The largest text(count) that has at most `tokens` tokens, as token ids, and the count."""
-    low, high = 0, most
-    for _ in range(_STEPS):
-        middle = (low + high + 1) // 2
-        if low == high:
-            break
-        if len(encode(text(middle))) <= tokens:
-            low = middle
+    low, fits, high = 0, encode(text(0)), min(1, most)
+    while len(over := encode(text(high))) <= tokens:
+        low, fits = high, over
+        if low == most:
+            return tuple(fits), low
+        high = min(2 * high, most)
+    above = len(over)
+    # Interpolated: a text's tokens are about proportional to its lines.
+    while high - low > 1:
+        guess = low + (high - low) * (tokens - len(fits)) // (above - len(fits))
+        middle = min(max(guess, low + 1), high - 1)
+        found = encode(text(middle))
+        if len(found) <= tokens:
+            low, fits = middle, found
         else:
-            high = middle - 1
-    return tuple(encode(text(low))), low
-
-
-def _fitting(encode: Encode, text: Callable[[int], str], most: int, tokens: int) -> tuple[int, ...]:
-    return _counted(encode, text, most, tokens)[0]
+            high, above = middle, len(found)
+    return tuple(fits), low

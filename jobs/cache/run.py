@@ -38,8 +38,13 @@ def run(config: CacheConfig) -> Path:
     """Measure every method at every budget; returns the path of report.json."""
     started = perf_counter()
     model = resolve(config.model).absolute()
+<<<<<<< HEAD
     named = cache_rows(config, model)
     inputs = _inputs(config, model)
+=======
+    named = cache_rows(config)
+    inputs = cache_inputs(config, model)
+>>>>>>> w-recall
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     cpus = config.workers * config.threads
     reads = {"model": model}
@@ -65,7 +70,11 @@ def run(config: CacheConfig) -> Path:
     return path
 
 
+<<<<<<< HEAD
 def cache_rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
+=======
+def cache_rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
+>>>>>>> w-recall
     """The full cache, and every method at every budget; UserError names a wrong method or budget."""
     if not config.method or not (config.budget or config.budget_bytes):
         raise UserError(f"method={config.method} and budget={config.budget} must not be empty")
@@ -100,7 +109,7 @@ def _budget_values(budget: CacheBudget | None) -> Record:
     return {own: budget.value, other: None}
 
 
-def _inputs(config: CacheConfig, model: Path) -> CacheInputs:
+def cache_inputs(config: CacheConfig, model: Path) -> CacheInputs:
     """Texts and samples; UserError where they do not fit the model."""
     check_tasks(config)
     limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)

@@ -21,5 +21,6 @@ JOB = Job(
     examples=(
         "hasten pretrain",
         "hasten pretrain models=[draft] output=/models/mine workers=8",
+        "hasten pretrain models=[recall]",
     ),
 )

@@ -2,7 +2,9 @@
 
 import platform
 
+from hasten.accel.evaluation.recall import TASKS
 from hasten.jobs.cli.compose import compose
+from hasten.jobs.common.markdown import table
 from hasten.jobs.common.records import Record
 from hasten.jobs.pretrain.options import PretrainConfig, Training
 
@@ -39,11 +41,54 @@ sequences a step, seed {seed}, in float32. The trunk starts shallow and gains la
 layer starts as the identity.
 """
 
+_RECALL_CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# The recall variant of an embedded model of hasten
+
+`{base}`, fine-tuned to answer from its context: a number in a sentence, values of keys in a list or a table, how a
+passage went on. It is made to measure KV caches with and of no use beyond this.
+
+| | |
+|---|---|
+| parameters | {parameters:,}, the embedding as it was |
+| file | bfloat16, {bytes:,} bytes |
+| corpus | recall tasks of random names and numbers among {corpus} |
+| tokens seen | {tokens:,} in {steps:,} steps |
+| bits per byte of held-out text | {bits_per_byte:.3f} |
+
+Share of the answers' tokens that are right with the full cache, on {samples} samples of each task of other seeds and
+held-out text:
+
+{table}
+
+Made by
+
+    {command}
+
+with Muon for the matrices (peak learning rate {lr:g}) and AdamW for the norms ({norm_lr:g}), {batch} tokens a step,
+seed {seed}.
+"""
+
+
+def recall_card(facts: Record, config: PretrainConfig) -> str:
+    """Text of the recall variant's card; facts: its entry in report.json."""
+    own = config.recall
+    cells = [[task, *(f"{facts[f'{task}_{context}']:.0%}" for context in own.contexts)] for task in TASKS]
+    return _RECALL_CARD.format(
+        **vars(own) | facts,
+        corpus=_corpus(config),
+        table=table(["task", *(f"{context} tokens" for context in own.contexts)], cells),
+        command=_command("recall", config),
+        seed=config.seed,
+    )
+
 
 def model_card(model: str, facts: Record, config: PretrainConfig) -> str:
     """Text of a trained model's card; facts: the model's entry in report.json."""
     training: Training = getattr(config, model)
-    corpus = f"the source files of {platform.python_implementation()} {platform.python_version()}'s standard library"
     parts = [
         f"{facts[key]:.3f} {words}"
         for key, words in (
@@ -58,11 +103,17 @@ def model_card(model: str, facts: Record, config: PretrainConfig) -> str:
         model=model,
         vocab_size=config.vocab_size,
         layers=training.depths[-1][0],
-        corpus="the .py files of a folder given by the user" if config.library else corpus,
+        corpus=_corpus(config),
         stages=", then ".join(f"{tokens:,} with {layers} layers" for layers, tokens in training.depths),
         command=_command(model, config),
         seed=config.seed,
     )
+
+
+def _corpus(config: PretrainConfig) -> str:
+    if config.library:
+        return "the .py files of a folder given by the user"
+    return f"the source files of {platform.python_implementation()} {platform.python_version()}'s standard library"
 
 
 def _command(model: str, config: PretrainConfig) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hasten.jobs.common.schema import Run, option, section
+from hasten.jobs.common.schema import MODEL, Run, option, section
 
 
 @dataclass
@@ -25,10 +25,30 @@ class Training:
 
 
 @dataclass
-class PretrainConfig(Run):
-    """Train the embedded models, tokenizer, target and draft, from the standard library's source files; resumable."""
+class RecallTraining:
+    """What is fine-tuned on recall tasks, and for how long."""
 
-    models: list[str] = option(["target", "draft"], "which of target and draft to train")
+    base: str = option("embedded:target", f"Llama-style model that is fine-tuned: {MODEL}", path="in")
+    stages: list[list[int]] = option([], "stages [tokens of a sequence, tokens of a context and its questions, steps]")
+    batch: int = option(4096, "tokens per step", at_least=64)
+    lr: float = option(2e-3, "learning rate of the matrices (Muon)", at_least=0)
+    norm_lr: float = option(1e-3, "learning rate of the norms (AdamW)", at_least=0)
+    weight_decay: float = option(0.01, "weight decay of the matrices", at_least=0)
+    text_weight: float = option(0.3, "weight of the loss on text; that on answers has 1", at_least=0)
+    warmup_steps: int = option(20, "steps of rising learning rate", at_least=1)
+    decay: float = option(0.35, "share of all steps, at the end, of falling learning rate", at_least=0, at_most=1)
+    contexts: list[int] = option([384, 1920], "tokens of the contexts that recall is measured with")
+    samples: int = option(16, "samples of each task, of each of these lengths", at_least=1)
+
+
+@dataclass
+class PretrainConfig(Run):
+    """Train the embedded models, tokenizer, target, draft and recall variant, from the standard library; resumable."""
+
+    models: list[str] = option(
+        ["target", "draft"],
+        "which of target, draft and recall to train; recall is the target, fine-tuned on the tasks of `hasten cache`",
+    )
     vocab_size: int = option(4096, "entries of the byte-level BPE tokenizer", at_least=258, at_most=65536)
     library: str | None = option(
         None, "folder of .py files to train on; null is this Python's standard library", path="in"
@@ -41,3 +61,4 @@ class PretrainConfig(Run):
     threads: int = option(1, "threads of every process", at_least=1)
     target: Training = section(Training)
     draft: Training = section(Training)
+    recall: RecallTraining = section(RecallTraining)

@@ -1,5 +1,7 @@
 """`hasten pretrain`: trains a tokenizer, a target and a draft model from scratch on the standard library's sources.
 
+The recall variant of a target is fine-tuned, see recall.py.
+
 The output folder holds a transformers checkpoint per model, and `state/`, from which a stopped training resumes.
 """
 
@@ -41,11 +43,13 @@ from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import plain
 from hasten.jobs.common.tokenizer import Tokenizer
+from hasten.jobs.pretrain import recall
 from hasten.jobs.pretrain.model_card import model_card
 from hasten.jobs.pretrain.options import PretrainConfig, Training
 
 _LOG = logging.getLogger(__name__)
 MODELS = ("target", "draft")
+RECALL = "recall"
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _POLL_SECONDS = 2.0
 
@@ -68,18 +72,21 @@ def run(config: PretrainConfig) -> Path:
     _claim(output, settings, config.overwrite, write=True)
     with tracked(config, "pretrain", run_dir) as tracker:
         tracker.params(plain(config))
-        tokenizer, stream = _tokens(config, output / "state", root, train_files)
-        _LOG.info(
-            "%d files to train on, %d held out, %d training tokens", len(train_files), len(held_out_files), len(stream)
-        )
         models = {}
-        for model in config.models:
+        scratch = [model for model in config.models if model != RECALL]
+        if scratch:
+            tokenizer, stream = _tokens(config, output / "state", root, train_files)
+            files = len(train_files), len(held_out_files)
+            _LOG.info("%d files to train on, %d held out, %d training tokens", *files, len(stream))
+        for model in scratch:
             weights = _train(model, config, output / "state", run_dir, tokenizer, stream, tracker)
             folder = _save(model, config, tokenizer, weights)
             facts = _measure(model, config, folder, root, held_out_files, tokenizer)
             facts |= {"train_files": len(train_files), "held_out_files": len(held_out_files)}
             models[model] = facts
             (folder / "README.md").write_text(model_card(model, facts, config), encoding="utf-8")
+        if RECALL in config.models:
+            models[RECALL] = recall.fine_tune(config, root, train_files, held_out_files, tracker)
         children = os.times()
         metrics: Record = {f"{model}.{name}": value for model, facts in models.items() for name, value in facts.items()}
         metrics |= {
@@ -92,10 +99,15 @@ def run(config: PretrainConfig) -> Path:
 
 
 def _check(config: PretrainConfig) -> None:
-    unknown = [model for model in config.models if model not in MODELS]
+    known = (*MODELS, RECALL)
+    unknown = [model for model in config.models if model not in known]
     if unknown or not config.models or len(set(config.models)) < len(config.models):
-        raise UserError(f"models={config.models} is wrong: expected one or both of {', '.join(MODELS)}")
+        raise UserError(f"models={config.models} is wrong: expected some of {', '.join(known)}")
+    if RECALL in config.models:
+        recall.check(config.recall)
     for model in config.models:
+        if model == RECALL:
+            continue
         training = getattr(config, model)
         stages = training.depths
         if not stages or any(len(stage) != 2 or min(stage) < 1 for stage in stages):

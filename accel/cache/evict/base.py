@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hasten.accel.cache.base import CacheMethod, Kept, Lookahead, Place, Recent
 from hasten.accel.cache.segments.base import Segment, scores
@@ -85,6 +86,11 @@ def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Can
 
 def window_attention(tokens: Candidates) -> Tensor:
     """Attention (H, T) float32 that the last queries give to each token, summed over them and over query heads."""
+    return window_shares(tokens).sum((1, 2))
+
+
+def window_shares(tokens: Candidates) -> Tensor:
+    """Attention (H, G, W, T) float32 that each of the last queries gives to each token."""
     assert tokens.queries is not None
     width = len(tokens.queries)
     products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
@@ -93,4 +99,15 @@ def window_attention(tokens: Candidates) -> Tensor:
     hidden = tokens.positions[:, None] > own[..., None]
     attention = products.masked_fill_(hidden[:, None], -torch.inf).softmax(-1)
     # A query that sees no token that is left.
-    return attention.nan_to_num(0.0).sum((1, 2))
+    return attention.nan_to_num(0.0)
+
+
+def pooled_before_window(attention: Tensor, tokens: Candidates, kernel: int) -> Tensor:
+    """Largest attention (H, T) over neighbours; the last queries' own tokens come first, and are no neighbours.
+
+    attention: (H, T). kernel: number of neighbours, odd.
+    """
+    assert tokens.queries is not None
+    own = tokens.positions > tokens.positions[:, -1:] - len(tokens.queries)
+    others = attention.masked_fill(own, -torch.inf)
+    return F.max_pool1d(others[:, None], kernel, 1, kernel // 2)[:, 0].masked_fill(own, torch.inf)

@@ -6,11 +6,9 @@ Departs from it: also applied while decoding, with the last queries of then.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hasten.accel.cache.evict.base import Candidates, Evictor, window_attention
+from hasten.accel.cache.evict.base import Candidates, Evictor, pooled_before_window, window_attention
 from hasten.accel.errors import UserError
 
 
@@ -35,8 +33,4 @@ class SnapKV(Evictor):
 
     def score(self, tokens: Candidates) -> Tensor:
         """Attention of the last queries, pooled; the queries' own tokens, which are the last ones, come first."""
-        assert tokens.queries is not None
-        own = tokens.positions > tokens.positions[:, -1:] - len(tokens.queries)
-        attention = window_attention(tokens).masked_fill_(own, -torch.inf)
-        pooled = F.max_pool1d(attention[:, None], self.kernel, 1, self.kernel // 2)[:, 0]
-        return pooled.masked_fill(own, torch.inf)
+        return pooled_before_window(window_attention(tokens), tokens, self.kernel)

@@ -11,11 +11,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hasten.accel.cache.evict.base import Candidates, Evictor
+from hasten.accel.cache.evict.base import Candidates, Evictor, pooled_before_window, window_shares
 from hasten.accel.cache.prompt.base import Draft, Drafting, Prompt, Reading
-from hasten.accel.cache.segments.base import attention_shares, scores
+from hasten.accel.cache.segments.base import attention_shares
 from hasten.accel.errors import UserError
 
 
@@ -52,19 +51,11 @@ class SpecKV(Drafting, Evictor):
 
     def score(self, tokens: Candidates) -> Tensor:
         """Largest attention, pooled; the last queries' own tokens come first."""
-        assert tokens.queries is not None
-        width, count = len(tokens.queries), tokens.keys.shape[1]
-        scoring = tokens.place.scoring
-        products = scores(tokens.queries, tokens.keys, scoring).unflatten(1, (-1, width))
-        seen = torch.ones(width, count, dtype=torch.bool, device=products.device).tril(count - width)
-        attention = products.masked_fill_(~seen, -torch.inf).softmax(-1).amax((1, 2))
+        attention = window_shares(tokens).amax((1, 2))
         if tokens.lookahead is not None:
-            ahead = tokens.lookahead
+            ahead, scoring = tokens.lookahead, tokens.place.scoring
             shares = attention_shares(ahead.queries, tokens.keys, scoring, ahead.denominators)
             if scoring.window is not None:
                 shares *= ahead.positions[:, None] - tokens.positions[:, None, None] < scoring.window
             attention = torch.maximum(attention, shares.amax((1, 2)))
-        result = torch.full_like(attention, torch.inf)
-        before = count - width
-        result[:, :before] = F.max_pool1d(attention[:, None, :before], self.kernel, 1, self.kernel // 2)[:, 0]
-        return result
+        return pooled_before_window(attention, tokens, self.kernel)

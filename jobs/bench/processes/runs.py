@@ -41,6 +41,13 @@ class Report(TypedDict):
     pareto: NotRequired[list[ParetoRow]]
 
 
+class PeerCaches(TypedDict):
+    """Result of peers/kv_caches.py: figures by method, or an error, and versions of the packages."""
+
+    rows: dict[str, dict[str, float | str]]
+    versions: dict[str, str]
+
+
 class PeerCompression(TypedDict):
     """Result of peers/llm_compressor.py, as far as it is read."""
 
@@ -191,6 +198,14 @@ def peer_decode(python: str, folder: Path, options: Mapping[str, object]) -> Dec
     folder.mkdir(parents=True, exist_ok=True)
     result, _ = _run_peer("llama_cpp", python, folder, options)
     measured: DecodeSpeed = json.loads(result.read_text(encoding="utf-8"))
+    return measured
+
+
+def peer_caches(python: str, folder: Path, options: Mapping[str, object]) -> PeerCaches:
+    """Figures of the peers' KV caches; options are those of the peer script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result, _ = _run_peer("kv_caches", python, folder, options)
+    measured: PeerCaches = json.loads(result.read_text(encoding="utf-8"))
     return measured
 
 

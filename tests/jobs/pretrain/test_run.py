@@ -124,3 +124,53 @@ def test_the_cards_command_names_what_differs_from_the_default(tmp_path):
     card = model_card("target", facts, changed)
     assert "    hasten pretrain models=[target] seed=3 target.depths=[[1,9],[2,8]]\n" in card
     assert "9 with 1 layers, then 8 with 2 layers" in card
+
+
+RECALL = [
+    *("recall.base=embedded:draft", "recall.stages=[[96,64,2]]", "recall.batch=192"),
+    *("recall.contexts=[64]", "recall.samples=1"),
+]
+
+
+def recall(tmp_path, *words):
+    """Config of a fine-tuning of two steps."""
+    config = tiny(tmp_path, *RECALL, *words)
+    config.models = ["recall"]
+    return config
+
+
+@pytest.mark.slow
+def test_the_recall_variant_is_written_with_what_it_recalls_and_resumes(tmp_path, library, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metrics = json.loads(pretrain.run(recall(tmp_path)).read_text())["metrics"]
+    folder = tmp_path / "models" / "recall"
+    assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == "torch.bfloat16"
+    assert len(AutoTokenizer.from_pretrained(folder)) == 4096
+    assert metrics["recall.tokens"] == 384
+    card = (folder / "README.md").read_text()
+    for task in ("needle", "keys", "joint", "repeated", "multi_turn"):
+        assert f"| {task} | {metrics[f'recall.{task}_64']:.0%} |" in card
+
+    weights = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr("hasten.accel.training.recall.recall_loss", pytest.fail)
+    pretrain.run(recall(tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == weights
+    with pytest.raises(UserError, match=r"recall\.lr was 0\.002, is 0\.1.*overwrite=true"):
+        pretrain.run(recall(tmp_path, "recall.lr=0.1"))
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("recall.stages=[]", "expected stages"),
+        ("recall.stages=[[64,96,2]]", "expected stages"),
+        ("recall.stages=[[96,64,0]]", "expected stages"),
+        ("recall.contexts=[4]", r"recall\.contexts="),
+        ("recall.contexts=[2000]", "need 2128 positions"),
+    ],
+)
+def test_a_wrong_setting_of_the_recall_variant_is_refused_before_anything_is_written(tmp_path, library, word, reason):
+    with pytest.raises(UserError, match=reason):
+        pretrain.run(recall(tmp_path, word))
+    assert [path.name for path in tmp_path.iterdir()] == ["library"]
