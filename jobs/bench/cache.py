@@ -75,8 +75,8 @@ def run(config: Config) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hasten.accel.cache.base import CacheBudget
     from hasten.accel.cache.measure import measure
+    from hasten.accel.cache.statistics import load
     from hasten.accel.models.checkpoint import resolve
     from hasten.jobs.bench.measurements.caches import write_inputs
     from hasten.jobs.cache.run import cache_inputs, cache_rows
@@ -85,7 +85,8 @@ def run(config: Config) -> Path:
         raise UserError(f"tasks={config.tasks} must hold text, on which bytes are measured")
     names = ("model", "method", "budget", "tasks", "context", "new_tokens", "sequences", "samples", "source", "seed")
     own = CacheConfig(**{name: getattr(config, name) for name in names}, device="cpu")
-    model, named = resolve(config.model).absolute(), cache_rows(own)
+    model = resolve(config.model).absolute()
+    named = cache_rows(own, model)
     inputs = cache_inputs(own, model)
     presses = [f"press:{name}Press:{1 - share:g}" for name in config.presses for share in config.budget]
     peers = {
@@ -105,9 +106,11 @@ def run(config: Config) -> Path:
             torch.set_num_threads(1)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
             for name, row in named:
-                budget = None if row.budget is None else CacheBudget(row.budget)
-                found = measure(loaded, row.method, budget, inputs.windows, inputs.context, inputs.recall)
-                rows.append(row_of("hasten", name if row.budget is None else f"{name} {row.budget:g}", found))
+                statistics = None if row.statistics is None else load(row.method, row.statistics)
+                given = inputs.windows, inputs.context, inputs.recall
+                found = measure(loaded, row.method, row.budget, *given, statistics=statistics)
+                title = name if row.budget is None else f"{name} {row.budget.value:g}"
+                rows.append(row_of("hasten", title, found))
                 bar.update(len(rows), f"{name}: KL {rows[-1].kl_divergence:.4f}")
             done = len(rows)
             for owner, (python, _, methods) in peers.items():

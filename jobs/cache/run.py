@@ -38,13 +38,8 @@ def run(config: CacheConfig) -> Path:
     """Measure every method at every budget; returns the path of report.json."""
     started = perf_counter()
     model = resolve(config.model).absolute()
-<<<<<<< HEAD
     named = cache_rows(config, model)
-    inputs = _inputs(config, model)
-=======
-    named = cache_rows(config)
     inputs = cache_inputs(config, model)
->>>>>>> w-recall
     output = Path(config.output or Path("runs", "caches", model.name)).expanduser().absolute()
     cpus = config.workers * config.threads
     reads = {"model": model}
@@ -70,11 +65,7 @@ def run(config: CacheConfig) -> Path:
     return path
 
 
-<<<<<<< HEAD
 def cache_rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
-=======
-def cache_rows(config: CacheConfig) -> list[tuple[str, CacheRow]]:
->>>>>>> w-recall
     """The full cache, and every method at every budget; UserError names a wrong method or budget."""
     if not config.method or not (config.budget or config.budget_bytes):
         raise UserError(f"method={config.method} and budget={config.budget} must not be empty")
