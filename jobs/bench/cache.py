@@ -101,7 +101,8 @@ def run(config: Config) -> Path:
         file = write_inputs(inputs, folder / "inputs.json")
         rows: list[Row] = []
         versions: dict[str, dict[str, str]] = {}
-        with Progress("bench cache", len(named) + sum(python is not None for python, _, _ in peers.values())) as bar:
+        total = len(named) + sum(python is not None for python, _, _ in peers.values())
+        with Progress("bench cache", total, "row") as bar:
             torch.set_num_threads(1)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
             for name, row in named:
