@@ -102,7 +102,8 @@ def run(config: Config) -> Path:
         file = write_inputs(inputs, folder / "inputs.json")
         rows: list[Row] = []
         versions: dict[str, dict[str, str]] = {}
-        with Progress("bench cache", len(named) + sum(python is not None for python, _, _ in peers.values())) as bar:
+        total = len(named) + sum(python is not None for python, _, _ in peers.values())
+        with Progress("bench cache", total, "row") as bar:
             torch.set_num_threads(1)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
             for name, row in named:
@@ -152,18 +153,18 @@ def rival(row: Row, rows: Sequence[Row]) -> Row | None:
     return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, float | None]:
+def metrics(rows: Sequence[Row]) -> dict[str, int]:
     """Peers' rows, and on how many of them hasten diverges less and recalls no less with at most the same bytes."""
     peers = [row for row in rows if row.owner != "hasten" and row.kl_divergence is not None and row.method != "full"]
-    pairs = [(row, rival(row, rows)) for row in peers]
-    found: dict[str, float | None] = {"peer_rows": len(peers), "less_divergence": 0, "no_less_recall": 0}
-    for row, own in pairs:
+    diverges_less, recalls_no_less = 0, 0
+    for row in peers:
+        own = rival(row, rows)
         if own is None or own.kl_divergence is None or row.kl_divergence is None:
             continue
-        found["less_divergence"] += own.kl_divergence < row.kl_divergence
+        diverges_less += own.kl_divergence < row.kl_divergence
         if own.mean_recall is not None and row.mean_recall is not None:
-            found["no_less_recall"] += own.mean_recall >= row.mean_recall
-    return found
+            recalls_no_less += own.mean_recall >= row.mean_recall
+    return {"peer_rows": len(peers), "less_divergence": diverges_less, "no_less_recall": recalls_no_less}
 
 
 def _section(config: Config, rows: Sequence[Row], versions: Mapping[str, Mapping[str, str]]) -> str:
