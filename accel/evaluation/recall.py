@@ -39,7 +39,7 @@ class Sample:
 
 def needle(encode: Encode, filler: Sequence[str], tokens: int, generator: random.Random, turns: int) -> Sample:
     """A sentence with a number for each turn, anywhere among lines of text, and the questions for the numbers."""
-    needles = []
+    needles: list[tuple[str, str, float]] = []
     for _ in range(turns):
         left = [name for name in _NAMES if name not in {used for used, _, _ in needles}]
         needles.append((generator.choice(left), str(generator.randrange(10**5, 10**6)), generator.random()))

@@ -161,9 +161,9 @@ def metrics(rows: Sequence[Row]) -> dict[str, int]:
         own = rival(row, rows)
         if own is None or own.kl_divergence is None or row.kl_divergence is None:
             continue
-        diverges_less += own.kl_divergence < row.kl_divergence
+        diverges_less += int(own.kl_divergence < row.kl_divergence)
         if own.mean_recall is not None and row.mean_recall is not None:
-            recalls_no_less += own.mean_recall >= row.mean_recall
+            recalls_no_less += int(own.mean_recall >= row.mean_recall)
     return {"peer_rows": len(peers), "less_divergence": diverges_less, "no_less_recall": recalls_no_less}
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
     with open(arguments.inputs, encoding="utf-8") as file:
         inputs = json.load(file)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for method in arguments.methods.split(","):
             try:
