@@ -64,7 +64,7 @@ def test_a_peer_measures_what_hasten_measures(tmp_path, model):
     answer = (*greedy[:3], (greedy[3] + 1) % 4096)
     tokens = tuple(prompt[0].tolist())
     sample = Sample(tokens[:20], (Turn(tokens[20:], answer),))
-    inputs = CacheInputs(resolve("embedded:draft"), windows, 24, {"keys": [sample]}, torch.float32, "cpu")
+    inputs = CacheInputs(resolve("embedded:draft"), torch.float32, "cpu", windows, 24, {"keys": [sample]})
     given = json.loads(write_inputs(inputs, tmp_path / "inputs.json").read_text())
     with torch.no_grad():
         found = kv_caches.measure(model, given, "full")

@@ -67,7 +67,7 @@ def test_every_method_and_budget_is_a_row_and_finished_rows_are_kept(folder, cap
         ({"method": "[kivi:bits=5]"}, "cache.bits=5"),
         ({"budget": "[1.5]"}, "cache_budget=1.5 is wrong"),
         ({"budget_bytes": "[64KX]"}, "budget_bytes=64KX is wrong"),
-        ({"method": "[lserve]", "budget_bytes": "[64KiB]"}, "cache=LServe holds all tokens"),
+        ({"method": "[double_sparsity]", "budget_bytes": "[64KiB]"}, "cache=DoubleSparsity holds all tokens"),
         ({"tasks": "[txt]"}, "tasks=txt is none of text"),
         ({"context": 100000}, "context=100000 is too long"),
     ],
