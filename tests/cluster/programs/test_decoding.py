@@ -112,6 +112,7 @@ def test_gpus_that_are_not_there_are_refused_and_not_waited_for(spec, ray_sessio
         Decoders(spec, workers=2, needs=ActorResources(1, 1000)).prepare()
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_shared_drafters_with_a_model_count_among_the_gpus(spec, monkeypatch):
     monkeypatch.setattr(decoding, "nodes", lambda: [{"CPU": 4.0, "GPU": 2.0}])

@@ -83,7 +83,7 @@ def test_version_is_the_distributions(capsys):
 
 WRONG = {
     "compres": "unknown job 'compres': did you mean compress?",
-    "xyzzy": "unknown job 'xyzzy': there are compress, levels, search, evaluate, decode, cache, replay, pretrain",
+    "xyzzy": "unknown job 'xyzzy': there are compress, kv_heads, levels, search, evaluate, decode, calibrate_cache, ",
     "compress bts=3": "unknown option 'bts': did you mean bits?",
     "compress sequence_lenght=3": "did you mean evaluation.sequence_length?",
     "compress quantizer.dampng=1": "unknown option 'quantizer.dampng': did you mean quantizer.damping?",
