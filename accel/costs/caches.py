@@ -17,7 +17,7 @@ _GROWN = 2.5
 # Bytes of a row's file without the bytes held at each step, and of each of these.
 _ROW_BYTES, _STEP_BYTES = 420, 9
 # Bytes of the file of a level, and of a mixture.
-_LEVEL_BYTES, _MIXTURE_BYTES = 60, 160
+_LEVEL_BYTES, _MIXTURE_BYTES = 42, 128
 
 
 @dataclass(frozen=True)
