@@ -116,7 +116,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         # No code crosses a byte, so that a few operations on bytes do.
         phases = 8 // bits
         whole = torch.nn.functional.pad(codes.to(torch.uint8), (0, 4 * words * phases - columns))
-        stream = whole[:, ::phases].clone()
+        # Codes may lie column by column.
+        stream = whole[:, ::phases].clone(memory_format=torch.contiguous_format)
         for phase in range(1, phases):
             stream |= whole[:, phase::phases] << bits * phase
         return stream.view(torch.int32)

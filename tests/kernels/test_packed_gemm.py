@@ -17,6 +17,8 @@ def test_codes_are_packed_as_compressed_tensors_packs_them(bits, columns):
     signed = (codes - 2 ** (bits - 1)).to(torch.int8)
     assert torch.equal(pack_codes(codes, bits), pack_to_int32(signed, bits))
     assert torch.equal(unpack_codes(pack_codes(codes, bits), bits, columns), codes.to(torch.uint8))
+    # However the codes lie in memory.
+    assert torch.equal(pack_codes(codes.T.contiguous().T, bits), pack_codes(codes, bits))
 
 
 def test_groups_of_permuted_columns_take_the_scale_of_their_index():
