@@ -15,7 +15,17 @@ def composed(job, *words):
 
 
 def test_every_job_that_hands_work_to_actors_in_ray_says_what_these_need():
-    assert JOBS == ["compress", "kv_heads", "levels", "search", "evaluate", "decode", "calibrate_cache", "cache", "search_cache"]
+    assert JOBS == [
+        "compress",
+        "kv_heads",
+        "levels",
+        "search",
+        "evaluate",
+        "decode",
+        "calibrate_cache",
+        "cache",
+        "search_cache",
+    ]
 
 
 @pytest.mark.parametrize("job", JOBS)
