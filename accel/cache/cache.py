@@ -192,8 +192,10 @@ class CompressedLayer(CacheLayerMixin):
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
         statistics = None
         if self.owner.statistics is not None:
+            # They come from a file, and stay where the keys are.
             device = self.sequences[row].device
             statistics = {name: part.to(device) for name, part in self.owner.statistics[self.number].items()}
+            self.owner.statistics[self.number] = statistics
         return Place(self.number, len(self.owner.layers), length, tokens, self.scoring, shared, rotary, statistics)
 
     def _budget_tokens(self, row: int) -> int | None:

@@ -120,9 +120,8 @@ class MixMeasurement:
     def _run(self, tokens: Tensor, cache: CompressedCache, start: int) -> Tensor:
         """Logits (N, V) of tokens (N,) at positions from `start` on, which are committed and not compressed."""
         count, device = len(tokens), self.model.device
-        above = torch.ones(count, count, dtype=torch.bool, device=device).tril()
         positions = torch.arange(start, start + count, dtype=torch.int32, device=device)
-        cache.tree_pass = TreePass((0,), (above,), (positions,))
+        cache.tree_pass = TreePass((0,), (None,), (positions,))
         kept = 1 if not start else 0  # behind a prompt, only the last logits are read
         with torch.no_grad():
             out = self.model(

@@ -87,8 +87,7 @@ class Prompts:
         if not tokens:
             return
         positions = torch.arange(start, start + len(tokens), dtype=torch.int32, device=self._model.device)
-        above = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=self._model.device).tril()
-        self._pass(row, tokens, positions, above)
+        self._pass(row, tokens, positions)
         for sequence in self._sequences(row):
             sequence.look_ahead(positions)
 
@@ -100,8 +99,7 @@ class Prompts:
         for begin in range(0, len(indices), chunk):
             part = indices[begin : begin + chunk]
             positions = torch.tensor(part, dtype=torch.int32, device=self._model.device) - lower
-            above = torch.ones(len(part), len(part), dtype=torch.bool, device=self._model.device).tril()
-            logits = self._pass(row, [tokens[index] for index in part], positions, above)
+            logits = self._pass(row, [tokens[index] for index in part], positions)
             self._commit(row)
         return logits
 
@@ -140,8 +138,8 @@ class Prompts:
             held = share(all_of, all_of[giver], all_of[row], lengths[giver], shortest)
         return held
 
-    def _pass(self, row: int, tokens: Sequence[int], positions: Tensor, above: Tensor) -> Tensor:
-        """Run tokens of a sequence as waiting nodes; returns the logits (V,) of the last of them."""
+    def _pass(self, row: int, tokens: Sequence[int], positions: Tensor, above: Tensor | None = None) -> Tensor:
+        """Run tokens of a sequence as waiting nodes; returns the logits (V,) of the last. above: see NewTokens."""
         self._cache.tree_pass = TreePass((row,), [above], [positions])
         ids = torch.tensor([list(tokens)], device=self._model.device)
         with torch.no_grad():

@@ -14,8 +14,8 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import outer_shards
 from hasten.accel.compression.outputs.gguf import GgufOptions
-from hasten.accel.compression.transforms.base import BlockTransform
-from hasten.accel.compression.transforms.rotating import RotatingTransform
+from hasten.accel.compression.transforms.base import BlockTransform, block_solver
+from hasten.accel.compression.transforms.rotating import RotatingTransform, rotating_of
 from hasten.accel.costs.estimate import SHARED, Estimate, Process, Rates, Step, Work
 from hasten.accel.costs.files import checkpoint_files, checkpoint_tensors, database_files, gguf_files, level_tensors
 from hasten.accel.costs.method import hessian_bytes
@@ -67,17 +67,6 @@ class Pass:
     attention: AttentionScheme | None = None
     collects: bool = True
     transforms: Sequence[BlockTransform] = ()
-
-    @property
-    def block_solver(self) -> BlockTransform | None:
-        """The transform that compresses the layers of a block together, if there is one."""
-        return next((transform for transform in self.transforms if transform.solves_blocks), None)
-
-    @property
-    def rotating(self) -> RotatingTransform | None:
-        """The transform that learns a rotation of the model, if there is one."""
-        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
-        return next((transform for transform in rotating if transform.steps), None)
 
     @property
     def is_transformed(self) -> bool:
@@ -309,21 +298,26 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             device["transform"] = {"context": rates.device_bytes, **hidden, **transforming}
         else:
             host["transform"] = with_retained({**always, **hidden, **transforming}, _TRANSFORM_BYTES * weights)
-    if work.block_solver is not None and work.sequences:
-        # One calibrator has the states of all sequences.
-        tuned = max((sum(map(_weights, groups)) for groups in work.layer_groups if not is_outer(groups)), default=0)
-        tuning = {
-            "hidden states": 2 * model.hidden_bytes(work.sequences, work.length),
-            "weights of a block": model.block_bytes(block),
-            "weights of a transform": work.block_solver.block_bytes * tuned,
-            "activations": 2 * model.activation_bytes(work.batch, work.length),
+    solver = block_solver(work.transforms)
+    if solver is not None and work.sequences:
+        (device if on_device else host)["tune"] = {
+            **({"context": rates.device_bytes} if on_device else always),
+            **_tuning(work, solver),
         }
-        if on_device:
-            device["tune"] = {"context": rates.device_bytes, **tuning}
-        else:
-            host["tune"] = {**always, **tuning}
     kind = "calibrator" if work.ranks is None else "rank of a group of calibrators"
     return Process(kind, work.workers, work.threads, host, work.gpus, device)
+
+
+def _tuning(work: Pass, solver: BlockTransform) -> dict[str, int]:
+    """Memory of a block that is solved together: one calibrator has the states of all sequences."""
+    model = work.model
+    tuned = max((sum(map(_weights, groups)) for groups in work.layer_groups if not is_outer(groups)), default=0)
+    return {
+        "hidden states": 2 * model.hidden_bytes(work.sequences, work.length),
+        "weights of a block": model.block_bytes(model.largest_block()),
+        "weights of a transform": solver.block_bytes * tuned,
+        "activations": 2 * model.activation_bytes(work.batch, work.length),
+    }
 
 
 def _checked(model: Model) -> dict[str, int]:
@@ -358,6 +352,7 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
         wall[name] += worker_share * seconds
         cpu[name] += copies * seconds
 
+    solver = block_solver(work.transforms)
     # An output layer that is calibrated needs the last block's outputs.
     last_block = sum(not is_outer(groups) or needs_inputs(groups) for groups in work.layer_groups) - 1
     for block, groups in enumerate(work.layer_groups):
@@ -404,10 +399,10 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 else:
                     add("forward", model.run(block, tokens, work.length, work.batch), share)
                     add("load", model.load(block) * (2 * work.load_share), 1.0, workers)
-        if work.block_solver is not None and groups and not is_outer(groups):
+        if solver is not None and groups and not is_outer(groups):
             weights = sum(map(_weights, groups))
             runs = partial(_run_of_sequences, work, block)
-            add("solve", work.block_solver.block_cost(weights, work.sequences, runs), 1.0)
+            add("solve", solver.block_cost(weights, work.sequences, runs), 1.0)
             continue
         for stage in work.stages(groups):
             solves = sorted((_solve_seconds(work, group, rates) for group in stage), reverse=True)
@@ -416,10 +411,10 @@ def _steps(work: Pass, rates: Rates, written: int) -> list[Step]:
                 busy[busy.index(min(busy))] += seconds
             wall["solve"] += max(busy)
             cpu["solve"] += sum(busy)
-    if work.rotating is not None and work.sequences:
-        parts = ceil(work.rotating.step_sequences / work.batch)
-        step = _learning_step(work, work.rotating)
-        add("learn rotation", step * work.rotating.steps, ceil(parts / workers) / parts)
+    rotating = rotating_of(work.transforms)
+    if rotating is not None and rotating.steps and work.sequences:
+        parts = ceil(rotating.step_sequences / work.batch)
+        add("learn rotation", _learning_step(work, rotating) * rotating.steps, ceil(parts / workers) / parts)
     guess = "; ".join(_guesses(work))
     steps += [Step(name, wall[name], cpu[name], guess=guess * (name == "solve")) for name in wall if cpu[name]]
     moved = _moved(work)

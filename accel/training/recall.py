@@ -5,7 +5,6 @@ of them are text without questions, and text inside of contexts is predicted, to
 The embedding is not trained.
 """
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.evaluation.recall import TASKS, Encode
 from hasten.accel.training.muon import Muon
 
@@ -189,7 +189,5 @@ def train(
 
 
 def _save(path: Path, step: int, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    temporary = path.with_suffix(".tmp")
     state = {"step": step, "model": model.state_dict(), "optimizers": [one.state_dict() for one in optimizers]}
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: torch.save(state, temporary))

@@ -116,7 +116,12 @@ def _explained(cluster: str, error: Exception, stderr: str) -> UserError:
     if "ersion mismatch" in text and len(versions) == 4:
         (_, theirs), (_, their_python), (_, ours), (_, our_python) = versions
         return mismatch(cluster, (theirs, their_python), (ours, our_python))
-    return UserError(f"{cluster} does not answer ({' '.join(text.split())[:200] or type(error).__name__}): {_START}")
+    return UserError(f"{cluster} does not answer ({_line(error)}): {_START}")
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def mismatch(cluster: str, theirs: tuple[str, str | None], ours: tuple[str, str | None]) -> UserError:
@@ -150,8 +155,8 @@ def _start_here(cpus: int, temporary: str | None) -> None:
             # On a busy machine the start can exceed a fixed time limit inside Ray.
             ray.shutdown()
             if attempt == 2:
-                text = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
-                    f"Ray does not start on this machine ({text}): it may be too busy, or lack memory or disk space"
+                    f"Ray does not start on this machine ({_line(error)}): it may be too busy, or lack memory or "
+                    "disk space"
                 ) from error
             _LOG.warning("Ray did not start in time; trying once more")

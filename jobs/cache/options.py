@@ -3,25 +3,20 @@
 from dataclasses import dataclass
 
 from hasten.jobs.common.schema import (
-    ADDRESS,
     BOS,
     BOS_CHOICES,
     CACHE_STATISTICS,
-    DEVICES,
-    DTYPES,
     MODEL,
     SOURCE,
     TEMPLATE,
-    WORKER_GPUS,
-    WORKER_MEMORY,
-    Run,
+    Tasks,
     option,
 )
 from hasten.jobs.common.sizes import BYTES
 
 
 @dataclass
-class CacheConfig(Run):
+class CacheConfig(Tasks):
     """Measure KV-cache methods on text and on recall: quality, bytes held at every step, speed; resumable."""
 
     model: str = option("embedded:target", f"model whose caches are compressed: {MODEL}", path="in")
@@ -52,10 +47,3 @@ class CacheConfig(Run):
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
     output: str | None = option(None, "folder of the finished rows; null is runs/caches/NAME", path="out")
     overwrite: bool = option(False, "measure again what an earlier run has measured")
-    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
-    device: str = option("auto", "where the tasks compute; auto is cuda where there is one", choices=DEVICES)
-    workers: int = option(2, "rows that are measured at a time, a process each", at_least=1)
-    threads: int = option(1, "threads of every process", at_least=1)
-    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
-    worker_memory: str | None = option(None, WORKER_MEMORY)
-    address: str | None = option(None, ADDRESS)

@@ -17,8 +17,9 @@ from hasten.accel.models.checkpoint import resolve
 from hasten.cluster.programs.caches import CacheInputs, CacheRow
 from hasten.cluster.runtime.resources import cpu_seconds
 from hasten.jobs.cache.options import CacheConfig
-from hasten.jobs.cache.rows import measured_rows, parse_method
+from hasten.jobs.cache.rows import measured_rows
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cache_methods import parse_method
 from hasten.jobs.common.cache_statistics import chosen_statistics
 from hasten.jobs.common.cluster import cluster_session, worker_resources
 from hasten.jobs.common.markdown import table

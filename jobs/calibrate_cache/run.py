@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-import torch
-
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated, settings
 from hasten.accel.cache.statistics import FOLDER, file_name, read_layers, write_layers
@@ -20,16 +18,15 @@ from hasten.cluster.programs import cache_calibration
 from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
-from hasten.jobs.cache.run import parse_method
 from hasten.jobs.calibrate_cache.options import CalibrateCacheConfig
 from hasten.jobs.cli.methods import method_names
-from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.cache_calibration import PARTS, PartFiles
+from hasten.jobs.common.cache_calibration import PARTS, PartFiles, calibration_parts
+from hasten.jobs.common.cache_methods import parse_method
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Calibration, plain
-from hasten.jobs.common.texts import Texts, print_texts
+from hasten.jobs.common.schema import plain
+from hasten.jobs.common.texts import print_texts
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,23 +54,9 @@ def run(config: CalibrateCacheConfig) -> Path:
     started = perf_counter()
     chosen = _methods(config.method)
     model = resolve(config.model).absolute()
-    texts = Texts(model, config.bos, config.template)
-    size = config.sequences, config.sequence_length
-    tokens = texts.calibrate(Calibration(config.source, *size, seed=config.seed), True)
-    assert tokens is not None
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    parts = tokens.tensor_split(min(config.shards, len(tokens)))
+    parts = calibration_parts(config, model)
     output = _output(config, model)
-    origin: Record = {
-        "model": Checkpoint(model).fingerprint(),
-        "tokens": texts.report(model)["texts"]["calibration"]["fingerprint"],
-        "shards": len(parts),
-        "dtype": str(dtype),
-        "device": device,
-        "torch": torch.__version__,
-    }
-    wanted = [_wanted(name, method, output, origin) for name, method in chosen]
+    wanted = [_wanted(name, method, output, parts.origin) for name, method in chosen]
     missing = [one for one in wanted if config.overwrite or not one.is_finished]
     cpus = config.workers * config.threads
     with cluster_session(config, cpus, {"model": model}, {}):
@@ -87,9 +70,8 @@ def run(config: CalibrateCacheConfig) -> Path:
                 )
             cost = PartSums((), 0.0, 0)
             if missing:
-                calibration = CacheCalibration(
-                    model, [one.method for one in missing], parts, config.batch, dtype, device
-                )
+                methods = [one.method for one in missing]
+                calibration = CacheCalibration(model, methods, parts.tokens, config.batch, parts.dtype, parts.device)
                 cost = _calibrate(config, calibration, missing, output, as_given(str(model)))
             rows: list[Record] = [
                 {"method": one.name, "file": str(one.file), "bytes": one.file.stat().st_size} for one in wanted
@@ -104,7 +86,7 @@ def run(config: CalibrateCacheConfig) -> Path:
                     "peak_rss_bytes": max(cost.peak_rss_bytes, peak_rss_bytes()),
                 },
                 "statistics": rows,
-                **texts.report(model),
+                **parts.texts.report(model),
                 "output": str(output),
             }
             tracker.metrics(report["metrics"])

@@ -1,19 +1,63 @@
 """Shared by jobs that sum over calibration sequences in tasks: finished parts are files."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from hasten.accel.cache.calibration import Sums, merged
 from hasten.accel.cache.statistics import read_layers, write_layers
 from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
 from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums, calibrate_parts
+from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cluster import InWorkers, worker_resources
 from hasten.jobs.common.progress import Progress
+from hasten.jobs.common.records import Record
+from hasten.jobs.common.schema import Calibration, SummedTasks
+from hasten.jobs.common.texts import Texts
 
 _LOG = logging.getLogger(__name__)
 # Name of the folder, in a job's output.
 PARTS = ".parts"
+
+
+@dataclass(frozen=True)
+class CalibrationParts:
+    """Parts (N, T) of the calibration tokens, and the arithmetic of their tasks.
+
+    origin: everything that sums over them depend on, but for what is summed.
+    """
+
+    texts: Texts
+    tokens: Sequence[Tensor]
+    dtype: torch.dtype
+    device: str
+    origin: Record
+
+
+def calibration_parts(config: SummedTasks, model: Path) -> CalibrationParts:
+    """The parts of a job's options; UserError for a text that cannot be loaded."""
+    texts = Texts(model, config.bos, config.template)
+    size = config.sequences, config.sequence_length
+    tokens = texts.calibrate(Calibration(config.source, *size, seed=config.seed), True)
+    assert tokens is not None
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    parts = tokens.tensor_split(min(config.shards, len(tokens)))
+    origin = {
+        "model": Checkpoint(model).fingerprint(),
+        "tokens": texts.report(model)["texts"]["calibration"]["fingerprint"],
+        "shards": len(parts),
+        "dtype": str(dtype),
+        "device": device,
+        "torch": torch.__version__,
+    }
+    return CalibrationParts(texts, parts, dtype, device, origin)
 
 
 class PartFiles:

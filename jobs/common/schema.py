@@ -207,6 +207,34 @@ class Run:
 
 
 @dataclass
+class Tasks(Run):
+    """Options of jobs that run a model in tasks which do not depend on each other."""
+
+    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
+    device: str = option("auto", "where the tasks compute; auto is cuda where there is one", choices=DEVICES)
+    workers: int = option(
+        2, "tasks at a time, a process each; their number changes the time and not the output", at_least=1
+    )
+    threads: int = option(1, "threads of every process", at_least=1)
+    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
+    worker_memory: str | None = option(None, WORKER_MEMORY)
+    address: str | None = option(None, ADDRESS)
+
+
+@dataclass
+class SummedTasks(Tasks):
+    """Options of jobs whose tasks sum over parts of calibration text."""
+
+    source: str = option("library", f"text that the calibration tokens come from: {SOURCE}", path="in")
+    sequences: int = option(16, "calibration sequences", at_least=1)
+    sequence_length: int = option(512, "tokens in a calibration sequence, with those that begin it", at_least=8)
+    template: str | None = option(None, TEMPLATE, path="in")
+    bos: str = option("auto", BOS, choices=BOS_CHOICES)
+    shards: int = option(4, "parts of the sequences, a task each; a finished part is not computed again", at_least=1)
+    batch: int = option(4, "sequences that run through a block at once", at_least=1)
+
+
+@dataclass
 class GgufFile:
     """The GGUF file that format=gguf writes."""
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from time import perf_counter
 
-import torch
-
 from hasten.accel.compression.kv_heads import checkpoint as kv_heads_checkpoint
 from hasten.accel.compression.kv_heads.checkpoint import KVHeadsFolder
 from hasten.accel.compression.kv_heads.folding import KVHeads
@@ -16,14 +14,13 @@ from hasten.cluster.programs import cache_calibration
 from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 from hasten.cluster.storage.naming import as_given
-from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
-from hasten.jobs.common.cache_calibration import PARTS, PartFiles
+from hasten.jobs.common.cache_calibration import PARTS, PartFiles, calibration_parts
 from hasten.jobs.common.calibration import open_output
 from hasten.jobs.common.cluster import cluster_session
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.run import start, tracked
-from hasten.jobs.common.schema import Calibration, plain
-from hasten.jobs.common.texts import Texts, print_texts
+from hasten.jobs.common.schema import plain
+from hasten.jobs.common.texts import print_texts
 from hasten.jobs.kv_heads.options import KVHeadsConfig
 
 
@@ -32,24 +29,13 @@ def run(config: KVHeadsConfig) -> Path:
     started = perf_counter()
     method = KVHeads(config.group, config.keys)
     model = resolve(config.model).absolute()
-    texts = Texts(model, config.bos, config.template)
-    size = config.sequences, config.sequence_length
-    tokens = texts.calibrate(Calibration(config.source, *size, seed=config.seed), True)
-    assert tokens is not None
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    parts = tokens.tensor_split(min(config.shards, len(tokens)))
+    parts = calibration_parts(config, model)
     path = Path(config.output or Path("runs", "kv_heads", f"{model.name}-{config.group}")).expanduser().absolute()
     output = KVHeadsFolder(path, Architecture(Checkpoint(model)), method)
     fingerprint: Record = {
-        "model": Checkpoint(model).fingerprint(),
+        **parts.origin,
         "group": config.group,
         "keys": config.keys,
-        "tokens": texts.report(model)["texts"]["calibration"]["fingerprint"],
-        "shards": len(parts),
-        "dtype": str(dtype),
-        "device": device,
-        "torch": torch.__version__,
         "code": code_fingerprint(method, cache_calibration, kv_heads_checkpoint),
     }
     output.check(fingerprint, config.overwrite)
@@ -60,9 +46,11 @@ def run(config: KVHeadsConfig) -> Path:
             tracker.params(plain(config))
             cost = PartSums((), 0.0, 0)
             try:
-                open_output(output, fingerprint, config.overwrite, texts.origin)
+                open_output(output, fingerprint, config.overwrite, parts.texts.origin)
                 if not output.is_complete:
-                    calibration = CacheCalibration(model, [method], parts, config.batch, dtype, device)
+                    calibration = CacheCalibration(
+                        model, [method], parts.tokens, config.batch, parts.dtype, parts.device
+                    )
                     cost = _write(config, calibration, output, digest(fingerprint))
             finally:
                 output.release()
@@ -76,7 +64,7 @@ def run(config: KVHeadsConfig) -> Path:
                     "peak_rss_bytes": max(cost.peak_rss_bytes, peak_rss_bytes()),
                 },
                 "heads": output.heads,
-                **texts.report(model),
+                **parts.texts.report(model),
                 "output": str(path),
             }
             tracker.metrics(report["metrics"])

@@ -103,10 +103,13 @@ def fine_tune(
         shutil.rmtree(stale, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    facts = _measured(own, temporary, encode, "".join(read_texts(root, held_out)), config.seed)
+    # As it was stored.
+    saved: Any = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32).eval()
     texts = list(read_texts(root, held_out))
-    saved = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32).eval()
+    facts = _recall(own, saved, encode, "".join(texts), config.seed)
     facts |= {
+        "parameters": sum(parameter.numel() for parameter in saved.parameters()),
+        "bytes": (temporary / _FILE).stat().st_size,
         "steps": schedule.steps,
         "tokens": schedule.steps * schedule.batch,
         "bits_per_byte": bits_per_byte(saved, tokenizer, texts, _WINDOW, _WINDOW // 2),
@@ -116,13 +119,9 @@ def fine_tune(
     return facts
 
 
-def _measured(config: RecallTraining, folder: Path, encode: tasks.Encode, text: str, seed: int) -> Record:
-    """Size, and recall with the full cache by task and context, on held-out text and other seeds than in training."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    facts: Record = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": (folder / _FILE).stat().st_size,
-    }
+def _recall(config: RecallTraining, model: Any, encode: tasks.Encode, text: str, seed: int) -> Record:
+    """Recall with the full cache by task and context, on held-out text and other seeds than in training."""
+    facts: Record = {}
     measurement = CacheMeasurement(model, Full(), None)
     for context in config.contexts:
         for task in tasks.TASKS:

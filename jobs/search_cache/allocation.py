@@ -41,10 +41,10 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
 from hasten.cluster.programs.cache_mixes import MixInputs, MixOnText, MixResults, measure_mixes
 from hasten.cluster.tracking.tracker import Tracker
-from hasten.jobs.cache.rows import parse_level
 from hasten.jobs.cli.methods import build, name_of
 from hasten.jobs.common import plots
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
+from hasten.jobs.common.cache_methods import parse_level
 from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record

@@ -4,24 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.jobs.common.schema import (
-    ADDRESS,
     BOS,
     BOS_CHOICES,
-    DEVICES,
-    DTYPES,
     MODEL,
     SOURCE,
     TEMPLATE,
-    WORKER_GPUS,
-    WORKER_MEMORY,
-    Run,
+    Tasks,
     group,
     option,
 )
 
 
 @dataclass
-class SearchCacheConfig(Run):
+class SearchCacheConfig(Tasks):
     """Spread a budget of cache bytes over the layers: find a KV-cache method for each of them; resumable."""
 
     model: str = option("embedded:target", f"model whose cache is compressed: {MODEL}", path="in")
@@ -49,10 +44,3 @@ class SearchCacheConfig(Run):
         "folder of finished measurements; null is runs/caches/NAME. Assignments are written to run_dir",
         path="out",
     )
-    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
-    device: str = option("auto", "where the tasks compute; auto is cuda where there is one", choices=DEVICES)
-    workers: int = option(2, "tasks at a time, a process each", at_least=1)
-    threads: int = option(1, "threads of every process", at_least=1)
-    worker_gpus: float | None = option(None, WORKER_GPUS, at_least=0)
-    worker_memory: str | None = option(None, WORKER_MEMORY)
-    address: str | None = option(None, ADDRESS)

@@ -27,10 +27,10 @@ from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
 from hasten.accel.compression.quantizers.base import Quantizer
 from hasten.accel.compression.quantizers.columns import ColumnQuantizer
-from hasten.accel.compression.transforms.base import BlockTransform
+from hasten.accel.compression.transforms.base import BlockTransform, block_solver
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import OUTSIDE, EditFolder
-from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile
+from hasten.accel.compression.transforms.rotating import RotatingTransform, RotationFile, rotating_of
 from hasten.accel.compression.transforms.rotation import RotatedCheckpoint
 from hasten.accel.compression.transforms.sequence import TransformSequence
 from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
@@ -140,13 +140,12 @@ class Settings:
     @property
     def block_solver(self) -> BlockTransform | None:
         """The transform that compresses the layers of a block together, if there is one."""
-        return next((transform for transform in self.transforms if transform.solves_blocks), None)
+        return block_solver(self.transforms)
 
     @property
     def rotating(self) -> RotatingTransform | None:
         """The transform that rotates the model, if there is one."""
-        rotating = (transform for transform in self.transforms if isinstance(transform, RotatingTransform))
-        return next(rotating, None)
+        return rotating_of(self.transforms)
 
     @property
     def needs_tokens(self) -> bool:

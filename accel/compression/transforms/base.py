@@ -202,6 +202,11 @@ class BlockTransform:
         return None
 
 
+def block_solver(transforms: Sequence[BlockTransform]) -> BlockTransform | None:
+    """The transform that compresses the layers of a block together, if there is one."""
+    return next((transform for transform in transforms if transform.solves_blocks), None)
+
+
 def target_change(transforms: Sequence[BlockTransform], hessian: Hessian | None, device: str = "cpu") -> Tensor | None:
     """The sum of the transforms' changes of the targets of layers, see BlockTransform.target_change; None for none."""
     if hessian is None or hessian.shift is None:

@@ -95,6 +95,11 @@ class RotatingTransform(BlockTransform):
         raise NotImplementedError
 
 
+def rotating_of(transforms: Sequence[BlockTransform]) -> RotatingTransform | None:
+    """The transform that rotates the model, if there is one."""
+    return next((transform for transform in transforms if isinstance(transform, RotatingTransform)), None)
+
+
 class RotationFile:
     """The rotation of a run, and the number of steps that it has learned in. folder: of the edits of transforms."""
 

@@ -178,10 +178,12 @@ def _kept(folder: Path, options: Mapping[str, object], measure: Callable[[], Out
             _LOG.info("%s was measured before", folder)
             peaks = {kind: Peak(**peak) for kind, peak in stored["outcome"]["peaks"].items()}
             return Outcome(**{**stored["outcome"], "folder": folder / "model", "peaks": peaks})
+    # Imports torch, see _bytes.
+    from hasten.accel.compression.outputs.resumable import write_whole
+
     outcome = measure()
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps({**asked, "outcome": asdict(outcome)}, default=str), encoding="utf-8")
-    unfinished.replace(path)
+    content = json.dumps({**asked, "outcome": asdict(outcome)}, default=str)
+    write_whole(path, lambda unfinished: unfinished.write_text(content, encoding="utf-8"))
     return outcome
 
 

@@ -8,8 +8,8 @@ from hasten.accel.cache.prompt.speckv import SpecKV
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
-from hasten.jobs.cache.rows import parse_method
 from hasten.jobs.cli.main import main
+from hasten.jobs.common.cache_methods import parse_method
 from hasten.jobs.common.prompts import with_draft
 from tests.jobs.report import last_report
 from tests.models import tiny
