@@ -226,3 +226,23 @@ static inline void attend(
         add_values(scores + t, room, values + t * size, size, count, size, rows, o);
     }
 }
+
+// Merges `count` partial results of row r into out (size) and the logarithm of its denominator, with a sink of a logit;
+// -INFINITY for none. A row without keys is 0.
+static inline void merge_row(
+    const float *const *o, const float *const *m, const float *const *l, long count, long r, long size, float sink,
+    float *out, float *denominator)
+{
+    float top = sink;
+    for (long s = 0; s < count; s++) top = m[s][r] > top ? m[s][r] : top;
+    float base = top == -INFINITY ? 0 : top, total = expf(sink - base);
+    for (long i = 0; i < size; i++) out[i] = 0;
+    for (long s = 0; s < count; s++) {
+        float share = expf(m[s][r] - base);
+        total += share * l[s][r];
+        for (long i = 0; i < size; i++) out[i] += share * o[s][r * size + i];
+    }
+    float factor = total > 0 ? 1 / total : 0;
+    for (long i = 0; i < size; i++) out[i] *= factor;
+    *denominator = base + logf(total);
+}

@@ -108,7 +108,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         engine = self.owner.tree_pass
         if engine is not None:
-            return self._attend_trees(engine, handle, queries, sinks)
+            return self.attend_trees(engine, handle, queries, sinks)
         self.seen += queries.shape[1]
         ends = self.owner.ends_in(self.owner.ids, queries.shape[:2])
         if self.number == len(self.owner.layers) - 1:
@@ -141,10 +141,19 @@ class CompressedLayer(CacheLayerMixin):
             self.owner.compress(row, self.number, sequence.length - self.owner.prompts.get((self.number, row), 0))
         return outputs
 
-    def _attend_trees(self, engine: TreePass, handle: Handle, queries: Tensor, sinks: Tensor | None) -> Tensor:
+    def attend_trees(
+        self,
+        engine: TreePass,
+        handle: Handle,
+        queries: Tensor,
+        sinks: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """As `attend`, of the nodes of a pass of the decoding engine. rows: of the pass; None for all."""
         ends = self.owner.ends_in(engine.ids, queries.shape[:2])
         passes: dict[int, NewTokens] = {}
-        for row, (slot, above, positions) in enumerate(zip(engine.slots, engine.above, engine.positions, strict=True)):
+        for row in range(len(engine.slots)) if rows is None else rows:
+            slot, above, positions = engine.slots[row], engine.above[row], engine.positions[row]
             count = len(positions)
             keys, values, own = handle.keys[row], handle.values[row], queries[row]
             if count < len(own):

@@ -11,6 +11,7 @@ from hasten.accel.cache.base import CacheMethod, Kept, Lookahead, Recent
 from hasten.accel.cache.segments.base import Segment, attention_shares, partial_attention, storage_bytes
 from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
 from hasten.kernels.segment_attention import merged_attention
+from hasten.kernels.segmented_token import Operands, Prepared, prepare, reads, segmented_token
 
 # The dense part grows by this factor, so that a token is copied a few times at most.
 _GROWTH = 1.5
@@ -59,6 +60,8 @@ class SequenceCache:
         self._scoring = PLAIN
         self._memory: Any = None
         self._lookahead: Lookahead | None = None
+        # The segments, as the kernel for one token reads them; None where it does not.
+        self._prepared: tuple[list[Segment], Prepared | None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -72,6 +75,8 @@ class SequenceCache:
         yield from (part for pair in self._asked for part in pair)
         for segment in self.segments:
             yield from segment.tensors()
+        if self._prepared is not None and self._prepared[1] is not None:
+            yield from self._prepared[1].tensors()
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +114,44 @@ class SequenceCache:
             outputs.append(self._attend(queries, positions, first + begin, above, scoring, sinks, own))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
+    def attend_token(self, qkv: Tensor, turns: Tensor, turned: int, position: int, scoring: Scoring) -> Tensor | None:
+        """Add one waiting token behind the committed ones; returns its attention output (H * G * D,).
+
+        None where no kernel does this in one call, and then nothing was added. qkv, turns, turned: see segmented_token.
+        """
+        segments = self._operands()
+        if segments is None or self._waiting or (scoring.window is not None and position >= scoring.window):
+            return None
+        assert self._keys is not None
+        assert self._values is not None
+        self._reserve(self._dense + 1, self._keys, self._values)
+        assert self._positions is not None
+        scale = qkv.shape[1] ** -0.5 if scoring.scale is None else scoring.scale
+        written, place = (self._keys, self._values, self._positions), self._dense
+        output, queries, denominators = segmented_token(
+            qkv, turns, turned, *written, position, place, segments, scale, scoring.soft_cap
+        )
+        self._scoring = scoring
+        self._waiting = 1
+        if self.method is not None and (self.method.query_window or self.method.sums_attention):
+            self._asked.append((queries[None], denominators[None]))
+        return output
+
+    def _operands(self) -> Prepared | None:
+        """The segments for the kernel; None where it does not read them, or the method reads more than it gives."""
+        if self._keys is None or self._ends is not None or (self.method is not None and self.method.guided):
+            return None
+        if self._prepared is None or self._prepared[0] is not self.segments:
+            operands: list[Operands] = []
+            for segment in self.segments:
+                own = segment.operands()
+                if own is None:
+                    break
+                operands.append(own)
+            known = len(operands) == len(self.segments) and reads(operands, self._keys)
+            self._prepared = self.segments, prepare(operands) if known else None
+        return self._prepared[1]
+
     def fill(self, new: NewTokens) -> None:
         """Commit tokens without attending to them, which measurements of speed do; attention is not summed."""
         self._write(new)
@@ -118,7 +161,7 @@ class SequenceCache:
 
     def _write(self, new: NewTokens) -> None:
         start, count = self._dense + self._waiting, new.keys.shape[1]
-        self._reserve(start + count, new)
+        self._reserve(start + count, new.keys, new.values)
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
@@ -285,7 +328,7 @@ class SequenceCache:
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        self.segments, self._memory = list(kept.segments), kept.memory
+        self.segments, self._memory, self._prepared = list(kept.segments), kept.memory, None
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)
         newest = slice(self._dense - kept.recent, self._dense)
@@ -311,31 +354,30 @@ class SequenceCache:
         """A cache that shares the segments, which never change."""
         other = SequenceCache(self.method)
         vars(other).update(vars(self))
-        other.segments, other._asked = list(self.segments), list(self._asked)
+        other.segments, other._asked, other._prepared = list(self.segments), list(self._asked), None
         for name in ("_keys", "_values", "_positions", "_ends"):
             part = getattr(self, name)
             setattr(other, name, None if part is None else part.clone())
         return other
 
-    def _reserve(self, count: int, new: NewTokens) -> None:
-        """Make room for `count` dense tokens."""
+    def _reserve(self, count: int, keys: Tensor, values: Tensor) -> None:
+        """Make room for `count` dense tokens, of the shapes and dtype of keys and values (H, T, D)."""
         capacity = 0 if self._keys is None else self._keys.shape[1]
         if count <= capacity:
             return
         size = max(count, _LEAST if not capacity else int(capacity * _GROWTH))
-        heads, _, width = new.keys.shape
-        for name, own in (("_keys", width), ("_values", new.values.shape[2])):
-            held, part = getattr(self, name), new.keys if name == "_keys" else new.values
-            grown = part.new_zeros(heads, size, own)
+        for name, part in (("_keys", keys), ("_values", values)):
+            held = getattr(self, name)
+            grown = part.new_zeros(len(part), size, part.shape[2])
             if held is not None:
                 grown[:, : held.shape[1]] = held
             setattr(self, name, grown)
-        positions = torch.zeros(size, dtype=torch.int32, device=new.keys.device)
+        positions = torch.zeros(size, dtype=torch.int32, device=keys.device)
         if self._positions is not None:
             positions[: len(self._positions)] = self._positions
         self._positions = positions
         if self.method is not None and self.method.reads_ends:
-            ends = torch.zeros(size, dtype=torch.bool, device=new.keys.device)
+            ends = torch.zeros(size, dtype=torch.bool, device=keys.device)
             if self._ends is not None:
                 ends[: len(self._ends)] = self._ends
             self._ends = ends

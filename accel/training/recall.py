@@ -3,6 +3,10 @@
 Exercises get longer from stage to stage; a sequence holds as many of them as fit, and their positions are its own. Some
 of them are text without questions, and text inside of contexts is predicted, too, so that the model keeps what it knew.
 The embedding is not trained.
+
+Sequences of some stages skip positions in one to three places, so that the model learns distances between tokens beyond
+the sequence's length from as many answers as short exercises have.
+Source: Zhu et al. 2023, arXiv:2309.10400 (PoSE), which skips in one place.
 """
 
 import random
@@ -29,6 +33,9 @@ _TURNS = {"needle": 8}
 _MOST_TURNS = 24
 # Consecutive lines of text that fill a context.
 _LINES = 2000
+# Places in which a sequence skips positions, at most, and the share of sequences that skip none.
+_MOST_SKIPS = 3
+_UNSKIPPED = 0.25
 # Share of a sequence's tokens whose predictions are made: answers first, then text.
 _READ = 4
 _BETAS = (0.9, 0.95)
@@ -38,11 +45,12 @@ _BETAS = (0.9, 0.95)
 class RecallSchedule:
     """Stages, batch size and learning rates.
 
-    stages: (tokens of a sequence, tokens of an exercise, steps) each. batch: tokens of a step. text_weight: of the mean
-    loss on text; that on answers has 1. decay: share of all steps, at the end, in which the rates fall to zero.
+    stages: (tokens of a sequence, tokens of an exercise, steps, positions) each. Of more positions than tokens, some
+    are skipped. batch: tokens of a step. text_weight: of the mean loss on text; that on answers has 1. decay: share of
+    all steps, at the end, in which the rates fall to zero.
     """
 
-    stages: tuple[tuple[int, int, int], ...]
+    stages: tuple[tuple[int, int, int, int], ...]
     batch: int = 4096
     lr: float = 2e-3
     norm_lr: float = 1e-3
@@ -55,13 +63,13 @@ class RecallSchedule:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return sum(steps for _, _, steps in self.stages)
+        return sum(stage[2] for stage in self.stages)
 
-    def lengths(self, step: int) -> tuple[int, int]:
-        """Tokens of the sequences and of the exercises of a step."""
-        for sequence, exercise, steps in self.stages:
+    def lengths(self, step: int) -> tuple[int, int, int]:
+        """Tokens of the sequences and of the exercises of a step, and positions of the sequences."""
+        for sequence, exercise, steps, positions in self.stages:
             if step < steps:
-                return sequence, exercise
+                return sequence, exercise, positions
             step -= steps
         raise ValueError(f"there are only {self.steps} steps")
 
@@ -73,9 +81,10 @@ class RecallSchedule:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: (N, T). read: (K,) indices into the N * T positions. targets: (K,). weights: (K,), answers (K,) bool."""
+    """ids, positions: (N, T). read: (K,) indices into the N * T tokens. targets, weights: (K,). answers: (K,) bool."""
 
     ids: Tensor
+    positions: Tensor
     read: Tensor
     targets: Tensor
     weights: Tensor
@@ -106,7 +115,7 @@ def exercise(
 def batch_of(encode: Encode, lines: Sequence[str], schedule: RecallSchedule, step: int) -> Batch:
     """The exercises of a step, which depend on nothing but the seed and the step."""
     generator = random.Random(f"train {schedule.seed} {step}")
-    width, length = schedule.lengths(step)
+    width, length, positions = schedule.lengths(step)
     rows = max(1, schedule.batch // width)
     tasks, shares = zip(*_SHARES.items(), strict=True)
     ids, kinds = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, width, dtype=torch.int64)
@@ -120,19 +129,31 @@ def batch_of(encode: Encode, lines: Sequence[str], schedule: RecallSchedule, ste
             filled += max(1, len(own))
     kinds[:, 0] = 0
     count = rows * width // _READ
-    places = kinds.flatten()
-    answers, text = (places == 2).nonzero()[:, 0], (places == 1).nonzero()[:, 0]
+    flat = kinds.flatten()
+    answers, text = (flat == 2).nonzero()[:, 0], (flat == 1).nonzero()[:, 0]
     text = text[torch.tensor(generator.sample(range(len(text)), len(text)), dtype=torch.int64)]
-    chosen = torch.cat([answers, text, (places == 0).nonzero()[:, 0]])[:count]
-    is_answer, is_text = places[chosen] == 2, places[chosen] == 1
+    chosen = torch.cat([answers, text, (flat == 0).nonzero()[:, 0]])[:count]
+    is_answer, is_text = flat[chosen] == 2, flat[chosen] == 1
     weights = is_answer / is_answer.sum().clamp(min=1) + schedule.text_weight * is_text / is_text.sum().clamp(min=1)
-    return Batch(ids, chosen - 1, ids.flatten()[chosen], weights, is_answer)
+    places = torch.stack([skipping(width, positions, generator) for _ in range(rows)])
+    return Batch(ids, places, chosen - 1, ids.flatten()[chosen], weights, is_answer)
+
+
+def skipping(width: int, positions: int, generator: random.Random) -> Tensor:
+    """Ascending positions (width,) below `positions`, without those that are skipped in some places."""
+    ascending = torch.arange(width)
+    if positions <= width or generator.random() < _UNSKIPPED:
+        return ascending
+    for _ in range(generator.randint(1, _MOST_SKIPS)):
+        room = positions - 1 - int(ascending[-1])
+        ascending[generator.randrange(1, width) :] += generator.randint(0, room)
+    return ascending
 
 
 def recall_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss of a batch, and the share of answers' tokens that are the most probable ones."""
     with torch.autocast("cpu", torch.bfloat16, enabled=model.device.type == "cpu"):
-        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden.flatten(0, 1)[batch.read])
     loss = (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
     with torch.no_grad():

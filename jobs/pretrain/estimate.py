@@ -49,7 +49,7 @@ def _recall(config: RecallTraining) -> Training:
     """The fine-tuning as a training of all layers at its longest sequences."""
     check(config)
     model = model_of("recall.base", config.base, "float32", 0)
-    length = max(sequence for sequence, _, _ in config.stages)
+    length = max(stage[0] for stage in config.stages)
     return Training(
         name="recall",
         hidden=model.hidden,
@@ -57,7 +57,7 @@ def _recall(config: RecallTraining) -> Training:
         attention=model.attention,
         key_values=model.token_bytes // (2 * model.blocks * model.dtype.itemsize),
         vocabulary=model.vocabulary,
-        stages=[(model.blocks, config.batch * sum(steps for _, _, steps in config.stages))],
+        stages=[(model.blocks, config.batch * sum(stage[2] for stage in config.stages))],
         batch=max(1, config.batch // length),
         length=length,
     )

@@ -29,7 +29,11 @@ class RecallTraining:
     """What is fine-tuned on recall tasks, and for how long."""
 
     base: str = option("embedded:target", f"Llama-style model that is fine-tuned: {MODEL}", path="in")
-    stages: list[list[int]] = option([], "stages [tokens of a sequence, tokens of a context and its questions, steps]")
+    stages: list[list[int]] = option(
+        [],
+        "stages [tokens of a sequence, tokens of a context and its questions, steps]; with a fourth number, positions "
+        "that a sequence is spread over",
+    )
     batch: int = option(4096, "tokens per step", at_least=64)
     lr: float = option(2e-3, "learning rate of the matrices (Muon)", at_least=0)
     norm_lr: float = option(1e-3, "learning rate of the norms (AdamW)", at_least=0)

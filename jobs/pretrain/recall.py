@@ -34,13 +34,15 @@ def check(config: RecallTraining) -> None:
     """UserError for wrong stages or contexts, and for a base that is no Llama."""
     stages = config.stages
 
-    def valid(sequence: int, exercise: int, steps: int) -> bool:
-        return _SHORTEST <= exercise <= sequence <= config.batch and steps >= 1
+    def valid(sequence: int, exercise: int, steps: int, positions: int | None = None) -> bool:
+        skips = positions is None or positions >= sequence
+        return _SHORTEST <= exercise <= sequence <= config.batch and steps >= 1 and skips
 
-    if not stages or not all(len(stage) == 3 and valid(*stage) for stage in stages):
+    if not stages or not all(len(stage) in (3, 4) and valid(*stage) for stage in stages):
         raise UserError(
-            f"recall.stages={stages} is wrong: expected stages [tokens of a sequence, of an exercise, steps], an "
-            f"exercise {_SHORTEST} or more, no longer than its sequence, and that no longer than recall.batch"
+            f"recall.stages={stages} is wrong: expected stages [tokens of a sequence, of an exercise, steps] or with "
+            f"positions as a fourth number, an exercise {_SHORTEST} or more, no longer than its sequence, and that no "
+            "longer than recall.batch and the positions"
         )
     if not config.contexts or min(config.contexts) < _SHORTEST:
         raise UserError(f"recall.contexts={config.contexts} is wrong: expected lengths of {_SHORTEST} or more")
@@ -48,7 +50,8 @@ def check(config: RecallTraining) -> None:
     if base.model_type != "llama":
         raise UserError(f"recall.base={config.base} is a {base.model_type}: expected a llama")
     # Questions and answers follow the contexts.
-    longest = max(*(stage[0] for stage in stages), *(context + 128 for context in config.contexts))
+    spread = [positions for *_, positions in stages_of(config)]
+    longest = max(*spread, *(context + 128 for context in config.contexts))
     if longest > base.max_position_embeddings:
         raise UserError(
             f"recall.stages={stages} and recall.contexts={config.contexts} need {longest} positions: recall.base="
@@ -56,10 +59,15 @@ def check(config: RecallTraining) -> None:
         )
 
 
+def stages_of(config: RecallTraining) -> tuple[tuple[int, int, int, int], ...]:
+    """See RecallSchedule."""
+    return tuple((stage[0], stage[1], stage[2], stage[3] if len(stage) == 4 else stage[0]) for stage in config.stages)
+
+
 def schedule_of(config: RecallTraining, seed: int) -> RecallSchedule:
     """The schedule of a training."""
     return RecallSchedule(
-        stages=tuple((sequence, exercise, steps) for sequence, exercise, steps in config.stages),
+        stages=stages_of(config),
         batch=config.batch,
         lr=config.lr,
         norm_lr=config.norm_lr,

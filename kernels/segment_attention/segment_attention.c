@@ -31,19 +31,7 @@ void merged_attention(
     const float *const *o, const float *const *m, const float *const *l, const float *sinks, float *out,
     float *denominators, long count, long rows, long size, long sink_rows)
 {
-    for (long r = 0; r < rows; r++) {
-        float top = sinks ? sinks[r % sink_rows] : -INFINITY, total = 0, *row = out + r * size;
-        for (long s = 0; s < count; s++) top = m[s][r] > top ? m[s][r] : top;
-        float base = top == -INFINITY ? 0 : top;
-        if (sinks) total = expf(sinks[r % sink_rows] - base);
-        for (long i = 0; i < size; i++) row[i] = 0;
-        for (long s = 0; s < count; s++) {
-            float share = expf(m[s][r] - base);
-            total += share * l[s][r];
-            for (long i = 0; i < size; i++) row[i] += share * o[s][r * size + i];
-        }
-        float factor = total > 0 ? 1 / total : 0;
-        for (long i = 0; i < size; i++) row[i] *= factor;
-        denominators[r] = base + logf(total);
-    }
+    for (long r = 0; r < rows; r++)
+        merge_row(
+            o, m, l, count, r, size, sinks ? sinks[r % sink_rows] : -INFINITY, out + r * size, denominators + r);
 }

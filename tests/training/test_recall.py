@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hasten.accel.evaluation.recall import TASKS
-from hasten.accel.training.recall import TEXT, RecallSchedule, batch_of, exercise, train
+from hasten.accel.training.recall import TEXT, RecallSchedule, batch_of, exercise, skipping, train
 from tests.models import tiny
 
 LINES = [f"line {number} of a text\n" for number in range(300)]
-SCHEDULE = RecallSchedule(stages=((128, 96, 1), (128, 128, 3)), batch=128, warmup_steps=1, decay=0.0)
+SCHEDULE = RecallSchedule(stages=((128, 96, 1, 128), (128, 128, 3, 200)), batch=128, warmup_steps=1, decay=0.0)
 
 
 def encode(text):
@@ -46,6 +46,18 @@ def test_a_batch_reads_the_places_before_its_targets_and_weighs_answers_and_text
     again, other = batch_of(encode, LINES, SCHEDULE, 3), batch_of(encode, LINES, SCHEDULE, 2)
     assert torch.equal(batch.ids, again.ids)
     assert not torch.equal(batch.ids, other.ids)
+
+
+def test_positions_ascend_below_the_limit_skip_in_some_places_and_not_in_all_sequences():
+    generator = random.Random(4)
+    made = [skipping(64, 200, generator) for _ in range(40)]
+    steps = torch.stack([positions.diff() for positions in made])
+    assert bool((steps >= 1).all())
+    assert max(int(positions[-1]) for positions in made) < 200
+    assert {int(count) for count in (steps > 1).sum(1)} == {0, 1, 2, 3}
+    assert all(int(positions[0]) == 0 for positions in made)
+    assert torch.equal(skipping(64, 64, generator), torch.arange(64))
+    assert bool((batch_of(encode, LINES, SCHEDULE, 3).positions[:, -1] < 200).all())
 
 
 def trained(path, stop=None):

@@ -31,8 +31,11 @@ class Candidates:
 
     def gathered(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions of the tokens with indices kept (H, K)."""
+        heads, count = self.positions.shape
+        # Whole rows are copied, which `gather` does number by number.
+        rows = (kept + count * torch.arange(heads, device=kept.device)[:, None]).flatten()
         keys, values = (
-            part.gather(1, kept[..., None].expand(-1, -1, part.shape[2])) for part in (self.keys, self.values)
+            part.flatten(0, 1).index_select(0, rows).unflatten(0, kept.shape) for part in (self.keys, self.values)
         )
         return keys, values, self.positions.gather(1, kept)
 
@@ -96,8 +99,12 @@ def window_shares(tokens: Candidates) -> Tensor:
     products = scores(tokens.queries, tokens.keys, tokens.place.scoring).unflatten(1, (-1, width))
     # The queries are of the last committed tokens, of which earlier compressions may have dropped some.
     own = tokens.positions[:, -1:] - torch.arange(width - 1, -1, -1, device=products.device)  # (H, W)
-    hidden = tokens.positions[:, None] > own[..., None]
-    attention = products.masked_fill_(hidden[:, None], -torch.inf).softmax(-1)
+    # Positions ascend, so that tokens before the last `width` ones are seen by all.
+    hidden = tokens.positions[:, None, -width:] > own[..., None]
+    products[..., -width:].masked_fill_(hidden[:, None], -torch.inf)
+    attention = products.softmax(-1)
+    if tokens.positions.shape[1] > width:
+        return attention
     # A query that sees no token that is left.
     return attention.nan_to_num(0.0)
 

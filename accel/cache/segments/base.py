@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.kernels.attention.contract import Partial, Scoring
 from hasten.kernels.segment_attention import segment_attention
+from hasten.kernels.segmented_token import Operands
 
 
 class Segment(ABC):
@@ -38,6 +39,10 @@ class Segment(ABC):
     def asked(self, guides: Tensor) -> "Segment":
         """The segment for a pass of queries with guides (W, H * G, D), see CacheMethod; itself if it reads none."""
         return self
+
+    def operands(self) -> Operands | None:
+        """What attends as `attend` does where no window cuts the tokens, for a kernel; None where there is no such."""
+        return None
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """Partial result o (W, H * G, D), m and l (W, H * G) of queries (W, H * G, D) at positions (W,)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hasten.accel.cache.segments.base import Segment
+from hasten.kernels.segmented_token import DenseOperands, Operands
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,7 @@ class Dense(Segment):
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Itself."""
         return self.keys, self.values, self.positions
+
+    def operands(self) -> Operands | None:
+        """Keys and values of each head."""
+        return DenseOperands(self.keys.unbind(), self.values.unbind())

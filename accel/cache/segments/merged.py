@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hasten.accel.cache.segments.base import Segment, partial_attention
 from hasten.kernels.attention.contract import Partial, Scoring
+from hasten.kernels.segmented_token import DenseOperands, Operands
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Merged(Segment):
     def tensors(self) -> Iterator[Tensor]:
         """Keys, values, positions and counts."""
         yield from (self.keys, self.values, self.positions, self.counts)
+
+    def operands(self) -> Operands | None:
+        """Keys and values of each head, and the logarithms of the counts."""
+        return DenseOperands(self.keys.unbind(), self.values.unbind(), self.counts.log())
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """See Segment; a window ends by the positions of the merged tokens."""

@@ -13,6 +13,7 @@ from hasten.accel.cache.segments.base import Segment, by_head, by_query
 from hasten.kernels.attention.contract import Partial, Scoring
 from hasten.kernels.packed_attention import is_faster, packed_attention
 from hasten.kernels.quantize_pack import Packed, quantize_pack, unpack_dequantize
+from hasten.kernels.segmented_token import Operands, PackedOperands
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class PackedSegment(Segment):
         keys = unpack_dequantize(self.keys).unflatten(1, (self.heads, -1)).transpose(0, 1)
         values = unpack_dequantize(self.values).unflatten(0, (-1, self.heads)).transpose(0, 1)
         return keys, values, self.positions
+
+    def operands(self) -> Operands | None:
+        """The codes."""
+        return PackedOperands(self.keys, self.values, self.heads)
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """See Segment; from the codes themselves where there is a kernel, and no window that cuts them."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from hasten.accel.cache.segments.base import Segment, by_head, by_query, partial_attention
 from hasten.kernels.attention.contract import Partial, Scoring
 from hasten.kernels.segment_attention import segment_attention
+from hasten.kernels.segmented_token import DenseOperands, Operands
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Ragged(Segment):
     def tensors(self) -> Iterator[Tensor]:
         """Those of all heads."""
         yield from (*self.keys, *self.values, *self.positions)
+
+    def operands(self) -> Operands | None:
+        """Those of each head."""
+        return DenseOperands(self.keys, self.values)
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """See Segment; head by head where a window cuts their tokens."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from hasten.accel.cache.segments.base import partial_attention, scores
 from hasten.accel.cache.segments.dense import Dense
 from hasten.kernels.attention.contract import Partial, Scoring
+from hasten.kernels.segmented_token import Operands
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Selected(Dense):
 
         A query's tokens must not depend on the other queries of the pass.
         """
+
+    def operands(self) -> Operands | None:
+        """None: which tokens are read depends on the query."""
+        return None
 
     def attend(self, queries: Tensor, positions: Tensor, scoring: Scoring) -> Partial:
         """See Segment; a token that lies behind a window is not read although it was chosen."""

@@ -58,12 +58,13 @@ class RotatedHeads:
 
     def rotate(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Queries, keys and values (rows, heads, D) with rotary embedding of queries and keys; in place if possible."""
-        heads, size = self._decoder.heads, self._decoder.head_size
-        both = heads + self._decoder.kv_heads
+        normalize(self._decoder, layer, qkv)
+        return self.turn(layer, qkv)
+
+    def turn(self, layer: Layer, qkv: Tensor) -> Tensor:
+        """The same of queries and keys whose norms are applied."""
+        size, both = self._decoder.head_size, self._decoder.heads + self._decoder.kv_heads
         turns = self._turns[layer.rotation]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            qkv[:, :heads] = layer.query_norm(qkv[:, :heads])
-            qkv[:, heads:both] = layer.key_norm(qkv[:, heads:both])
         if self._in_place:
             torch.view_as_complex(qkv.view(len(qkv), -1, size // 2, 2)).narrow(1, 0, both).mul_(turns)
             return qkv
@@ -107,11 +108,8 @@ class TokenAttention:
     def __call__(self, layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
         """See MaskedAttention."""
         decoder = self._decoder
-        heads, both = decoder.heads, decoder.heads + decoder.kv_heads
         rows = qkv.view(len(qkv), -1, decoder.head_size)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            rows[:, :heads] = layer.query_norm(rows[:, :heads])
-            rows[:, heads:both] = layer.key_norm(rows[:, heads:both])
+        normalize(decoder, layer, rows)
         outputs = [
             token_attention(
                 own,
@@ -127,6 +125,14 @@ class TokenAttention:
             )
         ]
         return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+
+
+def normalize(decoder: Decoder, layer: Layer, qkv: Tensor) -> None:
+    """Apply a layer's norms of queries and keys, if it has some, to (rows, heads, D), in place."""
+    heads, both = decoder.heads, decoder.heads + decoder.kv_heads
+    if layer.query_norm is not None and layer.key_norm is not None:
+        qkv[:, :heads] = layer.query_norm(qkv[:, :heads])
+        qkv[:, heads:both] = layer.key_norm(qkv[:, heads:both])
 
 
 def write(cache: Tensor, new: Tensor, count: int, access: CacheAccess) -> None:

@@ -18,7 +18,7 @@ from hasten.accel.cache.prompt.base import Prompt, PromptMethod, Reading
 from hasten.accel.cache.prompts import Prompts, check_contexts
 from hasten.accel.cache.sequence import NewTokens
 from hasten.accel.cache.statistics import Statistics
-from hasten.accel.decoding.targets.attention import RotatedHeads
+from hasten.accel.decoding.targets.attention import RotatedHeads, normalize
 from hasten.accel.decoding.targets.base import PREFILL_CHUNK, Pass, Target
 from hasten.accel.decoding.targets.families.decoder import Decoder, Layer
 from hasten.accel.decoding.targets.fast import FastTarget, pass_of
@@ -273,8 +273,12 @@ class CachedFastTarget(CompressedSlots, FastTarget):
         self, slots: Sequence[int], starts: Sequence[int], ids: Tensor, positions: Tensor, allowed: Tensor, logits: bool
     ) -> Pass:
         self._begin_pass(slots, starts, ids, positions, allowed)
+        # Single tokens directly after the committed ones.
+        single = logits and ids.shape[1] == 1 and all(len(self.depths(slot)) == 1 for slot in slots)
         with torch.no_grad():
             attention = CompressedAttention(self._decoder, self._turns, positions, self._rotates_in_place)
+            if single and self.dtype == torch.float32 and self.device.type == "cpu":
+                attention = CompressedTokenAttention(self._decoder, self._turns, positions, self._compressed.tree_pass)
             return pass_of(self._outputs(ids, attention, self.feature_layers, logits), *ids.shape)
 
 
@@ -287,14 +291,55 @@ class CompressedAttention(RotatedHeads):
         turned = torch.arange(2 * len(decoder.rotations[0].frequencies), device=positions.device)
         rest = torch.arange(len(turned), decoder.head_size, device=positions.device)
         self._order = torch.cat([turned[::2], turned[1::2], rest])
+        windows = {layer.window for layer in decoder.layers}
+        self._scorings = {window: Scoring(decoder.scale, window, decoder.score_cap) for window in windows}
 
     def __call__(self, layer: Layer, cache: CompressedLayer, qkv: Tensor) -> Tensor:
         """Outputs (B * N, H * G * D) of queries, keys and values (B * N, (H * G + 2 * H) * D) before their rotation."""
+        queries, handle = self._nodes(cache, self.rotate(layer, qkv.view(len(qkv), -1, self._decoder.head_size)))
+        cache.scoring = self._scorings[layer.window]
+        return cache.attend(handle, queries, None, None, None).view(len(qkv), -1)
+
+    def _nodes(self, cache: CompressedLayer, qkv: Tensor) -> tuple[Tensor, Handle]:
+        """Queries (B, N, H * G, D), and keys and values, of (B * N, heads, D) after their rotation."""
         decoder = self._decoder
         heads, both = decoder.heads, decoder.heads + decoder.kv_heads
-        qkv = self.rotate(layer, qkv.view(len(qkv), -1, decoder.head_size)).unflatten(0, (self._count, -1))
+        qkv = qkv.unflatten(0, (self._count, -1))
         turned = qkv[:, :, :both].index_select(3, self._order)
-        queries, keys, values = turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, both:]
-        cache.scoring = Scoring(decoder.scale, layer.window, decoder.score_cap)
-        handle = Handle(cache, keys.transpose(1, 2), values.transpose(1, 2))
-        return cache.attend(handle, queries, None, None, None).view(len(queries) * queries.shape[1], -1)
+        return turned[:, :, :heads], Handle(
+            cache, turned[:, :, heads:].transpose(1, 2), qkv[:, :, both:].transpose(1, 2)
+        )
+
+
+class CompressedTokenAttention(CompressedAttention):
+    """The same over one new token of each sequence of an engine's pass, by the kernel segmented_token where it can.
+
+    Whether it can depends on a sequence alone, and so do its outputs. In float32 on a CPU.
+    """
+
+    def __init__(self, decoder: Decoder, tables: Sequence[Tensor], positions: Tensor, engine: TreePass | None) -> None:
+        super().__init__(decoder, tables, positions, in_place=True)
+        assert engine is not None
+        self._engine = engine
+        self._positions: list[int] = positions[:, 0].tolist()
+        self._rows = [[table[position] for position in self._positions] for table in tables]
+        self._turned = [2 * len(rotation.frequencies) for rotation in decoder.rotations]
+
+    def __call__(self, layer: Layer, cache: CompressedLayer, qkv: Tensor) -> Tensor:
+        """See CompressedAttention."""
+        heads = qkv.view(len(qkv), -1, self._decoder.head_size)
+        normalize(self._decoder, layer, heads)
+        cache.scoring = self._scorings[layer.window]
+        turned, turns = self._turned[layer.rotation], self._rows[layer.rotation]
+        outputs = [
+            cache.sequences[slot].attend_token(own, turn, turned, position, cache.scoring)
+            for slot, own, turn, position in zip(self._engine.slots, heads, turns, self._positions, strict=True)
+        ]
+        others = [row for row, output in enumerate(outputs) if output is None]
+        if others:
+            queries, handle = self._nodes(cache, self.turn(layer, heads))
+            attended = cache.attend_trees(self._engine, handle, queries, rows=others)
+            for row, output in zip(others, attended, strict=True):
+                outputs[row] = output.flatten()
+        found = [output for output in outputs if output is not None]
+        return found[0][None] if len(found) == 1 else torch.stack(found)

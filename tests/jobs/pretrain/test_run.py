@@ -166,6 +166,7 @@ def test_the_recall_variant_is_written_with_what_it_recalls_and_resumes(tmp_path
         ("recall.stages=[]", "expected stages"),
         ("recall.stages=[[64,96,2]]", "expected stages"),
         ("recall.stages=[[96,64,0]]", "expected stages"),
+        ("recall.stages=[[96,64,2,95]]", "expected stages"),
         ("recall.contexts=[4]", r"recall\.contexts="),
         ("recall.contexts=[2000]", "need 2128 positions"),
     ],
