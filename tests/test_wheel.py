@@ -74,7 +74,7 @@ def test_the_wheel_holds_every_config_and_the_embedded_models(wheel):
     sources = {installed_name(path) for kind in "ch" for path in (ROOT / "kernels").rglob(f"*.{kind}")}
     assert sources
     assert configs | models | pages | sources <= names
-    for model in ("target", "draft"):
+    for model in ("target", "draft", "recall"):
         assert f"hasten/accel/models/embedded/{model}/model.safetensors" in names
 
 

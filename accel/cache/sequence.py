@@ -13,9 +13,10 @@ from hasten.kernels.attention.contract import PLAIN, Partial, Scoring
 from hasten.kernels.segment_attention import merged_attention
 from hasten.kernels.segmented_token import Operands, Prepared, prepare, reads, segmented_token
 
-# The dense part grows by this factor, so that a token is copied a few times at most.
-_GROWTH = 1.5
-_LEAST = 64
+# The dense part grows by this share of itself, and by so many tokens at least, so that a token is copied a few times at
+# most. Methods that free memory take tokens out of it: room that is not used would be a good part of what they hold.
+_GROWTH, _GROWTH_OF_FREED = 0.5, 0.125
+_LEAST = 32
 # Queries whose scores over all keys are held at a time.
 QUERIES_AT_ONCE = 256
 
@@ -365,7 +366,8 @@ class SequenceCache:
         capacity = 0 if self._keys is None else self._keys.shape[1]
         if count <= capacity:
             return
-        size = max(count, _LEAST if not capacity else int(capacity * _GROWTH))
+        growth = _GROWTH_OF_FREED if self.method is not None and self.method.frees else _GROWTH
+        size = max(count, capacity + max(_LEAST, int(growth * capacity)))
         for name, part in (("_keys", keys), ("_values", values)):
             held = getattr(self, name)
             grown = part.new_zeros(len(part), size, part.shape[2])

@@ -28,7 +28,7 @@ _EQUAL = 1.02
 class Config(Run):
     """Compare KV-cache methods of hasten with those of kvpress and transformers, on text and on recall."""
 
-    model: str = option("embedded:target", f"model whose caches are compressed: {MODEL}", path="in")
+    model: str = option("embedded:recall", f"model whose caches are compressed: {MODEL}", path="in")
     method: list[str] = option(
         ["snapkv", "h2o", "streaming_llm", "pyramid", "ems", "d2o", "chelsea", "kivi:bits=4", "kivi:bits=2", "kvquant"],
         "hasten's methods, as `hasten cache` takes them",

@@ -19,7 +19,7 @@ from hasten.jobs.common.sizes import BYTES
 class CacheConfig(Tasks):
     """Measure KV-cache methods on text and on recall: quality, bytes held at every step, speed; resumable."""
 
-    model: str = option("embedded:target", f"model whose caches are compressed: {MODEL}", path="in")
+    model: str = option("embedded:recall", f"model whose caches are compressed: {MODEL}", path="in")
     method: list[str] = option(
         ["snapkv"],
         "methods of conf/cache, each with hyper-parameters behind a colon: [snapkv,kivi:bits=4,kivi:bits=2]; the full "

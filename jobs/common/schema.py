@@ -70,8 +70,8 @@ WORKER_GPUS = "GPUs of each worker, such as 0.5 if two share one; null is one if
 WORKER_MEMORY = f"memory that Ray reserves for each worker, {BYTES}; null reserves none"
 GROUP_SIZE = "input columns that share a scale; auto is the largest of 128, 64 and 32 that divides the layer's columns"
 MODEL = (
-    "embedded:target, embedded:draft, a transformers checkpoint (folder or URI), a GGUF file, or a name on the "
-    "Hugging Face hub"
+    "embedded:target, embedded:draft, embedded:recall, a transformers checkpoint (folder or URI), a GGUF file, or a "
+    "name on the Hugging Face hub"
 )
 CACHE_STATISTICS = (
     "calibrated statistics of the cache's method, a file or folder that `hasten calibrate_cache` wrote; null looks in "

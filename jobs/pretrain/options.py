@@ -34,6 +34,12 @@ class RecallTraining:
         "stages [tokens of a sequence, tokens of a context and its questions, steps]; with a fourth number, positions "
         "that a sequence is spread over",
     )
+    rope_theta: float | None = option(
+        100000.0,
+        "base of the rotary embedding's frequencies: a larger one than the base model's keeps the angles of long "
+        "contexts among those that it knows; null leaves it",
+        at_least=1,
+    )
     batch: int = option(4096, "tokens per step", at_least=64)
     lr: float = option(2e-3, "learning rate of the matrices (Muon)", at_least=0)
     norm_lr: float = option(1e-3, "learning rate of the norms (AdamW)", at_least=0)

@@ -90,7 +90,10 @@ def fine_tune(
         raise UserError(f"recall.base={own.base} has no tokenizer, which recall tasks need")
     schedule = schedule_of(own, config.seed)
     torch.set_num_threads(config.workers * config.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    shape = AutoConfig.from_pretrained(base)
+    if own.rope_theta is not None:
+        shape.rope_parameters["rope_theta"] = own.rope_theta
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=shape, dtype=torch.float32)
     lines = [line for text in read_texts(root, train_files) for line in text.splitlines(keepends=True)]
 
     def encode(text: str) -> list[int]:

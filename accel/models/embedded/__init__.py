@@ -1,12 +1,15 @@
-"""The small trained models that ship with the package: a target and a draft that share one tokenizer."""
+"""The small trained models that ship with the package: a target, a draft, and the target fine-tuned for recall.
+
+They share one tokenizer.
+"""
 
 from pathlib import Path
 
-NAMES = ("target", "draft")
+NAMES = ("target", "draft", "recall")
 
 
 def path(name: str) -> Path:
-    """Folder of an embedded transformers checkpoint, `target` or `draft`."""
+    """Folder of an embedded transformers checkpoint, one of NAMES."""
     if name not in NAMES:
         raise ValueError(f"embedded model {name!r} is none of {', '.join(NAMES)}")
     return Path(__file__).parent / name
