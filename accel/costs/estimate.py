@@ -19,7 +19,7 @@ class Rates:
     written to files, sent between two nodes. start: CPU seconds of a process's imports; finish: of the driver's imports
     for reports and tracking; session: seconds to start Ray. worker_bytes, driver_bytes: memory of a process after its
     imports. device_bytes: GPU memory of a process without tensors. share: share of a processor that a busy process gets
-    at present.
+    at present. forked: CPU seconds of a worker that is forked after the imports; None where each worker imports itself.
     """
 
     flops: float
@@ -38,6 +38,12 @@ class Rates:
     driver_bytes: int
     device_bytes: int = 0
     share: float = 1.0
+    forked: float | None = None
+
+    @property
+    def worker_start(self) -> float:
+        """CPU seconds of a worker's start."""
+        return self.start if self.forked is None else self.forked
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def estimate(
     seconds, loading = work.seconds(rates), load.seconds(rates)
     step = Step(
         kind,
-        rates.start + seconds * ceil(windows.number / parts) / size / windows.number + loading,
-        parts * size * (rates.start + loading) + seconds,
+        rates.worker_start + seconds * ceil(windows.number / parts) / size / windows.number + loading,
+        parts * size * (rates.worker_start + loading) + seconds,
     )
     moved = {"windows": parts * size * worker_windows * windows.length * 8}
     steps = [step]

@@ -5,16 +5,18 @@ kind of arithmetic once, bytes of a driver, and its additional CPU seconds; a dr
 """
 
 import json
+import os
 
 
 def main() -> None:
     """Print worker_bytes, start, driver_bytes and finish."""
-    import ray._private.workers.default_worker  # noqa: F401
-
-    _as_worker()
+    from hasten.cluster.runtime.prefork import can_fork, template
     from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes
 
-    started, worker = cpu_seconds(), peak_rss_bytes()
+    template.import_all({})
+    worker = _bytes_of_a_fork() if can_fork() else None
+    _as_worker()
+    started, worker = cpu_seconds(), worker or peak_rss_bytes()
     _as_driver()
     measured = {
         "worker_bytes": worker,
@@ -23,6 +25,25 @@ def main() -> None:
         "finish": cpu_seconds() - started,
     }
     print(json.dumps(measured), flush=True)
+
+
+def _bytes_of_a_fork() -> int:
+    """Bytes of a worker that is forked, which has read few of the libraries' pages."""
+    from hasten.cluster.runtime.resources import peak_rss_bytes
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _as_worker()
+            os.write(writing, str(peak_rss_bytes()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as line:
+        found = line.read()
+    os.waitpid(child, 0)
+    return int(found or 0)
 
 
 def _as_worker() -> None:

@@ -15,6 +15,7 @@ import torch
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.grid import find_grid
 from hasten.accel.costs.estimate import Rates
+from hasten.cluster.runtime.prefork import can_fork
 from hasten.import_path import ROOT
 
 # Assumed of a GPU that this machine lacks, after an H100: half of the data sheet's FLOP/s of matrix products in
@@ -24,6 +25,8 @@ GPU_FLOPS, GPU_EXACT_FLOPS, GPU_MEMORY, GPU_LAUNCH, GPU_CONTEXT = 4e14, 3e13, 2e
 NETWORK = 1.25e9
 # Seconds to start Ray on an idle machine.
 SESSION = 6.0
+# CPU seconds of the start of a worker that is forked, Ray's part included.
+FORKED = 0.4
 _SECONDS = 0.25
 _COPIED_BYTES, _WRITTEN_BYTES = 1 << 26, 1 << 25
 _CACHED = 1 << 16
@@ -66,6 +69,7 @@ def measure(dtype: torch.dtype, threads: int, width: int, inner: int, folder: Pa
         driver_bytes=int(process["driver_bytes"]),
         device_bytes=GPU_CONTEXT,
         share=min(1.0, share),
+        forked=FORKED if can_fork() else None,
     )
 
 

@@ -13,6 +13,9 @@ _RAY_STARTS = 2
 
 def estimate(job: Job, config: Run, setting: Setting) -> Estimate:
     """Estimate of a whole run of a job that has a plan; UserError for options that the job itself would refuse."""
+    if setting.nodes > 1 or setting.gpus or getattr(config, "address", None) is not None:
+        # A Ray that the job does not start itself.
+        setting = dataclasses.replace(setting, rates=dataclasses.replace(setting.rates, forked=None))
     return _with_overheads(job.estimate_of(config, setting), setting.rates, job.in_ray)
 
 
@@ -22,11 +25,12 @@ def _with_overheads(own: Estimate, rates: Rates, uses_ray: bool) -> Estimate:
     actors = [process for process in own.processes if process.kind not in (DRIVER, "evaluation")]
     steps = [Step("imports", rates.start, rates.start)]
     if uses_ray:
-        # Ray's own processes import in parallel.
-        steps.append(Step("start Ray", rates.session, _RAY_STARTS * rates.start))
+        # Ray's own processes import in parallel, and so does the one that workers are forked from.
+        imported = _RAY_STARTS + (rates.forked is not None)
+        steps.append(Step("start Ray", rates.session, imported * rates.start))
     if actors and uses_ray:
         stages, number = len({process.stage for process in actors}), sum(process.count for process in actors)
-        steps.append(Step("start the actors", rates.start * stages, rates.start * number))
+        steps.append(Step("start the actors", rates.worker_start * stages, rates.worker_start * number))
     processes = own.processes
     if all(process.kind != DRIVER for process in processes):
         processes += (Process(DRIVER, 1, 0, {"run": {"process": rates.driver_bytes}}),)

@@ -7,6 +7,6 @@ holds its own copy of what they make. Forked workers start at once and share it.
         ray.init(...)
 """
 
-from hasten.cluster.runtime.prefork.patch import forked_workers
+from hasten.cluster.runtime.prefork.patch import can_fork, forked_workers
 
-__all__ = ["forked_workers"]
+__all__ = ["can_fork", "forked_workers"]

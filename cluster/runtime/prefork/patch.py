@@ -28,6 +28,11 @@ _FOLDER = Path(__file__).parent
 _GPUS = ("/proc/driver/nvidia", "/dev/kfd")
 
 
+def can_fork() -> bool:
+    """Whether a Ray that is started on this machine forks its workers."""
+    return sys.platform == "linux" and os.environ.get(SWITCH) != "0" and not any(map(os.path.exists, _GPUS))
+
+
 @contextmanager
 def forked_workers() -> Iterator[None]:
     """Context in which a Ray that is started on this machine forks its workers, if it can.
@@ -82,7 +87,7 @@ def _template(path: str) -> "subprocess.Popen[bytes]":
 
 def _services() -> Any:
     """Ray's module that starts its processes; None where workers are not forked."""
-    if sys.platform != "linux" or os.environ.get(SWITCH) == "0" or any(map(os.path.exists, _GPUS)):
+    if not can_fork():
         return None
     from ray._private import services
 

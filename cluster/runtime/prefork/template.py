@@ -46,6 +46,12 @@ def main() -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def import_all(variables: dict[str, str]) -> None:
+    """Import what a worker with these variables of Ray's has imported."""
+    _import(_MODULES)
+    _import_for(variables)
+
+
 def _import_for(variables: dict[str, str]) -> None:
     """Import what reads Ray's variables, which are those of the first worker."""
     os.environ.update({name: value for name, value in variables.items() if name.startswith(_RAY)})
@@ -53,9 +59,6 @@ def _import_for(variables: dict[str, str]) -> None:
     for package in _PACKAGES:
         found = pkgutil.iter_modules(importlib.import_module(package).__path__)
         _import([f"{package}.{module.name}" for module in found])
-    # Collections of garbage would copy shared pages.
-    gc.collect()
-    gc.freeze()
 
 
 def _import(names: Iterable[str]) -> None:
@@ -88,6 +91,9 @@ def _serve(listening: socket.socket, parent: int, started: dict[str, str]) -> li
             if is_first:
                 _import_for(request["variables"])
                 is_first = False
+                # Collections of garbage would copy shared pages.
+                gc.collect()
+                gc.freeze()
             fits = _same(started, request["variables"]) and len(os.listdir("/proc/self/task")) == 1
             if fits and os.fork() == 0:
                 listening.close()
