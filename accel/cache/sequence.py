@@ -154,11 +154,13 @@ class SequenceCache:
         return self._prepared[1]
 
     def fill(self, new: NewTokens) -> None:
-        """Commit tokens without attending to them, which measurements of speed do; attention is not summed."""
+        """Commit tokens without attending to them, which measurements of speed do; their summed attention is 0."""
         self._write(new)
         if self.method is not None and self.method.query_window:
             self._queries = new.queries[-self.method.query_window :].clone()
         self.commit()
+        if self.method is not None and self.method.sums_attention:
+            self._attention = torch.zeros(len(new.keys), self._dense, device=new.keys.device)
 
     def _write(self, new: NewTokens) -> None:
         start, count = self._dense + self._waiting, new.keys.shape[1]
@@ -279,18 +281,24 @@ class SequenceCache:
     def _add_attention(self, queries: Tensor, denominators: Tensor, count: int) -> None:
         """Add the attention of `count` newly committed queries, whose keys follow the dense ones."""
         assert self._keys is not None
-        dense = self._keys[:, : self._dense + count]
-        keys = torch.cat([*(segment.dense()[0] for segment in self.segments), dense], 1)
-        total, heads = keys.shape[1], keys.shape[0]
-        sums = torch.zeros(heads, total, device=keys.device)
+        # Part by part: a token of decoding should not copy all keys.
+        parts = [*(segment.dense()[0] for segment in self.segments), self._keys[:, : self._dense + count]]
+        total = sum(keys.shape[1] for keys in parts)
+        sums = torch.zeros(len(self._keys), total, device=self._keys.device)
         if self._attention is not None:
             sums[:, : self._attention.shape[1]] = self._attention
         for begin in range(0, count, QUERIES_AT_ONCE):
-            part = slice(begin, min(count, begin + QUERIES_AT_ONCE))
-            shares = attention_shares(queries[part], keys, self._scoring, denominators[part])  # (H, G, W, T)
-            own = torch.arange(total - count + begin, total - count + part.stop, device=keys.device)
-            hidden = torch.arange(total, device=keys.device) > own[:, None]
-            sums += shares.masked_fill_(hidden, 0.0).sum((1, 2))
+            some = slice(begin, min(count, begin + QUERIES_AT_ONCE))
+            # Of the newly committed tokens, which come last, each query sees those up to its own.
+            own = torch.arange(some.start, some.stop, device=sums.device)
+            hidden = torch.arange(count, device=sums.device) > own[:, None]
+            end = 0
+            for keys in parts:
+                shares = attention_shares(queries[some], keys, self._scoring, denominators[some])  # (H, G, W, T)
+                if keys is parts[-1]:
+                    shares[..., keys.shape[1] - count :].masked_fill_(hidden, 0.0)
+                sums[:, end : end + keys.shape[1]] += shares.sum((1, 2))
+                end += keys.shape[1]
         self._attention = sums
 
     def look_ahead(self, positions: Tensor) -> None:
