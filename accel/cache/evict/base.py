@@ -74,9 +74,11 @@ class Evictor(CacheMethod):
         recent_tokens = min(self.recent, budget - int(sinks[0].sum()))
         ranks.clamp_(max=torch.finfo(ranks.dtype).max).masked_fill_(sinks, torch.inf)
         ranks[:, count - recent_tokens :] = torch.inf
-        # Of equal scores the later token is kept: a stable order, whatever the sort does with ties.
-        order = ranks.flip(1).sort(dim=1, descending=True, stable=True).indices
-        return (count - 1 - order[:, :budget]).sort(1).values
+        least = ranks.kthvalue(count - budget + 1, dim=1, keepdim=True).values
+        above, equal = ranks > least, ranks == least
+        # Of equal scores the later token is kept.
+        later = equal.flip(1).cumsum(1).flip(1) <= budget - above.sum(1, keepdim=True)
+        return (above | (equal & later)).nonzero()[:, 1].view(len(ranks), budget)
 
 
 def candidates(segments: Sequence[Segment], recent: Recent, place: Place) -> Candidates:
