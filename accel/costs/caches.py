@@ -14,6 +14,8 @@ _LAUNCHES_OF_A_BLOCK, _LAUNCHES_OF_A_PASS, _LAUNCHES_OF_A_COMPRESSION = 1900, 15
 _SCORES, _PROBABILITIES = 3, 4
 # Tensors of a cache grow by this factor, and the old ones are copied.
 _GROWN = 2.5
+# Bytes of code that transformers' models touch in a forked process, beside what every worker does; measured.
+_MODEL_CODE = 50 * 10**6
 # Bytes of a row's file without the bytes held at each step, and of each of these.
 _ROW_BYTES, _STEP_BYTES = 420, 9
 # Bytes of the file of a level, and of a mixture.
@@ -166,6 +168,8 @@ def _processes(
 ) -> Estimate:
     """The estimate of tasks that hold the model, and the steps of their work."""
     weights = {"weights": model.elements() * model.dtype.itemsize}
+    if rates.forked is not None:
+        weights["model code"] = _MODEL_CODE
     loading = {**weights, "model as it is loaded": model.stored_bytes() // 4}
     if gpus:
         host = {"load": {"process": rates.worker_bytes, "model as it is loaded": model.stored_bytes()}}
