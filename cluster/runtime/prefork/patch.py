@@ -4,6 +4,7 @@ Ray has no option for the latter: one argument of its own function is replaced.
 """
 
 import inspect
+import json
 import logging
 import os
 import socket
@@ -74,8 +75,10 @@ def _template(path: str) -> "subprocess.Popen[bytes]":
         listening.listen(256)
         # A process group of its own is that in which Ray's groups of workers can be joined, and a terminal's Ctrl-C is
         # for the job alone.
+        # The same hasten as this process, wherever that was imported from.
+        import_path = json.dumps([entry for entry in sys.path if entry])
         return subprocess.Popen(
-            [sys.executable, str(_FOLDER / "template.py"), str(listening.fileno())],
+            [sys.executable, str(_FOLDER / "template.py"), str(listening.fileno()), import_path],
             env={**os.environ, **_OF_RAY},
             pass_fds=[listening.fileno()],
             stdin=subprocess.DEVNULL,

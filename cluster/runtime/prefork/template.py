@@ -1,7 +1,7 @@
 """The template process of a Ray: imports what workers import, and forks one for each request of start_worker.py.
 
-Run by path, with the listening socket's number. It has one thread, as a fork needs, computes nothing, and ends with the
-process that started it.
+Run by path, with the listening socket's number and the job's import path as JSON. It has one thread, as a fork needs,
+computes nothing, and ends with the process that started it.
 """
 
 import ctypes
@@ -35,14 +35,14 @@ _LATE = {"OMP_NUM_THREADS", *_MALLOC}
 def main() -> None:
     """Serve until the parent ends. In a forked process: run the worker."""
     listening, parent = socket.socket(fileno=int(sys.argv[1])), os.getppid()
-    # A path that was given as script's folder would hide modules of the same names.
-    sys.path.pop(0)
+    sys.path[:] = json.loads(sys.argv[2])
     started = dict(os.environ)
     _import(_MODULES)
     arguments = _serve(listening, parent, started)
     if arguments:
         sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).parent))
+        if not sys.flags.safe_path:
+            sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
 
 
