@@ -174,7 +174,7 @@ def _section(config: Config, rows: Sequence[Row], versions: Mapping[str, Mapping
     )
     return "\n\n".join(
         [
-            f"`{config.model}`; {config.sequences} sequences of {config.context} tokens and {config.new_tokens} behind "
+            f"`{Path(config.model).name}`; {config.sequences} sequences of {config.context} tokens and {config.new_tokens} behind "
             f"them, {config.samples} samples of each recall task in contexts of as many tokens; float32, one thread. "
             f"Peers: {peers or 'not run'}.",
             "KL is KL(full cache || cache) in nats per token. MiB: of all tensors that the cache holds behind the last "
