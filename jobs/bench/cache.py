@@ -175,7 +175,8 @@ def _section(config: Config, rows: Sequence[Row], versions: Mapping[str, Mapping
     return "\n\n".join(
         [
             f"`{Path(config.model).name}`; {config.sequences} sequences of {config.context} tokens and "
-            f"{config.new_tokens} behind them, {config.samples} samples of each recall task in contexts of as many tokens; float32, one thread. "
+            f"{config.new_tokens} behind them, {config.samples} samples of each recall task in contexts of as "
+            "many tokens; float32, one thread. "
             f"Peers: {peers or 'not run'}.",
             "KL is KL(full cache || cache) in nats per token. MiB: of all tensors that the cache holds behind the last "
             "token of the text, room for tokens to come included. Recall: share of the answers' tokens, questions "
