@@ -73,8 +73,6 @@ def _template(path: str) -> "subprocess.Popen[bytes]":
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(256)
-        # A process group of its own is that in which Ray's groups of workers can be joined, and a terminal's Ctrl-C is
-        # for the job alone.
         # The same hasten as this process, wherever that was imported from.
         import_path = json.dumps([entry for entry in sys.path if entry])
         return subprocess.Popen(
@@ -84,6 +82,7 @@ def _template(path: str) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # A terminal's Ctrl-C is for the job alone. Not a session of its own: workers join groups of this one.
             process_group=0,
         )
 

@@ -72,9 +72,8 @@ def test_a_plan_of_the_embedded_model_matches_a_real_run(tmp_path, ray_session, 
     assert main(["compress", *words]) == 0
     metrics = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
     peaks = {process.kind: process.peak_bytes for process in found.estimate.processes}
-    # Forked processes share pages, and how many depends on what ran before.
-    assert peaks["evaluation"] == pytest.approx(metrics["evaluation_peak_rss_bytes"], rel=0.2)
-    assert max(peaks["evaluation"], peaks["calibrator"]) == pytest.approx(metrics["peak_rss_bytes"], rel=0.2)
+    assert peaks["evaluation"] == pytest.approx(metrics["evaluation_peak_rss_bytes"], rel=0.15)
+    assert max(peaks["evaluation"], peaks["calibrator"]) == pytest.approx(metrics["peak_rss_bytes"], rel=0.15)
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
     assert found.estimate.written_bytes == pytest.approx(written, rel=0.02)
 

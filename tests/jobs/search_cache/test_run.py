@@ -45,9 +45,9 @@ def test_the_search_beats_uniform_levels_resumes_and_is_planned(folder, capsys, 
     assert len(read(run_dir / "assignment.json")) == len(answer["layers"]) == 4
     assert (run_dir / "pareto.png").stat().st_size > 0
     assert {row["allocator"] for row in report["rows"]} == {"uniform", "exact", "evopress"}
-    # Tolerances of the other jobs' plans; forked processes share pages, and how many depends on what ran before.
+    # Tolerances of the other jobs' plans.
     (task,) = (process for process in planned.processes if process.kind == "cache task")
-    assert task.peak_bytes == pytest.approx(report["metrics"]["peak_rss_bytes"], rel=0.2)
+    assert task.peak_bytes == pytest.approx(report["metrics"]["peak_rss_bytes"], rel=0.15)
 
     files = {path: path.stat().st_mtime_ns for path in (folder / "rows").rglob("*.json")}
     written = sum(path.stat().st_size for path in files if path.parent.name in ("levels", "mixtures"))
