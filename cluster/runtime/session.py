@@ -15,6 +15,7 @@ import ray
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.authentication import make_token, refusal, use_token
 from hasten.cluster.runtime.prefork import forked_workers
+from hasten.cluster.runtime.ray_processes import fewer_processes
 from hasten.cluster.runtime.session_folders import current_folder, empty_folder, ray_folder
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
         if not address:
             # Before Ray, so that its imports and Ray's start take place at the same time.
             stack.enter_context(forked_workers())
+            stack.enter_context(fewer_processes())
         with current_folder(stack.enter_context(empty_folder())):
             if address:
                 _join(address)

@@ -7,8 +7,8 @@ from hasten.jobs.common.schema import Run
 from hasten.jobs.descriptors.descriptor import Job
 from hasten.jobs.dry_run.setting import Setting
 
-# CPU seconds of Ray's own processes, as a multiple of a worker's start.
-_RAY_STARTS = 2
+# CPU seconds of those of Ray's own processes that start with a job, as a multiple of a worker's start.
+_RAY_STARTS = 0.5
 
 
 def estimate(job: Job, config: Run, setting: Setting) -> Estimate:

@@ -34,6 +34,8 @@ from hasten.cluster.programs.sweep_points import Ending, Pool, Work
 from hasten.cluster.runtime import recovery
 from hasten.cluster.runtime.actor_pool import ActorPool
 from hasten.cluster.runtime.placement import ActorResources
+from hasten.cluster.runtime.prefork import forked_workers
+from hasten.cluster.runtime.ray_processes import fewer_processes
 from hasten.cluster.runtime.session_folders import ray_folder
 from hasten.cluster.tracking.tracker import write_report
 from tests.cluster.failing import Hang, failing
@@ -57,6 +59,8 @@ def start() -> None:
     folder = _stack.enter_context(ray_folder())
     if folder is not None:
         head["temp_dir"] = folder
+    _stack.enter_context(forked_workers())
+    _stack.enter_context(fewer_processes())
     _nodes.append(_patiently(lambda: Cluster(initialize_head=True, head_node_args=head)))
     ray.init(address=_nodes[0].address, log_to_driver=False, logging_level=logging.ERROR)
 
@@ -237,6 +241,8 @@ def evaluate(folder: Path, windows: Windows, mark: Path) -> tuple[Sums, list[str
             if ray.get_runtime_context().get_node_id() == doomed:
                 mark.touch()
                 threading.Event().wait()
+            # Or else this node may have done everything before a worker of the other one has started.
+            wait_for(mark.exists)
             return usual(*arguments)
 
         def kill() -> None:
@@ -261,6 +267,8 @@ def compress_in_little_room(settings: Settings, tokens: torch.Tensor) -> int:
         )
 
     torch.set_num_threads(1)
+    _stack.enter_context(forked_workers())
+    _stack.enter_context(fewer_processes())
     node = _patiently(init)
     work = CalibrationPass(settings, tokens, 2)
     work.task.output.open(settings.fingerprint(work.task.checkpoint, tokens), overwrite=False)

@@ -188,8 +188,9 @@ def test_finished_files_are_uploaded_while_the_run_continues(store, monkeypatch)
     config = DecodeConfig(output="memory://out/completions.jsonl", run_dir="here")
     with local_paths(DecodeConfig, config) as local:
         Path(local.output).write_text("{}\n")
+        # A file that is being sent is there before it is whole.
         for _ in range(1000):
-            if store.exists("/out/completions.jsonl"):
+            if store.exists("/out/completions.jsonl") and store.cat_file("/out/completions.jsonl"):
                 break
             time.sleep(0.01)
         assert store.cat_file("/out/completions.jsonl") == b"{}\n"
