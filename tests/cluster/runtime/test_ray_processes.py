@@ -1,4 +1,4 @@
-"""Ray on this machine runs without the processes that nothing here uses, and with all of them where that is asked for."""
+"""Ray on this machine runs without the processes that nothing uses, and with all of them where that is asked for."""
 
 import subprocess
 import sys
