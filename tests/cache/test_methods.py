@@ -115,7 +115,7 @@ def test_kivi_packs_whole_blocks_and_leaves_the_last_tokens():
     (segment,) = kept.segments
     assert (segment.tokens, kept.recent) == (16, 4)
     words = HEADS * SIZE * 2 // 32 * 16 * 4  # bytes of codes of keys, 16 rows of 32 bits
-    scales = 2 * 2 * HEADS * SIZE * 4  # a scale and an offset for each channel of each of two blocks
+    scales = 2 * 2 * HEADS * SIZE * 2  # a scale and an offset, of 16 bits, for each channel of each of two blocks
     assert words + scales == segment.keys.words.nbytes + segment.keys.scale.nbytes + segment.keys.offset.nbytes
 
 
