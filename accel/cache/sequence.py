@@ -16,7 +16,7 @@ from hasten.kernels.segmented_token import Operands, Prepared, prepare, reads, s
 # The dense part grows by this share of itself, and by so many tokens at least, so that a token is copied a few times at
 # most. Methods that free memory take tokens out of it: room that is not used would be a good part of what they hold.
 _GROWTH, _GROWTH_OF_FREED = 0.5, 0.125
-_LEAST = 32
+_LEAST, _LEAST_OF_FREED = 32, 16
 # Queries whose scores over all keys are held at a time.
 QUERIES_AT_ONCE = 256
 
@@ -374,8 +374,9 @@ class SequenceCache:
         capacity = 0 if self._keys is None else self._keys.shape[1]
         if count <= capacity:
             return
-        growth = _GROWTH_OF_FREED if self.method is not None and self.method.frees else _GROWTH
-        size = max(count, capacity + max(_LEAST, int(growth * capacity)))
+        frees = self.method is not None and self.method.frees
+        growth, least = (_GROWTH_OF_FREED, _LEAST_OF_FREED) if frees else (_GROWTH, _LEAST)
+        size = max(count, capacity + max(least, int(growth * capacity)))
         for name, part in (("_keys", keys), ("_values", values)):
             held = getattr(self, name)
             grown = part.new_zeros(len(part), size, part.shape[2])

@@ -30,7 +30,10 @@ class Config(Run):
 
     model: str = option("embedded:recall", f"model whose caches are compressed: {MODEL}", path="in")
     method: list[str] = option(
-        ["snapkv", "h2o", "streaming_llm", "pyramid", "ems", "d2o", "chelsea", "kivi:bits=4", "kivi:bits=2", "kvquant"],
+        [
+            *("snapkv", "h2o", "streaming_llm", "pyramid", "ems", "d2o", "chelsea", "kvquant", "kivi:bits=8"),
+            *("kivi:bits=4", "kivi:bits=4,block=64", "kivi:bits=2", "kivi:bits=2,residual=0"),
+        ],
         "hasten's methods, as `hasten cache` takes them",
     )
     budget: list[float] = option([0.5, 0.25], "share of the tokens that evictors keep, hasten's and presses")

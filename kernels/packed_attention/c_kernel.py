@@ -39,7 +39,8 @@ def packed_attention(queries: Tensor, keys: Packed, values: Packed, scale: float
     assert keys.words.is_contiguous()
     assert values.words.is_contiguous()
     queries = queries.contiguous()
-    grids = [part.float().contiguous() for part in (keys.scale, keys.offset, values.scale, values.offset)]
+    grids = (keys.scale, keys.offset, values.scale, values.offset)
+    assert all(part.dtype == torch.float16 and part.is_contiguous() for part in grids)
     room = -(-tokens // _LANES) * _LANES
     o, scores = torch.empty(heads, rows, size), torch.empty(heads, rows, room)
     m, total = torch.empty(heads, rows), torch.empty(heads, rows)

@@ -16,10 +16,11 @@ __all__ = ["AXES", "Packed", "quantize_pack", "unpack_dequantize"]
 
 
 def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int | None = None, symmetric: bool = False) -> Packed:
-    """x (R, C) as packed codes with a scale, and an offset unless symmetric, for each group, in x's dtype.
+    """x (R, C) as packed codes with a scale, and an offset unless symmetric, for each group.
 
-    group_size: columns (axis="token") or rows (axis="channel") of a group; None: the whole row or column. Groups of
-    columns are multiples of 32 or whole rows.
+    Scales and offsets are float16 for every dtype of x; numbers outside its finite range are cut to it. group_size:
+    columns (axis="token") or rows (axis="channel") of a group; None: the whole row or column. Groups of columns are
+    multiples of 32 or whole rows.
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits} is not supported: use one of {', '.join(map(str, BITS))}")
@@ -41,7 +42,7 @@ def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int | None = None
 
 
 def unpack_dequantize(packed: Packed) -> Tensor:
-    """The values (R, C) that packed codes stand for, in the dtype of their scale."""
+    """The values (R, C) that packed codes stand for, in the dtype of what was packed."""
     if use_triton(packed.words):
         from hasten.kernels.quantize_pack import triton_kernel
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.quantize_pack import reference, triton_kernel
-from hasten.kernels.quantize_pack.reference import Packed
+from hasten.kernels.quantize_pack.reference import GRID, Packed
 from hasten.kernels.timing import Case, Operands
 
 # Rows (heads times tokens), head size.
@@ -23,7 +23,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
         for axis, group_size in _GROUPS.items():
             for bits in (4,) if dry else (2, 4):
                 elements = rows * columns
-                packed = elements * bits // 8 + 2 * elements // group_size * dtype.itemsize
+                packed = elements * bits // 8 + 2 * elements // group_size * GRID.itemsize
                 case = partial(
                     Case,
                     op="quantize_pack",
@@ -46,8 +46,8 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
                     yield case(
                         shape=f"{name}, back",
                         operands=packing,
-                        kernel=partial(_unpack, triton_kernel.unpack_dequantize, columns, bits, axis),
-                        reference=partial(_unpack, reference.unpack_dequantize, columns, bits, axis),
+                        kernel=partial(_unpack, triton_kernel.unpack_dequantize, columns, bits, axis, dtype),
+                        reference=partial(_unpack, reference.unpack_dequantize, columns, bits, axis, dtype),
                         rtol=2**-7,
                         atol=2**-7,
                     )
@@ -83,8 +83,9 @@ def _unpack(
     columns: int,
     bits: int,
     axis: str,
+    dtype: torch.dtype,
     words: Tensor,
     scale: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    return unpack(Packed(words, scale, offset, columns, bits, axis))
+    return unpack(Packed(words, scale, offset, columns, bits, axis, dtype))

@@ -9,13 +9,20 @@ from hasten.kernels.packed_weight import pack_codes, unpack_codes
 
 # Dimension along which the elements of a group are adjacent.
 AXES = {"token": 1, "channel": 0}
+# Scales and offsets are as narrow for wide values: what a group of 32 codes of 4 bits saves, two float32 numbers would
+# cost half of.
+GRID = torch.float16
+# Of scales, the least positive number: a group of equal numbers is divided by it.
+LEAST = torch.finfo(GRID).smallest_normal * torch.finfo(GRID).eps
+LARGEST = torch.finfo(GRID).max
 
 
 @dataclass(frozen=True)
 class Packed:
     """Values (R, C) as codes: code * scale + offset, or (code - 2**(bits - 1)) * scale without offset.
 
-    words: int32 (R, ceil(C * bits / 32)). scale, offset: (R, groups) if axis is "token", (groups, C) if "channel".
+    words: int32 (R, ceil(C * bits / 32)). scale, offset: float16, (R, groups) if axis is "token", (groups, C) if
+    "channel". dtype: of the values.
     """
 
     words: Tensor
@@ -24,6 +31,7 @@ class Packed:
     columns: int
     bits: int
     axis: str
+    dtype: torch.dtype
 
     @property
     def group_size(self) -> int:
@@ -45,24 +53,24 @@ def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int, symmetric: b
     groups = x.to(wide).unflatten(dim, (-1, group_size))
     top = 2**bits - 1
     low, high = groups.amin(dim + 1), groups.amax(dim + 1)
-    step = torch.maximum(high, -low) * (2 / top) if symmetric else (high - low) / top
-    # A group of equal numbers has the smallest normal scale, so that it can be divided by.
-    scale = step.clamp(min=torch.finfo(x.dtype).tiny).to(x.dtype)
-    # Codes are those of the rounded scale.
-    offset = -(2.0 ** (bits - 1)) * scale.to(wide) if symmetric else low
+    # Codes are those of the rounded scale and of the rounded offset, whose rounding then shifts no value.
+    start = low.clamp(-LARGEST, LARGEST).to(GRID)
+    step = torch.maximum(high, -low) * (2 / top) if symmetric else (high - start.to(wide)) / top
+    scale = step.clamp(LEAST, LARGEST).to(GRID)
+    offset = -(2.0 ** (bits - 1)) * scale.to(wide) if symmetric else start.to(wide)
     codes = ((groups - offset.unsqueeze(dim + 1)) / scale.to(wide).unsqueeze(dim + 1)).round().clamp(0, top)
     words = pack_codes(codes.flatten(dim, dim + 1).int(), bits)
-    return Packed(words, scale, None if symmetric else low.to(x.dtype), x.shape[1], bits, axis)
+    return Packed(words, scale.contiguous(), None if symmetric else start.contiguous(), x.shape[1], bits, axis, x.dtype)
 
 
 def unpack_dequantize(packed: Packed) -> Tensor:
     """See hasten.kernels.quantize_pack.unpack_dequantize."""
-    dtype, dim = packed.scale.dtype, AXES[packed.axis]
-    wide = torch.promote_types(dtype, torch.float32)
+    dim = AXES[packed.axis]
+    wide = torch.promote_types(packed.dtype, torch.float32)
     codes = unpack_codes(packed.words, packed.bits, packed.columns).to(wide).unflatten(dim, (-1, packed.group_size))
     scale = packed.scale.to(wide).unsqueeze(dim + 1)
     if packed.offset is None:
         values = (codes - 2 ** (packed.bits - 1)) * scale
     else:
         values = codes * scale + packed.offset.to(wide).unsqueeze(dim + 1)
-    return values.flatten(dim, dim + 1).to(dtype)
+    return values.flatten(dim, dim + 1).to(packed.dtype)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.kernels.quantize_pack.reference import Packed
+from hasten.kernels.quantize_pack.reference import GRID, LARGEST, LEAST, Packed
 from hasten.kernels.triton_rows import round_to_even
 
 _ROWS, _UNPACKED = 16, 1024
@@ -23,8 +23,8 @@ def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int, symmetric: b
     words = torch.empty(rows, triton.cdiv(columns * bits, 32), dtype=torch.int32, device=x.device)
     by_channel = axis == "channel"
     shape = (rows // group_size, columns) if by_channel else (rows, columns // group_size)
-    scale = torch.empty(shape, dtype=x.dtype, device=x.device)
-    offset = None if symmetric else torch.empty(shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty(shape, dtype=GRID, device=x.device)
+    offset = None if symmetric else torch.empty(shape, dtype=GRID, device=x.device)
     block = min(_ROWS, triton.next_power_of_2(max(1, group_size if by_channel else rows)))
     grid = (shape[0], triton.cdiv(columns, 32)) if by_channel else (triton.cdiv(rows, block), shape[1])
     quantizing_kernel[grid](
@@ -38,19 +38,20 @@ def quantize_pack(x: Tensor, bits: int, axis: str, group_size: int, symmetric: b
         x.stride(0),
         words.shape[1],
         shape[1],
-        torch.finfo(x.dtype).tiny,
+        LEAST,
+        LARGEST,
         bits,
         by_channel,
         block,
     )
-    return Packed(words, scale, offset, columns, bits, axis)
+    return Packed(words, scale, offset, columns, bits, axis, x.dtype)
 
 
 def unpack_dequantize(packed: Packed) -> Tensor:
     """See hasten.kernels.quantize_pack.unpack_dequantize."""
     words, scale = packed.words.contiguous(), packed.scale.contiguous()
     rows, columns = words.shape[0], packed.columns
-    out = torch.empty(rows, columns, dtype=scale.dtype, device=words.device)
+    out = torch.empty(rows, columns, dtype=packed.dtype, device=words.device)
     width = min(_UNPACKED, triton.next_power_of_2(columns))
     height = min(_UNPACKED // width, triton.next_power_of_2(max(1, rows)))
     unpacking_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
@@ -84,6 +85,7 @@ def quantizing_kernel(  # type: ignore[no-untyped-def]
     words_stride,
     scale_stride,
     least,
+    largest,
     BITS: tl.constexpr,  # noqa: N803
     BY_CHANNEL: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -114,11 +116,12 @@ def quantizing_kernel(  # type: ignore[no-untyped-def]
         high = tl.maximum(high, tl.load(source, mask=inside, other=float("-inf")).to(tl.float32))
     low = tl.min(low, 0 if BY_CHANNEL else 1, keep_dims=True)
     high = tl.max(high, 0 if BY_CHANNEL else 1, keep_dims=True)
-    span = 2.0 * tl.maximum(high, -low) if offset is None else high - low
-    # Codes are those of the rounded scale.
-    rounded = tl.maximum(span / top, least).to(scale.dtype.element_ty)
+    # Codes are those of the rounded scale and of the rounded offset.
+    begin = tl.minimum(tl.maximum(low, -largest), largest).to(scale.dtype.element_ty)
+    start = begin.to(tl.float32)
+    span = 2.0 * tl.maximum(high, -low) if offset is None else high - start
+    rounded = tl.minimum(tl.maximum(span / top, least), largest).to(scale.dtype.element_ty)
     width = rounded.to(tl.float32)
-    start = low
     if offset is None:
         start = width * (-(2.0 ** (BITS - 1)))
     if BY_CHANNEL:
@@ -131,7 +134,7 @@ def quantizing_kernel(  # type: ignore[no-untyped-def]
         group = group.to(tl.int64) * scale_stride + tl.program_id(1)
     tl.store(scale + group, rounded, mask=stored)
     if offset is not None:
-        tl.store(offset + group, low.to(offset.dtype.element_ty), mask=stored)
+        tl.store(offset + group, begin, mask=stored)
     # Codes of a tile: where each begins, as a word and a number of bits within it.
     word = lane * BITS // 32
     shift = (lane * BITS) % 32
@@ -143,13 +146,13 @@ def quantizing_kernel(  # type: ignore[no-untyped-def]
         code = round_to_even((value.to(tl.float32) - start) / width)
         code = tl.minimum(tl.maximum(code, 0.0), top).to(tl.int32)
         code = tl.where(inside, code, 0)
-        begin = (first_column + (0 if BY_CHANNEL else step * _CODES)) // 32 * BITS
+        first_word = (first_column + (0 if BY_CHANNEL else step * _CODES)) // 32 * BITS
         for number in tl.static_range(BITS):
             here = tl.where((word == number)[None, :], code << shift[None, :], 0)
             if 32 % BITS:
                 crosses = (word + 1 == number) & (shift + BITS > 32)
                 here += tl.where(crosses[None, :], code >> ((32 - shift) % 32)[None, :], 0)
-            place = row * 0 + begin + number
+            place = row * 0 + first_word + number
             kept = (row < last_row) & (place < words_stride)
             tl.store(words + row.to(tl.int64) * words_stride + place, tl.sum(here, 1), mask=kept)
 

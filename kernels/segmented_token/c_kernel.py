@@ -31,20 +31,18 @@ class _Segment(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Segments and how the kernel finds them. longest: tokens of the longest one. grids: float32, of packed ones."""
+    """Segments and how the kernel finds them. longest: tokens of the longest one."""
 
     segments: Sequence[Operands]
     longest: int
     structures: Any
-    grids: Sequence[Tensor]
     # What the structures point to.
     pointers: Sequence[Any]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Those of the segments, and what was made of them."""
+        """Those of the segments."""
         for segment in self.segments:
             yield from segment.tensors()
-        yield from self.grids
 
 
 def is_available(size: int) -> bool:
@@ -55,7 +53,6 @@ def is_available(size: int) -> bool:
 def prepare(segments: Sequence[Operands]) -> Prepared:
     """Segments as the kernel reads them, for as many tokens as they stay."""
     structures = (_Segment * len(segments))()
-    grids: list[Tensor] = []
     pointers: list[Any] = []
     for segment, to in zip(segments, structures, strict=True):
         to.tokens = segment.tokens
@@ -75,14 +72,14 @@ def prepare(segments: Sequence[Operands]) -> Prepared:
         keys, values = segment.keys, segment.values
         assert keys.offset is not None
         assert values.offset is not None
-        own_grids = [part.float().contiguous() for part in (keys.scale, keys.offset, values.scale, values.offset)]
-        grids += own_grids
+        grids = (keys.scale, keys.offset, values.scale, values.offset)
+        assert all(part.dtype == torch.float16 and part.is_contiguous() for part in grids)
         assert keys.words.is_contiguous()
         assert values.words.is_contiguous()
         to.keys, to.values = keys.words.data_ptr(), values.words.data_ptr()
-        to.key_scale, to.key_offset, to.value_scale, to.value_offset = (part.data_ptr() for part in own_grids)
+        to.key_scale, to.key_offset, to.value_scale, to.value_offset = (part.data_ptr() for part in grids)
         to.group, to.width, to.bits = keys.group_size, values.group_size, keys.bits
-    return Prepared(tuple(segments), max((part.tokens for part in segments), default=0), structures, grids, pointers)
+    return Prepared(tuple(segments), max((part.tokens for part in segments), default=0), structures, pointers)
 
 
 def segmented_token(

@@ -8,7 +8,8 @@
 typedef struct {
     const void *keys, *values;
     const long *lengths;
-    const float *bias, *key_scale, *key_offset, *value_scale, *value_offset;
+    const float *bias;
+    const uint16_t *key_scale, *key_offset, *value_scale, *value_offset;
     long tokens, bias_stride, group, width, bits;
 } segment;
 

@@ -35,7 +35,9 @@ from hasten.accel.cache.rotary import rotary_of
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.cache.segments.interpolated import interpolated
 from hasten.accel.cache.segments.nonuniform import centroids_of
+from hasten.accel.cache.segments.packed import PackedSegment
 from hasten.accel.cache.segments.ragged import Ragged
+from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.cache.share.minicache import MiniCache
 from hasten.accel.cache.share.xkv import XKV
 from hasten.accel.errors import UserError
@@ -115,8 +117,51 @@ def test_kivi_packs_whole_blocks_and_leaves_the_last_tokens():
     (segment,) = kept.segments
     assert (segment.tokens, kept.recent) == (16, 4)
     words = HEADS * SIZE * 2 // 32 * 16 * 4  # bytes of codes of keys, 16 rows of 32 bits
-    scales = 2 * 2 * HEADS * SIZE * 4  # a scale and an offset for each channel of each of two blocks
+    scales = 2 * 2 * HEADS * SIZE * 2  # a scale and an offset, of 16 bits, for each channel of each of two blocks
     assert words + scales == segment.keys.words.nbytes + segment.keys.scale.nbytes + segment.keys.offset.nbytes
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivi_holds_its_codes_grids_of_16_bits_and_the_last_tokens_alone(bits):
+    count, size, method = 2000, 64, KIVI(bits=bits)
+    keys, values = (torch.randn(HEADS, count, size, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    held = SequenceCache(method)
+    held.fill(NewTokens(keys, values, torch.zeros(count, HEADS, size), torch.arange(count, dtype=torch.int32)))
+    held.keep(method.compress([], held.uncompressed(), PLACE))
+    packed, last = 1952, 48  # whole blocks of 32 behind which 32 tokens are left
+    numbers = 2 * HEADS * size
+    grids = numbers // 2 // 32 + 2 * HEADS // 2  # groups of 32 tokens of a channel, of 64 numbers of a token
+    dense = last * (4 * numbers + 4)  # with their positions
+    assert held.nbytes == packed * (numbers * bits // 8 + grids * 2 * 2) + dense
+    # Room for tokens to come is a part of the residual.
+    new = NewTokens(keys[:, :1], values[:, :1], torch.zeros(1, HEADS, size), torch.tensor([count], dtype=torch.int32))
+    before = held.nbytes
+    held.fill(new)
+    assert held.nbytes - before == 16 * (4 * numbers + 4)
+
+
+def test_a_packed_segment_holds_positions_only_where_they_do_not_follow_each_other():
+    given = recent()
+    part = given.keys[:, :8], given.values[:, :8]
+
+    def segment(positions):
+        return PackedSegment.of(*part, torch.tensor(positions, dtype=torch.int32).expand(HEADS, -1), 4, 8)
+
+    first, second, apart = (segment([*range(begin, begin + 8)]) for begin in (3, 11, 20))
+    gaps = segment([0, 1, 2, 3, 5, 6, 7, 8])
+    assert gaps.nbytes == first.nbytes + 8 * 4
+    for held, positions in (
+        (first, [*range(3, 11)]),
+        (gaps, [0, 1, 2, 3, 5, 6, 7, 8]),
+        (first.extended(second), [*range(3, 19)]),
+        (first.extended(apart), [*range(3, 11), *range(20, 28)]),
+        (gaps.extended(second), [0, 1, 2, 3, 5, 6, 7, 8, *range(11, 19)]),
+    ):
+        assert held.tokens == len(positions)
+        assert held.dense()[2].dtype == torch.int32
+        assert held.dense()[2].tolist() == [positions] * HEADS
+    assert first.extended(second).nbytes == 2 * first.nbytes
+    assert first.extended(apart).nbytes == 2 * first.nbytes + 16 * 4
 
 
 def test_kivi_keeps_the_other_channels_exact_where_one_channel_of_keys_is_an_outlier():

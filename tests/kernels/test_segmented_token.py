@@ -104,3 +104,9 @@ def test_what_the_kernel_does_not_read_is_left_to_torch():
     assert not reads([DenseOperands(list(apart), list(apart))], keys)
     three = quantize_pack(torch.zeros(32, 128), 3, "channel", 32), quantize_pack(torch.zeros(64, 64), 3, "token", 64)
     assert not reads([PackedOperands(*three, 2)], keys)
+
+
+def test_nothing_is_held_beside_the_segments():
+    own = [segment for kind in segments(2, 64).values() for segment in kind]
+    held = {tensor.data_ptr() for segment in own for tensor in segment.tensors()}
+    assert {tensor.data_ptr() for tensor in prepare(own).tensors()} == held

@@ -18,12 +18,12 @@ from hasten.kernels.segmented_token import Operands, PackedOperands
 
 @dataclass(frozen=True)
 class PackedSegment(Segment):
-    """keys, values: codes of (T, H * D) and of (T * H, D). heads: H. positions: (H, T) int32, a view of one row."""
+    """keys, values: codes of (T, H * D) and of (T * H, D). heads: H. positions: T, of all heads; see `_held`."""
 
     keys: Packed
     values: Packed
     heads: int
-    positions: Tensor
+    positions: range | Tensor
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, positions: Tensor, bits: int, group_size: int) -> "PackedSegment":
@@ -34,27 +34,28 @@ class PackedSegment(Segment):
             quantize_pack(keys.transpose(0, 1).flatten(1), bits, "channel", group_size),
             quantize_pack(values.transpose(0, 1).flatten(0, 1), bits, "token", width),
             heads,
-            positions[:1].contiguous().clone().expand(heads, -1),
+            _held(positions[0]),
         )
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.positions.shape[1]
+        return len(self.positions)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Codes, scales, offsets and positions."""
+        """Codes, scales, offsets, and positions that are no range."""
         for packed in (self.keys, self.values):
             yield from (packed.words, packed.scale)
             if packed.offset is not None:
                 yield packed.offset
-        yield self.positions
+        if isinstance(self.positions, Tensor):
+            yield self.positions
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Dequantized keys and values."""
         keys = unpack_dequantize(self.keys).unflatten(1, (self.heads, -1)).transpose(0, 1)
         values = unpack_dequantize(self.values).unflatten(0, (-1, self.heads)).transpose(0, 1)
-        return keys, values, self.positions
+        return keys, values, _tensor(self.positions, values.device).expand(self.heads, -1)
 
     def operands(self) -> Operands | None:
         """The codes."""
@@ -70,8 +71,24 @@ class PackedSegment(Segment):
 
     def extended(self, other: "PackedSegment") -> "PackedSegment":
         """A segment of these tokens and of another's, of the same bits and groups; no code is computed again."""
-        positions = torch.cat([self.positions[:1], other.positions[:1]], 1).expand(self.heads, -1)
-        return PackedSegment(_joined(self.keys, other.keys), _joined(self.values, other.values), self.heads, positions)
+        device = self.keys.words.device
+        positions = torch.cat([_tensor(part.positions, device) for part in (self, other)])
+        keys, values = _joined(self.keys, other.keys), _joined(self.values, other.values)
+        return PackedSegment(keys, values, self.heads, _held(positions))
+
+
+def _held(positions: Tensor) -> range | Tensor:
+    """Positions (T,) as a range if they follow each other, as a copy otherwise: a range takes no memory."""
+    if bool((positions.diff() == 1).all()):
+        return range(int(positions[0]), int(positions[0]) + len(positions))
+    return positions.int().clone()
+
+
+def _tensor(positions: range | Tensor, device: torch.device) -> Tensor:
+    """Positions (T,) int32."""
+    if isinstance(positions, Tensor):
+        return positions
+    return torch.arange(positions.start, positions.stop, dtype=torch.int32, device=device)
 
 
 def _joined(first: Packed, second: Packed) -> Packed:

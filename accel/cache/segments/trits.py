@@ -36,7 +36,7 @@ class SignedSpectrum:
         """Of vectors (H, T, D), T a multiple of group; some channels of every head are wide, and some are not."""
         half = _half(vectors.dtype)
         chosen, others = (_channels(vectors, mask) for mask in (wide, ~wide))
-        codes = quantize_pack(chosen.transpose(0, 1).flatten(1).to(half), _WIDE_BITS, "channel", group)
+        codes = quantize_pack(chosen.transpose(0, 1).flatten(1), _WIDE_BITS, "channel", group)
         numbers = _spectrum(others.float()).transpose(0, 1).flatten(1)
         scale = numbers.abs().unflatten(0, (-1, group)).mean(1).to(half)
         bits = torch.nn.functional.pad((numbers >= 0).flatten(), (0, -numbers.numel() % 8)).view(-1, 8)

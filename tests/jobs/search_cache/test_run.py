@@ -51,6 +51,9 @@ def test_the_search_beats_uniform_levels_resumes_and_is_planned(folder, capsys, 
 
     files = {path: path.stat().st_mtime_ns for path in (folder / "rows").rglob("*.json")}
     written = sum(path.stat().st_size for path in files if path.parent.name in ("levels", "mixtures"))
+    # The plan cannot know that allocators agree, whose mixture is then measured once.
+    mixtures = [path.stat().st_size for path in files if path.parent.name == "mixtures"]
+    written += (len(report["rows"]) - len(mixtures)) * mixtures[0]
     assert planned.written_bytes == pytest.approx(written, rel=0.15)
     # A row that is there is not measured again.
     changed = next(path for path in files if path.parent.name == "mixtures")
