@@ -32,8 +32,8 @@ class Lookahead:
 class Recent:
     """Dense keys and values (H, T, D) at positions (T,) that were committed and are not in a segment yet.
 
-    queries: (W, H * G, D) of the last committed tokens, W of them as the method's `query_window` says; None where it
-    needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
+    queries: (W, H * G, D) of the last committed tokens, at most as many as the method's `query_window` says; None where
+    it needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
     memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
     it count as held only if it is one tensor. lookahead: None but at the end of a prompt behind which tokens ran. ends:
@@ -95,15 +95,18 @@ class CacheMethod(ABC):
     has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
     reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
-    it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
-    keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which tokens
-    end a sentence. reads_layers: whether a layer reads what other layers with the method leave in `Place.shared`.
+    it reads. forgets_queries: whether they are dropped when it has read them, so that it next reads those of the tokens
+    since then alone. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation
+    out of keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which
+    tokens end a sentence. reads_layers: whether a layer reads what other layers with the method leave in
+    `Place.shared`.
     interval: committed tokens between two compressions after the prompt.
     """
 
     has_budget: ClassVar[bool] = True
     frees: ClassVar[bool] = True
     joins_layers: ClassVar[bool] = False
+    forgets_queries: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
     guided: ClassVar[bool] = False

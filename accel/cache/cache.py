@@ -218,7 +218,8 @@ class CompressedLayer(CacheLayerMixin):
         summed = 0 if recent.attention is None else recent.attention.itemsize
         sizes = recent.keys.shape[2] * recent.keys.itemsize, recent.values.shape[2] * recent.values.itemsize
         token = len(recent.keys) * (sum(sizes) + recent.positions.itemsize + summed)
-        remembered = 0 if recent.queries is None else recent.queries.nbytes
+        forgets = self.level.method.forgets_queries
+        remembered = 0 if recent.queries is None or forgets else recent.queries.nbytes
         return max(1, (int(budget.value) // len(self.owner.levels) - remembered) // token)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -375,7 +376,8 @@ def _check_bytes(config: Any, method: CacheMethod, budget: int, dtype: torch.dty
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     summed = torch.float32.itemsize if method.sums_attention else 0
     token = heads * (2 * size * dtype.itemsize + torch.int32.itemsize + summed)
-    least = config.num_hidden_layers * (token + method.query_window * queries * size * dtype.itemsize)
+    remembered = 0 if method.forgets_queries else method.query_window
+    least = config.num_hidden_layers * (token + remembered * queries * size * dtype.itemsize)
     if budget < least:
         raise UserError(
             f"cache_budget_bytes={budget} is too small: a token in each layer, with what cache={type(method).__name__} "

@@ -338,6 +338,8 @@ class SequenceCache:
         assert self._values is not None
         assert self._positions is not None
         self.segments, self._memory, self._prepared = list(kept.segments), kept.memory, None
+        if self.method is not None and self.method.forgets_queries:
+            self._queries = self._query_ends = None
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)
         newest = slice(self._dense - kept.recent, self._dense)

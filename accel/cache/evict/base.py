@@ -13,6 +13,8 @@ from hasten.accel.cache.segments.base import Segment, scores
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
 
+POOLINGS = ("average", "max")
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -117,6 +119,20 @@ def pooled_before_window(attention: Tensor, tokens: Candidates, kernel: int) -> 
     attention: (H, T). kernel: number of neighbours, odd.
     """
     assert tokens.queries is not None
-    own = tokens.positions > tokens.positions[:, -1:] - len(tokens.queries)
-    others = attention.masked_fill(own, -torch.inf)
-    return F.max_pool1d(others[:, None], kernel, 1, kernel // 2)[:, 0].masked_fill(own, torch.inf)
+    return pooled(attention, tokens.positions > tokens.positions[:, -1:] - len(tokens.queries), kernel, "max")
+
+
+def pooled(attention: Tensor, first: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Attention (H, T) pooled over neighbours; tokens of `first` (H, T) bool come first, and are no neighbours.
+
+    kernel: number of neighbours, odd. pooling: one of POOLINGS.
+    """
+    if pooling == "max":
+        largest = F.max_pool1d(attention.masked_fill(first, -torch.inf)[:, None], kernel, 1, kernel // 2)[:, 0]
+        return largest.masked_fill(first, torch.inf)
+    # Of the neighbours that there are: the outermost tokens are as good as others.
+    sums, counts = (
+        F.avg_pool1d(part[:, None], kernel, 1, kernel // 2)[:, 0]
+        for part in (attention.masked_fill(first, 0.0), (~first).to(attention.dtype))
+    )
+    return (sums / counts).masked_fill(first, torch.inf)
