@@ -10,6 +10,7 @@ Layers hand the attention function a handle in place of keys and values, see att
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -194,6 +195,16 @@ class CompressedLayer(CacheLayerMixin):
                 known[row][key] = Partial(*own)
         return known
 
+    def interval(self, row: int) -> int:
+        """Committed tokens of a sequence between two compressions."""
+        return self.sequences[row].interval or self.level.method.interval
+
+    def end_prompt(self, row: int) -> None:
+        """Settle the interval of a sequence: a budget that grows with the text must not change it."""
+        sequence = self.sequences[row]
+        if sequence.uncompressed() is not None:
+            sequence.interval = self.level.method.interval_of(self._budget_tokens(row))
+
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
         length, tokens = self.sequences[row].length, self._budget_tokens(row)
@@ -335,15 +346,26 @@ class CompressedCache(Cache):
         applied when the last layer asks for it.
         """
         layers = list(self.compressed)
+        if self.method.joins_layers and number not in (None, len(layers) - 1):
+            return
+        chosen = layers if number is None or self.method.joins_layers else layers[number : number + 1]
+        if not generated:
+            for layer in chosen:
+                layer.end_prompt(row)
+        due = [layer for layer in chosen if generated % layer.interval(row) == 0]
         if self.method.joins_layers:
-            if number in (None, len(layers) - 1) and generated % self.method.interval == 0:
+            if due:
                 self._compress_together(row, layers)
             return
-        for layer in layers if number is None else layers[number : number + 1]:
-            sequence, method = layer.sequences[row], layer.level.method
-            recent = sequence.uncompressed() if generated % method.interval == 0 else None
+        for layer in due:
+            sequence = layer.sequences[row]
+            recent = sequence.uncompressed()
             if recent is not None:
-                sequence.keep(method.compress(sequence.segments, recent, layer.place(row)))
+                sequence.keep(layer.level.method.compress(sequence.segments, recent, layer.place(row)))
+
+    def interval(self, row: int) -> int:
+        """Tokens of a sequence behind the prompt after which some layer is due again."""
+        return gcd(*(layer.interval(row) for layer in self.compressed))
 
     def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
         given = []

@@ -40,6 +40,7 @@ from hasten.accel.cache.segments.nonuniform import centroids_of
 from hasten.accel.cache.segments.ragged import Ragged
 from hasten.accel.cache.share.minicache import MiniCache
 from hasten.accel.cache.share.xkv import XKV
+from hasten.accel.decoding.targets.cached import CachedTarget
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.kernels.attention.contract import PLAIN
@@ -165,6 +166,37 @@ def test_snapkv_reads_the_last_queries_of_the_prompt_and_then_those_since():
         for at in range(90, 122):
             model(tokens[:, at : at + 1], past_key_values=cache)
     assert read == [(90, 64)] * layers + [(72, 32)] * layers
+
+
+@pytest.mark.parametrize(
+    ("budget", "interval"), [(None, 32), (40, 32), (1000, 32), (1023, 32), (1024, 64), (3750, 128)]
+)
+def test_an_evictor_is_applied_more_rarely_with_a_large_budget(budget, interval):
+    assert StreamingLLM().interval_of(budget) == interval
+    assert budget is None or interval == 32 or interval <= budget / 16
+
+
+def test_the_interval_is_that_of_the_prompts_budget():
+    class Often(StreamingLLM):
+        interval = 2
+
+    model = tiny.build("llama", max_position_embeddings=1024)
+    attach(model)
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, 136), generator=torch.Generator().manual_seed(3))
+    cache = CompressedCache(model, Often(), CacheBudget(0.5))
+    held = []
+    with torch.no_grad():
+        model(tokens[:, :128], past_key_values=cache)
+        for at in range(128, 136):
+            held.append([layer.sequences[0].tokens for layer in cache.compressed])
+            model(tokens[:, at : at + 1], past_key_values=cache)
+    # Half of 128 tokens, and every fourth time half of all.
+    assert held == [[count] * len(cache.layers) for count in (64, 65, 66, 67, 66, 67, 68, 69)]
+    target = CachedTarget(model, Often(), CacheBudget(0.5))
+    target.reserve(1, 200)
+    target.prefill(0, tokens[0, :128].tolist())
+    target.end_prompt(0)
+    assert target.room(0) == 4
 
 
 def test_kivi_packs_whole_blocks_and_leaves_the_last_tokens():

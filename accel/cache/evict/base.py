@@ -14,6 +14,8 @@ from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
 
 POOLINGS = ("average", "max")
+# Share of a large budget that may be held on top of it until the next compression.
+_EXCESS = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ class Evictor(CacheMethod):
         for name in ("sinks", "recent"):
             if getattr(self, name) < 0:
                 raise UserError(f"cache.{name}={getattr(self, name)} is out of range: 0 or more")
+
+    def interval_of(self, budget: int | None) -> int:
+        """`interval`, doubled as often as it stays within a sixteenth of the budget.
+
+        A compression reads and copies the whole budget: at a fixed interval its cost for each token would grow with it.
+        """
+        # Doubled, so that of the intervals of a model's layers each divides the larger ones.
+        doublings = 0 if budget is None else (int(_EXCESS * budget) // self.interval).bit_length() - 1
+        return self.interval << max(0, doublings)
 
     @abstractmethod
     def score(self, tokens: Candidates) -> Tensor:
