@@ -32,8 +32,8 @@ class Lookahead:
 class Recent:
     """Dense keys and values (H, T, D) at positions (T,) that were committed and are not in a segment yet.
 
-    queries: (W, H * G, D) of the last committed tokens, W of them as the method's `query_window` says; None where it
-    needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
+    queries: (W, H * G, D) of the last committed tokens, at most as many as the method's `query_window` says; None where
+    it needs none. attention: (H, T') float32, sum of the attention that each token of the segments and of these tokens
     received from all committed queries, over the query heads of a KV head; None where the method does not sum it.
     memory: what the method remembered when it was last applied to the sequence in this layer, None at first; tensors in
     it count as held only if it is one tensor. lookahead: None but at the end of a prompt behind which tokens ran. ends:
@@ -90,20 +90,25 @@ class CacheMethod(ABC):
     """A way to keep a cache small. Subclasses are frozen dataclasses.
 
     When it is applied depends on the number of committed tokens alone, and not on the passes that committed them: at
-    the end of the prompt, and then after every `interval` tokens. So speculative decoding gives the same caches.
+    the end of the prompt, and then after as many tokens as `interval_of` says of the prompt's budget, again and again.
+    So speculative decoding gives the same caches.
 
     has_budget: whether the method keeps a budget. frees: whether it holds less than everything; a method that does not
     reads less. joins_layers: whether all layers of a sequence are compressed together, by compress_layers; a cache is
     then compressed when the last layer has attended, and not layer by layer. query_window: number of last queries that
-    it reads. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation out of
-    keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which tokens
-    end a sentence. reads_layers: whether a layer reads what other layers with the method leave in `Place.shared`.
-    interval: committed tokens between two compressions after the prompt.
+    it reads. forgets_queries: whether they are dropped when it has read them, so that it next reads those of the tokens
+    since then alone. sums_attention: whether it reads the summed attention. needs_rotary: whether it takes the rotation
+    out of keys. guided: whether it retrieves by `guide`; it has a query_window then. reads_ends: whether it reads which
+    tokens end a sentence. reads_layers: whether a layer reads what other layers with the method leave in
+    `Place.shared`.
+    interval: committed tokens between two compressions after the prompt; more of them with a large budget, see
+    interval_of.
     """
 
     has_budget: ClassVar[bool] = True
     frees: ClassVar[bool] = True
     joins_layers: ClassVar[bool] = False
+    forgets_queries: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     sums_attention: ClassVar[bool] = False
     guided: ClassVar[bool] = False
@@ -114,6 +119,10 @@ class CacheMethod(ABC):
     def interval(self) -> int:
         """Tokens between compressions; up to so many more than the budget are held."""
         return 32
+
+    def interval_of(self, budget: int | None) -> int:
+        """`interval` of a layer that may hold `budget` tokens of a prompt, None: any number; a multiple of it."""
+        return self.interval
 
     @property
     def query_window(self) -> int:
@@ -146,7 +155,7 @@ class CacheBudget:
     """Tokens that each layer's cache may hold of a sequence, or bytes of all layers together.
 
     value: up to 1 a share of the sequence's tokens, above it tokens. in_bytes: value is bytes, which the method keeps
-    when it is applied: tokens between, `interval` of them at most, come on top.
+    when it is applied: tokens between, as many as its interval at most, come on top.
     """
 
     value: float

@@ -10,6 +10,7 @@ Layers hand the attention function a handle in place of keys and values, see att
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -194,6 +195,16 @@ class CompressedLayer(CacheLayerMixin):
                 known[row][key] = Partial(*own)
         return known
 
+    def interval(self, row: int) -> int:
+        """Committed tokens of a sequence between two compressions."""
+        return self.sequences[row].interval or self.level.method.interval
+
+    def end_prompt(self, row: int) -> None:
+        """Settle the interval of a sequence: a budget that grows with the text must not change it."""
+        sequence = self.sequences[row]
+        if sequence.uncompressed() is not None:
+            sequence.interval = self.level.method.interval_of(self._budget_tokens(row))
+
     def place(self, row: int) -> Place:
         """What the method is told of a sequence."""
         length, tokens = self.sequences[row].length, self._budget_tokens(row)
@@ -218,7 +229,8 @@ class CompressedLayer(CacheLayerMixin):
         summed = 0 if recent.attention is None else recent.attention.itemsize
         sizes = recent.keys.shape[2] * recent.keys.itemsize, recent.values.shape[2] * recent.values.itemsize
         token = len(recent.keys) * (sum(sizes) + recent.positions.itemsize + summed)
-        remembered = 0 if recent.queries is None else recent.queries.nbytes
+        forgets = self.level.method.forgets_queries
+        remembered = 0 if recent.queries is None or forgets else recent.queries.nbytes
         return max(1, (int(budget.value) // len(self.owner.levels) - remembered) // token)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -334,15 +346,26 @@ class CompressedCache(Cache):
         applied when the last layer asks for it.
         """
         layers = list(self.compressed)
+        if self.method.joins_layers and number not in (None, len(layers) - 1):
+            return
+        chosen = layers if number is None or self.method.joins_layers else layers[number : number + 1]
+        if not generated:
+            for layer in chosen:
+                layer.end_prompt(row)
+        due = [layer for layer in chosen if generated % layer.interval(row) == 0]
         if self.method.joins_layers:
-            if number in (None, len(layers) - 1) and generated % self.method.interval == 0:
+            if due:
                 self._compress_together(row, layers)
             return
-        for layer in layers if number is None else layers[number : number + 1]:
-            sequence, method = layer.sequences[row], layer.level.method
-            recent = sequence.uncompressed() if generated % method.interval == 0 else None
+        for layer in due:
+            sequence = layer.sequences[row]
+            recent = sequence.uncompressed()
             if recent is not None:
-                sequence.keep(method.compress(sequence.segments, recent, layer.place(row)))
+                sequence.keep(layer.level.method.compress(sequence.segments, recent, layer.place(row)))
+
+    def interval(self, row: int) -> int:
+        """Tokens of a sequence behind the prompt after which some layer is due again."""
+        return gcd(*(layer.interval(row) for layer in self.compressed))
 
     def _compress_together(self, row: int, layers: Sequence[CompressedLayer]) -> None:
         given = []
@@ -375,7 +398,8 @@ def _check_bytes(config: Any, method: CacheMethod, budget: int, dtype: torch.dty
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     summed = torch.float32.itemsize if method.sums_attention else 0
     token = heads * (2 * size * dtype.itemsize + torch.int32.itemsize + summed)
-    least = config.num_hidden_layers * (token + method.query_window * queries * size * dtype.itemsize)
+    remembered = 0 if method.forgets_queries else method.query_window
+    least = config.num_hidden_layers * (token + remembered * queries * size * dtype.itemsize)
     if budget < least:
         raise UserError(
             f"cache_budget_bytes={budget} is too small: a token in each layer, with what cache={type(method).__name__} "

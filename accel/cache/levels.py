@@ -100,7 +100,7 @@ class MixMeasurement:
         cache.compress(0)
         held = tuple(layer.sequences[0].nbytes for layer in cache.compressed)
         parts, generated = [prompts[0].logits[None]], 0
-        for piece in self.windows[number, self.context : -1].split(method.interval):
+        for piece in self.windows[number, self.context : -1].split(cache.interval(0)):
             parts.append(self._run(piece, cache, self.context + generated))
             generated += len(piece)
             cache.compress(0, generated=generated)

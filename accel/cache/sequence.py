@@ -40,12 +40,14 @@ class NewTokens:
 class SequenceCache:
     """Keys and values of a sequence in one layer; tokens are appended, attended to, and then committed or dropped.
 
-    length: number of committed tokens. segments: the older of them, as the method keeps them.
+    length: number of committed tokens. segments: the older of them, as the method keeps them. interval: tokens between
+    two compressions, by the prompt's budget; None before the prompt's end.
     """
 
     def __init__(self, method: CacheMethod | None) -> None:
         self.method = method
         self.length = 0
+        self.interval: int | None = None
         self.segments: list[Segment] = []
         self._keys: Tensor | None = None  # (H, capacity, D), and the positions (capacity,)
         self._values: Tensor | None = None
@@ -338,6 +340,8 @@ class SequenceCache:
         assert self._values is not None
         assert self._positions is not None
         self.segments, self._memory, self._prepared = list(kept.segments), kept.memory, None
+        if self.method is not None and self.method.forgets_queries:
+            self._queries = self._query_ends = None
         if kept.kept is not None and self._attention is not None:
             self._attention = self._attention.gather(1, kept.kept)
         newest = slice(self._dense - kept.recent, self._dense)

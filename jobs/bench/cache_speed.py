@@ -37,7 +37,11 @@ class Config(Run):
         ["full", "kivi bits=4", "kivi bits=2", "snapkv cache_budget=0.5"],
         "caches and their options beside the dense cache of decoding without one, as NAME or NAME OPTION=VALUE ...",
     )
-    tokens: int = option(32, "tokens of a sequence in a round; compressions are among them", at_least=1)
+    tokens: int = option(
+        32,
+        "tokens of a sequence in a round at least: a round is as long as the longest time between two compressions",
+        at_least=1,
+    )
     rounds: int = option(3, "rounds, of whose times the least counts for each token", at_least=1)
     document: str | None = option(None, "Markdown file for the table; null is docs/benchmarks.md of the checkout")
 
@@ -115,17 +119,18 @@ def _rows(targets: "Mapping[str, FastTarget]", batch: int, config: Config) -> di
     """A row of every target, which take their steps in turn."""
     import torch
 
+    tokens = _round(targets, config)
     for target in targets.values():
-        target.reserve(batch, config.context + config.rounds * config.tokens + 2)
+        target.reserve(batch, config.context + config.rounds * tokens + 2)
         generator = torch.Generator().manual_seed(_SEED)
         for slot in range(batch):
             # Of different lengths, as sequences of a batch are.
             target.fill(slot, config.context - slot, generator)
             target.end_prompt(slot)
         _step(target, batch)
-    seconds = {name: [math.inf] * config.tokens for name in targets}
+    seconds = {name: [math.inf] * tokens for name in targets}
     for _ in range(config.rounds):
-        for step in range(config.tokens):
+        for step in range(tokens):
             for name, target in targets.items():
                 # Other load on the machine only makes a step slower.
                 seconds[name][step] = min(seconds[name][step], _step(target, batch))
@@ -133,6 +138,19 @@ def _rows(targets: "Mapping[str, FastTarget]", batch: int, config: Config) -> di
     for target in targets.values():
         target.reserve(1, 1)  # returns the memory
     return rows
+
+
+def _round(targets: "Mapping[str, FastTarget]", config: Config) -> int:
+    """Steps of a round: with fewer, the least time of a step would be that of rounds without a compression."""
+    from hasten.accel.decoding.targets.cached import CachedFastTarget
+
+    intervals = [1]
+    for target in targets.values():
+        if isinstance(target, CachedFastTarget):
+            budget = None if target.budget is None else target.budget.tokens(config.context)
+            intervals.append(target.method.interval_of(budget))
+    longest = max(intervals)
+    return longest * -(-config.tokens // longest)
 
 
 def _step(target: "FastTarget", batch: int) -> float:
@@ -170,10 +188,11 @@ def _section(config: Config, results: Mapping[int, Mapping[str, Row]]) -> str:
         for batch, rows in results.items()
         for name, row in rows.items()
     ]
+    steps = max((len(row.seconds) for rows in results.values() for row in rows.values()), default=0)
     text = [
         f"`hasten bench cache_speed target={Path(config.target).name} context={config.context}`: one step of all "
         "sequences of a batch on the fast path, float32, one thread, CPU time; the rows of a batch take their "
-        f"{config.tokens} steps in turn, compressions included, and the least of {config.rounds} rounds counts for "
+        f"{steps} steps in turn, compressions included, and the least of {config.rounds} rounds counts for "
         "each step. `dense` is decoding without a cache method. Contexts are random keys and values.",
         provenance(),
         table(["batch", "cache", "ms a step", "over dense", "MB of caches"], lines),

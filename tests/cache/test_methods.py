@@ -1,6 +1,7 @@
 """The fact that makes each method that method, on small cases."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hasten.accel.cache.budgets.prefixkv import PrefixKV, layer_counts
 from hasten.accel.cache.budgets.pyramid import Pyramid
 from hasten.accel.cache.budgets.uncomp import UNComp, entropy
 from hasten.accel.cache.cache import CompressedCache
+from hasten.accel.cache.evict.base import pooled
 from hasten.accel.cache.evict.h2o import H2O
 from hasten.accel.cache.evict.snapkv import SnapKV
 from hasten.accel.cache.evict.streaming_llm import StreamingLLM
@@ -40,6 +42,7 @@ from hasten.accel.cache.segments.ragged import Ragged
 from hasten.accel.cache.sequence import NewTokens, SequenceCache
 from hasten.accel.cache.share.minicache import MiniCache
 from hasten.accel.cache.share.xkv import XKV
+from hasten.accel.decoding.targets.cached import CachedTarget
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import resolve
 from hasten.kernels.attention.contract import PLAIN
@@ -109,6 +112,93 @@ def test_snapkv_keeps_the_neighbours_of_what_the_last_queries_attend_to():
     kept = method.compress([], recent(keys=keys, queries=queries), PLACE)
     # The key, two neighbours on each side, the queries' own tokens, and the latest of the rest.
     assert kept.segments[0].positions[0].tolist() == [4, 5, 6, 7, 8, 17, 18, 19]
+
+
+def test_snapkv_pools_the_average_over_the_neighbours_that_there_are():
+    attention = torch.tensor([[6.0, 0, 0, 3, 0, 9]])
+    first = torch.tensor([[False] * 5 + [True]])
+    torch.testing.assert_close(
+        pooled(attention, first, 3, "average"), torch.tensor([[3.0, 2.0, 1.0, 1.0, 1.5, torch.inf]])
+    )
+    torch.testing.assert_close(pooled(attention, first, 3, "max"), torch.tensor([[6.0, 6.0, 3.0, 3.0, 3.0, torch.inf]]))
+
+
+def test_snapkv_keeps_what_one_of_the_query_heads_attends_to():
+    keys = torch.zeros(HEADS, TOKENS, SIZE)
+    keys[..., 3] = -100.0
+    for token, part in ((5, 0), (9, 1), (19, 2)):
+        keys[:, token] = torch.eye(SIZE)[part]
+    queries = torch.zeros(1, HEADS, 2, SIZE)
+    # One head attends to token 5 and less to token 9, and so does the other to the last token and to token 9.
+    queries[..., 0, :4] = torch.tensor([0.6, 0.4, 1e-9, torch.e]).log()
+    queries[..., 1, :4] = torch.tensor([1e-9, 0.4, 0.6, torch.e]).log()
+    method = SnapKV(sinks=0, recent=0, window=1, kernel=1)
+    given = recent(keys=keys, queries=queries.flatten(1, 2) * SIZE**0.5)
+    kept = method.compress([], given, replace(PLACE, budget=2))
+    assert kept.segments[0].positions.tolist() == [[5, 19]] * HEADS
+
+
+def test_snapkv_leaves_most_of_a_small_budget_to_what_its_window_attends_to():
+    keys = torch.zeros(HEADS, TOKENS, SIZE)
+    keys[:, 1, 0] = 50.0
+    queries = torch.zeros(16, HEADS * 2, SIZE)
+    queries[..., 0] = 1.0
+    kept = SnapKV(sinks=0, recent=0, window=16, kernel=1).compress([], recent(keys=keys, queries=queries), PLACE)
+    # Of eight tokens the window has the last two in any case, and not all.
+    assert {1, 18, 19} <= set(kept.segments[0].positions[0].tolist())
+
+
+def test_snapkv_reads_the_last_queries_of_the_prompt_and_then_those_since():
+    read = []
+
+    class Recording(SnapKV):
+        def score(self, tokens):
+            read.append((tokens.positions.shape[1], len(tokens.queries)))
+            return super().score(tokens)
+
+    model = tiny.build("llama")
+    attach(model)
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, 122), generator=torch.Generator().manual_seed(3))
+    cache = CompressedCache(model, Recording(), CacheBudget(40))
+    layers = len(cache.layers)
+    with torch.no_grad():
+        model(tokens[:, :90], past_key_values=cache)
+        # They would take as many bytes as 64 tokens.
+        assert all(layer.sequences[0]._queries is None for layer in cache.compressed)
+        for at in range(90, 122):
+            model(tokens[:, at : at + 1], past_key_values=cache)
+    assert read == [(90, 64)] * layers + [(72, 32)] * layers
+
+
+@pytest.mark.parametrize(
+    ("budget", "interval"), [(None, 32), (40, 32), (1000, 32), (1023, 32), (1024, 64), (3750, 128)]
+)
+def test_an_evictor_is_applied_more_rarely_with_a_large_budget(budget, interval):
+    assert StreamingLLM().interval_of(budget) == interval
+    assert budget is None or interval == 32 or interval <= budget / 16
+
+
+def test_the_interval_is_that_of_the_prompts_budget():
+    class Often(StreamingLLM):
+        interval = 2
+
+    model = tiny.build("llama", max_position_embeddings=1024)
+    attach(model)
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, 136), generator=torch.Generator().manual_seed(3))
+    cache = CompressedCache(model, Often(), CacheBudget(0.5))
+    held = []
+    with torch.no_grad():
+        model(tokens[:, :128], past_key_values=cache)
+        for at in range(128, 136):
+            held.append([layer.sequences[0].tokens for layer in cache.compressed])
+            model(tokens[:, at : at + 1], past_key_values=cache)
+    # Half of 128 tokens, and every fourth time half of all.
+    assert held == [[count] * len(cache.layers) for count in (64, 65, 66, 67, 66, 67, 68, 69)]
+    target = CachedTarget(model, Often(), CacheBudget(0.5))
+    target.reserve(1, 200)
+    target.prefill(0, tokens[0, :128].tolist())
+    target.end_prompt(0)
+    assert target.room(0) == 4
 
 
 def test_kivi_packs_whole_blocks_and_leaves_the_last_tokens():
@@ -587,6 +677,7 @@ def test_a_method_that_holds_everything_has_no_budget_of_bytes():
         (lambda: CacheBudget(1.5), "cache_budget=1.5 is wrong"),
         (lambda: CacheBudget(0.5, in_bytes=True), "cache_budget_bytes=0 is wrong: a whole number of bytes"),
         (lambda: SnapKV(kernel=4), "cache.kernel=4"),
+        (lambda: SnapKV(pooling="sum"), "cache.pooling=sum is none of average, max"),
         (lambda: KIVI(bits=5), "cache.bits=5"),
         (lambda: H2O(recent_share=1.0), "cache.recent_share=1.0"),
         (lambda: StreamingLLM(sinks=-1), "cache.sinks=-1"),

@@ -53,9 +53,10 @@ def test_each_layer_keeps_what_its_own_method_keeps(model):
     assert packed.tokens == 90
     assert [type(segment) for segment in evicted.segments] == [Dense]
     assert evicted.tokens == 23
-    # A layer remembers only what its own method reads.
+    # A layer remembers only what its own method reads: SnapKV the queries since the prompt.
+    full, _, evicted = held(model, mixed, new=2)
     assert full._queries is None
-    assert evicted._queries is not None
+    assert len(evicted._queries) == 2
 
 
 def test_the_first_layer_full_and_four_bits_elsewhere_is_the_default(model):

@@ -13,6 +13,10 @@ from hasten.accel.cache.segments.base import Segment, scores
 from hasten.accel.cache.segments.dense import Dense
 from hasten.accel.errors import UserError
 
+POOLINGS = ("average", "max")
+# Share of a large budget that may be held on top of it until the next compression.
+_EXCESS = 1 / 16
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -51,6 +55,15 @@ class Evictor(CacheMethod):
         for name in ("sinks", "recent"):
             if getattr(self, name) < 0:
                 raise UserError(f"cache.{name}={getattr(self, name)} is out of range: 0 or more")
+
+    def interval_of(self, budget: int | None) -> int:
+        """`interval`, doubled as often as it stays within a sixteenth of the budget.
+
+        A compression reads and copies the whole budget: at a fixed interval its cost for each token would grow with it.
+        """
+        # Doubled, so that of the intervals of a model's layers each divides the larger ones.
+        doublings = 0 if budget is None else (int(_EXCESS * budget) // self.interval).bit_length() - 1
+        return self.interval << max(0, doublings)
 
     @abstractmethod
     def score(self, tokens: Candidates) -> Tensor:
@@ -117,6 +130,20 @@ def pooled_before_window(attention: Tensor, tokens: Candidates, kernel: int) -> 
     attention: (H, T). kernel: number of neighbours, odd.
     """
     assert tokens.queries is not None
-    own = tokens.positions > tokens.positions[:, -1:] - len(tokens.queries)
-    others = attention.masked_fill(own, -torch.inf)
-    return F.max_pool1d(others[:, None], kernel, 1, kernel // 2)[:, 0].masked_fill(own, torch.inf)
+    return pooled(attention, tokens.positions > tokens.positions[:, -1:] - len(tokens.queries), kernel, "max")
+
+
+def pooled(attention: Tensor, first: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Attention (H, T) pooled over neighbours; tokens of `first` (H, T) bool come first, and are no neighbours.
+
+    kernel: number of neighbours, odd. pooling: one of POOLINGS.
+    """
+    if pooling == "max":
+        largest = F.max_pool1d(attention.masked_fill(first, -torch.inf)[:, None], kernel, 1, kernel // 2)[:, 0]
+        return largest.masked_fill(first, torch.inf)
+    # Of the neighbours that there are: the outermost tokens are as good as others.
+    sums, counts = (
+        F.avg_pool1d(part[:, None], kernel, 1, kernel // 2)[:, 0]
+        for part in (attention.masked_fill(first, 0.0), (~first).to(attention.dtype))
+    )
+    return (sums / counts).masked_fill(first, torch.inf)

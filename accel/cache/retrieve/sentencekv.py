@@ -131,7 +131,7 @@ class SentenceKV(CacheMethod):
         return Kept([Sentences.of(keys, values, positions, numbers, place.budget, self.sinks)], last, memory=memory)
 
     def _evictor(self) -> SnapKV:
-        return SnapKV(sinks=self.sinks, recent=self.recent, window=self.window, kernel=self.kernel)
+        return SnapKV(self.sinks, self.recent, self.window, self.kernel, pooling="max")
 
 
 def numbered(ends: Tensor, longest: int, number: int, length: int) -> tuple[Tensor, tuple[int, int]]:

@@ -65,7 +65,7 @@ class CompressedSlots(Target):
         self._commit_layers(slot, path)
         ended = self._ended[slot]
         generated = None if ended is None else len(self.committed(slot)) - ended
-        if generated and generated % self.method.interval == 0:
+        if generated and generated % self._compressed.interval(slot) == 0:
             self._compressed.compress(slot, generated=generated)
 
     def end_prompt(self, slot: int) -> None:
@@ -78,7 +78,7 @@ class CompressedSlots(Target):
         ended = self._ended[slot]
         if ended is None:
             return None
-        interval = self.method.interval
+        interval = self._compressed.interval(slot)
         return interval - (len(self.committed(slot)) - ended) % interval
 
     def clear(self, slot: int) -> None:

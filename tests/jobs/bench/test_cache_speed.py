@@ -17,7 +17,7 @@ def test_every_cache_is_beside_the_dense_one_at_every_batch(tmp_path):
         batches=[1, 2],
         caches=["kivi bits=4", "snapkv cache_budget=0.5"],
         tokens=4,
-        rounds=2,
+        rounds=1,
         document=str(document),
         run_dir=str(tmp_path / "run"),
     )
@@ -29,7 +29,8 @@ def test_every_cache_is_beside_the_dense_one_at_every_batch(tmp_path):
     for batch in (1, 2):
         for name in ("dense", "kivi bits=4", "snapkv cache_budget=0.5"):
             assert text.count(f"| {batch} | `{name}` |") == 1
-            assert len(report["rows"][str(batch)][name]["seconds"]) == 4
+            # A compression is due after 32 tokens.
+            assert len(report["rows"][str(batch)][name]["seconds"]) == 32
         assert report["metrics"][f"batch_{batch}_kivi_bits_4_bytes_share"] < 0.6
         assert report["metrics"][f"batch_{batch}_dense_speed"] == 1
 
