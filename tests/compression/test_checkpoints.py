@@ -6,12 +6,17 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from hasten.accel.compression.calibration import slabs
 from hasten.accel.compression.calibration.settings import Task
+from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
+from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation.divergence import evaluate
+from hasten.accel.models import embedded
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from tests.compression import local
@@ -117,12 +122,6 @@ def test_regexes_and_block_numbers_leave_layers_as_they_are(tmp_path):
 
 
 def test_calibration_makes_the_embedded_model_better_than_rounding(tmp_path):
-    from transformers import AutoTokenizer
-
-    from hasten.accel.data.tokens import load_tokens
-    from hasten.accel.evaluation.divergence import evaluate
-    from hasten.accel.models import embedded
-
     source = embedded.path("target")
     tokenizer = AutoTokenizer.from_pretrained(source)
     calibration = load_tokens("library", tokenizer, 16, 256)
@@ -141,6 +140,21 @@ def test_calibration_makes_the_embedded_model_better_than_rounding(tmp_path):
     assert divergence["gptq"] < 0.75 * divergence["rounded"]
     assert divergence["gptq, originals propagated"] < 0.85 * divergence["rounded"]
     assert divergence["gptq, 4 bits"] < 0.5 * divergence["gptq"]
+
+
+@pytest.mark.parametrize(("name", "gain"), [("nvfp4", 0.95), ("fp8", 1.0)])
+def test_the_embedded_model_diverges_less_with_the_scales_that_rounding_searches_by_itself(tmp_path, name, gain):
+    source = embedded.path("target")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    calibration, held_out = (load_tokens("library", tokenizer, 4, 256, split) for split in ("train", "held_out"))
+    divergence = []
+    for quantizer in (RoundToNearest(search=0), RoundToNearest()):
+        output = tmp_path / str(quantizer.search)
+        local.compress(local.settings(source, output, quantizer, level=parse_level(name)), calibration)
+        sums = evaluate(Architecture(Checkpoint(output)), held_out, Architecture(Checkpoint(source)))
+        divergence.append(sums.metrics()["kl_divergence"])
+    plain, searched = divergence
+    assert searched < gain * plain
 
 
 def test_layers_solved_in_slabs_of_rows_come_out_as_in_one_piece(tmp_path, monkeypatch):

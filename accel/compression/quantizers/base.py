@@ -138,6 +138,11 @@ class WeightScheme(ABC):
         dtype: of the checkpoint; the scale is one that can be stored.
         """
 
+    @property
+    def searched(self) -> int:
+        """Number of ranges that rounding to nearest searches where nothing else is asked for; 0: the full range."""
+        return 0
+
     def factors(self, search: int, shrink: float) -> Sequence[float]:
         """Shares of the full range that a search tries, besides all of it; see quantizers.grid.find_grid."""
         return [shrink + (1 - shrink) * index / search for index in range(search)]

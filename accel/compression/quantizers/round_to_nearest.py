@@ -22,14 +22,15 @@ from hasten.accel.errors import UserError
 class RoundToNearest(Quantizer[Inputs | None]):
     """Quantizer that needs no calibration data; where there are statistics, its error is of the output.
 
-    search, shrink: ranges that are tried for each scale, see quantizers.grid.find_grid; 0 takes the full range.
+    search, shrink: ranges that are tried for each scale, see quantizers.grid.find_grid; 0 takes the full range. None is
+    the full range of integers and a short search on floats, see WeightScheme.searched.
     """
 
-    search: int = 0
+    search: int | None = None
     shrink: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.search < 0 or not 0 < self.shrink < 1:
+        if (self.search or 0) < 0 or not 0 < self.shrink < 1:
             raise UserError(f"need search >= 0 and 0 < shrink < 1, got search={self.search} shrink={self.shrink}")
 
     def prepare(self, hessian: Hessian | None) -> Inputs:
@@ -39,14 +40,18 @@ class RoundToNearest(Quantizer[Inputs | None]):
     def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: WeightScheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""
         inputs = prepared or Inputs(None)
-        grid = Grid.of(without(weight, inputs.dead_columns), scheme, self.search, self.shrink)
+        grid = Grid.of(without(weight, inputs.dead_columns), scheme, self._search(scheme), self.shrink)
         quantized = grid.quantize(weight)
         error = inputs.power(weight.float() - quantized.dequantize().float())
         return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
 
     def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
-        return MethodCost(rounding(layers) + range_search(layers, len(scheme.factors(self.search, self.shrink))))
+        tried = scheme.factors(self._search(scheme), self.shrink)
+        return MethodCost(rounding(layers) + range_search(layers, len(tried)))
+
+    def _search(self, scheme: WeightScheme) -> int:
+        return scheme.searched if self.search is None else self.search
 
     def quantize_blocks(self, weight: Tensor, prepared: Inputs | None, kind: type[BlockType]) -> Result[BlockWeight]:
         """Blocks of weight (R, C); scales are searched in any case, by squared error times E[x²] of the column."""

@@ -37,7 +37,8 @@ _WEIGHT_BYTES = 56
 # A backward costs two forwards.
 _BACKWARD = 2
 # The grids that tuning starts from where the quantizer needs statistics: those of least squared error.
-_ROUNDED = RoundToNearest(search=24, shrink=0.4)
+_SEARCH = 24
+_ROUNDED = RoundToNearest(search=_SEARCH, shrink=0.4)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class AutoRound(BlockTransform):
     def block_cost(self, weights: int, sequences: int, run: Callable[[int], Work]) -> Work:
         """The steps, and the runs on all sequences before and after them."""
         step = run(min(self.batch, sequences)) * (1 + _BACKWARD) + Work(elements=_STEP_ELEMENTS * weights)
-        search = Work(elements=_STEP_ELEMENTS * weights * _ROUNDED.search)
+        search = Work(elements=_STEP_ELEMENTS * weights * _SEARCH)
         return step * self.steps + run(sequences) * _WHOLE_RUNS + search
 
     @torch.no_grad()

@@ -115,6 +115,39 @@ def test_a_search_makes_less_error_on_every_grid_whose_scales_it_may_change():
             assert searched < full, name
 
 
+def test_rounding_to_nearest_searches_floats_by_itself_and_integers_not():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    for name in LEVELS:
+        grid = parse_level(name).grid
+        plain, usual = (RoundToNearest(**options).quantize(weight, None, grid) for options in ({"search": 0}, {}))
+        # A scale of all layers is not searched, and powers of two make no difference to e4m3.
+        searches = grid.kind == "float" and grid.strategy != "tensor" and not name.startswith("mxfp8")
+        assert bool((usual.error <= plain.error).all()) or grid.block_rows > 1, name
+        assert (float(usual.error.sum()) < float(plain.error.sum())) == searches, name
+
+
+def test_the_scales_of_nvfp4_that_are_tried_make_nearly_the_least_error_of_all_e4m3_scales():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    grid = NVFP4.bound(weight)
+    groups = weight.unflatten(1, (-1, 16))
+    scales = grid.scales(torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn))[:, None, None, None]
+    errors = (grid.nearest(groups / scales, ZERO) * scales - groups).square().sum(-1)
+    found, plain = (find_grid(weight, grid, search)[0].float().div(grid.layers_scale) for search in (1, 0))
+    error, full = (
+        float((grid.nearest(groups / scale[..., None], ZERO) * scale[..., None] - groups).square().sum())
+        for scale in (found, plain)
+    )
+    least = float(errors.amin(0).sum())
+    assert least <= error < 1.01 * least < 0.8 * full
+
+
+def test_scales_that_differ_by_a_power_of_two_round_alike_in_e4m3():
+    # So a search of one octave sees all that scales can do to the weights, but for those that are nearly zero.
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    scheme = FloatScheme(8)
+    assert torch.equal(scheme.nearest(64 * values, ZERO) / 64, scheme.nearest(32 * values, ZERO) / 32)
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_gptq_beats_rounding_on_every_grid_of_the_embedded_target(name):
     level, model = parse_level(name), target_model()

@@ -57,14 +57,14 @@ def rounded(model, level, groups):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("w3g32a", 0.75), ("w2g32", 0.5), ("nvfp4a16", 1.0), ("mxfp4a16", 0.75), ("fp8_block", 0.95)]
+    ("name", "share"), [("w3g32a", 0.75), ("w2g32", 0.5), ("nvfp4a16", 0.75), ("mxfp4a16", 0.75), ("fp8_block", 0.95)]
 )
 def test_the_error_of_the_blocks_output_falls_below_that_of_rounding_to_nearest(name, share, block):
     model, inputs, targets = block
     level = parse_level(name)
     groups = make_layer_groups(model, level, (), 0, 0)[0]
     before = error(model, level, rounded(model, level, groups), inputs, targets)
-    steps = 25 if name == "w2g32" else 12
+    steps = 25 if name in ("w2g32", "nvfp4a16") else 12
     solved = AutoRound(steps, batch=4).solve_block(model, 0, groups, RoundToNearest(), inputs, targets)
     weights = {key: result.weight for key, result in solved.items()}
     assert error(model, level, weights, inputs, targets) < share * before
