@@ -7,7 +7,7 @@ first token of a sentence reads as much as the others; the query heads of a KV h
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import ClassVar
 
@@ -123,7 +123,8 @@ class SentenceKV(CacheMethod):
         most = max(ceil(self.held * place.budget), self.sinks + last + 1)
         keys, values, positions = (part[:, :count] for part in (tokens.keys, tokens.values, tokens.positions))
         if count + last > most:
-            kept = self._evictor().choose(tokens, most)[:, : most - last]
+            holding = replace(tokens, place=replace(place, budget=most))
+            kept = self._evictor().choose(holding, most)[:, : most - last]
             keys, values, positions = tokens.gathered(kept)
             numbers = numbers.gather(1, kept)
         # Copied, so that what is not kept is freed.
