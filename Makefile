@@ -11,7 +11,7 @@ OUT ?=
 GPU_TEST_SECONDS ?= 270
 GPU_BENCHMARK_SECONDS ?= 190
 
-.PHONY: demo test quick gpu docs clean
+.PHONY: demo test soak quick gpu docs clean
 
 # overwrite=true: the demo runs from the start each time, also after the code has changed.
 demo: $(VENV)/.installed
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/pytest
+
+# Whole runs that are killed, or started in unusual places: `test` has their parts.
+soak: $(VENV)/.installed-test
+	$(VENV)/bin/pytest -m soak
 
 # Tests to run while working: folders whose tests start no job and no Ray; under two minutes on two cores.
 QUICK ?= tests/costs tests/data tests/evaluation tests/models tests/kernels tests/training tests/decoding/lengths \

@@ -129,6 +129,7 @@ print(len(files))
 """
 
 
+@pytest.mark.soak
 def test_hugging_faces_kernels_and_ours_live_beside_each_other(beside_kernels, wheel, tmp_path):
     theirs = check_output(beside_kernels / "python", "-c", BOTH, cwd=tmp_path)
     where = "import hasten.kernels, kernels, sys; print(hasten.kernels.__file__); assert hasten.kernels is not kernels"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accel.activations.hooks import attention_path, attention_states
 from hasten.accel.cache.base import CacheMethod, Place, Rotation
 from hasten.accel.cache.calibrated import Calibrated, LayerTensors, LayerTokens
 from hasten.accel.cache.rotary import rotary_of
-from hasten.accel.compression.activations.hooks import attention_path, attention_states
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.next_token import next_token_gradient
 from hasten.accel.models.architecture import Architecture

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated, LayerTensors, settings
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 
 FOLDER = "cache_statistics"
 # Metadata of several entries are written in a random order.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer, needs_inputs, outer_method
 from hasten.accel.compression.calibration.stages import stages_of

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from hasten.accel.compression.activations.scales import AttentionScheme, stored_inputs
+from hasten.accel.activations.scales import AttentionScheme, stored_inputs
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer
 from hasten.accel.compression.formats.base import StoredTensor
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import attention_names
-from hasten.accel.compression.outputs.checkpoint import copied_files, outer_shards
+from hasten.accel.compression.outputs.checkpoint import outer_shards
 from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions
 from hasten.accel.models.architecture import Architecture, Layer
+from hasten.accel.models.copied_files import copied_files
 
 # (name, dtype by its safetensors name, shape, bytes) of every tensor.
 Tensors = list[tuple[str, str, tuple[int, ...], int]]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 
 # Arithmetic of a product, by its inputs; weights in fewer bits are unpacked to that of the inputs.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hadamard import InputHadamard
-from hasten.accel.compression.activations.hooks import attention_path, attention_states, rotate_inputs, set_inputs
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.hadamard import InputHadamard
+from hasten.accel.activations.hooks import attention_path, attention_states, rotate_inputs, set_inputs
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.data.packing import unpack
 from hasten.accel.errors import UserError
 from hasten.accel.models.adapter import BlockLayout, FusedExperts

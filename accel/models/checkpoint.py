@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
-from hasten.accel.compression.activations.hadamard import InputHadamard
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.activations.hadamard import InputHadamard
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.errors import UserError
 from hasten.accel.models.expert_names import model_types, unfused
 from hasten.accel.models.gguf.place import GgufTensor

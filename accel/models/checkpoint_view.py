@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.hadamard import InputHadamard
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.hadamard import InputHadamard
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.kernels.packed_weight import PackedWeight
 

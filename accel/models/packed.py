@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.description import parsed as parse_inputs
-from hasten.accel.compression.activations.hadamard import InputHadamard, is_matrix, is_online
-from hasten.accel.compression.activations.hadamard import parsed as parse_transforms
-from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.description import parsed as parse_inputs
+from hasten.accel.activations.hadamard import InputHadamard, is_matrix, is_online
+from hasten.accel.activations.hadamard import parsed as parse_transforms
+from hasten.accel.activations.scales import STRATEGIES, AttentionScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.quantized import Quantization, QuantizedTensor, belongs_to_activations, check_rows
 from hasten.accel.models.shards import Stored

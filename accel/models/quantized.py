@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.hadamard import InputHadamard
-from hasten.accel.compression.activations.scales import AttentionScheme
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.hadamard import InputHadamard
+from hasten.accel.activations.scales import AttentionScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.shards import Place, Stored
 

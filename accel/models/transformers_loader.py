@@ -20,8 +20,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from hasten.accel.compression.activations.hadamard import parsed
-from hasten.accel.compression.activations.hooks import rotate_inputs
+from hasten.accel.activations.hadamard import parsed
+from hasten.accel.activations.hooks import rotate_inputs
 from hasten.accel.errors import UserError
 from hasten.accel.models.experts import DOWN, is_fused
 from hasten.accel.models.experts_loading import missing_rules

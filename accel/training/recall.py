@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.evaluation.recall import TASKS, Encode
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.muon import Muon
 
 TEXT = "text"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.outputs.resumable import write_whole
 
 PROGRESS_FILE, BEST_FILE = "progress.json", "best.safetensors"
 _CHECKPOINT = "step-{:08d}"

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError, check_fields
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.data.windows import PackedWindows
 from hasten.accel.training.division import WHOLE, Division
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, Loss

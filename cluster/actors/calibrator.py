@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
+from hasten.accel.activations.ranges import HeadRanges, InputRange
 from hasten.accel.compression.calibration.chunk_sums import Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.outer import is_outer, outer_method

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.division import Division, divided
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, HeadBatch, TargetWeights
 from hasten.accel.training.setup import HeadSetup, Measurement

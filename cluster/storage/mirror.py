@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 from hasten.cluster.storage.remote import Entry, Progress, Remote, check_space, get_all, locked, writable
 
 _LOG = logging.getLogger(__name__)

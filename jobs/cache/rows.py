@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from hasten.accel.cache.prompt.base import Drafting
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import digest, write_whole
 from hasten.accel.data.tokens import fingerprint
 from hasten.accel.evaluation import recall
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import digest, write_whole
 from hasten.cluster.programs import caches
 from hasten.cluster.programs.caches import CacheInputs, CacheRow, measure_caches
 from hasten.cluster.runtime.placement import ActorResources

@@ -9,11 +9,11 @@ from time import perf_counter
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated, settings
 from hasten.accel.cache.statistics import FOLDER, file_name, read_layers, write_layers
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import digest
 from hasten.accel.errors import UserError
 from hasten.accel.models import embedded
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import digest
 from hasten.cluster.programs import cache_calibration
 from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes

@@ -7,8 +7,8 @@ from pathlib import Path
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated
 from hasten.accel.cache.statistics import find, load
-from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import original_of
 from hasten.cluster.storage.naming import as_given
 
 _LOG = logging.getLogger(__name__)

@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.expert_tokens import described as described_tokens
 from hasten.accel.compression.calibration.group_sizes import AUTO_SIZES, described, layers_of_sizes
 from hasten.accel.compression.calibration.layer_groups import Group, group_sizes
 from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.base import Level
-from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.quantizers.base import AUTO
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.resumable import ResumableFolder
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hasten.accel.compression.activations.hadamard import is_online
+from hasten.accel.activations.hadamard import is_online
 from hasten.accel.models.checkpoint import read_json
 from hasten.accel.models.loading_needs import fuses_experts, initialises_layers
 from hasten.accel.models.packed import needs_loader

@@ -14,7 +14,6 @@ from transformers import AutoConfig
 
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.prompt.base import Drafting, saved_positions
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.data.begin import begin_tokens, separator_tokens
 from hasten.accel.data.chat import encode_conversation, encode_prompt
 from hasten.accel.data.library import library_files, library_root, read_texts
@@ -22,6 +21,7 @@ from hasten.accel.data.records import Conversation, check_characters, read_promp
 from hasten.accel.decoding.drafters.base import Drafter
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.resumable import write_whole
 from hasten.jobs.common.records import Record
 from hasten.jobs.common.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.data.mixture import absolute
 from hasten.accel.data.packing import unpack
@@ -24,6 +23,7 @@ from hasten.accel.evaluation.guessing import guessing_perplexity
 from hasten.accel.evaluation.perplexity import Windows, load_windows
 from hasten.accel.models import embedded
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.storage.remote import is_uri
 from hasten.jobs.common.records import Record

@@ -1,9 +1,9 @@
 """Cost estimate of `hasten evaluate`."""
 
-from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.costs import evaluation
 from hasten.accel.costs.estimate import Estimate
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import original_of
 from hasten.jobs.common.target_group import check_block_options, planned_ranks
 from hasten.jobs.dry_run.evaluation import windows
 from hasten.jobs.dry_run.models import model_of

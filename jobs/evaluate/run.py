@@ -10,7 +10,6 @@ from time import perf_counter
 
 import torch
 
-from hasten.accel.compression.outputs.resumable import original_of, source_name
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.gates import Gate
@@ -19,6 +18,7 @@ from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.evaluation.tasks import check_tasks
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.resumable import original_of, source_name
 from hasten.cluster.actors.divided_model import Division
 from hasten.cluster.programs.evaluation import check_weights
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes

@@ -6,10 +6,10 @@ from time import perf_counter
 from hasten.accel.compression.kv_heads import checkpoint as kv_heads_checkpoint
 from hasten.accel.compression.kv_heads.checkpoint import KVHeadsFolder
 from hasten.accel.compression.kv_heads.folding import KVHeads
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import PROGRESS, digest
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import PROGRESS, digest
 from hasten.cluster.programs import cache_calibration
 from hasten.cluster.programs.cache_calibration import CacheCalibration, PartSums
 from hasten.cluster.runtime.resources import cpu_seconds, peak_rss_bytes

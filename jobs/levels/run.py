@@ -12,10 +12,10 @@ from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.level import make_levels, parse_level
 from hasten.accel.compression.levels.schemes import SCHEMES
-from hasten.accel.compression.outputs.resumable import digest, lasting
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import digest, lasting
 from hasten.cluster.programs.calibration import CalibrationPass, PassReport
 from hasten.cluster.storage.naming import as_given
 from hasten.cluster.tracking.tracker import Tracker

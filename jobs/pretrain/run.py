@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.data.library import library_files, library_root, read_texts
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.pretraining import (
     Schedule,
     Shape,

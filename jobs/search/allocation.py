@@ -16,8 +16,6 @@ from hasten.accel.compression.levels import units
 from hasten.accel.compression.levels.assemble import mixed_gguf, mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase
 from hasten.accel.compression.levels.units import dropped_parts, layer_levels
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import digest
 from hasten.accel.compression.search import candidates
 from hasten.accel.compression.search.base import AllocationMethod, Problem, Searcher
 from hasten.accel.compression.search.fitness import Fitness
@@ -28,6 +26,8 @@ from hasten.accel.evaluation.perplexity import Windows
 from hasten.accel.evaluation.sizes import sizes
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import digest
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, method_names, name_of, target_of
 from hasten.jobs.common.calibration import open_output, original

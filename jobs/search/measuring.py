@@ -12,8 +12,6 @@ from torch import Tensor
 
 from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.levels.database import LevelDatabase
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import digest
 from hasten.accel.compression.search import gradient_scores, sensitivity
 from hasten.accel.compression.search.errors import with_errors
 from hasten.accel.compression.search.fitness import KL, Fitness
@@ -23,6 +21,8 @@ from hasten.accel.compression.search.operating_point import Observation, iterate
 from hasten.accel.compression.search.samples import Sample
 from hasten.accel.data.tokens import fingerprint
 from hasten.accel.evaluation.perplexity import Windows
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import digest
 from hasten.cluster.actors.evaluator import EvaluatorSpec
 from hasten.cluster.programs.search import Evaluators
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.compression.search.base import Problem, Searcher, State, Step
 from hasten.accel.compression.search.measurements import Measure
 from hasten.accel.compression.search.moves import Genome
+from hasten.accel.outputs.resumable import write_whole
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.common.progress import Progress
 

@@ -30,8 +30,6 @@ from hasten.accel.cache.levels import (
 from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.allocators.budgets import allocate, check_allocator, check_budget
 from hasten.accel.compression.allocators.exact import Exact
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import digest, write_whole
 from hasten.accel.compression.search.base import AllocationMethod, Problem, Searcher
 from hasten.accel.compression.search.measurements import Request
 from hasten.accel.compression.search.moves import Genome
@@ -39,6 +37,8 @@ from hasten.accel.data.parts import Part
 from hasten.accel.data.tokens import fingerprint, load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import digest, write_whole
 from hasten.cluster.programs.cache_mixes import MixInputs, MixOnText, MixResults, measure_mixes
 from hasten.cluster.tracking.tracker import Tracker
 from hasten.jobs.cli.methods import build, name_of

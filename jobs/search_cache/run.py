@@ -8,7 +8,7 @@ from typing import Any
 
 from hasten.accel.cache.levels import uniform_divergence
 from hasten.accel.cache.mixed import write
-from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.outputs.resumable import write_whole
 from hasten.cluster.runtime.resources import cpu_seconds
 from hasten.cluster.storage.naming import as_given
 from hasten.jobs.common.cluster import cluster_session

@@ -7,7 +7,6 @@ from time import perf_counter
 
 import torch
 
-from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.data.chat import end_of_turn
 from hasten.accel.data.documents import LIBRARY
 from hasten.accel.decoding.drafters.base import Drafter
@@ -15,6 +14,7 @@ from hasten.accel.decoding.sampling import Sampling
 from hasten.accel.decoding.targets.base import FINAL
 from hasten.accel.decoding.targets.loading import load_target
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.training.data.records import Records, RecordsMeta
 from hasten.accel.training.heads.draft_head import CONFIG, DraftHead, TargetFacts, load_head
 from hasten.accel.training.setup import SCORE, HeadSetup

@@ -6,7 +6,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.costs.hardware import (
     FP4,
     FP8,

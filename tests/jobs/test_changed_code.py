@@ -61,6 +61,7 @@ def append(path, line):
     path.write_text(f"{path.read_text()}\n{line}\n")
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_half_done_run_resumes_if_another_quantizer_changed_and_not_if_its_own_did(checkout, source):
     stopped = compress(checkout, source, "-c", STOPPED)

@@ -44,7 +44,7 @@ def here(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param("sweep", marks=pytest.mark.soak), "plan"])
 def test_nothing_in_the_current_folder_is_imported(here, tmp_path, name):
     (tmp_path / "command").write_text(COMMAND)
     set_traps(here)
@@ -52,6 +52,7 @@ def test_nothing_in_the_current_folder_is_imported(here, tmp_path, name):
     assert imported(here) == []
 
 
+@pytest.mark.soak
 def test_python_m_hasten_imports_nothing_there_and_uses_a_long_tmpdir_through_a_short_link(here, tmp_path):
     set_traps(here, "module")
     long = tmp_path / ("x" * 170)

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
-from hasten.accel.compression.formats.ggml.types import TYPES
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.outputs.gguf import FILE, GgufFolder, GgufOptions
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
@@ -21,6 +20,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models import embedded
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint, resolve
+from hasten.accel.models.ggml.types import TYPES
 from hasten.accel.models.gguf.families import FAMILIES
 from hasten.accel.models.gguf.tokenizer import splitter_of
 from tests.models import tiny

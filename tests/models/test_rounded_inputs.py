@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hasten.accel.compression.activations.description import described
-from hasten.accel.compression.activations.hooks import attention_states
-from hasten.accel.compression.activations.scales import STRATEGIES, AttentionScheme
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.description import described
+from hasten.accel.activations.hooks import attention_states
+from hasten.accel.activations.scales import STRATEGIES, AttentionScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
-from tests.compression.activations.schemes import SCHEMES
+from tests.activations.schemes import SCHEMES
 from tests.models import tiny
 from tests.models.conftest import FOUR_BITS
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hasten.accel.compression.activations.ranges import InputRange
+from hasten.accel.activations.ranges import InputRange
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian, Tree
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.observers.base import InputObserver
-from hasten.accel.compression.activations.observers.maximum import Maximum
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.observers.base import InputObserver
+from hasten.accel.activations.observers.maximum import Maximum
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration import outer_solve, shard, solve
 from hasten.accel.compression.calibration.chunk_sums import Wanted
 from hasten.accel.compression.calibration.layer_groups import Group, common_levels, make_layer_groups, schemes
@@ -21,7 +21,6 @@ from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.database import LevelDatabase, attention_names
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
 from hasten.accel.compression.outputs.gguf import GgufFolder, GgufOptions, options_of
 from hasten.accel.compression.outputs.source import check_source
 from hasten.accel.compression.pruners.base import Pruner
@@ -37,6 +36,7 @@ from hasten.accel.data.tokens import fingerprint as tokens_fingerprint
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
 
 PROPAGATE = ("sequential", "quantized", "original")
 

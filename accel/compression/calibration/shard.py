@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import attention_path, attention_states
-from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
+from hasten.accel.activations.hooks import attention_path, attention_states
+from hasten.accel.activations.ranges import HeadRanges, InputRange
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.stages import Stage, StagedBlock, container, members_of

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.observers.base import InputObserver
-from hasten.accel.compression.activations.ranges import InputRange
-from hasten.accel.compression.activations.scales import input_tensors
+from hasten.accel.activations.observers.base import InputObserver
+from hasten.accel.activations.ranges import InputRange
+from hasten.accel.activations.scales import input_tensors
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.levels.base import Level

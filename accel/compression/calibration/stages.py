@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import attention_states, prepare_inputs, rotated_inputs
-from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.hooks import attention_states, prepare_inputs, rotated_inputs
+from hasten.accel.activations.ranges import HeadRanges, InputRange
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Tree

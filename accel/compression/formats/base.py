@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.compression.quantizers.base import QuantizedWeight, WeightScheme
 
 

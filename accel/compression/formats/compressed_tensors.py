@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.compression.formats.base import Format, LoaderScheme, Packing, StoredTensor
 from hasten.accel.compression.formats.fp4 import PackedFP4
 from hasten.accel.compression.formats.pack_quantized import PackQuantized

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.accel.activations.hooks import attention_path
 from hasten.accel.cache.rotary import rotary_of
-from hasten.accel.compression.activations.hooks import attention_path
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.kv_heads.folding import KVHeads, folded
 from hasten.accel.compression.outputs.checkpoint import OutputFolder

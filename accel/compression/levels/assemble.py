@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.allocators.base import BLOCK, DROP
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.calibration.outer import at_level, is_outer

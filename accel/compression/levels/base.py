@@ -13,15 +13,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.compression.calibration.slabs import row_slabs, slab_of
 from hasten.accel.compression.formats.base import LoaderScheme, StoredTensor
-from hasten.accel.compression.formats.ggml.base import BlockType
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Layer
+from hasten.accel.models.ggml.base import BlockType
 
 
 @dataclass(frozen=True)

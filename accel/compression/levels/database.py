@@ -14,14 +14,13 @@ from typing import ClassVar
 from safetensors import safe_open
 from torch import Tensor
 
-from hasten.accel.compression.activations.description import INPUT_TENSORS, input_rounding
-from hasten.accel.compression.activations.rounding import InputRounding
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.description import INPUT_TENSORS, input_rounding
+from hasten.accel.activations.rounding import InputRounding
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, join_layers
 from hasten.accel.compression.calibration.outer import OuterLevels, outer_groups, outer_levels
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.levels.level import parse_level
-from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder
 from hasten.accel.compression.result import Facts
 from hasten.accel.compression.transforms.checkpoint import TransformedCheckpoint
 from hasten.accel.compression.transforms.edits import EditFolder
@@ -29,6 +28,7 @@ from hasten.accel.compression.transforms.rotating import rotated
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import PROGRESS, ResumableFolder
 
 _LAYERS = "layers"
 _FACTS = "facts"

@@ -1,1 +1,1 @@
-"""Output folders of runs that can be resumed: compressed checkpoints, locks and atomic writes."""
+"""Folders of compressed checkpoints, and what a checkpoint must be to be compressed."""

@@ -15,28 +15,22 @@ from typing import Any, ClassVar
 from safetensors import safe_open
 from torch import Tensor
 
-from hasten.accel.compression.activations.description import INPUT_TENSORS, described, input_rounding
-from hasten.accel.compression.activations.hadamard import described as described_rotation
-from hasten.accel.compression.activations.hadamard import groups_of, tensor_name
-from hasten.accel.compression.activations.rounding import InputRounding
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.description import INPUT_TENSORS, described, input_rounding
+from hasten.accel.activations.hadamard import described as described_rotation
+from hasten.accel.activations.hadamard import groups_of, tensor_name
+from hasten.accel.activations.rounding import InputRounding
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.layer_groups import Group, schemes
 from hasten.accel.compression.formats.base import Format
 from hasten.accel.compression.levels.depth import shorten
-from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard
 from hasten.accel.compression.result import Facts
 from hasten.accel.models.architecture import HEAD, TIED, Architecture
+from hasten.accel.models.copied_files import OWN, copied_files
 from hasten.accel.models.tensor_names import BLOCK_NUMBER, below_holder
+from hasten.accel.outputs.resumable import PROGRESS, ResumableFolder, guard
 
 # Size of the shards with the tensors outside the blocks.
 _OUTER_BYTES = 1 << 27
-# Files of the original that are copied: the tokenizer's and similar ones, and terms of use. Its model card is not: it
-# describes the original's weights.
-_COPIED = re.compile(
-    r".*\.(json|txt|model|jinja|tiktoken)|.*(licen[cs]e|notice|copying|copyright|use_policy).*", re.IGNORECASE
-)
-# Those among them that are not, because the run writes its own.
-OWN = ("config.json", "model.safetensors.index.json")
 # Modules that contain the whole model; patterns name the modules below them.
 _HOLDERS = {"model", "decoder", "language_model"}
 # Tensors of a compressed layer that its weight is unpacked from; those that a scheme does not need are not stored.
@@ -319,18 +313,6 @@ class OutputFolder(ResumableFolder):
         tensor = self._architecture.checkpoint.tensor(name)
         self._architecture.checkpoint.check_finite(tensor, name)
         return tensor
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint that every checkpoint made from it gets, too."""
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if _COPIED.fullmatch(file.name)
-        and file.is_file()
-        and file.name not in OWN
-        and not file.name.endswith((".index.json", ".safetensors"))
-    )
 
 
 def outer_shards(architecture: Architecture, layer_groups: Sequence[Sequence[Group]]) -> Iterable[list[str]]:

@@ -17,22 +17,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.compression.calibration.layer_groups import Group
-from hasten.accel.compression.formats.ggml.base import BlockType
-from hasten.accel.compression.formats.ggml.types import TYPES, type_for
 from hasten.accel.compression.levels.depth import shorten
-from hasten.accel.compression.outputs.checkpoint import OWN, copied_files
-from hasten.accel.compression.outputs.resumable import PROGRESS, ResumableFolder, guard, write_whole
 from hasten.accel.compression.quantizers.block_grid import find_block_grid, round_to_blocks
 from hasten.accel.compression.result import Facts
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.copied_files import OWN, copied_files
+from hasten.accel.models.ggml.base import BlockType
+from hasten.accel.models.ggml.types import TYPES, type_for
 from hasten.accel.models.gguf.families import expert_of, family_of
 from hasten.accel.models.gguf.metadata import add_metadata, check_config, rope_factors
 from hasten.accel.models.gguf.place import BF16, F16, F32, to_pairs
 from hasten.accel.models.gguf.tokenizer import add_tokenizer, splitter_of
 from hasten.accel.models.gguf.writer import OutputTensor, write_gguf
+from hasten.accel.outputs.resumable import PROGRESS, ResumableFolder, guard, write_whole
 
 FILE = "model.gguf"
 _PLAIN = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}

@@ -1,8 +1,8 @@
 """What a checkpoint must be to be compressed: plain, or quantized by others, whose weights are then the original's."""
 
-from hasten.accel.compression.outputs.resumable import original_of
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import original_of
 
 
 def check_source(checkpoint: Checkpoint) -> None:

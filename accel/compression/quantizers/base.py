@@ -8,12 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.method import Method, P
 from hasten.accel.compression.quantizers.columns import STEPS
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
+from hasten.accel.models.ggml.base import BlockType, BlockWeight
 from hasten.kernels.dequantize import dequantize
 
 MIN_BITS, MAX_BITS = 2, 8

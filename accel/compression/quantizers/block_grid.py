@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.factor import Factor
 from hasten.accel.compression.calibration.slabs import rows_at_once
-from hasten.accel.compression.formats.ggml.base import BlockGrid, BlockType, combined
+from hasten.accel.models.ggml.base import BlockGrid, BlockType, combined
 
 # Steps that are tried for a group, as multiples of the full range divided by the number of codes.
 _FACTORS = 16

@@ -19,7 +19,6 @@ from torch import Tensor
 from hasten.accel.compression.calibration.factor import Factor, check_factor, factorise
 from hasten.accel.compression.calibration.inputs import without
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.formats.ggml.base import BlockGrid, BlockType, BlockWeight
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
 from hasten.accel.compression.quantizers.block_grid import TRIED, AffineGrid, find_block_grid, fit_to_output
 from hasten.accel.compression.quantizers.grid import find_grid, is_in_range, over_rows
@@ -34,6 +33,7 @@ from hasten.accel.costs.method import (
     scale_fits,
 )
 from hasten.accel.errors import UserError
+from hasten.accel.models.ggml.base import BlockGrid, BlockType, BlockWeight
 
 # Columns visited one by one before a matrix product propagates their error to the rest of the block.
 _INNER = 32

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.inputs import Inputs, without
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
 from hasten.accel.compression.quantizers.block_grid import TRIED, find_block_grid, round_to_blocks
 from hasten.accel.compression.quantizers.grid import Grid
 from hasten.accel.compression.result import Result
 from hasten.accel.costs.method import LayerStack, MethodCost, range_search, rounding
 from hasten.accel.errors import UserError
+from hasten.accel.models.ggml.base import BlockType, BlockWeight
 
 
 @dataclass(frozen=True)

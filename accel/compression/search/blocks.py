@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import set_inputs
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.hooks import set_inputs
+from hasten.accel.activations.rounding import InputRounding
 from hasten.accel.compression.allocators.base import ATTENTION, BLOCK, DROP, MLP, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.models.architecture import Architecture

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hooks import rotated_inputs, rounds_inputs
+from hasten.accel.activations.hooks import rotated_inputs, rounds_inputs
 from hasten.accel.compression.allocators.base import BLOCK, Unit
 from hasten.accel.compression.levels.level import KEEP
 from hasten.accel.compression.search.blocks import (

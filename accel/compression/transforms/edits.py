@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.outputs.resumable import write_whole
 
 # In place of a block's number, for tensors outside the blocks.
 OUTSIDE = -1

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.method import Method
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.compression.transforms.base import BlockTransform
 from hasten.accel.compression.transforms.rotation import RotatedCheckpoint, Rotation, RotationGradient
 from hasten.accel.costs.estimate import Work
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import write_whole
 
 _FILE = "rotation.safetensors"
 _RESIDUAL = "residual"

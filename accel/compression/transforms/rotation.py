@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hadamard import InputHadamard, hadamard_of
+from hasten.accel.activations.hadamard import InputHadamard, hadamard_of
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint_view import CheckpointView

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.formats.ggml.types import NUMBERS
+from hasten.accel.models.ggml.types import NUMBERS
 
 F32, F16, BF16 = 0, 1, 30
 _PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16, 28: torch.float64}

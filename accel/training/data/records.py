@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 
 META = "records.json"
 _SHARD = "records-{:05d}.safetensors"

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 
 FILE = "acceptance_head.safetensors"
 _NOTE = "acceptance_head"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.loading_needs import register_loader
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.heads.acceptance import FILE, AcceptanceHead
 from hasten.accel.training.heads.acceptance_training import AcceptanceTraining
 from hasten.accel.training.heads.draft_head import (

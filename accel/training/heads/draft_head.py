@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.decoding.targets.base import Target
 from hasten.accel.decoding.targets.virtual import VirtualTokens
 from hasten.accel.errors import UserError
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.heads.stored import BFLOAT16, INT8, from_stored, to_stored
 from hasten.accel.training.heads.vocabulary import DraftVocabulary
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hasten.accel.compression.outputs.checkpoint import copied_files
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.decoding.drafters.model.base import SmallModel
 from hasten.accel.decoding.targets.fast import FastTarget
 from hasten.accel.errors import UserError, check_fields
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.copied_files import copied_files
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.heads.draft_head import (
     CONFIG,
     WEIGHTS,

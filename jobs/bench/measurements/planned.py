@@ -9,8 +9,8 @@ import torch
 
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.calibration.statistics import split
-from hasten.accel.compression.outputs.resumable import PROGRESS
 from hasten.accel.costs.estimate import Estimate
+from hasten.accel.outputs.resumable import PROGRESS
 from hasten.cluster.actors.calibrator import Calibrator
 from hasten.cluster.runtime.rates import measure
 from hasten.jobs.bench.plan import NORMAL, SMALL, Compared

@@ -179,7 +179,7 @@ def _kept(folder: Path, options: Mapping[str, object], measure: Callable[[], Out
             peaks = {kind: Peak(**peak) for kind, peak in stored["outcome"]["peaks"].items()}
             return Outcome(**{**stored["outcome"], "folder": folder / "model", "peaks": peaks})
     # Imports torch, see _bytes.
-    from hasten.accel.compression.outputs.resumable import write_whole
+    from hasten.accel.outputs.resumable import write_whole
 
     outcome = measure()
     content = json.dumps({**asked, "outcome": asdict(outcome)}, default=str)

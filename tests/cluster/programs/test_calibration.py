@@ -115,6 +115,7 @@ def test_shards_send_sums_of_what_was_asked_for_of_which_none_may_be_missing(sou
         first.solve(0, [last], *collected)
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_driver_killed_in_the_middle_is_resumed_by_the_same_command(source, tmp_path, monkeypatch, ray_session):

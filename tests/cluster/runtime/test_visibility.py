@@ -6,12 +6,15 @@ Both see the same disk: what a node does not see is simulated by what the look-u
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime import visibility
+from hasten.cluster.runtime.prefork import forked_workers
+from hasten.cluster.runtime.ray_processes import fewer_processes
 from hasten.cluster.runtime.visibility import check, state, unseen
 
 ROOT = Path(__file__).parents[3]
@@ -23,6 +26,9 @@ def attempts(folder: Path) -> dict[str, str]:
     import ray
     from ray.cluster_utils import Cluster
 
+    stack = ExitStack()
+    stack.enter_context(forked_workers())
+    stack.enter_context(fewer_processes())
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1).node_id
     ray.init(address=cluster.address, log_to_driver=False)
@@ -54,6 +60,7 @@ def attempts(folder: Path) -> dict[str, str]:
     }
     ray.shutdown()
     cluster.shutdown()
+    stack.close()
     return found
 
 

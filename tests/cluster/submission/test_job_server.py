@@ -64,6 +64,7 @@ def test_a_submitted_job_writes_the_same_bytes_as_a_local_one_and_imports_nothin
     assert head.hasten("logs", "same", cwd=here).stdout == done.stdout
 
 
+@pytest.mark.soak
 def test_a_job_of_the_head_s_own_code_imports_nothing_in_its_folder(head, tmp_path):
     set_traps(tmp_path, "module")
     small = [word for word in COMPRESS if "sequences=8" not in word]

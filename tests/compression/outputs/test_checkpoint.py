@@ -6,13 +6,13 @@ import torch
 
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
-from hasten.accel.compression.outputs import resumable as folder_module
 from hasten.accel.compression.outputs.checkpoint import OutputFolder
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.outputs import resumable as folder_module
 from tests.compression import local
 from tests.models import tiny
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hasten.accel.compression.activations.hadamard import InputHadamard, hadamard_of
+from hasten.accel.activations.hadamard import InputHadamard, hadamard_of
 from hasten.accel.compression.calibration.layer_groups import make_layer_groups
 from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.levels.level import parse_level

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hasten.accel.compression.outputs.resumable import ResumableFolder
+from hasten.accel.outputs.resumable import ResumableFolder
 from hasten.jobs.cli.main import main
 from hasten.jobs.levels.run import DatabaseBuild
 from tests.compression.local import contents

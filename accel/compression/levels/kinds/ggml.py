@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from hasten.accel.compression.formats.base import SHAPE, StoredTensor
-from hasten.accel.compression.formats.ggml.base import BlockType, BlockWeight
-from hasten.accel.compression.formats.ggml.types import TYPES, type_for
 from hasten.accel.compression.levels.base import Level
 from hasten.accel.compression.method import Method
 from hasten.accel.compression.quantizers.base import Quantizer
@@ -21,6 +19,8 @@ from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.result import CompressedWeight, Result
 from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
+from hasten.accel.models.ggml.base import BlockType, BlockWeight
+from hasten.accel.models.ggml.types import TYPES, type_for
 
 _BLOCKS, _DTYPE = "blocks", "dtype"
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.compression.formats.base import LoaderScheme
 from hasten.accel.compression.formats.compressed_tensors import BYTES_INT, INTEGERS
 from hasten.accel.compression.levels.base import AutoSize

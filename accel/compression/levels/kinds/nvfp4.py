@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.compression.formats.base import LoaderScheme
 from hasten.accel.compression.formats.compressed_tensors import NVFP4
 from hasten.accel.compression.levels.quantized import NamedLevel

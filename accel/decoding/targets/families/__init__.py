@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hasten.accel.compression.activations.hadamard import is_online
+from hasten.accel.activations.hadamard import is_online
 from hasten.accel.decoding.targets.families.decoder import Decoder
 from hasten.accel.decoding.targets.families.gemma import Gemma2, Gemma3
 from hasten.accel.decoding.targets.families.llama import Llama, Qwen

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hasten.accel.compression.outputs.resumable import write_whole
 from hasten.accel.errors import UserError
+from hasten.accel.outputs.resumable import write_whole
 from hasten.accel.training.heads.draft_head import DraftHead, DraftNetwork, TargetFacts
 
 CONFIG = "config.json"

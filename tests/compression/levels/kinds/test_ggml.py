@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from hasten.accel.compression.calibration.statistics import Hessian
-from hasten.accel.compression.formats.ggml.types import TYPES
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
@@ -10,6 +9,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models import embedded
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
+from hasten.accel.models.ggml.types import TYPES
 
 
 @pytest.fixture(scope="module")

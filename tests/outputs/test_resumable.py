@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from hasten.accel.compression.outputs.resumable import write_whole
+from hasten.accel.outputs.resumable import write_whole
 
 
 def test_a_file_has_the_mode_that_new_files_get_whatever_its_writer_would_give(tmp_path):

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from hasten.accel.compression.activations.observers.base import InputObserver
-from hasten.accel.compression.activations.ranges import InputRange, bin_edges
-from hasten.accel.compression.activations.rounding import to_codes
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.observers.base import InputObserver
+from hasten.accel.activations.ranges import InputRange, bin_edges
+from hasten.accel.activations.rounding import to_codes
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 
 # Magnitudes that a bin counts as.

@@ -7,15 +7,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from hasten.accel.compression.activations.observers.maximum import Maximum
-from hasten.accel.compression.activations.observers.squared_error import SquaredError
-from hasten.accel.compression.activations.ranges import BINS, HeadRanges, InputRange, bin_edges
-from hasten.accel.compression.activations.rounding import InputRounding
-from hasten.accel.compression.activations.scales import AttentionScheme, input_tensors
+from hasten.accel.activations.observers.maximum import Maximum
+from hasten.accel.activations.observers.squared_error import SquaredError
+from hasten.accel.activations.ranges import BINS, HeadRanges, InputRange, bin_edges
+from hasten.accel.activations.rounding import InputRounding
+from hasten.accel.activations.scales import AttentionScheme, input_tensors
 from hasten.accel.errors import UserError
-from tests.compression.activations.schemes import SCHEMES
+from tests.activations.schemes import SCHEMES
 
-CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "input_observer").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "input_observer").glob("*.yaml"))
 CALIBRATED = [name for name, scheme in SCHEMES.items() if scheme.is_calibrated and scheme.symmetric]
 
 

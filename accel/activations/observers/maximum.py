@@ -5,9 +5,9 @@ Source: Nagel et al. 2021, arXiv:2106.08295, section 3.1 (min-max range).
 
 from dataclasses import dataclass
 
-from hasten.accel.compression.activations.observers.base import InputObserver
-from hasten.accel.compression.activations.ranges import InputRange
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.observers.base import InputObserver
+from hasten.accel.activations.ranges import InputRange
+from hasten.accel.activations.scheme import InputScheme
 
 
 @dataclass(frozen=True)

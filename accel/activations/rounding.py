@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 
 _FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.accel.compression.activations.hadamard import InputHadamard
-from hasten.accel.compression.activations.rounding import InputRounding
+from hasten.accel.activations.hadamard import InputHadamard
+from hasten.accel.activations.rounding import InputRounding
 
 _FUNCTION = "hasten_rounded_attention"
 # As compressed-tensors recognises attentions that have a cache.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.description import GLOBAL_SCALE, SCALE
-from hasten.accel.compression.activations.observers.base import InputObserver
-from hasten.accel.compression.activations.ranges import HeadRanges, InputRange
-from hasten.accel.compression.activations.rounding import InputRounding
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.description import GLOBAL_SCALE, SCALE
+from hasten.accel.activations.observers.base import InputObserver
+from hasten.accel.activations.ranges import HeadRanges, InputRange
+from hasten.accel.activations.rounding import InputRounding
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 
 _FP8_TOP = 448.0

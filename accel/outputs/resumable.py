@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.accel.compression.outputs import lock
 from hasten.accel.errors import UserError, is_disk_full
 from hasten.accel.models import embedded
+from hasten.accel.outputs import lock
 
 PROGRESS = ".hasten"
 _FINGERPRINT = "fingerprint.json"

@@ -1,8 +1,8 @@
 """ggml's block types by name and by number, and the types that stand in for K-quants in narrow matrices."""
 
-from hasten.accel.compression.formats.ggml.base import BlockType
-from hasten.accel.compression.formats.ggml.k_quants import Q2K, Q3K, Q4K, Q5K, Q6K
-from hasten.accel.compression.formats.ggml.legacy import Q4One, Q4Zero, Q5One, Q5Zero, Q8Zero
+from hasten.accel.models.ggml.base import BlockType
+from hasten.accel.models.ggml.k_quants import Q2K, Q3K, Q4K, Q5K, Q6K
+from hasten.accel.models.ggml.legacy import Q4One, Q4Zero, Q5One, Q5Zero, Q8Zero
 
 _ALL: tuple[type[BlockType], ...] = (Q2K, Q3K, Q4K, Q5K, Q6K, Q4Zero, Q4One, Q5Zero, Q5One, Q8Zero)
 TYPES = {kind.name: kind for kind in _ALL}

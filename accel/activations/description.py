@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.activations.rounding import InputRounding
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.rounding import InputRounding
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
 
 # Names of a layer's tensors, behind the layer's name.

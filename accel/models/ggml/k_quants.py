@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hasten.accel.compression.formats.ggml.base import (
+from hasten.accel.models.ggml.base import (
     BlockGrid,
     BlockType,
     as_half,

@@ -1,6 +1,6 @@
 """One scheme of every kind of inputs that a level can have."""
 
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.scheme import InputScheme
 
 SCHEMES = {
     "int8 token": InputScheme("int", 8, "token"),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from hasten.accel.compression.formats.ggml.base import pack_bits, unpack_bits
-from hasten.accel.compression.formats.ggml.types import NUMBERS, TYPES, type_for
 from hasten.accel.compression.quantizers.block_grid import find_block_grid, round_to_blocks
+from hasten.accel.models.ggml.base import pack_bits, unpack_bits
+from hasten.accel.models.ggml.types import NUMBERS, TYPES, type_for
 
 KINDS = list(TYPES.values())
 

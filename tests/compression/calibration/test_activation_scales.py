@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hasten.accel.compression.activations.hooks import attention_states
-from hasten.accel.compression.activations.observers.maximum import Maximum
-from hasten.accel.compression.activations.observers.squared_error import SquaredError
-from hasten.accel.compression.activations.scales import AttentionScheme
+from hasten.accel.activations.hooks import attention_states
+from hasten.accel.activations.observers.maximum import Maximum
+from hasten.accel.activations.observers.squared_error import SquaredError
+from hasten.accel.activations.scales import AttentionScheme
 from hasten.accel.compression.calibration.settings import Task
 from hasten.accel.compression.levels.assemble import mixed_output, write_mixed
 from hasten.accel.compression.levels.database import LevelDatabase

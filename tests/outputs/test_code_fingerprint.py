@@ -14,15 +14,15 @@ from hasten.accel.compression.calibration.settings import Settings
 from hasten.accel.compression.formats.compressed_tensors import CompressedTensors
 from hasten.accel.compression.levels.kinds.grid import GridLevel
 from hasten.accel.compression.levels.level import make_levels
-from hasten.accel.compression.outputs import code_fingerprint as module
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
-from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.compression.pruners.sparsegpt import SparseGPT
 from hasten.accel.compression.pruners.wanda import Wanda
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.compression.quantizers.gptq import GPTQ
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
+from hasten.accel.outputs import code_fingerprint as module
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.resumable import ResumableFolder
 
 TREE = {
     "made_up/__init__.py": "",
@@ -193,14 +193,14 @@ def test_the_fingerprint_of_a_database_has_the_methods_of_its_levels():
 
 def test_the_sources_are_found_wherever_hasten_is_and_nothing_heavy_is_imported_for_it(tmp_path):
     """In a copy of the checkout as Ray unpacks a package of code: without pyproject.toml, the folders in hasten."""
-    root = Path(module.__file__).parents[3]
+    root = Path(module.__file__).parents[2]
     for name in ("accel", "kernels"):
         shutil.copytree(root / name, tmp_path / "hasten" / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "hasten" / "__init__.py", tmp_path / "hasten")
     script = """
 import sys
 from types import ModuleType
-from hasten.accel.compression.outputs.code_fingerprint import code_fingerprint
+from hasten.accel.outputs.code_fingerprint import code_fingerprint
 method = ModuleType("hasten.accel.compression.quantizers.gptq")
 found = code_fingerprint(method)
 assert sorted(found) == list(found) and "hasten.accel.compression.quantizers.grid" in found

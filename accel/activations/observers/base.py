@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.accel.compression.activations.ranges import InputRange
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.ranges import InputRange
+from hasten.accel.activations.scheme import InputScheme
 
 
 @dataclass(frozen=True)

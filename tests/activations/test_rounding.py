@@ -4,11 +4,11 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-from hasten.accel.compression.activations.description import described, input_rounding, parsed
-from hasten.accel.compression.activations.rounding import InputRounding, power_of_two_scale
-from hasten.accel.compression.activations.scheme import InputScheme
+from hasten.accel.activations.description import described, input_rounding, parsed
+from hasten.accel.activations.rounding import InputRounding, power_of_two_scale
+from hasten.accel.activations.scheme import InputScheme
 from hasten.accel.errors import UserError
-from tests.compression.activations.schemes import SCHEMES
+from tests.activations.schemes import SCHEMES
 
 
 @pytest.fixture(params=SCHEMES, ids=lambda name: name.replace(" ", "_"))

@@ -2,10 +2,10 @@ import fcntl
 
 import pytest
 
-from hasten.accel.compression.outputs import lock
-from hasten.accel.compression.outputs import resumable as folder
-from hasten.accel.compression.outputs.resumable import ResumableFolder
 from hasten.accel.errors import UserError
+from hasten.accel.outputs import lock
+from hasten.accel.outputs import resumable as folder
+from hasten.accel.outputs.resumable import ResumableFolder
 from tests.compression.other_run import held
 
 
