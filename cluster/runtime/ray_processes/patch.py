@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ SWITCH = "HASTEN_RAY_PROCESSES"
 _AGENT = "--dashboard_agent_command="
 _FOLDER, _NODE = "--session_dir=", "--node_id="
 _IDLE = Path(__file__).with_name("idle_agent.py")
+# Ray's names of the ports that the agent would listen on.
+_PORTS = ("METRICS_AGENT_PORT_NAME", "METRICS_EXPORT_PORT_NAME", "DASHBOARD_AGENT_LISTEN_PORT_NAME")
 
 
 @contextmanager
@@ -46,6 +49,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         parameters = inspect.signature(parameter.RayParams).parameters
         start = services.start_ray_process
         known = {"no_monitor", "include_log_monitor"} <= parameters.keys() and callable(services.start_api_server)
+        known = known and all(hasattr(_ports(), name) for name in ("persist_port", *_PORTS))
         known = known and list(inspect.signature(start).parameters)[:2] == ["command", "process_type"]
     except (AttributeError, TypeError, ValueError):
         known = False
@@ -57,7 +61,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     def start_ray_process(command: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         return start(_with_idle_agent(list(command)), *args, **kwargs)
 
-    fewer = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    absent: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    fewer = partial(parameter.RayParams, **absent)
     return [
         (parameter, "RayParams", fewer),
         # As if it had not started, which Ray lives with.
@@ -74,15 +79,15 @@ def _with_idle_agent(command: list[str]) -> list[str]:
     )
     if folder is None or node is None or not any(word.startswith(_AGENT) for word in command):
         return command
-    from ray import _raylet
-
+    ports = _ports()
     # Ray waits for the agent's ports; -1 says that there are none.
-    for name in (
-        _raylet.METRICS_AGENT_PORT_NAME,
-        _raylet.METRICS_EXPORT_PORT_NAME,
-        _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    ):
-        _raylet.persist_port(folder, node, name, -1)
+    for name in _PORTS:
+        ports.persist_port(folder, node, getattr(ports, name), -1)
     # Neither site packages nor Python's variables: it must start at once and stay small.
     agent = _AGENT + subprocess.list2cmdline([sys.executable, "-S", "-E", str(_IDLE)])
     return [agent if word.startswith(_AGENT) else word for word in command]
+
+
+def _ports() -> Any:
+    """Ray's module that keeps a node's ports; mypy does not see what is compiled."""
+    return import_module("ray._raylet")
