@@ -18,6 +18,7 @@ from tests.models import tiny
 TOKENS = tiny.tokens(batch=9)
 
 
+@pytest.mark.soak
 @pytest.mark.faults
 @pytest.mark.ray
 def test_a_killed_rank_ends_its_group_and_another_one_writes_the_bytes_of_one_process(

@@ -17,6 +17,7 @@ from tests.cluster.processes import processes, wait_for
 from tests.models import tiny
 
 
+@pytest.mark.soak
 @pytest.mark.faults
 @pytest.mark.ray
 def test_a_killed_rank_ends_its_group_and_the_windows_are_evaluated_again(

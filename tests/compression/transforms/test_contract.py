@@ -41,9 +41,18 @@ def transform_of(path):
     return instantiate(OmegaConf.load(path), **CHANGED.get(path.stem, {}))
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
 def transform(request):
     return transform_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(transform, tmp_path_factory):
+    """A checkpoint, and the folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = tiny.save(folder / "original", "llama")
+    local.compress(settings(source, folder / "out", transform), TOKENS)
+    return source, folder / "out"
 
 
 def settings(source, output, *transforms, **changes):
@@ -88,9 +97,8 @@ class Killed(Exception):  # noqa: N818 (not an error)
 
 
 @pytest.mark.parametrize("stop", ["before the edits", "after the edits", "before the block"])
-def test_a_run_that_is_killed_at_a_transform_resumes_with_the_same_bytes(transform, stop, tmp_path, monkeypatch):
-    source = tiny.save(tmp_path / "original", "llama")
-    local.compress(settings(source, tmp_path / "whole", transform), TOKENS)
+def test_a_run_that_is_killed_at_a_transform_resumes_with_the_same_bytes(transform, whole, stop, tmp_path, monkeypatch):
+    source, unstopped = whole
     killed = settings(source, tmp_path / "killed", transform)
 
     def end(*arguments, **named):
@@ -107,7 +115,7 @@ def test_a_run_that_is_killed_at_a_transform_resumes_with_the_same_bytes(transfo
             with pytest.raises(Killed):
                 local.compress(killed, TOKENS)
     local.compress(killed, TOKENS)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+    assert contents(unstopped) == contents(tmp_path / "killed")
 
 
 def test_transformers_loads_what_is_written(tmp_path):
