@@ -48,7 +48,6 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
         if not address:
             # Before Ray, so that its imports and Ray's start take place at the same time.
             stack.enter_context(forked_workers())
-            stack.enter_context(fewer_processes())
         with current_folder(stack.enter_context(empty_folder())):
             if address:
                 _join(address)
@@ -148,14 +147,15 @@ def _start_here(cpus: int, temporary: str | None) -> None:
     _LOG.info("starting Ray on this machine")
     for attempt in (1, 2):
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                _temp_dir=temporary,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with fewer_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    _temp_dir=temporary,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             return
         except Exception as error:
             # On a busy machine the start can exceed a fixed time limit inside Ray.

@@ -23,9 +23,8 @@ ROWS = 12
 
 
 def group_sizes(columns):
-    """Every group size that the columns allow, of wide layers every second one, and one scale a row."""
-    sizes = [size for size in range(8, columns + 1) if columns % size == 0]
-    return [*(sizes if columns < 300 else sizes[::2]), -1]
+    """Every group size that the columns allow, and one scale a row."""
+    return [*(size for size in range(8, columns + 1) if columns % size == 0), -1]
 
 
 def layer(columns):

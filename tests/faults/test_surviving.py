@@ -162,7 +162,6 @@ def test_a_successor_has_cpus_of_its_own_where_a_node_has_them(cluster):
     assert lines[0].startswith("lost a worker (")
 
 
-@pytest.mark.soak
 @pytest.mark.ray
 def test_a_full_object_store_spills_and_the_bytes_are_the_same(tmp_path):
     # Sums of 3584 columns are 27 MB: of two blocks and two calibrators they are more than the store's 80.

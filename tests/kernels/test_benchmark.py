@@ -78,7 +78,6 @@ def test_cases_of_a_gpu_are_listed_without_one_and_without_operands():
     assert measured == {"packed_gemm", "float_gemm", "sign_gemm"}
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_a_trial_without_a_gpu_times_every_op_and_prints_its_table_last(tmp_path):
     done = run("--device", "cpu", OUT=str(tmp_path / "out"))

@@ -79,7 +79,7 @@ def test_a_draft_model_with_fewer_or_more_rows_leaves_the_tokens_as_they_are(dra
 @pytest.mark.parametrize("rows", [3, 6])
 def test_sampled_tokens_follow_the_target_if_the_draft_model_has_fewer_or_more_rows(drafter, made, rows):
     _, models = made(rows, size=4)
-    prompt, count, tokens = [1, 0, 3, 1, 0, 3, 1], 500, 3
+    prompt, count, tokens = [1, 0, 3, 1, 0, 3, 1], 1000, 3
     engine = Engine(target(4), drafter, models=models, policy=Fixed(4), in_flight=50)
     requests = [Request(str(number), prompt, tokens + 1, WARM, seed=number) for number in range(count)]
     found = torch.tensor([result.token_ids[:tokens] for result in decoded(engine, requests).values()])

@@ -65,7 +65,7 @@ def models(target):
     return Models(target.vocabulary, target=target, target_path=resolve("embedded:target"))
 
 
-@pytest.mark.parametrize(("sampling", "in_flight"), [(GREEDY, 3), (WARM, 2)])
+@pytest.mark.parametrize(("sampling", "in_flight"), [(GREEDY, 1), (GREEDY, 3), (WARM, 2)])
 def test_output_is_the_targets_own_token_for_token(drafter, target, sampling, in_flight):
     engine = Engine(target, drafter, models=models(target), policy=Fixed(8), in_flight=in_flight)
     found = {result.id: result.token_ids for result in engine.decode(requests_of(sampling))}
