@@ -233,7 +233,6 @@ def _runs(work: Pass, block: int) -> int:
 
 def _calibrator(work: Pass, rates: Rates) -> Process:
     model = work.model
-    block = model.largest_block()
     held_sums = max((_sums_bytes(work, stage) for block in work.layer_groups for stage in work.sums(block)), default=0)
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
@@ -241,13 +240,16 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     held = model.waiting_bytes if work.staged or work.ranks is not None else model.hidden_bytes
     streams = 2 if work.runs_original else 1
     hidden = {"hidden states": streams * held(work.max_sequences, work.length)}
-    largest = max(model.architecture.linears(block), key=lambda layer: layer.rows * layer.columns)
+    largest = max(model.architecture.linears(model.largest_block()), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
     host: dict[str, dict[str, int]] = {"check": {"process": rates.worker_bytes, **_checked(model)}}
     device: dict[str, dict[str, int]] = {}
     if work.sequences:
-        kept, offloaded = {"weights of a block": streams * model.block_bytes(block)}, dict[str, int]()
+        block, expert = model.streamed_bytes()
+        kept, offloaded = {"weights of a block": streams * block}, dict[str, int]()
+        if expert:
+            kept["layer of an expert"] = expert
         if work.ranks is not None:
             kept, offloaded = work.ranks.block_weights(model)
             always |= {"DeepSpeed": DEEPSPEED_BYTES}

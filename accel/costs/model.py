@@ -86,6 +86,18 @@ class Model:
         """Index of the largest block."""
         return max(self._kinds(), key=self.block_bytes)
 
+    def streamed_bytes(self) -> tuple[int, int]:
+        """Bytes of the largest block without the layers of experts, and of one of these, as stored and as it runs."""
+        checkpoint, item = self.architecture.checkpoint, self.dtype.itemsize
+        held = streamed = 0
+        for index in self._kinds():
+            experts = [layer for layer in self.architecture.linears(index) if layer.expert is not None]
+            sizes = {layer.name: layer.rows * layer.columns for layer in experts}
+            held = max(held, self.block_bytes(index) - sum(sizes.values()) * item)
+            for name, size in sizes.items():
+                streamed = max(streamed, size * (item + checkpoint.dtype(f"{name}.weight").itemsize))
+        return held, streamed
+
     def elements(self) -> int:
         """Number of elements of all tensors."""
         checkpoint = self.architecture.checkpoint

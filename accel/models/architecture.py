@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,13 @@ from hasten.accel.models.skeleton import (
     placeholder,
     read_config,
 )
+from hasten.accel.models.supplied import ReadWeights
 from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
+# A weight [rows, columns], or a function that gives it, which may be called several times.
+Weight = Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Architecture:
         self.hidden_size = int(getattr(self.config, "hidden_size", 0) or self._embedding.embedding_dim)
         self._arguments: dict[tuple[int, int], list[Call]] = {}
         self._linears: dict[int, list[Layer]] = {}
+        self._streamed: WeakKeyDictionary[nn.Module, ReadWeights] = WeakKeyDictionary()
         self._output_layer: OutputLayer | None = None
         self._front_is_loaded = False
         self._names = self._sort_names()
@@ -198,6 +204,24 @@ class Architecture:
         self._round_as_stored(block, index)
         return block.eval()
 
+    def stream_block(self, index: int) -> nn.Module:
+        """Like `load_block`, but without the weights of experts: each is read when it runs, see models.supplied.
+
+        Forwards in `run_forwards` read it once for all of them.
+        """
+        block = self._empty_block(index)
+        experts = [layer for layer in self.linears(index) if layer.expert is not None]
+        weights = ReadWeights(self.device, self.dtype)
+        for layer in experts:
+            module = block.get_submodule(layer.module)
+            assert isinstance(module, nn.Linear)
+            weights.add(layer.module, module, partial(self._read, f"{layer.name}.weight"))
+        self._fill_block(block, index, {f"{layer.module}.weight" for layer in experts})
+        self._streamed[block] = weights
+        self._rotate_inputs(block, index)
+        self._round_as_stored(block, index)
+        return block.eval()
+
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
         documents = documents_of(hidden)
@@ -212,21 +236,28 @@ class Architecture:
     def run_forwards(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
         """Run forwards, each of which calls `run_block` of this block, from their start to their end.
 
-        One after another, or layer by layer where the block is divided over processes.
+        One after another, or layer by layer where weights are brought to the block.
         """
         for forward in forwards:
             forward.switch()
         self.supply(block, forwards)
 
     def supply(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
-        """Let forwards go on that wait for weights of a block; here all weights are in the block."""
+        """Let forwards go on that wait for weights which are not in the block."""
+        if block in self._streamed:
+            with torch.no_grad():
+                self._streamed[block].supply(forwards)
 
-    def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights of a block. weights: paths of layers in the block, and their weights [rows, columns]."""
+    def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Weight]]) -> None:
+        """Replace weights of layers of a block, by their paths in it."""
+        streamed = self._streamed.get(block)
         for path, weight in weights:
+            if streamed is not None and path in streamed:
+                streamed.replace(path, partial(_held, weight) if isinstance(weight, Tensor) else weight)
+                continue
             parameter = block.get_submodule(path).weight
             assert isinstance(parameter, nn.Parameter)
-            parameter.data = weight.to(parameter.device, parameter.dtype)
+            parameter.data = (weight if isinstance(weight, Tensor) else weight()).to(parameter.device, parameter.dtype)
 
     def round_inputs(self, block: nn.Module, roundings: Iterable[tuple[str, InputRounding | None]]) -> None:
         """Set how layers of a block round their inputs. roundings: with the paths of the layers in the block."""
@@ -623,3 +654,7 @@ class Architecture:
             bias,
             None if rounding is None else rounding.to(self.device),
         )
+
+
+def _held(weight: Tensor) -> Tensor:
+    return weight

@@ -1,8 +1,7 @@
 """An architecture whose blocks are divided over ranks: each holds a part of every linear layer's rows.
 
-A layer's weight is gathered just for its product, for all of a rank's forwards at once, and dropped after it. So a
-device holds 1/n of a block and one whole layer, every weight is sent once for each time that a block runs on all
-sequences, and the arithmetic is that of one process, bit for bit.
+A layer's weight is gathered just for its product, for all of a rank's forwards at once, and dropped after it (see
+`supplied`). So a device holds 1/n of a block and one whole layer.
 
 Source: partitioned parameters of ZeRO-3, Rajbhandari et al. 2020, arXiv:1910.02054; ZeRO-Infinity, arXiv:2104.07857.
 Departs from them: forwards go through a block layer by layer, and not one after another, so that a weight is gathered
@@ -10,34 +9,33 @@ once for all sequences; ranks may have different numbers of forwards and run dif
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.architecture import Architecture, Weight
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.exchange import Exchange
-from hasten.accel.models.forwards import Forward, current_forward
+from hasten.accel.models.forwards import Forward
+from hasten.accel.models.supplied import SuppliedWeights
 
 # Number of no layer.
 _NONE = 1 << 62
 
 
-class DividedWeights:
+class DividedWeights(SuppliedWeights):
     """Weights of a block's linear layers, of which each rank holds consecutive rows.
 
     device: on which layers run. offload: whether this rank's rows are held in main memory.
     """
 
     def __init__(self, exchange: Exchange, device: torch.device, dtype: torch.dtype, offload: bool = False) -> None:
-        self._exchange, self._device, self._dtype = exchange, device, dtype
+        super().__init__(device, dtype)
+        self._exchange = exchange
         self._home = torch.device("cpu") if offload else device
-        self._numbers: dict[str, int] = {}
         self._rows: list[int] = []
         self._parts: list[Tensor] = []
-        self._weight: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,49 +44,26 @@ class DividedWeights:
 
     def divide(self, path: str, layer: nn.Linear, read: Callable[[int, int], Tensor]) -> None:
         """Add a layer, whose path in the block is `path`. read(first, last): rows of its weight."""
-        number, rows = len(self._parts), layer.out_features
-        self._numbers[path] = number
+        rows = layer.out_features
         self._rows.append(rows)
         self._parts.append(self._part(rows, read))
-        empty = torch.empty(0, dtype=self._dtype, device=self._device)
-        layer.weight = nn.Parameter(empty, requires_grad=False)
-
-        # They refer to no module, so that a block is freed as soon as it is dropped.
-        def take(module: Any, inputs: object) -> None:
-            forward = current_forward()
-            forward.layer = number
-            forward.pause()
-            module.weight.data = self._weight
-
-        def drop(module: Any, inputs: object, output: object) -> None:
-            module.weight.data = empty
-
-        layer.register_forward_pre_hook(take)
-        layer.register_forward_hook(drop)
+        self._add(path, layer, alone=False)
 
     def replace(self, path: str, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` (R, C), of which this rank keeps its rows."""
         number = self._numbers[path]
         self._parts[number] = self._part(self._rows[number], lambda first, last: weight[first:last])
 
-    def supply(self, forwards: Sequence[Forward]) -> None:
-        """Let forwards that wait for weights go on, until none on any rank waits for one; called on all ranks at once.
+    def next_layer(self, forwards: Sequence[Forward]) -> int | None:
+        """The first layer that a forward on any rank waits for; called on all ranks at once."""
+        needed = super().next_layer(forwards)
+        number = self._exchange.minimum(_NONE if needed is None else needed)
+        return None if number == _NONE else number
 
-        Forwards that need a layer run it in their order.
-        """
-        while True:
-            needed = min((forward.layer for forward in forwards if forward.layer is not None), default=_NONE)
-            number = self._exchange.minimum(needed)
-            if number == _NONE:
-                return
-            whole = self._exchange.gather(self._parts[number].to(self._device, non_blocking=True))
-            self._weight = whole[: self._rows[number]]
-            del whole
-            for forward in forwards:
-                if forward.layer == number:
-                    forward.layer = None
-                    forward.switch()
-            self._weight = None
+    def bring(self, number: int) -> Tensor:
+        """The weight gathered from all ranks."""
+        whole = self._exchange.gather(self._parts[number].to(self._device, non_blocking=True))
+        return whole[: self._rows[number]]
 
     def _part(self, rows: int, read: Callable[[int, int], Tensor]) -> Tensor:
         """The rows of this rank, filled up with zeros to the same number on all ranks."""
@@ -141,10 +116,14 @@ class DividedArchitecture(Architecture):
         self._round_as_stored(block, index)
         return block.eval()
 
-    def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def stream_block(self, index: int) -> nn.Module:
+        """The same as `load_block`, which does not hold the layers."""
+        return self.load_block(index)
+
+    def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Weight]]) -> None:
         """See Architecture."""
         for path, weight in weights:
-            self._weights[block].replace(path, weight)
+            self._weights[block].replace(path, weight if isinstance(weight, Tensor) else weight())
 
     def supply(self, block: nn.Module, forwards: Sequence[Forward]) -> None:
         """See Architecture."""

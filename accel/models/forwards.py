@@ -31,6 +31,11 @@ class Forward(greenlet):
         self.parent.switch()
 
 
+def in_forward() -> bool:
+    """Whether a forward is running."""
+    return isinstance(getcurrent(), Forward)
+
+
 def current_forward() -> Forward:
     """The forward that is running."""
     current = getcurrent()

@@ -258,9 +258,10 @@ class Calibrator:
             shard = self._catch_up(block, stage)
             assert isinstance(self._task.checkpoint, TransformedCheckpoint)
             with self._task.checkpoint.with_edits(block, solved[0]):
-                module = self._load(block)
-            wanted = [group for group in groups if group.key in keys]
-            return shard.collect(module, wanted, wanted=Wanted(magnitudes=True)), {}, None
+                # Within, because experts are read when they run.
+                wanted = [group for group in groups if group.key in keys]
+                trees = shard.collect(self._load(block), wanted, wanted=Wanted(magnitudes=True))
+            return trees, {}, None
         if is_outer(groups):
             head = next((group for group in groups if group.role != EMBEDDING), None)
             if head is None:
@@ -332,7 +333,7 @@ class Calibrator:
         return name
 
     def _load(self, block: int) -> nn.Module:
-        return self._task.architecture.load_block(block)
+        return self._task.architecture.stream_block(block)
 
 
 def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Peak memory of every process while a random Llama checkpoint is compressed, and again at double depth.
+"""Peak memory of every process while a random Llama or mixture of experts is compressed, and again at double depth.
 
 The checkpoints, about 1.1 and 2.1 billion parameters by default, are made in the run's folder and removed at the end.
 """
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
@@ -18,9 +19,13 @@ from hasten.jobs.common.markdown import table
 from hasten.jobs.common.run import start, tracked
 from hasten.jobs.common.schema import GROUP_SIZE, Run, option, plain
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _LOG = logging.getLogger(__name__)
 HEADING = "memory: peak of every process"
 _INTERVAL_SECONDS = 0.5
+_EXPERTS_OF_A_TOKEN = 8
 
 
 @dataclass
@@ -29,7 +34,10 @@ class Config(Run):
 
     layers: int = option(16, "blocks of the first checkpoint; the second has twice as many", at_least=1)
     hidden_size: int = option(2048, "width", at_least=1)
-    intermediate_size: int = option(8192, "width inside the feed-forward layers", at_least=1)
+    intermediate_size: int = option(8192, "width inside the feed-forward layers, or inside each expert", at_least=1)
+    experts: int = option(
+        0, "experts of a block, of which a token has at most 8; 0: a Llama", at_least=0
+    )
     heads: int = option(32, "attention heads", at_least=1)
     kv_heads: int = option(8, "key-value heads", at_least=1)
     vocab_size: int = option(32000, "entries of the vocabulary", at_least=1)
@@ -55,7 +63,7 @@ def run(config: Config) -> Path:
     with tracked(config, "bench memory", folder) as tracker:
         tracker.params(plain(config))
         outcomes = {depth: _compressed(config, folder, tokens, depth) for depth in (config.layers, 2 * config.layers)}
-        publish(config.document, folder, HEADING, _section(config, outcomes))
+        publish(config.document, folder, _heading(config), _section(config, outcomes))
         report = {
             "job": "bench memory",
             "config": plain(config),
@@ -64,6 +72,10 @@ def run(config: Config) -> Path:
             "output": str(folder),
         }
         return tracker.report(report)
+
+
+def _heading(config: Config) -> str:
+    return f"{HEADING}, mixture of experts" if config.experts else HEADING
 
 
 def _write_tokens(config: Config, folder: Path) -> Path:
@@ -80,7 +92,7 @@ def _write_tokens(config: Config, folder: Path) -> Path:
 def _compressed(config: Config, folder: Path, tokens: Path, depth: int) -> Outcome:
     """Outcome of compressing a checkpoint of that depth, which is removed afterwards."""
     # torch and transformers: `hasten bench memory --help` must not wait for them.
-    from hasten.jobs.bench.measurements.random_llama import write_random_llama
+    from hasten.jobs.bench.measurements.random_checkpoint import write_random_checkpoint
 
     place = folder / f"{depth}-blocks"
     original = place / "original"
@@ -96,21 +108,41 @@ def _compressed(config: Config, folder: Path, tokens: Path, depth: int) -> Outco
         "threads": config.threads,
     }
     try:
-        parameters = write_random_llama(
-            original,
-            seed=config.seed,
-            num_hidden_layers=depth,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            vocab_size=config.vocab_size,
-        )
+        parameters = write_random_checkpoint(original, _model(config, depth), config.seed)
         _LOG.info("%d blocks, %.2f billion parameters", depth, parameters / 1e9)
         return hasten_compress(place, options, _INTERVAL_SECONDS)
     finally:
         shutil.rmtree(original, ignore_errors=True)
         shutil.rmtree(place / "model", ignore_errors=True)
+
+
+def _model(config: Config, depth: int) -> "PretrainedConfig":
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    sizes = {
+        "num_hidden_layers": depth,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "vocab_size": config.vocab_size,
+    }
+    if not config.experts:
+        return LlamaConfig(**sizes)
+    return Qwen3MoeConfig(
+        **sizes,
+        head_dim=config.hidden_size // config.heads,
+        num_experts=config.experts,
+        num_experts_per_tok=min(config.experts, _EXPERTS_OF_A_TOKEN),
+        moe_intermediate_size=config.intermediate_size,
+    )
+
+
+def _block_bytes(config: Config) -> int:
+    """Bytes of a block's matrices in bf16."""
+    attention = 2 * config.hidden_size**2 * (1 + config.kv_heads / config.heads)
+    inside = 3 * config.hidden_size * config.intermediate_size * max(1, config.experts)
+    return int(2 * (attention + inside))
 
 
 def _largest(outcome: Outcome) -> int:
@@ -139,9 +171,11 @@ def _section(config: Config, outcomes: Mapping[int, Outcome]) -> str:
         one, two = shallow.get(kind, Peak()), deep.get(kind, Peak())
         growth = f"{100 * (two.rss_bytes / one.rss_bytes - 1):+.1f} %" if one.rss_bytes and two.rss_bytes else "–"
         rows.append([kind, str(max(one.processes, two.processes)), *_cells(one), *_cells(two), growth])
+    kind = f"mixture of {config.experts} experts" if config.experts else "Llama"
     text = [
-        f"Random bf16 Llama of width {config.hidden_size}, {config.intermediate_size} inside, vocabulary "
-        f"{config.vocab_size}; {config.quantizer} W{config.bits}, groups of {config.group_size}, "
+        f"Random bf16 {kind} of width {config.hidden_size}, {config.intermediate_size} inside, vocabulary "
+        f"{config.vocab_size}, {_block_bytes(config) / 1e6:.0f} MB a block; "
+        f"{config.quantizer} W{config.bits}, groups of {config.group_size}, "
         f"{config.sequences}×{config.sequence_length} calibration tokens; workers={config.workers} "
         f"threads={config.threads}.",
         "Largest resident set of any process of its kind, polled twice a second; unshared excludes pages that several "

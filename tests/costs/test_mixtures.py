@@ -9,6 +9,7 @@ import torch
 from hasten.accel.compression.calibration.settings import all_groups
 from hasten.accel.compression.quantizers.base import Scheme
 from hasten.accel.costs import compression
+from hasten.accel.costs.estimate import SHARED
 from hasten.accel.costs.model import Model
 from hasten.accel.costs.outline import open_checkpoint
 from hasten.accel.models.architecture import Architecture
@@ -26,7 +27,7 @@ def model(tmp_path):
     return Model(Architecture(open_checkpoint(tmp_path), torch.bfloat16), torch.bfloat16)
 
 
-def test_a_calibrator_holds_one_block_and_little_more(model):
+def test_a_calibrator_holds_a_block_without_its_experts_and_one_of_their_layers(model):
     chosen = local.settings(Path("in"), Path("out"), scheme=Scheme(4, 128))
     groups = all_groups(model.architecture, chosen)
     work = compression.Pass(model, groups, chosen.methods, sequences=128, length=512, workers=16, shards=16)
@@ -38,7 +39,13 @@ def test_a_calibrator_holds_one_block_and_little_more(model):
     calibrator = next(process for process in estimate.processes if process.kind == "calibrator")
     collect = calibrator.host["collect"]
     states = collect["hidden states"] + collect["activations"]
-    assert collect["weights of a block"] == block
-    # The sums of the widest layer, of a dense block: those of the experts of a block would be three times a block.
-    assert sum(collect.values()) - block - states < 3 << 30
+    # The first blocks have no experts, and are larger than the others without theirs: layers of 18,432 columns.
+    assert collect["weights of a block"] == model.block_bytes(0)
+    assert collect["layer of an expert"] == 2 * 2 * 7168 * 2048
+    # The rest are the sums of the widest layer, of a dense block: those of a block's experts would be three times a
+    # block.
+    assert sum(collect.values()) - states < 3 << 30
+    for phase in calibrator.host.values():
+        assert sum(phase.values()) - phase.get(SHARED, 0) < block / 8
+        assert sum(phase.values()) < block
     assert model.active_share(BLOCKS - 1) == 8 / 256

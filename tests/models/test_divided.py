@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from hasten.accel.compression.calibration.layer_groups import make_layer_groups
-from hasten.accel.compression.calibration.shard import Shard
 from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.compression.transforms.quarot import QuaRot
@@ -18,6 +16,7 @@ from hasten.accel.models.divided import DividedArchitecture
 from hasten.accel.models.forwards import Forward
 from tests.compression import local
 from tests.models import tiny
+from tests.models.block_runs import at_once, in_stages
 from tests.models.ranks import on_ranks
 
 TOKENS = tiny.tokens(batch=5)
@@ -40,44 +39,6 @@ def folder(request, tmp_path_factory):
 
 def divided(folder, exchange, **changes):
     return DividedArchitecture(Checkpoint(folder), torch.float32, "cpu", exchange, **changes)
-
-
-def changed(folder, block, stage):
-    """Other weights for the layers of a stage: halves of the original ones."""
-    names = [(layer.module, f"{layer.name}.weight") for group in stage for layer in group.layers]
-    return ((path, Checkpoint(folder).tensor(name).float() / 2) for path, name in names)
-
-
-def sums(trees):
-    return {
-        key: {node: (total.tokens, total.array().tobytes()) for node, total in tree.nodes.items()}
-        for key, tree in trees.items()
-    }
-
-
-@torch.no_grad()
-def in_stages(model, folder, chunks):
-    """Sums of all stages of the first block, each behind replaced weights, and the hidden states after it."""
-    groups = make_layer_groups(model, parse_level("w8"), (), 0, 0)[0]
-    shard = Shard(model, chunks, batch=1)
-    staged = shard.begin(model.load_block(0), groups)
-    found = []
-    for number, stage in enumerate(staged.stages):
-        found.append(sums(staged.collect(number, [group.key for group in stage])))
-        staged.replace(changed(folder, 0, stage))
-    shard.finish()
-    return found, {number: torch.cat(parts) for number, parts in shard._hidden.items()}
-
-
-@torch.no_grad()
-def at_once(model, folder, chunks):
-    """Sums of all groups of both blocks, of which the second one stops early, and the hidden states between them."""
-    groups = make_layer_groups(model, parse_level("w8"), (), 0, 0)
-    shard = Shard(model, chunks, batch=1)
-    found = [sums(shard.collect(model.load_block(0), groups[0], advance=True))]
-    hidden = {number: torch.cat(parts) for number, parts in shard._hidden.items()}
-    found.append(sums(shard.collect(model.load_block(1), groups[1][:2])))
-    return found, hidden
 
 
 @pytest.mark.parametrize("run", [in_stages, at_once])

@@ -24,7 +24,7 @@ from hasten.accel.compression.calibration.chunk_sums import ChunkSums, Wanted
 from hasten.accel.compression.calibration.layer_groups import Group
 from hasten.accel.compression.calibration.statistics import Tree
 from hasten.accel.costs.method import hessian_bytes
-from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.architecture import Architecture, Weight
 from hasten.accel.models.forwards import Forward, current_forward
 
 Stage = tuple[Group, ...]
@@ -155,11 +155,11 @@ class StagedBlock:
         return stage > self.collected or (stage == self.collected and not _has_experts(self.stages[stage]))
 
     def replace(
-        self, weights: Iterable[tuple[str, Tensor]], roundings: Iterable[tuple[str, InputRounding | None]] = ()
+        self, weights: Iterable[tuple[str, Weight]], roundings: Iterable[tuple[str, InputRounding | None]] = ()
     ) -> None:
         """Replace the weights of the next stage, and round its inputs.
 
-        weights, roundings: paths of layers in the block, and their weights [rows, columns] and roundings.
+        weights, roundings: paths of layers in the block, and their weights and roundings.
         """
         self._architecture.replace_weights(self._block, weights)
         self._architecture.round_inputs(self._block, roundings)

@@ -5,8 +5,9 @@ Files are memory-mapped, so that a search reads only the levels that it uses.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -225,16 +226,16 @@ class LevelDatabase(ResumableFolder):
         inputs = {name: parts.pop(name) for name in INPUT_TENSORS if name in parts}
         return parse_level(level).checkpoint_tensors(parts) | inputs
 
-    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
-        """Path in the block and weight of each layer of some solved groups, at the propagated level."""
+    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Path in the block of each layer of solved groups, and a function that reads it at the propagated level."""
         assert self._propagated is not None
         for group in groups:
             for layer in group.layers:
-                yield layer.module, self.weight(layer.name, self._propagated.name)
+                yield layer.module, partial(self.weight, layer.name, self._propagated.name)
 
     def unpack_layers(
         self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """The same; packed is empty, since write_layer wrote the layers."""
         assert not packed
         return self.read_layers(groups)

@@ -7,7 +7,7 @@ them is visibly unfinished, and a resumed run keeps its shards.
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,12 +117,17 @@ class OutputFolder(ResumableFolder):
         self.write_json(self._facts_file(block), facts)
         self.write_tensors(self.shard(block), {self._renamed(name): tensor for name, tensor in tensors.items()})
 
-    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
-        """Path in the block and weight of each layer of some groups of a finished block, as a loader unpacks it."""
-        if not groups:
-            return iter(())
-        names = [layer.name for group in groups for layer in group.layers]
-        return self.unpack_layers(groups, self._stored(groups[0].block, names, _PARTS))
+    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Path in the block of each layer of some groups of a finished block, and a function that reads it.
+
+        Weights are those that a loader unpacks.
+        """
+        for group in groups:
+            for layer in group.layers:
+                yield layer.module, partial(self._stored_weight, group, layer.name)
+
+    def _stored_weight(self, group: Group, layer: str) -> Tensor:
+        return self._unpacked(group, self._stored(group.block, [layer], _PARTS)[layer])
 
     def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
         """Path in the block and rounding of the inputs of each layer of some groups of a finished block."""
@@ -167,13 +172,16 @@ class OutputFolder(ResumableFolder):
 
     def unpack_layers(
         self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Path in the block and weight of each layer of some groups, one at a time. packed: see write_block."""
+    ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Path in the block of each layer of some groups, and a function that unpacks it. packed: see write_block."""
         for group in groups:
-            scheme = group.level.loader_scheme
             for layer in group.layers:
-                parts = {name: part for name, part in packed[layer.name].items() if name not in INPUT_TENSORS}
-                yield layer.module, parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
+                yield layer.module, partial(self._unpacked, group, packed[layer.name])
+
+    def _unpacked(self, group: Group, packed: Mapping[str, Tensor]) -> Tensor:
+        scheme = group.level.loader_scheme
+        parts = {name: part for name, part in packed.items() if name not in INPUT_TENSORS}
+        return parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
 
     def finish(self) -> None:
         """Write the tensors outside the blocks, copy the tokenizer's and similar files, then write index and config."""

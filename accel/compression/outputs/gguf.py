@@ -122,25 +122,26 @@ class GgufFolder(ResumableFolder):
         self.write_json(self._facts_file(block), facts)
         self.write_tensors(self._block_file(block), tensors)
 
-    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
-        """Path in the block and weight of each layer of some groups of a finished block."""
-        if not groups:
-            return
-        with safe_open(self._block_file(groups[0].block), framework="pt") as file:
-            names = list(file.keys())
-            for group in groups:
-                for layer in group.layers:
-                    start = f"{layer.name}."
-                    parts = {name[len(start) :]: file.get_tensor(name) for name in names if name.startswith(start)}
-                    yield layer.module, group.level.unpack(parts)
+    def read_layers(self, groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Path in the block and function for the weight of each layer of some groups of a finished block."""
+        for group in groups:
+            for layer in group.layers:
+                yield layer.module, partial(self._stored_weight, group, layer.name)
+
+    def _stored_weight(self, group: Group, layer: str) -> Tensor:
+        start = f"{layer}."
+        with safe_open(self._block_file(group.block), framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118 (not a mapping)
+            parts = {name[len(start) :]: file.get_tensor(name) for name in names}
+        return group.level.unpack(parts)
 
     def unpack_layers(
         self, groups: Sequence[Group], packed: Mapping[str, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Path in the block and weight of each layer of some groups, one at a time. packed: see write_block."""
+    ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Path in the block of each layer of some groups, and a function that unpacks it. packed: see write_block."""
         for group in groups:
             for layer in group.layers:
-                yield layer.module, group.level.unpack(packed[layer.name])
+                yield layer.module, partial(group.level.unpack, packed[layer.name])
 
     def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, None]]:
         """Path in the block of each layer of some groups: llama.cpp chooses how inputs are rounded, not the file."""

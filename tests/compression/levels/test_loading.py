@@ -79,7 +79,7 @@ def test_transformers_alone_loads_every_packing(tmp_path, alone, name):
     check(task.output.path)
     checkpoint = Checkpoint(task.output.path)
     for groups in task.layer_groups:
-        weights = dict(task.output.read_layers(groups))
+        weights = {path: read() for path, read in task.output.read_layers(groups)}
         for layer in (layer for group in groups for layer in group.layers):
             assert torch.equal(checkpoint.tensor(f"{layer.name}.weight"), weights[layer.module])
     level, rows = task.settings.level, [layer for groups in task.layer_groups for g in groups for layer in g.layers]

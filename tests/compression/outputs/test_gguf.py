@@ -71,12 +71,14 @@ def test_layers_are_calibrated_on_the_weights_that_the_file_holds(source, tmp_pa
     task = Task(settings(source, tmp_path / "out"))
     read = Checkpoint(resolve(str(tmp_path / "out" / FILE)))
     for groups in task.layer_groups:
-        for (module_path, weight), layer in zip(
+        for (module_path, read_weight), layer in zip(
             task.output.read_layers(groups), [layer for group in groups for layer in group.layers], strict=True
         ):
             assert module_path == layer.module
             # The run computes in the checkpoint's dtype.
-            torch.testing.assert_close(weight.float(), read.tensor(f"{layer.name}.weight").float(), rtol=2**-8, atol=0)
+            torch.testing.assert_close(
+                read_weight().float(), read.tensor(f"{layer.name}.weight").float(), rtol=2**-8, atol=0
+            )
 
 
 def test_bits_per_weight_count_every_byte_of_the_blocks(source, tmp_path):

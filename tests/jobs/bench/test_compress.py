@@ -2,11 +2,12 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench import compress
 from hasten.jobs.bench.measurements.quality import Quality
-from hasten.jobs.bench.measurements.random_llama import write_random_llama
+from hasten.jobs.bench.measurements.random_checkpoint import write_random_checkpoint
 from hasten.jobs.bench.processes import runs
 from hasten.jobs.bench.processes.runs import Outcome, check_peer, digest, hasten_compress
 from hasten.jobs.bench.processes.watch import Peak, Usage
@@ -62,7 +63,7 @@ def test_a_peer_that_was_not_run_has_a_row_that_says_so():
 
 def test_an_unchanged_copy_has_no_divergence_and_perplexity_counts_all_windows(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    write_random_llama(tmp_path, **sizes, num_key_value_heads=2, vocab_size=64)
+    write_random_checkpoint(tmp_path, LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64))
     windows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
     found = Quality(tmp_path, windows, 2).measure(tmp_path)
     assert found["kl_divergence"] == 0

@@ -24,3 +24,16 @@ def test_every_kind_of_process_has_a_row_and_the_largest_comes_first():
     rows = [line for line in memory._section(memory.Config(), OUTCOMES).splitlines() if line.startswith("| ")]
     assert rows[2] == "| Calibrator | 2 | 1000 | 900 | 1040 | 900 | +4.0 % |"
     assert rows[3] == "| driver | 1 | 400 | 300 | 410 | 300 | +2.5 % |"
+
+
+def test_a_mixture_has_a_section_of_its_own_that_says_what_a_block_has():
+    config = memory.Config(hidden_size=256, intermediate_size=128, heads=4, kv_heads=2, experts=16)
+    text = memory._section(config, OUTCOMES)
+    # Query and output 256 x 256, key and value 128 x 256, and 16 times 3 x 256 x 128, in two bytes.
+    assert (
+        f"mixture of 16 experts of width 256, 128 inside, vocabulary 32000, {2 * (196608 + 1572864) / 1e6:.0f} MB"
+        in text
+    )
+    assert memory._heading(config) != memory._heading(memory.Config())
+    model = memory._model(config, 3)
+    assert (model.num_hidden_layers, model.num_experts, model.moe_intermediate_size) == (3, 16, 128)

@@ -1,28 +1,29 @@
-"""A Llama checkpoint of random weights, written block by block, so that it takes the memory of one block."""
+"""A checkpoint of random weights, written block by block, so that it takes the memory of one block."""
 
 import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 # Standard deviation of transformers' initialization.
 _DEVIATION = 0.02
 
 
-def write_random_llama(folder: Path, seed: int = 0, **sizes: Any) -> int:
+def write_random_checkpoint(folder: Path, config: PretrainedConfig, seed: int = 0) -> int:
     """Number of parameters of the checkpoint written to folder: bf16, a shard per block, no tokenizer.
 
-    sizes: arguments of transformers' LlamaConfig. Norms are ones, all other weights normal with deviation 0.02.
+    config: of a model of transformers, which is changed to bf16. Vectors are ones, all other weights normal with
+    deviation 0.02.
     """
-    config = LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.dtype = torch.bfloat16
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from hasten.jobs.bench.measurements.random_llama import write_random_llama
+from hasten.jobs.bench.measurements.random_checkpoint import write_random_checkpoint
 
 SIZES = {
     "hidden_size": 32,
@@ -14,8 +15,12 @@ SIZES = {
 }
 
 
-def test_transformers_loads_it_with_every_tensor_as_written(tmp_path):
-    parameters = write_random_llama(tmp_path, seed=1, **SIZES)
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**SIZES), Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)],
+)
+def test_transformers_loads_it_with_every_tensor_as_written(tmp_path, config):
+    parameters = write_random_checkpoint(tmp_path, config, seed=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     assert sum(each.numel() for each in model.parameters()) == parameters
@@ -28,14 +33,14 @@ def test_transformers_loads_it_with_every_tensor_as_written(tmp_path):
 
 
 def test_every_block_has_a_shard_of_its_own(tmp_path):
-    write_random_llama(tmp_path, **SIZES)
+    write_random_checkpoint(tmp_path, LlamaConfig(**SIZES))
     shards = [set(load_file(path)) for path in sorted(tmp_path.glob("*.safetensors"))]
     blocks = [{name.split(".")[2] for name in names if ".layers." in name} for names in shards]
     assert sorted(map(sorted, blocks)) == [[], [], [], ["0"], ["1"]]
 
 
 def test_weights_have_the_usual_deviation(tmp_path):
-    write_random_llama(tmp_path, **SIZES)
+    write_random_checkpoint(tmp_path, LlamaConfig(**SIZES))
     embedding = next(
         tensors["model.embed_tokens.weight"]
         for tensors in map(load_file, tmp_path.glob("*.safetensors"))
