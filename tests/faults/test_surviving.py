@@ -125,6 +125,11 @@ def test_windows_of_a_lost_node_are_evaluated_on_the_other(source, sums, tmp_pat
 
 
 @pytest.mark.ray
+def test_the_workers_of_a_lost_node_end_with_it(tmp_path, cluster):
+    assert cluster(two_nodes.survivors, tmp_path / "worker") == []
+
+
+@pytest.mark.ray
 def test_a_sweep_that_loses_a_node_finishes_each_point_once(tmp_path, cluster):
     endings, done = cluster(two_nodes.sweep, tmp_path)
     assert endings == ["finished"] * 8

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 
 from hasten.accel.compression.calibration.settings import Settings
@@ -226,6 +227,25 @@ def succeed() -> tuple[list[float], int, list[str]]:
         cpus = [each for _, each in ray.get([actor.usage.remote() for actor in pool.actors])]
         pool.end()
         return cpus, pool.restarts, lines
+
+
+def survivors(mark: Path) -> list[int]:
+    """Processes of workers that have not ended with their node, which they had no time to notice."""
+    import ray
+
+    def stay() -> None:
+        mark.write_text(str(os.getpid()))
+        mark.rename(mark.with_suffix(".written"))
+        threading.Event().wait()
+
+    with second_node():
+        home = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(_nodes[1].node_id, soft=False)
+        task = ray.remote(stay).options(num_cpus=1, scheduling_strategy=home, max_retries=0).remote()
+        wait_for(mark.with_suffix(".written").exists)
+        process = psutil.Process(int(mark.with_suffix(".written").read_text()))
+        kill_node()
+        ray.wait([task])
+        return [each.pid for each in psutil.wait_procs([process], timeout=30)[1]]
 
 
 def evaluate(folder: Path, windows: Windows, mark: Path) -> tuple[Sums, list[str]]:

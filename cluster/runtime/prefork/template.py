@@ -11,9 +11,11 @@ import json
 import os
 import pkgutil
 import runpy
+import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,9 @@ _RAY_MODULES = ("ray._private.workers.default_worker",)
 _CHECK_SECONDS = 1.0
 # Of glibc's variables, which it reads when a program starts: the parameters of mallopt that they set.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
+# Variable with the process whose end a worker must not outlive, the scheduler of its node. Ray reads it when it is
+# imported, for all workers that are forked afterwards.
+_SCHEDULER = "RAY_RAYLET_PID"
 # Variables that are read after the fork, or that the child applies.
 _RAY = "RAY_"
 _LATE = {"OMP_NUM_THREADS", *_MALLOC}
@@ -75,7 +80,7 @@ def _serve(listening: socket.socket, parent: int, started: dict[str, str]) -> li
     # Nobody waits for the workers: Ray knows them by their connections.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listening.settimeout(_CHECK_SECONDS)
-    is_first = True
+    is_first, known = True, ""
     while True:
         try:
             line, _ = listening.accept()
@@ -90,7 +95,7 @@ def _serve(listening: socket.socket, parent: int, started: dict[str, str]) -> li
                 continue
             if is_first:
                 _import_for(request["variables"])
-                is_first = False
+                is_first, known = False, request["variables"].get(_SCHEDULER, "")
                 # Collections of garbage would copy shared pages.
                 gc.collect()
                 gc.freeze()
@@ -98,6 +103,9 @@ def _serve(listening: socket.socket, parent: int, started: dict[str, str]) -> li
             if fits and os.fork() == 0:
                 listening.close()
                 _become(request, files, started)
+                scheduler = request["variables"].get(_SCHEDULER, "")
+                if scheduler != known and scheduler.isdigit():
+                    _end_with(int(scheduler))
                 line.sendall(b"y")
                 arguments: list[str] = request["arguments"]
                 return arguments
@@ -153,6 +161,17 @@ def _become(request: dict[str, Any], files: list[int], started: dict[str, str]) 
         value = request["variables"].get(name, "")
         if value.isdigit():
             ctypes.CDLL(None).mallopt(parameter, int(value))
+
+
+def _end_with(process: int) -> None:
+    """End this process when another one ends."""
+
+    def wait() -> None:
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(process)], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
