@@ -35,9 +35,7 @@ class Config(Run):
     layers: int = option(16, "blocks of the first checkpoint; the second has twice as many", at_least=1)
     hidden_size: int = option(2048, "width", at_least=1)
     intermediate_size: int = option(8192, "width inside the feed-forward layers, or inside each expert", at_least=1)
-    experts: int = option(
-        0, "experts of a block, of which a token has at most 8; 0: a Llama", at_least=0
-    )
+    experts: int = option(0, "experts of a block, of which a token has at most 8; 0: a Llama", at_least=0)
     heads: int = option(32, "attention heads", at_least=1)
     kv_heads: int = option(8, "key-value heads", at_least=1)
     vocab_size: int = option(32000, "entries of the vocabulary", at_least=1)

@@ -142,7 +142,10 @@ def _measured(scheme: str, method: str, outcome: Outcome, quality: "Quality") ->
 
 
 def metrics(rows: Iterable[Row]) -> dict[str, float | None]:
-    """For each scheme, KL and CPU seconds of the peer's method and least KL of all, over those of the peer."""
+    """For each scheme, KL and CPU seconds of the peer's method and least KL of all, over those of the peer.
+
+    CPU seconds are with reading and writing, which the peer does in one process with the rest.
+    """
     found: dict[str, float | None] = {}
     by_scheme: dict[str, list[Row]] = {}
     for row in rows:
@@ -159,8 +162,12 @@ def metrics(rows: Iterable[Row]) -> dict[str, float | None]:
         ):
             found[f"kl_ratio_{scheme}"] = same.kl_divergence / peer.kl_divergence
             found[f"best_kl_ratio_{scheme}"] = least / peer.kl_divergence
-            found[f"cpu_ratio_{scheme}"] = same.outcome.cpu_seconds / peer.outcome.cpu_seconds
+            found[f"cpu_ratio_{scheme}"] = _with_files(same.outcome) / _with_files(peer.outcome)
     return found
+
+
+def _with_files(outcome: Outcome) -> float:
+    return outcome.cpu_seconds + outcome.files_cpu_seconds
 
 
 def _section(config: Config, rows: list[Row], quality: "Quality") -> str:
@@ -175,8 +182,8 @@ def _section(config: Config, rows: list[Row], quality: "Quality") -> str:
             f"both, one thread; w4a16 in symmetric groups of {config.group_size}; {peer}.",
             f"KL is KL(original || compressed) in nats per token on {config.windows} held-out windows, with the inputs "
             f"of layers rounded as the checkpoint's config says; the original's perplexity is "
-            f"{original['perplexity']:.3f}. CPU s: of calibration and compression, driver and actors together, without "
-            "imports. MB: of all files.",
+            f"{original['perplexity']:.3f}. CPU s: of reading, calibrating, compressing and writing, in all processes, "
+            "without imports. MB: of all files.",
             provenance(),
             table(["scheme", "method", "KL", "of the peer", "perplexity", "CPU s", "of the peer", "MB"], _cells(rows)),
         ]
@@ -192,9 +199,9 @@ def _cells(rows: Iterable[Row]) -> list[list[str]]:
             continue
         ratios = ["–", "–"]
         if peer is not row and peer.outcome is not None and peer.kl_divergence:
-            pairs = [(row.kl_divergence, peer.kl_divergence), (row.outcome.cpu_seconds, peer.outcome.cpu_seconds)]
+            pairs = [(row.kl_divergence, peer.kl_divergence), (_with_files(row.outcome), _with_files(peer.outcome))]
             ratios = [f"{mine / other:.2f}" for mine, other in pairs]
-        kl, perplexity, seconds = f"{row.kl_divergence:.5f}", f"{row.perplexity:.3f}", f"{row.outcome.cpu_seconds:.1f}"
+        kl, perplexity, seconds = f"{row.kl_divergence:.5f}", f"{row.perplexity:.3f}", f"{_with_files(row.outcome):.1f}"
         megabytes = f"{row.outcome.bytes / 1e6:.2f}"
         cells.append([row.scheme, row.method, kl, ratios[0], perplexity, seconds, ratios[1], megabytes])
     return cells

@@ -114,7 +114,7 @@ class FloatScheme(WeightScheme):
 
     def values(self, codes: Tensor, zero: Tensor) -> Tensor:
         """The floats."""
-        return codes.contiguous().view(E4M3).float() if self.bits == 8 else e2m1_values(codes)
+        return e4m3_values(codes) if self.bits == 8 else e2m1_values(codes)
 
     def reach(self, zero: Tensor) -> float:
         """448 or 6."""
@@ -201,5 +201,14 @@ def e2m1_codes(values: Tensor) -> Tensor:
 
 def e2m1_values(codes: Tensor) -> Tensor:
     """Values float32 of codes uint8."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return table[codes.int()]
+    return _looked_up(torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device), codes)
+
+
+def e4m3_values(codes: Tensor) -> Tensor:
+    """Values float32 of codes uint8, which are the floats' bits."""
+    return _looked_up(torch.arange(256, dtype=torch.uint8, device=codes.device).view(E4M3).float(), codes)
+
+
+def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    # A third or a quarter of the time of an indexed table, and of a cast, neither of which CPUs do in vectors.
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)

@@ -55,6 +55,8 @@ class PeerCompression(TypedDict):
     cpu_seconds: float
     peak_rss_bytes: int
     version: str
+    load_cpu_seconds: float
+    save_cpu_seconds: float
 
 
 class PeerSearch(TypedDict):
@@ -80,7 +82,8 @@ class Outcome:
 
     seconds, cpu_seconds: of the calibration pass. whole_seconds, whole_cpu_seconds: of all processes of the command
     from start to end, imports included. peak_rss_bytes: of the largest process. digest: of the files written.
-    peaks: memory by process kind.
+    peaks: memory by process kind. files_cpu_seconds: of reading and writing the checkpoint, as far as these are not in
+    cpu_seconds.
     """
 
     folder: Path
@@ -93,6 +96,7 @@ class Outcome:
     digest: str
     version: str = ""
     peaks: Mapping[str, Peak] = field(default_factory=dict)
+    files_cpu_seconds: float = 0.0
 
 
 def hasten_compress(folder: Path, options: Mapping[str, object], interval: float = 2.0) -> Outcome:
@@ -165,6 +169,7 @@ def _peer_compress(python: str, folder: Path, options: Mapping[str, object]) -> 
         digest=digest(folder / "model"),
         version=measured["version"],
         peaks=usage.peaks,
+        files_cpu_seconds=measured["load_cpu_seconds"] + measured["save_cpu_seconds"],
     )
 
 
