@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import ray
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
 
 from hasten.accel.errors import UserError
 from hasten.cluster.runtime.authentication import make_token, refusal, use_token
@@ -62,11 +64,13 @@ def session(address: str | None, cpus: int, exactly: bool = False) -> Iterator[N
 def _join(address: str) -> None:
     if address.startswith(("http://", "https://")):
         raise _dashboard(address)
-    _check_port(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address, address)
+    target = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    _check_port(target, address)
     use_token()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         try:
             with _stderr_to(stderr):
+                _check_token(target)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             ray.shutdown()
@@ -89,6 +93,19 @@ def _check_port(target: str, address: str) -> None:
         raise UserError(f"address={address}{where} does not answer ({reason}): {_START}") from None
     if answer == b"HTTP/":
         raise _dashboard(address)
+
+
+def _check_token(target: str) -> None:
+    """AuthenticationError if the cluster refuses this process's token; Ray itself would try for 20 seconds."""
+    if ":" not in target:
+        return
+    try:
+        GcsClient(address=target)
+    except AuthenticationError:
+        raise
+    except Exception:
+        # Ray tries again, and says what is wrong.
+        _LOG.debug("the first try to reach %s failed", target, exc_info=True)
 
 
 def _dashboard(address: str) -> UserError:
