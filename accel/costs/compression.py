@@ -246,7 +246,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     host: dict[str, dict[str, int]] = {"check": {"process": rates.worker_bytes, **_checked(model)}}
     device: dict[str, dict[str, int]] = {}
     if work.sequences:
-        block, expert = model.streamed_bytes()
+        block, expert = model.streamed()
         kept, offloaded = {"weights of a block": streams * block}, dict[str, int]()
         if expert:
             kept["layer of an expert"] = expert

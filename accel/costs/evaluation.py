@@ -50,7 +50,11 @@ def estimate(
     states = {"hidden states": sum(one.hidden_bytes(worker_windows, windows.length) for one in models)}
     # While the batches are concatenated, both the batches and the result are in memory.
     joined = {"hidden states": sum(states.values()) + model.hidden_bytes(worker_windows, windows.length)}
-    kept, held_by_rank = {"weights of a block": max(one.block_bytes(block) for one in models)}, dict[str, int]()
+    held, expert = (max(sizes) for sizes in zip(*(one.streamed() for one in models), strict=True))
+    kept, held_by_rank = {"weights of a block": held}, dict[str, int]()
+    if expert:
+        kept["layer of an expert"] = expert
+        kept["windows that wait for experts"] = model.waiting_at_experts(worker_windows, windows.length, batch)
     if ranks is not None:
         kept, held_by_rank = ranks.block_weights(model)
         held_by_rank |= {"DeepSpeed": DEEPSPEED_BYTES}

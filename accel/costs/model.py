@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from hasten.accel.costs.estimate import Work
+from hasten.accel.evaluation.divergence import WAITING_STATES
 from hasten.accel.models.architecture import Architecture, Layer
 from hasten.accel.models.output_layer import TILE_TOKENS, tile_columns
 
@@ -86,17 +87,27 @@ class Model:
         """Index of the largest block."""
         return max(self._kinds(), key=self.block_bytes)
 
-    def streamed_bytes(self) -> tuple[int, int]:
-        """Bytes of the largest block without the layers of experts, and of one of these, as stored and as it runs."""
-        checkpoint, item = self.architecture.checkpoint, self.dtype.itemsize
-        held = streamed = 0
+    def streamed(self) -> tuple[int, int]:
+        """Bytes of the largest block without its experts, and of one of their layers, as stored and as it runs."""
+        architecture = self.architecture
+        held = layers = 0
         for index in self._kinds():
-            experts = [layer for layer in self.architecture.linears(index) if layer.expert is not None]
-            sizes = {layer.name: layer.rows * layer.columns for layer in experts}
-            held = max(held, self.block_bytes(index) - sum(sizes.values()) * item)
-            for name, size in sizes.items():
-                streamed = max(streamed, size * (item + checkpoint.dtype(f"{name}.weight").itemsize))
-        return held, streamed
+            held = max(held, self.block_bytes(index) - self._experts_bytes(index))
+            for layer in architecture.linears(index):
+                if layer.expert is not None:
+                    stored = architecture.checkpoint.dtype(f"{layer.name}.weight").itemsize
+                    layers = max(layers, layer.rows * layer.columns * (self.dtype.itemsize + stored))
+        return held, layers
+
+    def waiting_at_experts(self, sequences: int, length: int, batch: int) -> int:
+        """Bytes of the sequences that wait in a block of an evaluation at once, beside the hidden states."""
+        experts = max(map(self._experts_bytes, self._kinds()))
+        one = WAITING_STATES * self.hidden_bytes(1, length)
+        return min(sequences * one, max(batch * one, experts)) if experts else 0
+
+    def _experts_bytes(self, index: int) -> int:
+        experts = (layer for layer in self.architecture.linears(index) if layer.expert is not None)
+        return sum(layer.rows * layer.columns for layer in experts) * self.dtype.itemsize
 
     def elements(self) -> int:
         """Number of elements of all tensors."""

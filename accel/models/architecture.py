@@ -222,6 +222,11 @@ class Architecture:
         self._round_as_stored(block, index)
         return block.eval()
 
+    def streamed_bytes(self, index: int) -> int:
+        """Bytes of the weights that `stream_block` does not hold."""
+        experts = (layer for layer in self.linears(index) if layer.expert is not None)
+        return sum(layer.rows * layer.columns for layer in experts) * self.dtype.itemsize
+
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""
         documents = documents_of(hidden)

@@ -120,6 +120,10 @@ class DividedArchitecture(Architecture):
         """The same as `load_block`, which does not hold the layers."""
         return self.load_block(index)
 
+    def streamed_bytes(self, index: int) -> int:
+        """None: all ranks run all of a block together."""
+        return 0
+
     def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Weight]]) -> None:
         """See Architecture."""
         for path, weight in weights:

@@ -78,6 +78,14 @@ class TensorParallelArchitecture(Architecture):
         self._divide(block)
         return block.to(self.device)
 
+    def stream_block(self, index: int) -> nn.Module:
+        """The same as `load_block`: a rank holds its part of every expert."""
+        return self.load_block(index)
+
+    def streamed_bytes(self, index: int) -> int:
+        """None."""
+        return 0
+
 
 def _tensor_parallel(source: WholeModel, size: int) -> Any:
     return source.assemble(_divider(source, size))

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from hasten.accel.errors import UserError
+from hasten.accel.evaluation import divergence
 from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import windows
 from hasten.accel.models.architecture import Architecture
@@ -130,7 +131,7 @@ def test_one_block_is_held_at_a_time(
     folders: tuple[Path, Path], stream: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    load = Architecture.load_block
+    load = Architecture.stream_block
 
     def watched(self: Architecture, index: int) -> torch.nn.Module:
         gc.collect()
@@ -139,9 +140,28 @@ def test_one_block_is_held_at_a_time(
         loaded.append(weakref.ref(block))
         return block
 
-    monkeypatch.setattr(Architecture, "load_block", watched)
+    monkeypatch.setattr(Architecture, "stream_block", watched)
     evaluate(architecture(folders[0]), windows(stream, LENGTH), architecture(folders[1]))
     assert len(loaded) == 4
+
+
+def test_windows_wait_for_experts_in_lots_which_change_no_figure(
+    tmp_path: Path, stream: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save(tmp_path / "m", "mixtral")
+    cut = windows(stream, LENGTH)
+    read: list[str] = []
+    read_one = Architecture._read
+    monkeypatch.setattr(Architecture, "_read", lambda self, name: read.append(name) or read_one(self, name))
+    expected = evaluate(architecture(folder), cut, batch=2)
+    experts = [name for name in read if ".experts." in name]
+    assert len(experts) == len(set(experts)), "once for all windows"
+    monkeypatch.setattr(divergence, "WAITING_STATES", 1 << 30)
+    assert evaluate(architecture(folder), cut, batch=2) == expected
+    assert read.count(experts[0]) == 1 + -(-len(cut) // 2), "once for each lot"
+    # The same with all experts in memory.
+    monkeypatch.setattr(Architecture, "stream_block", Architecture.load_block)
+    assert evaluate(architecture(folder), cut, batch=2) == expected
 
 
 def test_progress_counts_to_its_total(folders: tuple[Path, Path], stream: Tensor) -> None:
