@@ -211,7 +211,7 @@ class CompressedLayer(CacheLayerMixin):
         shared = self.owner.shared.setdefault(row, {})
         rotary = None if self.owner.rotary is None else partial(self.owner.rotary, self.number)
         statistics = None
-        if self.owner.statistics is not None:
+        if self.owner.statistics is not None and self.owner.statistics[self.number]:
             # They come from a file, and stay where the keys are.
             device = self.sequences[row].device
             statistics = {name: part.to(device) for name, part in self.owner.statistics[self.number].items()}

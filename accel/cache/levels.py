@@ -20,6 +20,7 @@ from hasten.accel.cache.cache import CompressedCache, TreePass
 from hasten.accel.cache.full import Full
 from hasten.accel.cache.mixed import Mixed, check_level
 from hasten.accel.cache.sequence import SequenceCache
+from hasten.accel.cache.statistics import Statistics, of_mixture
 from hasten.accel.compression.allocators.base import Choice, Unit
 from hasten.accel.compression.allocators.budgets import BudgetUnit
 from hasten.accel.errors import UserError
@@ -63,14 +64,17 @@ class MixMeasurement:
     """Measures mixtures on texts: windows (N, T), of which the first `context` tokens are the prompt.
 
     Prompts and the full cache's predictions are kept: a mixture costs a pass over the tokens behind the prompt, in
-    pieces, between which the cache is compressed as it is when they are decoded one by one.
+    pieces, between which the cache is compressed as it is when they are decoded one by one. statistics: calibrated ones
+    of methods, by the names of their files; methods without take theirs from the prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, context: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, context: int, statistics: Mapping[str, Statistics] | None = None
+    ) -> None:
         if windows.ndim != 2 or not 1 <= context < windows.shape[1]:
             raise ValueError(f"need windows (N, T), T above context={context}, got {tuple(windows.shape)}")
         attach(model)
-        self.model, self.windows, self.context = model, windows, context
+        self.model, self.windows, self.context, self._statistics = model, windows, context, statistics
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         # By window and by what methods read of a prompt's queries.
         self._prompts: dict[tuple[int, int, bool], _Prompt] = {}
@@ -91,7 +95,8 @@ class MixMeasurement:
     def _predict(self, mix: Mix, number: int) -> tuple[Tensor, tuple[int, ...]]:
         """Log probabilities (T - context, V) of the tokens behind the prompt, and bytes of each layer."""
         method = Mixed(mix)
-        cache = CompressedCache(self.model, method)
+        statistics = of_mixture(method, self._statistics) if self._statistics else None
+        cache = CompressedCache(self.model, method, statistics=statistics)
         prompts = [self._prompt(level.method, number) for level in mix]
         for layer, prompt in zip(cache.compressed, prompts, strict=True):
             sequence = prompt.sequences[layer.number].copy()

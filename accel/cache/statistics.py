@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.accel.cache.base import CacheMethod
 from hasten.accel.cache.calibrated import Calibrated, LayerTensors, settings
+from hasten.accel.cache.mixed import Mixed
 from hasten.accel.errors import UserError
 from hasten.accel.outputs.resumable import write_whole
 
@@ -26,7 +27,7 @@ _JOB = "hasten calibrate_cache"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a method for a model. layers: by layer. note: what they were made from."""
+    """Statistics of a method for a model. layers: by layer, empty where its method has none. note: their origin."""
 
     layers: Sequence[LayerTensors]
     note: Mapping[str, Any]
@@ -60,38 +61,74 @@ def read_layers(path: Path) -> Statistics:
     return Statistics(layers, note)
 
 
-def find(method: CacheMethod, checkpoint: Path, given: Path | None) -> Path | None:
-    """File of a method's statistics.
+def calibrated_in(method: CacheMethod) -> list[CacheMethod]:
+    """The method if it has calibrated statistics, or those methods of a mixture's layers that have, each once."""
+    methods = [level.method for level in method.layers] if isinstance(method, Mixed) else [method]
+    return list({file_name(one): one for one in methods if isinstance(one, Calibrated)}.values())
 
-    given: the file, or the folder that it is in; None looks beside the checkpoint, where there may be none. UserError
-    where the given one is missing, or the method has no statistics.
+
+def find(method: CacheMethod, checkpoint: Path, given: Path | None) -> Path | None:
+    """File of a method's statistics, or the folder of those of a mixture's methods.
+
+    given: the file, or the folder that it is in; None looks beside the checkpoint, where there may be none, or not all
+    of a mixture's. UserError where a given one is missing, or the method has no statistics.
     """
-    if not isinstance(method, Calibrated):
+    wanted = calibrated_in(method)
+    if not wanted:
         if given is not None:
-            raise UserError(f"cache={type(method).__name__} has no calibrated statistics: leave out {given}")
+            what = "the methods have" if isinstance(method, Mixed) else f"cache={type(method).__name__} has"
+            raise UserError(f"{what} no calibrated statistics: leave out {given}")
         return None
     if given is None:
-        beside = checkpoint / FOLDER / file_name(method)
-        return beside if beside.is_file() else None
-    path = given / file_name(method) if given.is_dir() else given
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: {_JOB} makes statistics of cache={type(method).__name__}")
-    return path
+        beside = [file for one in wanted if (file := checkpoint / FOLDER / file_name(one)).is_file()]
+        return None if not beside else beside[0].parent if isinstance(method, Mixed) else beside[0]
+    if isinstance(method, Mixed) and not given.is_dir():
+        raise UserError(f"{given} is no folder: each method of a mixture has a file of statistics of its own in one")
+    for one in wanted:
+        path = given / file_name(one) if given.is_dir() else given
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: {_JOB} makes statistics of cache={type(one).__name__}")
+    return given if isinstance(method, Mixed) else path
+
+
+def files_of(method: CacheMethod, path: Path) -> dict[str, Path]:
+    """Files of what `find` found, by name; of a mixture those that there are."""
+    if not isinstance(method, Mixed):
+        return {file_name(method): path}
+    files = {file_name(one): path / file_name(one) for one in calibrated_in(method)}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def load(method: CacheMethod, path: Path, models: Collection[str] | None = None) -> Statistics:
     """Statistics of a method; UserError where they are of another method, of other hyper-parameters or another model.
 
-    models: fingerprints of checkpoints that they may be of; None checks none.
+    path: see find. models: fingerprints of checkpoints that they may be of; None checks none.
     """
+    if isinstance(method, Mixed):
+        files = files_of(method, path)
+        own = {
+            name: load(one, files[name], models) for one in calibrated_in(method) if (name := file_name(one)) in files
+        }
+        return of_mixture(method, own)
     found = read_layers(path)
-    name, own = type(method).__name__, dict(settings(method))
-    if found.note.get("method") != name or found.note.get("settings") != own:
+    name, chosen = type(method).__name__, dict(settings(method))
+    if found.note.get("method") != name or found.note.get("settings") != chosen:
         made = f"{found.note.get('method')} with {found.note.get('settings')}"
-        raise UserError(f"{path} is of {made}, not of {name} with {own}: run {_JOB} for it")
+        raise UserError(f"{path} is of {made}, not of {name} with {chosen}: run {_JOB} for it")
     if models is not None and found.note.get("model") not in models:
         raise UserError(f"{path} is of another model ({found.note.get('checkpoint')}): run {_JOB} for this one")
     return found
+
+
+def of_mixture(method: Mixed, found: Mapping[str, Statistics]) -> Statistics:
+    """Statistics of the layers' own methods. found: of methods, by the names of their files, at least one."""
+    count = len(next(iter(found.values())).layers)
+    layers: list[LayerTensors] = []
+    for number in range(count):
+        own = method.level_of(number, count, None).method
+        statistics = found.get(file_name(own)) if isinstance(own, Calibrated) else None
+        layers.append({} if statistics is None else statistics.layers[number])
+    return Statistics(layers, {})
 
 
 def check_layers(statistics: Statistics, layers: int) -> None:

@@ -1,12 +1,14 @@
 """Measurements of mixed caches on a cluster: tasks of several mixtures each, on prompts that a process reads once."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hasten.accel.cache.levels import Mix, MixMeasurement, MixResult
+from hasten.accel.cache.statistics import read_layers
 from hasten.cluster.programs.caches import ModelInputs, load_model
 from hasten.cluster.runtime.placement import ActorResources
 from hasten.cluster.runtime.recovery import Batches
@@ -21,12 +23,13 @@ MixOnText = tuple[Mix, int]
 class MixInputs(ModelInputs):
     """What all mixtures are measured on. windows: (N, T) of text, of which `context` tokens are the prompt.
 
-    key: equal for equal inputs.
+    key: equal for equal inputs. statistics: files of calibrated statistics, by name.
     """
 
     windows: Tensor
     context: int
     key: str
+    statistics: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def _measure(inputs: MixInputs, work: Sequence[MixOnText], threads: int) -> MixR
     torch.set_num_threads(max(1, threads))
     if inputs.key not in _LAST:
         _LAST.clear()
-        _LAST[inputs.key] = MixMeasurement(load_model(inputs), inputs.windows, inputs.context)
+        statistics = {name: read_layers(file) for name, file in inputs.statistics.items()}
+        _LAST[inputs.key] = MixMeasurement(load_model(inputs), inputs.windows, inputs.context, statistics)
     measurement = _LAST[inputs.key]
     return MixResults([measurement.measure(mix, number) for mix, number in work], peak_rss_bytes())

@@ -70,7 +70,7 @@ def _key(inputs: CacheInputs, row: CacheRow) -> Record:
         "model": Checkpoint(inputs.model).fingerprint(),
         "method": repr(made),
         "budget": None if row.budget is None else repr(row.budget),
-        "statistics": statistics_fingerprint(row.statistics),
+        "statistics": statistics_fingerprint(row.method, row.statistics),
         "windows": None if inputs.windows is None else fingerprint(inputs.windows),
         "context": inputs.context,
         "recall": digest(repr(inputs.recall)),

@@ -7,9 +7,9 @@ from time import perf_counter
 from transformers import AutoConfig
 
 from hasten.accel.cache.base import CacheBudget, check_budget
-from hasten.accel.cache.calibrated import Calibrated
 from hasten.accel.cache.full import Full
 from hasten.accel.cache.prompt.base import Drafting
+from hasten.accel.cache.statistics import calibrated_in
 from hasten.accel.data.tokens import load_tokens
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation import recall
@@ -78,7 +78,7 @@ def cache_rows(config: CacheConfig, model: Path) -> list[tuple[str, CacheRow]]:
         if isinstance(made, Full):
             continue
         # Methods without statistics may stand beside others.
-        statistics = chosen_statistics(made, model, config.statistics if isinstance(made, Calibrated) else None)
+        statistics = chosen_statistics(made, model, config.statistics if calibrated_in(made) else None)
         for budget in budgets if made.has_budget else [None]:
             check_budget(made, budget)
             rows.append((text, CacheRow(made, budget, statistics)))

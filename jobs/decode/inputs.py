@@ -202,7 +202,7 @@ def _cache_settings(config: DecodeConfig, spec: DecodeSpec) -> dict[str, Any] | 
     if spec.cache is None or isinstance(spec.cache, Full):
         return None
     settings = {**config.cache, "budget": None if budget is None or budget.in_bytes else budget.value}
-    calibrated = statistics_fingerprint(spec.cache_statistics)
+    calibrated = statistics_fingerprint(spec.cache, spec.cache_statistics)
     if calibrated is not None:
         settings["statistics"] = calibrated
     if isinstance(spec.cache, Mixed):

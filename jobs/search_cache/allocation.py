@@ -27,6 +27,8 @@ from hasten.accel.cache.levels import (
     level_result,
     quality,
 )
+from hasten.accel.cache.mixed import Mixed
+from hasten.accel.cache.statistics import files_of
 from hasten.accel.compression.allocators.base import Unit
 from hasten.accel.compression.allocators.budgets import allocate, check_allocator, check_budget
 from hasten.accel.compression.allocators.exact import Exact
@@ -45,6 +47,7 @@ from hasten.jobs.cli.methods import build, name_of
 from hasten.jobs.common import plots
 from hasten.jobs.common.arithmetic import resolve_device, resolve_dtype
 from hasten.jobs.common.cache_methods import parse_level
+from hasten.jobs.common.cache_statistics import chosen_statistics, statistics_fingerprint
 from hasten.jobs.common.cluster import worker_resources
 from hasten.jobs.common.progress import Progress
 from hasten.jobs.common.records import Record
@@ -104,6 +107,9 @@ class CacheSearch:
             self._allocator = self._allocator.within(self._tokens_to_score)
             self._allocator.check_tokens(self._tokens_to_score)
         unseen = self._load("evaluation", config.evaluation_sequences)
+        mixed = Mixed(tuple(self.levels.values()))
+        statistics = chosen_statistics(mixed, self.model, config.statistics)
+        self._statistics = {} if statistics is None else files_of(mixed, statistics)
         self._key = {
             "model": Checkpoint(self.model).fingerprint(),
             "context": config.context,
@@ -111,8 +117,15 @@ class CacheSearch:
             "device": device,
             "torch": torch.__version__,
         }
+        shared = {**self._key, "statistics": statistics_fingerprint(mixed, statistics)}
         self._inputs, self._unseen = (
-            MixInputs(*of_model, tokens, config.context, digest({**self._key, "windows": fingerprint(tokens)}))
+            MixInputs(
+                *of_model,
+                tokens,
+                config.context,
+                digest({**shared, "windows": fingerprint(tokens)}),
+                self._statistics,
+            )
             for tokens in (self._tokens, unseen)
         )
         self._known: dict[tuple[Genome, int], MixResult] = {}

@@ -6,6 +6,7 @@ from typing import Any
 from hasten.jobs.common.schema import (
     BOS,
     BOS_CHOICES,
+    CACHE_STATISTICS,
     MODEL,
     SOURCE,
     TEMPLATE,
@@ -39,6 +40,7 @@ class SearchCacheConfig(Tasks):
     source: str = option("library", f"text: {SOURCE}; search and evaluation read parts that share nothing", path="in")
     template: str | None = option(None, TEMPLATE, path="in")
     bos: str = option("auto", BOS, choices=BOS_CHOICES)
+    statistics: str | None = option(None, CACHE_STATISTICS, path="in")
     output: str | None = option(
         None,
         "folder of finished measurements; null is runs/caches/NAME. Assignments are written to run_dir",

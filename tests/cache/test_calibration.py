@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten import conf
 from hasten.accel.cache.attention import attach
-from hasten.accel.cache.base import CacheBudget, Place, Recent
+from hasten.accel.cache.base import CacheBudget, CacheLevel, Place, Recent
 from hasten.accel.cache.budgets.prefixkv import PrefixKV
 from hasten.accel.cache.budgets.uncomp import UNComp, entropy, spectral_entropy
 from hasten.accel.cache.cache import CompressedCache
 from hasten.accel.cache.calibrated import Calibrated, LayerTokens
 from hasten.accel.cache.calibration import gather, merged
 from hasten.accel.cache.full import Full
+from hasten.accel.cache.mixed import Mixed
 from hasten.accel.cache.prune.cskv import CSKV
 from hasten.accel.cache.quantize.kvquant import KVQuant
 from hasten.accel.cache.quantize.rotatekv import RotateKV
@@ -116,9 +117,7 @@ def test_statistics_of_parts_are_those_of_the_whole(method, architecture):
 
 def test_a_model_runs_with_the_statistics_that_were_written(method, folder, architecture, tmp_path):
     layers = method.solve(gather(architecture, [method], TOKENS, 3, 2)[0])
-    note = {"method": type(method).__name__, "settings": {name: getattr(method, name) for name in method.calibrated_by}}
-    write_layers(tmp_path / file_name(method), layers, note)
-    read = load(method, tmp_path / file_name(method))
+    read = load(method, written(method, layers, tmp_path))
     assert [sorted(own) for own in read.layers] == [sorted(own) for own in layers]
     assert all(torch.equal(one[name], own[name]) for one, own in zip(read.layers, layers, strict=True) for name in own)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -157,6 +156,48 @@ def test_a_file_of_statistics_is_found_beside_the_checkpoint_and_checked(tmp_pat
     beside.write_bytes(b"other")
     with pytest.raises(UserError, match="holds no statistics of a cache"):
         load(method, beside)
+
+
+def written(method, layers, folder):
+    """Statistics of a method as the job writes them; their file."""
+    note = {"method": type(method).__name__, "settings": {name: getattr(method, name) for name in method.calibrated_by}}
+    write_layers(folder / file_name(method), layers, note)
+    return folder / file_name(method)
+
+
+def test_a_mixture_takes_the_statistics_of_its_layers_methods(folder, architecture, tmp_path):
+    method = KVQuant(bits=2, residual=0, block=8)
+    mixture = Mixed((CacheLevel(Full()), CacheLevel(method)))
+    layers = method.solve(gather(architecture, [method], TOKENS, 3, 2)[0])
+    beside = tmp_path / FOLDER
+    beside.mkdir()
+    assert find(mixture, tmp_path, None) is None
+    file = written(method, layers, beside)
+    assert find(mixture, tmp_path, None) == find(mixture, Path("elsewhere"), beside) == beside
+    found = load(mixture, beside)
+    assert found.layers[0] == {}
+    assert found.layers[1].keys() == layers[1].keys()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    attach(model)
+
+    def logits(chosen, statistics):
+        cache = CompressedCache(model, chosen, statistics=statistics)
+        with torch.no_grad():
+            model(TOKENS, past_key_values=cache)
+            return model(TOKENS[:, :1], past_key_values=cache).logits
+
+    # All layers alike are the method itself.
+    alone, mixed = load(method, file), load(Mixed((CacheLevel(method),)), beside)
+    assert torch.equal(logits(Mixed((CacheLevel(method),)), mixed), logits(method, alone))
+    assert not torch.equal(logits(mixture, found), logits(mixture, None))
+    with pytest.raises(UserError, match="is no folder: each method of a mixture has a file of statistics"):
+        find(mixture, tmp_path, file)
+    other = Mixed((CacheLevel(method), CacheLevel(RotateKV())))
+    assert find(other, tmp_path, None) == beside
+    with pytest.raises(UserError, match="does not exist: hasten calibrate_cache makes statistics of cache=RotateKV"):
+        find(other, tmp_path, beside)
+    with pytest.raises(UserError, match="the methods have no calibrated statistics"):
+        find(Mixed(), tmp_path, beside)
 
 
 def tokens_of(keys, values=None, queries=None, **changes):

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.accel.cache.base import CacheBudget, CacheLevel
+from hasten.accel.cache.calibration import gather
 from hasten.accel.cache.evict.snapkv import SnapKV
 from hasten.accel.cache.full import Full
 from hasten.accel.cache.levels import (
@@ -22,10 +23,13 @@ from hasten.accel.cache.levels import (
 from hasten.accel.cache.measure import CacheMeasurement
 from hasten.accel.cache.mixed import Mixed
 from hasten.accel.cache.quantize.kivi import KIVI
+from hasten.accel.cache.quantize.kvquant import KVQuant
 from hasten.accel.cache.retrieve.loop_serve import LoopServe
+from hasten.accel.cache.statistics import Statistics, file_name, of_mixture
 from hasten.accel.compression.allocators.exact import Exact
 from hasten.accel.errors import UserError
-from hasten.accel.models.checkpoint import resolve
+from hasten.accel.models.architecture import Architecture
+from hasten.accel.models.checkpoint import Checkpoint, resolve
 
 CONTEXT = 96
 LEVELS = {"full": CacheLevel(Full()), "two": CacheLevel(KIVI(bits=2, residual=0))}
@@ -51,6 +55,18 @@ def test_a_mixture_is_measured_in_pieces_as_token_by_token(measurement):
     assert sum(found.losses) == pytest.approx(sums.loss, rel=1e-4)
     assert found.agreed == sums.agreed
     assert sum(found.held) == tokenwise.bytes_at[0]
+
+
+def test_levels_with_statistics_are_measured_with_them(measurement):
+    method, windows = KVQuant(bits=2, outliers=0.0, residual=0), measurement.windows
+    mix = (CacheLevel(method), CacheLevel(Full()), CacheLevel(method), CacheLevel(Full()))
+    sums = gather(Architecture(Checkpoint(resolve("embedded:target"))), [method], windows[:1], 1, 1)
+    own = {file_name(method): Statistics(method.solve(sums[0]), {})}
+    with_statistics = MixMeasurement(measurement.model, windows, CONTEXT, own)
+    found = with_statistics.measure(mix, 1)
+    expected = CacheMeasurement(measurement.model, Mixed(mix), None, of_mixture(Mixed(mix), own))
+    assert sum(found.divergences) == pytest.approx(expected.text(windows[1:], CONTEXT).divergence, rel=1e-3)
+    assert sum(found.divergences) != pytest.approx(sum(measurement.measure(mix, 1).divergences), rel=1e-2)
 
 
 def test_the_optimum_of_single_levels_has_less_divergence_than_the_same_bytes_elsewhere(measurement):

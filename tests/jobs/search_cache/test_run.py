@@ -2,15 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from hasten.accel.cache.calibrated import settings
 from hasten.accel.cache.mixed import read
+from hasten.accel.cache.quantize.kvquant import KVQuant
+from hasten.accel.cache.statistics import FOLDER, file_name, write_layers
+from hasten.accel.errors import UserError
+from hasten.accel.models.checkpoint import Checkpoint
 from hasten.jobs.cli.compose import compose
 from hasten.jobs.cli.main import main
 from hasten.jobs.descriptors.registry import jobs
 from hasten.jobs.dry_run.options import PlanConfig
 from hasten.jobs.dry_run.run import make_plan
+from hasten.jobs.search_cache.allocation import CacheSearch
 from tests.jobs.report import last_report
+from tests.models import tiny
 
 OPTIONS = {
     "levels": "[full,kivi:bits=4,'kivi:bits=2,residual=0']",
@@ -64,6 +73,35 @@ def test_the_search_beats_uniform_levels_resumes_and_is_planned(folder, capsys, 
     assert again["metrics"]["peak_rss_bytes"] is None
     for path, time in files.items():
         assert path == changed or path.stat().st_mtime_ns == time
+
+
+def test_levels_take_the_statistics_beside_the_checkpoint(folder, tmp_path):
+    method = KVQuant(bits=2)
+    checkpoint = Checkpoint(tiny.save(tmp_path / "m", "llama"))
+    note = {"method": "KVQuant", "settings": dict(settings(method)), "model": checkpoint.fingerprint()}
+    changes = {
+        "model": checkpoint.path,
+        "levels": "[full,'kvquant:bits=2',kivi]",
+        "context": 32,
+        "source": "tokens.npy",
+    }
+    np.save("tokens.npy", tiny.tokens(8, 64).numpy())
+
+    def search(**more):
+        return CacheSearch(compose("search_cache", jobs()["search_cache"].options, words(**changes | more)))
+
+    assert search()._inputs.statistics == {}
+    file = checkpoint.path / FOLDER / file_name(method)
+    file.parent.mkdir()
+    write_layers(file, [{"scale": torch.ones(1)} for _ in range(2)], note)
+    with_statistics = search()
+    assert with_statistics._inputs.statistics == {file.name: file}
+    without = search(statistics="prompt")
+    assert without._inputs.statistics == {}
+    # What was measured without them is not what is measured with them.
+    assert with_statistics._inputs.key != without._inputs.key
+    with pytest.raises(UserError, match="does not exist: hasten calibrate_cache makes statistics of cache=KVQuant"):
+        search(statistics=tmp_path)
 
 
 @pytest.mark.parametrize(
