@@ -8,10 +8,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO
+from importlib import import_module
+from typing import IO, Any
 
 import ray
-from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
 
 from hasten.accel.errors import UserError
@@ -99,8 +99,9 @@ def _check_token(target: str) -> None:
     """AuthenticationError if the cluster refuses this process's token; Ray itself would try for 20 seconds."""
     if ":" not in target:
         return
+    raylet: Any = import_module("ray._raylet")
     try:
-        GcsClient(address=target)
+        raylet.GcsClient(address=target)
     except AuthenticationError:
         raise
     except Exception:

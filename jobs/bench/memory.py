@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hasten.accel.errors import UserError
 from hasten.jobs.bench._document import provenance, publish
@@ -117,7 +117,7 @@ def _compressed(config: Config, folder: Path, tokens: Path, depth: int) -> Outco
 def _model(config: Config, depth: int) -> "PretrainedConfig":
     from transformers import LlamaConfig, Qwen3MoeConfig
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_hidden_layers": depth,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -127,13 +127,13 @@ def _model(config: Config, depth: int) -> "PretrainedConfig":
     }
     if not config.experts:
         return LlamaConfig(**sizes)
-    return Qwen3MoeConfig(
-        **sizes,
-        head_dim=config.hidden_size // config.heads,
-        num_experts=config.experts,
-        num_experts_per_tok=min(config.experts, _EXPERTS_OF_A_TOKEN),
-        moe_intermediate_size=config.intermediate_size,
-    )
+    of_experts: dict[str, Any] = {
+        "head_dim": config.hidden_size // config.heads,
+        "num_experts": config.experts,
+        "num_experts_per_tok": min(config.experts, _EXPERTS_OF_A_TOKEN),
+        "moe_intermediate_size": config.intermediate_size,
+    }
+    return Qwen3MoeConfig(**sizes, **of_experts)
 
 
 def _block_bytes(config: Config) -> int:
