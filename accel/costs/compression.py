@@ -237,9 +237,12 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
     on_device = work.gpus > 0
     always = {"process": rates.worker_bytes, "calibration tokens": work.max_sequences * work.length * _TOKEN_BYTES}
     # Forwards of a divided block go through it layer by layer, so that all of them wait in it, too.
-    held = model.waiting_bytes if work.staged or work.ranks is not None else model.hidden_bytes
+    held = model.hidden_bytes(work.max_sequences, work.length)
+    held += model.waiting_at_experts(work.max_sequences, work.length, work.batch)
+    if work.staged or work.ranks is not None:
+        held = max(held, model.waiting_bytes(work.max_sequences, work.length))
     streams = 2 if work.runs_original else 1
-    hidden = {"hidden states": streams * held(work.max_sequences, work.length)}
+    hidden = {"hidden states": streams * held}
     largest = max(model.architecture.linears(model.largest_block()), key=lambda layer: layer.rows * layer.columns)
     stored = model.architecture.checkpoint.dtype(f"{largest.name}.weight").itemsize
     reading = {"tensor as it is read": largest.rows * largest.columns * stored}
@@ -250,6 +253,12 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
         kept, offloaded = {"weights of a block": streams * block}, dict[str, int]()
         if expert:
             kept["layer of an expert"] = expert
+            stages = [stage for groups in work.layer_groups for stage in work.stages(groups)] if work.staged else []
+            # One that the calibrator has fetched from the object store.
+            kept["packed layers of a stage"] = max(
+                (sum(_packed_bytes(work, group) for group in stage) for stage in stages if stage[0].is_expert),
+                default=0,
+            )
         if work.ranks is not None:
             kept, offloaded = work.ranks.block_weights(model)
             always |= {"DeepSpeed": DEEPSPEED_BYTES}

@@ -7,8 +7,7 @@ from math import prod
 import torch
 
 from hasten.accel.costs.estimate import Work
-from hasten.accel.evaluation.divergence import WAITING_STATES
-from hasten.accel.models.architecture import Architecture, Layer
+from hasten.accel.models.architecture import WAITING_STATES, Architecture, Layer
 from hasten.accel.models.output_layer import TILE_TOKENS, tile_columns
 
 # Elementwise operations of a block on a token, on vectors of the hidden size (norms, residuals, rotations) and of the
@@ -100,7 +99,7 @@ class Model:
         return held, layers
 
     def waiting_at_experts(self, sequences: int, length: int, batch: int) -> int:
-        """Bytes of the sequences that wait in a block of an evaluation at once, beside the hidden states."""
+        """Bytes of the sequences that wait for experts at once, beside the hidden states, see Architecture.lots."""
         experts = max(map(self._experts_bytes, self._kinds()))
         one = WAITING_STATES * self.hidden_bytes(1, length)
         return min(sequences * one, max(batch * one, experts)) if experts else 0

@@ -19,10 +19,6 @@ from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.forwards import Forward
 from hasten.accel.models.output_layer import TILE_TOKENS, OutputLayer
 
-# Hidden states of a window that waits for an expert: those behind the attention, their norm, and the sum of the experts
-# before, beside those that it began with.
-WAITING_STATES = 3
-
 
 @dataclass(frozen=True)
 class Sums:
@@ -116,21 +112,9 @@ def _run_block(model: Architecture, index: int, states: Tensor, batch: int) -> N
         def run(part: Tensor) -> None:
             part.copy_(model.run_block(block, index, part))
 
-        # Ranks of a group run all of a block together, also those without windows.
-        for lot in states.split(_at_once(model, index, states, batch)) if len(states) else (states,):
-            parts = lot.split(batch) if len(lot) else ()
-            model.run_forwards(block, [Forward(partial(run, part)) for part in parts])
-
-
-def _at_once(model: Architecture, index: int, states: Tensor, batch: int) -> int:
-    """Number of windows that run through a block together, and wait in it for each of its experts.
-
-    They need no more memory than the experts, which are read once for each lot of windows, would.
-    """
-    experts = model.streamed_bytes(index)
-    if not experts:
-        return len(states)
-    return max(batch, int(experts // (WAITING_STATES * states[0].nbytes)) // batch * batch)
+        parts = states.split(batch) if len(states) else ()
+        for lot in model.lots(index, parts):
+            model.run_forwards(block, [Forward(partial(run, parts[place])) for place in lot])
 
 
 def _output_inputs(layer: OutputLayer, states: Tensor, windows: Windows) -> Tensor:

@@ -45,6 +45,9 @@ from hasten.accel.models.tensor_names import Names
 
 # Roles of the matrices outside the blocks: output layer, embedding, or one tensor that serves as both.
 HEAD, EMBEDDING, TIED = "head", "embedding", "tied"
+# Hidden states of a part that waits in a block for an expert: those behind the attention, their norm, and the sum of
+# the experts before, beside those that it began with.
+WAITING_STATES = 3
 # A weight [rows, columns], or a function that gives it, which may be called several times.
 Weight = Tensor | Callable[[], Tensor]
 
@@ -226,6 +229,18 @@ class Architecture:
         """Bytes of the weights that `stream_block` does not hold."""
         experts = (layer for layer in self.linears(index) if layer.expert is not None)
         return sum(layer.rows * layer.columns for layer in experts) * self.dtype.itemsize
+
+    def lots(self, index: int, parts: Sequence[Tensor]) -> Iterator[range]:
+        """Places of the parts (B, T, D) of hidden states that run through a block of `stream_block` together.
+
+        Parts wait in it for each of its experts. In lots they need no more memory for that than the experts would,
+        which are read once for each lot. One lot, also of no parts, where nothing is read.
+        """
+        size, experts = max(1, len(parts)), self.streamed_bytes(index)
+        if experts and parts:
+            size = max(1, experts // (WAITING_STATES * max(part.nbytes for part in parts)))
+        for start in range(0, max(1, len(parts)), size):
+            yield range(start, min(start + size, len(parts)))
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Output [B, T, D] of block `index` for hidden [B, T, D]; differentiable: with its graph for autograd."""

@@ -420,11 +420,13 @@ def _layout(
         for path, module in linears.items()
         if path not in skipped and type(module).forward is not nn.Linear.forward
     }
+    # In the order of the layers that are compressed: a router may read the input of a layer that runs much later.
     groups: dict[object, list[str]] = {}
     for path, key in order:
-        members = groups.setdefault((path,) if path in mixtures else key, [])
-        if path not in skipped and path not in members:
-            members.append(path)
+        if path not in skipped:
+            members = groups.setdefault((path,) if path in mixtures else key, [])
+            if path not in members:
+                members.append(path)
     items: list[InputGroup | FusedExperts] = []
     for key, members in groups.items():
         if members and members[0] in mixtures:

@@ -1,14 +1,15 @@
 """The calibrator actor: it holds a shard of the calibration sequences, collects statistics and quantizes layers."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
+from ray import ObjectRef
 from torch import Tensor, nn
 
 from hasten.accel.activations.ranges import HeadRanges, InputRange
@@ -51,6 +52,31 @@ class Collected(NamedTuple):
     attention: dict[str, np.ndarray]
 
 
+class _Packed(Mapping[str, Mapping[str, Tensor]]):
+    """Packed layers of a stage, which stay in the object store and are fetched whenever one is read.
+
+    Experts are read when they run, stage by stage: only the stage of the last one is in `held`, which stages share.
+    """
+
+    def __init__(self, reference: ObjectRef, held: dict[ObjectRef, Mapping[str, Mapping[str, Tensor]]]) -> None:
+        self._reference, self._held = reference, held
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return self._layers()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers())
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def _layers(self) -> Mapping[str, Mapping[str, Tensor]]:
+        if self._reference not in self._held:
+            self._held.clear()
+            self._held[self._reference] = ray.get(self._reference)
+        return self._held[self._reference]
+
+
 class Calibrator:
     """Holds the hidden states of some chunks and advances them block by block.
 
@@ -68,6 +94,8 @@ class Calibrator:
         self._chunks = chunks
         self._shard: Shard | None = None
         self._rotation_pass: GradientPass | None = None
+        # The packed layers that were fetched last.
+        self._held: dict[ObjectRef, Mapping[str, Mapping[str, Tensor]]] = {}
 
     def check(self, names: list[str]) -> None:
         """Raise UserError naming a tensor that has NaN or Inf."""
@@ -278,7 +306,7 @@ class Calibrator:
         staged = shard.staged or shard.begin(self._load(block), groups, partial(self._load, block))
         output = self._task.output
         for number in range(staged.replaced, stage):
-            packed = _fetched(solved[number])
+            packed = self._packed(solved[number])
             if staged.stages[number] == ATTENTION:
                 name = self._attention(block)
                 staged.round_attention(output.unpack_attention(name, packed.get(name, {})))
@@ -316,6 +344,7 @@ class Calibrator:
                 else:
                     shard.staged.replace(output.read_layers(stage), output.read_inputs(stage))
             shard.finish()
+            self._held.clear()
             return
         architecture, module = self._task.architecture, self._load(shard.position)
         if self._settings.propagate != "original":
@@ -332,14 +361,12 @@ class Calibrator:
         assert name is not None
         return name
 
+    def _packed(self, solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
+        """Packed layers of a stage; solved: these, or a list with a reference to them."""
+        return _Packed(solved[0], self._held) if isinstance(solved, list) else solved
+
     def _load(self, block: int) -> nn.Module:
         return self._task.architecture.stream_block(block)
-
-
-def _fetched(solved: Any) -> Mapping[str, Mapping[str, Tensor]]:
-    """Packed layers of a stage; a reference in a list is resolved only now, so that one stage is held at a time."""
-    layers: Any = ray.get(solved[0]) if isinstance(solved, list) else solved
-    return cast(Mapping[str, Mapping[str, Tensor]], layers)
 
 
 def _merged(collected: Sequence[Collected], key: str) -> InputRange:

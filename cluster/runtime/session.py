@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -100,13 +101,23 @@ def _check_token(target: str) -> None:
     if ":" not in target:
         return
     raylet: Any = import_module("ray._raylet")
-    try:
-        raylet.GcsClient(address=target)
-    except AuthenticationError:
-        raise
-    except Exception:
-        # Ray tries again, and says what is wrong.
-        _LOG.debug("the first try to reach %s failed", target, exc_info=True)
+    refused: list[AuthenticationError] = []
+
+    def ask() -> None:
+        try:
+            raylet.GcsClient(address=target)
+        except AuthenticationError as error:
+            refused.append(error)
+        except Exception:
+            # Ray tries again, and says what is wrong.
+            _LOG.debug("the first try to reach %s failed", target, exc_info=True)
+
+    # One that does not answer is not waited for twice.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_SECONDS_TO_ANSWER)
+    if refused:
+        raise refused[0]
 
 
 def _dashboard(address: str) -> UserError:

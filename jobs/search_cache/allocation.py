@@ -117,7 +117,8 @@ class CacheSearch:
             "device": device,
             "torch": torch.__version__,
         }
-        shared = {**self._key, "statistics": statistics_fingerprint(mixed, statistics)}
+        calibrated = statistics_fingerprint(mixed, statistics)
+        shared = self._key if calibrated is None else {**self._key, "statistics": calibrated}
         self._inputs, self._unseen = (
             MixInputs(
                 *of_model,

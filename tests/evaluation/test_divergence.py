@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor
 
 from hasten.accel.errors import UserError
-from hasten.accel.evaluation import divergence
 from hasten.accel.evaluation.divergence import Sums, evaluate
 from hasten.accel.evaluation.perplexity import windows
+from hasten.accel.models import architecture as architectures
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from tests.allocations import Allocations
@@ -156,7 +156,7 @@ def test_windows_wait_for_experts_in_lots_which_change_no_figure(
     expected = evaluate(architecture(folder), cut, batch=2)
     experts = [name for name in read if ".experts." in name]
     assert len(experts) == len(set(experts)), "once for all windows"
-    monkeypatch.setattr(divergence, "WAITING_STATES", 1 << 30)
+    monkeypatch.setattr(architectures, "WAITING_STATES", 1 << 30)
     assert evaluate(architecture(folder), cut, batch=2) == expected
     assert read.count(experts[0]) == 1 + -(-len(cut) // 2), "once for each lot"
     # The same with all experts in memory.

@@ -8,12 +8,15 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from hasten.accel.compression.calibration.layer_groups import make_layer_groups
+from hasten.accel.compression.calibration.shard import Shard
+from hasten.accel.compression.levels.level import parse_level
 from hasten.accel.models.architecture import Architecture
 from hasten.accel.models.checkpoint import Checkpoint
 from hasten.accel.models.experts import Experts, Layout, is_fused
 from hasten.accel.models.loading_needs import fuses_experts
 from hasten.accel.models.trial import logits_by_blocks, logits_of, random_model, try_type
-from tests.models import architectures
+from tests.models import architectures, tiny
 
 METHOD = "compressed-tensors"
 # One for each kind: fused, shared and transposed experts, latent and linear attention, states, and mixes of them.
@@ -86,6 +89,26 @@ def _linear_layers(block):
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
     experts = sum(len(list(Layout.of(module).layers())) for module in modules.values() if is_fused(module))
     return experts + sum(path.rpartition(".")[2] not in plain for path in linear)
+
+
+@pytest.mark.parametrize("model_type", [*ALONE, *WITH_LOADER, *SLOW])
+def test_layers_are_listed_in_the_order_in_which_a_block_runs_them(tmp_path, model_type):
+    random_model(model_type).save_pretrained(tmp_path)
+    model = Architecture(Checkpoint(tmp_path))
+    groups = make_layer_groups(model, parse_level("w8"), (), 0, 0)
+    shard = Shard(model, {0: tiny.tokens(2)}, batch=1)
+    with torch.no_grad():
+        for index in range(model.num_blocks):
+            if not groups[index]:
+                shard.advance(model.load_block(index))
+                continue
+            staged = shard.begin(model.stream_block(index), groups[index])
+            for number, stage in enumerate(staged.stages):
+                found = staged.collect(number, [group.key for group in stage])
+                # A stage that the block had passed would have nothing to collect.
+                assert stage[0].is_expert or list(found) == [stage[0].key]
+                staged.replace(())
+            shard.finish()
 
 
 @pytest.mark.parametrize(("model_type", "words"), REFUSED.items())

@@ -139,12 +139,12 @@ class Shard:
                 if keep:
                     parts[index] = output
 
-        forwards = [
-            _ChunkForward(partial(run, parts, index), number)
-            for number, parts in hidden.items()
-            for index in range(len(parts))
-        ]
-        self.architecture.run_forwards(block, forwards)
+        places = [(number, parts, index) for number, parts in hidden.items() for index in range(len(parts))]
+        for lot in self.architecture.lots(self.position, [parts[index] for _, parts, index in places]):
+            chosen = [places[place] for place in lot]
+            self.architecture.run_forwards(
+                block, [_ChunkForward(partial(run, parts, index), number) for number, parts, index in chosen]
+            )
 
     def begin(
         self, block: nn.Module, groups: Sequence[Group], original: Callable[[], nn.Module] | None = None

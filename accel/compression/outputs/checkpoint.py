@@ -127,7 +127,7 @@ class OutputFolder(ResumableFolder):
                 yield layer.module, partial(self._stored_weight, group, layer.name)
 
     def _stored_weight(self, group: Group, layer: str) -> Tensor:
-        return self._unpacked(group, self._stored(group.block, [layer], _PARTS)[layer])
+        return self._unpacked(group, layer, self._stored(group.block, [layer], _PARTS))
 
     def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, InputRounding | None]]:
         """Path in the block and rounding of the inputs of each layer of some groups of a finished block."""
@@ -176,11 +176,11 @@ class OutputFolder(ResumableFolder):
         """Path in the block of each layer of some groups, and a function that unpacks it. packed: see write_block."""
         for group in groups:
             for layer in group.layers:
-                yield layer.module, partial(self._unpacked, group, packed[layer.name])
+                yield layer.module, partial(self._unpacked, group, layer.name, packed)
 
-    def _unpacked(self, group: Group, packed: Mapping[str, Tensor]) -> Tensor:
+    def _unpacked(self, group: Group, layer: str, packed: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         scheme = group.level.loader_scheme
-        parts = {name: part for name, part in packed.items() if name not in INPUT_TENSORS}
+        parts = {name: part for name, part in packed[layer].items() if name not in INPUT_TENSORS}
         return parts["weight"] if scheme is None else self.format.unpack(parts, scheme)
 
     def finish(self) -> None:

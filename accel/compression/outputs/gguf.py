@@ -141,7 +141,7 @@ class GgufFolder(ResumableFolder):
         """Path in the block of each layer of some groups, and a function that unpacks it. packed: see write_block."""
         for group in groups:
             for layer in group.layers:
-                yield layer.module, partial(group.level.unpack, packed[layer.name])
+                yield layer.module, partial(_unpacked, group, layer.name, packed)
 
     def read_inputs(self, groups: Sequence[Group]) -> Iterator[tuple[str, None]]:
         """Path in the block of each layer of some groups: llama.cpp chooses how inputs are rounded, not the file."""
@@ -308,3 +308,7 @@ def _rounded(kind: type[BlockType], rows: Tensor) -> Tensor:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _unpacked(group: Group, layer: str, packed: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    return group.level.unpack(packed[layer])

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -167,8 +168,16 @@ def _end_with(process: int) -> None:
     """End this process when another one ends."""
 
     def wait() -> None:
-        with suppress(ProcessLookupError):
-            select.select([os.pidfd_open(process)], [], [])
+        try:
+            ended = select.poll()
+            ended.register(os.pidfd_open(process), select.POLLIN)
+            ended.poll()
+        except ProcessLookupError:
+            pass
+        except OSError:
+            # A kernel without such files, or none left.
+            while os.path.exists(f"/proc/{process}"):
+                time.sleep(_CHECK_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

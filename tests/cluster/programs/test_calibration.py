@@ -14,7 +14,7 @@ import torch
 from hasten.accel.compression.calibration.settings import PROPAGATE, Task
 from hasten.accel.compression.quantizers.round_to_nearest import RoundToNearest
 from hasten.accel.errors import UserError
-from hasten.cluster.actors.calibrator import Calibrator
+from hasten.cluster.actors.calibrator import Calibrator, _Packed
 from hasten.cluster.programs.calibration import CalibrationPass
 from hasten.jobs.cli.main import main
 from tests.compression import local
@@ -48,6 +48,36 @@ def test_any_number_of_calibrators_gives_the_bytes_of_one_process(propagate, sou
     report = run(local.settings(source, tmp_path / "three", propagate=propagate), 3)
     assert [row["block"] for row in report.blocks] == [0, 1, 2, 3]
     assert local.contents(tmp_path / "three") == local.contents(tmp_path / "alone")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("propagate", ["sequential", "quantized"])
+def test_experts_that_are_read_when_they_run_give_the_bytes_of_one_process(propagate, tmp_path, ray_session):
+    mixture = tiny.save(tmp_path / "m", "mixtral", dtype=torch.bfloat16)
+    local.compress(local.settings(mixture, tmp_path / "alone", propagate=propagate), TOKENS)
+    run(local.settings(mixture, tmp_path / "two", propagate=propagate), 2)
+    assert local.contents(tmp_path / "two") == local.contents(tmp_path / "alone")
+
+
+@pytest.mark.ray
+def test_packed_layers_are_fetched_when_one_is_read_and_one_stage_is_held(ray_session, monkeypatch):
+    import ray
+
+    stages = [{f"{name}{number}": {"weight": torch.full((2,), number)} for name in "ab"} for number in range(2)]
+    references, fetched, get = [ray.put(stage) for stage in stages], [], ray.get
+    monkeypatch.setattr(ray, "get", lambda reference: fetched.append(reference) or get(reference))
+    held = {}
+    first, second = (_Packed(reference, held) for reference in references)
+    assert fetched == []
+    assert [int(packed[name]["weight"][0]) for packed, name in ((first, "a0"), (first, "b0"), (second, "a1"))] == [
+        0,
+        0,
+        1,
+    ]
+    assert fetched == references
+    assert list(held) == references[1:]
+    assert second.get("c1") is None
+    assert set(first) == set(stages[0])
 
 
 @pytest.mark.ray
