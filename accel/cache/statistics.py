@@ -105,10 +105,8 @@ def load(method: CacheMethod, path: Path, models: Collection[str] | None = None)
     path: see find. models: fingerprints of checkpoints that they may be of; None checks none.
     """
     if isinstance(method, Mixed):
-        files = files_of(method, path)
-        own = {
-            name: load(one, files[name], models) for one in calibrated_in(method) if (name := file_name(one)) in files
-        }
+        methods = {file_name(one): one for one in calibrated_in(method)}
+        own = {name: load(methods[name], file, models) for name, file in files_of(method, path).items()}
         return of_mixture(method, own)
     found = read_layers(path)
     name, chosen = type(method).__name__, dict(settings(method))

@@ -255,7 +255,7 @@ def _calibrator(work: Pass, rates: Rates) -> Process:
             kept["layer of an expert"] = expert
             stages = [stage for groups in work.layer_groups for stage in work.stages(groups)] if work.staged else []
             # One that the calibrator has fetched from the object store.
-            kept["packed layers of a stage"] = max(
+            offloaded["packed layers of a stage"] = max(
                 (sum(_packed_bytes(work, group) for group in stage) for stage in stages if stage[0].is_expert),
                 default=0,
             )

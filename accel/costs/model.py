@@ -105,8 +105,7 @@ class Model:
         return min(sequences * one, max(batch * one, experts)) if experts else 0
 
     def _experts_bytes(self, index: int) -> int:
-        experts = (layer for layer in self.architecture.linears(index) if layer.expert is not None)
-        return sum(layer.rows * layer.columns for layer in experts) * self.dtype.itemsize
+        return self.architecture.expert_weights(index) * self.dtype.itemsize
 
     def elements(self) -> int:
         """Number of elements of all tensors."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,6 +76,9 @@ class Architecture:
 
     Raises UserError where the model family is not supported, or where a tensor is missing or has a wrong shape.
     """
+
+    # Whether experts are read when they run; ranks that divide a block run all of it together.
+    streams: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -210,8 +213,10 @@ class Architecture:
     def stream_block(self, index: int) -> nn.Module:
         """Like `load_block`, but without the weights of experts: each is read when it runs, see models.supplied.
 
-        Forwards in `run_forwards` read it once for all of them.
+        Forwards in `run_forwards` read it once for all of them. The same as `load_block` where not `streams`.
         """
+        if not self.streams:
+            return self.load_block(index)
         block = self._empty_block(index)
         experts = [layer for layer in self.linears(index) if layer.expert is not None]
         weights = ReadWeights(self.device, self.dtype)
@@ -227,8 +232,11 @@ class Architecture:
 
     def streamed_bytes(self, index: int) -> int:
         """Bytes of the weights that `stream_block` does not hold."""
-        experts = (layer for layer in self.linears(index) if layer.expert is not None)
-        return sum(layer.rows * layer.columns for layer in experts) * self.dtype.itemsize
+        return self.expert_weights(index) * self.dtype.itemsize if self.streams else 0
+
+    def expert_weights(self, index: int) -> int:
+        """Number of weights of a block's experts."""
+        return sum(layer.rows * layer.columns for layer in self.linears(index) if layer.expert is not None)
 
     def lots(self, index: int, parts: Sequence[Tensor]) -> Iterator[range]:
         """Places of the parts (B, T, D) of hidden states that run through a block of `stream_block` together.

@@ -9,6 +9,7 @@ once for all sequences; ranks may have different numbers of forwards and run dif
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,6 +87,8 @@ class DividedArchitecture(Architecture):
     offload: whether parts are held in main memory.
     """
 
+    streams: ClassVar[bool] = False
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -115,14 +118,6 @@ class DividedArchitecture(Architecture):
         self._rotate_inputs(block, index)
         self._round_as_stored(block, index)
         return block.eval()
-
-    def stream_block(self, index: int) -> nn.Module:
-        """The same as `load_block`, which does not hold the layers."""
-        return self.load_block(index)
-
-    def streamed_bytes(self, index: int) -> int:
-        """None: all ranks run all of a block together."""
-        return 0
 
     def replace_weights(self, block: nn.Module, weights: Iterable[tuple[str, Weight]]) -> None:
         """See Architecture."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class TensorParallelArchitecture(Architecture):
     A rank holds a whole block in main memory while it is loaded.
     """
 
+    streams: ClassVar[bool] = False
+
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, size: int) -> None:
         super().__init__(checkpoint, dtype, device)
         self._whole = WholeModel(checkpoint, dtype)
@@ -77,14 +79,6 @@ class TensorParallelArchitecture(Architecture):
         block = self._whole.load_block(index)
         self._divide(block)
         return block.to(self.device)
-
-    def stream_block(self, index: int) -> nn.Module:
-        """The same as `load_block`: a rank holds its part of every expert."""
-        return self.load_block(index)
-
-    def streamed_bytes(self, index: int) -> int:
-        """None."""
-        return 0
 
 
 def _tensor_parallel(source: WholeModel, size: int) -> Any:

@@ -109,7 +109,7 @@ class CacheSearch:
         unseen = self._load("evaluation", config.evaluation_sequences)
         mixed = Mixed(tuple(self.levels.values()))
         statistics = chosen_statistics(mixed, self.model, config.statistics)
-        self._statistics = {} if statistics is None else files_of(mixed, statistics)
+        files = {} if statistics is None else files_of(mixed, statistics)
         self._key = {
             "model": Checkpoint(self.model).fingerprint(),
             "context": config.context,
@@ -125,7 +125,7 @@ class CacheSearch:
                 tokens,
                 config.context,
                 digest({**shared, "windows": fingerprint(tokens)}),
-                self._statistics,
+                files,
             )
             for tokens in (self._tokens, unseen)
         )

@@ -44,7 +44,6 @@ def main() -> None:
     sys.path[:] = json.loads(sys.argv[2])
     started = dict(os.environ)
     _import(_MODULES)
-    _make_tables()
     arguments = _serve(listening, parent, started)
     if arguments:
         sys.argv = arguments
@@ -56,14 +55,7 @@ def main() -> None:
 def import_all(variables: dict[str, str]) -> None:
     """Import what a worker with these variables of Ray's has imported."""
     _import(_MODULES)
-    _make_tables()
     _import_for(variables)
-
-
-def _make_tables() -> None:
-    """Make transformers' patterns of tensor names, of all architectures, which every opened checkpoint needs."""
-    with suppress(Exception):
-        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
 
 
 def _import_for(variables: dict[str, str]) -> None:

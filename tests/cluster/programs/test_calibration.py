@@ -69,11 +69,8 @@ def test_packed_layers_are_fetched_when_one_is_read_and_one_stage_is_held(ray_se
     held = {}
     first, second = (_Packed(reference, held) for reference in references)
     assert fetched == []
-    assert [int(packed[name]["weight"][0]) for packed, name in ((first, "a0"), (first, "b0"), (second, "a1"))] == [
-        0,
-        0,
-        1,
-    ]
+    read = [packed[name] for packed, name in ((first, "a0"), (first, "b0"), (second, "a1"))]
+    assert [int(parts["weight"][0]) for parts in read] == [0, 0, 1]
     assert fetched == references
     assert list(held) == references[1:]
     assert second.get("c1") is None
