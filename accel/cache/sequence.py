@@ -19,6 +19,8 @@ _GROWTH, _GROWTH_OF_FREED = 0.5, 0.125
 _LEAST, _LEAST_OF_FREED = 32, 16
 # Queries whose scores over all keys are held at a time.
 QUERIES_AT_ONCE = 256
+# Committed queries whose attention is summed at a time: one by one, each of them would read all keys again.
+_SUMMED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class SequenceCache:
         self._queries: Tensor | None = None  # of the last committed tokens
         self._query_ends: Tensor | None = None  # which of these tokens end a sentence
         self._attention: Tensor | None = None
+        # Queries of the last committed tokens, and their denominators, whose attention is not in the sums yet.
+        self._unsummed: list[tuple[Tensor, Tensor]] = []
         # Queries of the waiting nodes, and the logarithms of their softmax denominators.
         self._asked: list[tuple[Tensor, Tensor]] = []
         self._scoring = PLAIN
@@ -75,7 +79,7 @@ class SequenceCache:
         """All tensors that are held, including room for tokens to come."""
         own = (self._keys, self._values, self._positions, self._queries, self._attention, self._memory)
         yield from (tensor for tensor in (*own, self._ends, self._query_ends) if isinstance(tensor, Tensor))
-        yield from (part for pair in self._asked for part in pair)
+        yield from (part for pair in (*self._asked, *self._unsummed) for part in pair)
         for segment in self.segments:
             yield from segment.tensors()
         if self._prepared is not None and self._prepared[1] is not None:
@@ -264,9 +268,10 @@ class SequenceCache:
         self.length += len(kept)
         self._waiting = 0
         self._asked = []
+        self._sum_attention(_SUMMED_AT_ONCE)
 
     def _observe(self, kept: Sequence[int]) -> None:
-        """Remember the queries of committed nodes, and add the attention that they gave."""
+        """Remember the queries of committed nodes."""
         assert self.method is not None
         queries, denominators = (torch.cat(parts)[list(kept)] for parts in zip(*self._asked, strict=True))
         window = self.method.query_window
@@ -278,30 +283,46 @@ class SequenceCache:
                 new = self._ends[self._dense : self._dense + len(kept)]
                 self._query_ends = torch.cat([known, new])[-window:].clone()
         if self.method.sums_attention and kept:
-            self._add_attention(queries, denominators, len(kept))
+            self._unsummed.append((queries, denominators))
 
-    def _add_attention(self, queries: Tensor, denominators: Tensor, count: int) -> None:
-        """Add the attention of `count` newly committed queries, whose keys follow the dense ones."""
+    def _sum_attention(self, least: int) -> None:
+        """Add the attention of the queries that wait for it, in lots, until fewer than `least` wait.
+
+        Lots are counted from the last compression on, so that the sums do not depend on the passes.
+        """
+        waiting = sum(len(queries) for queries, _ in self._unsummed)
+        if waiting < least:
+            return
         assert self._keys is not None
-        # Part by part: a token of decoding should not copy all keys.
-        parts = [*(segment.dense()[0] for segment in self.segments), self._keys[:, : self._dense + count]]
-        total = sum(keys.shape[1] for keys in parts)
-        sums = torch.zeros(len(self._keys), total, device=self._keys.device)
+        assert self._positions is not None
+        queries, denominators = (torch.cat(parts) for parts in zip(*self._unsummed, strict=True))
+        own = self._positions[: self._dense]
+        parts = [segment.dense() for segment in self.segments]
+        held = [(keys, positions) for keys, _, positions in parts]
+        held.append((self._keys[:, : self._dense], own.expand(len(self._keys), -1)))
+        sums = torch.zeros(len(self._keys), sum(keys.shape[1] for keys, _ in held), device=self._keys.device)
         if self._attention is not None:
             sums[:, : self._attention.shape[1]] = self._attention
-        for begin in range(0, count, QUERIES_AT_ONCE):
-            some = slice(begin, min(count, begin + QUERIES_AT_ONCE))
-            # Of the newly committed tokens, which come last, each query sees those up to its own.
-            own = torch.arange(some.start, some.stop, device=sums.device)
-            hidden = torch.arange(count, device=sums.device) > own[:, None]
+        summed = 0
+        while waiting - summed >= least:
+            some = slice(summed, min(waiting, summed + _SUMMED_AT_ONCE))
+            # The queries' own tokens are the last dense ones, of which each sees those up to its own.
+            index = torch.arange(waiting, device=sums.device)
+            hidden = index > index[some, None]
+            asking = own[self._dense - waiting :][some]
             end = 0
-            for keys in parts:
+            for keys, positions in held:
                 shares = attention_shares(queries[some], keys, self._scoring, denominators[some])  # (H, G, W, T)
-                if keys is parts[-1]:
-                    shares[..., keys.shape[1] - count :].masked_fill_(hidden, 0.0)
+                if keys is held[-1][0]:
+                    shares[..., self._dense - waiting :].masked_fill_(hidden, 0.0)
+                if self._scoring.window is not None:
+                    distance = asking[:, None] - positions[:, None]  # (H, W, T)
+                    shares.masked_fill_((distance >= self._scoring.window)[:, None], 0.0)
                 sums[:, end : end + keys.shape[1]] += shares.sum((1, 2))
                 end += keys.shape[1]
+            summed = some.stop
         self._attention = sums
+        self._unsummed = [(queries[summed:].clone(), denominators[summed:].clone())] if summed < waiting else []
 
     def look_ahead(self, positions: Tensor) -> None:
         """Drop the waiting nodes at positions (W,); the method sees their queries when it is applied next."""
@@ -319,6 +340,7 @@ class SequenceCache:
         assert self._waiting == 0
         if self._keys is None or self._values is None or self._positions is None:
             return None
+        self._sum_attention(1)
         dense = slice(0, self._dense)
         return Recent(
             self._keys[:, dense],
@@ -360,14 +382,20 @@ class SequenceCache:
         for name in ("_queries", "_query_ends"):
             part = getattr(self, name)
             setattr(self, name, None if part is None else part[: max(0, len(part) - count)].clone())
+        if self._unsummed:
+            queries, denominators = (torch.cat(parts) for parts in zip(*self._unsummed, strict=True))
+            left = max(0, len(queries) - count)
+            self._unsummed = [(queries[:left].clone(), denominators[:left].clone())] if left else []
         if self._attention is not None:
-            self._attention = self._attention[:, : self._attention.shape[1] - count].clone()
+            total = sum(segment.dense()[0].shape[1] for segment in self.segments) + self._dense
+            self._attention = self._attention[:, :total].clone()
 
     def copy(self) -> "SequenceCache":
         """A cache that shares the segments, which never change."""
         other = SequenceCache(self.method)
         vars(other).update(vars(self))
         other.segments, other._asked, other._prepared = list(self.segments), list(self._asked), None
+        other._unsummed = list(self._unsummed)
         for name in ("_keys", "_values", "_positions", "_ends"):
             part = getattr(self, name)
             setattr(other, name, None if part is None else part.clone())

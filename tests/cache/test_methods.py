@@ -85,9 +85,14 @@ def test_h2o_keeps_the_tokens_with_the_most_attention_of_their_head():
     ]
 
 
-def test_the_attention_that_h2o_sums_is_that_of_all_queries_so_far():
-    model = AutoModelForCausalLM.from_pretrained(resolve("embedded:target"), dtype=torch.float32).eval()
-    tokens = torch.arange(30, 70)[None]
+@pytest.mark.parametrize("window", [None, tiny.WINDOW])
+def test_the_attention_that_h2o_sums_is_that_of_all_queries_so_far(window):
+    if window is None:
+        model = AutoModelForCausalLM.from_pretrained(resolve("embedded:target"), dtype=torch.float32).eval()
+    else:
+        model = tiny.build("mistral").eval()
+        assert model.config.sliding_window == window
+    tokens = torch.arange(3, 80)[None]
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(tokens, output_attentions=True).attentions
@@ -95,12 +100,46 @@ def test_the_attention_that_h2o_sums_is_that_of_all_queries_so_far():
     cache = CompressedCache(model, H2O(), CacheBudget(1000))
     with torch.no_grad():
         model(tokens[:, :33], past_key_values=cache)
-        for at in range(33, 40):
+        for at in range(33, tokens.shape[1]):
             model(tokens[:, at : at + 1], past_key_values=cache)
     for layer, attention in zip(cache.compressed, expected, strict=True):
         heads = model.config.num_key_value_heads
         summed = attention[0].unflatten(0, (heads, -1)).sum((1, 2))
-        torch.testing.assert_close(layer.sequences[0]._attention, summed, rtol=1e-4, atol=1e-5)
+        held = layer.sequences[0].uncompressed()
+        torch.testing.assert_close(held.attention, summed, rtol=1e-4, atol=1e-5)
+
+
+def test_summed_attention_does_not_depend_on_the_passes_that_committed_the_queries():
+    generator = torch.Generator().manual_seed(5)
+    count, heads = 150, HEADS
+    keys, values = (torch.randn(heads, count, SIZE, generator=generator) for _ in range(2))
+    queries = torch.randn(count, heads * 2, SIZE, generator=generator)
+    positions = torch.arange(count, dtype=torch.int32)
+
+    def summed(widths):
+        sequence, begin = SequenceCache(H2O()), 0
+        for width in widths:
+            part = slice(begin, begin + width)
+            new = NewTokens(keys[:, part], values[:, part], queries[part], positions[part])
+            sequence.append(new, PLAIN, None, torch.float32)
+            sequence.commit()
+            begin += width
+        assert begin == count
+        return sequence
+
+    one = summed([40] + [1] * 110)
+    other = summed([40] + [3, 1, 5, 2] * 10)
+    torch.testing.assert_close(one.uncompressed().attention, other.uncompressed().attention, rtol=1e-6, atol=1e-6)
+    # Queries that are taken back give nothing.
+    taken = summed([40] + [1] * 110)
+    waiting = sum(len(rows) for rows, _ in taken._unsummed)
+    assert 0 < waiting < 32
+    taken.crop(waiting)
+    shorter = SequenceCache(H2O())
+    left = count - waiting
+    shorter.append(NewTokens(keys[:, :left], values[:, :left], queries[:left], positions[:left]), PLAIN, None, torch.float32)
+    shorter.commit()
+    torch.testing.assert_close(taken.uncompressed().attention, shorter.uncompressed().attention, rtol=1e-5, atol=1e-6)
 
 
 def test_snapkv_keeps_the_neighbours_of_what_the_last_queries_attend_to():
