@@ -1,6 +1,7 @@
 """Chooses between a kernel and its torch reference; no other module does."""
 
 import os
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -15,6 +16,6 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_c(tensor: Tensor) -> bool:
-    """Whether ops on this tensor run as compiled C, provided that there is a compiler."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+def use_c(tensor: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether ops on this tensor run as compiled C, if there is a compiler. dtypes: that the C code reads."""
+    return tensor.device.type == "cpu" and tensor.dtype in dtypes

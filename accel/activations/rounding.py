@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.activations.scheme import InputScheme
+from hasten.kernels.grid_rounding import absmax, round_scaled
 
 _FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0
@@ -54,8 +55,8 @@ def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
         return _on_grid(inputs, rounding.scale.to(inputs.dtype), zero_point, scheme)
     if scheme.strategy in ("group", "tensor_group"):
         groups = inputs.unflatten(-1, (-1, scheme.group_size or 0))
-        scale = _group_scale(groups.abs().amax(-1, keepdim=True), rounding)
-        return _on_grid(groups, scale, None, scheme).flatten(-2).to(inputs.dtype)
+        scale = _group_scale(absmax(groups), rounding)
+        return _on_grid(groups, scale, None, scheme).flatten(-2)
     if scheme.symmetric:
         scale = _above_zero(_absmax(inputs, scheme) / _half_range(scheme))
         return _on_grid(inputs, scale, None, scheme)
@@ -68,8 +69,7 @@ def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
 
 
 def _absmax(inputs: Tensor, scheme: InputScheme) -> Tensor:
-    magnitudes = inputs.abs()
-    return magnitudes.amax() if scheme.strategy == "tensor" else magnitudes.amax(-1, keepdim=True)
+    return inputs.abs().amax() if scheme.strategy == "tensor" else absmax(inputs)
 
 
 def _half_range(scheme: InputScheme) -> float:
@@ -109,24 +109,17 @@ def power_of_two_scale(absmax: Tensor, scheme: InputScheme) -> Tensor:
 
 
 def _on_grid(values: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: InputScheme) -> Tensor:
-    """Values rounded to multiples of scale that have a code."""
-    scaled = values / scale
-    if zero_point is not None:
-        scaled = scaled + zero_point
-    codes = to_codes(scaled, scheme)
-    return (codes if zero_point is None else codes - zero_point) * scale
+    """Values rounded to multiples of scale that have a code, in their dtype."""
+    if zero_point is None:
+        return round_scaled(values, scale, scheme.kind, scheme.bits, *_ends(scheme))
+    return (to_codes(values / scale + zero_point, scheme) - zero_point) * scale
+
+
+def _ends(scheme: InputScheme) -> tuple[float, float]:
+    """The least and the largest code."""
+    return (-(2.0 ** (scheme.bits - 1)) if scheme.kind == "int" else -scheme.top), scheme.top
 
 
 def to_codes(scaled: Tensor, scheme: InputScheme) -> Tensor:
     """The nearest codes of inputs that are divided by their scale, as numbers in their dtype."""
-    if scheme.kind == "int":
-        return scaled.clamp(-(2.0 ** (scheme.bits - 1)), scheme.top).round()
-    clamped = scaled.clamp(-scheme.top, scheme.top)
-    return clamped.to(_FP8).to(scaled.dtype) if scheme.bits == 8 else _e2m1(clamped)
-
-
-def _e2m1(values: Tensor) -> Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, ties to even codes."""
-    magnitudes = values.abs()
-    step = torch.where(magnitudes < 2, 0.5, torch.where(magnitudes < 4, 1.0, 2.0)).to(values.dtype)
-    return (values / step).round() * step
+    return round_scaled(scaled, torch.ones_like(scaled[..., :1]), scheme.kind, scheme.bits, *_ends(scheme))

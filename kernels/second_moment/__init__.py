@@ -11,7 +11,7 @@ from hasten.kernels.dispatch import use_c, use_triton
 from hasten.kernels.second_moment import c_kernel, reference
 from hasten.kernels.second_moment.reference import panel_bounds, panels
 
-__all__ = ["add", "panel_bounds", "panels"]
+__all__ = ["add", "panel_bounds", "panels", "spread"]
 
 
 def add(sums: Tensor, x: Tensor, width: int) -> None:
@@ -25,3 +25,12 @@ def add(sums: Tensor, x: Tensor, width: int) -> None:
         c_kernel.add(sums, x, width)
     else:
         reference.add(sums, x, width)
+
+
+def spread(panel: Tensor, start: int, place: Tensor, tokens: int, out: Tensor) -> None:
+    """Write a panel, divided by tokens, to the whole matrix out (C, C) float32 at both sides of the diagonal.
+
+    panel: rows `start` and on. place: int64 (C,), the row and column of `out` that each column of the inputs has.
+    """
+    module = c_kernel if use_c(out) and out.is_contiguous() and c_kernel.is_available() else reference
+    module.spread(panel, start, place, tokens, out)

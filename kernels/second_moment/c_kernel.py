@@ -39,6 +39,20 @@ def add(sums: Tensor, x: Tensor, width: int) -> None:
         raise MemoryError(f"no memory for {columns} columns of inputs")
 
 
+def is_available() -> bool:
+    """Whether the kernel can be compiled on this machine."""
+    return _library() is not None
+
+
+def spread(panel: Tensor, start: int, place: Tensor, tokens: int, out: Tensor) -> None:
+    """See hasten.kernels.second_moment.spread. The kernel must be available."""
+    library = _library()
+    assert library is not None
+    panel, stop = panel.contiguous(), panel.shape[1]
+    given = panel.data_ptr(), start, stop, len(out), place.data_ptr(), tokens, out.data_ptr()
+    library.second_moment_spread(*given, torch.get_num_threads())
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     # The kernel reads two bfloat16 values as one 32-bit word.
@@ -49,4 +63,7 @@ def _library() -> ctypes.CDLL | None:
     for function in (library.second_moment_float32, library.second_moment_bfloat16):
         function.argtypes = [ctypes.c_void_p, *[ctypes.c_long] * 3, ctypes.c_void_p, ctypes.c_int]
         function.restype = ctypes.c_int
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    library.second_moment_spread.argtypes = [pointer, *[long] * 3, pointer, ctypes.c_float, pointer, ctypes.c_int]
+    library.second_moment_spread.restype = None
     return library

@@ -45,3 +45,12 @@ def _bfloat16_products(allowed: bool) -> Iterator[None]:
         yield
     finally:
         cpu.fp32_precision, gpu.fp32_precision = before
+
+
+def spread(panel: Tensor, start: int, place: Tensor, tokens: int, out: Tensor) -> None:
+    """See hasten.kernels.second_moment.spread."""
+    stop = panel.shape[1]
+    rows, columns = place[start:stop], place[:stop]
+    mean = panel / tokens
+    out[rows[:, None], columns[None, :]] = mean
+    out[columns[:, None], rows[None, :]] = mean.T

@@ -110,6 +110,26 @@ int second_moment_float32(const float *x, long tokens, long columns, long width,
     return run(x, 4 * columns, tokens, 1, columns, width, sums, pack_float32, tile_float32, threads);
 }
 
+// Writes a panel, divided by `tokens`, to a whole matrix whose rows and columns have another order: `place` of each. The
+// panel has rows start to stop - 1 and the columns before stop.
+void second_moment_spread(const float *panel, long start, long stop, long columns, const int64_t *place, float tokens,
+                          float *out, int threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long r = start; r < stop; r++) {
+        const float *from = panel + (r - start) * stop;
+        float *to = out + place[r] * columns;
+        for (long c = 0; c < stop; c++) to[place[c]] = from[c] / tokens;
+    }
+    // The same above the diagonal: of as many columns as share a line of the cache.
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long first = 0; first < start; first += LANES)
+        for (long c = first; c < first + LANES && c < start; c++) {
+            float *to = out + place[c] * columns;
+            for (long r = start; r < stop; r++) to[place[r]] = panel[(r - start) * stop + c] / tokens;
+        }
+}
+
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 static void pack_bfloat16(const void *inputs, long tokens, long columns, long first, void *strip)
 {

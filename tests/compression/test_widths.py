@@ -60,7 +60,7 @@ def test_groups_of_the_columns_as_they_come_do_not_depend_on_the_blocks(columns,
         with monkeypatch.context() as patch:
             # One block of all columns, visited one by one.
             patch.setattr("hasten.accel.compression.quantizers.gptq._BLOCK", columns)
-            patch.setattr("hasten.accel.compression.quantizers.gptq._INNER", columns)
+            patch.setattr("hasten.kernels.nearest_plane.reference._INNER", columns)
             whole = quantizer.quantize(weight.float(), prepared, scheme).weight
         # Sums in another order: a value halfway between two codes may be rounded either way, which changes its row.
         assert float((blocked.codes != whole.codes).float().mean()) < 0.05, f"groups of {size}"

@@ -94,3 +94,19 @@ def test_the_kernel_is_used_where_it_is_faster():
     assert c_kernel.is_faster(torch.float32) == bool(abilities & 1)
     if not torch.cpu._is_amx_tile_supported():
         assert c_kernel.is_faster(torch.bfloat16) == bool(abilities)
+
+
+@pytest.mark.parametrize("module", [second_moment, reference], ids=["kernel", "torch"])
+@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("columns", [1, 40, 300])
+def test_panels_are_spread_to_a_matrix_of_another_order(module, columns, width):
+    x = inputs(50, columns, torch.float32)
+    sums = empty(columns, width)
+    second_moment.add(sums, x, width)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+    out = torch.full((columns, columns), torch.nan)
+    bounds = second_moment.panel_bounds(columns, width)
+    for (start, _), panel in zip(bounds, second_moment.panels(sums, columns, width), strict=True):
+        module.spread(panel, start, order.argsort(), 50, out)
+    torch.testing.assert_close(out, x[:, order].T @ x[:, order] / 50, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out, out.T)

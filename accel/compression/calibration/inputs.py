@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accel.compression.calibration.slabs import rows_at_once
 from hasten.accel.compression.calibration.statistics import Hessian
 
 # Inputs whose E[x²] is below the median by this factor are as good as always zero: it is half a unit in the last place
@@ -34,8 +35,9 @@ class Inputs:
 
     def power(self, weight: Tensor) -> Tensor:
         """Mean squared output of every row of weight (R, C), or its squared weights, (R,) float32."""
-        weight = weight.float()
-        return weight.square().sum(1) if self.hessian is None else self.hessian.power(weight)
+        if self.hessian is not None:
+            return self.hessian.power(weight.float())
+        return torch.cat([slab.float().square().sum(1) for slab in weight.split(rows_at_once(weight, weight.shape[1]))])
 
     @property
     def dead_columns(self) -> Tensor | None:

@@ -12,7 +12,7 @@ SOLVE_BYTES = 32
 # Share of a GPU's memory for a solve; the rest is for factor, sums and hidden states.
 _SHARE = 1 / 8
 # Weights in a slab of a grid search, which reads them many times: as many as fit in a core's cache, or on a GPU.
-_SEARCHED, _SEARCHED_ON_GPU = 1 << 16, 1 << 26
+_SEARCHED, _SEARCHED_ON_GPU = 1 << 17, 1 << 26
 
 
 def slab_weights(gpu_memory: int = 0) -> int:

@@ -90,11 +90,9 @@ class Hessian:
         place = torch.empty_like(order)
         place[order] = torch.arange(self.columns, device=order.device)
         full = torch.empty(self.columns, self.columns, device=order.device)
-        for (start, stop), panel in zip(self._bounds, self.panels(), strict=True):
-            rows, columns = place[start:stop], place[:stop]
-            full[rows[:, None], columns[None, :]] = panel
-            full[columns[:, None], rows[None, :]] = panel.T
-        return full.div_(self.tokens)
+        for (start, _), panel in zip(self._bounds, self.panels(), strict=True):
+            second_moment.spread(panel, start, place, self.tokens, full)
+        return full
 
     def power(self, weight: Tensor) -> Tensor:
         """Mean squared output of every row of weight (R, C) float32, (R,) float32."""

@@ -15,6 +15,8 @@ from hasten.accel.costs.method import LayerStack, MethodCost
 from hasten.accel.errors import UserError
 from hasten.accel.models.ggml.base import BlockType, BlockWeight
 from hasten.kernels.dequantize import dequantize
+from hasten.kernels.grid_rounding import Points
+from hasten.kernels.grid_rounding.reference import encode_
 
 MIN_BITS, MAX_BITS = 2, 8
 # Group size that is chosen for each layer by its columns.
@@ -105,13 +107,18 @@ class WeightScheme(ABC):
 
     # Codes
 
+    @property
+    @abstractmethod
+    def points(self) -> Points:
+        """The values that codes stand for, as kernels take them."""
+
     @abstractmethod
     def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
         """Nearest values of the grid to weights divided by their scale, which are overwritten."""
 
-    @abstractmethod
     def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
         """The same, and their codes in `codes` uint8."""
+        return encode_(values, zero, self.points, codes)
 
     @abstractmethod
     def values(self, codes: Tensor, zero: Tensor) -> Tensor:
@@ -229,14 +236,14 @@ class Scheme(WeightScheme):
         """Largest code."""
         return 2**self.bits - 1
 
+    @property
+    def points(self) -> Points:
+        """Whole numbers of so many bits."""
+        return Points("int", self.bits)
+
     def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
         """Whole numbers between those of code 0 and of the largest code."""
         return values.add_(zero).round_().clamp_(0, self.top).sub_(zero)
-
-    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
-        """The same; a code is the value plus the zero point."""
-        codes.copy_(values.add_(zero).round_().clamp_(0, self.top))
-        return values.sub_(zero)
 
     def values(self, codes: Tensor, zero: Tensor) -> Tensor:
         """Codes minus their zero points."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten.accel.compression.calibration.factor import Factor
 from hasten.accel.compression.calibration.slabs import rows_at_once
 from hasten.accel.models.ggml.base import BlockGrid, BlockType, combined
+from hasten.kernels.grid_rounding import Points
 
 # Steps that are tried for a group, as multiples of the full range divided by the number of codes.
 _FACTORS = 16
@@ -270,10 +271,10 @@ class AffineGrid:
 
     block_rows = 1
 
-    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
-        """Nearest values to weights divided by their step, which are overwritten; their codes in `codes` uint8."""
-        codes.copy_(values.add_(zero).round_().clamp_(0, self.kind.top()))
-        return codes - zero
+    @property
+    def points(self) -> Points:
+        """Whole numbers of so many bits."""
+        return Points("int", self.kind.bits)
 
     def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """llama.cpp computes with the float32 values."""
@@ -289,7 +290,7 @@ class AffineGrid:
         if offsets is None:
             assert kind.middle is not None
             return cls(kind, steps, torch.full_like(steps, kind.middle))
-        return cls(kind, steps, offsets.T / steps)
+        return cls(kind, steps, (offsets.T / steps).contiguous())
 
 
 def fit_to_output(grid: BlockGrid, kind: type[BlockType], codes: Tensor, error: Tensor, prepared: Factor) -> BlockGrid:

@@ -16,20 +16,13 @@ from torch import Tensor
 
 from hasten.accel.compression.quantizers.base import WeightScheme, smallest_scale
 from hasten.accel.errors import UserError
+from hasten.kernels.grid_rounding import decode
+from hasten.kernels.grid_rounding.reference import E4M3, LARGEST, Points, nearest_float, values_of
 
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-# Largest values by the bits of a float.
-LARGEST = {8: 448.0, 4: 6.0}
-# Values of the codes 0 to 7 of e2m1; bit 3 is the sign.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E8M0 = torch.float8_e8m0fnu
 # Smallest and largest numbers of e4m3 and of the powers of two that are scales.
 _SMALLEST_E4M3 = 2.0**-9
 _EXPONENTS = (-126, 127)
-# Smallest normal number by the bits of a float, and the bits of its mantissa.
-_NORMAL = {8: 2.0**-6, 4: 1.0}
-_MANTISSA = {8: 3, 4: 1}
-# Of a float32.
-_EXPONENT_BITS = 0x7F800000
 _BLOCK = 128
 # Shares of a group's range that e2m1 is tried at; more of them make hardly less error. Between 1.07 and 1.25 the
 # largest magnitude comes to lie near 5, in the middle of the widest gap.
@@ -96,25 +89,18 @@ class FloatScheme(WeightScheme):
             return rows * columns * self.bits + scales * 8 * itemsize
         return rows * columns * self.bits + scales * 8 + (32 if self.strategy == "tensor_group" else 0)
 
+    @property
+    def points(self) -> Points:
+        """Floats of so many bits."""
+        return Points("float", self.bits)
+
     def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
         """The nearest float, of two at the same distance the even one; beyond the largest one, that."""
-        largest = LARGEST[self.bits]
-        values.clamp_(-largest, largest)
-        # Of a float32, the sum with 1.5 * 2**23 steps is rounded to whole steps, ties to even. The step is that of the
-        # value's exponent. A cast to e4m3 and back takes four times as long, because CPUs do not do it in vectors.
-        exponents = values.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
-        steps = exponents.clamp_(min=_NORMAL[self.bits]).mul_(1.5 * 2.0 ** (23 - _MANTISSA[self.bits]))
-        return values.add_(steps).sub_(steps)
-
-    def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
-        """The same; codes are the floats' bits."""
-        rounded = self.nearest(values, zero)
-        codes.copy_(rounded.to(E4M3).view(torch.uint8) if self.bits == 8 else e2m1_codes(rounded))
-        return rounded
+        return nearest_float(values, self.bits)
 
     def values(self, codes: Tensor, zero: Tensor) -> Tensor:
         """The floats."""
-        return e4m3_values(codes) if self.bits == 8 else e2m1_values(codes)
+        return values_of(codes, self.bits)
 
     def reach(self, zero: Tensor) -> float:
         """448 or 6."""
@@ -122,11 +108,8 @@ class FloatScheme(WeightScheme):
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Weight (R, C)."""
-        values = self.values(codes, zero_point)
-        size = self.columns(codes.shape[1])
-        # The same product as that of one scale for each column.
-        scales = self.scales(scale).repeat_interleave(size, 1) if scale.shape[1] > 1 else self.scales(scale)
-        return values.mul_(scales).to(self.value_dtype(scale.dtype))
+        groups = codes.unflatten(1, (scale.shape[1], -1))
+        return decode(groups, self.scales(scale), None, self.points, self.value_dtype(scale.dtype)).flatten(1)
 
     def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of plain scales; compressed-tensors unpacks the others in bfloat16."""
@@ -190,25 +173,3 @@ class FloatScheme(WeightScheme):
             return stored.float()
         assert self.layers_scale is not None
         return stored.float() / self.layers_scale
-
-
-def e2m1_codes(values: Tensor) -> Tensor:
-    """Codes uint8 of values that are e2m1 floats; those of 0 and of -0 are 0."""
-    magnitude = values.abs()
-    codes = torch.minimum(torch.minimum(2 * magnitude, 2 + magnitude), 4 + magnitude / 2)
-    return codes.add_((values < 0).float(), alpha=8).to(torch.uint8)
-
-
-def e2m1_values(codes: Tensor) -> Tensor:
-    """Values float32 of codes uint8."""
-    return _looked_up(torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device), codes)
-
-
-def e4m3_values(codes: Tensor) -> Tensor:
-    """Values float32 of codes uint8, which are the floats' bits."""
-    return _looked_up(torch.arange(256, dtype=torch.uint8, device=codes.device).view(E4M3).float(), codes)
-
-
-def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    # A third or a quarter of the time of an indexed table, and of a cast, neither of which CPUs do in vectors.
-    return table.index_select(0, codes.flatten().int()).view(codes.shape)

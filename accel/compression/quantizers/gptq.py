@@ -34,9 +34,9 @@ from hasten.accel.costs.method import (
 )
 from hasten.accel.errors import UserError
 from hasten.accel.models.ggml.base import BlockGrid, BlockType, BlockWeight
+from hasten.kernels.nearest_plane import Plane, visit
 
-# Columns visited one by one before a matrix product propagates their error to the rest of the block.
-_INNER = 32
+# Columns behind which a matrix product carries their errors to all that are left.
 _BLOCK = 128
 
 
@@ -200,46 +200,40 @@ class GPTQ(Quantizer[Factor]):
         columns, rows = target.shape
         size = scheme.columns(columns)
         scales, zeros = grid or (target.new_empty(columns // size, rows), target.new_empty(columns // size, rows))
-        groups = (prepared.order // size).tolist()
+        groups = (prepared.order // size).cpu()
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
         residual = torch.zeros_like(target)  # w - q, column by column
         error = torch.empty_like(target)
+        # Servers round products to the checkpoint's dtype; at 8 bits that is as coarse as the grid.
         unpacked = scheme.value_dtype(dtype)
         # Blocks of whole groups, so that each group is reached within a block, where its corrected weights are known.
         block = ceil(_BLOCK / size) * size if grid is None else _BLOCK
-        inner = min(_INNER, size)
         for stop in range(columns, 0, -block):
             start = max(0, stop - block)
-            panel = prepared.lower[stop:, start:stop]
-            carried = panel.T @ residual[stop:]  # (block, R): error of the finished columns
-            corner = prepared.lower[start:stop, start:stop].tril()
-            last = stop
-            while last > start:
-                first = max(start, last - inner)
-                if grid is None:
-                    first = max(first, (last - 1) // size * size)  # not past the end of the group
-                if grid is None and last % size == 0:
-                    corrected = target[last - size : last] + carried[last - size - start : last - start]
-                    group = groups[last - 1]
-                    corrected.masked_fill_(prepared.dead[last - size : last, None], 0.0)
-                    assert not isinstance(scheme, AffineGrid), "its steps are given"
-                    scales[group], zeros[group] = self._group_grid(corrected.T, scheme, dtype)
-                for k in range(last - 1, first - 1, -1):
-                    value_to_round = target[k] + carried[k - start]
-                    step, offset = scales[groups[k]], zeros[groups[k]]
-                    value = scheme.encode(value_to_round / step, offset, codes[k]).mul_(step)
-                    if unpacked != torch.float32:
-                        # Servers round the product to the checkpoint's dtype; at 8 bits that is as coarse as the grid.
-                        value = value.to(unpacked).float()
-                    torch.sub(target[k], value, out=residual[k])
-                    torch.sub(value_to_round, value, out=error[k])
-                    if k > first:
-                        row = corner[k - start, first - start : k - start]
-                        carried[first - start : k - start].addr_(row, residual[k])
-                if first > start:
-                    rows_before = corner[first - start : last - start, : first - start]
-                    carried[: first - start].addmm_(rows_before.T, residual[first:last])
-                last = first
+            span = slice(start, stop)
+            plane = Plane(
+                target[span],
+                prepared.lower[span, span].tril(),
+                scales,
+                zeros,
+                groups[span],
+                scheme.points,
+                unpacked,
+                prepared.lower[stop:, span].T @ residual[stop:],  # error of the finished columns
+                codes[span],
+                residual[span],
+                error[span],
+            )
+            if grid is not None:
+                visit(plane, 0, stop - start)
+                continue
+            for last in range(stop - start, 0, -size):
+                corrected = plane.target[last - size : last] + plane.carried[last - size : last]
+                corrected.masked_fill_(prepared.dead[start:stop][last - size : last, None], 0.0)
+                assert not isinstance(scheme, AffineGrid), "its steps are given"
+                group = int(plane.groups[last - 1])
+                scales[group], zeros[group] = self._group_grid(corrected.T, scheme, dtype)
+                visit(plane, last - size, last)
         return _Solved(codes, scales, zeros, error.mul_(prepared.errors()), scheme.block_rows)
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hasten.accel.compression.calibration.slabs import rows_at_once
 from hasten.accel.compression.quantizers.base import QuantizedWeight, WeightScheme
+from hasten.kernels.grid_rounding import encode, losses
 
 # Ratio of two ranges below the usual ones.
 _FINER = 0.9
@@ -42,9 +43,8 @@ class Grid:
         step = rows_at_once(weight, weight.shape[1])
         for first in range(0, len(weight), step):
             rows = slice(first, first + step)
-            groups = weight[rows].float().unflatten(1, (scales.shape[1], -1)) / scales[rows, :, None]
-            grouped = codes[rows].unflatten(1, (scales.shape[1], -1))
-            self.scheme.encode(groups, self.zero_point[rows, :, None], grouped)
+            groups = weight[rows].float().unflatten(1, (scales.shape[1], -1))
+            codes[rows] = encode(groups, scales[rows], self.zero_point[rows], self.scheme.points).flatten(1)
         return QuantizedWeight(codes, self.scale, self.zero_point.to(torch.uint8), self.scheme)
 
     def of_columns(self, order: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -63,11 +63,12 @@ def find_grid(weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: flo
     """
     rows, columns = weight.shape
     scheme = scheme.bound(weight)
-    groups = weight.float().reshape(rows, -1, scheme.columns(columns))
     tile = scheme.block_rows
     step = -(-rows_at_once(weight, columns) // tile) * tile
+    slabs = (weight[begin : begin + step].float() for begin in range(0, rows, step))
     parts = [
-        _search(groups[begin : begin + step], scheme, search, shrink, weight.dtype) for begin in range(0, rows, step)
+        _search(slab.reshape(len(slab), -1, scheme.columns(columns)), scheme, search, shrink, weight.dtype)
+        for slab in slabs
     ]
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
@@ -136,6 +137,4 @@ def over_rows(values: Tensor, tile: int, reduce: Callable[..., Tensor]) -> Tenso
 
 def _loss(groups: Tensor, scale: Tensor, zero: Tensor, scheme: WeightScheme) -> Tensor:
     """Squared error of the weights that share a scale, for each row and group."""
-    scale, zero = scale[..., None], zero[..., None]
-    error = scheme.nearest(groups / scale, zero).mul_(scale).sub_(groups)
-    return over_rows(error.square_().sum(-1), scheme.block_rows, Tensor.sum)
+    return over_rows(losses(groups, scale, zero, scheme.points), scheme.block_rows, Tensor.sum)

@@ -5,9 +5,11 @@ Source: Nagel et al. 2021, arXiv:2106.08295. The baseline every quantizer here i
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hasten.accel.compression.calibration.inputs import Inputs, without
+from hasten.accel.compression.calibration.slabs import rows_at_once
 from hasten.accel.compression.calibration.statistics import Hessian
 from hasten.accel.compression.quantizers.base import QuantizedWeight, Quantizer, WeightScheme
 from hasten.accel.compression.quantizers.block_grid import TRIED, find_block_grid, round_to_blocks
@@ -42,8 +44,8 @@ class RoundToNearest(Quantizer[Inputs | None]):
         inputs = prepared or Inputs(None)
         grid = Grid.of(without(weight, inputs.dead_columns), scheme, self._search(scheme), self.shrink)
         quantized = grid.quantize(weight)
-        error = inputs.power(weight.float() - quantized.dequantize().float())
-        return Result(quantized, error, inputs.power(weight), inputs.notes, inputs.hessian is not None)
+        power = inputs.power(weight)
+        return Result(quantized, _error(weight, quantized, inputs), power, inputs.notes, inputs.hessian is not None)
 
     def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""
@@ -65,3 +67,14 @@ class RoundToNearest(Quantizer[Inputs | None]):
     def blocks_cost(self, layers: LayerStack, kind: type[BlockType]) -> MethodCost:
         """A search of the scales, and rounding."""
         return MethodCost(rounding(layers) + range_search(layers, TRIED))
+
+
+def _error(weight: Tensor, quantized: QuantizedWeight, inputs: Inputs) -> Tensor:
+    """Error of every row of weight (R, C), (R,) float32."""
+    if inputs.hessian is not None:
+        return inputs.power(weight.float() - quantized.dequantize().float())
+    step = rows_at_once(weight, weight.shape[1])
+    slabs = [(first, min(first + step, len(weight))) for first in range(0, len(weight), step)]
+    return torch.cat(
+        [inputs.power(weight[start:stop].float() - quantized.rows(start, stop).dequantize()) for start, stop in slabs]
+    )
