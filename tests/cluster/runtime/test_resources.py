@@ -96,3 +96,19 @@ def test_the_commit_is_that_of_this_checkout_alone(tmp_path: Path, monkeypatch: 
     inside.mkdir(parents=True)
     monkeypatch.setattr(resources, "_ROOT", inside.parent)
     assert resources.git_commit() is None
+
+
+@pytest.mark.parametrize(
+    ("description", "fast"),
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2", False),
+    ],
+)
+def test_bfloat16_is_fast_with_matrix_units_and_with_vectors_of_amd(
+    description: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: description)
+    assert resources.has_fast_bfloat16() is fast
