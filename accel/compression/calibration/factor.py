@@ -7,6 +7,7 @@ Columns are stored in reverse order of visit.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -69,13 +70,24 @@ class Factor:
         if not self.is_known:
             return self.inputs.power(values[self.inverse_order()].T)
         total, errors = values.new_zeros(values.shape[1]), self.errors()
-        for stop in range(len(values), 0, -_BLOCK):
-            span = slice(max(0, stop - _BLOCK), stop)
-            outputs = self.lower[stop:, span].T @ values[stop:] + self.lower[span, span].tril().T @ values[span]
+        for span, outputs in self._outputs(values):
             total += outputs.mul_(errors[span]).square_().sum(0)
             # L is a factor of the damped Hessian.
             total -= (values[span] * ~self.dead[span, None]).square_().sum(0).mul_(self.damping)
         return total.clamp_(min=0)
+
+    def outputs(self, values: Tensor) -> Tensor:
+        """Lᵀ values (C, R), whose squared length is the damped output of weights `values`, in the order of the rows."""
+        found = torch.empty_like(values)
+        for span, outputs in self._outputs(values):
+            found[span] = outputs
+        return found.mul_(self.errors())
+
+    def _outputs(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a block, and those of the product with `lower`, which has no entries above the diagonal."""
+        for stop in range(len(values), 0, -_BLOCK):
+            span = slice(max(0, stop - _BLOCK), stop)
+            yield span, self.lower[stop:, span].T @ values[stop:] + self.lower[span, span].tril().T @ values[span]
 
     def inverse_order(self) -> Tensor:
         """Row (C,) of every input column: the inverse of order."""

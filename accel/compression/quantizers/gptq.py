@@ -242,11 +242,14 @@ class GPTQ(Quantizer[Factor]):
         columns, place = len(prepared.order), prepared.inverse_order()
         size, tile = scheme.columns(columns), scheme.block_rows
         for group, (scale, zero) in enumerate(zip(solved.scales, solved.zeros, strict=True)):
-            rows = place[group * size : (group + 1) * size]
-            lower = prepared.lower[rows]
-            lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
             # (C, R): output of a scale of 1
-            steps = (lower.T @ scheme.values(solved.codes[rows], zero)).mul_(prepared.errors())
+            if size == columns:
+                steps = prepared.outputs(scheme.values(solved.codes, zero))
+            else:
+                rows = place[group * size : (group + 1) * size]
+                lower = prepared.lower[rows]
+                lower = lower.masked_fill_(torch.arange(columns, device=rows.device) > rows[:, None], 0.0)
+                steps = (lower.T @ scheme.values(solved.codes[rows], zero)).mul_(prepared.errors())
             length = over_rows(steps.square().sum(0), tile, Tensor.sum)
             along = over_rows((steps * solved.error).sum(0), tile, Tensor.sum)
             fitted = scheme.scales(scheme.stored_scale(scale + along / length, dtype))
