@@ -137,7 +137,9 @@ def test_summed_attention_does_not_depend_on_the_passes_that_committed_the_queri
     taken.crop(waiting)
     shorter = SequenceCache(H2O())
     left = count - waiting
-    shorter.append(NewTokens(keys[:, :left], values[:, :left], queries[:left], positions[:left]), PLAIN, None, torch.float32)
+    shorter.append(
+        NewTokens(keys[:, :left], values[:, :left], queries[:left], positions[:left]), PLAIN, None, torch.float32
+    )
     shorter.commit()
     torch.testing.assert_close(taken.uncompressed().attention, shorter.uncompressed().attention, rtol=1e-5, atol=1e-6)
 
