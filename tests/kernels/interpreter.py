@@ -1,20 +1,29 @@
-"""Triton's interpreter, faster: it searches Triton's modules for builtins once, not in every call of a function."""
+"""Triton's interpreter, faster: without work that it repeats in every call, or whose result it does not read."""
 
 import inspect
 from typing import Any
 
 
-def remember_builtins() -> None:
-    """Let `_patch_builtin` remember the names that it replaces; versions of Triton without it stay as they are.
-
-    The interpreter replaces them in every call of a kernel or of a function that a kernel calls, and so looks at the
-    same thousand members each time, which is a quarter of its run time.
-    """
-    from triton.language.core import is_builtin
+def speed_up() -> None:
+    """Change the interpreter in this process; versions of Triton that have not the same parts stay as they are."""
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
-        return
+    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+        _remember_builtins(interpreter)
+    options = getattr(getattr(interpreter, "interpreter_builder", None), "options", None)
+    if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
+        # Sums of integers are computed again in 64 bits for an assertion that is made with `debug` only.
+        object.__setattr__(options, "sanitize_overflow", False)
+
+
+def _remember_builtins(interpreter: Any) -> None:
+    """Search Triton's modules for builtins once.
+
+    The interpreter replaces them in every call of a kernel or of a function that a kernel calls, and looks at the same
+    thousand members each time.
+    """
+    from triton.language.core import is_builtin
+
     names: dict[Any, list[str]] = {}
 
     def patch_builtin(package: Any, *arguments: Any) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import importlib, json, sys, traceback
 from tests.kernels import interpreter
-interpreter.remember_builtins()
+interpreter.speed_up()
 results = {}
 for op in sys.argv[1:]:
     count, name = 0, "import"
