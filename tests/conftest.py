@@ -1,5 +1,6 @@
 """What all tests share: one thread, and one Ray for the whole session, started when the first test asks for it."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -29,14 +30,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the session's Ray is marked `ray`. Files with long tests come first: short ones fill the rest."""
+    """Whatever uses the session's Ray is marked `ray`.
+
+    Files with long tests come first, then contracts, whose many tests take a minute; the others fill the rest.
+    """
     long = set()
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
         if any(item.get_closest_marker(name) for name in ("ray", "slow", "faults")):
             long.add(item.path)
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: 0 if item.path in long else 1 if "contract" in item.path.name else 2)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and thousands of tests stay to the end: looking at them would take 0.4 s of every full collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Extensions that look for leaks as Python ends count what is frozen."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -105,14 +105,20 @@ def _read(name: str) -> _Module | None:
     spec = _find(name)
     if spec is None or not isinstance(spec.loader, _Loader) or spec.origin is None:
         return None
-    source = spec.loader.get_data(spec.origin)
-    digest = hashlib.sha256(source)
     package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+    return _parse(name, package, spec.loader, spec.origin)
+
+
+# Methods of one process share most of their modules.
+@cache
+def _parse(name: str, package: str, loader: _Loader, origin: str) -> _Module:
+    source = loader.get_data(origin)
+    digest = hashlib.sha256(source)
     imports = set(_parents(name))
-    if spec.origin.endswith(".py"):
+    if origin.endswith(".py"):
         tree = ast.parse(source)
         imports |= set(_imports(tree.body, package))
-        for file, content in sorted(_native_sources(tree, spec.loader, _folder(spec.origin)).items()):
+        for file, content in sorted(_native_sources(tree, loader, _folder(origin)).items()):
             digest.update(b"\0" + file.encode() + b"\0" + content)
     return _Module(digest.hexdigest()[:_DIGITS], frozenset(imports))
 

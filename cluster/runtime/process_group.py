@@ -6,6 +6,7 @@ and dies as a whole: the first rank that fails takes the others with it, and no 
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ class Rank:
             gpus = dict.fromkeys(gpu for _, visible in places for gpu in visible.split(",") if gpu)
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         # These read the variables when they are imported.
-        import deepspeed
+        deepspeed = _import_deepspeed()
         import torch
 
         if device == "cpu":
@@ -81,6 +82,19 @@ class Rank:
     def usage(self) -> dict[str, float]:
         """CPU seconds of this process so far, and its peak resident memory in bytes."""
         return {"cpu_seconds": cpu_seconds(), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without MLflow, which its autotuner imports if it can: 1.3 of 1.6 seconds, and 100 MB of every rank."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 class ProcessGroup:

@@ -197,7 +197,13 @@ class JobServer:
                 if new:
                     write(new)
 
-        self.job(name)
+        ended = self.job(name)
+        if ended.is_over:
+            # Its log is read at once: Ray's stream ends seconds after the last line.
+            log = self.logs(name)
+            if log:
+                write(log)
+            return ended
         lost = 0
         while True:
             try:

@@ -14,6 +14,8 @@ from hasten.kernels.timing import Case, Operands, Skipped
 # Query heads of a KV head, KV heads, size of a head: SmolLM2-135M, Llama 8B.
 _HEADS = [(3, 3, 64), (4, 8, 128)]
 _TOKENS, _GROUP = (1024, 8192), 32
+# Packing is interpreted in a dry run, which for 1024 tokens takes longer than all other cases together.
+_DRY_TOKENS = (64,)
 
 
 def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
@@ -22,7 +24,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
         yield Skipped("packed_attention", "there is no C compiler")
         return
     for groups, heads, size in _HEADS[:1] if dry else _HEADS:
-        for tokens in _TOKENS[:1] if dry else _TOKENS:
+        for tokens in _DRY_TOKENS if dry else _TOKENS:
             for bits in (4,) if dry else (2, 4, 8):
                 yield Case(
                     op="packed_attention",

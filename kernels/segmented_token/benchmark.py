@@ -24,7 +24,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case | Skipped]:
         return
     for heads, kv_heads, size in _HEADS[:1] if dry else _HEADS:
         for bits in (None, 4, 2):
-            tokens = 128 if dry else _TOKENS
+            tokens = 64 if dry else _TOKENS
             yield Case(
                 op="segmented_token",
                 shape=f"{heads}/{kv_heads}x{size}, {tokens} {'dense' if bits is None else f'{bits}-bit'} + {_BEHIND}",

@@ -53,6 +53,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(folder):
+    """The model of all methods, which is loaded once: a method keeps nothing in it."""
+    loaded = load(folder)
+    attach(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gemma3_text", "mistral"])
+def uncompressed(request, tmp_path_factory):
+    """A model of each family, and its logits with transformers' own cache, before anything is attached."""
+    folder = tiny.save(tmp_path_factory.mktemp("family") / "m", request.param, max_position_embeddings=1024)
+    loaded = load(folder)
+    expected, _ = logits(loaded, PROMPTS[:1], None)
+    attach(loaded)
+    return loaded, expected
+
+
+@pytest.fixture(scope="module")
 def text():
     """The trained target, and 700 tokens of a Python file."""
     folder = resolve("embedded:target")
@@ -92,9 +110,7 @@ def prompt(model, tokens, cache, mask=None, positions=None):
     return out.logits[:, -1], out.past_key_values
 
 
-def test_a_sequence_has_the_same_bits_in_a_batch_as_alone(folder, method):
-    model = load(folder)
-    attach(model)
+def test_a_sequence_has_the_same_bits_in_a_batch_as_alone(model, method):
     batch, _ = logits(model, PROMPTS, CompressedCache(model, method, budget(method, 40)))
     for row in range(len(PROMPTS)):
         one, _ = logits(model, PROMPTS[row : row + 1], CompressedCache(model, method, budget(method, 40)))
@@ -128,9 +144,7 @@ def load_attention(method: CacheMethod):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(folder, method, side):
-    model = load(folder)
-    attach(model)
+def test_padding_changes_nothing(model, method, side):
     lengths = [90, 77, 81]
     tokens, mask = PROMPTS.clone(), torch.ones_like(PROMPTS)
     for row, length in enumerate(lengths):
@@ -148,13 +162,10 @@ def test_padding_changes_nothing(folder, method, side):
         assert next(cache.compressed).sequences[row].tokens == next(one.compressed).sequences[0].tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mistral"])
-def test_a_full_budget_is_no_compression(tmp_path, method, family):
+def test_a_full_budget_is_no_compression(uncompressed, method):
     if not method.has_budget and not isinstance(method, Full):
         pytest.skip("has no budget")
-    model = load(tiny.save(tmp_path / "m", family, max_position_embeddings=1024))
-    expected, _ = logits(model, PROMPTS[:1], None)
-    attach(model)
+    model, expected = uncompressed
     found, _ = logits(model, PROMPTS[:1], CompressedCache(model, method, budget(method, 1000)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32, in another order
 
@@ -184,14 +195,14 @@ def test_what_is_evicted_is_freed_and_all_that_is_held_is_counted(text, method):
     assert held["own"] < (0.75 if method.has_budget else 0.9) * held["full"]
 
 
-def test_under_the_engine_drafts_change_no_token(folder, method):
+def test_under_the_engine_drafts_change_no_token(model, method):
     contexts = CONTEXTS if takes_contexts(method) else ()
     requests = [
         Request(str(row), tokens[: 60 + 7 * row].tolist(), NEW, contexts=contexts) for row, tokens in enumerate(PROMPTS)
     ]
 
     def decoded(drafts: int, in_flight: int) -> dict[str, list[int]]:
-        target = CachedTarget(load(folder), method, budget(method, 40))
+        target = CachedTarget(model, method, budget(method, 40))
         drafter = PromptLookup(min_ngram=1) if drafts else None
         engine = Engine(target, drafter, policy=Fixed(drafts), in_flight=in_flight, prefill_chunk=32)
         return {result.id: result.token_ids for result in engine.decode(requests)}
@@ -201,8 +212,7 @@ def test_under_the_engine_drafts_change_no_token(folder, method):
     assert decoded(6, 3) == plain
 
 
-def test_a_budget_is_given_where_the_method_has_one(folder, method):
-    model = load(folder)
+def test_a_budget_is_given_where_the_method_has_one(model, method):
     if method.has_budget:
         with pytest.raises(UserError, match="give cache_budget"):
             CompressedCache(model, method)
@@ -211,9 +221,7 @@ def test_a_budget_is_given_where_the_method_has_one(folder, method):
             CompressedCache(model, method, CacheBudget(100))
 
 
-def test_tokens_are_taken_back_until_they_are_compressed(folder, method):
-    model = load(folder)
-    attach(model)
+def test_tokens_are_taken_back_until_they_are_compressed(model, method):
     cache = CompressedCache(model, method, budget(method, 1000))
     before, _ = prompt(model, PROMPTS[:1, :40], cache)
     with torch.no_grad():

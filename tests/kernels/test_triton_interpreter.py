@@ -13,6 +13,8 @@ from tests.kernels.ops import OPS
 ROOT = Path(__file__).parents[2]
 RUN = """
 import importlib, json, sys, traceback
+from tests.kernels import interpreter
+interpreter.speed_up()
 results = {}
 for op in sys.argv[1:]:
     count, name = 0, "import"

@@ -99,6 +99,7 @@ def forget():
     for name in [name for name in sys.modules if name.partition(".")[0] == "made_up"]:
         del sys.modules[name]
     module._reachable.cache_clear()
+    module._parse.cache_clear()
     importlib.invalidate_caches()
 
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,11 +200,12 @@ class Target(ABC):
             allowed = torch.ones(1, 1, total, dtype=torch.bool)
             sequence.waiting, sequence.parents, sequence.depths = list(tokens[0]), list(parents[0]), [0]
         else:
-            # Filled on the CPU, where many small writes are cheap, and copied to the device once.
+            # Filled by numpy, whose small writes cost a fraction of torch's, and copied to the device once.
             ids, positions = torch.zeros(2, len(slots), width, dtype=torch.long)
             allowed = torch.zeros(len(slots), width, total, dtype=torch.bool)
-            for row, (slot, new, above) in enumerate(zip(slots, tokens, parents, strict=True)):
-                self._place(slot, list(new), list(above), ids[row], positions[row], allowed[row])
+            inputs = (tensor.numpy() for tensor in (ids, positions, allowed))
+            for slot, new, above, *rows in zip(slots, tokens, parents, *inputs, strict=True):
+                self._place(slot, list(new), list(above), *rows)
             if self.virtual is not None:
                 entries = self._virtual_entries(slots, width, tokens)
                 self._inserted = insertions(self.virtual, entries, self.device)
@@ -212,35 +214,36 @@ class Target(ABC):
         return self._run(slots, starts, ids, positions, allowed, logits)
 
     def _place(
-        self, slot: int, new: list[int], above: list[int], ids: Tensor, positions: Tensor, allowed: Tensor
+        self, slot: int, new: list[int], above: list[int], ids: np.ndarray, positions: np.ndarray, allowed: np.ndarray
     ) -> None:
         """Add nodes to a slot, and fill its rows of the inputs: ids (N,), positions (N,), allowed (N, L)."""
         sequence = self._slots[slot]
         committed, first, count = len(sequence.committed), len(sequence.waiting), len(new)
         sequence.waiting += new
         sequence.parents += above
-        ids[:count] = torch.tensor(new)
+        ids[:count] = new
         chain = first == 0 and above == list(range(ROOT, count - 1))
         if chain:
             sequence.depths = list(range(count))
         else:
             for parent in above:
                 sequence.depths.append(0 if parent == ROOT else sequence.depths[parent] + 1)
-        positions[:count] = torch.tensor(sequence.depths[first:]) + committed
+        positions[:count] = sequence.depths[first:]
+        positions[:count] += committed
         if not self._reads_masks:
             return
         allowed[:, :committed] = True
         if chain:
-            allowed[:count, committed : committed + count] = torch.ones(count, count, dtype=torch.bool).tril()
+            allowed[:count, committed : committed + count] = np.tri(count, dtype=np.bool_)
         else:
-            for node in range(first, first + count):
-                row, above_it = allowed[node - first], node
+            for node, row in enumerate(allowed[:count], first):
+                above_it = node
                 while above_it != ROOT:
                     row[committed + above_it] = True
                     above_it = sequence.parents[above_it]
         # Padding attends to itself, because a softmax over no keys is nan.
-        for padding in range(count, ids.shape[0]):
-            allowed[padding, committed + first + padding] = True
+        padding = np.arange(count, len(ids))
+        allowed[padding, committed + first + padding] = True
 
     def _virtual_entries(
         self, slots: Sequence[int], width: int, tokens: Sequence[Sequence[int]]

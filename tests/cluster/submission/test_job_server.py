@@ -281,6 +281,7 @@ class Streaming:
 
     def __init__(self):
         self.streams = iter([["one\n", None], ["one\ntwo\n"]])
+        self.asked = 0
 
     async def tail_job_logs(self, name):
         for text in next(self.streams):
@@ -289,11 +290,12 @@ class Streaming:
             yield text
 
     def get_job_info(self, name):
+        self.asked += 1
         return types.SimpleNamespace(
             submission_id=name,
             metadata={},
             entrypoint="",
-            status="SUCCEEDED",
+            status="RUNNING" if self.asked == 1 else "SUCCEEDED",
             message="",
             start_time=None,
             end_time=None,
@@ -311,6 +313,10 @@ def test_all_that_a_job_printed_is_written_once_although_streams_end_early(monke
     written = []
     assert server.follow("mine", written.append).is_over
     assert "".join(written) == Streaming.LOG
+    assert next(server._client.streams, None) is None
+    written.clear()
+    assert server.follow("mine", written.append).is_over
+    assert "".join(written) == Streaming.LOG, "a job that has ended is not streamed"
 
 
 URLS = {

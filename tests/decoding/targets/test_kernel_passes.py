@@ -17,6 +17,8 @@ from tests.models.tiny import build
 ROOT = Path(__file__).parents[3]
 RUN = """
 import torch
+from tests.kernels import interpreter
+interpreter.speed_up()
 from tests.decoding.targets.kernel_passes import MODELS, check
 for family in MODELS:
     print(family, flush=True)
