@@ -14,8 +14,10 @@ INLINE float sum_of(lanes sums)
 // Squared error of the numbers in a vector that are rounded.
 INLINE lanes error_of(const int kind, lanes x, float scale, float zero, float top)
 {
-    lanes value = kind == INTEGERS ? nearest(kind, x / scale + zero, 0, top) : nearest(kind, x / scale, -top, top);
-    lanes error = (value - zero) * scale - x;
+    lanes value;
+    if (kind == INTEGERS) value = nearest(kind, x / scale + zero, 0, top) - zero;
+    else value = nearest(kind, x / scale, -top, top);
+    lanes error = value * scale - x;
     return error * error;
 }
 

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 // Rows of the weight that are solved together, so that what is carried to them stays in the L1 cache.
-enum { WIDTH = 2 * LANES, VECTORS = WIDTH / LANES };
+enum { VECTORS = 4, WIDTH = VECTORS * LANES };
 
 typedef struct {
     const float *target;  // (column, row)
@@ -20,47 +20,59 @@ typedef struct {
     int narrow;
 } plane;
 
-INLINE void visit(const int kind, const plane *of, long row, lanes *carried)
+// `vectors` of rows from `row` on; what is carried to them lies at `carried` as (column, vector).
+INLINE void visit(const int kind, const int vectors, const plane *of, long row, lanes *restrict carried)
 {
+    const long rows = of->rows;
     for (long k = 0; k < of->last; k++)
-        for (int v = 0; v < VECTORS; v++)
-            if (row + v * LANES < of->rows)
-                carried[k * VECTORS + v] = loaded(of->carried + k * of->rows, row + v * LANES, of->rows);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            carried[k * vectors + v] = loaded(of->carried + k * rows, row + v * LANES, rows);
     for (long k = of->last - 1; k >= of->first; k--) {
-        lanes residual[VECTORS] = {{0}};
-        long at = k * of->rows, in_group = of->group[k] * of->rows;
-        for (int v = 0; v < VECTORS; v++) {
-            long r = row + v * LANES;
-            if (r >= of->rows) break;
-            lanes target = loaded(of->target + at, r, of->rows), scale = loaded(of->scale + in_group, r, of->rows);
-            lanes wanted = target + carried[k * VECTORS + v], value;
-            if (r + LANES > of->rows)
-                // Behind the last row: any number but zero.
-                for (long i = of->rows - r; i < LANES; i++) scale[i] = 1;
+        lanes residual[VECTORS];
+        const long at = k * rows, in_group = of->group[k] * rows;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const long r = row + v * LANES;
+            lanes target = loaded(of->target + at, r, rows), scale = loaded(of->scale + in_group, r, rows);
+            lanes wanted = target + carried[k * vectors + v], value;
+            // Behind the last row: any number but zero.
+            if (r + LANES > rows)
+                for (long i = rows - r; i < LANES; i++) scale[i] = 1;
             if (kind == INTEGERS) {
                 lanes zero = {0};
-                if (of->zero) zero = loaded(of->zero + in_group, r, of->rows);
+                if (of->zero) zero = loaded(of->zero + in_group, r, rows);
                 lanes code = nearest(kind, wanted / scale + zero, 0, of->top);
-                store_bytes(of->codes + at, r, of->rows, to_bytes(code));
+                store_bytes(of->codes + at, r, rows, to_bytes(code));
                 value = (code - zero) * scale;
             } else {
                 value = nearest(kind, wanted / scale, -of->top, of->top);
-                store_bytes(of->codes + at, r, of->rows, float_codes(kind, value));
+                store_bytes(of->codes + at, r, rows, float_codes(kind, value));
                 value *= scale;
             }
             if (of->narrow) value = (lanes)(to_bfloat16(value) << 16);
             residual[v] = target - value;
-            store(of->residual + at, r, of->rows, residual[v]);
-            store(of->error + at, r, of->rows, wanted - value);
+            store(of->residual + at, r, rows, residual[v]);
+            store(of->error + at, r, rows, wanted - value);
         }
-        const float *lower = of->lower + k * of->pitch;
+        const float *restrict lower = of->lower + k * of->pitch;
         for (long j = 0; j < k; j++)
-            for (int v = 0; v < VECTORS; v++) carried[j * VECTORS + v] += lower[j] * residual[v];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) carried[j * vectors + v] += lower[j] * residual[v];
     }
     for (long k = 0; k < of->first; k++)
-        for (int v = 0; v < VECTORS; v++)
-            if (row + v * LANES < of->rows)
-                store(of->carried + k * of->rows, row + v * LANES, of->rows, carried[k * VECTORS + v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            store(of->carried + k * rows, row + v * LANES, rows, carried[k * vectors + v]);
+}
+
+// Rows by whole lots of vectors, and the last ones vector by vector.
+INLINE void visit_rows(const int kind, const plane *of, long row, lanes *carried)
+{
+    if (row + VECTORS * LANES <= of->rows)
+        visit(kind, VECTORS, of, row, carried);
+    else
+        for (; row < of->rows; row += LANES) visit(kind, 1, of, row, carried);
 }
 
 // Visits columns last - 1 to first. carried: of the columns before `first` it is changed. Returns 1 without memory.
@@ -80,9 +92,9 @@ int nearest_plane(const float *target, const float *lower, const float *scale, c
 #pragma omp for
         for (long r = 0; r < rows; r += WIDTH) {
             if (!room) continue;
-            if (kind == INTEGERS) visit(INTEGERS, &of, r, room);
-            else if (kind == E4M3) visit(E4M3, &of, r, room);
-            else visit(E2M1, &of, r, room);
+            if (kind == INTEGERS) visit_rows(INTEGERS, &of, r, room);
+            else if (kind == E4M3) visit_rows(E4M3, &of, r, room);
+            else visit_rows(E2M1, &of, r, room);
         }
         free(room);
     }

@@ -23,8 +23,9 @@ def weights(points, size):
     groups[0, 0], groups[1, 1, 0] = 0.0, 40.0
     scale = groups.abs().amax(-1).clamp(min=1e-30) / points.top
     scale[2:] *= 0.7
+    # Floats do not read theirs.
     zero = torch.randint(0, int(points.top), scale.shape, generator=generator).float()
-    return groups, scale, zero if points.kind == "int" else None
+    return groups, scale, zero
 
 
 def check_weights(module, points, size):
