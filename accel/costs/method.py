@@ -85,7 +85,7 @@ def rounding(layers: LayerStack) -> Work:
 
 def range_search(layers: LayerStack, ranges: int) -> Work:
     """Work of searching the scales of all groups among `ranges` ranges, by squared error."""
-    parts = ceil(layers.weights / searched_weights(layers.gpu_memory > 0))
+    parts = ceil(layers.weights / searched_weights(layers.gpu_memory > 0, by_kernel=True))
     return Work(elements=layers.weights * _TRIED * ranges, launches=30 * ranges * parts)
 
 

@@ -11,8 +11,9 @@ _SLAB = 1 << 22
 SOLVE_BYTES = 32
 # Share of a GPU's memory for a solve; the rest is for factor, sums and hidden states.
 _SHARE = 1 / 8
-# Weights in a slab of a grid search, which reads them many times: as many as fit in a core's cache, or on a GPU.
-_SEARCHED, _SEARCHED_ON_GPU = 1 << 17, 1 << 26
+# Weights in a slab of a grid search, which reads them many times: as many as fit in a core's cache, or on a GPU. Where
+# a kernel is one pass over the weights for each range, more of them outweigh the operations on their scales.
+_SEARCHED, _SEARCHED_BY_KERNEL, _SEARCHED_ON_GPU = 1 << 17, 1 << 20, 1 << 26
 
 
 def slab_weights(gpu_memory: int = 0) -> int:
@@ -26,9 +27,11 @@ def slab_weights(gpu_memory: int = 0) -> int:
     return max(_SLAB, 1 << (int(gpu_memory * _SHARE / SOLVE_BYTES).bit_length() - 1))
 
 
-def searched_weights(on_gpu: bool) -> int:
+def searched_weights(on_gpu: bool, by_kernel: bool = False) -> int:
     """Weights in a slab of a grid search; no result depends on it."""
-    return _SEARCHED_ON_GPU if on_gpu else _SEARCHED
+    if on_gpu:
+        return _SEARCHED_ON_GPU
+    return _SEARCHED_BY_KERNEL if by_kernel else _SEARCHED
 
 
 def slab_of(device: str) -> int:
@@ -37,9 +40,12 @@ def slab_of(device: str) -> int:
     return slab_weights(torch.cuda.get_device_properties(device).total_memory if on_gpu else 0)
 
 
-def rows_at_once(weight: Tensor, columns: int) -> int:
-    """Rows in a slab of a grid search, for a weight with this many columns, on the weight's device."""
-    return max(1, searched_weights(weight.is_cuda) // columns)
+def rows_at_once(weight: Tensor, columns: int, by_kernel: bool = False) -> int:
+    """Rows in a slab of a grid search, for a weight with this many columns, on the weight's device.
+
+    by_kernel: whether the search is by kernels/grid_rounding.
+    """
+    return max(1, searched_weights(weight.is_cuda, by_kernel) // columns)
 
 
 def row_slabs(layers: Sequence[tuple[str, int, int]], weights: int) -> Iterator[list[tuple[str, slice]]]:

@@ -64,7 +64,7 @@ def find_grid(weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: flo
     rows, columns = weight.shape
     scheme = scheme.bound(weight)
     tile = scheme.block_rows
-    step = -(-rows_at_once(weight, columns) // tile) * tile
+    step = -(-rows_at_once(weight, columns, by_kernel=True) // tile) * tile
     slabs = (weight[begin : begin + step].float() for begin in range(0, rows, step))
     parts = [
         _search(slab.reshape(len(slab), -1, scheme.columns(columns)), scheme, search, shrink, weight.dtype)
