@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.accel.activations.scheme import InputScheme
-from hasten.kernels.grid_rounding import absmax, round_scaled
+from hasten.kernels import grid_rounding
 
 _FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0
@@ -55,7 +55,7 @@ def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
         return _on_grid(inputs, rounding.scale.to(inputs.dtype), zero_point, scheme)
     if scheme.strategy in ("group", "tensor_group"):
         groups = inputs.unflatten(-1, (-1, scheme.group_size or 0))
-        scale = _group_scale(absmax(groups), rounding)
+        scale = _group_scale(grid_rounding.absmax(groups), rounding)
         return _on_grid(groups, scale, None, scheme).flatten(-2)
     if scheme.symmetric:
         scale = _above_zero(_absmax(inputs, scheme) / _half_range(scheme))
@@ -69,7 +69,7 @@ def _rounded(inputs: Tensor, rounding: InputRounding) -> Tensor:
 
 
 def _absmax(inputs: Tensor, scheme: InputScheme) -> Tensor:
-    return inputs.abs().amax() if scheme.strategy == "tensor" else absmax(inputs)
+    return inputs.abs().amax() if scheme.strategy == "tensor" else grid_rounding.absmax(inputs)
 
 
 def _half_range(scheme: InputScheme) -> float:
@@ -111,7 +111,7 @@ def power_of_two_scale(absmax: Tensor, scheme: InputScheme) -> Tensor:
 def _on_grid(values: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: InputScheme) -> Tensor:
     """Values rounded to multiples of scale that have a code, in their dtype."""
     if zero_point is None:
-        return round_scaled(values, scale, scheme.kind, scheme.bits, *_ends(scheme))
+        return grid_rounding.round_scaled(values, scale, scheme.kind, scheme.bits, *_ends(scheme))
     return (to_codes(values / scale + zero_point, scheme) - zero_point) * scale
 
 
@@ -122,4 +122,5 @@ def _ends(scheme: InputScheme) -> tuple[float, float]:
 
 def to_codes(scaled: Tensor, scheme: InputScheme) -> Tensor:
     """The nearest codes of inputs that are divided by their scale, as numbers in their dtype."""
-    return round_scaled(scaled, torch.ones_like(scaled[..., :1]), scheme.kind, scheme.bits, *_ends(scheme))
+    one = torch.ones_like(scaled[..., :1])
+    return grid_rounding.round_scaled(scaled, one, scheme.kind, scheme.bits, *_ends(scheme))

@@ -303,11 +303,10 @@ class SequenceCache:
         sums = torch.zeros(len(self._keys), sum(keys.shape[1] for keys, _ in held), device=self._keys.device)
         if self._attention is not None:
             sums[:, : self._attention.shape[1]] = self._attention
-        summed = 0
+        # The queries' own tokens are the last dense ones, of which each sees those up to its own.
+        index, summed = torch.arange(waiting, device=sums.device), 0
         while waiting - summed >= least:
             some = slice(summed, min(waiting, summed + _SUMMED_AT_ONCE))
-            # The queries' own tokens are the last dense ones, of which each sees those up to its own.
-            index = torch.arange(waiting, device=sums.device)
             hidden = index > index[some, None]
             asking = own[self._dense - waiting :][some]
             end = 0

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.kernels.grid_rounding.reference import E2M1, Points, values_of
+
 BLOCK = 128
 MX_GROUP, NV_GROUP = 32, 16
-# Magnitudes of e2m1 by the low three bits of a code; the fourth bit is the sign.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,4 @@ def pack_e2m1(values: Tensor) -> Tensor:
 
 def unpack_e2m1(codes: Tensor) -> Tensor:
     """Values (R, C) float32 of bytes (R, C / 2)."""
-    pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()
-    magnitudes = torch.tensor(E2M1, device=codes.device)
-    return torch.where(pairs >= 8, -1.0, 1.0) * magnitudes[pairs % 8]
+    return values_of(torch.stack([codes & 15, codes >> 4], -1).flatten(1), None, Points("float", 4))

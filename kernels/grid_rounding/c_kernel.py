@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,33 +24,22 @@ def is_available() -> bool:
 
 def losses(groups: Tensor, scale: Tensor, zero: Tensor | None, points: Points) -> Tensor:
     """See hasten.kernels.grid_rounding.losses; the kernel must be available."""
-    groups, scale, zero = groups.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
-    loss = torch.empty_like(scale)
-    parts = groups.data_ptr(), scale.data_ptr(), _address(zero), loss.data_ptr()
-    _required().grid_losses(
-        *parts, scale.numel(), groups.shape[-1], kind_of(points), points.top, torch.get_num_threads()
-    )
+    loss = torch.empty(scale.shape)
+    _call(_required().grid_losses, groups, scale, zero, loss, points, points.top)
     return loss
 
 
 def encode(groups: Tensor, scale: Tensor, zero: Tensor | None, points: Points) -> Tensor:
     """See hasten.kernels.grid_rounding.encode; the kernel must be available."""
-    groups, scale, zero = groups.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     codes = torch.empty(groups.shape, dtype=torch.uint8)
-    parts = groups.data_ptr(), scale.data_ptr(), _address(zero), codes.data_ptr()
-    _required().grid_encode(
-        *parts, scale.numel(), groups.shape[-1], kind_of(points), points.top, torch.get_num_threads()
-    )
+    _call(_required().grid_encode, groups, scale, zero, codes, points, points.top)
     return codes
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, points: Points, dtype: torch.dtype) -> Tensor:
     """See hasten.kernels.grid_rounding.decode; the kernel must be available."""
-    codes, scale, zero = codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     out = torch.empty(codes.shape, dtype=dtype if dtype in DTYPES else torch.float32)
-    parts = codes.data_ptr(), scale.data_ptr(), _address(zero), out.data_ptr()
-    narrow = out.dtype == torch.bfloat16
-    _required().grid_decode(*parts, scale.numel(), codes.shape[-1], kind_of(points), narrow, torch.get_num_threads())
+    _call(_required().grid_decode, codes, scale, zero, out, points, out.dtype == torch.bfloat16)
     return out.to(dtype)
 
 
@@ -77,8 +67,19 @@ def kind_of(points: Points) -> int:
     return _KINDS[points.kind, points.bits if points.kind == "float" else None]
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _call(
+    function: Callable[..., None],
+    groups: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    out: Tensor,
+    points: Points,
+    option: float,
+) -> None:
+    """Call a function on numbers or codes (..., C) of groups. option: what it takes besides their kind."""
+    given = [None if part is None else part.contiguous() for part in (groups, scale, zero)]
+    addresses = (None if part is None else part.data_ptr() for part in (*given, out))
+    function(*addresses, scale.numel(), groups.shape[-1], kind_of(points), option, torch.get_num_threads())
 
 
 def _required() -> ctypes.CDLL:

@@ -71,9 +71,11 @@ def codes_of(values: Tensor, bits: int) -> Tensor:
     return codes.add_((values < 0).float(), alpha=8).to(torch.uint8)
 
 
-def values_of(codes: Tensor, bits: int) -> Tensor:
-    """Values float32 of codes uint8 of floats."""
-    if bits == 8:
+def values_of(codes: Tensor, zero: Tensor | None, points: Points) -> Tensor:
+    """Values float32 of codes uint8; for zero see nearest."""
+    if points.kind == "int":
+        return codes.float() if zero is None else codes - zero
+    if points.bits == 8:
         table = torch.arange(256, dtype=torch.uint8, device=codes.device).view(E4M3).float()
     else:
         table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
@@ -99,9 +101,7 @@ def encode(groups: Tensor, scale: Tensor, zero: Tensor | None, points: Points) -
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, points: Points, dtype: torch.dtype) -> Tensor:
     """See hasten.kernels.grid_rounding.decode."""
-    values = values_of(codes, points.bits) if points.kind == "float" else codes.float()
-    if zero is not None and points.kind == "int":
-        values.sub_(zero[..., None])
+    values = values_of(codes, None if zero is None else zero[..., None], points)
     return values.mul_(scale[..., None]).to(dtype)
 
 

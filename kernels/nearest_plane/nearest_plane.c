@@ -9,7 +9,7 @@ typedef struct {
     const float *target;  // (column, row)
     const float *lower;   // (column, column) of `pitch`: what the error of a column adds to those before it
     const float *scale;   // (group, row)
-    const float *zero;    // (group, row); NULL: none
+    const float *zero;    // (group, row); floats do not read it
     const int64_t *group; // (column)
     float *carried;       // (column, row)
     uint8_t *codes;       // (column, row)
@@ -40,8 +40,7 @@ INLINE void visit(const int kind, const int vectors, const plane *of, long row, 
             if (r + LANES > rows)
                 for (long i = rows - r; i < LANES; i++) scale[i] = 1;
             if (kind == INTEGERS) {
-                lanes zero = {0};
-                if (of->zero) zero = loaded(of->zero + in_group, r, rows);
+                lanes zero = loaded(of->zero + in_group, r, rows);
                 lanes code = nearest(kind, wanted / scale + zero, 0, of->top);
                 store_bytes(of->codes + at, r, rows, to_bytes(code));
                 value = (code - zero) * scale;

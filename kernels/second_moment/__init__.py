@@ -28,9 +28,9 @@ def add(sums: Tensor, x: Tensor, width: int) -> None:
 
 
 def spread(panel: Tensor, start: int, place: Tensor, tokens: int, out: Tensor) -> None:
-    """Write a panel, divided by tokens, to the whole matrix out (C, C) float32 at both sides of the diagonal.
+    """Write a panel, divided by tokens, to a matrix out (C, C), contiguous float32, below and above its diagonal.
 
     panel: rows `start` and on. place: int64 (C,), the row and column of `out` that each column of the inputs has.
     """
-    module = c_kernel if use_c(out) and out.is_contiguous() and c_kernel.is_available() else reference
+    module = c_kernel if use_c(out) and c_kernel.is_available() else reference
     module.spread(panel, start, place, tokens, out)

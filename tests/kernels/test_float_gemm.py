@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hasten.kernels.float_gemm import float_gemm
-from hasten.kernels.float_gemm.layout import E2M1, FloatWeight, pack_e2m1, unpack_e2m1
+from hasten.kernels.float_gemm.layout import FloatWeight, pack_e2m1, unpack_e2m1
 from hasten.kernels.float_gemm.reference import dequantize
+from hasten.kernels.grid_rounding.reference import E2M1
 
 
 def test_codes_of_four_bits_are_packed_as_compressed_tensors_packs_them():

@@ -1,19 +1,15 @@
 """Rounding to the values of a grid, by C that is compiled here, and by torch."""
 
-import platform
-
 import pytest
 import torch
 
-from hasten.kernels import compiled, grid_rounding
+from hasten.kernels import grid_rounding
 from hasten.kernels.grid_rounding import Points, c_kernel, reference
 from hasten.kernels.grid_rounding.reference import E2M1, E4M3, codes_of, values_of
 
 POINTS = [Points("int", bits) for bits in (2, 3, 4, 8)] + [Points("float", 8), Points("float", 4)]
 SIZES = [1, 7, 16, 33, 128]
 INPUTS = [("int", 8, -128.0, 127.0), ("int", 4, -8.0, 7.0), ("float", 8, -448.0, 448.0), ("float", 4, -6.0, 6.0)]
-# What is switched off of the processor's instructions.
-WITHOUT = ["-mno-avx", "-mno-avx512f"]
 
 
 def weights(points, size):
@@ -68,13 +64,8 @@ def test_the_kernel_rounds_inputs_as_torch_does(dtype, given):
     check_inputs(grid_rounding, dtype, *given)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="switches instructions of x86 off")
-@pytest.mark.parametrize("options", WITHOUT)
-def test_the_kernel_is_right_with_fewer_instructions(options, monkeypatch):
-    monkeypatch.setenv("CC", f"cc {options}")
-    monkeypatch.setattr(c_kernel, "load_library", compiled.load_library.__wrapped__)
-    library = c_kernel._library.__wrapped__()
-    monkeypatch.setattr(c_kernel, "_library", lambda: library)
+def test_the_kernel_is_right_with_fewer_instructions(with_fewer_instructions):
+    with_fewer_instructions(c_kernel)
     for points in POINTS:
         check_weights(c_kernel, points, 33)
     for given in INPUTS:
@@ -106,4 +97,4 @@ def test_rounding_of_all_numbers_of_sixteen_bits_is_that_of_a_cast():
 def test_the_codes_of_e2m1_are_sign_and_magnitude():
     values = torch.tensor([*E2M1, *(-value for value in E2M1)])
     assert codes_of(values, 4).tolist() == [*range(8), 0, *range(9, 16)]
-    assert torch.equal(values_of(torch.arange(16, dtype=torch.uint8), 4), values)
+    assert torch.equal(values_of(torch.arange(16, dtype=torch.uint8), None, Points("float", 4)), values)

@@ -1,19 +1,16 @@
 """The nearest plane, by C that is compiled here, and by torch."""
 
-import platform
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from hasten.kernels import compiled, nearest_plane
+from hasten.kernels import nearest_plane
 from hasten.kernels.grid_rounding import Points
 from hasten.kernels.nearest_plane import Plane, c_kernel, reference
 
 POINTS = [Points("int", 4), Points("int", 8), Points("float", 8), Points("float", 4)]
-# What is switched off of the processor's instructions.
-WITHOUT = ["-mno-avx", "-mno-avx512f"]
 
 
 def plane(points, columns, rows, dtype):
@@ -85,13 +82,8 @@ def test_every_column_is_rounded_to_the_nearest_value_of_what_is_left_of_it(modu
     check(module, given, columns, columns // 2, 0)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="switches instructions of x86 off")
-@pytest.mark.parametrize("options", WITHOUT)
-def test_the_kernel_is_right_with_fewer_instructions(options, monkeypatch):
-    monkeypatch.setenv("CC", f"cc {options}")
-    monkeypatch.setattr(c_kernel, "load_library", compiled.load_library.__wrapped__)
-    library = c_kernel._library.__wrapped__()
-    monkeypatch.setattr(c_kernel, "_library", lambda: library)
+def test_the_kernel_is_right_with_fewer_instructions(with_fewer_instructions):
+    with_fewer_instructions(c_kernel)
     for points in POINTS:
         check(c_kernel, plane(points, 40, 35, torch.bfloat16), 40, 0)
 

@@ -1,7 +1,5 @@
 """Sums of x xᵀ in panels, by C that is compiled here, and by torch."""
 
-import platform
-
 import pytest
 import torch
 
@@ -10,8 +8,6 @@ from hasten.kernels.second_moment import c_kernel, reference
 
 SIZES = [(1, 1), (1, 40), (2, 31), (255, 32), (256, 33), (257, 100), (600, 200), (513, 300)]
 DTYPES = [torch.float32, torch.bfloat16]
-# What is switched off of the processor's instructions.
-WITHOUT = ["-mno-avx", "-mno-avx512f", "-mno-avx512bf16"]
 
 
 @pytest.fixture
@@ -51,16 +47,9 @@ def test_both_sum_the_products_of_all_pairs_of_columns(size, dtype, width):
         check(sums / 2, x, width)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="switches instructions of x86 off")
-@pytest.mark.parametrize("options", WITHOUT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_is_right_with_fewer_instructions(options, dtype, monkeypatch):
-    monkeypatch.setenv("CC", f"cc {options}")
-    monkeypatch.setattr(c_kernel, "load_library", compiled.load_library.__wrapped__)
-    library = c_kernel._library.__wrapped__()
-    if library is None:
-        pytest.skip(f"there is no C compiler that knows {options}")
-    monkeypatch.setattr(c_kernel, "_library", lambda: library)
+def test_the_kernel_is_right_with_fewer_instructions(with_fewer_instructions, dtype):
+    with_fewer_instructions(c_kernel)
     for tokens, columns in SIZES:
         x, sums = inputs(tokens, columns, dtype), empty(columns, 128)
         c_kernel.add(sums, x, 128)

@@ -16,7 +16,7 @@ from hasten.accel.errors import UserError
 from hasten.accel.models.ggml.base import BlockType, BlockWeight
 from hasten.kernels.dequantize import dequantize
 from hasten.kernels.grid_rounding import Points
-from hasten.kernels.grid_rounding.reference import encode_
+from hasten.kernels.grid_rounding.reference import encode_, nearest, values_of
 
 MIN_BITS, MAX_BITS = 2, 8
 # Group size that is chosen for each layer by its columns.
@@ -112,17 +112,17 @@ class WeightScheme(ABC):
     def points(self) -> Points:
         """The values that codes stand for, as kernels take them."""
 
-    @abstractmethod
     def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
         """Nearest values of the grid to weights divided by their scale, which are overwritten."""
+        return nearest(values, zero, self.points)
 
     def encode(self, values: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
         """The same, and their codes in `codes` uint8."""
         return encode_(values, zero, self.points, codes)
 
-    @abstractmethod
     def values(self, codes: Tensor, zero: Tensor) -> Tensor:
         """Values of codes, float32."""
+        return values_of(codes, zero, self.points)
 
     @abstractmethod
     def reach(self, zero: Tensor) -> Tensor | float:
@@ -240,14 +240,6 @@ class Scheme(WeightScheme):
     def points(self) -> Points:
         """Whole numbers of so many bits."""
         return Points("int", self.bits)
-
-    def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
-        """Whole numbers between those of code 0 and of the largest code."""
-        return values.add_(zero).round_().clamp_(0, self.top).sub_(zero)
-
-    def values(self, codes: Tensor, zero: Tensor) -> Tensor:
-        """Codes minus their zero points."""
-        return codes - zero
 
     def reach(self, zero: Tensor) -> Tensor:
         """The distance of the zero point from the farther end of the codes."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from hasten.accel.compression.quantizers.base import WeightScheme, smallest_scale
 from hasten.accel.errors import UserError
 from hasten.kernels.grid_rounding import decode
-from hasten.kernels.grid_rounding.reference import E4M3, LARGEST, Points, nearest_float, values_of
+from hasten.kernels.grid_rounding.reference import E4M3, LARGEST, Points
 
 E8M0 = torch.float8_e8m0fnu
 # Smallest and largest numbers of e4m3 and of the powers of two that are scales.
@@ -93,14 +93,6 @@ class FloatScheme(WeightScheme):
     def points(self) -> Points:
         """Floats of so many bits."""
         return Points("float", self.bits)
-
-    def nearest(self, values: Tensor, zero: Tensor) -> Tensor:
-        """The nearest float, of two at the same distance the even one; beyond the largest one, that."""
-        return nearest_float(values, self.bits)
-
-    def values(self, codes: Tensor, zero: Tensor) -> Tensor:
-        """The floats."""
-        return values_of(codes, self.bits)
 
     def reach(self, zero: Tensor) -> float:
         """448 or 6."""
