@@ -45,6 +45,24 @@ class TextSums:
         }
 
 
+class FullPredictions:
+    """What a model predicts with the full cache: the same for all methods, so that each window is run once.
+
+    windows: (N, T) of text, of which `context` tokens are the prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, context: int) -> None:
+        self.windows, self.context = windows, context
+        self._measurement = CacheMeasurement(model, Full(), None)
+        self._known: dict[int, Tensor] = {}
+
+    def log_probs(self, number: int) -> Tensor:
+        """Log probabilities (T - context, V) of the tokens behind the context of a window, on the CPU."""
+        if number not in self._known:
+            self._known[number] = self._measurement.log_probs(self.windows[number], self.context)[0].cpu()
+        return self._known[number]
+
+
 class CacheMeasurement:
     """Measures a method on one model. budget: None for methods that have none.
 
@@ -67,13 +85,12 @@ class CacheMeasurement:
         self.seconds = self.cpu_seconds = 0.0
         self.steps = 0
 
-    def text(self, windows: Tensor, context: int) -> TextSums:
-        """Predict the tokens behind `context` of each window (N, T), one at a time."""
+    def text(self, reference: FullPredictions) -> TextSums:
+        """Predict the tokens behind the context of each window, one at a time."""
         total = TextSums(0, 0.0, 0.0, 0)
-        for window in windows:
-            full, _ = self._log_probs(window, context, Full(), None)
-            own, self.bytes_at = self._log_probs(window, context, self.method, self.budget, timed=True)
-            targets = window[context:]
+        for number, window in enumerate(reference.windows):
+            own, self.bytes_at = self.log_probs(window, reference.context)
+            full, targets = reference.log_probs(number).to(own.device), window[reference.context :]
             total = TextSums(
                 total.tokens + len(targets),
                 total.divergence + float((full.exp() * (full - own)).sum()),
@@ -93,7 +110,7 @@ class CacheMeasurement:
 
     def _answers(self, sample: Sample) -> list[list[bool]]:
         """Whether each token of each answer is right."""
-        cache = self._cache(self.method, self.budget)
+        cache = self._cache()
         self._begin(sample.context, cache, sum(len(turn.question) + len(turn.answer) for turn in sample.turns))
         right = []
         for turn in sample.turns:
@@ -104,25 +121,22 @@ class CacheMeasurement:
             right.append([found == token for found, token in zip(predicted, turn.answer, strict=True)])
         return right
 
-    def _log_probs(
-        self, window: Tensor, context: int, method: CacheMethod, budget: CacheBudget | None, timed: bool = False
-    ) -> tuple[Tensor, list[int]]:
+    def log_probs(self, window: Tensor, context: int) -> tuple[Tensor, list[int]]:
         """Log probabilities (T - context, V) of the tokens behind the context, and the bytes held at each step."""
-        cache = self._cache(method, budget)
+        cache = self._cache()
         parts = [self._begin(window[:context].tolist(), cache, len(window) - context)]
         held = [cache.nbytes]
         for token in window[context:-1].tolist():
             begun, counted = perf_counter(), process_time()
             parts.append(self._run([token], cache))
-            if timed:
-                self.seconds += perf_counter() - begun
-                self.cpu_seconds += process_time() - counted
-                self.steps += 1
+            self.seconds += perf_counter() - begun
+            self.cpu_seconds += process_time() - counted
+            self.steps += 1
             held.append(cache.nbytes)
         return torch.stack(parts).float().log_softmax(-1), held
 
-    def _cache(self, method: CacheMethod, budget: CacheBudget | None) -> CompressedCache:
-        return CompressedCache(self.model, method, budget, self.statistics if method is self.method else None)
+    def _cache(self) -> CompressedCache:
+        return CompressedCache(self.model, self.method, self.budget, self.statistics)
 
     def _begin(self, tokens: Sequence[int], cache: CompressedCache, new: int) -> Tensor:
         """Logits (V,) behind a prompt, after which `new` tokens are decoded."""
@@ -147,19 +161,18 @@ def measure(
     model: PreTrainedModel,
     method: CacheMethod,
     budget: CacheBudget | None,
-    windows: Tensor | None,
-    context: int,
+    reference: FullPredictions | None,
     recall: Mapping[str, Sequence[Sample]],
     progress: Callable[[str], None] = lambda _: None,
     statistics: Statistics | None = None,
 ) -> dict[str, Any]:
-    """One row of a report. windows: (N, T) of text, None to leave it out. recall: samples by task."""
+    """One row of a report. reference: of the same model, None to leave text out. recall: samples by task."""
     draft = load_draft(method, model.dtype, str(model.device))
     measurement = CacheMeasurement(model, method, budget, statistics, draft)
     row: dict[str, Any] = {}
-    if windows is not None:
+    if reference is not None:
         progress("text")
-        row |= measurement.text(windows, context).metrics()
+        row |= measurement.text(reference).metrics()
         row["bytes_at"] = measurement.bytes_at
         row["bytes_end"] = measurement.bytes_at[-1]
         row["tokens_per_second"] = measurement.steps / measurement.seconds if measurement.seconds else None

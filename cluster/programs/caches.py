@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from hasten.accel.cache.base import CacheBudget, CacheMethod
-from hasten.accel.cache.measure import measure
+from hasten.accel.cache.measure import FullPredictions, measure
 from hasten.accel.cache.statistics import load
 from hasten.accel.evaluation.recall import Sample
 from hasten.accel.models.loading_needs import register_loader
@@ -58,12 +59,19 @@ def measure_caches(
     A row whose process or node is lost is measured again.
     """
     batches = Batches("sequences at once", 1, "use a smaller context, or fewer workers")
+    session = uuid4().hex
 
     def arguments(number: int) -> tuple[object, ...]:
-        return inputs, rows[number], int(needs.cpus)
+        return session, inputs, rows[number], int(needs.cpus)
 
     for number, result in task_results(_measure, arguments, len(rows), min(workers, len(rows)), needs, batches):
         done(number, result)
+
+
+def load_reference(inputs: CacheInputs) -> tuple[Any, FullPredictions | None]:
+    """The model, and its predictions with the full cache where text is measured."""
+    model = load_model(inputs)
+    return model, None if inputs.windows is None else FullPredictions(model, inputs.windows, inputs.context)
 
 
 def load_model(inputs: ModelInputs) -> Any:
@@ -76,10 +84,17 @@ def load_model(inputs: ModelInputs) -> Any:
     return model.to(inputs.device).eval()
 
 
-def _measure(inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
+# The model of this process's last task, and what it predicts with the full cache: Ray runs the next task of the same
+# session in the same process.
+_LAST: dict[str, tuple[Any, FullPredictions | None]] = {}
+
+
+def _measure(session: str, inputs: CacheInputs, row: CacheRow, threads: int) -> dict[str, Any]:
     torch.set_num_threads(max(1, threads))
-    model = load_model(inputs)
+    if session not in _LAST:
+        _LAST.clear()
+        _LAST[session] = load_reference(inputs)
+    model, reference = _LAST[session]
     statistics = None if row.statistics is None else load(row.method, row.statistics)
-    given = inputs.windows, inputs.context, inputs.recall
-    found = measure(model, row.method, row.budget, *given, statistics=statistics)
+    found = measure(model, row.method, row.budget, reference, inputs.recall, statistics=statistics)
     return found | {"peak_rss_bytes": peak_rss_bytes()}

@@ -5,7 +5,7 @@ environments of their own, whose Pythons are kvpress_python and quantized_python
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,11 @@ def run(config: Config) -> Path:
     """Path of the report; the table is printed and written to the document."""
     # torch: `hasten bench cache --help` must not wait for it.
     import torch
-    from transformers import AutoModelForCausalLM
 
     from hasten.accel.cache.measure import measure
     from hasten.accel.cache.statistics import load
     from hasten.accel.models.checkpoint import resolve
+    from hasten.cluster.programs.caches import load_reference
     from hasten.jobs.bench.measurements.caches import write_inputs
     from hasten.jobs.cache.run import cache_inputs, cache_rows
 
@@ -90,7 +90,8 @@ def run(config: Config) -> Path:
     own = CacheConfig(**{name: getattr(config, name) for name in names}, device="cpu")
     model = resolve(config.model).absolute()
     named = cache_rows(own, model)
-    inputs = cache_inputs(own, model)
+    # On the CPU and in float32, as the peers run.
+    inputs = replace(cache_inputs(own, model), dtype=torch.float32)
     presses = [f"press:{name}Press:{1 - share:g}" for name in config.presses for share in config.budget]
     peers = {
         "kvpress": (config.kvpress_python, "kvpress", presses),
@@ -108,11 +109,10 @@ def run(config: Config) -> Path:
         total = len(named) + sum(python is not None for python, _, _ in peers.values())
         with Progress("bench cache", total, "row") as bar:
             torch.set_num_threads(1)
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+            loaded, reference = load_reference(inputs)
             for name, row in named:
                 statistics = None if row.statistics is None else load(row.method, row.statistics)
-                given = inputs.windows, inputs.context, inputs.recall
-                found = measure(loaded, row.method, row.budget, *given, statistics=statistics)
+                found = measure(loaded, row.method, row.budget, reference, inputs.recall, statistics=statistics)
                 title = name if row.budget is None else f"{name} {row.budget.value:g}"
                 rows.append(row_of("hasten", title, found))
                 bar.update(len(rows), f"{name}: KL {rows[-1].kl_divergence:.4f}")

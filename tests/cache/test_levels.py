@@ -20,7 +20,7 @@ from hasten.accel.cache.levels import (
     quality,
     uniform_divergence,
 )
-from hasten.accel.cache.measure import CacheMeasurement
+from hasten.accel.cache.measure import CacheMeasurement, FullPredictions
 from hasten.accel.cache.mixed import Mixed
 from hasten.accel.cache.quantize.kivi import KIVI
 from hasten.accel.cache.quantize.kvquant import KVQuant
@@ -48,7 +48,7 @@ def test_a_mixture_is_measured_in_pieces_as_token_by_token(measurement):
     mix = (CacheLevel(Full()), LEVELS["two"], CacheLevel(SnapKV(window=8), CacheBudget(0.25)), LEVELS["two"])
     found = measurement.measure(mix, 1)
     tokenwise = CacheMeasurement(measurement.model, Mixed(mix), None)
-    sums = tokenwise.text(measurement.windows[1:], CONTEXT)
+    sums = tokenwise.text(FullPredictions(measurement.model, measurement.windows[1:], CONTEXT))
     assert len(found.divergences) == sums.tokens == 36
     # float32, in another order
     assert sum(found.divergences) == pytest.approx(sums.divergence, rel=1e-3)
@@ -65,7 +65,9 @@ def test_levels_with_statistics_are_measured_with_them(measurement):
     with_statistics = MixMeasurement(measurement.model, windows, CONTEXT, own)
     found = with_statistics.measure(mix, 1)
     expected = CacheMeasurement(measurement.model, Mixed(mix), None, of_mixture(Mixed(mix), own))
-    assert sum(found.divergences) == pytest.approx(expected.text(windows[1:], CONTEXT).divergence, rel=1e-3)
+    assert sum(found.divergences) == pytest.approx(
+        expected.text(FullPredictions(measurement.model, windows[1:], CONTEXT)).divergence, rel=1e-3
+    )
     assert sum(found.divergences) != pytest.approx(sum(measurement.measure(mix, 1).divergences), rel=1e-2)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hasten.accel.cache.full import Full
-from hasten.accel.cache.measure import measure
+from hasten.accel.cache.measure import FullPredictions, measure
 from hasten.accel.errors import UserError
 from hasten.accel.evaluation.recall import Sample, Turn
 from hasten.accel.models.checkpoint import resolve
@@ -67,11 +67,11 @@ def test_a_peer_measures_what_hasten_measures(tmp_path, model):
     inputs = CacheInputs(resolve("embedded:draft"), torch.float32, "cpu", windows, 24, {"keys": [sample]})
     given = json.loads(write_inputs(inputs, tmp_path / "inputs.json").read_text())
     with torch.no_grad():
-        found = kv_caches.measure(model, given, "full")
+        found = kv_caches.measure(model, given, "full", {})
     assert found["kl_divergence"] == 0
     # Keys and values of 29 tokens in two layers of one head of 64 columns.
     assert found["bytes_end"] == 2 * 2 * 29 * 64 * 4
-    own = measure(model, Full(), None, windows, 24, inputs.recall)
+    own = measure(model, Full(), None, FullPredictions(model, windows, 24), inputs.recall)
     assert own["recall_keys"] == found["recall_keys"] == 0.75
 
 
