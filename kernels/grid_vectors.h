@@ -1,8 +1,18 @@
 // What kernels that round to the values of a grid share: vectors of numbers, the nearest values, and their codes.
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
+// As long as the registers are: GCC takes longer vectors apart by way of memory.
+#if defined(__AVX512F__)
 enum { LANES = 16 };
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
 enum { INTEGERS, E4M3, E2M1 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -40,9 +50,60 @@ INLINE lanes nearest(const int kind, lanes x, float low, float high)
     return (x + steps) - steps;
 }
 
+// GCC 12 converts vectors of bytes, and shorter words, one by one.
+INLINE ints of_bytes(bytes x)
+{
+#if defined(__AVX512F__)
+    return (ints)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    int64_t packed;
+    memcpy(&packed, &x, sizeof packed);
+    return (ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(packed));
+#else
+    return __builtin_convertvector(x, ints);
+#endif
+}
+
+// Numbers from 0 to 255.
+INLINE bytes to_bytes(ints x)
+{
+#if defined(__AVX512F__)
+    return (bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    __m128i pairs = _mm_packus_epi32(low, high);
+    int64_t packed = _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs));
+    bytes out;
+    memcpy(&out, &packed, sizeof out);
+    return out;
+#else
+    return __builtin_convertvector(x, bytes);
+#endif
+}
+
 INLINE lanes of_bfloat16(halves x)
 {
-    return (lanes)(__builtin_convertvector(x, words) << 16);
+#if defined(__AVX512F__)
+    words wide = (words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    words wide = (words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    words wide = __builtin_convertvector(x, words);
+#endif
+    return (lanes)(wide << 16);
+}
+
+// Numbers from 0 to 65535.
+INLINE halves to_halves(words x)
+{
+#if defined(__AVX512F__)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    return (halves)_mm_packus_epi32(low, high);
+#else
+    return __builtin_convertvector(x, halves);
+#endif
 }
 
 // Rounded to bfloat16, ties to even.
@@ -57,7 +118,7 @@ INLINE lanes loaded(const float *group, long k, long size)
 {
     lanes x = {0};
     if (k + LANES <= size) memcpy(&x, group + k, sizeof x);
-    else memcpy(&x, group + k, (size - k) * sizeof *group);
+    else if (k < size) memcpy(&x, group + k, (size - k) * sizeof *group);
     return x;
 }
 
@@ -77,7 +138,7 @@ INLINE void store(float *group, long k, long size, lanes x)
 
 INLINE void store_bfloat16(uint16_t *group, long k, long size, lanes x)
 {
-    halves rounded = __builtin_convertvector(to_bfloat16(x), halves);
+    halves rounded = to_halves(to_bfloat16(x));
     if (k + LANES <= size) memcpy(group + k, &rounded, sizeof rounded);
     else memcpy(group + k, &rounded, (size - k) * sizeof *group);
 }
@@ -88,9 +149,9 @@ INLINE void store_bytes(uint8_t *group, long k, long size, bytes x)
     else memcpy(group + k, &x, size - k);
 }
 
-INLINE bytes to_bytes(lanes x)
+INLINE bytes integer_codes(lanes value)
 {
-    return __builtin_convertvector(__builtin_convertvector(x, ints), bytes);
+    return to_bytes(__builtin_convertvector(value, ints));
 }
 
 // Codes of values that are floats of a kind.
@@ -106,5 +167,5 @@ INLINE bytes float_codes(const int kind, lanes value)
         code = (twice & small) | (((magnitude >> 22) - (126 << 1)) & ~small);
         code |= (sign << 3) & (code != 0);
     }
-    return __builtin_convertvector(code, bytes);
+    return to_bytes(code);
 }

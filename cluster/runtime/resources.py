@@ -19,6 +19,11 @@ from hasten.import_path import ROOT
 # The checkout, where the code runs from one.
 _ROOT = Path(ROOT)
 _MADV_DONTNEED = 4
+# Growth of the resident set since memory was released last from which on it is released again: pages that are given
+# back must be cleared by the system before they are used again, a good part of the time of small blocks.
+_WORTH_RELEASING = 1 << 26
+# Resident memory after the last release, in bytes.
+_released_to = 0
 
 
 def peak_rss_bytes() -> int:
@@ -38,9 +43,11 @@ def release_memory() -> None:
     """Return unused memory to the system: freed blocks of the C library, and mapped pages of Ray's object store.
 
     The C library keeps freed blocks between blocks that are in use. Every page of the object store that was touched
-    stays in the resident set; the page is in shared memory, and is mapped again when it is read again.
+    stays in the resident set; the page is in shared memory, and is mapped again when it is read again. Nothing is
+    released where little was added since the last time.
     """
-    if sys.platform != "linux":
+    global _released_to
+    if sys.platform != "linux" or _rss_bytes() < _released_to + _WORTH_RELEASING:
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
@@ -51,6 +58,12 @@ def release_memory() -> None:
         if modes.endswith("s") and "/plasma" in line:
             first, last = (int(bound, 16) for bound in span.split("-"))
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+    _released_to = _rss_bytes()
+
+
+def _rss_bytes() -> int:
+    """Resident memory of this process on Linux, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def cpu_seconds() -> float:

@@ -1,12 +1,14 @@
 // Rounding to the values of a grid. Groups of `size` adjacent numbers share a scale, and a zero point where it is given.
 #include "../grid_vectors.h"
 
-// Sum in an order that does not depend on the length of vectors.
-INLINE float sum_of(lanes sums)
+// Sums of a group's numbers: so many whatever the length of vectors, so that they are the same on all processors.
+enum { SUMS = 16, VECTORS = SUMS / LANES };
+
+INLINE float sum_of(const lanes *sums)
 {
-    float part[LANES];
-    memcpy(part, &sums, sizeof part);
-    for (int half = LANES / 2; half; half /= 2)
+    float part[SUMS];
+    memcpy(part, sums, sizeof part);
+    for (int half = SUMS / 2; half; half /= 2)
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
@@ -27,11 +29,13 @@ INLINE void losses_of(const int kind, const float *x, const float *scale, const 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (long g = 0; g < groups; g++) {
         const float *group = x + g * size, own_scale = scale[g], own_zero = zero ? zero[g] : 0;
-        lanes sum = {0};
+        lanes sums[VECTORS] = {{0}};
         // Zeros behind the last number are values of every grid, and add nothing.
-        for (long k = 0; k < size; k += LANES)
-            sum += error_of(kind, loaded(group, k, size), own_scale, own_zero, top);
-        loss[g] = sum_of(sum);
+        for (long k = 0; k < size; k += SUMS)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                sums[v] += error_of(kind, loaded(group, k + v * LANES, size), own_scale, own_zero, top);
+        loss[g] = sum_of(sums);
     }
 }
 
@@ -46,7 +50,7 @@ void grid_losses(const float *x, const float *scale, const float *zero, float *l
 
 INLINE bytes codes_of(const int kind, lanes x, float scale, float zero, float top)
 {
-    if (kind == INTEGERS) return to_bytes(nearest(kind, x / scale + zero, 0, top));
+    if (kind == INTEGERS) return integer_codes(nearest(kind, x / scale + zero, 0, top));
     return float_codes(kind, nearest(kind, x / scale, -top, top));
 }
 
@@ -72,7 +76,7 @@ void grid_encode(const float *x, const float *scale, const float *zero, uint8_t 
 
 INLINE lanes value_of(const int kind, bytes codes, float zero)
 {
-    ints code = __builtin_convertvector(codes, ints);
+    ints code = of_bytes(codes);
     if (kind == INTEGERS) return __builtin_convertvector(code, lanes) - zero;
     const int sign = kind == E4M3 ? 0x80 : 8, fraction = kind == E4M3 ? 20 : 22;
     ints magnitude = code & (sign - 1), small = magnitude < (kind == E4M3 ? 8 : 2);

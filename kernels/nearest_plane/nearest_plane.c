@@ -42,7 +42,7 @@ INLINE void visit(const int kind, const int vectors, const plane *of, long row, 
             if (kind == INTEGERS) {
                 lanes zero = loaded(of->zero + in_group, r, rows);
                 lanes code = nearest(kind, wanted / scale + zero, 0, of->top);
-                store_bytes(of->codes + at, r, rows, to_bytes(code));
+                store_bytes(of->codes + at, r, rows, integer_codes(code));
                 value = (code - zero) * scale;
             } else {
                 value = nearest(kind, wanted / scale, -of->top, of->top);

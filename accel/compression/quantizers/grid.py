@@ -31,10 +31,17 @@ class Grid:
     zero_point: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: float = 0.6) -> "Grid":
-        """Grid for weight (R, C); search and shrink: see find_grid."""
+    def of(
+        cls,
+        weight: Tensor,
+        scheme: WeightScheme,
+        search: int = 0,
+        shrink: float = 0.6,
+        dtype: torch.dtype | None = None,
+    ) -> "Grid":
+        """Grid for weight (R, C); search, shrink and dtype: see find_grid."""
         bound = scheme.bound(weight)
-        return cls(bound, *find_grid(weight, bound, search, shrink))
+        return cls(bound, *find_grid(weight, bound, search, shrink, dtype))
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Nearest codes of weight (R, C); zeros, and all values on the grid, are represented exactly."""
@@ -54,12 +61,14 @@ class Grid:
         return [(scales[group], zeros[group]) for group in (order // size).tolist()]
 
 
-def find_grid(weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: float = 0.6) -> tuple[Tensor, Tensor]:
-    """Stored scale (R, G) and zero point (R, G) float32 of weight (R, C), in the checkpoint's dtype.
+def find_grid(
+    weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: float = 0.6, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stored scale (R, G) and zero point (R, G) float32 of weight (R, C).
 
     search: number of ranges tried, by squared error, between shrink times the full range and the full range; 0 takes
     the full range. Where the range is large for the root mean square of the group, smaller ranges are tried, too.
-    Grids may try other ranges, see WeightScheme.factors.
+    Grids may try other ranges, see WeightScheme.factors. dtype: of the checkpoint; None is that of the weight.
     """
     rows, columns = weight.shape
     scheme = scheme.bound(weight)
@@ -67,7 +76,7 @@ def find_grid(weight: Tensor, scheme: WeightScheme, search: int = 0, shrink: flo
     step = -(-rows_at_once(weight, columns, by_kernel=True) // tile) * tile
     slabs = (weight[begin : begin + step].float() for begin in range(0, rows, step))
     parts = [
-        _search(slab.reshape(len(slab), -1, scheme.columns(columns)), scheme, search, shrink, weight.dtype)
+        _search(slab.reshape(len(slab), -1, scheme.columns(columns)), scheme, search, shrink, dtype or weight.dtype)
         for slab in slabs
     ]
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])

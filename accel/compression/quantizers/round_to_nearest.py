@@ -42,10 +42,12 @@ class RoundToNearest(Quantizer[Inputs | None]):
     def quantize(self, weight: Tensor, prepared: Inputs | None, scheme: WeightScheme) -> Result[QuantizedWeight]:
         """Codes of weight (R, C)."""
         inputs = prepared or Inputs(None)
-        grid = Grid.of(without(weight, inputs.dead_columns), scheme, self._search(scheme), self.shrink)
-        quantized = grid.quantize(weight)
-        power = inputs.power(weight)
-        return Result(quantized, _error(weight, quantized, inputs), power, inputs.notes, inputs.hessian is not None)
+        # Once, because all that follows calculates in float32.
+        wide = weight.float()
+        grid = Grid.of(without(wide, inputs.dead_columns), scheme, self._search(scheme), self.shrink, weight.dtype)
+        quantized = grid.quantize(wide)
+        power = inputs.power(wide)
+        return Result(quantized, _error(wide, quantized, inputs), power, inputs.notes, inputs.hessian is not None)
 
     def cost(self, layers: LayerStack, scheme: WeightScheme) -> MethodCost:
         """A search of the ranges, and rounding."""

@@ -32,11 +32,20 @@ def shared_bytes() -> int:
 def test_pages_of_the_object_store_go_back_and_are_read_again_where_needed(ray_session: None) -> None:
     resources.release_memory()
     before = shared_bytes()
-    found = ray.get(ray.put(np.arange(4_000_000)))
-    assert shared_bytes() > before + 30e6
+    found = ray.get(ray.put(np.arange(12_000_000)))
+    assert shared_bytes() > before + 90e6
     resources.release_memory()
     assert shared_bytes() < before + 1e6
-    assert np.array_equal(found, np.arange(4_000_000))
+    assert np.array_equal(found, np.arange(12_000_000))
+    # The sum has read 96 MB again.
+    assert found.sum() == 12_000_000 * 11_999_999 // 2
+    resources.release_memory()
+    held = shared_bytes()
+    few = ray.get(ray.put(np.arange(2_000_000)))
+    resources.release_memory()
+    # 16 MB are not worth the time in which they are cleared and mapped again.
+    assert shared_bytes() > held + 15e6
+    assert few[-1] == 1_999_999
 
 
 def test_cpu_seconds_grow_with_work() -> None:
