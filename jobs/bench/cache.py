@@ -2,8 +2,10 @@
 
 All get the same token windows and recall samples, on one thread. kvpress and the backends of QuantizedCache run in
 environments of their own, whose Pythons are kvpress_python and quantized_python; without them their rows are left out.
+Rows that are in run_dir already are not measured again.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -82,6 +84,7 @@ def run(config: Config) -> Path:
     from hasten.accel.models.checkpoint import resolve
     from hasten.cluster.programs.caches import load_reference
     from hasten.jobs.bench.measurements.caches import write_inputs
+    from hasten.jobs.cache.rows import row_file, write_row
     from hasten.jobs.cache.run import cache_inputs, cache_rows
 
     if "text" not in config.tasks:
@@ -110,9 +113,14 @@ def run(config: Config) -> Path:
         with Progress("bench cache", total, "row") as bar:
             torch.set_num_threads(1)
             loaded, reference = load_reference(inputs)
+            (folder / "rows").mkdir(exist_ok=True)
             for name, row in named:
-                statistics = None if row.statistics is None else load(row.method, row.statistics)
-                found = measure(loaded, row.method, row.budget, reference, inputs.recall, statistics=statistics)
+                own_file = row_file(folder / "rows", inputs, row)
+                if not own_file.exists():
+                    statistics = None if row.statistics is None else load(row.method, row.statistics)
+                    found = measure(loaded, row.method, row.budget, reference, inputs.recall, statistics=statistics)
+                    write_row(own_file, found)
+                found = json.loads(own_file.read_text())
                 title = name if row.budget is None else f"{name} {row.budget.value:g}"
                 rows.append(row_of("hasten", title, found))
                 bar.update(len(rows), f"{name}: KL {rows[-1].kl_divergence:.4f}")

@@ -38,7 +38,7 @@ def measured_rows(
 
     output: folder of the files, each named after everything that its row depends on.
     """
-    files = [output / f"{digest(_key(inputs, row))[:24]}.json" for _, row in named]
+    files = [row_file(output, inputs, row) for _, row in named]
     missing = [place for place, file in enumerate(files) if overwrite or not file.exists()]
     if len(missing) < len(named):
         _LOG.info("%d of %d rows are in %s already", len(named) - len(missing), len(named), output)
@@ -51,12 +51,22 @@ def measured_rows(
             nonlocal count
             count += 1
             place = missing[number]
-            write_whole(files[place], partial(Path.write_text, data=json.dumps(found)))
+            write_row(files[place], found)
             progress.update(count, f"{named[place][0]} {_short(found)}")
 
         if missing:
             measure_caches(inputs, [named[place][1] for place in missing], workers, needs, done)
     return [json.loads(file.read_text()) for file in files]
+
+
+def row_file(folder: Path, inputs: CacheInputs, row: CacheRow) -> Path:
+    """File of a measured row, named after everything that the row depends on."""
+    return folder / f"{digest(_key(inputs, row))[:24]}.json"
+
+
+def write_row(file: Path, found: Record) -> None:
+    """Write a row whole or not at all."""
+    write_whole(file, partial(Path.write_text, data=json.dumps(found)))
 
 
 def _key(inputs: CacheInputs, row: CacheRow) -> Record:

@@ -11,7 +11,9 @@ Departs from the peers' use in one thing: positions are given, because a cache w
 
 import argparse
 import contextlib
+import hashlib
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from operator import eq
 from typing import Any
@@ -32,16 +34,46 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
     with open(arguments.inputs, encoding="utf-8") as file:
         inputs = json.load(file)
-    rows: dict[str, dict[str, Any]] = {}
+    # Tokens, model and packages that the rows are of.
+    given = {"model": arguments.model, "inputs": digest(arguments.inputs), "versions": versions()}
+    known, rows = known_rows(arguments.result, given), dict[str, dict[str, Any]]()
     full: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         for method in arguments.methods.split(","):
+            if method in known:
+                rows[method] = known[method]
+                continue
             try:
                 rows[method] = measure(model.eval(), inputs, method, full)
             except (RuntimeError, ValueError, ImportError) as error:
                 rows[method] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    with open(arguments.result, "w", encoding="utf-8") as file:
-        json.dump({"rows": rows, "versions": versions()}, file)
+            # After every method, so that a run that is ended goes on behind its last row.
+            write_result(arguments.result, {**given, "rows": {**known, **rows}})
+    write_result(arguments.result, {**given, "rows": rows})
+
+
+def known_rows(path: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows with figures in an earlier result of the same things; empty where there is none."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        earlier = json.load(file)
+    if {name: earlier.get(name) for name in given} != given:
+        return {}
+    return {method: row for method, row in earlier["rows"].items() if "error" not in row}
+
+
+def write_result(path: str, result: dict[str, Any]) -> None:
+    """Write a result whole or not at all."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(result, file)
+    os.replace(f"{path}.part", path)
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def versions() -> dict[str, str]:

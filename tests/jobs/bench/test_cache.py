@@ -13,6 +13,7 @@ from hasten.cluster.programs.caches import CacheInputs
 from hasten.jobs.bench import cache
 from hasten.jobs.bench.measurements.caches import write_inputs
 from hasten.jobs.bench.peers import kv_caches
+from hasten.jobs.common.schema import Tracking
 
 
 def row(owner, method, kl_divergence, bytes_end, recall):
@@ -86,3 +87,38 @@ def test_bytes_of_quantized_caches_are_found_in_what_their_layers_refer_to():
         layers = (Layer(),)
 
     assert kv_caches.held_bytes(Cache()) == 3 * 4 + 8 + 2 * 4
+
+
+def test_a_peer_goes_on_behind_the_rows_that_it_has(tmp_path):
+    inputs, result = tmp_path / "inputs.json", str(tmp_path / "result.json")
+    inputs.write_text("{}")
+    given = {"model": "some", "inputs": kv_caches.digest(str(inputs)), "versions": {"kvpress": "0.5.5"}}
+    assert kv_caches.known_rows(result, given) == {}
+    rows = {"full": {"kl_divergence": 0.0}, "hqq:2:0": {"error": "RuntimeError: sizes"}}
+    kv_caches.write_result(result, {**given, "rows": rows})
+    # What failed is tried again; rows of other tokens or packages are not taken.
+    assert kv_caches.known_rows(result, given) == {"full": {"kl_divergence": 0.0}}
+    assert kv_caches.known_rows(result, {**given, "versions": {"kvpress": "0.5.6"}}) == {}
+    inputs.write_text("{ }")
+    assert kv_caches.known_rows(result, {**given, "inputs": kv_caches.digest(str(inputs))}) == {}
+
+
+def test_a_benchmark_takes_the_rows_that_are_in_its_folder(tmp_path, monkeypatch):
+    options = {
+        "model": "embedded:draft",
+        "method": ["streaming_llm"],
+        "budget": [0.5],
+        "tasks": ["text"],
+        "context": 24,
+        "new_tokens": 4,
+        "sequences": 1,
+        "run_dir": str(tmp_path / "run"),
+        "document": str(tmp_path / "table.md"),
+        "tracking": Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"),
+    }
+    first = json.loads(cache.run(cache.Config(**options)).read_text())
+    monkeypatch.setattr("hasten.accel.cache.measure.measure", None)
+    again = json.loads(cache.run(cache.Config(**options)).read_text())
+    assert again["rows"] == first["rows"]
+    assert [row["method"] for row in first["rows"]] == ["full", "streaming_llm 0.5"]
+    assert first["rows"][1]["kl_divergence"] > 0
