@@ -56,11 +56,22 @@ INLINE ints of_bytes(bytes x)
 #if defined(__AVX512F__)
     return (ints)_mm512_cvtepu8_epi32((__m128i)x);
 #elif defined(__AVX2__)
-    int64_t packed;
-    memcpy(&packed, &x, sizeof packed);
-    return (ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(packed));
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&x));
 #else
     return __builtin_convertvector(x, ints);
+#endif
+}
+
+// Numbers from 0 to 65535.
+INLINE halves to_halves(words x)
+{
+#if defined(__AVX512F__)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    return (halves)_mm_packus_epi32(low, high);
+#else
+    return __builtin_convertvector(x, halves);
 #endif
 }
 
@@ -70,11 +81,9 @@ INLINE bytes to_bytes(ints x)
 #if defined(__AVX512F__)
     return (bytes)_mm512_cvtepi32_epi8((__m512i)x);
 #elif defined(__AVX2__)
-    __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
-    __m128i pairs = _mm_packus_epi32(low, high);
-    int64_t packed = _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs));
+    __m128i pairs = (__m128i)to_halves((words)x);
     bytes out;
-    memcpy(&out, &packed, sizeof out);
+    _mm_storel_epi64((__m128i *)&out, _mm_packus_epi16(pairs, pairs));
     return out;
 #else
     return __builtin_convertvector(x, bytes);
@@ -91,19 +100,6 @@ INLINE lanes of_bfloat16(halves x)
     words wide = __builtin_convertvector(x, words);
 #endif
     return (lanes)(wide << 16);
-}
-
-// Numbers from 0 to 65535.
-INLINE halves to_halves(words x)
-{
-#if defined(__AVX512F__)
-    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
-#elif defined(__AVX2__)
-    __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
-    return (halves)_mm_packus_epi32(low, high);
-#else
-    return __builtin_convertvector(x, halves);
-#endif
 }
 
 // Rounded to bfloat16, ties to even.

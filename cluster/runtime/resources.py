@@ -22,8 +22,8 @@ _MADV_DONTNEED = 4
 # Growth of the resident set since memory was released last from which on it is released again: pages that are given
 # back must be cleared by the system before they are used again, a good part of the time of small blocks.
 _WORTH_RELEASING = 1 << 26
-# Resident memory after the last release, in bytes.
-_released_to = 0
+# Least resident memory since the last release, in bytes.
+_least_resident = 0
 
 
 def peak_rss_bytes() -> int:
@@ -46,8 +46,14 @@ def release_memory() -> None:
     stays in the resident set; the page is in shared memory, and is mapped again when it is read again. Nothing is
     released where little was added since the last time.
     """
-    global _released_to
-    if sys.platform != "linux" or _rss_bytes() < _released_to + _WORTH_RELEASING:
+    global _least_resident
+    if sys.platform != "linux":
+        return
+    process = psutil.Process()
+    resident = process.memory_info().rss
+    if resident < _least_resident + _WORTH_RELEASING:
+        # What was freed by others must not count as room.
+        _least_resident = min(_least_resident, resident)
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
@@ -58,12 +64,7 @@ def release_memory() -> None:
         if modes.endswith("s") and "/plasma" in line:
             first, last = (int(bound, 16) for bound in span.split("-"))
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
-    _released_to = _rss_bytes()
-
-
-def _rss_bytes() -> int:
-    """Resident memory of this process on Linux, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    _least_resident = process.memory_info().rss
 
 
 def cpu_seconds() -> float:
